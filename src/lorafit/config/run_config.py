@@ -1,0 +1,97 @@
+"""RunConfig: every setting of a run, frozen. The defaults are the QLoRA recipe as its author meant it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from lorafit.config.size import parse_bytes
+
+Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
+TargetPreset = Literal["qv", "attention", "all-linear"]
+
+
+class RunConfig(BaseModel):
+    """One run. The object travels whole; nobody copies its fields elsewhere.
+
+    Fields that the plan may fill in when neither the recipe nor a flag sets them are listed in
+    `PLANNED`; their defaults here hold where no plan is made (the Python API).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # what is trained on what
+    base: str = Field("", description="base model: a local folder, or a hub id")
+    revision: str | None = Field(None, description="hub revision of the base")
+    data: tuple[str, ...] = Field((), description="data files, globs, a folder, or a hub dataset id")
+    out: str | None = Field(None, description="run directory; default runs/NAME")
+
+    # how rows are read and judged
+    map: dict[str, str] = Field(default_factory=dict, description="field names, as response=answer_text")
+    on_bad: Literal["stop", "drop"] = Field("stop", description="rows that cannot be read: stop the run, or drop them")
+    long: Literal["error", "drop", "split-turns"] = Field("error", description="rows longer than max_tokens")
+    holdout: Annotated[float, Field(ge=0, lt=1)] | str = Field(
+        0.05, description="held-out share of the rows, or a file"
+    )
+    select: tuple[str, ...] = Field((), description="findings to run, by code prefix; empty means all")
+    ignore: tuple[str, ...] = Field((), description="findings to leave out, by code prefix")
+    max_tokens: int = Field(2048, ge=8, description="tokens in one micro-batch, and so in the longest row")
+
+    # the method
+    goal: Goal = Field("balanced", description="what the decision matrix optimises for")
+    serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")
+    compute: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="matmul precision; auto asks the card")
+    rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
+    targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
+    gradient_checkpointing: Literal["auto", "on", "off", "reentrant"] = Field(
+        "auto", description="recompute activations"
+    )
+
+    # the optimisation
+    lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm clip")
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="auto asks the card"
+    )
+    epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever the epochs")
+    examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
+
+    # the machine
+    gpu: str | None = Field(None, description="plan for this card instead of the one found")
+    vram: str | None = Field(None, description="memory budget, as 8GiB")
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
+
+    @field_validator("data", "select", "ignore", "report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_or_preset(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("qv", "attention", "all-linear"):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("vram")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value, "vram")
+        return value
+
+
+PLANNED = ("rank", "alpha", "quantization", "compute", "gradient_checkpointing", "optimizer", "serving")
+"""Settings the plan decides when nobody else did."""
