@@ -118,7 +118,7 @@ def pretrain(corpus: torch.Tensor, steps: int, device: str) -> tuple[LlamaForCau
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return model, float(loss)
+    return model, float(loss.detach())
 
 
 def main() -> None:
