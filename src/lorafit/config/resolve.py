@@ -35,8 +35,8 @@ class Resolved:
     sources: Mapping[str, Source]
 
     def is_set(self, key: str) -> bool:
-        """True when a recipe or a flag set `key`, so that the plan must leave it alone."""
-        return self.sources[key] in (Source.RECIPE, Source.FLAG)
+        """True when a recipe or a flag set `key` to more than "auto", so that the plan must leave it alone."""
+        return self.sources[key] in (Source.RECIPE, Source.FLAG) and getattr(self.config, key) != "auto"
 
     def planned(self, values: Mapping[str, Any]) -> Resolved:
         """The same settings with the plan's `values` for the keys in PLANNED that nobody set."""

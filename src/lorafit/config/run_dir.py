@@ -1,0 +1,134 @@
+"""RunDir: the run directory and what lies where in it. Every verb after `train` takes just this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.config.resolve import load_recipe, resolve
+from lorafit.config.run_config import RunConfig
+from lorafit.errors import RunDirError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths inside one run directory. A folder holds a run once `run.yaml` is in it."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def findings(self) -> Path:
+        return self.path / "findings.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def template(self) -> Path:
+        return self.path / "template.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def samples(self) -> Path:
+        """Some held-out rows as {"messages", "source"} lines: what merge verifies on."""
+        return self.path / "held-out.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @classmethod
+    def create(cls, path: Path) -> RunDir:
+        """Make (or reuse, when no run is in it) the folder of a new run, and prove that it can be written."""
+        run = cls(path)
+        if run.settings.exists():
+            raise RunDirError("this folder already holds a run", where=str(path), fix="choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write there ({error.strerror})", where=str(path), fix="choose another --out"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """The run in `path`, finished or at least trained to an adapter. RunDirError when there is none."""
+        run = cls(path)
+        if not run.settings.is_file():
+            raise RunDirError(
+                "there is no run here (no run.yaml)", where=str(path), fix="pass the folder that train made"
+            )
+        if not (run.adapter / "adapter_model.safetensors").is_file():
+            raise RunDirError("this run has no adapter yet", where=str(path), fix="let its training finish")
+        return run
+
+    @property
+    def base(self) -> Path:
+        """What the base was when training began: its name and content fingerprint."""
+        return self.path / "base.json"
+
+    def base_fingerprint(self) -> str | None:
+        """The base's content fingerprint at training time, or None where the run did not record one."""
+        if not self.base.is_file():
+            return None
+        return str(json.loads(self.base.read_text(encoding="utf-8"))["fingerprint"])
+
+    def config(self) -> RunConfig:
+        """The settings the run was made with."""
+        return resolve(recipe=load_recipe(self.settings)).config
+
+    def write_config(self, config: RunConfig, sources: Mapping[str, str]) -> None:
+        """Write run.yaml, each value with its source as a comment; the file is itself a recipe."""
+        lines = ["# every setting of this run and who set it; `lorafit train run.yaml` runs it again"]
+        for key, value in config.model_dump(mode="json").items():
+            # JSON is YAML, and always one line
+            lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {sources[key]}")
+        write_text(self.settings, "\n".join(lines) + "\n")
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Write one of the run's JSON files whole, or not at all."""
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically: staged beside it, fsynced, renamed. RunDirError when the disk refuses."""
+    staged = path.with_name(f".{path.name}.staged")
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise RunDirError(
+            f"cannot write the file ({error.strerror})", where=str(path), fix="free some space"
+        ) from error

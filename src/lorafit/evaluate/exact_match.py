@@ -1,0 +1,55 @@
+"""Exact match: does the model's greedy answer equal the row's response, character for character?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.data import Rows, Template
+from lorafit.engine import generate
+
+SPARE_TOKENS = 8  # an answer may run this far past the longest response before it is cut
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out row, what was expected, and what the model said."""
+
+    prompt: str
+    expected: str
+    answer: str
+    source: str
+
+    @property
+    def matches(self) -> bool:
+        return self.answer.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    """`share` of `samples` that match, 0 to 1."""
+
+    share: float
+    samples: tuple[Sample, ...]
+
+
+def exact_match(model: Any, rows: Rows, template: Template, *, limit: int | None = None) -> ExactMatch:
+    """Greedy answers to the prompts of `rows` (the first `limit`), compared with their responses.
+
+    The prompt is built by the template as serving builds it, not cut from the training ids.
+    """
+    chosen = range(min(len(rows), limit or len(rows)))
+    records = [rows.record(index) for index in chosen]
+    longest = max((int(rows.supervised[index]) for index in chosen), default=0)
+    prompts = [template.prompt_ids(record.prompt) for record in records]
+    answers = generate(model, prompts, template.stop_ids, max_new_tokens=longest + SPARE_TOKENS)
+    samples = tuple(
+        Sample(_last_user_text(record.prompt), record.response, template.tokenizer.decode(answer), record.source)
+        for record, answer in zip(records, answers, strict=True)
+    )
+    return ExactMatch(sum(sample.matches for sample in samples) / max(len(samples), 1), samples)
+
+
+def _last_user_text(messages: Sequence[dict[str, Any]]) -> str:
+    return next((str(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")

@@ -1,0 +1,76 @@
+"""Session: a finished run, loaded to answer; tuned, or as its base would."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit.adapters import load_adapter
+from lorafit.backbone import load_backbone
+from lorafit.config import RunConfig, RunDir
+from lorafit.data import Template, TextTokenizer
+from lorafit.engine import generate
+
+
+class Session:
+    """The frozen base with the run's adapter on it, and the template it was trained with."""
+
+    def __init__(self, run: RunDir, config: RunConfig, model: Any, template: Template) -> None:
+        self.run, self.config, self.model, self.template = run, config, model, template
+
+    @classmethod
+    def load(cls, path: Path, *, device: str | None = None) -> Session:
+        """Load the run in `path`. The template's golden prompts are asserted, so that what is asked here is
+        what was asked in training. Raises RunDirError, BackboneError, AdapterError or TemplateError."""
+        run = RunDir.open(path)
+        config = run.config()
+        template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
+        model = load_adapter(load_backbone(config, device=device), run.adapter)
+        model.eval()
+        return cls(run, config, model, template)
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tuned: bool = True,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """The answer to a conversation; with `tuned=False` the base's own, through the same prompt.
+
+        `on_text` receives the answer piece by piece as it is generated.
+        """
+        prompt = self.template.prompt_ids([dict(message) for message in messages])
+        stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
+        with contextlib.nullcontext() if tuned else self.model.disable_adapter():
+            (ids,) = generate(
+                self.model,
+                [prompt],
+                self.template.stop_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                on_token=stream.add if stream else None,
+            )
+        return self.template.tokenizer.decode(ids)
+
+
+class _TextStream:
+    """Decodes a growing answer and passes on only what is new and whole (no half of a multi-byte character)."""
+
+    def __init__(self, tokenizer: TextTokenizer, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.startswith(self.shown) and not text.endswith("�"):
+            self.on_text(text[len(self.shown) :])
+            self.shown = text
