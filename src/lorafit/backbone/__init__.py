@@ -1,0 +1,30 @@
+"""The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
+
+from lorafit.backbone.architecture import output_head
+from lorafit.backbone.checkpoint import base_fingerprint
+from lorafit.backbone.computing_in import computing_in
+from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
+from lorafit.backbone.frozen_linear import FrozenLinear4bit, freeze_linears
+from lorafit.backbone.load import load_backbone, nf4_config
+from lorafit.backbone.packed_weight import dequantise, quantise, true_numel
+from lorafit.backbone.precision import compute_dtype, default_device
+from lorafit.backbone.quiet import quiet_libraries
+
+__all__ = [
+    "FreshWeight",
+    "FrozenLinear4bit",
+    "Onto",
+    "base_fingerprint",
+    "compute_dtype",
+    "computing_in",
+    "default_device",
+    "dequantise",
+    "freeze_linears",
+    "fresh_weights",
+    "load_backbone",
+    "nf4_config",
+    "output_head",
+    "quantise",
+    "quiet_libraries",
+    "true_numel",
+]

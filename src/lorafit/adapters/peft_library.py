@@ -1,0 +1,12 @@
+"""peft, imported once and in silence: it imports bitsandbytes, which warns on some CPUs."""
+
+from __future__ import annotations
+
+from lorafit.backbone import quiet_libraries
+
+with quiet_libraries():
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import get_peft_model_state_dict
+
+__all__ = ["LoraConfig", "LoraLayer", "PeftModel", "get_peft_model", "get_peft_model_state_dict"]

@@ -1,0 +1,121 @@
+"""Architecture: what a base's config.json says it is, and its modules without their weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lorafit.errors import BackboneError
+
+
+def read_architecture(folder: Path) -> PretrainedConfig:
+    """The configuration of the causal language model in `folder`.
+
+    Raises BackboneError when config.json cannot be read, needs code from the checkpoint, is no causal language
+    model, or is quantised in a way other than bitsandbytes' 4 bits.
+    """
+    raw = _raw_config(folder)
+    if (folder / "adapter_config.json").exists():
+        # transformers would load that adapter, or another base, in silence
+        raise BackboneError(
+            "the base's folder holds an adapter too (adapter_config.json)",
+            where=str(folder),
+            fix="merge it, or move it elsewhere",
+        )
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise BackboneError(_unknown(raw), where=str(folder), fix="choose a model that transformers has built in")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
+        raise BackboneError(f"config.json is not valid ({one_line(error)})", where=str(folder)) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BackboneError(f"a {kind} model is no causal language model", where=str(folder))
+    _check_quantisation(raw.get("quantization_config"), folder)
+    return config
+
+
+def is_prequantised(architecture: PretrainedConfig) -> bool:
+    """True when the checkpoint itself holds 4-bit weights."""
+    return getattr(architecture, "quantization_config", None) is not None
+
+
+def architecture_of(model: nn.Module) -> PretrainedConfig:
+    """The configuration that `model` carries; changing it changes the model."""
+    return cast(PretrainedConfig, model.config)
+
+
+def supported_attention(architecture: PretrainedConfig, wanted: str) -> str:
+    """`wanted`, or "eager" for a family that cannot do "sdpa" (Gemma 2, which caps its attention scores)."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
+    return "eager" if wanted == "sdpa" and not getattr(family, "_supports_sdpa", True) else wanted
+
+
+def skeleton(architecture: PretrainedConfig) -> nn.Module:
+    """The model on the meta device: every module, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+
+
+def linears_to_quantise(model: nn.Module) -> list[str]:
+    """Names of the linears of `model` that lorafit quantises: all but the output head and what must stay fp32."""
+    kept = _keep_in_fp32(model)
+    head = output_head(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and not any(part in name.split(".") for part in kept)
+    ]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The linear that makes logits: never quantised, never adapted."""
+    return cast(PreTrainedModel, model).get_output_embeddings()
+
+
+def _keep_in_fp32(model: nn.Module) -> list[str]:
+    names = [getattr(model, "_keep_in_fp32_modules", None), getattr(model, "_keep_in_fp32_modules_strict", None)]
+    return [name for group in names for name in (group or ())]
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise BackboneError("config.json cannot be read", where=str(folder)) from error
+    if not isinstance(raw, dict):
+        raise BackboneError("config.json is no JSON object", where=str(folder))
+    return raw
+
+
+def _unknown(raw: dict[str, Any]) -> str:
+    kind = raw.get("model_type")
+    if "auto_map" in raw:
+        return f"the base ('{kind}') needs Python code from its own checkpoint, which lorafit does not run"
+    return f"transformers knows no model type '{kind}'"
+
+
+def _check_quantisation(quantisation: Any, folder: Path) -> None:
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
+        return
+    raise BackboneError(
+        f"the base is already quantised ({method or 'in an unknown way'}), and only bitsandbytes' 4 bits can be frozen",
+        where=str(folder),
+        fix="point --base at the original, unquantised model",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, in one line of at most 300 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,151 @@
+"""Checkpoint: the safetensors files of a base, checked before anything is loaded from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import BackboneError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100 << 20
+WHOLE_FILE_BYTES = 64 << 20
+SAMPLES, SAMPLE_BYTES = 32, 1 << 20
+FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which shard holds which tensor, and each tensor's header entry (`dtype`, `shape`, `data_offsets`)."""
+
+    folder: Path
+    shards: Mapping[Path, Mapping[str, Mapping[str, Any]]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read every header. Raises BackboneError for missing, truncated or unreadable files, and for .bin files."""
+        paths = _indexed(folder) if (folder / INDEX).is_file() else [folder / SINGLE]
+        if not paths[0].is_file() and not (folder / INDEX).is_file():
+            raise _no_safetensors(folder)
+        checkpoint = cls(folder, {path: _header(path) for path in paths})
+        checkpoint._check_index()
+        return checkpoint
+
+    def entries(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
+        """(name, shard, header entry) of every tensor, shard by shard."""
+        for path, tensors in self.shards.items():
+            for name, entry in tensors.items():
+                yield name, path, entry
+
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return {name for name, _, _ in self.entries()}
+
+    def widest_float(self) -> str:
+        """The safetensors name of the widest floating dtype stored: F32, BF16 or F16."""
+        kinds = {entry["dtype"] for _, _, entry in self.entries()} & set(FLOATS)
+        if not kinds:
+            raise BackboneError("the base holds no floating point weights", where=str(self.folder))
+        # bf16 beside fp16 needs fp32 to hold both
+        mixed = {"BF16", "F16"} <= kinds
+        return "F32" if mixed else max(kinds, key=lambda kind: FLOATS[kind]).replace("F64", "F32")
+
+    def _check_index(self) -> None:
+        if not (self.folder / INDEX).is_file():
+            return
+        present = self.names()
+        for name, file in _weight_map(self.folder).items():
+            if name not in present:
+                raise BackboneError(
+                    f"tensor {name} is in the index but not in {file}",
+                    where=str(self.folder),
+                    fix="download the base again",
+                )
+
+
+def base_fingerprint(folder: Path) -> str:
+    """A content hash (sha256, hex) of the base: config.json and every safetensors file.
+
+    Files up to 64 MiB count whole. Of larger ones the name, size, header and 32 evenly spaced blocks of 1 MiB
+    count (first and last included): a fine-tune or another quantisation changes nearly every block, so it cannot
+    pass for the original; a single flipped byte in a large file can.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(Checkpoint.open(folder).shards):
+        size = path.stat().st_size
+        digest.update(f"\0{path.name}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            for start, length in _samples(size):
+                stream.seek(start)
+                digest.update(stream.read(length))
+    return digest.hexdigest()
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    if size <= WHOLE_FILE_BYTES:
+        return [(0, size)]
+    last = size - SAMPLE_BYTES
+    return [(last * index // (SAMPLES - 1), SAMPLE_BYTES) for index in range(SAMPLES)]
+
+
+def _no_safetensors(folder: Path) -> BackboneError:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return BackboneError(
+            "the base has pickled weights (.bin) only, which can run code when they are loaded",
+            where=str(folder),
+            fix="convert it where you trust it: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)",
+        )
+    return BackboneError(
+        "the base has no model.safetensors", where=str(folder), fix="point --base at a folder with the weights"
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weights = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BackboneError("the weight index cannot be read", where=str(folder / INDEX)) from error
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+        raise BackboneError("the weight index names no files", where=str(folder / INDEX))
+    return weights
+
+
+def _indexed(folder: Path) -> list[Path]:
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise BackboneError(f"the weight index points outside the folder ({name})", where=str(folder / INDEX))
+        if not (folder / name).is_file():
+            raise BackboneError(
+                f"{name} is in the index but not in the folder", where=str(folder), fix="download the base again"
+            )
+    return [folder / name for name in names]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise _truncated(path)
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _truncated(path) from error
+    if 8 + length + end != size:
+        raise _truncated(path)
+    assert isinstance(header, dict)
+    return header
+
+
+def _truncated(path: Path) -> BackboneError:
+    return BackboneError(
+        "the file is truncated or no safetensors file", where=str(path), fix="download or copy it again"
+    )

@@ -1,0 +1,136 @@
+"""fresh_weights: the base's tensors one by one, straight from disk, never from a model that has run.
+
+bitsandbytes may repack the 4-bit weights of a model in place during its first evaluation on a CPU; what is
+dequantised after that is garbage without an error. So merging reads the checkpoint again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lorafit.backbone.architecture import is_prequantised, linears_to_quantise, read_architecture, skeleton
+from lorafit.backbone.bits import QuantState
+from lorafit.backbone.checkpoint import Checkpoint
+from lorafit.backbone.frozen_linear_op import unpack
+from lorafit.backbone.packed_weight import dequantise, quantise
+from lorafit.backbone.precision import compute_dtype, default_device
+from lorafit.config import RunConfig, base_folder
+from lorafit.errors import BackboneError
+
+Onto = Literal["quantized", "original"]
+STATE_MARKS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+)
+"""What bitsandbytes stores beside a packed weight."""
+
+
+class FreshWeight(NamedTuple):
+    """One tensor (on the CPU), the name it is `stored` under, and the model's `parameter` that it becomes.
+
+    The names differ in some families and old checkpoints. Tensors that transformers fuses or renames in ways of
+    its own (experts) keep their stored name as `parameter`; no adapter sits on those.
+    """
+
+    stored: str
+    parameter: str
+    tensor: Tensor
+
+
+def fresh_weights(config: RunConfig, onto: Onto, *, device: str | torch.device | None = None) -> Iterator[FreshWeight]:
+    """Every tensor of the base, shard by shard, one in memory at a time.
+
+    "original": as stored. "quantized": each weight that `load_backbone` quantises goes into 4 bits and back on
+    `device`, in the compute dtype there, so that it is the number the live model multiplies by; the rest is as
+    stored. Raises BackboneError, also for "original" of a base that only exists in 4 bits.
+    """
+    folder = base_folder(config.base, config.revision, weights=True)
+    architecture = read_architecture(folder)
+    checkpoint = Checkpoint.open(folder)
+    place = default_device() if device is None else torch.device(device)
+    dtype = compute_dtype(config, place)
+    if is_prequantised(architecture):
+        if onto == "original":
+            raise BackboneError(
+                "the base exists in 4 bits only, so there is no original to merge onto",
+                where=str(folder),
+                fix="merge onto quantized, or point base at the unquantised model",
+            )
+        yield from _unpacked(checkpoint, place, dtype)
+        return
+    model = skeleton(architecture)
+    names = Names(model.state_dict(), str(model.base_model_prefix))
+    packed: set[str] = set()
+    if onto == "quantized" and config.quantization == "nf4":
+        packed = {f"{name}.weight" for name in linears_to_quantise(model)}
+    names.check_found(packed, checkpoint)
+    for stored, tensor in _stored(checkpoint):
+        name = names.parameter(stored)
+        yield FreshWeight(stored, name, _there_and_back(tensor, place, dtype) if name in packed else tensor)
+
+
+class Names:
+    """Tensor names in a checkpoint as parameter names of the model: old checkpoints lack, or add, the prefix."""
+
+    def __init__(self, parameters: Iterable[str], prefix: str) -> None:
+        self._parameters, self._prefix = set(parameters), f"{prefix}."
+
+    def parameter(self, stored: str) -> str:
+        """The parameter that the tensor named `stored` belongs to; unknown names stay as they are."""
+        for name in (stored, self._prefix + stored, stored.removeprefix(self._prefix)):
+            if name in self._parameters:
+                return name
+        return stored
+
+    def check_found(self, wanted: set[str], checkpoint: Checkpoint) -> None:
+        """Raise BackboneError unless the checkpoint holds every tensor of `wanted`."""
+        lost = sorted(wanted - {self.parameter(stored) for stored in checkpoint.names()})
+        if lost:
+            raise BackboneError(
+                f"{len(lost)} linear layers are stored under other names, such as {lost[0]}",
+                where=str(checkpoint.folder),
+                fix="save the base once with transformers' save_pretrained, and use that",
+            )
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    for path, tensors in checkpoint.shards.items():
+        with safe_open(path, framework="pt") as file:
+            for name in tensors:
+                yield name, file.get_tensor(name)
+
+
+def _there_and_back(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return dequantise(quantise(weight.to(device), compute_dtype=dtype), dtype).cpu()
+
+
+def _unpacked(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[FreshWeight]:
+    place = {name: path for name, path, _ in checkpoint.entries()}
+    for name, path in place.items():
+        marks = _state_names(name, place)
+        if marks:
+            state = {mark: _read(place[mark], mark) for mark in marks}
+            quant_state = QuantState.from_dict({m.removeprefix(name + "."): t for m, t in state.items()}, device)
+            yield FreshWeight(name, name, unpack(_read(path, name).to(device), quant_state, dtype).cpu())
+        elif not name.endswith(STATE_MARKS):
+            yield FreshWeight(name, name, _read(path, name))
+
+
+def _state_names(name: str, present: Mapping[str, Any]) -> list[str]:
+    return [name + mark for mark in STATE_MARKS if name + mark in present]
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor

@@ -1,0 +1,92 @@
+"""FrozenLinear4bit: bitsandbytes' 4-bit layer with the frozen op as its forward.
+
+It stays a `bitsandbytes.nn.Linear4bit`, so PEFT wraps it as it always does. On a CPU the weight is
+dequantised once and kept, and bitsandbytes' own forward, which may repack the 4-bit weight in place
+(`bitsandbytes/nn/modules.py`, AVX512-BF16), never runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.backbone.bits import Linear4bit, Params4bit
+from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, unpack
+
+DENSE_SHARE = 0.5
+"""Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
+
+
+class FrozenLinear4bit(Linear4bit):
+    """`x (…, in) -> (…, out)`: `x @ dequant(W)ᵀ + bias` in `compute_dtype`, returned in the dtype of `x`."""
+
+    # the dense weight, and the packed one that it was made from (PEFT's merge puts another in its place); in a
+    # tuple, for a module registers any Parameter that is assigned to it
+    _kept: tuple[Tensor, Params4bit] | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output; the gradient flows to `x` only."""
+        if x.dtype is not self.compute_dtype:
+            return self.forward(x.to(self.compute_dtype)).to(x.dtype)
+        dense = self.dense
+        if dense is not None:
+            return F.linear(x, dense, self.bias)
+        weight = self.weight
+        y = frozen_linear(x, *op_arguments(weight.data, weight.quant_state), False)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The dequantised weight (out, in), or None where it is unpacked on each call."""
+        kept = self._kept
+        return kept[0] if kept is not None and kept[1] is self.weight else None
+
+    def keep_dense(self) -> None:
+        """Dequantise once and keep the copy (4 bytes a weight in fp32)."""
+        self._kept = unpack(self.weight.data, self.weight.quant_state, self.compute_dtype), self.weight
+
+    def drop_dense(self) -> None:
+        """Forget the dense copy; the weight is unpacked on each call from now on."""
+        self._kept = None
+
+    def dense_bytes(self) -> int:
+        """Size of the dense copy, kept or not."""
+        return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
+        self.drop_dense()  # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place
+        return super()._apply(fn, recurse)
+
+
+def freeze_linears(
+    model: nn.Module, compute_dtype: torch.dtype | None = None, dense_budget_bytes: int | None = None
+) -> nn.Module:
+    """Make every 4-bit linear of `model` a FrozenLinear4bit, in place, and return `model`.
+
+    Linears compute in `compute_dtype` (default: the one they have). Those on a CPU keep a dense copy, first
+    layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
+    """
+    budget = int(psutil.virtual_memory().available * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
+    for linear in [module for module in model.modules() if isinstance(module, Linear4bit)]:
+        _freeze(linear, compute_dtype)
+        size = linear.dense_bytes()
+        if linear.weight.device.type == "cpu" and size <= budget:
+            linear.keep_dense()
+            budget -= size
+    return model
+
+
+def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None) -> None:
+    assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} has a forward of its own"
+    assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "repacked by bitsandbytes"
+    linear.__class__ = FrozenLinear4bit
+    linear.compute_dtype = compute_dtype or linear.compute_dtype or linear.weight.quant_state.dtype
+    linear.compute_type_is_set = True
+    linear.requires_grad_(False)
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.to(linear.compute_dtype)
+    linear.drop_dense()

@@ -1,0 +1,126 @@
+"""load_backbone: the base model, frozen, in 4 bits or as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+
+from lorafit.backbone.architecture import (
+    architecture_of,
+    is_prequantised,
+    linears_to_quantise,
+    one_line,
+    read_architecture,
+    skeleton,
+    supported_attention,
+)
+from lorafit.backbone.bits import Params4bit
+from lorafit.backbone.checkpoint import Checkpoint
+from lorafit.backbone.frozen_linear import freeze_linears
+from lorafit.backbone.precision import compute_dtype, default_device
+from lorafit.config import RunConfig, base_folder
+from lorafit.errors import BackboneError
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load_backbone(
+    config: RunConfig,
+    *,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+    dense_budget_bytes: int | None = None,
+) -> nn.Module:
+    """The transformers causal language model of `config.base`, every parameter frozen, no KV cache by default.
+
+    With quantization "nf4" each linear but the output head is a FrozenLinear4bit, quantised from the values as
+    they are stored; everything else is in the compute dtype. `device` is by default the current CUDA device, or
+    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). Raises BackboneError.
+    """
+    folder = base_folder(config.base, config.revision, weights=True)
+    place = default_device() if device is None else torch.device(device)
+    dtype = compute_dtype(config, place)
+    architecture = read_architecture(folder)
+    checkpoint = Checkpoint.open(folder)
+    arguments = _arguments(config, architecture, checkpoint, dtype)
+    attention = supported_attention(architecture, attn_implementation)
+    model = _from_pretrained(
+        folder, config=architecture, device_map={"": place}, attn_implementation=attention, **arguments
+    )
+    _cast(model, dtype)
+    model.requires_grad_(False)
+    architecture_of(model).use_cache = False
+    return freeze_linears(model, dtype, dense_budget_bytes)
+
+
+def _arguments(
+    config: RunConfig, architecture: PretrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype
+) -> dict[str, Any]:
+    if is_prequantised(architecture):
+        if config.quantization == "none":
+            raise BackboneError(
+                "the base is already in 4 bits", where=str(checkpoint.folder), fix="use quantization=nf4"
+            )
+        return {"dtype": dtype}
+    if config.quantization == "none":
+        return {"dtype": dtype}
+    model = skeleton(architecture)
+    chosen = set(linears_to_quantise(model))
+    if not chosen:
+        raise BackboneError("the base has no linear layer to quantise", where=str(checkpoint.folder))
+    others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in chosen]
+    # quantise from the stored values: a detour over the compute dtype would round them first
+    return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": nf4_config(dtype, others)}
+
+
+def nf4_config(dtype: torch.dtype, skip: list[str] | None = None) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv:2305.14314); linears named in `skip` (the head) stay as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **arguments
+        )
+    except torch.OutOfMemoryError as error:
+        raise BackboneError(
+            "the base does not fit into the device's memory",
+            where=str(folder),
+            fix="use a smaller base or a larger card",
+        ) from error
+    except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(f"transformers cannot load the base ({one_line(error)})", where=str(folder)) from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        # transformers would go on with random weights in their place
+        raise BackboneError(
+            f"the base lacks {len(missing)} of the tensors its config.json asks for, such as {missing[0]}",
+            where=str(folder),
+            fix="download the base again",
+        )
+    return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Everything but the 4-bit weights into `dtype`; buffers that are computed, as rotary frequencies, stay fp32."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    usual = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = {*strict, *(usual if dtype is torch.float16 else ())}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Params4bit) or not parameter.is_floating_point():
+            continue
+        if not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    architecture_of(model).dtype = dtype

@@ -1,0 +1,126 @@
+"""quiet_libraries: what other libraries say goes to a log file, so that the console holds lorafit's lines only.
+
+bitsandbytes logs at import through a logger without handlers (which Python prints to stderr), transformers
+owns a stderr handler and tqdm bars, torch owns one handler per logger, and anybody may `warnings.warn`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from lorafit.errors import RunDirError
+
+LIBRARIES = ("transformers", "bitsandbytes", "peft", "accelerate", "datasets", "huggingface_hub", "torch", "kernels")
+MAX_PENDING_LINES = 1000
+
+
+class LibraryLog(logging.Handler):
+    """Writes records to a file; keeps them (the first MAX_PENDING_LINES) until a file is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.pending: list[str] = []
+        self.path: Path | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write or keep one record. A full disk must not stop a run for a log line: the line is dropped."""
+        if len(self.pending) < MAX_PENDING_LINES:
+            self.pending.append(self.format(record))
+        if self.path is not None:
+            self._write_pending(self.path)
+
+    def write_to(self, path: Path | None) -> None:
+        """Send this and all later lines to `path` (None keeps them). Raises RunDirError when it cannot be opened."""
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+            except OSError as error:
+                raise RunDirError(f"the log cannot be written ({error.strerror})", where=str(path)) from error
+            self._write_pending(path)
+        self.path = path
+
+    def _write_pending(self, path: Path) -> None:
+        try:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(line + "\n" for line in self.pending)
+        except OSError:
+            return
+        self.pending.clear()
+
+
+LIBRARY_LOG = LibraryLog()
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def quiet_libraries(log_file: Path | None = None) -> Iterator[None]:
+    """Send other libraries' logging and warnings to `log_file` and show no progress bars, until the block ends.
+
+    Nested blocks are fine: an inner one without a file writes to the outer one's. With no file at all, lines
+    are kept in memory and go to the first file named later. Everything is put back as it was, errors included.
+    """
+    with _LOCK, ExitStack() as undo:
+        if log_file is not None:
+            undo.callback(LIBRARY_LOG.write_to, LIBRARY_LOG.path)
+            LIBRARY_LOG.write_to(log_file)
+        _hide_progress_bars(undo)
+        for logger in _library_loggers():
+            _redirect(logger, undo)
+        _catch_homeless_records(undo)
+        undo.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        warnings.showwarning = _log_warning
+        yield
+
+
+def _library_loggers() -> list[logging.Logger]:
+    """The libraries' own loggers, and any child of theirs that has handlers of its own (torch has many)."""
+    children = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in LIBRARIES]
+    return [
+        logger
+        for logger in map(logging.getLogger, {*LIBRARIES, *children})
+        if logger.name in LIBRARIES or logger.handlers
+    ]
+
+
+def _redirect(logger: logging.Logger, undo: ExitStack) -> None:
+    undo.callback(setattr, logger, "handlers", logger.handlers)
+    undo.callback(setattr, logger, "propagate", logger.propagate)
+    logger.handlers, logger.propagate = [LIBRARY_LOG], False
+
+
+def _catch_homeless_records(undo: ExitStack) -> None:
+    # a record that meets no handler is printed by logging.lastResort; the application's own handlers stay
+    undo.callback(setattr, logging, "lastResort", logging.lastResort)
+    logging.lastResort = LIBRARY_LOG
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """In place of `warnings.showwarning`."""
+    record = logging.LogRecord(
+        "py.warnings", logging.WARNING, filename, lineno, "%s: %s (%s:%s)",
+        (category.__name__, message, filename, lineno), None,
+    )  # fmt: skip
+    LIBRARY_LOG.handle(record)
+
+
+def _hide_progress_bars(undo: ExitStack) -> None:
+    if transformers_logging.is_progress_bar_enabled():
+        undo.callback(transformers_logging.enable_progress_bar)
+        transformers_logging.disable_progress_bar()
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and datasets.is_progress_bar_enabled():
+        undo.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()

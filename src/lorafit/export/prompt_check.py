@@ -1,0 +1,73 @@
+"""The exported chat template: the one that transformers renders to the prompt that the model was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError as JinjaError
+from transformers import AutoTokenizer
+
+from lorafit.export.companions import set_chat_template
+from lorafit.export.finished_run import FinishedRun, Golden
+from lorafit.findings import Finding, Severity
+
+V001 = "V001"
+
+CLEANING = """\
+{%- set cleaned = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message["content"] is string -%}
+{%- set content = message["content"].replace("\\r\\n", "\\n").rstrip() -%}
+{%- set cleaned.messages = cleaned.messages + [dict(message, content=content)] -%}
+{%- else -%}
+{%- set cleaned.messages = cleaned.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = cleaned.messages -%}
+"""
+"""What `lorafit.data` does to contents before it renders them, in Jinja, for templates that do not do it themselves."""
+
+
+def write_chat_template(run: FinishedRun, folder: Path) -> list[Finding]:
+    """Give the tokenizer in `folder` the trained chat template, and prove it on the run's golden prompts.
+
+    The base's template goes in as it is where it trims contents as training did, and behind CLEANING otherwise.
+    Returns finding V001 when `AutoTokenizer.apply_chat_template` gives other ids than training either way.
+    """
+    findings: list[Finding] = []
+    for prelude in ("", CLEANING):
+        set_chat_template(folder, prelude + run.template.jinja_for_export)
+        findings = _check(folder, run.golden)
+        if not findings:
+            break
+    return findings
+
+
+def _check(folder: Path, prompts: tuple[Golden, ...]) -> list[Finding]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for golden in prompts:
+        found = _rendered(tokenizer, golden.messages)
+        if found != golden.ids:
+            return [_finding(found, golden)]
+    return []
+
+
+def _rendered(tokenizer: Any, messages: Any) -> list[int] | str:
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except (JinjaError, ValueError, TypeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return list(encoded["input_ids"])
+
+
+def _finding(found: list[int] | str, golden: Golden) -> Finding:
+    got = found if isinstance(found, str) else f"{len(found)} ids, {found[:12]}…"
+    return Finding(
+        V001,
+        Severity.ERROR,
+        f"the exported chat template gives {got} where training had {len(golden.ids)} ids, {golden.ids[:12]}…",
+        where="chat_template.jinja",
+        why="a model that is asked with another prompt than it was trained on answers worse, in silence",
+        fix="serve the run with lorafit, which keeps the trained prompt, and report this base",
+    )

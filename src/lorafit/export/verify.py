@@ -1,0 +1,127 @@
+"""verify: is the merged folder on disk the model that was trained?"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lorafit.backbone import Onto, computing_in
+from lorafit.config import write_text
+from lorafit.errors import VerificationError
+from lorafit.export.comparison import Comparison, Reference, Row
+
+FLOORS = 10.0
+"""A faithful merge may be this many noise floors away from the live model."""
+GROSS_KL = 0.05
+"""Nats that a merge onto the original base may be away where the adapter itself moved the base by less."""
+FILE = "verification.json"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The merged artefact against the live adapter model, beside two yardsticks measured the same way.
+
+    `floor` is the live model against itself in the other precision, `base` the base without its adapter: a
+    faithful merge lies near the first and far from the second. KL in nats a token, over `positions` supervised
+    tokens of `rows` held-out rows; `live_loss` is the live model's own loss.
+    """
+
+    onto: Onto
+    passed: bool
+    reason: str
+    merged: Comparison
+    floor: Comparison
+    base: Comparison
+    live_loss: float
+    rows: int
+    positions: int
+    live_dtype: str
+    merged_dtype: str
+    elapsed_s: float
+
+    @property
+    def floors(self) -> float:
+        """The merged model's KL in units of the noise floor."""
+        return self.merged.kl / max(self.floor.kl, 1e-12)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; numbers that are not finite are None, for JSON has none."""
+        return _finite(asdict(self) | {"floors": self.floors})
+
+
+def verify(live_model: nn.Module, merged_folder: Path, rows: Sequence[Row], onto: Onto) -> Verification:
+    """Reload `merged_folder` from disk and compare it with `live_model` (load_backbone + load_adapter) on `rows`.
+
+    The noise floor is the live model against itself, computed in fp32 and in 16 bits: the error that serving in
+    16 bits costs any model, merged or not. The merged model is run in the same 16 bits (bf16, or fp16 where the
+    live model computes in that), so that its distance holds that same error plus what merging added.
+    `passed` is False for "quantized" when KL > 10 × floor; for "original", a different model by design, only when
+    it is as far from the live model as the base without adapter. Writes verification.json into the folder.
+    Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
+    """
+    started = time.monotonic()
+    usable = [row for row in rows if len(row[0]) > 1 and row[1][1:].any()]
+    if not usable:
+        raise VerificationError("there is no held-out row to verify with", fix="train with holdout above 0")
+    live = _compute_dtype(live_model)
+    other = torch.float32 if live is not torch.float32 else torch.bfloat16
+    served = other if live is torch.float32 else live
+    reference = Reference.of(live_model, usable)
+    with computing_in(live_model, other):
+        floor = reference.compare(live_model)
+    with _without_adapter(live_model):
+        base = reference.compare(live_model)
+    merged = reference.compare(load_merged(merged_folder, served, next(live_model.parameters()).device))
+    passed, reason = _judge(onto, merged, floor, base)
+    verification = Verification(
+        onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
+        _name(live), _name(served), time.monotonic() - started,
+    )  # fmt: skip
+    write_text(merged_folder / FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
+    return verification
+
+
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The merged model as its users load it; on CUDA, layers that do not fit beside the live model stay on the host."""
+    placement = "auto" if device.type == "cuda" else {"": device}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placement, trust_remote_code=False)
+    return model.eval()
+
+
+def _judge(onto: Onto, merged: Comparison, floor: Comparison, base: Comparison) -> tuple[bool, str]:
+    if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
+        return False, "the merged model's output is not finite"
+    bound = FLOORS * floor.kl if onto == "quantized" else max(base.kl, GROSS_KL)
+    measure = f"{FLOORS:g} × the noise floor" if onto == "quantized" else "the distance of the base without adapter"
+    relation = "within" if merged.kl <= bound else "above"
+    return merged.kl <= bound, f"KL {merged.kl:.1e} is {relation} {measure} ({bound:.1e})"
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    dtype = model.get_input_embeddings().weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

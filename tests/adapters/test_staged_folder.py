@@ -1,0 +1,40 @@
+import pytest
+
+from lorafit.adapters import staged_folder
+from lorafit.errors import RunDirError
+
+
+def test_the_folder_appears_whole_at_the_end_and_not_before(tmp_path):
+    with staged_folder(tmp_path / "deep" / "out") as staged:
+        (staged / "a.txt").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "a.txt").read_text() == "a"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_nothing_behind(tmp_path, error):
+    with pytest.raises(error), staged_folder(tmp_path / "out") as staged:
+        (staged / "a.txt").write_text("a")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_an_error_and_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep").write_text("x")
+    with pytest.raises(RunDirError, match="already there"), staged_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "keep").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(RunDirError, match="No space left"), staged_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirError, match="cannot be written"), staged_folder(tmp_path / "file" / "out"):
+        pass

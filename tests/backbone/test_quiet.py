@@ -1,0 +1,84 @@
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from lorafit.backbone import quiet_libraries
+from lorafit.errors import RunDirError
+from tiny_models import save_base
+
+
+def test_warnings_logs_and_homeless_records_go_to_the_file_and_not_to_the_console(tmp_path, capfd):
+    log = tmp_path / "runs" / "log.txt"
+    with quiet_libraries(log):
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU %s", "gemm_4bit_forward")
+        logging.getLogger("transformers.modeling_utils").warning("weights were not used")
+        logging.getLogger("torch.distributed").warning("a torch line")
+        warnings.warn("a deprecated thing", FutureWarning, stacklevel=1)
+    text = log.read_text()
+    for words in ("gemm_4bit_forward", "weights were not used", "a torch line", "FutureWarning: a deprecated thing"):
+        assert words in text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_a_model_shows_no_bar(tmp_path):
+    base = save_base(tmp_path / "base")
+    script = f"""
+from lorafit.backbone import load_backbone, quiet_libraries
+from lorafit.config import RunConfig
+with quiet_libraries():
+    load_backbone(RunConfig(base={str(base)!r}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "" and result.stderr == ""
+
+
+def test_what_bitsandbytes_says_while_it_is_imported_waits_for_the_log_file(tmp_path):
+    # the line that an AVX512-BF16 machine prints, put where bitsandbytes prints it
+    script = f"""
+import logging, pathlib, sys, types
+class Loud:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bitsandbytes":
+            sys.meta_path.remove(self)
+            logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+sys.meta_path.insert(0, Loud())
+from lorafit.backbone import quiet_libraries
+with quiet_libraries(pathlib.Path({str(tmp_path / "log.txt")!r})):
+    pass
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert "gemm_4bit_forward" in (tmp_path / "log.txt").read_text()
+
+
+def test_everything_is_put_back_even_after_an_error(tmp_path):
+    logger = logging.getLogger("transformers")
+    before = (list(logger.handlers), logger.propagate, logging.lastResort, warnings.showwarning)
+    with pytest.raises(ValueError, match="boom"), quiet_libraries(tmp_path / "log.txt"):
+        assert logger.handlers != before[0]
+        raise ValueError("boom")
+    assert (list(logger.handlers), logger.propagate, logging.lastResort, warnings.showwarning) == before
+
+
+def test_an_inner_block_writes_to_the_outer_ones_file(tmp_path):
+    log = tmp_path / "log.txt"
+    with quiet_libraries(log):
+        with quiet_libraries():
+            logging.getLogger("peft").warning("inner")
+        logging.getLogger("peft").warning("outer")
+    assert [line.rsplit(" ", 1)[1] for line in log.read_text().splitlines()] == ["inner", "outer"]
+
+
+def test_the_applications_own_logging_is_left_alone(tmp_path, caplog):
+    with quiet_libraries(tmp_path / "log.txt"):
+        logging.getLogger("my.app").warning("hello")
+    assert "hello" in caplog.text
+
+
+def test_a_log_that_cannot_be_opened_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="log"), quiet_libraries(tmp_path / "file" / "log.txt"):
+        pass

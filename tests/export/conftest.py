@@ -1,0 +1,61 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lorafit.adapters import attach, save_adapter
+from lorafit.backbone import load_backbone
+from lorafit.config import RunConfig, RunDir
+from lorafit.data.template import Template
+from lorafit.data.tokenizer import TextTokenizer
+from tiny_models import save_base, stir
+
+JINJA = (
+    "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '' }}{{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}"
+)
+
+
+def trained_run(folder, family="llama", dtype=torch.bfloat16, chat_template=None, std=0.05, overrides=None, **settings):
+    """A run directory as `train` leaves it, over a tiny base, and the live adapter model."""
+    base = save_base(folder / "base", family, dtype, **(overrides or {}))
+    if chat_template:
+        (base / "chat_template.jinja").write_text(chat_template)
+    config = RunConfig(base=str(base), dropout=0.0, rank=4, alpha=8.0, **settings)
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    run.write_config(config, dict.fromkeys(RunConfig.model_fields, "default"))
+    Template.for_tokenizer(TextTokenizer.from_base(config.base)).save(run.template)
+    live = attach(load_backbone(config), config)
+    stir(live, std)
+    save_adapter(live, run.adapter, config, base_name=config.base)
+    return SimpleNamespace(path=run.path, run=run, config=config, live=live.eval(), base=base)
+
+
+def some_rows(count=6, length=24):
+    """Rows (ids, mask) whose last third is supervised."""
+    generator = np.random.default_rng(0)
+    mask = np.arange(length) >= 2 * length // 3
+    return [(generator.integers(4, 260, length).astype(np.int32), mask) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    return trained_run
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return some_rows()
+
+
+@pytest.fixture(scope="session")
+def jinja():
+    return JINJA
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run over the tiny Llama, shared: exports of it must go elsewhere."""
+    return trained_run(tmp_path_factory.mktemp("trained"))
