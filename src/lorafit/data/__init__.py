@@ -1,0 +1,38 @@
+"""Data: file -> records -> template -> masked token rows -> packed batches."""
+
+from lorafit.data.fixing import FixReport, fix_rows
+from lorafit.data.from_rows import parse_rows
+from lorafit.data.pack import epoch_order, pack_step, packed_fill, steps_per_epoch
+from lorafit.data.prepare import Prepared, prepare, require_clean
+from lorafit.data.progress import Progress
+from lorafit.data.records import Record, Turn
+from lorafit.data.rows import Rows
+from lorafit.data.shown import ShownRow, ShownToken, show_rows
+from lorafit.data.summary import Histogram, Summary
+from lorafit.data.template import Encoded, Template
+from lorafit.data.tokenizer import TextTokenizer
+
+__all__ = [
+    "Encoded",
+    "FixReport",
+    "Histogram",
+    "Prepared",
+    "Progress",
+    "Record",
+    "Rows",
+    "ShownRow",
+    "ShownToken",
+    "Summary",
+    "Template",
+    "TextTokenizer",
+    "Turn",
+    "epoch_order",
+    "fix_rows",
+    "pack_step",
+    "packed_fill",
+    "parse_rows",
+    "prepare",
+    "require_clean",
+    "show_rows",
+    "steps_per_epoch",
+]

@@ -1,0 +1,128 @@
+"""fix_rows: the file again with the mechanical faults mended; nothing that needs judgement is touched."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.config import RunConfig
+from lorafit.data.fingerprints import hash64
+from lorafit.data.judgements import CONTROL_BYTES
+from lorafit.data.raw_rows import RawRow, parse_row
+from lorafit.data.reader import RowReader
+from lorafit.data.rejects import Reject, rejected_line
+from lorafit.data.sources import find_files
+from lorafit.errors import DataError
+
+CONTROLS = re.compile("[" + "".join(f"\\x{code:02x}" for code in CONTROL_BYTES) + "\u0080-\u009f]")
+
+
+@dataclass
+class FixReport:
+    """`read = written + duplicates + rejected`; the others count rows that were changed in that way."""
+
+    out: str
+    read: int = 0
+    written: int = 0
+    trimmed: int = 0
+    newlines: int = 0
+    controls: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    rejected_file: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return asdict(self)
+
+
+def fix_rows(config: RunConfig, out: Path) -> FixReport:
+    """Write the rows of `config.data` to `out` as clean JSONL.
+
+    Texts are trimmed, line ends made `\\n`, control characters removed, exact copies left out; every other field
+    stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`. Raises DataError when `out` is one
+    of the inputs or cannot be written; nothing half-written stays behind.
+    """
+    files = find_files(config.data)
+    if any(file.path.resolve() == out.resolve() for file in files):
+        raise DataError("is one of the files to fix", where=str(out), fix="name another file to write to")
+    report = FixReport(str(out))
+    partial, rejected = out.with_name(out.name + ".partial"), out.with_name(out.name + ".rejected.jsonl")
+    try:
+        with partial.open("wb") as clean, rejected.open("wb") as refused:
+            seen: set[int] = set()
+            for row in RowReader(files):
+                report.read += 1
+                line = _fixed_line(row, seen, report)
+                if isinstance(line, Reject):
+                    report.rejected += 1
+                    place = line.place(files[row.file].name, row.line)
+                    refused.write(rejected_line(place, line, row.raw))
+                elif line:
+                    report.written += 1
+                    clean.write(line)
+        partial.replace(out)
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=str(out), fix="check the folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+        if not report.rejected:
+            rejected.unlink(missing_ok=True)
+    report.rejected_file = str(rejected) if report.rejected else None
+    return report
+
+
+def _fixed_line(row: RawRow, seen: set[int], report: FixReport) -> bytes | Reject:
+    """The row's new line, empty when it is a copy, or why it cannot be read."""
+    fields, had_controls = row.fields, False
+    if fields is None and row.reject is not None and row.reject.code == "D005":
+        parsed = parse_row(row.raw.translate(None, CONTROL_BYTES))
+        fields, had_controls = (None if isinstance(parsed, Reject) else parsed), True
+    if fields is None:
+        assert row.reject is not None
+        return row.reject
+    changes = _Changes()
+    text = json.dumps(changes.fixed(fields), ensure_ascii=False, default=str)
+    try:
+        line = text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return Reject("D043", "holds half a surrogate pair")
+    key = hash64(line)
+    if key in seen:
+        report.duplicates += 1
+        return b""
+    seen.add(key)
+    report.trimmed += changes.trimmed
+    report.newlines += changes.newlines
+    report.controls += changes.controls or had_controls
+    return line
+
+
+class _Changes:
+    """Mends one row and remembers what it did."""
+
+    def __init__(self) -> None:
+        self.trimmed = self.newlines = self.controls = False
+
+    def fixed(self, value: Any) -> Any:
+        """`value` with every text in it mended."""
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, Mapping):
+            return {name: self.fixed(cell) for name, cell in value.items()}
+        if isinstance(value, list):
+            return [self.fixed(cell) for cell in value]
+        return value
+
+    def _text(self, text: str) -> str:
+        if "\r" in text:
+            text, self.newlines = text.replace("\r\n", "\n").replace("\r", "\n"), True
+        if CONTROLS.search(text):
+            text, self.controls = CONTROLS.sub("", text), True
+        stripped = text.strip()
+        self.trimmed = self.trimmed or stripped != text
+        return stripped

@@ -1,0 +1,229 @@
+"""Gathering: rows of files, judged and tokenised chunk by chunk, into a store. Nothing holds all rows as objects."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.config import RunConfig
+from lorafit.data.codes import CODES, is_chosen
+from lorafit.data.conversations import split_at_turns
+from lorafit.data.fingerprints import Compared, hash64
+from lorafit.data.judgements import Judgement, judged
+from lorafit.data.ledger import Ledger
+from lorafit.data.minhash import signatures
+from lorafit.data.near_copies import copies_of, leaders, near_copies
+from lorafit.data.progress import Clock
+from lorafit.data.raw_rows import RawRow
+from lorafit.data.reader import RowReader
+from lorafit.data.records import Record
+from lorafit.data.rejects import Reject
+from lorafit.data.rows import flagged, offsets_of, record_to_json
+from lorafit.data.shapes import Shape, detect
+from lorafit.data.store_writer import LEADER, StoreWriter, mapped
+from lorafit.data.token_checks import SpecialTokens, Tokenised, judged_tokens
+
+if TYPE_CHECKING:
+    from lorafit.data.template import Template
+
+CHUNK_ROWS = 2048
+IGNORABLE = ("D013", "D021", "D022", "D023", "D026", "D045")
+"""Codes that reject a row unless the user ignores them: such a row can be trained on, if not well."""
+Item = tuple[RawRow, Record]
+Kept = tuple[RawRow, Record, Tokenised]
+
+
+@dataclass(frozen=True, slots=True)
+class Untokenised:
+    """What stands for an encoded row when there is no tokenizer."""
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Gatherer:
+    """Takes every row from `reader` into `writer`; its ledger says what became of them."""
+
+    def __init__(
+        self, config: RunConfig, template: Template | None, reader: RowReader, writer: StoreWriter, clock: Clock
+    ) -> None:
+        self.config, self.template, self.reader, self.writer, self.clock = config, template, reader, writer, clock
+        self.ledger = Ledger([file.name for file in reader.files], writer.rejected)
+        self.special = SpecialTokens(template.tokenizer) if template else None
+        self.ignored = ignored_codes(config)
+        self.compares = compares(config)
+        self.shape: Shape | None = None
+        self.copies_s = 0.0
+
+    def run(self) -> None:
+        """Read everything. One thread tokenises while this one reads and judges."""
+        waiting: deque[tuple[list[Item], Future[Sequence[Tokenised]]]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as pool:
+            for chunk in _chunks(self.reader, CHUNK_ROWS):
+                items = self._screened(chunk)
+                waiting.append((items, pool.submit(self._encoded, [record for _, record in items])))
+                if len(waiting) > 1:
+                    self._store(*waiting.popleft())
+                self.clock.report("reading", self.ledger.counts.read, self.reader.bytes_done)
+            while waiting:
+                self._store(*waiting.popleft())
+        self.clock.report("reading", self.ledger.counts.read, self.reader.bytes_total, force=True)
+        self.writer.flush()
+        self._finish()
+
+    def _finish(self) -> None:
+        columns = self.writer.columns()
+        started = time.monotonic()
+        leader = self._leaders(columns["words"], columns["exact"])
+        self.copies_s += time.monotonic() - started
+        facts = {
+            **self.ledger.facts(),
+            "names": self.ledger.names,
+            "shape": self.shape.title if self.shape else "unknown",
+            "oddities": {self.ledger.names[file]: dict(seen) for file, seen in self.reader.oddities.items() if seen},
+            "copies_s": self.copies_s,
+        }
+        self.writer.finish({**columns, LEADER: leader}, facts)
+
+    def _leaders(self, words: Any, exact: Any) -> Any:
+        if not self.compares or not len(exact):
+            return leaders(len(exact), *copies_of(exact))
+        self.clock.report("looking for near copies", self.ledger.counts.read, self.reader.bytes_total, force=True)
+        hashes = mapped(self.writer.folder / "words.bin", np.uint32)
+        signed = signatures(hashes, offsets_of(words), self.writer.folder)
+        found = leaders(len(exact), *near_copies(signed))
+        (self.writer.folder / "signatures.npy").unlink()
+        return found
+
+    def _screened(self, chunk: Sequence[RawRow]) -> list[Item]:
+        """The chunk's rows that become records and may be tokenised; the others are in the ledger."""
+        self.ledger.counts.read += len(chunk)
+        if self.shape is None and (readable := [row.fields for row in chunk if row.fields is not None]):
+            self.shape = detect(readable, self.config.map, self.ledger.names[0])
+        items: list[Item] = []
+        for row in chunk:
+            record = self._record(row)
+            if isinstance(record, Reject):
+                self.ledger.reject(row, record)
+            elif self._accepts(row, record, self._judged(record)):
+                items.append((row, record))
+        return items
+
+    def _record(self, row: RawRow) -> Record | Reject:
+        if row.fields is None or self.shape is None:
+            assert row.reject is not None, "a row without fields says why"
+            return row.reject
+        return self.shape.record(row.fields, f"{self.ledger.names[row.file]}:{row.line}")
+
+    def _judged(self, record: Record) -> list[Judgement]:
+        try:
+            seen = list(judged(record))
+        except UnicodeEncodeError:
+            return [("D043", "holds half a surrogate pair")]
+        if self.special:
+            seen += self.special.judged(record)
+        return seen
+
+    def _accepts(self, row: RawRow, record: Record, judgements: Sequence[Judgement]) -> bool:
+        """Whether the row may go on; what was seen is in the ledger either way."""
+        for code, seen in judgements:
+            if CODES[code].rejects and code not in self.ignored:
+                self.ledger.reject(row, Reject(code, seen))
+                return False
+        self.ledger.note(record, judgements)
+        return True
+
+    def _encoded(self, records: Sequence[Record]) -> Sequence[Tokenised]:
+        if self.template is None:
+            return [Untokenised()] * len(records)
+        return self.template.encode_many(records)
+
+    def _store(self, items: Sequence[Item], encoded: Future[Sequence[Tokenised]]) -> None:
+        keep: list[Kept] = []
+        for (row, record), one in zip(items, encoded.result(), strict=True):
+            pieces = self._checked(row, record, one)
+            self.ledger.counts.kept += bool(pieces)
+            keep += pieces
+        if keep:
+            self._write(keep)
+
+    def _checked(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
+        """The examples that the row makes: one, several when it is split, none when it is not kept."""
+        if self.template is None:
+            return [(row, record, one)]
+        if not self._fits(one):
+            return self._too_long(row, record, one)
+        return [(row, record, one)] if self._accepts(row, record, list(judged_tokens(one))) else []
+
+    def _fits(self, one: Tokenised) -> bool:
+        return len(one.ids) <= self.config.max_tokens
+
+    def _usable(self, one: Tokenised) -> bool:
+        codes = {code for code, _ in judged_tokens(one)} - set(self.ignored)
+        return self._fits(one) and not any(CODES[code].rejects for code in codes)
+
+    def _too_long(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
+        answer = sum(one.mask)
+        seen = f"{len(one.ids):,} tokens ({answer:,} supervised) where max_tokens is {self.config.max_tokens:,}"
+        if self.config.long == "split-turns":
+            pieces, lost = split_at_turns(record, self._encoded, self._usable)
+            if pieces:
+                self.ledger.counts.split += 1
+                lost_too = f"; {lost} exchanges too long by themselves left out" if lost else ""
+                self.ledger.note(record, [("D020", f"{seen}: split into {len(pieces)} examples{lost_too}")])
+                return [(row, piece, tokens) for piece, tokens in pieces]
+        self.ledger.reject(row, Reject("D020", seen), dropped=self.config.long != "error")
+        return []
+
+    def _write(self, keep: Sequence[Kept]) -> None:
+        total = sum(len(one.ids) for _, _, one in keep)
+        ids = np.fromiter(itertools.chain.from_iterable(one.ids for _, _, one in keep), np.int32, total)
+        mask = np.fromiter(itertools.chain.from_iterable(one.mask for _, _, one in keep), np.bool_, total)
+        texts = [record_to_json(record) for _, record, _ in keep]
+        compared = [Compared.of(record) for _, record, _ in keep]
+        words = self._words(compared)
+        columns: dict[str, Sequence[int]] = {
+            "length": [len(one.ids) for _, _, one in keep],
+            "supervised": [sum(one.mask) for _, _, one in keep],
+            "file": [row.file for row, _, _ in keep],
+            "line": [row.line for row, _, _ in keep],
+            "words": [len(row) for row in words],
+            "exact": [hash64(text) for text in texts],
+            "question": [hash64(text.question) for text in compared],
+            "answer": [hash64(text.answer) for text in compared],
+        }
+        flat = np.fromiter(itertools.chain.from_iterable(words), np.uint32, sum(columns["words"]))
+        self.writer.add(flagged(ids, mask), texts, flat, columns)
+
+    def _words(self, compared: Sequence[Compared]) -> list[list[int]]:
+        if not self.compares:
+            return [[]] * len(compared)
+        started = time.monotonic()
+        words = [text.words() for text in compared]
+        self.copies_s += time.monotonic() - started
+        return words
+
+
+def ignored_codes(config: RunConfig) -> tuple[str, ...]:
+    """The codes in IGNORABLE that the user wants ignored."""
+    return tuple(code for code in IGNORABLE if not is_chosen(code, config.select, config.ignore))
+
+
+def compares(config: RunConfig) -> bool:
+    """Whether near copies are looked for: not when all findings that need them are ignored."""
+    return any(is_chosen(code, config.select, config.ignore) for code in ("D031", "D032"))
+
+
+def _chunks(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:
+    stream = iter(rows)
+    while chunk := list(itertools.islice(stream, size)):
+        yield chunk

@@ -1,0 +1,138 @@
+"""Packing: the order of an epoch, and each step's examples laid into as few micro-batches as will hold them.
+
+A step is a set of examples. How they are laid into micro-batches changes nothing that is learnt: rows in one
+micro-batch do not see each other, and the loss is normalised over the whole step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.errors import DataError
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How full an epoch's micro-batches are: `share` of their token slots, and how many a step takes on average."""
+
+    share: float
+    micro_batches_per_step: float
+    micro_batches: int
+    steps: int
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Rows:
+    """Row numbers (count,) in the order of `epoch`: a shuffle that only `seed` and `epoch` decide.
+
+    Sorted by a hash (SplitMix64, Steele et al. 2014) and not drawn by numpy, whose streams may change between
+    versions: a run that resumes elsewhere must see the same rows.
+    """
+    start = _mixed(np.array([seed], dtype=np.uint64)) ^ _mixed(np.array([epoch], dtype=np.uint64) + np.uint64(1 << 40))
+    keys = _mixed(np.arange(count, dtype=np.uint64) + start)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of at most `max_tokens` tokens, as indices into `lengths`, by best-fit decreasing.
+
+    Every index stands in exactly one micro-batch; ties keep their order, so the result is deterministic.
+    Raises DataError when a row alone is longer than `max_tokens`.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size == 0:
+        return []
+    assert int(sizes.min()) >= 0, "a row cannot have a negative length"
+    if int(sizes.max()) > max_tokens:
+        raise DataError(
+            f"a row of {int(sizes.max())} tokens does not fit a micro-batch of {max_tokens}",
+            fix="raise max_tokens, or drop long rows with --long drop",
+        )
+    order = np.argsort(-sizes, kind="stable")
+    return _Bins(max_tokens).filled(order.tolist(), sizes[order].tolist())
+
+
+class _Bins:
+    """Open micro-batches, grouped by the room they have left."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.bins: list[list[int]] = []
+        self.by_room: dict[int, list[int]] = {}
+        self.rooms: list[int] = []  # sorted keys of by_room
+
+    def filled(self, indices: list[int], sizes: list[int]) -> list[list[int]]:
+        """The bins after placing `indices`, whose `sizes` fall."""
+        for index, size in zip(indices, sizes):
+            place = bisect_left(self.rooms, size)
+            if place == len(self.rooms):
+                self._store(self._opened(), self.capacity - size, index)
+                continue
+            room = self.rooms[place]
+            waiting = self.by_room[room]
+            number = waiting.pop()
+            if not waiting:
+                del self.by_room[room], self.rooms[place]
+            self._store(number, room - size, index)
+        return self.bins
+
+    def _opened(self) -> int:
+        self.bins.append([])
+        return len(self.bins) - 1
+
+    def _store(self, number: int, room: int, index: int) -> None:
+        self.bins[number].append(index)
+        waiting = self.by_room.get(room)
+        if waiting is None:
+            self.by_room[room] = [number]
+            insort(self.rooms, room)
+        else:
+            waiting.append(number)
+
+
+def steps_per_epoch(count: int, examples_per_step: int) -> int:
+    """Optimizer steps that `count` examples take; the last may be smaller."""
+    return -(-count // examples_per_step)
+
+
+def steps(
+    lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int, epoch: int
+) -> Iterator[list[Rows]]:
+    """The steps of `epoch`: each a list of micro-batches, each an array of row numbers (rows,).
+
+    Over the epoch every row of `lengths` (count,) comes exactly once.
+    """
+    sizes = np.asarray(lengths)
+    order = epoch_order(len(sizes), seed, epoch)
+    for start in range(0, len(order), examples_per_step):
+        rows = order[start : start + examples_per_step]
+        yield [rows[batch] for batch in pack_step(sizes[rows], max_tokens)]
+
+
+def packed_fill(lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int = 0) -> Fill:
+    """How full the micro-batches of the first epoch are."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = epoch_order(len(sizes), seed, 0)
+    count = steps_per_epoch(len(sizes), examples_per_step)
+    micro_batches = sum(
+        len(pack_step(sizes[order[start : start + examples_per_step]], max_tokens))
+        for start in range(0, len(order), examples_per_step)
+    )
+    slots = micro_batches * max_tokens
+    return Fill(
+        int(sizes.sum()) / slots if slots else 0.0, micro_batches / count if count else 0.0, micro_batches, count
+    )

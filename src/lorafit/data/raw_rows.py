@@ -1,0 +1,111 @@
+"""RawRow: one row as a file holds it, before it has a shape; and how text becomes its fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.data.rejects import Reject
+
+MAX_DEPTH = 64
+FENCE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]')
+
+
+@dataclass(slots=True)
+class RawRow:
+    """Where a row stands (`file` is an index, `line` counts from 1) and its fields, or why there are none."""
+
+    file: int
+    line: int
+    raw: bytes
+    fields: Mapping[str, Any] | None = None
+    reject: Reject | None = None
+
+
+class _FieldTwice(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _FieldTwice(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def parse_row(raw: bytes) -> Mapping[str, Any] | Reject:
+    """The fields of one JSON object in UTF-8, or the Reject that says what is wrong and in which column."""
+    try:
+        text = raw.decode()
+        if (text.count("{") + text.count("[")) > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+            return Reject("D007", f"nested deeper than {MAX_DEPTH} levels")
+        fields = _decode(text)
+    except UnicodeDecodeError as error:
+        return _not_utf8(raw, error)
+    except json.JSONDecodeError as error:
+        return _broken(text, error.msg, error.pos)
+    except _FieldTwice as error:
+        return Reject("D003", f"the field '{_short(str(error))}' stands twice")
+    except RecursionError:
+        return Reject("D007", f"nested deeper than {MAX_DEPTH} levels")
+    except ValueError as error:  # a number of more digits than Python converts
+        return Reject("D001", f"holds an unreadable value ({error})")
+    if not isinstance(fields, dict):
+        kind = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}.get(
+            type(fields), "a number"
+        )
+        return Reject("D002", f"the line is {kind}, not an object", 1, excerpt=_short(text))
+    return fields
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for match in FENCE.finditer(text):
+        opens = match[0] in "[{"
+        if opens:
+            depth, deepest = depth + 1, max(deepest, depth + 1)
+        elif match[0] in "]}":
+            depth -= 1
+    return deepest
+
+
+def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> Reject:
+    bad = raw[error.start]
+    column = len(raw[: error.start].decode("utf-8", "replace")) + 1
+    if bad == 0xED:
+        return Reject("D043", "holds half a surrogate pair", column)
+    guess = raw[max(0, error.start - 15) : error.start + 15].decode("latin-1")
+    return Reject("D004", f"byte 0x{bad:02x} is not UTF-8 (Latin-1 would read '{_short(guess)}')", column)
+
+
+def _broken(text: str, message: str, position: int) -> Reject:
+    line_offset = text.count("\n", 0, position)
+    column = position - (text.rfind("\n", 0, position) + 1) + 1
+    excerpt = _short(text[max(0, position - 20) : position + 20])
+    here, before = text[position : position + 1], text[:position].rstrip()
+    code, reason = "D001", message[:1].lower() + message[1:]
+    if "control character" in message:
+        code, reason = "D005", f"raw control character {here!r} inside a text"
+    elif "\0" in text:
+        code, reason = "D005", "raw NUL bytes"
+    elif before.endswith(",") and here in ("}", "]"):
+        reason = f"trailing comma before '{here}'"
+    elif here == "'":
+        reason = "single quotes; JSON wants double ones"
+    elif not text[position:].strip() or message.startswith("Unterminated string"):
+        reason = "cut off before its end"
+    elif message == "Extra data":
+        reason = "more text after the object; one object per line"
+    return Reject(code, reason, column, line_offset, excerpt)
+
+
+def _short(text: str, limit: int = 60) -> str:
+    flat = text.replace("\n", "⏎").replace("\r", "").encode("utf-8", "backslashreplace").decode()
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

@@ -1,0 +1,104 @@
+"""Rows of CSV and Parquet files. Nothing is guessed: every CSV cell is text, every Parquet value what it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lorafit.data.lines import LINE_LIMIT_BYTES, Readable, lines
+from lorafit.data.raw_rows import RawRow
+from lorafit.data.rejects import Reject
+from lorafit.data.sources import DataFile, reading, unpacked
+from lorafit.errors import DataError
+
+PARQUET_BATCH_ROWS = 1024
+SEPARATORS = (",", ";", "\t", "|")
+
+
+def csv_rows(stream: Readable, index: int, file: DataFile) -> Iterator[RawRow]:
+    """The rows under the header line; a row's place is the line it starts on."""
+    csv.field_size_limit(LINE_LIMIT_BYTES)
+    text = (raw.decode("utf-8", "surrogateescape") + "\n" for _, raw, _ in lines(stream))
+    first = next(text, "")
+    table = csv.reader(_with(first, text), delimiter=_separator(first), strict=True)
+    header = _header(table, file)
+    start = table.line_num + 1
+    while True:
+        try:
+            cells = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RawRow(index, start, b"", reject=Reject("D001", f"broken CSV: {error}"))
+            start = table.line_num + 1
+            continue
+        if cells:
+            yield _csv_row(index, start, header, cells)
+        start = table.line_num + 1
+
+
+def _with(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _separator(header: str) -> str:
+    return max(SEPARATORS, key=header.count)
+
+
+def _header(table: Iterator[list[str]], file: DataFile) -> list[str]:
+    try:
+        header = [name.strip() for name in next(table, [])]
+    except csv.Error as error:
+        raise DataError(f"the header line is broken ({error})", where=f"{file.name}:1", fix="mend it") from error
+    if len(set(header)) != len(header) or not all(header):
+        raise DataError("the header line names a column twice or not at all", where=f"{file.name}:1", fix="mend it")
+    return header
+
+
+def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawRow:
+    raw = json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    if len(cells) != len(header):
+        reason = f"{len(cells)} cells under a header of {len(header)}"
+        return RawRow(index, line, raw, reject=Reject("D008", reason))
+    for name, cell in zip(header, cells, strict=True):
+        if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
+            reject = Reject("D004", f"the cell '{name}' holds bytes that are not UTF-8")
+            return RawRow(index, line, raw, reject=reject)
+    return RawRow(index, line, raw, dict(zip(header, cells, strict=True)))
+
+
+def parquet_rows(index: int, file: DataFile, on_share: Callable[[float], None]) -> Iterator[RawRow]:
+    """The rows of a Parquet file; a row's place counts from 1. `on_share` hears which share has been read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with reading(file), unpacked(file) as stream:
+        try:
+            table = pq.ParquetFile(stream)
+            line = 0
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for fields in batch.to_pylist():
+                    line += 1
+                    yield RawRow(index, line, b"", without_nulls(fields))
+                on_share(line / max(1, table.metadata.num_rows))
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            message = str(error).splitlines()[0]
+            raise DataError(
+                f"is no readable Parquet file ({message})", where=file.name, fix="write it again"
+            ) from error
+
+
+def without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the nulls taken out that Arrow puts into nested records for fields they do not have."""
+    return {name: _pruned(cell) if isinstance(cell, list | dict) else cell for name, cell in value.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pruned(cell) for name, cell in value.items() if cell is not None}
+    if isinstance(value, list):
+        return [_pruned(cell) for cell in value]
+    return value

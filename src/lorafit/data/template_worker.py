@@ -1,0 +1,220 @@
+"""The child process that renders chat templates: jinja2 and the standard library only, bounded by the kernel.
+
+A chat template is code from whoever published the base. The jinja2 sandbox keeps it off files and the
+interpreter, but not off the clock and the memory: `range(99999)` nested twice runs for hours, and `s|replace`
+can make terabytes in one call. So templates run here, under RLIMIT_AS and a CPU timer whose signal kills this
+process; the parent (template_renderer.py) sees the pipe close. Run by path, so it imports nothing of lorafit.
+
+Frames on stdin and stdout are an 8-byte length and JSON. The first frame is [source, variables, now, bytes, seconds]:
+the template, its special tokens, the date it is told, and its bounds (seconds for one text). Each later frame
+is a list of rows [messages, tools, ask, cuts], where `ask` wants a generation prompt at the end and a cut
+[count, ask] stands for the first `count` messages alone. A row is answered by [text, spans, cuts] (see
+`Renderings.row`) or by [kind, reason].
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+MAX_CHARACTERS = 32 << 20
+# what template code can raise on a row it does not like
+ROW_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+UNBOUNDED_ERRORS = (RecursionError, MemoryError)
+
+
+class Generation(jinja2.ext.Extension):
+    """The `{% generation %}` tag: notes which characters the assistant wrote, as transformers does."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    marks: list[tuple[int, int]] | None = None
+    blocks: list[str] | None = None
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """`{% generation %} body {% endgeneration %}` as a call block."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
+
+    def _generated(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        if self.marks is not None and self.blocks is not None:
+            self.blocks[:] = ["".join(self.blocks)]
+            start = len(self.blocks[0])
+            self.marks.append((start, start + len(text)))
+        return text
+
+
+class Names:
+    """`dict(...)` as transformers offers it: callable, with no way back to the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """`dict.fromkeys`."""
+        return dict.fromkeys(*args)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # not jinja2's own filter, which escapes HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def environment(now: datetime) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The environment of transformers' `apply_chat_template` (utils/chat_template_utils.py), its clock at `now`."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = _tojson
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = now.strftime
+    made.globals["dict"] = Names()
+    return made
+
+
+class Renderings:
+    """One compiled template and its special tokens. `seconds` of CPU bound each text."""
+
+    def __init__(self, source: str, variables: dict[str, str], now: datetime, seconds: float) -> None:
+        self.seconds = seconds
+        self.environment = environment(now)
+        syntax = self.environment.parse(source)
+        self.reads = sorted(jinja2.meta.find_undeclared_variables(syntax))
+        self.marks_generation = any(
+            call.call.node.name == "_generated"
+            for call in syntax.find_all(jinja2.nodes.CallBlock)
+            if isinstance(call.call.node, jinja2.nodes.ExtensionAttribute)
+        )
+        self.template = self.environment.from_string(source)
+        self.tracker = next(each for each in self.environment.iter_extensions() if isinstance(each, Generation))
+        self.variables = variables
+
+    def row(self, messages: list[Any], tools: list[Any] | None, ask: bool, cuts: list[tuple[int, bool]]) -> list[Any]:
+        """[text, spans, cuts]: the whole conversation, its `{% generation %}` spans, and each cut compared with it.
+
+        A cut is answered by (its length, how many of its first characters the whole text begins with).
+        """
+        spans: list[tuple[int, int]] = []
+        text = self.render(messages, tools, ask, spans)
+        compared = []
+        for count, asks in cuts:
+            part = self.render(messages[:count], tools, asks)
+            compared.append((len(part), common(text, part)))
+        return [text, spans, compared]
+
+    def render(
+        self, messages: list[Any], tools: list[Any] | None, ask: bool, spans: list[tuple[int, int]] | None = None
+    ) -> str:
+        """The text of `messages`; `spans` receives where generation blocks lie in it."""
+        blocks: list[str] = []
+        with self._tracked(blocks, spans), _timed(self.seconds):
+            context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
+            for block in self.template.generate(**context, **self.variables):
+                blocks.append(block)
+        text = "".join(blocks)
+        if len(text) > MAX_CHARACTERS:
+            raise MemoryError
+        return text
+
+    @contextmanager
+    def _tracked(self, blocks: list[str], spans: list[tuple[int, int]] | None) -> Iterator[None]:
+        self.tracker.blocks, self.tracker.marks = blocks, spans
+        try:
+            yield
+        finally:
+            self.tracker.blocks = self.tracker.marks = None
+
+
+@contextmanager
+def _timed(seconds: float) -> Iterator[None]:
+    # CPU time and not wall time: a busy machine must not make a harmless template look hostile
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def common(text: str, part: str) -> int:
+    """How many of `part`'s first characters `text` begins with."""
+    if text.startswith(part):
+        return len(part)
+    low, high = 0, len(part)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if text.startswith(part[:middle]) else (low, middle)
+    return low
+
+
+def _answer(renderings: Renderings, request: list[Any]) -> list[Any]:
+    try:
+        return renderings.row(*request)
+    except UNBOUNDED_ERRORS as error:
+        return ["unbounded", type(error).__name__]
+    except ROW_ERRORS as error:
+        return ["refused", f"{error}"[:300] or type(error).__name__]
+
+
+def _read(stream: BinaryIO) -> Any:
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    return json.loads(stream.read(int.from_bytes(head, "little")).decode("utf-8", "surrogatepass"))
+
+
+def _write(stream: BinaryIO, answer: Any) -> None:
+    body = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    stream.write(len(body).to_bytes(8, "little") + body)
+    stream.flush()
+
+
+def _bound(max_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def main() -> None:
+    """Compile the template of the first frame, then answer frames until stdin closes."""
+    incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
+    source, variables, now, max_bytes, seconds = _read(incoming)
+    _bound(max_bytes)
+    try:
+        with _timed(seconds):
+            renderings = Renderings(source, variables, datetime.fromisoformat(now), seconds)
+    except UNBOUNDED_ERRORS as error:
+        return _write(outgoing, ["unbounded", type(error).__name__])
+    except ROW_ERRORS as error:
+        return _write(outgoing, ["refused", f"{error}"[:300]])
+    _write(outgoing, ["ready", renderings.marks_generation, renderings.reads])
+    while (requests := _read(incoming)) is not None:
+        _write(outgoing, [_answer(renderings, request) for request in requests])
+    return None
+
+
+if __name__ == "__main__":
+    main()
