@@ -16,7 +16,7 @@ LEVELS = [
     ["backbone"],
     ["adapters"],
     ["engine"],
-    ["train", "evaluate", "export", "serve", "report"],
+    ["training", "evaluate", "export", "serve", "report"],
     ["demo"],
     ["api"],
     ["cli"],

@@ -1,3 +1,37 @@
-"""lorafit fine-tunes language models with LoRA over a frozen 4-bit base, and proves what it made."""
+"""lorafit fine-tunes language models with LoRA over a frozen 4-bit base, and proves what it made.
+
+import lorafit
+run = lorafit.train("data.jsonl", base="path/or/hub-id")
+lorafit.merge(run.run.path)
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# each public name and the module that holds it: looked up on first use, so that `import lorafit` stays free of torch
+_HOMES = {
+    "check": "lorafit.api.check",
+    "plan": "lorafit.api.plan",
+    "train": "lorafit.api.train",
+    "merge": "lorafit.api.merge",
+    "load": "lorafit.api.load",
+    "AdapterTrainingPipeline": "lorafit.api.pipeline",
+    "QUANT_PROFILE": "lorafit.api.pipeline",
+    "ADAPTER_CONFIG": "lorafit.api.pipeline",
+    "TRAINING_HYPERPARAMS": "lorafit.api.pipeline",
+    "RunConfig": "lorafit.config",
+    "LorafitError": "lorafit.errors",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorafit' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,85 @@
+"""merge: one model out of a run, and the proof that it is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafit.adapters import load_adapter
+from lorafit.backbone import Onto, load_backbone, quiet_libraries
+from lorafit.config import RunDir
+from lorafit.data import Record, Template, TextTokenizer, Turn
+from lorafit.errors import VerificationError
+from lorafit.export import MergeReport, Verification, verify
+from lorafit.export import merge as write_merged
+from lorafit.findings import Finding, has_errors
+
+VERIFIED_ROWS = 64
+
+Row = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class MergedRun:
+    """What was written and how it compares with the live adapter model."""
+
+    report: MergeReport
+    verification: Verification
+
+    @property
+    def folder(self) -> Path:
+        return self.report.folder
+
+    @property
+    def findings(self) -> list[Finding]:
+        return list(self.report.findings)
+
+    @property
+    def passed(self) -> bool:
+        """False when the artefact is not the model that was trained."""
+        return self.verification.passed and not has_errors(self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return {"passed": self.passed, "merge": self.report.to_dict(), "verification": self.verification.to_dict()}
+
+
+def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None = None) -> MergedRun:
+    """Merge the adapter of `run` into its base and verify the artefact from disk.
+
+    `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" to the
+    checkpoint as stored. Returns also when verification fails (`passed` False); the artefact then stays for a look.
+    Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    """
+    folder = RunDir.open(Path(run))
+    config = folder.config()
+    with quiet_libraries(folder.log):
+        rows = verification_rows(folder, template_of(folder))
+        fingerprint = folder.base_fingerprint()
+        report = write_merged(folder.path, onto=onto, out=Path(out) if out else None, fingerprint=fingerprint)
+        live = load_adapter(load_backbone(config), folder.adapter)
+        return MergedRun(report, verify(live, report.folder, rows, report.onto))
+
+
+def template_of(run: RunDir) -> Template:
+    """The template the run was trained with, its golden prompts asserted."""
+    config = run.config()
+    return Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
+
+
+def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROWS) -> list[Row]:
+    """The first held-out rows the run kept, tokenised as in training: (ids (tokens,), mask (tokens,))."""
+    if not run.samples.is_file():
+        raise VerificationError("the run kept no rows to verify on", where=str(run.samples), fix="train it again")
+    records = []
+    for line in run.samples.read_text(encoding="utf-8").splitlines()[:limit]:
+        sample = json.loads(line)
+        turns = [Turn(m.pop("role"), m.pop("content"), m) for m in sample["messages"]]
+        system = turns.pop(0).content if turns[0].role == "system" else None
+        records.append(Record(tuple(turns), sample["source"], system, tuple(sample.get("tools", ()))))
+    encoded = template.encode_many(records)
+    return [(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]

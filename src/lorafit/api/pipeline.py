@@ -1,0 +1,153 @@
+"""AdapterTrainingPipeline: the steps of a run one by one, with transformers' own objects in between."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from lorafit.adapters import attach, lora_config
+from lorafit.backbone import load_backbone, nf4_config, quiet_libraries
+from lorafit.config import RunConfig, resolve
+from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, Turn, parse_rows
+from lorafit.errors import DataError, UsageError
+from lorafit.training import LorafitTrainer
+
+IGNORED = -100
+NAMED_ROWS = 3
+
+QUANT_PROFILE = nf4_config(torch.bfloat16)
+"""NF4 with double quantisation, as a transformers BitsAndBytesConfig."""
+
+ADAPTER_CONFIG = lora_config(RunConfig())
+"""The recipe's adapters, as a peft LoraConfig: r=16, alpha=32, dropout 0.05, q_proj and v_proj."""
+
+TRAINING_HYPERPARAMS = MappingProxyType(
+    {
+        name: getattr(RunConfig(), name)
+        for name in (
+            "lr",
+            "schedule",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+            "optimizer",
+            "epochs",
+            "examples_per_step",
+            "gradient_checkpointing",
+            "seed",
+        )
+    }
+)
+"""The recipe's optimisation, as keys of RunConfig; `build_trainer` takes any of them."""
+
+
+class AdapterTrainingPipeline:
+    """A thin front over the rooms that `lorafit.train` walks through.
+
+    pipeline = AdapterTrainingPipeline("path/or/hub-id")
+    model = pipeline.inject_adapters(pipeline.load_frozen_backbone())
+    rows = pipeline.tokenize_dataset(pipeline.format_instruction_data(raw_rows))
+    pipeline.build_trainer(model, rows).train()
+    """
+
+    def __init__(
+        self, base_model_id: str, adapter_rank: int = 16, scaling_factor: float = 32, **settings: Any
+    ) -> None:
+        """`scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
+        given = {**settings, "base": base_model_id, "rank": adapter_rank, "alpha": float(scaling_factor)}
+        self.config = resolve(flags=given).config
+        self.template = Template.for_tokenizer(TextTokenizer.from_base(base_model_id, self.config.revision))
+
+    def load_frozen_backbone(self) -> Any:
+        """The base in 4 bits (or as `quantization` says), every parameter frozen. Raises BackboneError."""
+        with quiet_libraries():
+            return load_backbone(self.config)
+
+    def inject_adapters(self, model: Any) -> Any:
+        """`model` with fresh adapters; prints trainable and total parameters as peft does. Raises AdapterError."""
+        adapted = attach(model, self.config)
+        adapted.print_trainable_parameters()
+        return adapted
+
+    def format_instruction_data(self, raw_rows: Iterable[Mapping[str, Any]]) -> Dataset:
+        """Rows of any shape lorafit reads → a Dataset with `messages` and the rendered `text`. Raises DataError."""
+        records = parse_rows(raw_rows, self.config.map)
+        texts = [self.template.render(record.messages(), add_generation_prompt=False) for record in records]
+        return Dataset.from_dict(
+            {
+                "messages": [[{"role": m["role"], "content": m["content"]} for m in r.messages()] for r in records],
+                "text": texts,
+                "source": [record.source for record in records],
+            }
+        )
+
+    def tokenize_dataset(self, dataset: Dataset, max_length: int = 512, *, on_long: str = "error") -> Dataset:
+        """`messages` → input_ids, attention_mask and labels (-100 on everything but responses and their stop token).
+
+        Nothing is cut: rows longer than `max_length` raise DataError, or are left out with `on_long="drop"` and a
+        warning that counts them. Rows are not padded; packing needs none.
+        """
+        if on_long not in ("error", "drop"):
+            raise UsageError(f"'{on_long}' is not a choice", where="on_long", fix="choose error or drop")
+        records = [_record(row) for row in dataset]
+        encoded = self.template.encode_many(records)
+        long = [record.source for record, one in zip(records, encoded) if len(one.ids) > max_length]
+        if long:
+            what = f"{len(long)} rows are longer than {max_length} tokens, such as {', '.join(long[:NAMED_ROWS])}"
+            if on_long == "error":
+                raise DataError(what, fix="raise max_length, shorten them, or pass on_long='drop'")
+            warnings.warn(f"{what}: left out", stacklevel=2)
+        kept = [one for one in encoded if len(one.ids) <= max_length]
+        return Dataset.from_dict(
+            {
+                "input_ids": [one.ids for one in kept],
+                "attention_mask": [[1] * len(one.ids) for one in kept],
+                "labels": [np.where(one.mask, one.ids, IGNORED).tolist() for one in kept],
+            }
+        )
+
+    def build_trainer(
+        self,
+        model: Any,
+        train_ds: Dataset,
+        eval_ds: Dataset | None = None,
+        output_dir: str | Path | None = None,
+        **settings: Any,
+    ) -> LorafitTrainer:
+        """A transformers Trainer over packed steps; `settings` are keys of RunConfig (epochs, lr, …).
+
+        Checkpoints go to `output_dir`/checkpoints, by default a temporary folder.
+        """
+        config = resolve(flags={**self.config.model_dump(exclude_unset=True), **settings}).config
+        rows, held_out = _rows(train_ds), _rows(eval_ds) if eval_ds is not None else None
+        longest = int(rows.lengths.max()) if len(rows) else 0
+        if longest > config.max_tokens:
+            config = config.model_copy(update={"max_tokens": longest})
+        folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
+        return LorafitTrainer(model, config, rows, held_out, folder / "checkpoints")
+
+
+def _record(row: Mapping[str, Any]) -> Record:
+    turns = [Turn(message["role"], message["content"]) for message in row["messages"]]
+    system = turns.pop(0).content if turns and turns[0].role == "system" else None
+    return Record(tuple(turns), row.get("source", "row"), system)
+
+
+def _rows(dataset: Dataset) -> Rows:
+    """Tokenised columns → Rows. Tokens whose label is -100 are not supervised."""
+    if not {"input_ids", "labels"} <= set(dataset.column_names):
+        raise UsageError("the dataset is not tokenised", where="build_trainer", fix="pass it through tokenize_dataset")
+    encoded = [
+        Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset
+    ]
+    if not any(any(one.mask[1:]) for one in encoded):
+        raise DataError("no token of the dataset is supervised", where="labels", fix="labels must hold the responses")
+    return Rows.from_encoded(encoded)

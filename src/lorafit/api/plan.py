@@ -1,0 +1,74 @@
+"""plan: method, rank, targets, memory, time and cost, each with its reason; no torch, no GPU, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.api.check import template_for
+from lorafit.api.settings import settle
+from lorafit.config import Resolved
+from lorafit.data import Prepared, prepare
+from lorafit.data.progress import Progress
+from lorafit.errors import UsageError
+from lorafit.plan import DataFacts, ModelShape, Plan, hardware_for, make_plan
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The plan, the settings it leads to, and the data it was made for."""
+
+    plan: Plan
+    resolved: Resolved
+    prepared: Prepared
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        settings = {key: {"value": value, "source": source} for key, value, source in self.resolved.table()}
+        return {"plan": self.plan.to_dict(), "settings": settings, "data": self.prepared.summary.to_dict()}
+
+
+def plan(
+    data: Sequence[str | Path] | str | Path,
+    base: str | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> PlannedRun:
+    """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu` and `vram`."""
+    resolved = settle(data, {**settings, "base": base})
+    require_data_and_base(resolved)
+    prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress)
+    return plan_prepared(resolved, prepared)
+
+
+def plan_prepared(resolved: Resolved, prepared: Prepared) -> PlannedRun:
+    """The plan for data that are already read."""
+    config = resolved.config
+    shape = ModelShape.from_base(config.base, config.revision)
+    made = make_plan(resolved, facts_of(prepared), shape, hardware_for(resolved.config))
+    return PlannedRun(made, resolved.planned(made.settings()), prepared)
+
+
+def facts_of(prepared: Prepared) -> DataFacts:
+    """What the plan needs to know of the data."""
+    train = prepared.train
+    tokens = int(train.lengths.sum())
+    return DataFacts(
+        rows=len(train),
+        tokens=tokens,
+        supervised_tokens=int(train.supervised.sum()),
+        longest=int(train.lengths.max()) if len(train) else 0,
+        mean_tokens=tokens / max(len(train), 1),
+        holdout_rows=len(prepared.holdout),
+    )
+
+
+def require_data_and_base(resolved: Resolved) -> None:
+    """UsageError unless both are named."""
+    if not resolved.config.data:
+        raise UsageError("no data were named", fix="pass a JSONL file, a folder, or a recipe with data in it")
+    if not resolved.config.base:
+        raise UsageError("no base model was named", fix="pass --base with a local folder or a hub id")

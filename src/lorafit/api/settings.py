@@ -1,0 +1,41 @@
+"""Settings as callers give them: keyword arguments, a recipe, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit.config import Resolved, load_recipe, resolve
+from lorafit.errors import UsageError
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> Resolved:
+    """Resolve `data` (files, or one recipe YAML) and `settings`; relative data paths in a recipe stand beside it."""
+    sources = [data] if isinstance(data, str | Path) else list(data or ())
+    names = [str(source) for source in sources]
+    recipes = [name for name in names if name.endswith(RECIPE_SUFFIXES)]
+    if not recipes:
+        return resolve(flags={**settings, **({"data": tuple(names)} if names else {})})
+    if len(names) > 1:
+        raise UsageError("a recipe stands alone: its data are named in it", where=recipes[0], fix="use --set data=FILE")
+    path = Path(recipes[0])
+    return resolve(_beside(load_recipe(path), path.parent), settings)
+
+
+def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Data and base paths that exist beside the recipe, as seen from here."""
+
+    def seen(name: Any) -> Any:
+        near = folder / str(name)
+        return str(near) if isinstance(name, str) and not Path(name).exists() and near.exists() else name
+
+    placed = dict(recipe)
+    if "data" in placed:
+        data = placed["data"]
+        placed["data"] = [seen(name) for name in data] if isinstance(data, list) else seen(data)
+    if "base" in placed:
+        placed["base"] = seen(placed["base"])
+    return placed

@@ -1,0 +1,80 @@
+"""The `lorafit` program: its verbs, and how errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from lorafit import __version__
+from lorafit.cli.chat import chat
+from lorafit.cli.check import check
+from lorafit.cli.console import show_error
+from lorafit.cli.demo import demo
+from lorafit.cli.merge import merge
+from lorafit.cli.plan import plan
+from lorafit.cli.train import train
+from lorafit.errors import LorafitError
+
+DEBUG_FLAG = "--debug"
+INTERRUPTED = 130
+
+
+class _InOrder(TyperGroup):
+    """Lists the verbs in the order one uses them."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return list(self.commands)
+
+
+app = typer.Typer(
+    cls=_InOrder,
+    name="lorafit",
+    help="Fine-tune a language model with LoRA over a frozen 4-bit base, and prove what you made.",
+    epilog="Start with 'lorafit demo'. Add --debug to any verb to see a traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for verb in (check, plan, train, chat, merge, demo):
+    app.command()(verb)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. A user's mistake ends in one sentence and exit code 1 or 2; --debug shows the trace."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG_FLAG in given
+    given = [argument for argument in given if argument != DEBUG_FLAG]
+    try:
+        app(given, prog_name="lorafit")
+    except LorafitError as error:
+        if debug:
+            raise
+        show_error(error.sentence)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        show_error("stopped")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # the reader of our output went away (`lorafit check … | head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,58 @@
+"""lorafit check"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli import flags
+from lorafit.cli.console import heading, say, show_findings, show_json
+from lorafit.cli.data_view import ReadingBar, show_rows_coloured, show_summary
+from lorafit.errors import UsageError
+
+
+def check(
+    data: flags.Data,
+    base: flags.Base = None,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many rows, coloured by what is supervised.")
+    ] = 0,
+    fix: Annotated[
+        Path | None,
+        typer.Option("--fix", metavar="OUT", help="Write the data with mechanical fixes applied.", show_default=False),
+    ] = None,
+    select: flags.Select = None,
+    ignore: flags.Ignore = None,
+    on_bad: flags.OnBad = None,
+    long: flags.Long = None,
+    map: flags.Map = None,
+    holdout: flags.Holdout = None,
+    set: flags.Set = None,
+    json: flags.Json = False,
+) -> None:
+    """Read every row and judge it: exit 0 when clean or with warnings, 1 with errors, 2 for wrong usage."""
+    from lorafit.api.check import check as run_check
+    from lorafit.data import fix_rows, show_rows
+
+    if show and not base:
+        raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")
+    settings = flags.settings_from(
+        set, select=select, ignore=ignore, on_bad=on_bad, long=long, map=map, holdout=holdout
+    )
+    with ReadingBar() as bar:
+        report = run_check(data, base, on_progress=bar.show, **settings)
+    fixed = fix_rows(report.resolved.config, fix) if fix else None
+    if json:
+        show_json(report.to_dict() | ({"fixed": fixed.to_dict()} if fixed else {}))
+        raise typer.Exit(0 if report.ok else 1)
+    heading("data")
+    show_summary(report.prepared.summary)
+    heading("findings", "none" if not report.findings else f"{len(report.findings)}")
+    show_findings(report.findings)
+    if show and report.template:
+        show_rows_coloured(show_rows(report.prepared, report.template, show))
+    if fixed:
+        say(f"[bold]fixed[/bold] {fixed.written:,} of {fixed.read:,} rows written to {fixed.out}")
+    raise typer.Exit(0 if report.ok else 1)

@@ -1,0 +1,110 @@
+"""The console: one for people (rich, on stdout), one for errors (stderr), and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.findings import Finding, Severity
+
+PEOPLE = Console(highlight=False)
+ERRORS = Console(stderr=True, highlight=False)
+COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
+
+
+def say(line: str = "") -> None:
+    """One line of rich markup."""
+    PEOPLE.print(line)
+
+
+def heading(title: str, detail: str = "") -> None:
+    """A stage of the work: a bold title and what it did."""
+    PEOPLE.print(f"[bold]{title:<9}[/bold] {detail}")
+
+
+def show_error(sentence: str) -> None:
+    """One sentence on stderr."""
+    ERRORS.print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
+
+
+def show_json(content: Any) -> None:
+    """One JSON object on stdout. NaN is null: JSON has no other word for it."""
+    print(json.dumps(_finite(content), indent=1, ensure_ascii=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """Each finding: code, where, what was seen; why and the fix below it."""
+    for finding in findings:
+        colour = COLOURS[finding.severity]
+        times = f" ×{finding.count:,}" if finding.count > 1 else ""
+        place = f" [dim]{escape(finding.where)}[/dim]" if finding.where else ""
+        say(f"  [{colour}]{finding.code:<5}{finding.severity.value}[/{colour}]{times}{place} {escape(finding.message)}")
+        if finding.why:
+            _note(f"[dim]why[/dim] {escape(finding.why)}")
+        if finding.fix:
+            _note(f"[dim]fix[/dim] {escape(finding.fix)}")
+
+
+def _note(markup: str) -> None:
+    PEOPLE.print(Padding(markup, (0, 0, 0, 8)))
+
+
+def show_settings(rows: Iterable[tuple[str, Any, str]]) -> None:
+    """Every setting, its value and who set it, three to a line; what is not a default stands out."""
+    table = Table.grid(padding=(0, 2))
+    cells = [_setting(*row) for row in rows]
+    columns = 3 if PEOPLE.width >= 110 else 2
+    for start in range(0, len(cells), columns):
+        table.add_row(*cells[start : start + columns])
+    PEOPLE.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _setting(key: str, value: Any, source: str) -> Text:
+    shown = ", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value)
+    if value is None or value == () or value == {}:
+        shown = "–"
+    style = "dim" if source == "default" else ""
+    return Text.assemble((f"{key} ", style), (_short(shown), style or "bold"), (f" {source}", "dim italic"))
+
+
+def _short(text: str, width: int = 44) -> str:
+    return text if len(text) <= width else "…" + text[-(width - 1) :]
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes as people read them."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

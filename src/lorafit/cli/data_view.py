@@ -1,0 +1,76 @@
+"""How data are shown: the summary, the length histogram, and rows coloured by what is supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from lorafit.cli.console import PEOPLE, duration, say
+from lorafit.data import ShownRow, Summary
+from lorafit.data.progress import Progress
+
+BAR = 32
+
+
+def show_summary(summary: Summary) -> None:
+    """Counts that add up, then what they mean for training."""
+    say(f"  {len(summary.files)} file(s), row shape [bold]{summary.shape}[/bold], {duration(summary.seconds)}")
+    say(
+        f"  {summary.read:,} rows read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
+        f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
+        f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates"
+    )
+    say(f"  {summary.train_rows:,} to train on, {summary.holdout_rows:,} held out")
+    if not summary.tokenised:
+        say("  [dim]no --base, so no tokens were counted[/dim]")
+        return
+    say(
+        f"  {summary.tokens:,} tokens, {summary.supervised_share:.0%} supervised, longest row {summary.longest:,}; "
+        f"packed fill {summary.packed_fill:.0%}, {summary.steps_per_epoch:,} steps an epoch"
+    )
+    show_histogram(summary)
+
+
+def show_histogram(summary: Summary) -> None:
+    """Rows by length in tokens, as bars of text."""
+    edges, counts = summary.histogram.edges, summary.histogram.counts
+    peak = max(counts, default=0)
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            say(f"  {low:>7,}–{high - 1:<7,} [cyan]{'█' * max(1, round(BAR * count / peak))}[/cyan] {count:,}")
+
+
+def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
+    """Each row's text: dim is prompt, green is supervised, the stop token reversed."""
+    for row in rows:
+        text = Text()
+        for token in row.tokens:
+            style = ("reverse " if token.is_stop else "") + ("green" if token.supervised else "dim")
+            text.append(token.text, style=style)
+        supervised = sum(token.supervised for token in row.tokens)
+        PEOPLE.print(f"[bold]{row.source}[/bold] [dim]{len(row.tokens)} tokens, {supervised} supervised[/dim]")
+        PEOPLE.print(text)
+    say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
+
+
+class ReadingBar:
+    """A status line while data are read; nothing on a stream that is no terminal."""
+
+    def __init__(self) -> None:
+        self.status = PEOPLE.status("reading") if PEOPLE.is_terminal else None
+
+    def __enter__(self) -> ReadingBar:
+        if self.status:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status:
+            self.status.stop()
+
+    def show(self, progress: Progress) -> None:
+        """The stage, how many rows, and how long still."""
+        if self.status:
+            left = f", {duration(progress.eta_s)} left" if progress.eta_s else ""
+            self.status.update(f"{progress.stage}: {progress.rows:,} rows{left}")

@@ -1,0 +1,74 @@
+"""lorafit merge"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.table import Table
+
+from lorafit.cli import flags
+from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_json
+
+if TYPE_CHECKING:
+    from lorafit.api.merge import MergedRun
+    from lorafit.export import Verification
+
+
+class Onto(StrEnum):
+    """What the delta is added to."""
+
+    quantized = "quantized"
+    original = "original"
+
+
+def merge(
+    run: flags.Run,
+    onto: Annotated[
+        Onto, typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored.")
+    ] = Onto.quantized,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
+    ] = None,
+    json: flags.Json = False,
+) -> None:
+    """Write merged safetensors, reload them, and measure them against the live adapter model."""
+    from lorafit.api.merge import merge as run_merge
+
+    merged = run_merge(run, onto=onto.value, out=out)
+    if json:
+        show_json(merged.to_dict())
+    else:
+        show_merged(merged)
+    raise typer.Exit(0 if merged.passed else 1)
+
+
+def show_merged(merged: MergedRun) -> None:
+    """What was written, the comparison, and the verdict."""
+    report = merged.report
+    size = f"{gib(report.total_bytes)} in {report.shards} shard(s)"
+    heading(
+        "merge", f"onto the {report.onto} base: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}"
+    )
+    show_verification(merged.verification)
+    show_findings(merged.findings)
+    say(f"  {merged.folder}")
+
+
+def show_verification(result: Verification) -> None:
+    """The table: each model against the live adapter model on held-out rows."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("against the live adapter model", "mean KL", "top-1 agreement", "task loss"):
+        table.add_column(title, justify="left" if title.startswith("against") else "right")
+    table.add_row("live adapter model", "", "", f"{result.live_loss:.4f}")
+    for name, part in (
+        (f"merged ({result.merged_dtype}, from disk)", result.merged),
+        (f"noise floor ({result.live_dtype} against 16 or 32 bits)", result.floor),
+        ("base without adapter", result.base),
+    ):
+        table.add_row(name, f"{part.kl:.2e}", f"{part.top1_agreement:.2%}", f"{part.loss:.4f}")
+    verdict = "[bold green]verified[/bold green]" if result.passed else "[bold red]not verified[/bold red]"
+    heading("verify", f"{verdict}: {result.reason}; {result.rows} held-out rows, {result.positions:,} tokens")
+    PEOPLE.print(Padding(table, (0, 0, 0, 2)))

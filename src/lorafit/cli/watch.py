@@ -1,0 +1,105 @@
+"""ConsoleObserver: a run as it happens, on the terminal or as plain lines."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lorafit.api.observer import Observer
+from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_settings
+from lorafit.cli.data_view import ReadingBar, show_summary
+from lorafit.cli.plan import show_plan
+
+if TYPE_CHECKING:
+    from lorafit.adapters import Counts
+    from lorafit.config import Resolved, RunDir
+    from lorafit.data import Prepared
+    from lorafit.data.progress import Progress as DataProgress
+    from lorafit.plan import Plan
+    from lorafit.training import StepProgress
+
+PLAIN_LINES = 10  # lines of progress a whole run prints where there is no terminal
+
+
+class ConsoleObserver(Observer):
+    """Prints each stage as it ends; use it as a context manager so that the bars are taken down on errors."""
+
+    def __init__(self) -> None:
+        self.bar = ReadingBar()
+        self.progress = Progress(
+            TextColumn("[bold]train[/bold]    "),
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(24),
+            TextColumn("{task.fields[seen]}"),
+            console=PEOPLE,
+            transient=True,
+            disable=not PEOPLE.is_terminal,
+        )
+        self.task = self.progress.add_task("train", total=1, seen="", visible=False)
+        self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
+
+    def __enter__(self) -> ConsoleObserver:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__()
+        self.progress.stop()
+        if self.status:
+            self.status.stop()
+
+    def reading(self, progress: DataProgress) -> None:
+        self.bar.show(progress)
+
+    def checked(self, prepared: Prepared) -> None:
+        self.bar.__exit__()
+        heading("check")
+        show_summary(prepared.summary)
+        show_findings(prepared.findings)
+
+    def planned(self, plan: Plan, resolved: Resolved) -> None:
+        show_plan(plan)
+        show_findings(plan.findings)
+        heading("settings")
+        show_settings(resolved.table())
+
+    def loading(self, run: RunDir) -> None:
+        self.run = run
+        if self.status:
+            self.status.start()
+
+    def attached(self, counts: Counts, base: str) -> None:
+        if self.status:
+            self.status.stop()
+        heading("quantise", f"{base}, frozen; packed rows proved isolated from each other")
+        heading(
+            "attach",
+            f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
+            f"([bold]{counts.percent:.3f} %[/bold])",
+        )
+        self.progress.start()
+
+    def stepped(self, progress: StepProgress) -> None:
+        seen = (
+            f"loss [bold]{progress.loss:.4f}[/bold]  {progress.tokens_per_s:,.0f} tok/s  "
+            f"{gib(progress.memory_bytes)}  {duration(progress.eta_s)} left"
+        )
+        if progress.eval_loss is not None:
+            seen += f"  held-out loss {progress.eval_loss:.4f}"
+        self.progress.update(self.task, completed=progress.step, total=progress.steps, seen=seen, visible=True)
+        last = progress.step == progress.steps
+        if last:
+            self.progress.stop()
+        if last or (not PEOPLE.is_terminal and progress.step % max(1, progress.steps // PLAIN_LINES) == 0):
+            heading("train", f"step {progress.step}/{progress.steps}  {seen}")
+
+
+def say_next(run: str, commands: list[tuple[str, str]]) -> None:
+    """Where the run is, and what one would type next."""
+    heading("run", f"[bold]{run}[/bold]")
+    for command, purpose in commands:
+        say(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]")
