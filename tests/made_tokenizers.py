@@ -31,8 +31,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {
         "bos_token": "<s>",
         "eos_token": "</s>",
-        "extra": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
-        + ["[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+        "extra": [
+            "[TOOL_CALLS]",
+            *(f"[{slash}{name}]" for name in ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS") for slash in ("", "/")),
+        ],
         "adds_bos": True,
     },
     "gemma": {
@@ -44,8 +46,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {
         "bos_token": "<s>",
         "eos_token": "<|endoftext|>",
-        "extra": [AddedToken(name, rstrip=True, special=True) for name in ("<|user|>", "<|system|>", "<|assistant|>")]
-        + ["<|end|>"],
+        "extra": [
+            *(AddedToken(name, rstrip=True, special=True) for name in ("<|user|>", "<|system|>", "<|assistant|>")),
+            "<|end|>",
+        ],
     },
     "smollm3_tagged": {"eos_token": "<|im_end|>", "extra": ["<|im_start|>"]},
 }

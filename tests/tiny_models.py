@@ -31,6 +31,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 16},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"tie_word_embeddings": True},
+    "gemma3": {},
     "phi3": {},
     "gpt_neox": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -38,9 +39,25 @@ FAMILIES = {
 }
 
 
+def tiny_config(family: str, **overrides):
+    """A configuration of `family` with a few thousand weights."""
+    if family == "gemma3":
+        return _with_vision_tower(**overrides)
+    return AutoConfig.for_model(family.removesuffix("-tied"), **{**SIZES, **FAMILIES[family], **overrides})
+
+
+def _with_vision_tower(**overrides):
+    text = {**SIZES, "sliding_window": 16, "tie_word_embeddings": True, **overrides}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    # the tokens that stand for images lie beyond the bytes of ordinary text
+    places = {"image_token_index": 257, "boi_token_index": 258, "eoi_token_index": 259}
+    return AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
+
+
 def save_base(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **overrides) -> Path:
     """A random base of `family` in `folder`, with its tokenizer; biases random too, so that losing one shows."""
-    config = AutoConfig.for_model(family.removesuffix("-tied"), **{**SIZES, **FAMILIES[family], **overrides})
+    config = tiny_config(family, **overrides)
     # saving puts names into the generator's state, not into the weights: seed right before
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -76,7 +93,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def some_ids(length: int = 24, seed: int = 0) -> torch.Tensor:
     """Random byte ids (1, length)."""
-    return torch.randint(4, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(4, VOCABULARY - 4, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def stir(adapted: torch.nn.Module, std: float = 0.05) -> None:

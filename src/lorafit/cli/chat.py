@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,21 +39,21 @@ def chat(
 class _Answering:
     def __init__(self, session: Session, compare: bool, max_new_tokens: int, temperature: float) -> None:
         self.session, self.compare = session, compare
-        self.limits = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self.answer = partial(session.answer, max_new_tokens=max_new_tokens, temperature=temperature)
 
     def once(self, prompt: str, json: bool) -> None:
         messages = [{"role": "user", "content": prompt}]
         if not json:
             self.reply(messages)
             return
-        answer = {"prompt": prompt, "tuned": self.session.answer(messages, **self.limits)}
+        answer = {"prompt": prompt, "tuned": self.answer(messages)}
         if self.compare:
-            answer["base"] = self.session.answer(messages, tuned=False, **self.limits)
+            answer["base"] = self.answer(messages, tuned=False)
         show_json(answer)
 
     def reply(self, messages: Messages) -> str:
         if self.compare:
-            say("[yellow]base [/yellow] " + self.session.answer(messages, tuned=False, **self.limits))
+            say("[yellow]base [/yellow] " + self.answer(messages, tuned=False))
             PEOPLE.print("[green]tuned[/green] ", end="")
         pieces: list[str] = []
 
@@ -61,7 +62,7 @@ class _Answering:
             PEOPLE.file.write(text)
             PEOPLE.file.flush()
 
-        answer = self.session.answer(messages, on_text=stream, **self.limits)
+        answer = self.answer(messages, on_text=stream)
         PEOPLE.file.write(answer.removeprefix("".join(pieces)) + "\n")
         return answer
 

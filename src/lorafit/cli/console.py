@@ -15,7 +15,10 @@ from rich.text import Text
 
 from lorafit.findings import Finding, Severity
 
+PIPE_WIDTH = 120
 PEOPLE = Console(highlight=False)
+if not PEOPLE.is_terminal:
+    PEOPLE.width = PIPE_WIDTH  # a log has no edge to wrap at
 ERRORS = Console(stderr=True, highlight=False)
 COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
@@ -68,25 +71,21 @@ def _note(markup: str) -> None:
 
 
 def show_settings(rows: Iterable[tuple[str, Any, str]]) -> None:
-    """Every setting, its value and who set it, three to a line; what is not a default stands out."""
-    table = Table.grid(padding=(0, 2))
-    cells = [_setting(*row) for row in rows]
-    columns = 3 if PEOPLE.width >= 110 else 2
-    for start in range(0, len(cells), columns):
-        table.add_row(*cells[start : start + columns])
-    PEOPLE.print(Padding(table, (0, 0, 0, 2)))
+    """Every setting, its value and who set it: a table of what somebody set, a paragraph of the defaults."""
+    given, defaults = Table.grid(padding=(0, 2)), []
+    for key, value, source in rows:
+        if source == "default":
+            defaults.append(f"{key} {_shown(value)}")
+        else:
+            given.add_row(key, Text(_shown(value), style="bold"), Text(source, style="dim"))
+    PEOPLE.print(Padding(given, (0, 0, 0, 2)))
+    PEOPLE.print(Padding(Text(f"default: {' · '.join(defaults)}", style="dim"), (0, 0, 0, 2)))
 
 
-def _setting(key: str, value: Any, source: str) -> Text:
-    shown = ", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value)
+def _shown(value: Any) -> str:
     if value is None or value == () or value == {}:
-        shown = "–"
-    style = "dim" if source == "default" else ""
-    return Text.assemble((f"{key} ", style), (_short(shown), style or "bold"), (f" {source}", "dim italic"))
-
-
-def _short(text: str, width: int = 44) -> str:
-    return text if len(text) <= width else "…" + text[-(width - 1) :]
+        return "–"
+    return ", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value)
 
 
 def gib(size_bytes: float) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from lorafit.cli.console import PEOPLE, duration, say
-from lorafit.data import ShownRow, Summary
-from lorafit.data.progress import Progress
+
+if TYPE_CHECKING:
+    from lorafit.data import Progress, ShownRow, Summary
 
 BAR = 32
 

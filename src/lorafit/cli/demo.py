@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.console import duration, heading, say, show_json
+from lorafit.cli.console import heading, say, show_json
 
 if TYPE_CHECKING:
     from lorafit.evaluate import ExactMatch
@@ -33,9 +33,6 @@ def demo(
     result = run_demo(task, seed, out, quiet=json)
     if json:
         show_json(result.to_dict())
-        raise typer.Exit(0 if result.merged.passed else 1)
-    show_samples(result.before, result.after)
-    heading("total", f"{duration(result.total_s)}, of which training {duration(result.trained.train_s)}")
     raise typer.Exit(0 if result.merged.passed else 1)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lorafit.api.demo import DemoObserver, DemoResult, demo
 from lorafit.api.merge import MergedRun
-from lorafit.cli.console import heading
-from lorafit.cli.demo import show_exact_match
+from lorafit.cli.console import duration, heading
+from lorafit.cli.demo import show_exact_match, show_samples
 from lorafit.cli.merge import show_merged
 from lorafit.cli.watch import ConsoleObserver, say_next
 from lorafit.evaluate import ExactMatch
@@ -25,13 +25,15 @@ class _ConsoleDemo(ConsoleObserver, DemoObserver):
 
 
 def run_demo(task: str, seed: int, out: str | None, *, quiet: bool) -> DemoResult:
-    """Run it, shown or in silence, and say what to type next."""
+    """Run it, in silence or shown with three samples and what to type next."""
     if quiet:
         return demo(task, seed, out)
     with _ConsoleDemo() as watch:
         result = demo(task, seed, out, observer=watch)
+    show_samples(result.before, result.after)
+    heading("total", f"{duration(result.total_s)}, of which training {duration(result.trained.train_s)}")
     run = str(result.trained.run.path)
-    asked = result.after.samples[0].prompt.replace("\n", "\\n").replace("'", "\\'")
+    asked = result.after.samples[0].prompt.replace("'", "\\'").replace("\n", "\\n")
     say_next(
         run,
         [

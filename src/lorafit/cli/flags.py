@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.config import parse_assignments
-
 Data = Annotated[
     list[str], typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False)
 ]
@@ -48,6 +46,8 @@ Ignore = Annotated[
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
     """Settings out of --set and the named flags; a named flag wins over --set. Flags not given are left out."""
+    from lorafit.config import parse_assignments  # pydantic stays out of --help
+
     settings = parse_assignments(assignments or [])
     given = {key: value for key, value in flags.items() if value is not None}
     if "map" in given:

@@ -63,7 +63,7 @@ def show_plan(plan: Plan) -> None:
     PEOPLE.print(Padding(parts, (0, 0, 0, 2)))
     low, high = plan.time_s
     cheap, dear = plan.cost_usd
-    cost = f", ${cheap:.2f} to ${dear:.2f}" if dear else ""
+    cost = f", ${cheap:.2f} to ${dear:.2f}" if dear >= 0.01 else ""
     heading("time", f"{plan.steps:,} steps, {duration(low)} to {duration(high)}{cost}")
     if not plan.runnable:
         say("  [yellow]lorafit cannot run this method yet; the recipe is for the tool that can[/yellow]")

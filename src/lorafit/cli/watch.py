@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -40,7 +41,7 @@ class ConsoleObserver(Observer):
         self.task = self.progress.add_task("train", total=1, seen="", visible=False)
         self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
 
-    def __enter__(self) -> ConsoleObserver:
+    def __enter__(self) -> Self:
         self.bar.__enter__()
         return self
 
@@ -75,7 +76,7 @@ class ConsoleObserver(Observer):
     def attached(self, counts: Counts, base: str) -> None:
         if self.status:
             self.status.stop()
-        heading("quantise", f"{base}, frozen; packed rows proved isolated from each other")
+        heading("quantise", f"{Path(base).name}, frozen; packed rows proved isolated from each other")
         heading(
             "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def total_steps(config: RunConfig, epoch_steps: int) -> int:
     return min(planned, config.max_steps) if config.max_steps else planned
 
 
-def training_arguments(config: RunConfig, folder: Path, epoch_steps: int, dtype: torch.dtype) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, folder: Path, epoch_steps: int, dtype: torch.dtype, *, evaluates: bool = True
+) -> TrainingArguments:
     """Arguments of the Trainer for `config`; `dtype` is the compute dtype of the loaded backbone.
 
     One Trainer batch is one whole step, so batch size and accumulation are both 1 there. fp16 and the 8-bit
@@ -49,7 +52,7 @@ def training_arguments(config: RunConfig, folder: Path, epoch_steps: int, dtype:
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN loss must be seen, not smoothed away
-        **_intervals("eval", config.eval_steps, epoch_steps),
+        **(_intervals("eval", config.eval_steps, epoch_steps) if evaluates else {"eval_strategy": "no"}),
         **_intervals("save", config.save_steps, epoch_steps),
         save_total_limit=config.keep_last,
         report_to=list(config.report_to) or "none",
@@ -74,4 +77,7 @@ def _intervals(verb: str, every: int | None, epoch_steps: int) -> dict[str, Any]
 def _checkpointing(config: RunConfig) -> dict[str, Any]:
     asked = config.gradient_checkpointing
     on = asked in ("on", "reentrant") or (asked == "auto" and torch.cuda.is_available())
-    return {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": asked == "reentrant"}}
+    # transformers renamed the pair after 5.17; the old names warn in newer releases and are gone in 6
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: on, f"{name}_kwargs": {"use_reentrant": asked == "reentrant"}}

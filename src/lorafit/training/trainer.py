@@ -50,16 +50,15 @@ class LorafitTrainer(Trainer):
         self.config, self.train_rows, self.held_out_rows = config, train_rows, held_out_rows
         use_packed_attention(model)
         probe = StepDataset(train_rows, config)
-        arguments = training_arguments(config, folder, len(probe), _compute_dtype(model))
+        evaluates = held_out_rows is not None and len(held_out_rows) > 0
+        arguments = training_arguments(config, folder, len(probe), _compute_dtype(model), evaluates=evaluates)
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=probe,
-            eval_dataset=probe if held_out_rows is not None and len(held_out_rows) else None,
+            eval_dataset=probe if evaluates else None,
             callbacks=callbacks,
         )
-        if self.eval_dataset is None:
-            self.args.eval_strategy = "no"
         self.remove_callback(PrinterCallback)  # printing is the command line's
 
     def get_train_dataloader(self) -> DataLoader[Step]:
@@ -76,7 +75,7 @@ class LorafitTrainer(Trainer):
         """Zero: transformers' count takes padded tensors; `bench/` counts operations properly."""
         return 0
 
-    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
+    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every micro-batch; returns the step's mean loss per supervised token."""
         model.train()
         self.last_step = inputs
@@ -102,7 +101,8 @@ class LorafitTrainer(Trainer):
         rows = eval_dataset if isinstance(eval_dataset, Rows) else self.held_out_rows
         metrics = {f"{metric_key_prefix}_loss": self.held_out_loss(rows) if rows is not None else float("nan")}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     def held_out_loss(self, rows: Rows) -> float:

@@ -1,0 +1,145 @@
+"""Where settings come from."""
+
+import pytest
+import yaml
+
+from lorafit.config import RunConfig, load_recipe, parse_assignments, parse_bytes, resolve
+from lorafit.errors import UsageError
+
+
+def test_the_defaults_are_the_recipe_as_its_author_meant_it():
+    config = RunConfig()
+    recipe = {
+        "rank": 16,
+        "alpha": 32,
+        "dropout": 0.05,
+        "targets": "qv",
+        "quantization": "nf4",
+        "lr": 2e-4,
+        "schedule": "cosine",
+        "warmup": 0.05,
+        "weight_decay": 0.01,
+        "epochs": 3,
+        "examples_per_step": 16,
+        "compute": "auto",
+    }
+    assert {key: getattr(config, key) for key in recipe} == recipe
+
+
+def test_a_flag_beats_the_recipe_which_beats_the_default_and_each_is_named():
+    resolved = resolve({"rank": 4, "lr": 1e-3}, {"lr": 5e-4, "epochs": None})
+    assert (resolved.config.rank, resolved.config.lr, resolved.config.epochs) == (4, 5e-4, 3)
+    assert [resolved.sources[key] for key in ("rank", "lr", "epochs")] == ["recipe", "flag", "default"]
+
+
+def test_alpha_follows_a_rank_that_was_set_without_it():
+    resolved = resolve(flags={"rank": 8})
+    assert resolved.config.alpha == 16
+    assert resolved.sources["alpha"] == "flag"
+    assert resolve(flags={"rank": 8, "alpha": 8}).config.alpha == 8
+
+
+def test_the_plan_fills_only_what_nobody_set():
+    planned = resolve(flags={"rank": 64}).planned({"rank": 8, "quantization": "none"})
+    assert (planned.config.rank, planned.config.quantization) == (64, "none")
+    assert (planned.sources["rank"], planned.sources["quantization"]) == ("flag", "plan")
+
+
+def test_the_plan_may_not_decide_what_is_the_users():
+    with pytest.raises(AssertionError):
+        resolve().planned({"lr": 1.0})
+
+
+def test_an_unknown_setting_is_an_error_with_the_nearest_name():
+    with pytest.raises(UsageError, match=r"unknown setting 'epoch' in flags; did you mean 'epochs'"):
+        resolve(flags={"epoch": 2})
+    with pytest.raises(UsageError, match=r"unknown setting 'dropot' in the recipe; did you mean 'dropout'"):
+        resolve({"dropot": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank", 0),
+        ("rank", "many"),
+        ("dropout", 1.5),
+        ("lr", float("nan")),
+        ("alpha", float("inf")),
+        ("compute", "int3"),
+        ("vram", "8 bananas"),
+        ("epochs", -1),
+        ("seed", -1),
+        ("targets", 7),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_sentence_naming_its_key(key, value):
+    with pytest.raises(UsageError) as caught:
+        resolve(flags={key: value})
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_has_a_source_and_a_description():
+    table = resolve().table()
+    assert [key for key, _, _ in table] == list(RunConfig.model_fields)
+    assert all(field.description for field in RunConfig.model_fields.values())
+    assert len(table) < 60
+
+
+def test_assignments_read_numbers_lists_and_words():
+    given = parse_assignments(["lr=2e-4", "targets=[q_proj, k_proj]", "seed=7", "compute=bf16", "eval_steps=null"])
+    assert given == {"lr": 2e-4, "targets": ["q_proj", "k_proj"], "seed": 7, "compute": "bf16", "eval_steps": None}
+
+
+@pytest.mark.parametrize("text", ["rank", "=8", ""])
+def test_an_assignment_without_key_or_equals_is_a_usage_error(text):
+    with pytest.raises(UsageError, match="key=value"):
+        parse_assignments([text])
+
+
+@pytest.mark.parametrize(
+    "content", ["rank: [", "- a\n- b", "3", "\xff\xfe".encode("latin-1").decode("latin-1") + ": : :"]
+)
+def test_a_recipe_that_is_no_mapping_is_a_usage_error(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match="recipe"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_says_so(tmp_path):
+    with pytest.raises(UsageError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 << 30), ("24 GB", 24 * 10**9), ("512M", 512 * 10**6), ("1.5g", 15 * 10**8)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "eight", "-8GiB", "0GiB", "8XiB", "8iB"])
+def test_what_is_no_size_is_a_usage_error(text):
+    with pytest.raises(UsageError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_every_setting_is_read_somewhere():
+    """A flag that nothing reads is a lie to whoever sets it."""
+    from pathlib import Path
+
+    source = Path(__file__).parents[2] / "src" / "lorafit"
+    text = "\n".join(path.read_text() for path in source.rglob("*.py") if path.name != "run_config.py")
+    unread = [key for key in RunConfig.model_fields if f".{key}" not in text]
+    assert not unread, f"nothing reads {unread}"
+
+
+def test_every_recipe_in_the_project_parses():
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    recipes = [*root.glob("recipes/*.yaml"), root / "src/lorafit/demo/recipe.yaml"]
+    assert len(recipes) > 1
+    for path in recipes:
+        assert resolve(yaml.safe_load(path.read_text())).config.rank > 0

@@ -1,0 +1,50 @@
+"""The run directory describes itself."""
+
+import json
+
+import pytest
+
+from lorafit.config import RunDir, resolve
+from lorafit.errors import RunDirError
+
+
+def test_settings_come_back_as_they_were_written(tmp_path):
+    resolved = resolve(
+        {"base": "some/base: odd", "data": ["a b.jsonl", "ü.jsonl"], "map": {"response": "answer text"}},
+        {"targets": "q_proj,v_proj", "max_steps": 7, "holdout": "held.jsonl"},
+    )
+    run = RunDir.create(tmp_path / "run")
+    run.write_config(resolved.config, {key: source.value for key, source in resolved.sources.items()})
+    assert run.config() == resolved.config
+    assert "# flag" in run.settings.read_text()
+    assert "# default" in run.settings.read_text()
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("rank: 8\n")
+    with pytest.raises(RunDirError, match="already holds a run"):
+        RunDir.create(tmp_path)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(RunDirError, match=r"no run here.*run\.yaml"):
+        RunDir.open(tmp_path)
+
+
+def test_a_run_without_adapter_is_told_to_finish(tmp_path):
+    (tmp_path / "run.yaml").write_text("rank: 8\n")
+    with pytest.raises(RunDirError, match="no adapter yet"):
+        RunDir.open(tmp_path)
+
+
+def test_a_path_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="cannot write there"):
+        RunDir.create(tmp_path / "file" / "run")
+
+
+def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
+    run = RunDir(tmp_path)
+    run.write_json(run.plan, {"a": 1})
+    assert json.loads(run.plan.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -1,0 +1,121 @@
+"""Packed attention against the textbook, and against transformers' own on real families."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lorafit.backbone import load_backbone
+from lorafit.config import resolve
+from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
+from lorafit.engine.attention import packed_attention
+from lorafit.engine.segments import Segments
+from lorafit.errors import TrainingError
+from tiny_models import FAMILIES, save_base
+
+PACKABLE = [family for family in FAMILIES if family not in ("gpt_neox",)]
+
+
+def textbook(query, key, value, lengths, scale, window=None, softcap=None):
+    """Row by row, score by score, in float64."""
+    repeats = query.shape[1] // key.shape[1]
+    q, k, v = (
+        query.double()[0],
+        key.double()[0].repeat_interleave(repeats, 0),
+        value.double()[0].repeat_interleave(repeats, 0),
+    )
+    out, start = torch.zeros_like(q), 0
+    for length in lengths:
+        for i in range(length):
+            first = max(0, i - window + 1) if window else 0
+            keys = slice(start + first, start + i + 1)
+            scores = (k[:, keys] @ q[:, start + i, :, None])[..., 0] * scale
+            if softcap:
+                scores = torch.tanh(scores / softcap) * softcap
+            out[:, start + i] = (scores.softmax(-1)[:, None] @ v[:, keys])[:, 0]
+        start += length
+    return out.transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_attention_is_the_textbooks(window, softcap, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 9, 4]
+    query = torch.randn(1, 4, sum(lengths), 8, generator=generator)
+    key, value = (torch.randn(1, kv_heads, sum(lengths), 8, generator=generator) for _ in range(2))
+    got, _ = packed_attention(
+        torch.nn.Identity(), query, key, value, None,
+        scaling=0.3, sliding_window=window, softcap=softcap, segments=Segments.of_lengths(lengths),
+    )  # fmt: skip
+    wanted = textbook(query, key, value, lengths, 0.3, window, softcap)
+    assert torch.allclose(got.double(), wanted, atol=1e-5)
+
+
+def rows_of(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [(random.integers(4, 250, length).astype(np.int32), np.arange(length) >= length // 2) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    made = {}
+
+    def base(family):
+        if family not in made:
+            made[family] = save_base(tmp_path_factory.mktemp(family), family)
+        return str(made[family])
+
+    return base
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_a_packed_row_has_the_logits_it_has_alone(bases, family):
+    model = load_backbone(resolve(flags={"base": bases(family), "quantization": "none"}).config)
+    use_packed_attention(model)
+    rows = rows_of(20, 33, 7, 40)
+    assert assert_isolated(model, rows).relative_difference < 1e-3
+
+
+def test_rows_that_see_each_other_are_refused(bases):
+    model = load_backbone(resolve(flags={"base": bases("llama"), "quantization": "none"}).config)
+    use_packed_attention(model)
+    rows = rows_of(20, 33)
+    leaky = collate(rows)
+
+    class Leaky(torch.nn.Module):
+        """Attends over the whole micro-batch as if it were one row."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def set_attn_implementation(self, name):
+            self.inner.set_attn_implementation(name)
+
+        def forward(self, segments=None, **inputs):
+            if segments is not None:
+                inputs["segments"] = Segments.of_lengths([leaky.tokens])
+            return self.inner(**inputs)
+
+    with pytest.raises(TrainingError, match="see each other"):
+        assert_isolated(Leaky(model), rows)
+
+
+def test_unpacked_is_undone_after_an_error(bases):
+    model = load_backbone(resolve(flags={"base": bases("llama")}).config)
+    use_packed_attention(model)
+    with pytest.raises(RuntimeError), unpacked(model):
+        assert model.config._attn_implementation == "sdpa"
+        raise RuntimeError
+    assert model.config._attn_implementation == "lorafit_packed"
+
+
+def test_the_head_runs_at_supervised_positions_only(bases):
+    model = load_backbone(resolve(flags={"base": bases("llama")}).config)
+    use_packed_attention(model)
+    batch = collate(rows_of(10, 14))
+    assert supervised_logits(model, batch).shape == (batch.supervised, model.config.vocab_size)
+    assert math.isfinite(float(supervised_logits(model, batch).sum()))
