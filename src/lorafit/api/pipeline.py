@@ -58,9 +58,7 @@ class AdapterTrainingPipeline:
     pipeline.build_trainer(model, rows).train()
     """
 
-    def __init__(
-        self, base_model_id: str, adapter_rank: int = 16, scaling_factor: float = 32, **settings: Any
-    ) -> None:
+    def __init__(self, base_model_id: str, adapter_rank: int = 16, scaling_factor: float = 32, **settings: Any) -> None:
         """`scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
         given = {**settings, "base": base_model_id, "rank": adapter_rank, "alpha": float(scaling_factor)}
         self.config = resolve(flags=given).config
@@ -145,9 +143,7 @@ def _rows(dataset: Dataset) -> Rows:
     """Tokenised columns → Rows. Tokens whose label is -100 are not supervised."""
     if not {"input_ids", "labels"} <= set(dataset.column_names):
         raise UsageError("the dataset is not tokenised", where="build_trainer", fix="pass it through tokenize_dataset")
-    encoded = [
-        Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset
-    ]
+    encoded = [Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset]
     if not any(any(one.mask[1:]) for one in encoded):
         raise DataError("no token of the dataset is supervised", where="labels", fix="labels must hold the responses")
     return Rows.from_encoded(encoded)

@@ -17,9 +17,9 @@ from lorafit.api.check import template_for
 from lorafit.api.observer import Observer
 from lorafit.api.plan import PlannedRun, plan_prepared, require_data_and_base
 from lorafit.api.settings import settle
-from lorafit.backbone import load_backbone, quiet_libraries
-from lorafit.config import Resolved, RunDir, write_text
-from lorafit.data import Prepared, Rows, Template, prepare, require_clean
+from lorafit.backbone import base_fingerprint, load_backbone, quiet_libraries
+from lorafit.config import Resolved, RunDir, base_folder, write_text
+from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clean
 from lorafit.engine import assert_isolated, use_packed_attention
 from lorafit.errors import LorafitError, PlanError
 from lorafit.findings import Finding, Severity
@@ -184,8 +184,15 @@ def _describe(run: RunDir, planned: PlannedRun, template: Template, findings: li
     template.save(run.template)
     sample = prepared.holdout if len(prepared.holdout) else prepared.train
     records = [sample.record(index) for index in range(min(len(sample), SAMPLE_ROWS))]
-    lines = [
-        json.dumps({"messages": record.messages(), "source": record.source}, ensure_ascii=False) for record in records
-    ]
-    write_text(run.samples, "\n".join(lines) + "\n")
-    run.write_config(planned.resolved.config, {key: source.value for key, source in planned.resolved.sources.items()})
+    write_text(run.samples, "".join(_sample_line(record) for record in records))
+    config = planned.resolved.config
+    fingerprint = base_fingerprint(base_folder(config.base, config.revision, weights=True))
+    run.write_json(run.base, {"base": config.base, "revision": config.revision, "fingerprint": fingerprint})
+    run.write_config(config, {key: source.value for key, source in planned.resolved.sources.items()})
+
+
+def _sample_line(record: Record) -> str:
+    sample: dict[str, Any] = {"messages": record.messages(), "source": record.source}
+    if record.tools:
+        sample["tools"] = [dict(tool) for tool in record.tools]
+    return json.dumps(sample, ensure_ascii=False) + "\n"

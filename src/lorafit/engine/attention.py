@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch builds without it still have the grouped path
     varlen_attn = None
+# the flag came after torch 2.11
+VARLEN_SHARES_KEYS = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
 
 
 def packed_attention(
@@ -67,10 +70,14 @@ def _varlen(
     segments: Segments,
 ) -> torch.Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, dim)
+    options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if VARLEN_SHARES_KEYS:
+            options["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
     edges, longest = segments.boundaries, segments.longest
-    left = window - 1 if window else -1
-    mixed = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True)
-    return mixed.unsqueeze(0)
+    return varlen_attn(q, k, v, edges, edges, longest, longest, **options).unsqueeze(0)
 
 
 def _grouped(

@@ -1,0 +1,70 @@
+"""merge: what is written is proved from disk."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from lorafit.api.load import load
+from lorafit.api.merge import merge
+from lorafit.demo import BASE
+from lorafit.errors import RunDirError
+
+QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_run, tmp_path_factory):
+    return merge(tiny_run.run.path, out=tmp_path_factory.mktemp("merged") / "model")
+
+
+def test_the_quantised_merge_is_within_ten_noise_floors(merged):
+    assert merged.passed
+    result = merged.verification
+    assert 0 < result.merged.kl <= 10 * result.floor.kl
+    assert result.base.kl > 20 * result.merged.kl, "the base alone is far away, so the delta is really in"
+    on_disk = json.loads((merged.folder / "verification.json").read_text())
+    assert on_disk["passed"] is True
+
+
+def test_transformers_alone_serves_the_merged_model_as_the_run_answers(tiny_run, merged):
+    session = load(tiny_run.run.path)
+    answer = session.answer(QUESTION, max_new_tokens=12)
+    tokenizer = AutoTokenizer.from_pretrained(merged.folder)
+    model = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert ids["input_ids"][0].tolist() == session.template.prompt_ids(QUESTION)
+    made = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(made, skip_special_tokens=True).strip() == answer.strip()
+    served = pipeline("text-generation", model=str(merged.folder), dtype=torch.float32)
+    reply = served(QUESTION, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]["content"]
+    assert reply.strip() == answer.strip()
+
+
+def test_onto_the_original_reports_both_and_is_another_model(tiny_run, merged, tmp_path):
+    other = merge(tiny_run.run.path, onto="original", out=tmp_path / "model")
+    assert other.verification.onto == "original"
+    assert other.verification.merged.kl > merged.verification.merged.kl
+
+
+def test_a_taken_folder_is_refused(tiny_run, merged):
+    with pytest.raises(RunDirError):
+        merge(tiny_run.run.path, out=merged.folder)
+
+
+def test_a_damaged_artefact_does_not_pass(tiny_run, merged, tmp_path):
+    """The check can fail: the base's own weights in the merged folder's place are found out."""
+    import shutil
+
+    from lorafit.adapters import load_adapter
+    from lorafit.api.merge import template_of, verification_rows
+    from lorafit.backbone import load_backbone
+    from lorafit.export import verify
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(merged.folder, wrong)
+    (wrong / "model.safetensors").write_bytes((BASE / "model.safetensors").read_bytes())
+    live = load_adapter(load_backbone(tiny_run.resolved.config), tiny_run.run.adapter)
+    rows = verification_rows(tiny_run.run, template_of(tiny_run.run))
+    assert not verify(live, wrong, rows, "quantized").passed

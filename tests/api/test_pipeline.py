@@ -1,0 +1,71 @@
+"""The Python front of the classic steps, with transformers' own objects in between."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, pipeline
+
+from lorafit import ADAPTER_CONFIG, QUANT_PROFILE, TRAINING_HYPERPARAMS, AdapterTrainingPipeline, RunConfig
+from lorafit.demo import BASE, TASKS
+from lorafit.demo.tasks import rows
+from lorafit.errors import DataError
+
+RAW = rows(TASKS["tickets"], 0, 40)
+
+
+@pytest.fixture(scope="module")
+def front():
+    return AdapterTrainingPipeline(str(BASE), adapter_rank=8, scaling_factor=16)
+
+
+def test_the_profiles_are_the_libraries_own_objects():
+    assert isinstance(QUANT_PROFILE, BitsAndBytesConfig)
+    assert (QUANT_PROFILE.bnb_4bit_quant_type, QUANT_PROFILE.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert isinstance(ADAPTER_CONFIG, LoraConfig)
+    assert (ADAPTER_CONFIG.r, ADAPTER_CONFIG.lora_alpha, ADAPTER_CONFIG.lora_dropout) == (16, 32, 0.05)
+    assert set(ADAPTER_CONFIG.target_modules) == {"q_proj", "v_proj"}
+    assert RunConfig(**TRAINING_HYPERPARAMS).lr == 2e-4
+
+
+def test_labels_are_the_response_and_its_stop_token_and_nothing_else(front):
+    dataset = front.tokenize_dataset(front.format_instruction_data(RAW))
+    assert set(dataset.column_names) >= {"input_ids", "attention_mask", "labels"}
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    for raw, row in zip(RAW, dataset):
+        taught = [token for token in row["labels"] if token != -100]
+        assert taught[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(taught[:-1]) == raw["response"]
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"]))
+        assert len(row["attention_mask"]) == len(row["input_ids"]), "nothing is padded"
+
+
+def test_long_rows_are_never_cut(front):
+    dataset = front.format_instruction_data([*RAW, {"instruction": "Say it.", "response": "very " * 400}])
+    with pytest.raises(DataError, match="1 rows are longer than 128"):
+        front.tokenize_dataset(dataset, max_length=128)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(front.tokenize_dataset(dataset, max_length=128, on_long="drop")) == len(RAW)
+
+
+def test_the_classic_steps_train_merge_and_serve(front, tmp_path, capsys):
+    model = front.inject_adapters(front.load_frozen_backbone())
+    assert "trainable params: 32,768" in capsys.readouterr().out
+    train_ds = front.tokenize_dataset(front.format_instruction_data(RAW))
+    trainer = front.build_trainer(model, train_ds, train_ds.select(range(8)), tmp_path, epochs=2, lr=5e-3)
+    assert isinstance(trainer, Trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    ids = torch.tensor([train_ds[0]["input_ids"]])
+    model.eval()
+    from lorafit.engine import unpacked
+
+    with unpacked(model), torch.no_grad():
+        live = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        after = merged(input_ids=ids).logits
+    assert float((after - live).norm() / live.norm()) < 0.1, "merging lost what was learnt"
+    merged.save_pretrained(tmp_path / "served")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "served")
+    made = pipeline("text-generation", model=str(tmp_path / "served"))("Route", max_new_tokens=3, do_sample=False)
+    assert made[0]["generated_text"].startswith("Route")

@@ -1,0 +1,65 @@
+"""check and plan: no torch, the same reading of the data that train makes."""
+
+import subprocess
+import sys
+
+import pytest
+
+import lorafit
+from little_run import write_rows
+from lorafit.demo import BASE
+from lorafit.errors import DataError, UsageError
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", 60)
+
+
+def test_check_counts_rows_and_tokens(data):
+    report = lorafit.check(data, str(BASE))
+    summary = report.prepared.summary
+    assert report.ok
+    assert (summary.read, summary.kept) == (60, 60)
+    assert summary.train_rows + summary.holdout_rows == 60
+    assert 0 < summary.supervised_tokens < summary.tokens
+
+
+def test_check_without_a_base_needs_no_tokenizer(data):
+    report = lorafit.check(data)
+    assert report.ok
+    assert not report.prepared.summary.tokenised
+
+
+def test_plan_gives_every_decision_a_reason(data):
+    planned = lorafit.plan(data, str(BASE), gpu="RTX 4090")
+    assert planned.plan.method == "QLoRA"
+    assert all(decision.reason for decision in planned.plan.decisions)
+    assert planned.resolved.config.compute == "bf16"
+    assert planned.plan.targets == ("q_proj", "v_proj")
+
+
+def test_both_say_what_is_missing(data, tmp_path):
+    with pytest.raises(UsageError, match="no base model"):
+        lorafit.plan(data)
+    with pytest.raises(DataError):
+        lorafit.check(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("verb", ["check", "plan"])
+def test_neither_imports_torch_or_transformers(data, verb):
+    code = (
+        "import sys, lorafit\n"
+        f"lorafit.{verb}({str(data)!r}, {str(BASE)!r})\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recipe_finds_its_data_beside_it(data):
+    recipe = data.parent / "recipe.yaml"
+    recipe.write_text(f"data: rows.jsonl\nbase: {BASE}\nrank: 4\n")
+    planned = lorafit.plan(recipe)
+    assert planned.prepared.summary.read == 60
+    assert (planned.resolved.config.rank, planned.resolved.sources["rank"]) == (4, "recipe")

@@ -1,0 +1,145 @@
+"""train: from rows to a run directory that describes itself, or one sentence and nothing left behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from little_run import write_rows
+from lorafit.api.train import train
+from lorafit.config import RunDir
+from lorafit.demo import BASE
+from lorafit.errors import BackboneError, DataError, LorafitError, PlanError, RunDirError, UsageError
+
+
+def test_the_run_directory_describes_itself(tiny_run):
+    run = tiny_run.run
+    for name in (
+        "run.yaml",
+        "plan.json",
+        "findings.json",
+        "metrics.jsonl",
+        "template.json",
+        "held-out.jsonl",
+        "base.json",
+        "log.txt",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "checkpoints/step-000008/manifest.json",
+    ):
+        assert (run.path / name).is_file(), name
+    assert RunDir.open(run.path).config() == tiny_run.resolved.config
+
+
+def test_the_metrics_have_each_step_once_and_the_loss_falls(tiny_run):
+    lines = [json.loads(line) for line in tiny_run.run.metrics.read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 9))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] * 0.8
+    assert all(math.isfinite(line["grad_norm"]) for line in lines if "loss" in line)
+    assert any("eval_loss" in line for line in lines)
+
+
+def test_what_nobody_set_is_planned_and_what_was_set_stays(tiny_run):
+    config, sources = tiny_run.resolved.config, tiny_run.resolved.sources
+    assert (config.rank, config.alpha, sources["rank"]) == (8, 16, "plan")  # 48 rows: rank 8 is enough
+    assert (config.lr, sources["lr"]) == (5e-3, "flag")
+
+
+def test_only_adapters_train_and_the_count_is_true(tiny_run):
+    trainable = {name: w for name, w in tiny_run.model.named_parameters() if w.requires_grad}
+    assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in trainable.items())
+    assert tiny_run.counts.trainable == sum(weight.numel() for weight in trainable.values()) == 32_768
+    assert tiny_run.counts.total == 3_475_712 + 32_768
+
+
+def test_plain_peft_loads_the_adapter(tiny_run):
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tiny_run.run.adapter)
+    ids = torch.arange(5, 25)[None]
+    with loaded.disable_adapter():
+        before = loaded(ids).logits
+    assert not torch.equal(loaded(ids).logits, before)
+
+
+def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
+    rows = tiny_run.train_rows
+    (stop,) = tiny_run.template.stop_ids
+    for index in range(len(rows)):
+        ids, mask = rows.ids(index), rows.mask(index)
+        assert ids[-1] == stop
+        assert mask[-1]
+        assert not mask[0]
+        text = tiny_run.template.tokenizer.decode(ids[mask][:-1].tolist())
+        assert text == rows.record(index).response
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "given"),
+    [
+        (BackboneError, "no base model there", {"base": "./nowhere"}),
+        (UsageError, "no base model was named", {"base": None}),
+        (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
+        (LorafitError, "nope", {"targets": "nope_proj"}),
+        (PlanError, "max_tokens", {"vram": "1MiB"}),
+    ],
+)
+def test_a_run_that_cannot_start_says_why_and_leaves_nothing(tmp_path, error, words, given):
+    data = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(error) as caught:
+        train(data, **{"base": str(BASE), "out": tmp_path / "run", **given})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "empty"),
+        ("not json at all\n", "rows.jsonl:1"),
+        ('{"instruction": "a", "response": "fine"}\n{"instruction": "a", "input": "b"}\n', "rows.jsonl:2"),
+        ('{"instruction": "a", "input": "b"}\n', "rows.jsonl: .*--map response="),
+        ('{"instruction": "a", "response": "fine"}\n{"instruction": "a", "response": null}\n', "rows.jsonl:2"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_named_by_its_line(tmp_path, content, words):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(content)
+    with pytest.raises(DataError, match=words):
+        train(data, str(BASE), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        train(tmp_path / "nowhere.jsonl", str(BASE), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_never_overwritten(tiny_run):
+    before = (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RunDirError, match="already holds a run"):
+        train(tiny_run.train_rows.store.names[0], str(BASE), out=tiny_run.run.path)
+    assert (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_base_without_a_tokenizer_is_one_sentence(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (base / name).write_bytes((BASE / name).read_bytes())
+    with pytest.raises(LorafitError, match="tokenizer") as caught:
+        train(write_rows(tmp_path / "rows.jsonl"), str(base), out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_a_recipe_and_runs_again_to_the_same_bits(tiny_run, tmp_path):
+    again = train(tiny_run.run.settings, out=tmp_path / "again")
+    first, second = (path / "adapter_model.safetensors" for path in (tiny_run.run.adapter, again.run.adapter))
+    assert first.read_bytes() == second.read_bytes()

@@ -1,0 +1,28 @@
+"""What every room's tests share: one trained run, and quiet libraries."""
+
+import pytest
+import torch
+
+from little_run import write_rows
+from lorafit.demo import BASE
+
+torch.set_num_threads(1)  # two test processes on two cores: more threads only get in each other's way
+
+
+def pytest_collection_modifyitems(items):
+    """Skip `gpu` tests, saying why, where there is no card."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run of eight steps on the demo's base: trained enough to differ from it."""
+    from lorafit.api.train import train
+
+    folder = tmp_path_factory.mktemp("tiny-run")
+    data = write_rows(folder / "tickets.jsonl", 60)
+    return train(data, str(BASE), out=folder / "run", lr=5e-3, max_steps=8, holdout=0.2, examples_per_step=8)

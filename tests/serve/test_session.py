@@ -1,0 +1,58 @@
+"""A finished run answers; tuned, or as its base would."""
+
+import json
+import shutil
+
+import pytest
+
+from lorafit.api.load import load
+from lorafit.errors import LorafitError, RunDirError, TemplateError
+
+QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
+
+
+def test_tuned_and_base_differ_and_a_stream_adds_up(tiny_run):
+    session = load(tiny_run.run.path)
+    pieces = []
+    tuned = session.answer(QUESTION, max_new_tokens=10, on_text=pieces.append)
+    assert tuned.startswith("".join(pieces))
+    assert tuned != session.answer(QUESTION, tuned=False, max_new_tokens=10)
+    assert tuned == session.answer(QUESTION, max_new_tokens=10), "the adapter is back after the base has answered"
+
+
+def test_a_loaded_run_answers_as_the_live_model_did(tiny_run):
+    from lorafit.engine import generate
+
+    session = load(tiny_run.run.path)
+    prompt = session.template.prompt_ids(QUESTION)
+    (live,) = generate(tiny_run.model, [prompt], session.template.stop_ids, max_new_tokens=10)
+    assert session.answer(QUESTION, max_new_tokens=10) == session.template.tokenizer.decode(live)
+
+
+def copied(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.run.path, folder)
+    return folder
+
+
+def test_a_template_that_renders_another_prompt_is_an_error(tiny_run, tmp_path):
+    folder = copied(tiny_run, tmp_path)
+    content = json.loads((folder / "template.json").read_text())
+    text = json.dumps(content).replace("<|assistant|>", "<|helper|>")
+    (folder / "template.json").write_text(text)
+    with pytest.raises(TemplateError):
+        load(folder)
+
+
+def test_a_truncated_adapter_is_one_sentence(tiny_run, tmp_path):
+    folder = copied(tiny_run, tmp_path)
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(LorafitError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_run_is_said_to_be_so(tmp_path):
+    with pytest.raises(RunDirError, match="no run here"):
+        load(tmp_path)
