@@ -6,12 +6,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_base, some_ids, stir
 
 from lorafit.adapters import Deltas, attach, load_adapter, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, RunDirError, VerificationError
+from tiny_models import save_base, some_ids, stir
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, save_base, some_ids
 
 from lorafit.adapters import attach, count_parameters
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
+from tiny_models import FAMILIES, save_base, some_ids
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 import pytest
-from tiny_models import FAMILIES, SIZES
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lorafit.adapters import resolve_targets
-from lorafit.adapters.targets import linear_names, matching
+from lorafit.adapters.targets import linear_names, matching, unambiguous
 from lorafit.errors import AdapterError
+from tiny_models import FAMILIES, tiny_config
 
-SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
+SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "mixtral", "qwen3_moe"]
 
 
 def model_of(family, **overrides):
-    kind = family.removesuffix("-tied")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **FAMILIES[family], **overrides}))
+    return AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
 
 
 @pytest.mark.parametrize("family", SPLIT)
@@ -68,3 +67,11 @@ def test_a_family_that_mixes_kinds_of_layers_may_lack_attention_in_some():
     del model.model.layers[1].self_attn.q_proj
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert resolve_targets(model, ["q_proj"]) == ("q_proj",)
+
+
+def test_a_vision_tower_takes_no_adapter_though_its_projections_have_the_same_names():
+    model = model_of("gemma3")
+    wanted = matching(["q_proj"], linear_names(model))
+    assert len(wanted) == 2 and all("language_model" in name for name in wanted)
+    assert set(unambiguous(model, ["q_proj"])) == wanted
+    assert unambiguous(model_of("llama"), ["q_proj"]) == ("q_proj",)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 
-from lorafit.backbone import FrozenLinear4bit, freeze_linears, quantise
+from lorafit.backbone import FrozenLinear4bit, dequantise, freeze_linears, quantise
+from lorafit.backbone.frozen_linear_op import few_rows, frozen_linear, op_arguments
 
 ALL, NONE = 1 << 30, 0
 
@@ -74,9 +75,47 @@ def test_the_packed_bytes_survive_training_and_evaluation_where_bitsandbytes_wou
     assert torch.isfinite(out).all()
 
 
-def test_the_op_passes_pytorchs_own_checks():
-    from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_the_kernel_for_few_rows_is_fed_the_same_weight(double):
+    linear = quantise(weight(), double=double)
+    x = torch.randn(2, 3, 64)
+    *state, out_features, _, block, quant_type = op_arguments(linear.weight.data, linear.weight.quant_state)
+    found = few_rows(x, *state, out_features, block, quant_type)
+    torch.testing.assert_close(found, x @ dequantise(linear).T, rtol=0, atol=1e-5)
 
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_card_output_and_gradient_are_those_of_the_dequantised_weight(dtype, rows):
+    linear = quantise(weight(256, 128).cuda().to(dtype), torch.randn(256).cuda().to(dtype))
+    packed = linear.weight.data.clone()
+    dense = dequantise(linear)
+    assert torch.equal(dense, bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state))
+    x = torch.randn(rows, 128, device="cuda", dtype=dtype, requires_grad=True)
+    x_ref = x.detach().clone().requires_grad_(True)
+    out, expected = linear(x), F.linear(x_ref, dense, linear.bias)
+    g = torch.randn_like(out)
+    out.backward(g)
+    expected.backward(g)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad, x_ref.grad, rtol=tolerance, atol=tolerance)
+    assert torch.equal(linear.weight.data, packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_card_only_the_packed_weight_is_kept_for_backward():
+    linear = quantise(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    out = linear(x)
+    assert torch.cuda.memory_allocated() - before <= 2 * out.nbytes
+
+
+def test_the_op_passes_pytorchs_own_checks():
     for double in (True, False):
         linear = quantise(weight(), double=double)
         arguments = op_arguments(linear.weight.data, linear.weight.quant_state)

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from lorafit.backbone import FrozenLinear4bit, compute_dtype, load_backbone
 from lorafit.config import RunConfig
@@ -36,7 +37,7 @@ def refuses(folder, *words, **settings):
 def test_everything_is_frozen_and_every_linear_but_the_head_is_in_4_bits(base):
     model = load_backbone(config_for(base))
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.config.use_cache is False
+    assert model.config.use_cache is model.config.get_text_config().use_cache is False
     kinds = {name.rsplit(".", 1)[-1]: type(m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert kinds.pop("lm_head") is torch.nn.Linear
     assert len(kinds) == 7 and set(kinds.values()) == {FrozenLinear4bit}
@@ -118,6 +119,19 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(broken):
     refuses(broken, "no model.safetensors")
     (broken / "pytorch_model.bin").write_bytes(b"x")
     refuses(broken, "pickled", "save_pretrained")
+
+
+def test_a_family_without_linear_layers_is_one_sentence(tmp_path):
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    refuses(tmp_path / "gpt2", "no torch.nn.Linear layer")
+
+
+def test_a_single_file_is_taken_before_an_index_as_transformers_does(broken):
+    whole = {name: t for path in broken.glob("*.safetensors") for name, t in load_file(path).items()}
+    save_file(whole, broken / "model.safetensors", metadata={"format": "pt"})
+    sorted(broken.glob("model-*.safetensors"))[0].unlink()
+    load_backbone(config_for(broken))
 
 
 def test_a_truncated_shard_is_named(broken):

@@ -23,35 +23,25 @@ def test_warnings_logs_and_homeless_records_go_to_the_file_and_not_to_the_consol
     assert capfd.readouterr() == ("", "")
 
 
-def test_loading_a_model_shows_no_bar(tmp_path):
+def test_importing_and_loading_say_nothing_on_the_console_and_all_of_it_in_the_log(tmp_path):
     base = save_base(tmp_path / "base")
+    # the line that an AVX512-BF16 machine prints, put where bitsandbytes prints it: at its import
     script = f"""
-from lorafit.backbone import load_backbone, quiet_libraries
-from lorafit.config import RunConfig
-with quiet_libraries():
-    load_backbone(RunConfig(base={str(base)!r}))
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout == "" and result.stderr == ""
-
-
-def test_what_bitsandbytes_says_while_it_is_imported_waits_for_the_log_file(tmp_path):
-    # the line that an AVX512-BF16 machine prints, put where bitsandbytes prints it
-    script = f"""
-import logging, pathlib, sys, types
+import logging, pathlib, sys
 class Loud:
     def find_spec(self, name, path=None, target=None):
         if name == "bitsandbytes":
             sys.meta_path.remove(self)
             logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
 sys.meta_path.insert(0, Loud())
-from lorafit.backbone import quiet_libraries
+from lorafit.backbone import load_backbone, quiet_libraries
+from lorafit.config import RunConfig
 with quiet_libraries(pathlib.Path({str(tmp_path / "log.txt")!r})):
-    pass
+    load_backbone(RunConfig(base={str(base)!r}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stderr == ""
-    assert "gemm_4bit_forward" in (tmp_path / "log.txt").read_text()
+    assert (result.stdout, result.stderr) == ("", "")
+    assert "Failed to load CPU gemm_4bit_forward" in (tmp_path / "log.txt").read_text()
 
 
 def test_everything_is_put_back_even_after_an_error(tmp_path):
@@ -70,6 +60,27 @@ def test_an_inner_block_writes_to_the_outer_ones_file(tmp_path):
             logging.getLogger("peft").warning("inner")
         logging.getLogger("peft").warning("outer")
     assert [line.rsplit(" ", 1)[1] for line in log.read_text().splitlines()] == ["inner", "outer"]
+
+
+def test_blocks_of_several_threads_may_end_in_any_order(tmp_path):
+    before = warnings.showwarning
+    first, second = quiet_libraries(tmp_path / "log.txt"), quiet_libraries()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert warnings.showwarning != before  # the second block is still open
+    second.__exit__(None, None, None)
+    assert warnings.showwarning is before
+
+
+def test_a_library_that_joins_inside_a_block_is_caught_by_the_next_one(tmp_path, capfd):
+    with quiet_libraries(tmp_path / "log.txt"):
+        logger = logging.getLogger("kernels")
+        logger.handlers = [logging.StreamHandler()]
+        with quiet_libraries():
+            logger.warning("late")
+    logger.handlers = []
+    assert capfd.readouterr().err == "" and "late" in (tmp_path / "log.txt").read_text()
 
 
 def test_the_applications_own_logging_is_left_alone(tmp_path, caplog):

@@ -37,7 +37,7 @@ def some_rows(count=6, length=24):
     """Rows (ids, mask) whose last third is supervised."""
     generator = np.random.default_rng(0)
     mask = np.arange(length) >= 2 * length // 3
-    return [(generator.integers(4, 260, length).astype(np.int32), mask) for _ in range(count)]
+    return [(generator.integers(4, 256, length).astype(np.int32), mask) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

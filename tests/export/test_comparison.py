@@ -33,9 +33,8 @@ def test_rows_beyond_the_memory_limit_are_left_out_in_order(model, rows):
 def test_a_position_predicts_the_token_after_it_in_each_family(tmp_path, rows, family):
     model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", family), dtype=torch.float32).eval()
     ids, mask = rows[0]
-    (found,) = log_probabilities(model, [rows[0]])
+    found = log_probabilities(model, rows[0])
     with torch.no_grad():
         logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0].float()
     expected = logits[np.flatnonzero(mask) - 1].log_softmax(-1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert model.training is False

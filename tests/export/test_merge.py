@@ -16,7 +16,7 @@ from lorafit.export import merge
 from lorafit.export.companions import merged_config
 from tiny_models import some_ids
 
-SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
+SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "mixtral", "qwen3_moe"]
 FUSED = {"phi3": ("qkv_proj",), "gpt_neox": ("query_key_value",)}
 
 
@@ -113,7 +113,12 @@ def test_the_config_is_the_bases_without_quantisation_and_in_bf16(make_run, tmp_
 
 
 def test_nested_configs_lose_their_dtype_and_quantisation_too():
-    nested = {"torch_dtype": "float16", "quantization_config": {}, "text_config": {"dtype": "float16", "a": 1}}
+    nested = {
+        "torch_dtype": "float16",
+        "quantization_config": {},
+        "auto_map": {},
+        "text_config": {"dtype": "float16", "a": 1},
+    }
     assert merged_config(nested) == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
 
 
@@ -171,6 +176,14 @@ def test_a_chat_template_that_fails_in_transformers_is_v001_too(trained, tmp_pat
     monkeypatch.setattr("lorafit.data.template.Template.jinja_for_export", property(lambda _: "{{ nothing.here.at }}"))
     (finding,) = merge(trained.path, out=tmp_path / "out").findings
     assert finding.code == "V001" and "UndefinedError" in finding.message
+
+
+def test_a_broken_generation_config_is_one_sentence(make_run, tmp_path):
+    run = make_run(tmp_path)
+    (run.base / "generation_config.json").write_text("{")
+    with pytest.raises(BackboneError, match=r"generation_config\.json"):
+        merge(run.path)
+    assert not (run.path / "exports" / "merged-quantized").exists()
 
 
 def test_licences_go_along_and_the_card_names_the_base(trained, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorafit.adapters.peft_library import LoraConfig, LoraLayer, PeftModel, get_peft_model
-from lorafit.adapters.targets import PRESETS, linear_names, matching, resolve_targets
+from lorafit.adapters.targets import PRESETS, linear_names, matching, resolve_targets, unambiguous
 from lorafit.backbone import true_numel
 from lorafit.config import RunConfig
 
@@ -36,7 +36,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     """
     names = resolve_targets(model, config.targets if target_names is None else target_names)
     wanted = matching(names, linear_names(model))
-    lora = lora_config(config, names)
+    lora = lora_config(config, unambiguous(model, names))
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         adapted = get_peft_model(model, lora)
     _draw(adapted, config.seed)

@@ -11,6 +11,8 @@ from torch import Tensor
 from lorafit.adapters.adapter_files import AdapterFiles
 from lorafit.errors import VerificationError
 
+EXPERTS = ".experts."
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -37,7 +39,8 @@ class Deltas(Mapping[str, Delta]):
         files = AdapterFiles.open(folder)
         deltas = {f"{name}.weight": Delta(a, b, files.scale) for name, (a, b) in files.weights().items()}
         for name, delta in deltas.items():
-            if not bool(delta.dense().any()):
+            # an expert that no token was routed to stays as it was
+            if EXPERTS not in name and not bool(delta.dense().any()):
                 raise VerificationError(
                     f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
                 )

@@ -20,7 +20,7 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if folder.exists() and not replace:
         raise RunDirError("something is already there", where=str(folder), fix="remove it, or choose another folder")
-    staged = folder.with_name(f".{folder.name}.staged-{os.getpid()}")
+    staged = folder.with_name(f".{folder.name}.staged")  # one left by a killed process is replaced
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
@@ -50,7 +50,8 @@ def sync(path: Path) -> None:
 
 def _publish(staged: Path, folder: Path) -> None:
     # a folder cannot be renamed over a full one, so the old one steps aside first
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staged.rename(folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorafit.backbone import output_head
+from lorafit.backbone import output_head, text_decoder
 from lorafit.errors import AdapterError
 
 PRESETS = {
@@ -40,9 +40,21 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Dotted names of the linear modules that may take an adapter: all of them but the output head."""
+    """Dotted names of the linears that may take an adapter: those of the text decoder, but never the output head."""
     head = output_head(model)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    inside = set(text_decoder(model).modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and module in inside
+    ]
+
+
+def unambiguous(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """`names`, or the whole names of what they select where they would also select modules outside the decoder."""
+    wanted = matching(names, linear_names(model))
+    everywhere = matching(names, [name for name, _ in model.named_modules()])
+    return tuple(names) if everywhere == wanted else tuple(sorted(wanted))
 
 
 def matching(names: Sequence[str], linears: Sequence[str]) -> set[str]:

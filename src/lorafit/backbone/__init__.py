@@ -1,8 +1,8 @@
 """The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
 
-from lorafit.backbone.architecture import output_head
+from lorafit.backbone.architecture import output_head, text_decoder
 from lorafit.backbone.checkpoint import base_fingerprint
-from lorafit.backbone.computing_in import computing_in
+from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
 from lorafit.backbone.frozen_linear import FrozenLinear4bit, freeze_linears
 from lorafit.backbone.load import load_backbone, nf4_config
@@ -26,5 +26,7 @@ __all__ = [
     "output_head",
     "quantise",
     "quiet_libraries",
+    "rounding_activations",
+    "text_decoder",
     "true_numel",
 ]

@@ -53,6 +53,12 @@ def architecture_of(model: nn.Module) -> PretrainedConfig:
     return cast(PretrainedConfig, model.config)
 
 
+def use_no_cache(model: nn.Module) -> None:
+    """Keep no keys and values unless a call asks for them: packed rows would read each other's."""
+    for config in (architecture_of(model), architecture_of(model).get_text_config()):
+        config.use_cache = False
+
+
 def supported_attention(architecture: PretrainedConfig, wanted: str) -> str:
     """`wanted`, or "eager" for a family that cannot do "sdpa" (Gemma 2, which caps its attention scores)."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
@@ -74,6 +80,11 @@ def linears_to_quantise(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and not any(part in name.split(".") for part in kept)
     ]
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The part of `model` that reads text: of a model with a vision tower, not the tower."""
+    return cast(PreTrainedModel, model).get_decoder()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

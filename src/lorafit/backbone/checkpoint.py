@@ -29,10 +29,11 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read every header. Raises BackboneError for missing, truncated or unreadable files, and for .bin files."""
-        paths = _indexed(folder) if (folder / INDEX).is_file() else [folder / SINGLE]
-        if not paths[0].is_file() and not (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():  # transformers takes it before an index, too
+            return cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
+        if not (folder / INDEX).is_file():
             raise _no_safetensors(folder)
-        checkpoint = cls(folder, {path: _header(path) for path in paths})
+        checkpoint = cls(folder, {path: _header(path) for path in _indexed(folder)})
         checkpoint._check_index()
         return checkpoint
 
@@ -56,8 +57,6 @@ class Checkpoint:
         return "F32" if mixed else max(kinds, key=lambda kind: FLOATS[kind]).replace("F64", "F32")
 
     def _check_index(self) -> None:
-        if not (self.folder / INDEX).is_file():
-            return
         present = self.names()
         for name, file in _weight_map(self.folder).items():
             if name not in present:

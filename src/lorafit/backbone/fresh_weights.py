@@ -6,13 +6,16 @@ dequantised after that is garbage without an error. So merging reads the checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lorafit.backbone.architecture import is_prequantised, linears_to_quantise, read_architecture, skeleton
 from lorafit.backbone.bits import QuantState
@@ -69,7 +72,7 @@ def fresh_weights(config: RunConfig, onto: Onto, *, device: str | torch.device |
         yield from _unpacked(checkpoint, place, dtype)
         return
     model = skeleton(architecture)
-    names = Names(model.state_dict(), str(model.base_model_prefix))
+    names = Names(model)
     packed: set[str] = set()
     if onto == "quantized" and config.quantization == "nf4":
         packed = {f"{name}.weight" for name in linears_to_quantise(model)}
@@ -80,17 +83,18 @@ def fresh_weights(config: RunConfig, onto: Onto, *, device: str | torch.device |
 
 
 class Names:
-    """Tensor names in a checkpoint as parameter names of the model: old checkpoints lack, or add, the prefix."""
+    """Tensor names in a checkpoint as parameter names of the model, by transformers' own rules for loading it."""
 
-    def __init__(self, parameters: Iterable[str], prefix: str) -> None:
-        self._parameters, self._prefix = set(parameters), f"{prefix}."
+    def __init__(self, model: nn.Module) -> None:
+        rules = get_model_conversion_mapping(cast(PreTrainedModel, model))
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._prefix, self._parameters = str(model.base_model_prefix), model.state_dict()
 
     def parameter(self, stored: str) -> str:
-        """The parameter that the tensor named `stored` belongs to; unknown names stay as they are."""
-        for name in (stored, self._prefix + stored, stored.removeprefix(self._prefix)):
-            if name in self._parameters:
-                return name
-        return stored
+        """The parameter that the tensor named `stored` becomes; its stored name when it is fused with others."""
+        name, converter = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._parameters)
+        return name if converter is None else stored
 
     def check_found(self, wanted: set[str], checkpoint: Checkpoint) -> None:
         """Raise BackboneError unless the checkpoint holds every tensor of `wanted`."""

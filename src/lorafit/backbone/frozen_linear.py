@@ -27,6 +27,8 @@ class FrozenLinear4bit(Linear4bit):
     # the dense weight, and the packed one that it was made from (PEFT's merge puts another in its place); in a
     # tuple, for a module registers any Parameter that is assigned to it
     _kept: tuple[Tensor, Params4bit] | None
+    weight_dtype: torch.dtype | None = None
+    """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; the gradient flows to `x` only."""
@@ -35,9 +37,16 @@ class FrozenLinear4bit(Linear4bit):
         dense = self.dense
         if dense is not None:
             return F.linear(x, dense, self.bias)
+        if self.weight_dtype is not None:
+            return F.linear(x, self.unpacked(), self.bias)
         weight = self.weight
         y = frozen_linear(x, *op_arguments(weight.data, weight.quant_state), False)
         return y if self.bias is None else y + self.bias
+
+    def unpacked(self) -> Tensor:
+        """The weight (out, in) as the layer uses it, made afresh."""
+        weight = unpack(self.weight.data, self.weight.quant_state, self.weight_dtype or self.compute_dtype)
+        return weight.to(self.compute_dtype)
 
     @property
     def dense(self) -> Tensor | None:
@@ -47,7 +56,7 @@ class FrozenLinear4bit(Linear4bit):
 
     def keep_dense(self) -> None:
         """Dequantise once and keep the copy (4 bytes a weight in fp32)."""
-        self._kept = unpack(self.weight.data, self.weight.quant_state, self.compute_dtype), self.weight
+        self._kept = self.unpacked(), self.weight
 
     def drop_dense(self) -> None:
         """Forget the dense copy; the weight is unpacked on each call from now on."""

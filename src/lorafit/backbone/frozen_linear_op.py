@@ -17,6 +17,9 @@ from lorafit.backbone.bits import QuantState, bitsandbytes
 NESTED_BLOCK = 256
 """Block size of the second quantisation, fixed in bitsandbytes."""
 
+FEW_ROWS = 16
+"""Up to so many rows of x bitsandbytes' fused kernel is the faster one; training has thousands."""
+
 assert bitsandbytes.nn is not None  # importing it registers torch.ops.bitsandbytes
 
 
@@ -39,9 +42,38 @@ def frozen_linear(
     `packed` holds W (out, in) in 4 bits with one scale per `block` values. With `nested_*`, `absmax` is itself
     quantised to 8 bits (double quantisation).
     """
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if x.is_cuda and not transposed and 0 < rows <= FEW_ROWS and in_features % block == 0:
+        return few_rows(x, packed, absmax, nested_code, nested_absmax, nested_offset, out_features, block, quant_type)
     scales = _scales(absmax, nested_code, nested_absmax, nested_offset)
     weight = _unpacked(packed, scales, block, quant_type, out_features, in_features, x.dtype)
     return x @ (weight if transposed else weight.t())
+
+
+def few_rows(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_code: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    out_features: int,
+    block: int,
+    quant_type: str,
+) -> Tensor:
+    """`x (…, in) -> (…, out)` in one kernel that never writes the dense weight: what generation spends its time on."""
+    nested = nested_code is not None
+    return torch.ops.bitsandbytes.gemm_4bit.default(
+        x.contiguous(),
+        packed.reshape(-1, 1),
+        [out_features, x.shape[-1]],
+        nested_absmax if nested else absmax,
+        block,
+        quant_type,
+        absmax_8bit=absmax if nested else None,
+        absmax_code=nested_code,
+        absmax_offset=nested_offset,
+    )
 
 
 @frozen_linear.register_fake

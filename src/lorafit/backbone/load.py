@@ -18,6 +18,7 @@ from lorafit.backbone.architecture import (
     read_architecture,
     skeleton,
     supported_attention,
+    use_no_cache,
 )
 from lorafit.backbone.bits import Params4bit
 from lorafit.backbone.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def load_backbone(
     )
     _cast(model, dtype)
     model.requires_grad_(False)
-    architecture_of(model).use_cache = False
+    use_no_cache(model)
     return freeze_linears(model, dtype, dense_budget_bytes)
 
 
@@ -72,7 +73,11 @@ def _arguments(
     model = skeleton(architecture)
     chosen = set(linears_to_quantise(model))
     if not chosen:
-        raise BackboneError("the base has no linear layer to quantise", where=str(checkpoint.folder))
+        raise BackboneError(
+            "the base has no torch.nn.Linear layer to quantise or adapt (GPT-2 and its kin have other ones)",
+            where=str(checkpoint.folder),
+            fix="choose another base",
+        )
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in chosen]
     # quantise from the stored values: a detour over the compute dtype would round them first
     return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": nf4_config(dtype, others)}

@@ -60,49 +60,62 @@ class LibraryLog(logging.Handler):
 
 
 LIBRARY_LOG = LibraryLog()
-_LOCK = threading.RLock()
+
+
+class _Silence:
+    """What all open blocks share: how many there are, and how to undo what the first one and later ones changed."""
+
+    lock = threading.Lock()
+    depth = 0
+    undo = ExitStack()
 
 
 @contextmanager
 def quiet_libraries(log_file: Path | None = None) -> Iterator[None]:
     """Send other libraries' logging and warnings to `log_file` and show no progress bars, until the block ends.
 
-    Nested blocks are fine: an inner one without a file writes to the outer one's. With no file at all, lines
-    are kept in memory and go to the first file named later. Everything is put back as it was, errors included.
+    Nested blocks are fine, in several threads too: one without a file writes to the last one named. With no file
+    at all, lines are kept in memory and go to the first file named later. When the last block ends, everything
+    is put back as it was, errors included. Raises RunDirError when the file cannot be written.
     """
-    with _LOCK, ExitStack() as undo:
+    before = LIBRARY_LOG.path
+    with _Silence.lock:
         if log_file is not None:
-            undo.callback(LIBRARY_LOG.write_to, LIBRARY_LOG.path)
             LIBRARY_LOG.write_to(log_file)
-        _hide_progress_bars(undo)
-        for logger in _library_loggers():
-            _redirect(logger, undo)
-        _catch_homeless_records(undo)
-        undo.callback(setattr, warnings, "showwarning", warnings.showwarning)
-        warnings.showwarning = _log_warning
+        _Silence.depth += 1
+        _silence(_Silence.undo)
+    try:
         yield
+    finally:
+        with _Silence.lock:
+            LIBRARY_LOG.path = before
+            _Silence.depth -= 1
+            if _Silence.depth == 0:
+                _Silence.undo.close()
+
+
+def _silence(undo: ExitStack) -> None:
+    """Redirect whatever still speaks; libraries imported inside an outer block may have joined since."""
+    _hide_progress_bars(undo)
+    for logger in _library_loggers():
+        if logger.handlers != [LIBRARY_LOG] or logger.propagate:
+            _change(undo, logger, "handlers", [LIBRARY_LOG])
+            _change(undo, logger, "propagate", False)
+    # a record that meets no handler is printed by logging.lastResort; the application's own handlers stay
+    _change(undo, logging, "lastResort", LIBRARY_LOG)
+    _change(undo, warnings, "showwarning", _log_warning)
+
+
+def _change(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 def _library_loggers() -> list[logging.Logger]:
     """The libraries' own loggers, and any child of theirs that has handlers of its own (torch has many)."""
     children = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in LIBRARIES]
-    return [
-        logger
-        for logger in map(logging.getLogger, {*LIBRARIES, *children})
-        if logger.name in LIBRARIES or logger.handlers
-    ]
-
-
-def _redirect(logger: logging.Logger, undo: ExitStack) -> None:
-    undo.callback(setattr, logger, "handlers", logger.handlers)
-    undo.callback(setattr, logger, "propagate", logger.propagate)
-    logger.handlers, logger.propagate = [LIBRARY_LOG], False
-
-
-def _catch_homeless_records(undo: ExitStack) -> None:
-    # a record that meets no handler is printed by logging.lastResort; the application's own handlers stay
-    undo.callback(setattr, logging, "lastResort", logging.lastResort)
-    logging.lastResort = LIBRARY_LOG
+    loggers = map(logging.getLogger, {*LIBRARIES, *children})
+    return [logger for logger in loggers if logger.name in LIBRARIES or logger.handlers]
 
 
 def _log_warning(

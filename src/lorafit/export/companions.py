@@ -10,9 +10,12 @@ from typing import Any
 
 from lorafit.backbone import Onto
 from lorafit.config import RunConfig, base_folder
+from lorafit.errors import BackboneError
 from lorafit.export.finished_run import FinishedRun
 
 DTYPE = "bfloat16"
+# auto_map names Python files of the base, which lorafit neither runs nor copies
+DROPPED = ("quantization_config", "torch_dtype", "dtype", "auto_map")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -32,7 +35,7 @@ def write_companions(run: FinishedRun, folder: Path, onto: Onto) -> None:
 
 def merged_config(config: dict[str, Any]) -> dict[str, Any]:
     """The base's config.json for 16-bit weights: no quantisation, every dtype bf16, nothing else changed."""
-    merged = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype", "dtype")}
+    merged = {key: value for key, value in config.items() if key not in DROPPED}
     for key, value in merged.items():
         if key.endswith("_config") and isinstance(value, dict):
             merged[key] = merged_config(value)
@@ -72,8 +75,12 @@ merged onto the {onto} base and saved in bf16 by lorafit.
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_bytes())
-    assert isinstance(content, dict), path
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BackboneError("the file is no JSON", where=str(path), fix="mend or remove it") from error
+    if not isinstance(content, dict):
+        raise BackboneError("the file is no JSON object", where=str(path), fix="mend or remove it")
     return content
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,42 +46,49 @@ class Reference:
         """Run `model` over `rows`, in their order, as long as the log-probabilities fit into `max_bytes`."""
         used: list[Row] = []
         kept: list[Tensor] = []
-        for row, log_probs in zip(rows, log_probabilities(model, rows)):
-            if kept and sum(part.nbytes for part in kept) + log_probs.nbytes > max_bytes:
-                break
-            used.append(row)
-            kept.append(log_probs)
+        with _evaluating(model):
+            for row in rows:
+                log_probs = log_probabilities(model, row)
+                if kept and sum(part.nbytes for part in kept) + log_probs.nbytes > max_bytes:
+                    break
+                used.append(row)
+                kept.append(log_probs)
         return cls(tuple(used), tuple(kept), _mean_loss(used, kept))
 
     def compare(self, model: nn.Module) -> Comparison:
         """How `model` differs from the reference: KL(reference ‖ model), agreement, and its own loss."""
         kl = agree = nll = 0.0
-        for row, ours, theirs in zip(self.rows, self.log_probs, log_probabilities(model, self.rows)):
-            kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
-            agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            nll += float(F.nll_loss(theirs, _targets(row), reduction="sum"))
+        with _evaluating(model):
+            for row, ours in zip(self.rows, self.log_probs):
+                theirs = log_probabilities(model, row)
+                kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
+                agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+                nll += float(F.nll_loss(theirs, _targets(row), reduction="sum"))
         return Comparison(kl / self.positions, agree / self.positions, nll / self.positions)
 
 
-def log_probabilities(model: nn.Module, rows: Iterable[Row]) -> Iterator[Tensor]:
-    """For each row, log-softmax in fp32 (positions, vocabulary) of what `model` predicts at its supervised tokens.
+def log_probabilities(model: nn.Module, row: Row) -> Tensor:
+    """Log-softmax in fp32 (positions, vocabulary) of what `model` predicts at the supervised tokens of `row`.
 
     One row at a time, unpadded, so that nothing but the row itself decides the numbers.
     """
+    device = next(model.parameters()).device
+    ids = torch.as_tensor(np.asarray(row[0], dtype=np.int64), device=device)[None]
+    predicting = torch.as_tensor(_predicting(row), device=device)
+    with torch.inference_mode():
+        if "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=predicting).logits[0]
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits[0, predicting]
+        return logits.float().log_softmax(-1).cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    keeps = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
     try:
-        for row in rows:
-            ids = torch.as_tensor(np.asarray(row[0], dtype=np.int64), device=device)[None]
-            predicting = torch.as_tensor(_predicting(row), device=device)
-            with torch.inference_mode():
-                if keeps:
-                    logits = model(input_ids=ids, use_cache=False, logits_to_keep=predicting).logits[0]
-                else:
-                    logits = model(input_ids=ids, use_cache=False).logits[0, predicting]
-                yield logits.float().log_softmax(-1).cpu()
+        yield
     finally:
         model.train(was_training)
 

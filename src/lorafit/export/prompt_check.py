@@ -17,8 +17,9 @@ V001 = "V001"
 CLEANING = """\
 {%- set cleaned = namespace(messages=[]) -%}
 {%- for message in messages -%}
+{%- set message = dict(message.items() | rejectattr("1", "none")) -%}
 {%- if message["content"] is string -%}
-{%- set content = message["content"].replace("\\r\\n", "\\n").rstrip() -%}
+{%- set content = message["content"].replace("\\r\\n", "\\n").replace("\\r", "\\n").rstrip() -%}
 {%- set cleaned.messages = cleaned.messages + [dict(message, content=content)] -%}
 {%- else -%}
 {%- set cleaned.messages = cleaned.messages + [message] -%}
@@ -45,18 +46,18 @@ def write_chat_template(run: FinishedRun, folder: Path) -> list[Finding]:
 
 
 def _check(folder: Path, prompts: tuple[Golden, ...]) -> list[Finding]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for golden in prompts:
-        found = _rendered(tokenizer, golden.messages)
+        found = _rendered(folder, golden.messages)
         if found != golden.ids:
             return [_finding(found, golden)]
     return []
 
 
-def _rendered(tokenizer: Any, messages: Any) -> list[int] | str:
+def _rendered(folder: Path, messages: Any) -> list[int] | str:
     try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except (JinjaError, ValueError, TypeError, KeyError) as error:
+    except (JinjaError, OSError, ValueError, TypeError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return list(encoded["input_ids"])
 
