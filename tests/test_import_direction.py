@@ -12,7 +12,7 @@ LEVELS = [
     ["findings"],
     ["config"],
     ["data"],
-    ["plan"],
+    ["planning"],
     ["backbone"],
     ["adapters"],
     ["engine"],
@@ -23,7 +23,7 @@ LEVELS = [
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SEAMS = {"bitsandbytes": "backbone", "peft": "adapters"}
-NO_TORCH = {"errors", "findings", "config", "data", "plan"}
+NO_TORCH = {"errors", "findings", "config", "data", "planning"}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -64,7 +64,7 @@ def test_the_classic_steps_train_merge_and_serve(front, tmp_path, capsys):
         live = model(input_ids=ids).logits
         merged = model.merge_and_unload()
         after = merged(input_ids=ids).logits
-    assert float((after - live).norm() / live.norm()) < 0.1, "merging lost what was learnt"
+    assert float((after - live).norm() / live.norm()) < 1e-4, "merging lost what was learnt"
     merged.save_pretrained(tmp_path / "served")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "served")
     made = pipeline("text-generation", model=str(tmp_path / "served"))("Route", max_new_tokens=3, do_sample=False)

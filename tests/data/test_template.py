@@ -2,17 +2,17 @@
 
 import json
 import pickle
-import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import made_tokenizers as made
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import made_tokenizers as made
 from lorafit.data.records import Record, Turn
 from lorafit.data.template import (
     BOS_DOUBLED,
@@ -29,7 +29,7 @@ from lorafit.data.template import (
     Template,
 )
 from lorafit.data.tokenizer import TextTokenizer
-from lorafit.errors import TemplateError
+from lorafit.errors import RunDirError, TemplateError
 
 GOLDEN = made.TEMPLATES / "golden.json"
 SYSTEM_FREE = {"gemma"}
@@ -238,7 +238,7 @@ def test_a_row_that_the_template_refuses_keeps_its_words_and_the_others_go_on(te
     encoded = templates["gemma"].encode_many([good, bad, good])
     assert encoded[0] == encoded[2] == templates["gemma"].encode(good)
     assert encoded[1] == Encoded([], [], (REFUSED,), "System role not supported")
-    with pytest.raises(TemplateError, match="refuses the conversation .System role not supported"):
+    with pytest.raises(TemplateError, match=r"refuses the conversation \(System role not supported\)"):
         templates["gemma"].prompt_ids(bad.prompt)
 
 
@@ -246,6 +246,21 @@ def test_text_after_the_last_answer_is_left_out(templates: dict[str, Template]) 
     row = record("Hi", "Hello!")
     longer = Record((*row.turns, Turn("user", "unanswered")), row.source)
     assert templates["llama3"].encode(longer) == templates["llama3"].encode(row)
+
+
+def test_what_the_assistant_says_before_anybody_asks_is_not_supervised(templates: dict[str, Template]) -> None:
+    greeting = (Turn("assistant", "Welcome."), Turn("user", "Hi"), Turn("assistant", "Hello."))
+    for family in ("llama3", "qwen2_5", "phi3"):
+        encoded = templates[family].encode(Record(greeting, "rows.jsonl:1"))
+        assert supervised(templates[family], encoded).startswith("Hello.<|")
+        assert encoded.problems == ()
+
+
+def test_values_of_numpy_reach_the_template_as_numbers(templates: dict[str, Template]) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": np.int64(1), "b": np.float32(0.5), "c": {1}}}}
+    turns = (Turn("user", "Hi"), Turn("assistant", "", {"tool_calls": [call], "content": None}))
+    encoded = templates["qwen2_5"].encode(Record(turns, "rows.jsonl:1"))
+    assert '{"a": 1, "b": 0.5, "c": "<set>"}' in supervised(templates["qwen2_5"], encoded)
 
 
 CHATML = (
@@ -336,6 +351,8 @@ def damaged(path: Path, **changes: object) -> Path:
         ({"stop_ids": [1]}, "served prompt would differ .* stop token has changed"),
         ({"golden": [{"messages": [{"role": "user", "content": "Hi"}], "ids": [1]}]}, 'the prompt for "Hi" differs'),
         ({"format": 9}, "not the one whose"),
+        ({"golden": []}, "not the one whose"),
+        ({"golden": [{"messages": [{}]}]}, "is no template.json"),
         ({"jinja": 3}, "is no template.json"),
     ],
 )
@@ -352,10 +369,15 @@ def test_a_changed_template_file_is_refused_in_one_sentence(
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'"x"'])
 def test_a_file_that_is_no_template_is_refused(content: bytes, tmp_path: Path, templates: dict[str, Template]) -> None:
     (tmp_path / "template.json").write_bytes(content)
-    with pytest.raises(TemplateError, match="is no template.json of lorafit's"):
+    with pytest.raises(TemplateError, match=r"is no template\.json of lorafit's"):
         Template.load(tmp_path / "template.json", templates["gemma"].tokenizer)
     with pytest.raises(TemplateError, match="cannot be read"):
         Template.load(tmp_path / "missing.json", templates["gemma"].tokenizer)
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence(templates: dict[str, Template]) -> None:
+    with pytest.raises(RunDirError, match=r"/dev/full: cannot write the template \(No space left on device\)"):
+        templates["gemma"].save(Path("/dev/full"))
 
 
 def test_another_tokenizer_is_refused_because_its_prompts_differ(

@@ -1,14 +1,14 @@
 """Hostile chat templates end in one sentence, in bounded time and memory; harmless ones are not disturbed."""
 
 import os
-import resource
+import re
 import signal
 import time
 from pathlib import Path
 
-import made_tokenizers as made
 import pytest
 
+import made_tokenizers as made
 from lorafit.data.records import Record, Turn
 from lorafit.data.template import REFUSED, Template
 from lorafit.data.template_renderer import Refusal, Rendering, Request, TemplateRenderer
@@ -44,28 +44,34 @@ def template_of(folder: Path, source: str) -> Template:
     return Template.for_tokenizer(TextTokenizer.from_folder(folder))
 
 
-def record(asked: str) -> Record:
-    return Record((Turn("user", asked), Turn("assistant", "yes")), "rows.jsonl:3")
+def record(asked: str, line: int = 1) -> Record:
+    return Record((Turn("user", asked), Turn("assistant", "yes")), f"rows.jsonl:{line}")
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_template_is_one_sentence_within_five_seconds_and_512_mb(source: str, tmp_path: Path) -> None:
+def test_a_hostile_template_is_one_sentence_within_five_seconds(source: str, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(TemplateError) as caught:
         template_of(tmp_path, source + CHATML)
     assert time.monotonic() - started < 5
-    # of all children so far the largest: no renderer has been larger than its bound
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= 512 << 10
     assert "the chat template" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_renderer_cannot_take_more_than_512_mb() -> None:
+    renderer = TemplateRenderer("{{ messages[0].content }}", {})
+    renderer.render(Request([{"role": "user", "content": "hi"}]))
+    limits = Path(f"/proc/{renderer._child.process.pid}/limits").read_text()
+    assert re.search(rf"Max address space +{512 << 20} +{512 << 20} ", limits)
+    assert re.search(r"Max file size +0 +0 ", limits)
 
 
 @pytest.mark.parametrize("trap", [HOSTILE["nested ranges"], HOSTILE["string times"], HOSTILE["endless macro"]])
 def test_a_template_that_turns_hostile_on_one_row_is_stopped_there_and_named(trap: str, tmp_path: Path) -> None:
     template = template_of(tmp_path, "{% if 'trap' in messages[0].content %}" + trap + "{% endif %}" + CHATML)
-    harmless = [record("hi")] * 300
-    expected = template.encode(harmless[0])
-    with pytest.raises(TemplateError, match=r"rows.jsonl:3: the chat template does not end within bounds"):
-        template.encode_many([*harmless, record("trap")])
+    rows = [record("trap" if line == 333 else "hi", line) for line in range(400)]
+    expected = template.encode(rows[0])
+    with pytest.raises(TemplateError, match=r"rows\.jsonl:333: the chat template does not end within bounds"):
+        template.encode_many(rows)
     assert template.encode(record("hi")) == expected
 
 
@@ -75,7 +81,7 @@ def test_a_template_that_turns_hostile_on_one_row_is_stopped_there_and_named(tra
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__ }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__.items() }}",
         "{% include '/etc/passwd' %}",
         "{% for %}",
         "{{ 1 / 0 }}",
@@ -97,6 +103,19 @@ def test_the_renderer_starts_again_after_its_child_died() -> None:
     with pytest.raises(TemplateError, match="its process died"):
         renderer.render(request)
     assert renderer.render(request) == Rendering("hi")
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_renderer() -> None:
+    renderer = TemplateRenderer("{{ messages[0].content }}", {})
+    renderer.render(Request([{"role": "user", "content": "hi"}]))
+    assert os.getpgid(renderer._child.process.pid) != os.getpgid(0)
+
+
+def test_a_template_cannot_flood_its_caller() -> None:
+    renderer = TemplateRenderer("{{ 'x' * 1000000 }}", {})
+    requests = [Request([{"role": "user", "content": "hi"}], where=f"rows.jsonl:{n}") for n in range(30)]
+    with pytest.raises(TemplateError, match="more than 512 MB"):
+        renderer.render_many(requests, lambda answers: None)
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next_one() -> None:
@@ -124,7 +143,9 @@ def test_messages_reach_the_template_as_they_are() -> None:
     message = {"role": "user", "content": "é\ud800\x00🙂</b>", "n": 1.5, "none": None, "list": [True, {"k": "v"}]}
     rendering = renderer.render(Request([message]))
     assert isinstance(rendering, Rendering)
-    expected = '[{"role": "user", "content": "é\ud800\\u0000🙂</b>", "n": 1.5, "none": null, "list": [true, {"k": "v"}]}]'
+    expected = (
+        '[{"role": "user", "content": "é\ud800\\u0000🙂</b>", "n": 1.5, "none": null, "list": [true, {"k": "v"}]}]'
+    )
     assert rendering.text == expected + "None<s>"
 
 
@@ -135,10 +156,12 @@ def test_a_row_with_much_text_is_no_hostile_row() -> None:
     assert isinstance(rendering, Rendering) and rendering.cuts == ((4 << 20, 4 << 20),)
 
 
-def test_a_conversation_of_a_thousand_turns_is_no_hostile_row(tmp_path: Path) -> None:
+def test_a_conversation_of_hundreds_of_turns_is_no_hostile_row(tmp_path: Path) -> None:
+    template = template_of(tmp_path, CHATML)
     turns = [Turn(role, "the end") for _ in range(200) for role in ("user", "assistant")]
-    encoded = template_of(tmp_path, CHATML).encode(Record(tuple(turns), "rows.jsonl:1"))
-    assert encoded.problems == () and sum(encoded.mask) == 200 * (len("the end".split()) + 3)
+    encoded = template.encode(Record(tuple(turns), "rows.jsonl:1"))
+    assert encoded.problems == ()
+    assert sum(encoded.mask) == 200 * len(template.tokenizer.encode("the end<|im_end|>"))
 
 
 def test_a_refusal_holds_the_words_of_the_template() -> None:

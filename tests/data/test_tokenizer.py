@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import made_tokenizers as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+import made_tokenizers as made
+from lorafit.data import tokenizer_conversion
 from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.tokenizer_files import TokenizerFiles
 from lorafit.errors import BackboneError, TemplateError
 
 TEXTS = (
@@ -49,6 +51,9 @@ def with_legacy_flags(folder: Path) -> Path:
         add_eos_token=True,
         legacy=True,
         clean_up_tokenization_spaces=True,
+        add_prefix_space=True,
+        split_special_tokens=False,
+        errors="replace",
         model_max_length=2048,
     )
 
@@ -78,6 +83,10 @@ def with_flags_at_odds(folder: Path) -> Path:
     token = {"content": "</s>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": token, "pad_token": "<|pad|>"}))
     return folder
+
+
+def with_special_tokens_split(folder: Path) -> Path:
+    return made.save(folder, _specials(made.byte_level()), eos_token="</s>", split_special_tokens=True)
 
 
 def with_added_tokens_file(folder: Path) -> Path:
@@ -130,7 +139,12 @@ PLAIN = (
     sentencepiece_like,
     word_piece,
 )
-REBUILT = (with_tokens_only_in_config, with_flags_at_odds, with_added_tokens_file, rebuilt_llama, rebuilt_qwen)
+REBUILT = (
+    with_tokens_only_in_config,
+    with_special_tokens_split,
+    rebuilt_llama,
+    rebuilt_qwen,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,9 +216,34 @@ def test_a_base_with_vocabulary_and_merges_only_is_converted(tmp_path: Path) -> 
 
 def test_a_session_without_a_home_converts_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
+    answer = tokenizer_conversion.converted(TokenizerFiles.read(rebuilt_llama(tmp_path / "base")))
+    monkeypatch.setattr(
+        tokenizer_conversion, "_convert", lambda folder, out: shutil.copytree(answer, out, dirs_exist_ok=True)
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert TextTokenizer.from_folder(rebuilt_llama(tmp_path / "base")).eos_token == "</s>"
+    assert TextTokenizer.from_folder(tmp_path / "base").eos_token == "</s>"
+    assert list(tmp_path.glob("lorafit-tokenizers-*/*/facts.json"))
+
+
+@pytest.mark.parametrize("make", [with_flags_at_odds, with_added_tokens_file])
+def test_tokens_that_tokenizer_json_lacks_or_flags_otherwise_are_left_to_transformers(make, tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(make(tmp_path) / "tokenizer.json"))
+    assert not TokenizerFiles.read(tmp_path).is_whole_in(backend)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"1": {"odd": 1}}},
+        {"additional_special_tokens": 5},
+        {"eos_token": {"lstrip": True}},
+    ],
+)
+def test_settings_that_make_no_sense_are_left_to_transformers_to_explain(settings: dict, tmp_path: Path) -> None:
+    files = TokenizerFiles.read(made.save(tmp_path, _specials(made.byte_level()), **settings))
+    assert not files.is_whole_in(_specials(made.byte_level()))
 
 
 def breaks(folder: Path, name: str, content: bytes) -> Path:
@@ -264,6 +303,12 @@ def test_the_chat_template_is_found_where_transformers_finds_it(where: dict, exp
     if "json" in where:
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": where["json"]}))
     assert TextTokenizer.from_folder(tmp_path).chat_template == expected
+
+
+def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    made.save(tmp_path, _specials(made.byte_level()), eos_token="</s>", chat_template=5)
+    with pytest.raises(TemplateError, match="chat_template is no text"):
+        TextTokenizer.from_folder(tmp_path)
 
 
 def test_templates_without_a_default_are_refused_and_named(tmp_path: Path) -> None:

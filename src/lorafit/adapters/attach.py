@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafit.adapters.peft_library import LoraConfig, LoraLayer, PeftModel, get_peft_model
+from lorafit.adapters.adapted_model import AdaptedModel
+from lorafit.adapters.peft_library import LoraConfig, LoraLayer, PeftModel
 from lorafit.adapters.targets import PRESETS, linear_names, matching, resolve_targets, unambiguous
 from lorafit.backbone import true_numel
 from lorafit.config import RunConfig
@@ -38,7 +39,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     wanted = matching(names, linear_names(model))
     lora = lora_config(config, unambiguous(model, names))
     with torch.random.fork_rng(devices=_cuda_devices(model)):
-        adapted = get_peft_model(model, lora)
+        adapted = AdaptedModel(model, lora)
     _draw(adapted, config.seed)
     check_attached(adapted, wanted)
     return adapted

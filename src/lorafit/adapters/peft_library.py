@@ -5,8 +5,15 @@ from __future__ import annotations
 from lorafit.backbone import quiet_libraries
 
 with quiet_libraries():
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel, PeftModelForCausalLM
     from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
 
-__all__ = ["LoraConfig", "LoraLayer", "PeftModel", "get_peft_model", "get_peft_model_state_dict"]
+__all__ = [
+    "LoraConfig",
+    "LoraLayer",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
     from lorafit.data.progress import Progress as DataProgress
-    from lorafit.plan import Plan
+    from lorafit.planning import Plan
     from lorafit.training import StepProgress
 
 

@@ -13,7 +13,7 @@ from lorafit.config import Resolved
 from lorafit.data import Prepared, prepare
 from lorafit.data.progress import Progress
 from lorafit.errors import UsageError
-from lorafit.plan import DataFacts, ModelShape, Plan, hardware_for, make_plan
+from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,20 @@ class PlannedRun:
     resolved: Resolved
     prepared: Prepared
 
+    @property
+    def recipe(self) -> str:
+        """The YAML recipe that runs this plan; of a method lorafit cannot run yet, what the run would be."""
+        return plan_recipe(self.plan, self.resolved.config)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         settings = {key: {"value": value, "source": source} for key, value, source in self.resolved.table()}
-        return {"plan": self.plan.to_dict(), "settings": settings, "data": self.prepared.summary.to_dict()}
+        return {
+            "plan": self.plan.to_dict(),
+            "settings": settings,
+            "data": self.prepared.summary.to_dict(),
+            "recipe": self.recipe,
+        }
 
 
 def plan(
@@ -41,14 +51,14 @@ def plan(
     resolved = settle(data, {**settings, "base": base})
     require_data_and_base(resolved)
     prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress)
-    return plan_prepared(resolved, prepared)
+    return plan_prepared(resolved, prepared, hardware_for(resolved.config))
 
 
-def plan_prepared(resolved: Resolved, prepared: Prepared) -> PlannedRun:
-    """The plan for data that are already read."""
+def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) -> PlannedRun:
+    """The plan for data that are already read, on `hardware`."""
     config = resolved.config
     shape = ModelShape.from_base(config.base, config.revision)
-    made = make_plan(resolved, facts_of(prepared), shape, hardware_for(resolved.config))
+    made = make_plan(resolved, facts_of(prepared), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 
 

@@ -23,6 +23,7 @@ from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clea
 from lorafit.engine import assert_isolated, use_packed_attention
 from lorafit.errors import LorafitError, PlanError
 from lorafit.findings import Finding, Severity
+from lorafit.planning import hardware_here
 from lorafit.training import LorafitTrainer, MetricsLog, TrainingProgress
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look
@@ -89,7 +90,7 @@ def train(
             prepared = prepare(resolved.config, template, run_dir=run.path, on_progress=watch.reading)
             watch.checked(prepared)
             require_clean(prepared)
-            planned = plan_prepared(resolved, prepared)
+            planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
             watch.planned(planned.plan, planned.resolved)
             findings = _require_runnable(planned, prepared)
             return _fit(run, planned, template, findings, watch, list(callbacks))

@@ -9,6 +9,7 @@ from lorafit.backbone.load import load_backbone, nf4_config
 from lorafit.backbone.packed_weight import dequantise, quantise, true_numel
 from lorafit.backbone.precision import compute_dtype, default_device
 from lorafit.backbone.quiet import quiet_libraries
+from lorafit.backbone.thaw import forget_quantisation, thaw_linear, thaw_linears
 
 __all__ = [
     "FreshWeight",
@@ -20,6 +21,7 @@ __all__ = [
     "default_device",
     "dequantise",
     "freeze_linears",
+    "forget_quantisation",
     "fresh_weights",
     "load_backbone",
     "nf4_config",
@@ -28,5 +30,7 @@ __all__ = [
     "quiet_libraries",
     "rounding_activations",
     "text_decoder",
+    "thaw_linear",
+    "thaw_linears",
     "true_numel",
 ]

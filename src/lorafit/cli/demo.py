@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from lorafit.cli import flags
 from lorafit.cli.console import heading, say, show_json
+from lorafit.demo import task_named
 
 if TYPE_CHECKING:
     from lorafit.evaluate import ExactMatch
@@ -27,6 +28,7 @@ def demo(
     """A real run, small: a bundled base learns a task in minutes on two cores, and the result is proved."""
     from lorafit.cli.demo_watch import run_demo
 
+    task_named(task)
     if not json:
         what = f"teaches a base of 3.5 M parameters the task '{escape(task)}', as your own run would go"
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from lorafit.cli import flags
 from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_json, show_settings
@@ -14,7 +16,7 @@ from lorafit.cli.data_view import ReadingBar, show_summary
 from lorafit.findings import has_errors
 
 if TYPE_CHECKING:
-    from lorafit.plan import Plan
+    from lorafit.planning import Plan
 
 
 def plan(
@@ -38,32 +40,63 @@ def plan(
         raise typer.Exit(1 if failed else 0)
     heading("data")
     show_summary(planned.prepared.summary)
-    show_plan(planned.plan)
+    show_plan(planned.plan, options=True)
     heading("settings")
     show_settings(planned.resolved.table())
     findings = [*planned.prepared.findings, *planned.plan.findings]
     heading("findings", "none" if not findings else str(len(findings)))
     show_findings(findings)
+    if not planned.plan.runnable:
+        heading("recipe", "for the tool that can run this method")
+        PEOPLE.print(Text(planned.recipe))
     raise typer.Exit(1 if failed else 0)
 
 
-def show_plan(plan: Plan) -> None:
-    """The method, each decision with its reason, the memory by component, time and cost."""
-    heading("plan", f"[bold]{plan.method}[/bold] on {plan.hardware.name}")
-    decisions = Table.grid(padding=(0, 2))
+def show_plan(plan: Plan, *, options: bool = False) -> None:
+    """The method, each decision with its reason, the memory by component, time and cost; with `options` also
+    what every row of the decision matrix would take."""
+    heading("plan", f"[bold]{plan.method}[/bold] of {plan.shape.name or 'the base'} on {plan.hardware.name}")
+    decisions = _grid()
     for decision in plan.decisions:
-        decisions.add_row(decision.key, f"[bold]{decision.value}[/bold]", f"[dim]{decision.reason}[/dim]")
-    PEOPLE.print(Padding(decisions, (0, 0, 0, 2)))
+        decisions.add_row(decision.key, f"[bold]{decision.value}[/bold]", f"[dim]{escape(decision.reason)}[/dim]")
+    decisions.add_row("targets", f"[bold]{', '.join(plan.targets)}[/bold]", "[dim]the names in this model[/dim]")
+    _show_grid(decisions)
+    for note in (*plan.shape.notes, *plan.hardware.notes):
+        say(f"  [dim]note: {escape(note)}[/dim]")
     memory = plan.memory
-    share = f"of {gib(plan.hardware.memory_bytes)}"
-    heading("memory", f"[bold]{gib(memory.peak_bytes)}[/bold] ±{memory.uncertainty:.0%} {share}")
-    parts = Table.grid(padding=(0, 2))
+    budget = gib(plan.hardware.memory_bytes)
+    heading("memory", f"[bold]{gib(memory.peak_bytes)}[/bold] ±{memory.uncertainty:.0%} of {budget}")
+    parts = _grid()
     for part in memory.components:
-        parts.add_row(part.name, f"[bold]{gib(part.size_bytes)}[/bold]", f"[dim]{part.assumes}[/dim]")
-    PEOPLE.print(Padding(parts, (0, 0, 0, 2)))
-    low, high = plan.time_s
-    cheap, dear = plan.cost_usd
-    cost = f", ${cheap:.2f} to ${dear:.2f}" if dear >= 0.01 else ""
-    heading("time", f"{plan.steps:,} steps, {duration(low)} to {duration(high)}{cost}")
-    if not plan.runnable:
-        say("  [yellow]lorafit cannot run this method yet; the recipe is for the tool that can[/yellow]")
+        parts.add_row(part.name, f"[bold]{gib(part.size_bytes)}[/bold]", f"[dim]{escape(part.assumes)}[/dim]")
+    _show_grid(parts)
+    heading("time", f"{plan.steps:,} steps, {_span(plan.time_s, plan.cost_usd)}")
+    if options:
+        _show_options(plan)
+
+
+def _show_options(plan: Plan) -> None:
+    heading("matrix", "what each method would take")
+    table = _grid()
+    for option in plan.options:
+        style = "bold" if option.chosen else "dim"
+        where = f"{option.gpus} × {option.hardware}" if option.gpus > 1 else option.hardware
+        size = gib(option.peak_bytes) + ("" if option.fits else " does not fit")
+        cells = ("→" if option.chosen else "", option.method, option.when, where, size)
+        table.add_row(
+            *(f"[{style}]{escape(cell)}[/{style}]" for cell in (*cells, _span(option.time_s, option.cost_usd)))
+        )
+    _show_grid(table)
+
+
+def _span(time_s: tuple[float, float], cost_usd: tuple[float, float]) -> str:
+    cost = f", ${cost_usd[0]:,.2f} to ${cost_usd[1]:,.2f}" if cost_usd[1] >= 0.01 else ""
+    return f"{duration(time_s[0])} to {duration(time_s[1])}{cost}"
+
+
+def _grid() -> Table:
+    return Table.grid(padding=(0, 2))
+
+
+def _show_grid(grid: Table) -> None:
+    PEOPLE.print(Padding(grid, (0, 0, 0, 2)))

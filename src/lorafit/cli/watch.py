@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
     from lorafit.data.progress import Progress as DataProgress
-    from lorafit.plan import Plan
+    from lorafit.planning import Plan
     from lorafit.training import StepProgress
 
 PLAIN_LINES = 10  # lines of progress a whole run prints where there is no terminal

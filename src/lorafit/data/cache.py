@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.config import RunConfig
-from lorafit.data.hub import hub_fingerprint
 from lorafit.data.gather import compares, ignored_codes
+from lorafit.data.hub import hub_fingerprint
 from lorafit.data.sources import DataFile
-from lorafit.data.store_writer import FACTS, Stored
+from lorafit.data.store_writer import Stored
 from lorafit.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ def stored(key: str, folder: Path, build: Callable[[Path], None]) -> tuple[Store
     Raises DataError when the disk is full or the folder cannot be written; nothing half-built is ever found.
     """
     place = folder / key
-    if (place / FACTS).is_file():
-        os.utime(place)
-        return Stored.open(place), True
+    if (found := _found(place)) is not None:
+        return found, True
     partial = folder / f"{key}.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +77,24 @@ def stored(key: str, folder: Path, build: Callable[[Path], None]) -> tuple[Store
     return Stored.open(place), False
 
 
+def _found(place: Path) -> Stored | None:
+    """The complete entry at `place`; None when there is none, or one that somebody damaged."""
+    try:
+        found = Stored.open(place)
+    except (OSError, ValueError, KeyError):
+        return None
+    with contextlib.suppress(OSError):  # in a cache that others own
+        os.utime(place)
+    return found
+
+
 def _publish(partial: Path, place: Path) -> None:
+    if place.exists() and _found(place) is None:
+        shutil.rmtree(place)
     try:
         partial.rename(place)
     except OSError:
-        if not (place / FACTS).is_file():  # otherwise another run has built the same meanwhile
+        if _found(place) is None:  # otherwise another run has built the same meanwhile
             raise
 
 

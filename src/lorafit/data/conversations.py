@@ -1,4 +1,4 @@
-"""A conversation longer than max_tokens, cut at its turns into examples that fit: `--long split-turns`."""
+"""Conversations cut at their turns: after the last answer, and, with `--long split-turns`, into examples that fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import TypeVar
 from lorafit.data.records import Record
 
 Row = TypeVar("Row")
+
+
+def up_to_last_answer(record: Record) -> Record:
+    """The record without the turns after its last answer: nothing in them is learnt."""
+    last = max(place for place, turn in enumerate(record.turns) if turn.role == "assistant")
+    return record if last == len(record.turns) - 1 else replace(record, turns=record.turns[: last + 1])
 
 
 def split_at_turns(

@@ -11,12 +11,7 @@ from numpy.typing import NDArray
 
 from lorafit.data.records import Record
 
-LONG_WORD = 12
-
-
-def normalised(text: str) -> str:
-    """Lower case, every run of white space one blank: what copies are compared in."""
-    return " ".join(text.lower().split())
+LONG_WORD = 8
 
 
 def hash64(text: bytes) -> int:
@@ -26,23 +21,31 @@ def hash64(text: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A record as copies are looked for: all text before the last answer, and the last answer, normalised."""
+    """A record as copies are looked for, in lower case and without blanks: its words in UTF-8.
 
-    question: bytes
-    answer: bytes
+    `question` is all text before the last answer, `answer` that answer; `letters` counts the characters of both.
+    """
+
+    question: list[bytes]
+    answer: list[bytes]
+    letters: int
 
     @classmethod
     def of(cls, record: Record) -> Compared:
-        """The two texts of `record` in UTF-8."""
-        before = "\n".join([record.system or "", *(turn.content for turn in record.turns[:-1])])
-        return cls(normalised(before).encode(), normalised(record.turns[-1].content).encode())
+        """The words of `record`."""
+        asked = "\n".join([record.system or "", *(turn.content for turn in record.turns[:-1])])
+        answered = record.turns[-1].content
+        return cls(asked.lower().encode().split(), answered.lower().encode().split(), len(asked) + len(answered))
+
+    def hashes(self) -> tuple[int, int]:
+        """64-bit hashes of the question and of the answer: equal when all words are."""
+        return hash64(b" ".join(self.question)), hash64(b" ".join(self.answer))
 
     def words(self) -> list[int]:
         """A 32-bit hash (CRC-32) of every word; of every letter, in scripts that put no blanks between words."""
-        text = self.question + b" " + self.answer
-        words = text.split()
-        if len(text) > LONG_WORD * len(words):
-            words = [letter.encode() for letter in text.decode() if letter != " "]
+        words = self.question + self.answer
+        if self.letters > LONG_WORD * len(words):
+            words = [letter.encode() for letter in b"".join(words).decode()]
         return list(map(crc32, words)) or [0]
 
 
@@ -53,3 +56,9 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return values ^ (values >> np.uint64(31))
+
+
+def distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The different values, sorted; `np.unique` hashes from numpy 2.3 on, which takes several times as long."""
+    ordered = np.sort(values)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorafit.data.codes import CODES
+from lorafit.data.conversations import up_to_last_answer
+from lorafit.data.judgements import judged
 from lorafit.data.records import Record
 from lorafit.data.rejects import Reject
 from lorafit.data.shapes import detect
@@ -28,5 +31,7 @@ def parse_rows(raw_rows: Iterable[Mapping[str, Any]], map: Mapping[str, str] | N
         record = shape.record(row, f"row:{number}")
         if isinstance(record, Reject):
             raise DataError(record.reason, where=f"row:{number}", fix="mend or leave out the row")
-        records.append(record)
+        if fault := next((seen for code, seen in judged(record) if CODES[code].rejects), ""):
+            raise DataError(fault, where=record.source, fix="mend or leave out the row")
+        records.append(up_to_last_answer(record))
     return records

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorafit.config import RunConfig
 from lorafit.data.codes import CODES, is_chosen
-from lorafit.data.conversations import split_at_turns
+from lorafit.data.conversations import split_at_turns, up_to_last_answer
 from lorafit.data.fingerprints import Compared, hash64
 from lorafit.data.judgements import Judgement, judged
 from lorafit.data.ledger import Ledger
@@ -25,15 +25,18 @@ from lorafit.data.raw_rows import RawRow
 from lorafit.data.reader import RowReader
 from lorafit.data.records import Record
 from lorafit.data.rejects import Reject
-from lorafit.data.rows import flagged, offsets_of, record_to_json
+from lorafit.data.row_store import flagged, mapped, offsets_of
+from lorafit.data.rows import record_to_json
 from lorafit.data.shapes import Shape, detect
-from lorafit.data.store_writer import LEADER, StoreWriter, mapped
+from lorafit.data.store_writer import LEADER, StoreWriter
 from lorafit.data.token_checks import SpecialTokens, Tokenised, judged_tokens
 
 if TYPE_CHECKING:
     from lorafit.data.template import Template
 
 CHUNK_ROWS = 2048
+CHUNK_BYTES = 8 << 20
+CHUNKS_AHEAD = 2
 IGNORABLE = ("D013", "D021", "D022", "D023", "D026", "D045")
 """Codes that reject a row unless the user ignores them: such a row can be trained on, if not well."""
 Item = tuple[RawRow, Record]
@@ -68,10 +71,10 @@ class Gatherer:
         """Read everything. One thread tokenises while this one reads and judges."""
         waiting: deque[tuple[list[Item], Future[Sequence[Tokenised]]]] = deque()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as pool:
-            for chunk in _chunks(self.reader, CHUNK_ROWS):
+            for chunk in _chunks(self.reader):
                 items = self._screened(chunk)
                 waiting.append((items, pool.submit(self._encoded, [record for _, record in items])))
-                if len(waiting) > 1:
+                if len(waiting) > CHUNKS_AHEAD:
                     self._store(*waiting.popleft())
                 self.clock.report("reading", self.ledger.counts.read, self.reader.bytes_done)
             while waiting:
@@ -115,7 +118,7 @@ class Gatherer:
             if isinstance(record, Reject):
                 self.ledger.reject(row, record)
             elif self._accepts(row, record, self._judged(record)):
-                items.append((row, record))
+                items.append((row, up_to_last_answer(record)))
         return items
 
     def _record(self, row: RawRow) -> Record | Reject:
@@ -125,13 +128,8 @@ class Gatherer:
         return self.shape.record(row.fields, f"{self.ledger.names[row.file]}:{row.line}")
 
     def _judged(self, record: Record) -> list[Judgement]:
-        try:
-            seen = list(judged(record))
-        except UnicodeEncodeError:
-            return [("D043", "holds half a surrogate pair")]
-        if self.special:
-            seen += self.special.judged(record)
-        return seen
+        seen = list(judged(record))
+        return [*seen, *self.special.judged(record)] if self.special else seen
 
     def _accepts(self, row: RawRow, record: Record, judgements: Sequence[Judgement]) -> bool:
         """Whether the row may go on; what was seen is in the ledger either way."""
@@ -191,6 +189,7 @@ class Gatherer:
         texts = [record_to_json(record) for _, record, _ in keep]
         compared = [Compared.of(record) for _, record, _ in keep]
         words = self._words(compared)
+        hashes = [text.hashes() for text in compared]
         columns: dict[str, Sequence[int]] = {
             "length": [len(one.ids) for _, _, one in keep],
             "supervised": [sum(one.mask) for _, _, one in keep],
@@ -198,8 +197,8 @@ class Gatherer:
             "line": [row.line for row, _, _ in keep],
             "words": [len(row) for row in words],
             "exact": [hash64(text) for text in texts],
-            "question": [hash64(text.question) for text in compared],
-            "answer": [hash64(text.answer) for text in compared],
+            "question": [question for question, _ in hashes],
+            "answer": [answer for _, answer in hashes],
         }
         flat = np.fromiter(itertools.chain.from_iterable(words), np.uint32, sum(columns["words"]))
         self.writer.add(flagged(ids, mask), texts, flat, columns)
@@ -223,7 +222,15 @@ def compares(config: RunConfig) -> bool:
     return any(is_chosen(code, config.select, config.ignore) for code in ("D031", "D032"))
 
 
-def _chunks(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:
-    stream = iter(rows)
-    while chunk := list(itertools.islice(stream, size)):
+def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Rows by the thousand; fewer when they are large, so that memory stays bounded."""
+    chunk: list[RawRow] = []
+    size_bytes = 0
+    for row in rows:
+        chunk.append(row)
+        size_bytes += row.size_bytes
+        if len(chunk) == CHUNK_ROWS or size_bytes > CHUNK_BYTES:
+            yield chunk
+            chunk, size_bytes = [], 0
+    if chunk:
         yield chunk

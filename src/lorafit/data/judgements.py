@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+from lorafit.data.excerpt import excerpt
 from lorafit.data.records import Record
 
 Judgement = tuple[str, str]
@@ -25,8 +26,10 @@ MARKERS = {
 MARKER_HINTS = ("<|", "### ", "INST]", "_of_turn>")
 CONTROL_BYTES = bytes(code for code in (*range(32), 127) if code not in (9, 10, 13))
 MOJIBAKE = re.compile("[ÃÂ][\u0080-\u00bf]|â€[\u0080-\u00bf™˜“”œžšŸ‹›„†‡‰…–—•ˆ¢]|ï»¿|ï¿½|\ufffd|[\u0080-\u009f]")
-SECRET_HINTS = ("sk-", "AKIA", "ASIA", "ghp_", "gho_", "ghs_", "github_pat_", "hf_", "xox", "AIza", "PRIVATE KEY-----")
-SECRET_HINTS += ("glpat-", "npm_", "eyJ")
+SECRET_HINTS = (
+    *("sk-", "AKIA", "ASIA", "ghp_", "gho_", "ghs_", "github_pat_", "hf_", "xox", "AIza", "PRIVATE KEY-----"),
+    *("glpat-", "npm_", "eyJ"),
+)
 SECRETS = {
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "an API key (sk-…)": re.compile(r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{24,}"),
@@ -42,12 +45,17 @@ SECRETS = {
 
 
 def judged(record: Record) -> Iterator[Judgement]:
-    """Every judgement on one record. Raises UnicodeEncodeError when it holds half a surrogate pair."""
+    """Every judgement on one record."""
     text = text_of(record)
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        yield "D043", "holds half a surrogate pair"
+        return
     yield from _answers(record)
     if len(record.turns) != 2:
         yield from _order(record)
-    yield from _hygiene(text)
+    yield from _hygiene(text, raw)
 
 
 def _answers(record: Record) -> Iterator[Judgement]:
@@ -73,13 +81,13 @@ def _order(record: Record) -> Iterator[Judgement]:
             return
 
 
-def _hygiene(text: str) -> Iterator[Judgement]:
+def _hygiene(text: str, raw: bytes) -> Iterator[Judgement]:
     if styles := _styles_in(text):
         yield "D040", f"'{styles[0]}'"
-    if len(raw := text.encode()) != len(raw.translate(None, CONTROL_BYTES)):
+    if len(raw) != len(raw.translate(None, CONTROL_BYTES)):
         yield "D041", f"U+{ord(_first_control(text)):04X}"
     if not text.isascii() and (match := MOJIBAKE.search(text)):
-        yield "D042", f"'{text[max(0, match.start() - 10) : match.end() + 10]}'"
+        yield "D042", f"'{excerpt(text[max(0, match.start() - 10) : match.end() + 10])}'"
     if kind := secret_kind(text):
         yield "D044", kind
 

@@ -13,6 +13,8 @@ from lorafit.data.records import Record
 from lorafit.data.rejects import Reject, rejected_line
 from lorafit.data.tally import Tally
 
+STYLES_APART = " and "
+
 
 @dataclass
 class Counts:
@@ -55,9 +57,8 @@ class Ledger:
         for code, seen in judgements:
             self.tally.add(code, record.source, seen)
             if code == "D040":
-                for style in marker_styles(record):
-                    entry = self.markers.setdefault(style, [0, record.source])
-                    entry[0] += 1
+                entry = self.markers.setdefault(STYLES_APART.join(marker_styles(record)), [0, record.source])
+                entry[0] += 1
 
     def facts(self) -> dict[str, Any]:
         """Everything but the rejected rows, JSON-ready."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.fingerprints import mixed
+from lorafit.data.fingerprints import distinct, mixed
 
 PERMUTATIONS = 64
 COMMON_SHARE = 0.05
@@ -55,7 +55,7 @@ def common_phrases(words: Words, offsets: Counts) -> NDArray[np.bool_]:
     lengths = np.diff(offsets)[sample]
     phrases, starts = _phrases(np.concatenate([words[offsets[row] : offsets[row + 1]] for row in sample]), lengths)
     rows = np.repeat(np.arange(len(sample), dtype=np.uint64), np.diff(np.append(starts, len(phrases))))
-    once = np.unique((rows << np.uint64(32)) | phrases)
+    once = distinct((rows << np.uint64(32)) | phrases)
     seen, times = np.unique(once & np.uint64(0xFFFFFFFF), return_counts=True)
     limit = max(COMMON_ROWS, COMMON_SHARE * len(sample))
     table[seen[times > limit].astype(np.uint32) >> np.uint32(32 - TABLE_BITS)] = True

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.fingerprints import mixed
+from lorafit.data.fingerprints import distinct, mixed
 
 BANDS = 16
 SIMILARITY = 0.8
@@ -40,7 +40,7 @@ def copies_of(keys: NDArray[np.uint64]) -> tuple[Numbers, Numbers]:
 
 def near_copies(signatures: NDArray[np.uint32]) -> tuple[Numbers, Numbers]:
     """Edges between rows whose (n, 64) signatures agree in at least 80 % of their entries."""
-    pairs = np.unique(np.concatenate([np.zeros(0, np.uint64), *_candidates(signatures)]))
+    pairs = distinct(np.concatenate([np.zeros(0, np.uint64), *_candidates(signatures)]))
     one, other = (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
     near = np.zeros(len(pairs), np.bool_)
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
@@ -68,6 +68,8 @@ def _band_key(entries: NDArray[np.uint32]) -> NDArray[np.uint64]:
 
 def _neighbours(key: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Among rows with the same key: each with the one before it in the order of `second`, and with the first."""
+    if len(key) < 2:
+        return np.zeros(0, np.uint64)
     order = np.argsort(key, kind="stable")
     same = key[order[1:]] == key[order[:-1]]
     shared = order[np.append(False, same) | np.append(same, False)]

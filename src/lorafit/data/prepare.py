@@ -17,7 +17,7 @@ from lorafit.data.cache import default_folder, key_of, stored
 from lorafit.data.codes import CODES
 from lorafit.data.gather import Gatherer
 from lorafit.data.groups import group_of
-from lorafit.data.pack import packed_fill
+from lorafit.data.pack import packed_fill, steps_per_epoch
 from lorafit.data.progress import Clock, Listener
 from lorafit.data.reader import RowReader
 from lorafit.data.rows import Rows
@@ -32,6 +32,8 @@ from lorafit.findings import Finding, Severity, chosen
 
 if TYPE_CHECKING:
     from lorafit.data.template import Template
+
+FILL_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def _summary(
     cached: bool,
 ) -> Summary:
     facts, lengths = whole.stored.facts, whole.rows.lengths
-    fill = packed_fill(train.lengths, config.examples_per_step, config.max_tokens, config.seed)
+    # packing a thousand steps tells how full all of them will be
+    sample = train.lengths[:: 1 + len(train) // (FILL_STEPS * config.examples_per_step)]
+    fill = packed_fill(sample, config.examples_per_step, config.max_tokens, config.seed)
     return Summary(
         files=tuple(facts["names"]),
         shape=facts["shape"],
@@ -119,9 +123,9 @@ def _summary(
         tokens=int(lengths.sum(dtype=np.int64)),
         supervised_tokens=int(whole.rows.supervised.sum(dtype=np.int64)),
         longest=int(lengths.max(initial=0)),
-        histogram=Histogram.of(lengths),
+        histogram=Histogram.of(lengths) if template else Histogram(),
         packed_fill=fill.share,
-        steps_per_epoch=fill.steps,
+        steps_per_epoch=steps_per_epoch(len(train), config.examples_per_step),
         seconds=seconds,
         near_duplicate_seconds=facts["copies_s"],
         cached=cached,

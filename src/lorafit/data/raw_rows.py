@@ -8,21 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorafit.data.excerpt import excerpt
 from lorafit.data.rejects import Reject
 
 MAX_DEPTH = 64
+CUT_OFF = "cut off before its end"
 FENCE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]')
 
 
 @dataclass(slots=True)
 class RawRow:
-    """Where a row stands (`file` is an index, `line` counts from 1) and its fields, or why there are none."""
+    """Where a row stands (`file` is an index, `line` counts from 1) and its fields, or why there are none.
+
+    `raw` is the row's text, where the file has one; `size_bytes` is about what the row takes.
+    """
 
     file: int
     line: int
     raw: bytes
     fields: Mapping[str, Any] | None = None
     reject: Reject | None = None
+    size_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.size_bytes = self.size_bytes or len(self.raw)
 
 
 class _FieldTwice(Exception):
@@ -52,7 +61,7 @@ def parse_row(raw: bytes) -> Mapping[str, Any] | Reject:
     except json.JSONDecodeError as error:
         return _broken(text, error.msg, error.pos)
     except _FieldTwice as error:
-        return Reject("D003", f"the field '{_short(str(error))}' stands twice")
+        return Reject("D003", f"the field '{excerpt(str(error))}' stands twice")
     except RecursionError:
         return Reject("D007", f"nested deeper than {MAX_DEPTH} levels")
     except ValueError as error:  # a number of more digits than Python converts
@@ -61,7 +70,7 @@ def parse_row(raw: bytes) -> Mapping[str, Any] | Reject:
         kind = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}.get(
             type(fields), "a number"
         )
-        return Reject("D002", f"the line is {kind}, not an object", 1, excerpt=_short(text))
+        return Reject("D002", f"the line is {kind}, not an object", 1, excerpt=excerpt(text))
     return fields
 
 
@@ -82,13 +91,13 @@ def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> Reject:
     if bad == 0xED:
         return Reject("D043", "holds half a surrogate pair", column)
     guess = raw[max(0, error.start - 15) : error.start + 15].decode("latin-1")
-    return Reject("D004", f"byte 0x{bad:02x} is not UTF-8 (Latin-1 would read '{_short(guess)}')", column)
+    return Reject("D004", f"byte 0x{bad:02x} is not UTF-8 (Latin-1 would read '{excerpt(guess)}')", column)
 
 
 def _broken(text: str, message: str, position: int) -> Reject:
     line_offset = text.count("\n", 0, position)
     column = position - (text.rfind("\n", 0, position) + 1) + 1
-    excerpt = _short(text[max(0, position - 20) : position + 20])
+    near = excerpt(text[max(0, position - 20) : position + 20])
     here, before = text[position : position + 1], text[:position].rstrip()
     code, reason = "D001", message[:1].lower() + message[1:]
     if "control character" in message:
@@ -100,12 +109,7 @@ def _broken(text: str, message: str, position: int) -> Reject:
     elif here == "'":
         reason = "single quotes; JSON wants double ones"
     elif not text[position:].strip() or message.startswith("Unterminated string"):
-        reason = "cut off before its end"
+        reason = CUT_OFF
     elif message == "Extra data":
         reason = "more text after the object; one object per line"
-    return Reject(code, reason, column, line_offset, excerpt)
-
-
-def _short(text: str, limit: int = 60) -> str:
-    flat = text.replace("\n", "⏎").replace("\r", "").encode("utf-8", "backslashreplace").decode()
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+    return Reject(code, reason, column, line_offset, near)

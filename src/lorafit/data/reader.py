@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from lorafit.data.arrays import Elements
 from lorafit.data.hub import hub_rows
 from lorafit.data.lines import LINE_LIMIT_BYTES, Utf8Stream, lines
-from lorafit.data.raw_rows import RawRow, parse_row
+from lorafit.data.raw_rows import CUT_OFF, RawRow, parse_row
 from lorafit.data.rejects import Reject
 from lorafit.data.sources import ByteStream, DataFile, reading
 from lorafit.data.tables import csv_rows, parquet_rows
 from lorafit.errors import DataError
+
+HEAD_BYTES = 1 << 16
 
 
 class RowReader:
@@ -60,7 +62,7 @@ class RowReader:
         start = head.lstrip()
         if start.startswith(b"[") and (file.format == "json" or _opens_an_array(start)):
             return array_rows(stream, index)
-        if file.format == "json" and start.startswith(b"{") and not _is_one_row(head):
+        if file.format == "json" and start.startswith(b"{") and _is_one_object(start):
             raise DataError("holds one JSON object, not a list of rows", where=file.name, fix="save the list itself")
         return jsonl_rows(stream, index, self.oddities[index])
 
@@ -78,15 +80,18 @@ class _Rewound:
 
 
 def _first_text(stream: Utf8Stream) -> bytes:
+    """The first bytes, enough to see what kind of file it is; blanks before them are part of it."""
     head = b""
-    while not head.strip() and (block := stream.read(1 << 16)):
-        head = (head + block)[-LINE_LIMIT_BYTES:]
+    while len(head.lstrip()) < HEAD_BYTES and len(head) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
+        head += block
     return head
 
 
-def _is_one_row(head: bytes) -> bool:
-    first, newline, _ = head.lstrip().partition(b"\n")
-    return bool(newline) and not isinstance(parse_row(first), Reject)
+def _is_one_object(start: bytes) -> bool:
+    """Whether an object goes on over several lines: then the file is that object, and not one row per line."""
+    first, newline, _ = start.partition(b"\n")
+    parsed = parse_row(first)
+    return bool(newline) and isinstance(parsed, Reject) and parsed.reason == CUT_OFF
 
 
 def _opens_an_array(start: bytes) -> bool:

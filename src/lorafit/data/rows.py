@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.records import Record, Turn
+from lorafit.data.row_store import SUPERVISED, RowStore, flagged, offsets_of
 
 if TYPE_CHECKING:
     from lorafit.data.template import Encoded
-
-SUPERVISED = np.int32(np.iinfo(np.int32).min)
-"""The sign bit of a stored token says 'supervised': ids and mask travel in one int32."""
-
-
-def flagged(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """ids (tokens,) and mask (tokens,) as stored: the mask in the sign bit."""
-    return np.where(mask, ids | SUPERVISED, ids).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class RowStore:
-    """Columns of n rows. Token i of row r is `tokens[offsets[r] + i]`, its sign bit the loss mask.
-
-    `tokens` (all tokens,) int32; `offsets` (n + 1,) int64; `supervised` (n,) int32; `file` (n,) int32 into
-    `names`; `line` (n,) int64; `text` (bytes,) uint8 with each record's JSON at `text_offsets` (n + 1,) int64.
-    """
-
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    supervised: NDArray[np.int32]
-    file: NDArray[np.int32]
-    line: NDArray[np.int64]
-    names: tuple[str, ...]
-    text: NDArray[np.uint8]
-    text_offsets: NDArray[np.int64]
-    folder: Path | None = None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
 
 class Rows:
@@ -92,9 +61,17 @@ class Rows:
     def content_hash(self) -> str:
         """SHA-256 over ids and masks in order, in hex."""
         digest = hashlib.sha256(self.lengths.astype("<i4").tobytes())
-        for position in range(len(self)):
-            digest.update(self._stored(position).astype("<i4").tobytes())
+        # rows that follow one another in the store are hashed in one piece
+        for run in np.split(self.indices, np.flatnonzero(np.diff(self.indices) != 1) + 1):
+            if len(run):
+                tokens = self.store.tokens[self.store.offsets[run[0]] : self.store.offsets[run[-1] + 1]]
+                digest.update(np.asarray(tokens, "<i4").tobytes())
         return digest.hexdigest()
+
+    def sources(self) -> Iterator[str]:
+        """`file:line` of every row, in order."""
+        files, lines = self.store.file[self.indices].tolist(), self.store.line[self.indices].tolist()
+        return (f"{self.store.names[file]}:{line}" for file, line in zip(files, lines, strict=True))
 
     @classmethod
     def from_encoded(cls, encoded: Sequence[Encoded], records: Sequence[Record] | None = None) -> Rows:
@@ -122,13 +99,6 @@ class Rows:
             text_offsets=offsets_of([len(text) for text in texts]),
         )
         return cls(store)
-
-
-def offsets_of(lengths: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """(n + 1,) starts of rows of these lengths, and the end."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
-    return offsets
 
 
 def _split_source(source: str) -> tuple[str, int]:

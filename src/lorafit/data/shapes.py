@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorafit.data.excerpt import excerpt
 from lorafit.data.records import Record, Turn
 from lorafit.data.rejects import Reject
 from lorafit.errors import DataError, UsageError
@@ -101,7 +102,7 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
     check_map(mapped)
     votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped))))
     if not votes:
-        names = ", ".join(sorted({str(name) for row in rows[:100] for name in row})[:12]) or "none"
+        names = ", ".join(sorted({excerpt(str(name), 30) for row in rows[:100] for name in row})[:12]) or "none"
         raise DataError(
             f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations",
             where=where,
@@ -125,7 +126,7 @@ def _shape_of(row: Fields) -> tuple[str, str] | None:
 def _text_fault(row: Fields, name: str) -> Reject | None:
     if name not in row:
         near = difflib.get_close_matches(name, [str(key) for key in row], n=1)
-        hint = f" (there is '{near[0]}')" if near else ""
+        hint = f" (there is '{excerpt(near[0])}')" if near else ""
         return Reject("D010", f"no field '{name}'{hint}")
     if row[name] is None:
         return Reject("D011", f"the field '{name}' is null")
@@ -140,15 +141,13 @@ def _optional_fault(row: Fields, name: str) -> Reject | None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return {**kinds, dict: "an object", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _exchange(row: Fields, asked: str, answered: str, source: str) -> Record | Reject:
     if fault := _optional_fault(row, "system"):
         return fault
-    if not answered.strip():
-        return Reject("D013", "the response is empty")
     return Record((Turn("user", asked), Turn("assistant", answered)), source, row.get("system") or None)
 
 
@@ -174,35 +173,45 @@ def _conversation(row: Fields, name: str, read: Callable[[Any], Turn | Reject], 
 def _assembled(turns: list[Turn], tools: tuple[Fields, ...], system: str | None, source: str) -> Record | Reject:
     if turns and turns[0].role in ("system", "developer"):
         system = "\n".join(part for part in (system, turns.pop(0).content) if part) or None
-    answers = [turn for turn in turns if turn.role == "assistant"]
-    if not answers:
+    if not any(turn.role == "assistant" for turn in turns):
         return Reject("D016", "the conversation has no assistant turn")
-    if not any(turn.content.strip() or turn.extra for turn in answers):
-        return Reject("D013", "the response is empty")
     return Record(tuple(turns), source, system, tools)
 
 
 def _openai_turn(message: Any) -> Turn | Reject:
     if not isinstance(message, dict):
         return Reject("D012", f"is {_kind(message)}, not an object with role and content")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        return Reject("D012", f"the role {role!r:.40} is none of {', '.join(sorted(ROLES))}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        return Reject("D012", f"the role '{excerpt(str(role))}' is none of {', '.join(sorted(ROLES))}")
     extra = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
-    if isinstance(content, list):
-        content = _joined_parts(content)
-    if content is None and "tool_calls" in extra:
-        content = ""
-    if "content" not in message and content is None:
-        return Reject("D010", "no field 'content'")
-    if content is None:
-        return Reject("D011", "the field 'content' is null")
-    if not isinstance(content, str):
-        return content if isinstance(content, Reject) else Reject("D012", f"the content is {_kind(content)}, not text")
-    return Turn(role, content, extra)
+    if message.get("content") is None and "tool_calls" in extra:
+        return Turn(role, "", extra)
+    content = _content(message, "content")
+    return content if isinstance(content, Reject) else Turn(role, content, extra)
 
 
-def _joined_parts(parts: Iterable[Any]) -> str | Reject:
+def _sharegpt_turn(message: Any) -> Turn | Reject:
+    if not isinstance(message, dict):
+        return Reject("D012", f"is {_kind(message)}, not an object with from and value")
+    speaker = message.get("from", message.get("role"))
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(sorted(SHAREGPT_ROLES))
+        return Reject("D012", f"the speaker '{excerpt(str(speaker))}' is none of {known}")
+    content = _content(message, "content" if "content" in message and "value" not in message else "value")
+    return content if isinstance(content, Reject) else Turn(role, content)
+
+
+def _content(message: Fields, name: str) -> str | Reject:
+    """The text of a turn; a list of text parts counts as one text."""
+    value = message.get(name)
+    if isinstance(value, list):
+        return _joined(value)
+    return value if isinstance(value, str) else _text_fault(message, name) or ""
+
+
+def _joined(parts: Iterable[Any]) -> str | Reject:
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
@@ -210,17 +219,3 @@ def _joined_parts(parts: Iterable[Any]) -> str | Reject:
             return Reject("D012", "the content holds something that is not text (an image?)")
         texts.append(text)
     return "".join(texts)
-
-
-def _sharegpt_turn(message: Any) -> Turn | Reject:
-    if not isinstance(message, dict):
-        return Reject("D012", f"is {_kind(message)}, not an object with from and value")
-    speaker, value = message.get("from", message.get("role")), message.get("value", message.get("content"))
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        return Reject("D012", f"the speaker {speaker!r:.40} is none of {', '.join(sorted(SHAREGPT_ROLES))}")
-    if value is None:
-        return Reject("D011" if "value" in message else "D010", "the field 'value' is null or missing")
-    if not isinstance(value, str):
-        return Reject("D012", f"the value is {_kind(value)}, not text")
-    return Turn(role, value)

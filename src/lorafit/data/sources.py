@@ -18,6 +18,7 @@ from typing import IO
 
 import zstandard
 
+from lorafit.data.excerpt import excerpt
 from lorafit.errors import DataError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -68,7 +69,7 @@ def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile
 
 
 def _files_of(entry: str, held_out: bool) -> list[DataFile]:
-    path = Path(entry).expanduser()
+    path = Path(entry or "\0").expanduser()  # an empty name is no file, and not the folder we are in
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -82,7 +83,7 @@ def _files_of(entry: str, held_out: bool) -> list[DataFile]:
 
 def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
     if glob.has_magic(entry):
-        matches = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207 - Path.glob is for relative ones
+        matches = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207
         found = sorted(path for path in matches if Path(path).is_file())
         if not found:
             raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
@@ -121,7 +122,7 @@ def _data_file(path: Path, held_out: bool) -> DataFile:
         raise DataError("is not a data file by its name", where=str(path), fix=KNOWN)
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=str(path), fix="write one row per line into it")
-    return DataFile(path, str(path), form, compression, held_out=held_out)
+    return DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)
 
 
 @contextmanager

@@ -44,5 +44,5 @@ def write_split(run_dir: Path, train: Rows, holdout: Rows) -> Path:
     with path.open("w", encoding="utf-8") as stream:
         stream.write("side\tsource\n")
         for side, rows in (("train", train), ("holdout", holdout)):
-            stream.writelines(f"{side}\t{rows.source(position)}\n" for position in range(len(rows)))
+            stream.writelines(f"{side}\t{source}\n" for source in rows.sources())
     return path

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.rows import RowStore, offsets_of
+from lorafit.data.row_store import NAMES, RowStore
 
 FACTS, LEADER = "facts.json", "leader"
 COLUMNS = {
@@ -72,6 +72,7 @@ class StoreWriter:
         for name, values in columns.items():
             np.save(self.folder / f"{name}.npy", values)
         (self.folder / "words.bin").unlink()
+        (self.folder / NAMES).write_text(json.dumps(facts["names"]), encoding="utf-8")
         (self.folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -94,24 +95,7 @@ class Stored:
     def open(cls, folder: Path) -> Stored:
         """The folder that `StoreWriter.finish` completed."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        column = {name: np.load(folder / f"{name}.npy") for name in (*COLUMNS, LEADER)}
-        rows = RowStore(
-            tokens=mapped(folder / "tokens.bin", np.int32),
-            offsets=offsets_of(column["length"]),
-            supervised=column["supervised"],
-            file=column["file"],
-            line=column["line"],
-            names=tuple(facts["names"]),
-            text=mapped(folder / "text.bin", np.uint8),
-            text_offsets=offsets_of(column["text_length"]),
-            folder=folder,
+        exact, question, answer, leader = (
+            np.load(folder / f"{name}.npy") for name in ("exact", "question", "answer", LEADER)
         )
-        exact, question, answer = column["exact"], column["question"], column["answer"]
-        return cls(rows, exact, question, answer, column[LEADER], facts, folder)
-
-
-def mapped(path: Path, kind: type[np.generic]) -> NDArray[Any]:
-    """The values of `kind` in the file at `path`, memory-mapped."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, kind)
-    return np.memmap(path, kind, mode="r")
+        return cls(RowStore.open(folder), exact, question, answer, leader, facts, folder)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lorafit.data.excerpt import excerpt
 from lorafit.data.lines import LINE_LIMIT_BYTES, Readable, lines
 from lorafit.data.raw_rows import RawRow
 from lorafit.data.rejects import Reject
@@ -14,6 +15,7 @@ from lorafit.data.sources import DataFile, reading, unpacked
 from lorafit.errors import DataError
 
 PARQUET_BATCH_ROWS = 1024
+PARQUET_BATCH_BYTES = 8 << 20
 SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -65,7 +67,7 @@ def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawR
         return RawRow(index, line, raw, reject=Reject("D008", reason))
     for name, cell in zip(header, cells, strict=True):
         if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
-            reject = Reject("D004", f"the cell '{name}' holds bytes that are not UTF-8")
+            reject = Reject("D004", f"the cell '{excerpt(name)}' holds bytes that are not UTF-8")
             return RawRow(index, line, raw, reject=reject)
     return RawRow(index, line, raw, dict(zip(header, cells, strict=True)))
 
@@ -79,16 +81,24 @@ def parquet_rows(index: int, file: DataFile, on_share: Callable[[float], None]) 
         try:
             table = pq.ParquetFile(stream)
             line = 0
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+            for batch in table.iter_batches(batch_size=_batch_rows(table.metadata)):
+                size = batch.nbytes // max(1, len(batch))
                 for fields in batch.to_pylist():
                     line += 1
-                    yield RawRow(index, line, b"", without_nulls(fields))
+                    yield RawRow(index, line, b"", without_nulls(fields), size_bytes=size)
                 on_share(line / max(1, table.metadata.num_rows))
         except (pa.ArrowException, UnicodeDecodeError) as error:
             message = str(error).splitlines()[0]
             raise DataError(
                 f"is no readable Parquet file ({message})", where=file.name, fix="write it again"
             ) from error
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Rows to read at once, so that rows of megabytes do not fill the memory."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // max(1, row_bytes)))
 
 
 def without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from lorafit.data.template_problems import (
 from lorafit.data.template_renderer import FROZEN_NOW
 from lorafit.data.template_row import LaidOut
 from lorafit.data.tokenizer import TextTokenizer
-from lorafit.errors import TemplateError
+from lorafit.errors import RunDirError, TemplateError
 
 __all__ = [
     "ALL_PROBLEMS",
@@ -158,7 +158,7 @@ class Template:
         return self.tokenizer.encode(self.prompt_text(messages, tools))
 
     def save(self, path: Path) -> None:
-        """Write template.json; `load` is the inverse and checks every claim in it."""
+        """Write template.json; `load` is the inverse and checks its claims. Raises RunDirError on a full disk."""
         golden = [{"messages": list(asked), "ids": self.prompt_ids(asked)} for asked in self._goldens()]
         fields = {
             "format": FORMAT,
@@ -170,7 +170,12 @@ class Template:
             "stop_tokens": list(self.stop_tokens),
             "golden": golden,
         }
-        path.write_text(json.dumps(fields, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(fields, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write the template ({error.strerror})", where=str(path), fix="free disk space, or choose --out"
+            ) from error
 
     @classmethod
     def load(cls, path: Path, tokenizer: TextTokenizer) -> Template:
@@ -184,7 +189,7 @@ class Template:
             raise _differs(path, "its template or stop token has changed")
         for golden in saved["golden"]:
             if template.prompt_ids(golden["messages"]) != golden["ids"]:
-                raise _differs(path, f"the prompt for {json.dumps(golden['messages'][-1]['content'])[:60]} differs")
+                raise _differs(path, f"the prompt for {json.dumps(golden['messages'][-1].get('content'))[:60]} differs")
         return template
 
     def _goldens(self) -> list[Sequence[Mapping[str, Any]]]:
@@ -238,7 +243,7 @@ def _saved(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         digest = hashlib.sha256(saved["jinja"].encode("utf-8", "surrogatepass")).hexdigest()
-        whole = saved["format"] == FORMAT and digest == saved["sha256"] and {"name", "stop_ids", "golden"} <= set(saved)
+        whole = saved["format"] == FORMAT and digest == saved["sha256"] and _proves_something(saved)
     except OSError as error:
         raise TemplateError(
             f"cannot be read ({error.strerror})", where=str(path), fix="train again, or restore the run directory"
@@ -254,6 +259,13 @@ def _saved(path: Path) -> dict[str, Any]:
             fix="restore the run directory",
         )
     return dict(saved)
+
+
+def _proves_something(saved: dict[str, Any]) -> bool:
+    golden = saved["golden"]
+    return bool(golden and saved["name"] and saved["stop_ids"]) and all(
+        each["messages"] and each["ids"] for each in golden
+    )
 
 
 def _differs(path: Path, how: str) -> TemplateError:

@@ -36,13 +36,14 @@ class ChatLayout:
 
         Raises TemplateError when the template exceeds its time or memory on a record.
         """
-        pending: deque[tuple[Record, list[Message]]] = deque()
+        pending: deque[tuple[Record, list[Message] | None]] = deque()
 
         def requests() -> Iterator[Request]:
             for record in records:
                 messages = messages_of(record)
-                pending.append((record, messages))
-                yield self._request(record, messages)
+                fits = characters_in(messages) <= MAX_ROW_CHARACTERS
+                pending.append((record, messages if fits else None))
+                yield self._request(record, messages) if fits else Request(())
 
         def answered(answers: list[Rendering | Refusal]) -> None:
             use([self._laid(answer, *pending.popleft()) for answer in answers])
@@ -61,13 +62,11 @@ class ChatLayout:
         return answer.text
 
     def _request(self, record: Record, messages: list[Message]) -> Request:
-        if characters_in(messages) > MAX_ROW_CHARACTERS:
-            return Request(())
         cuts = () if self._probe.marks_blocks else cuts_of(messages)
         return Request(messages, record.tools, cuts=cuts, where=record.source)
 
-    def _laid(self, answer: Rendering | Refusal, record: Record, messages: list[Message]) -> LaidOut:
-        if characters_in(messages) > MAX_ROW_CHARACTERS:
+    def _laid(self, answer: Rendering | Refusal, record: Record, messages: list[Message] | None) -> LaidOut:
+        if messages is None:
             return LaidOut("", problems=(TOO_LARGE,))
         if isinstance(answer, Refusal):
             return LaidOut("", problems=(REFUSED,), detail=answer.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -21,7 +22,7 @@ from lorafit.errors import TemplateError
 
 WORKER = Path(__file__).with_name("template_worker.py")
 MAX_BYTES = 512 << 20
-MAX_CPU_S = 2.0
+MAX_CPU_S = 1.0
 FROZEN_NOW = datetime(2024, 7, 26)
 """What `strftime_now` tells a template, Llama 3's own default date: a prompt must not change overnight."""
 
@@ -51,7 +52,10 @@ class Request:
     @property
     def characters(self) -> int:
         """Roughly how much text the request holds."""
-        return sum(len(message.get("content") or "") for message in self.messages)
+        plain = sum(len(message.get("content") or "") for message in self.messages)
+        # tools and calls are trees: as text they are about as long as the template writes them
+        calls = (message["tool_calls"] for message in self.messages if "tool_calls" in message)
+        return plain + sum(len(str(tree)) for tree in (*self.tools, *calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,10 @@ class TemplateRenderer:
     def _received(self, chunk: Sequence[Request]) -> list[Rendering | Refusal]:
         child = self._running()
         answers = _read(child)
+        if answers is None and len(chunk) > 1:
+            # the child died on one of them: each alone shows which, or that only all together were too much
+            self._discard()
+            return [self._received(self._sent(iter([[request]])))[0] for request in chunk]
         if answers is None:
             raise self._gone(child, chunk[0].where)
         assert len(answers) == len(chunk), "the worker answers every row"
@@ -201,18 +209,23 @@ def _spawn() -> subprocess.Popen[bytes]:
     # the C locale keeps a locale archive of 200 MB out of the address space
     surroundings = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "1"}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=surroundings
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=surroundings,
+        start_new_session=True,  # Ctrl-C is the parent's to handle
     )
 
 
 def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked copy must not end the child of its parent
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
     process.kill()
     process.wait()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # what was not sent yet has no reader any more
+            _pipe(stream).close()
 
 
 def _chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -234,13 +247,17 @@ def _by_size(chunk: list[Request]) -> Iterator[list[Request]]:
 
 
 def _write(child: _Child, message: Any) -> None:
-    body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    body = json.dumps(message, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
     stream = _pipe(child.process.stdin)
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the child is gone: the read that follows says why
         stream.write(len(body).to_bytes(8, "little") + body)
         stream.flush()
-    except BrokenPipeError:
-        pass  # the child is gone: the read that follows says why
+
+
+def _plain(value: Any) -> Any:
+    # as transformers: numbers of numpy and arrow become plain ones, anything else a placeholder
+    item = getattr(value, "item", None)
+    return item() if callable(item) else f"<{type(value).__name__}>"
 
 
 def _read(child: _Child) -> Any:

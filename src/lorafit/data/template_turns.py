@@ -26,9 +26,14 @@ class Ending:
     tokens: tuple[str, ...]
 
 
+def _asked(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where the assistant answers something: what it says before anybody else has no prompt to learn it for."""
+    return [place for place in answers_in(messages) if place]
+
+
 def cuts_of(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, bool]]:
     """What to render beside the whole conversation: the prompt of each answer, and the text up to each but the last."""
-    answers = answers_in(messages)
+    answers = _asked(messages)
     prompts = [(place, True) for place in answers]
     return prompts + [(place + 1, False) for place in answers[:-1]]
 
@@ -38,7 +43,7 @@ def by_prefix(rendering: Rendering, messages: Sequence[Mapping[str, Any]], endin
 
     When an earlier answer is rendered otherwise once the conversation goes on, only the last is supervised.
     """
-    answers = answers_in(messages)
+    answers = _asked(messages)
     text = rendering.text
     prompts = rendering.cuts[: len(answers)]
     ends = [*rendering.cuts[len(answers) :], (len(text), len(text))]

@@ -30,7 +30,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-MAX_CHARACTERS = 32 << 20
+MAX_CHARACTERS = 24 << 20
 # what template code can raise on a row it does not like
 ROW_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 UNBOUNDED_ERRORS = (RecursionError, MemoryError)
@@ -135,10 +135,7 @@ class Renderings:
             context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
             for block in self.template.generate(**context, **self.variables):
                 blocks.append(block)
-        text = "".join(blocks)
-        if len(text) > MAX_CHARACTERS:
-            raise MemoryError
-        return text
+        return "".join(blocks)
 
     @contextmanager
     def _tracked(self, blocks: list[str], spans: list[tuple[int, int]] | None) -> Iterator[None]:
@@ -170,6 +167,16 @@ def common(text: str, part: str) -> int:
     return low
 
 
+def _answers(renderings: Renderings, requests: list[Any]) -> list[list[Any]]:
+    answers, characters = [], 0
+    for request in requests:
+        answer = _answer(renderings, request)
+        characters += len(answer[0])
+        # the parent has no bounds of its own: what reaches it must be small
+        answers.append(answer if characters <= MAX_CHARACTERS else ["unbounded", "MemoryError"])
+    return answers
+
+
 def _answer(renderings: Renderings, request: list[Any]) -> list[Any]:
     try:
         return renderings.row(*request)
@@ -193,7 +200,8 @@ def _write(stream: BinaryIO, answer: Any) -> None:
 
 
 def _bound(max_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    if sys.platform == "linux":  # macOS knows the limit by name only
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
@@ -212,7 +220,7 @@ def main() -> None:
         return _write(outgoing, ["refused", f"{error}"[:300]])
     _write(outgoing, ["ready", renderings.marks_generation, renderings.reads])
     while (requests := _read(incoming)) is not None:
-        _write(outgoing, [_answer(renderings, request) for request in requests])
+        _write(outgoing, _answers(renderings, requests))
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from lorafit.data import template_problems as problems
+from lorafit.data.excerpt import excerpt
 from lorafit.data.judgements import Judgement, has_any
 from lorafit.data.records import Record
 
@@ -50,7 +51,7 @@ def judged_tokens(row: Tokenised) -> Iterator[Judgement]:
     """Every judgement on one tokenised row; too-long rows are the caller's, who knows what to do with them."""
     for problem in row.problems:
         code, seen = SAID[problem]
-        yield code, row.detail or seen
+        yield code, excerpt(row.detail, 120) or seen
     if not row.problems and True not in row.mask:
         yield "D021", "nothing in the row is supervised"
 

@@ -114,7 +114,8 @@ def _cache_home() -> Path:
         pass  # a home that cannot be written costs a conversion per session, no more
     fallback = Path(tempfile.gettempdir()) / f"lorafit-tokenizers-{os.getuid()}"
     fallback.mkdir(mode=0o700, exist_ok=True)
-    return fallback
+    # a folder of that name made by somebody else is not to be read from
+    return fallback if fallback.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="lorafit-tokenizers-"))
 
 
 def facts_of(home: Path) -> tuple[dict[str, str], bool, bool]:

@@ -35,9 +35,11 @@ PASSIVE_KEYS = {
     "extra_special_tokens",
     "add_bos_token",
     "add_eos_token",
+    "add_prefix_space",
     "backend",
     "chat_template",
     "clean_up_tokenization_spaces",
+    "errors",
     "is_local",
     "legacy",
     "local_files_only",
@@ -107,14 +109,21 @@ class TokenizerFiles:
         It would not when the declared class rebuilds the pipeline, or when the other files name tokens
         that tokenizer.json lacks or flags otherwise.
         """
-        if not self._has_generic_class() or set(self.config) - PASSIVE_KEYS or (self.folder / ADDED).is_file():
+        if not self._has_generic_class() or self._active_settings() or (self.folder / ADDED).is_file():
             return False
-        present = {token.content: _flags_of(token) for token in backend.get_added_tokens_decoder().values()}
-        return all(_token_text(token) in present for token in self._declared_tokens()) and all(
-            present[token["content"]] == _flags_of(AddedToken(**{"special": True, **_without_type(token)}))
-            for token in self._declared_tokens()
-            if isinstance(token, dict)
-        )
+        try:
+            return self._names_nothing_new(backend)
+        except (TypeError, AttributeError, KeyError):
+            return False  # settings that make no sense: transformers says which
+
+    def _names_nothing_new(self, backend: Tokenizer) -> bool:
+        present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        if not all(_same(token, present.get(_token_text(token))) for token in self._declared_tokens()):
+            return False
+        # transformers makes every named token a special one
+        padding = [backend.padding["pad_token"]] if backend.padding else []
+        named = [_token_text(token) for token in [*self._special_tokens(), *padding]]
+        return all(token in present and present[token].special for token in named)
 
     def digest(self) -> str:
         """A hash of everything that transformers reads to build the tokenizer; the chat template is not part of it."""
@@ -130,6 +139,9 @@ class TokenizerFiles:
         for pattern in VOCABULARY_PATTERNS:
             yield from (path for path in self.folder.glob(pattern) if path.is_file())
 
+    def _active_settings(self) -> set[str]:
+        return {key for key in self.config if key not in PASSIVE_KEYS and self.config[key] not in (None, False)}
+
     def _has_generic_class(self) -> bool:
         kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
         model_type = str(self.model.get("model_type") or "")
@@ -137,6 +149,9 @@ class TokenizerFiles:
 
     def _declared_tokens(self) -> Iterator[Any]:
         yield from self.config.get("added_tokens_decoder", {}).values()
+        yield from self._special_tokens()
+
+    def _special_tokens(self) -> Iterator[Any]:
         for source in (self.config, self.special_map):
             yield from (source[key] for key in NAMED_TOKENS if source.get(key) is not None)
             for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -144,12 +159,15 @@ class TokenizerFiles:
                 yield from extra.values() if isinstance(extra, dict) else extra
 
 
+def _same(declared: Any, present: AddedToken | None) -> bool:
+    if present is None or not isinstance(declared, dict):
+        return present is not None
+    wanted = AddedToken(**{"special": True, **{key: value for key, value in declared.items() if key != "__type"}})
+    return _flags_of(wanted) == _flags_of(present)
+
+
 def _flags_of(token: AddedToken) -> tuple[bool, ...]:
     return (token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
-
-
-def _without_type(token: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in token.items() if key != "__type"}
 
 
 def _token_text(token: Any) -> str:
@@ -159,10 +177,10 @@ def _token_text(token: Any) -> str:
 def _default_template(found: Any, folder: Path) -> str | None:
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if not found or isinstance(found, str):
+        return found or None
     if not isinstance(found, dict):
-        return found if isinstance(found, str) and found else None
-    if not found:
-        return None
+        raise TemplateError("chat_template is no text", where=str(folder), fix="mend it in tokenizer_config.json")
     if not isinstance(found.get("default"), str):
         names = ", ".join(sorted(map(str, found)))
         raise TemplateError(

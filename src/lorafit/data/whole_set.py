@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.codes import CODES
+from lorafit.data.excerpt import excerpt
 from lorafit.data.groups import first_with, group_of
+from lorafit.data.ledger import STYLES_APART
 from lorafit.data.rows import Rows
 from lorafit.data.store_writer import Stored
 from lorafit.data.tally import EXAMPLES, Tally
@@ -19,6 +22,7 @@ from lorafit.findings import Finding, Severity
 COMMON_ANSWER_SHARE = 0.05
 COMMON_ANSWER_ROWS = 20
 LABEL_SHARE = 0.05
+FEW_LABELS = 10
 MIXED_SHARE = 0.01
 
 Mask = NDArray[np.bool_]
@@ -93,9 +97,9 @@ class WholeSet:
         if not count or counts.max() < max(COMMON_ANSWER_ROWS, COMMON_ANSWER_SHARE * count):
             return []
         most = int(counts.argmax())
-        labels = len(answers) <= LABEL_SHARE * count
-        text = self.rows.record(int(first[most])).response.strip()
-        message = f"{counts[most] / count:.0%} of the rows answer “{text[:60]}{'…' if len(text) > 60 else ''}”"
+        labels = len(answers) <= max(FEW_LABELS, LABEL_SHARE * count)
+        text = excerpt(self.rows.record(int(first[most])).response.strip())
+        message = f"{counts[most] / count:.0%} of the rows answer “{text}”"
         if labels:
             message += f"; with {len(answers):,} different answers in {count:,} rows they look like labels"
         severity = Severity.INFO if labels else Severity.WARNING
@@ -104,18 +108,18 @@ class WholeSet:
 
     def _mixed(self) -> list[Finding]:
         """P5: rows of more than one template style, plain rows being one."""
-        styles: dict[str, list[int | str]] = self.stored.facts["markers"]
+        styles: dict[str, list[Any]] = self.stored.facts["markers"]
         count = self.stored.facts["counts"]["kept"]
-        marked = {style: int(entry[0]) for style, entry in styles.items()}
-        if not marked or (len(marked) == 1 and max(marked.values()) == count):
+        plain = count - sum(rows for rows, _ in styles.values())
+        parties = [rows for rows, _ in styles.values()] + ([plain] if plain else [])
+        if not styles or (len(parties) == 1 and STYLES_APART not in next(iter(styles))):
             return []
-        parts = [f"'{style}' in {rows:,}" for style, rows in sorted(marked.items(), key=lambda item: -item[1])]
-        plain = max(0, count - sum(marked.values()))
+        strays = sum(parties) - max(parties)
+        parts = [f"{style} in {rows:,}" for style, (rows, _) in sorted(styles.items(), key=lambda item: -item[1][0])]
         message = f"mixed instruction templates: of {count:,} rows {', '.join(parts)}, no marker in {plain:,}"
-        mixed = sorted([*marked.values(), plain])[-2]
-        severity = Severity.ERROR if mixed >= MIXED_SHARE * count and mixed > 1 else Severity.WARNING
-        places = tuple(str(entry[1]) for entry in styles.values())
-        return [_finding("P5", severity, message, places[0], sum(marked.values()), places)]
+        severity = Severity.ERROR if strays > max(1.0, MIXED_SHARE * count) else Severity.WARNING
+        places = tuple(place for _, place in styles.values())[:EXAMPLES]
+        return [_finding("P5", severity, message, places[0], count - plain, places)]
 
     def _oddities(self) -> list[Finding]:
         seen = self.stored.facts["oddities"]

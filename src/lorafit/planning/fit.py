@@ -1,0 +1,163 @@
+"""P0: a run that cannot finish on this hardware or base, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lorafit.config import RunConfig
+from lorafit.findings import Finding, Severity
+from lorafit.planning.cards import CARDS
+from lorafit.planning.facts import DataFacts
+from lorafit.planning.hardware import GIB, Hardware, from_card
+from lorafit.planning.memory import MemoryEstimate, estimate_memory
+from lorafit.planning.shape import ModelShape
+
+FREEZABLE = (None, "nf4", "fp4")
+LEAST_MAX_TOKENS = 128
+
+
+def obstacles(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+) -> Iterator[Finding]:
+    """Everything that would stop the run: memory, a base of the wrong kind, rows beyond its positions."""
+    yield from _kind(config, shape)
+    yield from _positions(shape, facts)
+    yield from _optimizer(config, hardware)
+    if not memory.fits(hardware):
+        yield _too_large(config, shape, hardware, memory, facts)
+    elif memory.peak_bytes * (1 + memory.uncertainty) > hardware.memory_bytes:
+        yield _tight(config, shape, hardware, memory, facts)
+
+
+def _kind(config: RunConfig, shape: ModelShape) -> Iterator[Finding]:
+    """A base that is quantised already, or whose layers cannot be."""
+
+    def stop(message: str, where: str, why: str, fix: str) -> Finding:
+        return Finding("P0", Severity.ERROR, message, where=where, why=why, fix=fix)
+
+    if shape.quantized not in FREEZABLE:
+        why = "lorafit freezes 16-bit checkpoints, or 4-bit ones of bitsandbytes"
+        seen = f"the base is already quantised with {shape.quantized:.40}"
+        yield stop(seen, "base", why, "choose the base's 16-bit checkpoint")
+    elif shape.quantized and config.quantization == "none":
+        yield stop(
+            f"the base is already in {shape.quantized}, and quantization is none",
+            "quantization",
+            "4-bit weights cannot be loaded as 16-bit ones",
+            "set quantization: nf4, or choose the base's 16-bit checkpoint",
+        )
+    if shape.linear_class == "Conv1D" and config.quantization == "nf4":
+        yield stop(
+            f"{shape.family} keeps its projections in Conv1D layers, which are not supported in 4 bits",
+            "quantization",
+            "their weights lie transposed, and the 4-bit layer is a Linear",
+            "set quantization: none, or choose a base with linear layers",
+        )
+
+
+def _positions(shape: ModelShape, facts: DataFacts) -> Iterator[Finding]:
+    if shape.max_positions and facts.longest > shape.max_positions:
+        learned = shape.learned_positions
+        yield Finding(
+            "P0",
+            Severity.ERROR if learned else Severity.WARNING,
+            f"the longest row has {facts.longest:,} tokens, and the base was made for {shape.max_positions:,}",
+            where="data",
+            why="it has no positions beyond that" if learned else "it has never seen positions beyond that",
+            fix=f"set max_tokens: {shape.max_positions} and long: drop, or choose a base with a longer context",
+        )
+
+
+def _optimizer(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
+    if hardware.kind == "cpu" and config.optimizer not in ("auto", "adamw"):
+        yield Finding(
+            "P0",
+            Severity.ERROR,
+            f"the optimizer is {config.optimizer}, and there is no CUDA card",
+            where="optimizer",
+            why="the 8-bit optimizers are CUDA kernels",
+            fix="set optimizer: adamw, or leave it on auto",
+        )
+
+
+def _too_large(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+) -> Finding:
+    return Finding(
+        "P0",
+        Severity.ERROR,
+        f"the run needs about {memory.peak_bytes / GIB:.1f} GiB, and {hardware.name} has "
+        f"{hardware.memory_bytes / GIB:.1f} GiB",
+        where="memory",
+        why="it would end in out-of-memory",
+        fix=what_would_fit(config, shape, hardware, facts),
+    )
+
+
+def _tight(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+) -> Finding:
+    return Finding(
+        "P0",
+        Severity.WARNING,
+        f"the run needs about {memory.peak_bytes / GIB:.1f} GiB ± {memory.uncertainty:.0%}, and {hardware.name} has "
+        f"{hardware.memory_bytes / GIB:.1f} GiB",
+        where="memory",
+        why="the estimate is not exact enough to promise that it fits",
+        fix=what_would_fit(config, shape, hardware, facts, margin=memory.uncertainty),
+    )
+
+
+def what_would_fit(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, facts: DataFacts, margin: float = 0.0
+) -> str:
+    """The smallest change of settings that fits, else the smallest card that would do with all of them."""
+
+    def fits(changes: dict[str, Any]) -> bool:
+        return _peak(config, changes, shape, hardware, facts) * (1 + margin) <= hardware.memory_bytes
+
+    remedies = list(_remedies(config, shape, facts))
+    for remedy in remedies:
+        if fits(remedy):
+            return f"set {_settings(remedy)}"
+    together = {key: value for remedy in remedies for key, value in remedy.items()}
+    for count in range(2, len(remedies) + 1):
+        several = {key: value for remedy in remedies[:count] for key, value in remedy.items()}
+        if fits(several):
+            return f"set {_settings(several)}"
+    return _larger_card(config, together, shape, hardware, facts)
+
+
+def _remedies(config: RunConfig, shape: ModelShape, facts: DataFacts) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, the least painful first; `max_tokens` never falls below the longest row."""
+    if config.gradient_checkpointing == "off":
+        yield {"gradient_checkpointing": "on"}
+    if config.quantization == "none" and shape.quantized is None and shape.linear_class == "Linear":
+        yield {"quantization": "nf4"}
+    tokens = config.max_tokens // 2
+    while tokens >= max(facts.longest, LEAST_MAX_TOKENS):
+        yield {"max_tokens": tokens}
+        tokens //= 2
+    if facts.longest < config.max_tokens and tokens * 2 > max(facts.longest, LEAST_MAX_TOKENS):
+        yield {"max_tokens": max(facts.longest, LEAST_MAX_TOKENS)}
+
+
+def _larger_card(
+    config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts
+) -> str:
+    least = _peak(config, changes, shape, hardware, facts)
+    cards = sorted((from_card(card) for card in CARDS), key=lambda card: card.memory_bytes)
+    card = next((card for card in cards if card.memory_bytes >= least), None)
+    hint = f", as a card like '{card.name}' has" if card and hardware.kind == "cuda" else ""
+    with_changes = f" with {_settings(changes)}" if changes else ""
+    return f"choose a smaller base, shorter rows, or {least / GIB:.1f} GiB of memory{with_changes}{hint}"
+
+
+def _peak(config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts) -> int:
+    changed = config.model_copy(update=changes)
+    return estimate_memory(shape, changed, hardware, facts).peak_bytes
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    return " and ".join(f"{key}: {value}" for key, value in changes.items())

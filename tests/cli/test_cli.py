@@ -1,0 +1,195 @@
+"""The command line as its users meet it: exit codes, sentences, JSON, and no traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from little_run import write_rows
+from lorafit.cli import main
+from lorafit.demo import BASE
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return ended.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", 60)
+
+
+FLAGS = {
+    "check": "--base --show --fix --select --ignore --on-bad --long --map --holdout --set --json --help",
+    "plan": "--base --gpu --vram --goal --set --json --help",
+    "train": "--base --out --goal --gpu --vram --on-bad --long --map --holdout --set --json --help",
+    "chat": "--prompt --compare --max-new-tokens --temperature --json --help",
+    "merge": "--onto --out --json --help",
+    "demo": "--task --seed --out --json --help",
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_the_flags_are_these_and_no_others(run, verb):
+    """Adding a flag is a decision: make it here too."""
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out)) == set(FLAGS[verb].split())
+
+
+def test_the_verbs_are_listed_in_the_order_one_uses_them(run):
+    _, out, _ = run("--help")
+    places = [out.index(f" {verb} ") for verb in FLAGS]
+    assert places == sorted(places)
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom lorafit.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'pyarrow', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    best = 99.0
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        best = min(best, time.perf_counter() - started)
+    # 0.3 s on an idle machine; the bound leaves room for a neighbour test on the other core
+    assert best < 1.0
+
+
+def test_check_is_clean_with_exit_code_zero_and_json_for_machines(run, data):
+    code, out, _ = run("check", data, "--base", BASE, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"] is True
+    assert report["summary"]["read"] == 60
+    code, out, _ = run("check", data)
+    assert code == 0
+    assert "60 rows read = 60 kept" in out
+
+
+def test_check_with_errors_has_exit_code_one_and_names_each_line(run, data):
+    with data.open("a") as file:
+        file.write('{"instruction": "a", "input": "b"}\n{broken\n')
+    code, out, _ = run("check", data)
+    assert code == 1
+    assert "rows.jsonl:61" in out
+    assert "rows.jsonl:62" in out
+
+
+def test_show_prints_the_rows_text_with_its_stop_token(run, data):
+    code, out, _ = run("check", data, "--base", BASE, "--show", 2)
+    assert code == 0
+    assert out.count("<|assistant|>") == 2
+    assert out.count("</s>") >= 2
+
+
+def test_plan_prints_reasons_memory_and_every_setting(run, data):
+    code, out, _ = run("plan", data, "--base", BASE, "--gpu", "T4")
+    assert code == 0
+    for word in ("QLoRA", "rank", "memory", "settings", "fp16", "weight_decay"):
+        assert word in out
+    code, out, _ = run("plan", data, "--base", BASE, "--json", "--set", "rank=64")
+    planned = json.loads(out)
+    assert planned["settings"]["rank"] == {"value": 64, "source": "flag"}
+    assert "P7" in [finding["code"] for finding in planned["plan"]["findings"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "{data}", "--base", "./nowhere"], 1, "no base model there"),
+        (["train", "{data}"], 2, "no base model was named"),
+        (["train", "{data}", "--base", "{base}", "--set", "learning_rate=1"], 2, "unknown setting 'learning_rate'"),
+        (["train", "{data}", "--base", "{base}", "--set", "epoch=1"], 2, "did you mean 'epochs'"),
+        (["train", "{data}", "--base", "{base}", "--set", "rank"], 2, "key=value"),
+        (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
+        (["train", "nowhere.jsonl", "--base", "{base}"], 1, "nowhere.jsonl"),
+        (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
+        (["plan", "{data}", "--base", "{base}", "--vram", "lots"], 2, "not a size"),
+        (["chat", "{folder}"], 1, "no run here"),
+        (["merge", "{folder}"], 1, "no run here"),
+        (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
+        (["check", "{data}", "--show", "1"], 2, "add --base"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_stderr(run, data, tmp_path, arguments, code, words):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    given = [text.format(data=data, base=BASE, folder=folder) for text in arguments]
+    got, out, err = run(*given)
+    assert got == code
+    assert words in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == "" or "check" in out  # a plan that cannot be made still shows what was read
+
+
+def test_an_unknown_flag_or_verb_is_usage(run):
+    assert run("train", "--rnk", "3")[0] == 2
+    assert run("trian")[0] == 2
+
+
+def test_debug_shows_the_traceback():
+    ended = subprocess.run(
+        [sys.executable, "-m", "lorafit", "chat", "nowhere", "--debug"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" in ended.stderr
+    assert "RunDirError" in ended.stderr
+
+
+def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path):
+    folder = tmp_path / "run"
+    given = ("--base", BASE, "--out", folder, "--set", "max_steps=3", "--set", "lr=5e-3")
+    code, out, _ = run("train", data, *given)
+    assert code == 0
+    assert "trainable of" in out
+    assert "32,768" in out
+    assert f"lorafit chat {folder}" in out.replace("\n", "")
+    assert "Loading weights" not in out
+    code, _, err = run("train", data, *given)
+    assert (code, "already holds a run" in err) == (1, True)
+    code, out, _ = run("merge", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["passed"] is True
+    code, out, _ = run("chat", folder, "--prompt", "Hello", "--compare", "--json", "--max-new-tokens", 5)
+    assert code == 0
+    assert set(json.loads(out)) == {"prompt", "tuned", "base"}
+    code, out, _ = run("chat", folder, "--prompt", "Hello", "--compare", "--max-new-tokens", 5)
+    assert "base" in out
+    assert "tuned" in out
+
+
+def test_the_console_shows_our_lines_and_the_log_theirs(data, tmp_path):
+    """In a fresh process, where libraries say what they say at import."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "lorafit", "train", str(data), "--base", str(BASE), "--out", str(folder)]
+    ended = subprocess.run(
+        [*command, "--set", "max_steps=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    for noise in ("Loading weights", "bitsandbytes", "FutureWarning", "torch_dtype"):
+        assert noise not in ended.stdout
+    assert (folder / "log.txt").is_file()

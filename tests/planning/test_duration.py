@@ -1,0 +1,93 @@
+import pytest
+from plan.shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
+
+from lorafit.config import RunConfig
+from lorafit.planning import DataFacts, hardware_named, resolve_targets
+from lorafit.planning.duration import estimate_duration, steps_of, token_flops
+from lorafit.planning.hardware import GIB, Hardware
+
+CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
+
+
+def duration(config, run, hardware, rows):
+    model = shape(config)
+    return estimate_duration(model, run, hardware, rows, resolve_targets(run.targets, model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        ({}, 2_000, 375),
+        ({"epochs": 1.0}, 17, 2),
+        ({"epochs": 0.5}, 160, 5),
+        ({"max_steps": 7}, 2_000, 7),
+        ({"examples_per_step": 1}, 10, 30),
+        ({}, 0, 3),
+    ],
+)
+def test_steps_are_sets_of_examples(settings, rows, steps):
+    assert steps_of(RunConfig(**settings), facts(rows=rows)) == steps
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "checkpointing", "targets", "measured_ms"),
+    [
+        # the same runs on an H200 as in test_memory: milliseconds of one step
+        (LLAMA_1B, 2048, "off", "qv", 105),
+        (LLAMA_1B, 8192, "on", "qv", 194),
+        (LLAMA_1B, 8192, "off", "all-linear", 220),
+        (LLAMA_8B, 2048, "on", "qv", 437),
+        (LLAMA_8B, 2048, "off", "qv", 282),
+        (LLAMA_8B, 8192, "on", "qv", 861),
+        (LLAMA_8B, 8192, "off", "qv", 590),
+        (LLAMA_8B, 4096, "off", "all-linear", 509),
+    ],
+)
+def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, targets, measured_ms):
+    examples = tokens // 512
+    run = RunConfig(
+        max_tokens=tokens, targets=targets, gradient_checkpointing=checkpointing, examples_per_step=examples,
+        max_steps=1000, epochs=1000,
+    )  # fmt: skip
+    low, high = duration(
+        config, run, hardware_named("H200"), DataFacts(examples, tokens, tokens // 2, 512, 512.0)
+    ).time_s
+    assert low < measured_ms < high
+
+
+def test_the_demo_base_trains_at_thousands_of_tokens_a_second_on_two_cores():
+    run = RunConfig(gradient_checkpointing="off", epochs=1000)
+    taken = duration(TINY, run, CPU, facts(rows=1600, mean=50, longest=90))
+    low, high = taken.time_s
+    assert taken.tokens / high > 2_500
+    assert taken.tokens / low < 10_000
+
+
+def test_recomputing_costs_one_more_forward():
+    run = RunConfig(gradient_checkpointing="off")
+    kept = token_flops(shape(), run, facts(), ())
+    recomputed = token_flops(shape(), run.model_copy(update={"gradient_checkpointing": "on"}), facts(), ())
+    assert recomputed - kept == pytest.approx(2 * 6_979_321_856, rel=0.01)
+
+
+def test_evaluations_take_time_too():
+    run = RunConfig(gradient_checkpointing="off")
+    without = duration(LLAMA_8B, run, hardware_named("T4"), facts(rows=5_000))
+    held_out = duration(LLAMA_8B, run, hardware_named("T4"), facts(rows=5_000, holdout_rows=500))
+    assert without.time_s[0] < held_out.time_s[0] < 1.1 * without.time_s[0]
+
+
+def test_the_price_is_the_time_at_the_assumed_range():
+    card = hardware_named("H100")
+    taken = duration(LLAMA_8B, RunConfig(gradient_checkpointing="on"), card, facts())
+    assert taken.cost_usd(card)[0] == pytest.approx(taken.time_s[0] / 3600 * card.usd_per_hour[0])
+    assert taken.cost_usd(card, 4)[1] == pytest.approx(4 * taken.time_s[1] / 3600 * card.usd_per_hour[1])
+    assert any("assumed" in line for line in taken.assumes)
+
+
+@pytest.mark.parametrize("settings", [{"compute": "fp32"}, {"compute": "bf16"}])
+def test_a_precision_the_device_lacks_is_slower(settings):
+    device = hardware_named("H100") if settings["compute"] == "fp32" else CPU
+    fitting = duration(LLAMA_8B, RunConfig(), device, facts(rows=50_000))
+    lacking = duration(LLAMA_8B, RunConfig(**settings), device, facts(rows=50_000))
+    assert lacking.time_s[1] > fitting.time_s[1]

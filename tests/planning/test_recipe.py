@@ -1,0 +1,54 @@
+import pytest
+import yaml
+from plan.shapes import TINY, facts, shape
+
+from lorafit.config import load_recipe, resolve
+from lorafit.planning import hardware_named, make_plan, plan_recipe
+
+FLAGS = {"base": "models/a base", "data": ("a.jsonl", "b: c.jsonl"), "out": "runs/#1", "map": {"response": "text"}}
+
+
+def recipe(tmp_path, hardware="4090", rows=2_000, **flags):
+    resolved = resolve({}, flags)
+    plan = make_plan(resolved, facts(rows=rows), shape(TINY), hardware_named(hardware))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(plan_recipe(plan, resolved.config), encoding="utf-8")
+    return resolved.planned(plan.settings()).config, path
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        FLAGS,
+        {"targets": "all-linear", "rank": 64, "gradient_checkpointing": "off"},
+        {"targets": ("q_proj", "up_proj"), "lr": 1e-5, "holdout": "held out.jsonl", "vram": "8GiB", "seed": 7},
+        {"base": "on", "out": "no", "goal": "latency", "compute": "fp16"},
+    ],
+)
+def test_the_recipe_reproduces_the_plan(tmp_path, flags):
+    config, path = recipe(tmp_path, **flags)
+    assert resolve(load_recipe(path)).config == config
+
+
+def test_planning_the_recipe_again_changes_nothing(tmp_path):
+    config, path = recipe(tmp_path, **FLAGS)
+    again = resolve(load_recipe(path))
+    plan = make_plan(again, facts(), shape(TINY), hardware_named("4090"))
+    assert again.planned(plan.settings()).config == config
+    assert {decision.source for decision in plan.decisions} == {"recipe"}
+
+
+def test_each_planned_setting_carries_its_reason(tmp_path):
+    _, path = recipe(tmp_path)
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if not line.startswith("#"))
+    assert "# plan: 2,000 rows" in lines["rank"]
+
+
+def test_a_full_recipe_says_that_lorafit_cannot_run_it(tmp_path):
+    _, path = recipe(tmp_path, rows=200_000, goal="accuracy", base="models/x", data=("a.jsonl",))
+    text = path.read_text()
+    assert text.startswith("# full fine-tuning of a-base: lorafit cannot run this recipe yet")
+    loaded = yaml.safe_load(text)
+    assert (loaded["method"], loaded["compute"], loaded["gradient_checkpointing"]) == ("full", "bf16", "on")
+    assert loaded["gpus"] >= 2
