@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import made_data as made
 import made_tokenizers
-from lorafit.data import Template, require_clean
+from lorafit.data import Template, TextTokenizer, require_clean
 from lorafit.data.codes import CODES
 from lorafit.data.progress import Progress
 from lorafit.errors import DataError, LorafitError, RunDirError
@@ -302,6 +304,25 @@ def test_findings_can_be_selected_and_ignored(tmp_path: Path) -> None:
     assert made.codes(made.prepared(path)) == {"D030", "D041"}
     assert made.codes(made.prepared(path, select=("D04",))) == {"D041"}
     assert made.codes(made.prepared(path, ignore=("D04",))) == {"D030"}
+
+
+def test_selecting_findings_hides_no_error_and_lets_no_bad_row_pass(tmp_path: Path) -> None:
+    path = made.write(tmp_path / "rows.jsonl", [*ROWS, made.row(60, response=""), made.row(61, input="a\x07b")])
+    result = made.prepared(path, select=("D03",))
+    assert made.codes(result) == {"D013"}
+    assert result.summary.rejected == 1
+
+
+def test_tokens_that_the_base_never_learnt_are_d050(tmp_path: Path) -> None:
+    base = made_tokenizers.family_folder(tmp_path / "base", "qwen2_5")
+    template = Template.for_tokenizer(TextTokenizer.from_folder(base))
+    weights = np.random.default_rng(0).normal(size=(template.tokenizer.vocab_size, 16)).astype(np.float32)
+    weights[template.tokenizer.id_of("<|im_start|>")] = 0
+    save_file({"model.embed_tokens.weight": weights}, base / "model.safetensors")
+    path = made.write(tmp_path / "rows.jsonl", ROWS)
+    finding = made.found(made.prepared(path, template, base=str(base)), "D050")
+    assert finding.message == "special tokens that the base never learnt: <|im_start|>"
+    assert finding.severity is Severity.WARNING
 
 
 def test_an_empty_response_can_be_allowed(tmp_path: Path) -> None:

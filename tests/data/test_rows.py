@@ -46,6 +46,11 @@ def test_a_record_keeps_its_tools() -> None:
     assert record_from_json(record_to_json(record), "x:1") == record
 
 
+def test_half_a_surrogate_in_a_tool_call_does_not_stop_the_reading() -> None:
+    record = Record((Turn("assistant", "ü", {"tool_calls": [{"arguments": "\ud800"}]}),), "x:1")
+    assert record_from_json(record_to_json(record), "x:1") == record
+
+
 def some_rows() -> Rows:
     tokens = [[(10 * row + place, place > 0) for place in range(row + 1)] for row in range(5)]
     records = [Record((Turn("user", f"q{row}"), Turn("assistant", "a")), f"f{row % 2}.jsonl:{row}") for row in range(5)]

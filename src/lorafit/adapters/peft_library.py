@@ -14,6 +14,5 @@ __all__ = [
     "LoraLayer",
     "PeftModel",
     "PeftModelForCausalLM",
-    "get_peft_model",
     "get_peft_model_state_dict",
 ]

@@ -96,6 +96,12 @@ CODES: dict[str, Code] = {
         "it would be read as the token, not as text: an end-of-turn there teaches the model to stop",
         "take it out of the text; if the rows are already templated, store the plain turns",
     ),
+    # the base
+    "D050": Code(
+        "special tokens that the base never learnt",
+        "LoRA leaves the embeddings alone: the model reads these tokens as noise",
+        "train the instruct version of this base, or take its chat template out so that the fallback template is used",
+    ),
     "P5": Code(
         "mixed instruction templates",
         "the model learns several formats at once, and serving uses one",

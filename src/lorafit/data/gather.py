@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.config import RunConfig
 from lorafit.data.codes import CODES, is_chosen
@@ -97,7 +98,8 @@ class Gatherer:
         }
         self.writer.finish({**columns, LEADER: leader}, facts)
 
-    def _leaders(self, words: Any, exact: Any) -> Any:
+    def _leaders(self, words: NDArray[np.int32], exact: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(n,) for each row the first of its near copies; from their words' counts (n,) and exact hashes (n,)."""
         if not self.compares or not len(exact):
             return leaders(len(exact), *copies_of(exact))
         self.clock.report("looking for near copies", self.ledger.counts.read, self.reader.bytes_total, force=True)
@@ -213,13 +215,13 @@ class Gatherer:
 
 
 def ignored_codes(config: RunConfig) -> tuple[str, ...]:
-    """The codes in IGNORABLE that the user wants ignored."""
-    return tuple(code for code in IGNORABLE if not is_chosen(code, config.select, config.ignore))
+    """The codes in IGNORABLE that the user wants ignored. `--select` does not count: it chooses what is shown."""
+    return tuple(code for code in IGNORABLE if not is_chosen(code, (), config.ignore))
 
 
 def compares(config: RunConfig) -> bool:
     """Whether near copies are looked for: not when all findings that need them are ignored."""
-    return any(is_chosen(code, config.select, config.ignore) for code in ("D031", "D032"))
+    return any(is_chosen(code, (), config.ignore) for code in ("D031", "D032"))
 
 
 def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.config import RunConfig
+from lorafit.config import RunConfig, base_folder
 from lorafit.data.cache import default_folder, key_of, stored
-from lorafit.data.codes import CODES
+from lorafit.data.codes import CODES, is_chosen
 from lorafit.data.gather import Gatherer
 from lorafit.data.groups import group_of
 from lorafit.data.pack import packed_fill, steps_per_epoch
@@ -26,9 +26,10 @@ from lorafit.data.split import held_out, write_split
 from lorafit.data.store_writer import Stored, StoreWriter
 from lorafit.data.summary import Histogram, Summary
 from lorafit.data.tally import Tally
+from lorafit.data.untrained_tokens import untrained_special_tokens
 from lorafit.data.whole_set import WholeSet
 from lorafit.errors import DataError, RunDirError
-from lorafit.findings import Finding, Severity, chosen
+from lorafit.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from lorafit.data.template import Template
@@ -72,8 +73,8 @@ def prepare(
     held = _held(config, files, rows)
     whole = WholeSet(rows, held, config.holdout)
     train, holdout = whole.rows.select(np.flatnonzero(~held)), whole.rows.select(np.flatnonzero(held))
-    findings = [*_row_findings(config, rows), *whole.findings()]
-    findings = chosen(sorted(findings, key=lambda one: one.code), config.select, config.ignore)
+    findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template)]
+    findings = [one for one in sorted(findings, key=lambda one: one.code) if _is_wanted(one, config)]
     summary = _summary(config, template, whole, train, holdout, time.monotonic() - started, cached)
     return Prepared(train, holdout, findings, summary, _recorded(rows, run_dir, train, holdout))
 
@@ -96,6 +97,25 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     if config.long == "error":
         strict.add("D020")
     return Tally.from_dict(rows.facts["tally"]).findings(strict)
+
+
+def _base_findings(config: RunConfig, template: Template | None) -> list[Finding]:
+    """Special tokens of the template that the base never learnt; needs the base's weights on disk."""
+    if template is None or not config.base:
+        return []
+    folder = base_folder(config.base, config.revision)
+    tokens = untrained_special_tokens(template.tokenizer, folder, template)
+    if not tokens:
+        return []
+    rule = CODES["D050"]
+    message = f"{rule.title}: {', '.join(tokens[:8])}{', …' if len(tokens) > 8 else ''}"
+    return [Finding("D050", Severity.WARNING, message, str(folder), rule.why, rule.fix, len(tokens))]
+
+
+def _is_wanted(finding: Finding, config: RunConfig) -> bool:
+    """`--select` chooses among warnings and notes; an error is only hidden by `--ignore`."""
+    select = () if finding.severity is Severity.ERROR else config.select
+    return is_chosen(finding.code, select, config.ignore)
 
 
 def _summary(

@@ -107,6 +107,7 @@ def _split_source(source: str) -> tuple[str, int]:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+_encode_ascii = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
 
 def record_to_json(record: Record) -> bytes:
@@ -115,7 +116,9 @@ def record_to_json(record: Record) -> bytes:
         [turn.role, turn.content, turn.extra] if turn.extra else [turn.role, turn.content] for turn in record.turns
     ]
     plain = [record.system, turns, record.tools] if record.tools else [record.system, turns]
-    return _encode(plain).encode()
+    # what only a template reads may hold anything, half surrogates too: those must survive as escapes
+    encode = _encode if not (record.tools or any(turn.extra for turn in record.turns)) else _encode_ascii
+    return encode(plain).encode()
 
 
 def record_from_json(raw: bytes, source: str) -> Record:
