@@ -75,6 +75,13 @@ def test_the_input_is_never_written_over(tmp_path: Path) -> None:
         fix(path, path)
 
 
+def test_a_file_that_is_there_is_never_written_over(tmp_path: Path) -> None:
+    path, other = made.write(tmp_path / "in.jsonl", [made.row(1)]), made.write(tmp_path / "out.jsonl", b"precious")
+    with pytest.raises(DataError, match="is there already"):
+        fix(path, other)
+    assert other.read_bytes() == b"precious"
+
+
 def test_a_folder_that_is_not_there_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     path = made.write(tmp_path / "in.jsonl", [made.row(1)])
     with pytest.raises(DataError, match="cannot be written"):

@@ -1,6 +1,8 @@
 """prepare: counts that add up, every code from real files, and one sentence when the data cannot be used."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from safetensors.numpy import save_file
 
 import made_data as made
 import made_tokenizers
-from lorafit.data import Template, TextTokenizer, require_clean
+from lorafit.data import Encoded, Record, Template, TextTokenizer, require_clean
 from lorafit.data.codes import CODES
 from lorafit.data.progress import Progress
+from lorafit.data.token_checks import SAID
 from lorafit.errors import DataError, LorafitError, RunDirError
 from lorafit.findings import Severity
 
@@ -294,6 +297,34 @@ def test_earlier_answers_that_a_template_rewrites_are_d025(tmp_path: Path) -> No
     thought = "<think>\nhm\n</think>\n\nanswer"
     result = made.prepared(made.write(tmp_path / "rows.jsonl", [chat("a", thought, "c", thought)]), qwen, holdout=0.0)
     assert made.found(result, "D025").count == 1
+
+
+class FaultyTemplate(Template):
+    """A template that says one thing is wrong with the third row."""
+
+    problem: str = ""
+
+    def encode_many(self, records: Iterable[Record]) -> list[Encoded]:
+        encoded = super().encode_many(records)
+        if len(encoded) > 2 and not self.problem:
+            encoded[2] = replace(encoded[2], mask=[False] * len(encoded[2].mask))
+        elif len(encoded) > 2:
+            encoded[2] = replace(encoded[2], problems=(self.problem,))
+        return encoded
+
+
+@pytest.mark.parametrize(("problem", "code"), [("", "D021"), *((problem, code) for problem, (code, _) in SAID.items())])
+def test_what_is_wrong_with_a_tokenised_row_is_reported_with_its_place(
+    tmp_path: Path, template: Template, problem: str, code: str
+) -> None:
+    faulty = FaultyTemplate(template.tokenizer, template.source)
+    faulty.problem = problem
+    path = made.write(tmp_path / "rows.jsonl", ROWS)
+    result = made.prepared(path, faulty)
+    finding = made.found(result, code)
+    assert finding.where == f"{path}:3"
+    assert finding.severity is (Severity.ERROR if CODES[code].rejects else Severity.WARNING)
+    assert result.summary.kept == (29 if CODES[code].rejects else 30)
 
 
 # settings

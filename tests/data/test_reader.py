@@ -143,6 +143,21 @@ def test_one_object_over_several_lines_is_no_list_of_rows(tmp_path: Path) -> Non
         read(path)
 
 
+def test_needless_commas_in_an_array_are_read_past(tmp_path: Path) -> None:
+    reader = RowReader(find_files([str(made.write(tmp_path / "a.json", b'[{"a": 1},, {"a": 2},]'))]))
+    assert fields(list(reader)) == [{"a": 1}, {"a": 2}]
+    assert reader.oddities[0] == {"needless comma": 2}
+
+
+def test_a_csv_line_over_the_limit_is_never_cut_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("lines", "tables"):
+        monkeypatch.setattr(f"lorafit.data.{module}.LINE_LIMIT_BYTES", 50)
+    body = b"a,b\nlong," + b"x" * 60 + b"\nc,d\n"
+    rows = read(made.write(tmp_path / "a.csv", b"instruction,response\n" + body))
+    assert rejects(rows) == [(3, "D006")]
+    assert len(fields(rows)) == 2
+
+
 def test_a_cut_off_array_is_an_error_of_its_own(tmp_path: Path) -> None:
     rows = read(made.write(tmp_path / "a.json", b'[{"a": 1},\n{"a": 2}'))
     assert fields(rows) == [{"a": 1}, {"a": 2}]

@@ -67,8 +67,14 @@ class FrozenLinear4bit(Linear4bit):
         return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
-        self.drop_dense()  # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place
-        return super()._apply(fn, recurse)
+        # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
+        # `.to("cpu")` on models that are there already, and must not cost them their copies.
+        kept = self._kept is not None
+        self.drop_dense()
+        moved = super()._apply(fn, recurse)
+        if kept and self.weight.device.type == "cpu":
+            self.keep_dense()
+        return moved
 
 
 def freeze_linears(

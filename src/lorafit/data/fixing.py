@@ -44,12 +44,14 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
     """Write the rows of `config.data` to `out` as clean JSONL.
 
     Texts are trimmed, line ends made `\\n`, control characters removed, exact copies left out; every other field
-    stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`. Raises DataError when `out` is one
-    of the inputs or cannot be written; nothing half-written stays behind.
+    stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`. Raises DataError when `out` is
+    there already or cannot be written; nothing half-written stays behind.
     """
     files = find_files(config.data)
     if any(file.path.resolve() == out.resolve() for file in files):
         raise DataError("is one of the files to fix", where=str(out), fix="name another file to write to")
+    if out.exists():
+        raise DataError("is there already", where=str(out), fix="name another file to write to, or remove it")
     report = FixReport(str(out))
     partial, rejected = out.with_name(out.name + ".partial"), out.with_name(out.name + ".rejected.jsonl")
     try:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from lorafit.data.raw_rows import RawRow
 from lorafit.data.sources import DataFile
@@ -41,6 +38,11 @@ def hub_dataset(hub_id: str) -> Any:
 
 def _answers(endpoint: str) -> bool:
     """Whether the hub can be reached; asked first, because `datasets` would retry for half a minute."""
+    # imported here, as `datasets` is: a local file never needs them
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
     parts = urlsplit(endpoint)
     if getproxies():
         return True

@@ -61,7 +61,7 @@ class RowReader:
             return csv_rows(stream, index, file)
         start = head.lstrip()
         if start.startswith(b"[") and (file.format == "json" or _opens_an_array(start)):
-            return array_rows(stream, index)
+            return array_rows(stream, index, self.oddities[index])
         if file.format == "json" and start.startswith(b"{") and _is_one_object(start):
             raise DataError("holds one JSON object, not a list of rows", where=file.name, fix="save the list itself")
         return jsonl_rows(stream, index, self.oddities[index])
@@ -112,11 +112,13 @@ def jsonl_rows(stream: _Rewound, index: int, oddities: Counter[str]) -> Iterator
         yield _row(index, number, raw, length)
 
 
-def array_rows(stream: _Rewound, index: int) -> Iterator[RawRow]:
+def array_rows(stream: _Rewound, index: int, oddities: Counter[str]) -> Iterator[RawRow]:
     """One row per element of a top-level array."""
     elements = Elements(stream)
     for number, raw, length in elements:
         yield _row(index, number, raw, length)
+    if elements.strays:
+        oddities["needless comma"] += elements.strays
     if not elements.closed:
         yield RawRow(index, elements.line, b"", reject=Reject("D001", "the array is cut off: its ']' is missing"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from lorafit.data.excerpt import excerpt
@@ -19,31 +20,44 @@ PARQUET_BATCH_BYTES = 8 << 20
 SEPARATORS = (",", ";", "\t", "|")
 
 
+class CsvLines:
+    """The lines of a CSV file as text; bytes that are not UTF-8 travel as half surrogates, for the row to name.
+
+    `cut` says that a line since it was last cleared was longer than the limit, and is not whole.
+    """
+
+    def __init__(self, stream: Readable) -> None:
+        self.lines, self.cut = lines(stream), False
+
+    def __iter__(self) -> CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        _, raw, length = next(self.lines)
+        self.cut |= length > LINE_LIMIT_BYTES
+        return raw.decode("utf-8", "surrogateescape") + "\n"
+
+
 def csv_rows(stream: Readable, index: int, file: DataFile) -> Iterator[RawRow]:
     """The rows under the header line; a row's place is the line it starts on."""
     csv.field_size_limit(LINE_LIMIT_BYTES)
-    text = (raw.decode("utf-8", "surrogateescape") + "\n" for _, raw, _ in lines(stream))
+    text = CsvLines(stream)
     first = next(text, "")
-    table = csv.reader(_with(first, text), delimiter=_separator(first), strict=True)
+    table = csv.reader(chain([first], text), delimiter=_separator(first), strict=True)
     header = _header(table, file)
-    start = table.line_num + 1
     while True:
+        start, text.cut = table.line_num + 1, False
         try:
-            cells = next(table)
-        except StopIteration:
-            return
+            cells = next(table, None)
         except csv.Error as error:
             yield RawRow(index, start, b"", reject=Reject("D001", f"broken CSV: {error}"))
-            start = table.line_num + 1
             continue
-        if cells:
+        if cells is None:
+            return
+        if text.cut:
+            yield RawRow(index, start, b"", reject=Reject("D006", "a line of the row is over 16 MiB long"))
+        elif cells:
             yield _csv_row(index, start, header, cells)
-        start = table.line_num + 1
-
-
-def _with(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _separator(header: str) -> str:
