@@ -186,12 +186,13 @@ def test_a_new_weight_makes_the_dense_copy_stale_and_it_is_not_used():
     assert torch.equal(linear(x), other(x))
 
 
-def test_moving_the_layer_drops_the_dense_copy():
+def test_moving_the_layer_makes_a_fresh_dense_copy_of_what_was_moved():
     linear = quantise(weight(), dense_budget_bytes=ALL)
     x = torch.randn(3, 64)
-    expected = linear(x)
+    expected, before = linear(x), linear.dense
     linear.to("cpu")
-    assert linear.dense is None
+    assert linear.dense is not None
+    assert linear.dense is not before
     torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-5)
 
 

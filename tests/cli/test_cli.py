@@ -193,3 +193,32 @@ def test_the_console_shows_our_lines_and_the_log_theirs(data, tmp_path):
     for noise in ("Loading weights", "bitsandbytes", "FutureWarning", "torch_dtype"):
         assert noise not in ended.stdout
     assert (folder / "log.txt").is_file()
+
+
+def test_check_with_a_base_runs_the_pitfalls_too(run, data):
+    _, out, _ = run("check", data, "--base", BASE, "--json", "--set", "dropout=0.3", "--set", "rank=64")
+    codes = {finding["code"] for finding in json.loads(out)["findings"]}
+    assert {"P4", "P7"} <= codes
+
+
+def test_a_full_disk_is_one_sentence(run, data, monkeypatch):
+    import errno
+
+    from lorafit.api import check as room
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/disk")
+
+    monkeypatch.setattr(room, "prepare", full)
+    code, _, err = run("check", data)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "/full/disk: No space left on device" in err
+
+
+def test_a_fault_of_ours_asks_for_a_report_without_a_trace(run, data, monkeypatch):
+    from lorafit.api import check as room
+
+    monkeypatch.setattr(room, "prepare", lambda *_, **__: 1 / 0)
+    code, _, err = run("check", data)
+    assert code == 70
+    assert "internal error (ZeroDivisionError: division by zero)" in err

@@ -1,4 +1,4 @@
-"""check: read and judge every row; no torch."""
+"""check: read and judge every row, and with a base the settings too; no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.api.settings import settle
+from lorafit.api.plan import plan_prepared
+from lorafit.api.settings import require_data, settle, template_for
 from lorafit.config import Resolved
-from lorafit.data import Prepared, Template, TextTokenizer, prepare
+from lorafit.data import Prepared, Template, prepare
 from lorafit.data.progress import Progress
-from lorafit.errors import UsageError
 from lorafit.findings import Finding, has_errors
+from lorafit.planning import hardware_here
+
+PITFALLS = tuple(f"P{number}" for number in range(1, 8))
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,11 @@ class CheckReport:
     resolved: Resolved
     prepared: Prepared
     template: Template | None
+    pitfalls: tuple[Finding, ...] = ()
 
     @property
     def findings(self) -> list[Finding]:
-        return self.prepared.findings
+        return [*self.prepared.findings, *self.pitfalls]
 
     @property
     def ok(self) -> bool:
@@ -47,18 +51,18 @@ def check(
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> CheckReport:
-    """Judge the rows of `data`; with a `base` also as its tokenizer and chat template see them.
+    """Judge the rows of `data`; with a `base` also as its tokenizer and chat template see them, and the settings
+    by the pitfalls P1 to P7 (whether the run fits this machine is for `plan` to say).
 
     `settings` are keys of RunConfig. Raises DataError for a file that cannot be read at all.
     """
     resolved = settle(data, {**settings, "base": base})
-    if not resolved.config.data:
-        raise UsageError("no data were named", fix="pass a JSONL file, a folder, or a recipe with data in it")
+    require_data(resolved)
     template = template_for(resolved) if resolved.config.base else None
-    return CheckReport(resolved, prepare(resolved.config, template, on_progress=on_progress), template)
+    prepared = prepare(resolved.config, template, on_progress=on_progress)
+    return CheckReport(resolved, prepared, template, _pitfalls(resolved, prepared) if template else ())
 
 
-def template_for(resolved: Resolved) -> Template:
-    """The template rows of this run are rendered with."""
-    config = resolved.config
-    return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision))
+def _pitfalls(resolved: Resolved, prepared: Prepared) -> tuple[Finding, ...]:
+    planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
+    return tuple(finding for finding in planned.plan.findings if finding.code in PITFALLS)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.api.check import template_for
-from lorafit.api.settings import settle
+from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.config import Resolved
 from lorafit.data import Prepared, prepare
 from lorafit.data.progress import Progress
-from lorafit.errors import UsageError
 from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
 
 
@@ -49,7 +47,8 @@ def plan(
 ) -> PlannedRun:
     """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu` and `vram`."""
     resolved = settle(data, {**settings, "base": base})
-    require_data_and_base(resolved)
+    require_data(resolved)
+    require_base(resolved)
     prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress)
     return plan_prepared(resolved, prepared, hardware_for(resolved.config))
 
@@ -74,11 +73,3 @@ def facts_of(prepared: Prepared) -> DataFacts:
         mean_tokens=tokens / max(len(train), 1),
         holdout_rows=len(prepared.holdout),
     )
-
-
-def require_data_and_base(resolved: Resolved) -> None:
-    """UsageError unless both are named."""
-    if not resolved.config.data:
-        raise UsageError("no data were named", fix="pass a JSONL file, a folder, or a recipe with data in it")
-    if not resolved.config.base:
-        raise UsageError("no base model was named", fix="pass --base with a local folder or a hub id")

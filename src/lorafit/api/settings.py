@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.config import Resolved, load_recipe, resolve
+from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -39,3 +40,21 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "base" in placed:
         placed["base"] = seen(placed["base"])
     return placed
+
+
+def template_for(resolved: Resolved) -> Template:
+    """The template rows of this run are rendered with: the base's own, or the fallback."""
+    config = resolved.config
+    return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision))
+
+
+def require_data(resolved: Resolved) -> None:
+    """UsageError unless data were named."""
+    if not resolved.config.data:
+        raise UsageError("no data were named", fix="pass a JSONL file, a folder, or a recipe with data in it")
+
+
+def require_base(resolved: Resolved) -> None:
+    """UsageError unless a base was named."""
+    if not resolved.config.base:
+        raise UsageError("no base model was named", fix="pass --base with a local folder or a hub id")

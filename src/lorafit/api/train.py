@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from lorafit.adapters import Counts, attach, count_parameters, save_adapter
-from lorafit.api.check import template_for
 from lorafit.api.observer import Observer
-from lorafit.api.plan import PlannedRun, plan_prepared, require_data_and_base
-from lorafit.api.settings import settle
+from lorafit.api.plan import PlannedRun, plan_prepared
+from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.backbone import base_fingerprint, load_backbone, quiet_libraries
 from lorafit.config import Resolved, RunDir, base_folder, write_text
 from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clean
 from lorafit.engine import assert_isolated, use_packed_attention
-from lorafit.errors import LorafitError, PlanError
+from lorafit.errors import LorafitError, PlanError, TrainingError
 from lorafit.findings import Finding, Severity
 from lorafit.planning import hardware_here
 from lorafit.training import LorafitTrainer, MetricsLog, TrainingProgress
@@ -82,7 +82,8 @@ def train(
     """
     watch = observer or Observer()
     resolved = settle(data, {**settings, "base": base, "out": str(out) if out else None})
-    require_data_and_base(resolved)
+    require_data(resolved)
+    require_base(resolved)
     run, is_new = _open_run(resolved)
     try:
         with quiet_libraries(run.log):
@@ -151,7 +152,7 @@ def _fit(
     trainer.add_callback(progress)
     trainer.add_callback(MetricsLog(run.metrics))
     started = time.perf_counter()
-    trainer.train()
+    _run(trainer)
     train_s = time.perf_counter() - started
     save_adapter(model, run.adapter, config, base_name=config.base)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -170,6 +171,17 @@ def _fit(
         loss=losses[-1],
         eval_loss=progress.eval_loss,
     )
+
+
+def _run(trainer: LorafitTrainer) -> None:
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the card's memory ran out in step {trainer.state.global_step + 1}",
+            where=str(trainer.args.output_dir),
+            fix=f"lower max_tokens (now {trainer.config.max_tokens}) or set gradient_checkpointing=on",
+        ) from error
 
 
 def _shortest(rows: Rows, count: int) -> list[tuple[Any, Any]]:

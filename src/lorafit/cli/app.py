@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +21,7 @@ from lorafit.errors import LorafitError
 
 DEBUG_FLAG = "--debug"
 INTERRUPTED = 130
+INTERNAL = 70
 
 
 class _InOrder(TyperGroup):
@@ -74,7 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         show_error("stopped")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # the reader of our output went away (`lorafit check … | head`): nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _end_quietly()
+        if debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        show_error(f"{place}{error.strerror or error}; check the disk and the path")
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        # ours to mend: say so, and how to show us
+        first = (str(error).strip().splitlines() or [""])[0]
+        show_error(f"internal error ({type(error).__name__}: {first}); run it with --debug and report the trace")
+        sys.exit(INTERNAL)
+
+
+def _end_quietly() -> NoReturn:
+    # the reader of our output went away (`lorafit check … | head`): nothing is wrong
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)

@@ -17,13 +17,16 @@ BAR = 32
 
 def show_summary(summary: Summary) -> None:
     """Counts that add up, then what they mean for training."""
-    say(f"  {len(summary.files)} file(s), row shape [bold]{summary.shape}[/bold], {duration(summary.seconds)}")
+    say(
+        f"  {len(summary.files)} file(s), row shape [bold]{summary.shape}[/bold], {duration(summary.seconds)}{_where(summary)}"
+    )
     say(
         f"  {summary.read:,} rows read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
         f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates"
     )
-    say(f"  {summary.train_rows:,} to train on, {summary.holdout_rows:,} held out")
+    cut = f", {summary.split:,} conversations split at their turns" if summary.split else ""
+    say(f"  {summary.train_rows:,} to train on, {summary.holdout_rows:,} held out{cut}")
     if not summary.tokenised:
         say("  [dim]no --base, so no tokens were counted[/dim]")
         return
@@ -32,6 +35,13 @@ def show_summary(summary: Summary) -> None:
         f"packed fill {summary.packed_fill:.0%}, {summary.steps_per_epoch:,} steps an epoch"
     )
     show_histogram(summary)
+
+
+def _where(summary: Summary) -> str:
+    if summary.cached:
+        return " (from the cache)"
+    searched = summary.near_duplicate_seconds
+    return f", {duration(searched)} of it for near duplicates" if searched >= 1 else ""
 
 
 def show_histogram(summary: Summary) -> None:
