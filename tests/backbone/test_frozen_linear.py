@@ -99,9 +99,10 @@ def test_on_a_card_output_and_gradient_are_those_of_the_dequantised_weight(dtype
     g = torch.randn_like(out)
     out.backward(g)
     expected.backward(g)
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(x.grad, x_ref.grad, rtol=tolerance, atol=tolerance)
+    # up to 16 rows bitsandbytes' fused kernel sums in another order: compare norms, not elements
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    for got, wanted in ((out, expected), (x.grad, x_ref.grad)):
+        assert float((got - wanted).float().norm() / wanted.float().norm()) < tolerance
     assert torch.equal(linear.weight.data, packed)
 
 

@@ -143,3 +143,9 @@ def test_every_recipe_in_the_project_parses():
     assert len(recipes) > 1
     for path in recipes:
         assert resolve(yaml.safe_load(path.read_text())).config.rank > 0
+
+
+def test_on_and_off_mean_what_they_say_although_yaml_reads_booleans(tmp_path):
+    assert resolve(flags=parse_assignments(["gradient_checkpointing=on"])).config.gradient_checkpointing == "on"
+    (tmp_path / "recipe.yaml").write_text("gradient_checkpointing: off\n")
+    assert resolve(load_recipe(tmp_path / "recipe.yaml")).config.gradient_checkpointing == "off"

@@ -17,9 +17,8 @@ BAR = 32
 
 def show_summary(summary: Summary) -> None:
     """Counts that add up, then what they mean for training."""
-    say(
-        f"  {len(summary.files)} file(s), row shape [bold]{summary.shape}[/bold], {duration(summary.seconds)}{_where(summary)}"
-    )
+    shape = f"row shape [bold]{summary.shape}[/bold]"
+    say(f"  {len(summary.files)} file(s), {shape}, {duration(summary.seconds)}{_where(summary)}")
     say(
         f"  {summary.read:,} rows read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
         f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
