@@ -9,8 +9,9 @@ STAMP  := $(VENV)/.installed
 demo: install
 	$(BIN)/lorafit demo
 
+# two processes; all tests of a file in the same one, so that they share what they made
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check src tests bench

@@ -6,6 +6,9 @@ import torch
 from little_run import write_rows
 from lorafit.demo import BASE
 
+# the same examples on every machine, and no deadline that a busy neighbour could break
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 torch.set_num_threads(1)  # two test processes on two cores: more threads only get in each other's way
 
 
