@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from little_run import write_rows
 from lorafit.demo import BASE
