@@ -63,3 +63,14 @@ def test_a_recipe_finds_its_data_beside_it(data):
     planned = lorafit.plan(recipe)
     assert planned.prepared.summary.read == 60
     assert (planned.resolved.config.rank, planned.resolved.sources["rank"]) == (4, "recipe")
+
+
+def test_local_paths_are_recorded_absolute_and_hub_ids_as_they_are(data, tmp_path, monkeypatch):
+    from lorafit.api.settings import settle
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    config = settle(["rows.jsonl", "hub/dataset"], {"base": "base", "holdout": "rows.jsonl"}).config
+    assert config.data == (str(tmp_path / "rows.jsonl"), "hub/dataset")
+    assert (config.base, config.holdout) == (str(tmp_path / "base"), str(tmp_path / "rows.jsonl"))
+    assert settle("rows.jsonl", {"base": "some/model", "holdout": 0.1}).config.base == "some/model"

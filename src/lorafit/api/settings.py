@@ -19,11 +19,11 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     names = [str(source) for source in sources]
     recipes = [name for name in names if name.endswith(RECIPE_SUFFIXES)]
     if not recipes:
-        return resolve(flags={**settings, **({"data": tuple(names)} if names else {})})
+        return resolve(flags=_absolute({**settings, **({"data": tuple(names)} if names else {})}))
     if len(names) > 1:
         raise UsageError("a recipe stands alone: its data are named in it", where=recipes[0], fix="use --set data=FILE")
     path = Path(recipes[0])
-    return resolve(_beside(load_recipe(path), path.parent), settings)
+    return resolve(_absolute(_beside(load_recipe(path), path.parent)), _absolute(settings))
 
 
 def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -40,6 +40,19 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "base" in placed:
         placed["base"] = seen(placed["base"])
     return placed
+
+
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Paths that exist as absolute ones, so that a run directory is understood from any folder."""
+
+    def placed(name: Any) -> Any:
+        return str(Path(name).expanduser().absolute()) if isinstance(name, str) and Path(name).exists() else name
+
+    there = dict(settings)
+    for key in ("base", "data", "holdout"):
+        value = there.get(key)
+        there[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
+    return {key: value for key, value in there.items() if key in settings}
 
 
 def template_for(resolved: Resolved) -> Template:
