@@ -12,7 +12,7 @@ from little_run import write_rows
 from lorafit.api.train import train
 from lorafit.config import RunDir
 from lorafit.demo import BASE
-from lorafit.errors import BackboneError, DataError, LorafitError, PlanError, RunDirError, UsageError
+from lorafit.errors import BackboneError, DataError, LorafitError, PlanError, RunDirError, TrainingError, UsageError
 
 
 def test_the_run_directory_describes_itself(tiny_run):
@@ -31,7 +31,7 @@ def test_the_run_directory_describes_itself(tiny_run):
         "checkpoints/step-000008/manifest.json",
     ):
         assert (run.path / name).is_file(), name
-    assert RunDir.open(run.path).config() == tiny_run.resolved.config
+    assert RunDir.open(run.path).config() == tiny_run.resolved.config.model_copy(update={"out": None})
 
 
 def test_the_metrics_have_each_step_once_and_the_loss_falls(tiny_run):
@@ -143,3 +143,38 @@ def test_a_run_is_a_recipe_and_runs_again_to_the_same_bits(tiny_run, tmp_path):
     again = train(tiny_run.run.settings, out=tmp_path / "again")
     first, second = (path / "adapter_model.safetensors" for path in (tiny_run.run.adapter, again.run.adapter))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"report_to": "no_such_tracker"}, "no_such_tracker"), ({"gpu": "H100"}, "the hardware that is here")],
+)
+def test_what_train_cannot_honour_is_refused_before_anything_is_written(tmp_path, given, words):
+    with pytest.raises(UsageError, match=words):
+        train(write_rows(tmp_path / "rows.jsonl"), str(BASE), out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        train(write_rows(tmp_path / "rows.jsonl"), str(BASE), out=tmp_path / "run")
+
+
+def test_numbers_gone_bad_stop_the_run_and_are_never_saved(tmp_path):
+    with pytest.raises(TrainingError, match=r"of step \d+ is (nan|inf)"):
+        train(write_rows(tmp_path / "rows.jsonl"), str(BASE), out=tmp_path / "run", lr=1e30, warmup=0, save_steps=1)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+
+
+def test_the_live_model_of_a_run_generates_through_transformers(tiny_run):
+    made = tiny_run.model.generate(input_ids=torch.tensor([[0, 40, 50]]), max_new_tokens=3, do_sample=False)
+    assert made.shape[1] > 3
+
+
+def test_the_shared_adapter_does_not_tell_where_the_base_lay(tiny_run):
+    config = json.loads((tiny_run.run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == BASE.name

@@ -15,7 +15,7 @@ def test_settings_come_back_as_they_were_written(tmp_path):
     )
     run = RunDir.create(tmp_path / "run")
     run.write_config(resolved.config, {key: source.value for key, source in resolved.sources.items()})
-    assert run.config() == resolved.config
+    assert run.config() == resolved.config.model_copy(update={"out": None})
     assert "# flag" in run.settings.read_text()
     assert "# default" in run.settings.read_text()
 
@@ -33,7 +33,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_a_run_without_adapter_is_told_to_finish(tmp_path):
     (tmp_path / "run.yaml").write_text("rank: 8\n")
-    with pytest.raises(RunDirError, match="no adapter yet"):
+    with pytest.raises(RunDirError, match="no adapter: its training has not finished"):
         RunDir.open(tmp_path)
 
 
@@ -48,3 +48,17 @@ def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     run.write_json(run.plan, {"a": 1})
     assert json.loads(run.plan.read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_an_unfinished_run_names_its_last_checkpoint(tmp_path):
+    (tmp_path / "run.yaml").write_text("rank: 8\n")
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    with pytest.raises(RunDirError, match=r"last checkpoint is .*step-000004"):
+        RunDir.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "exports"])
+def test_what_a_run_would_overwrite_is_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunDirError, match=f"already holds {name}"):
+        RunDir.create(tmp_path)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from plan.shapes import LLAMA_8B, shape
 from transformers import AutoModelForCausalLM
 
 from lorafit.planning import ModelShape
 from lorafit.planning.activations import Execution, MicroBatch, activations
+from planning_shapes import LLAMA_8B, shape
 from tiny_models import tiny_config
 
 TOKENS = 64

@@ -1,11 +1,11 @@
 import pytest
-from plan.shapes import GPT2, LLAMA_1B, TINY, facts, shape
 
 from lorafit.config import resolve
 from lorafit.config.run_config import PLANNED
 from lorafit.planning import hardware_named
 from lorafit.planning.decisions import decide
 from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import GPT2, LLAMA_1B, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
 LAPTOP = hardware_named("RTX 4060 Laptop")

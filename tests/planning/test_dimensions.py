@@ -1,9 +1,9 @@
 import pytest
-from plan.shapes import LLAMA_8B
 
 from lorafit.errors import BackboneError
 from lorafit.planning.dimensions import Dimensions, holds, read_dimensions, size
 from lorafit.planning.families import FAMILIES
+from planning_shapes import LLAMA_8B
 
 
 @pytest.mark.parametrize(("text", "value"), [("", 0), ("h", 8), ("2*h", 16), ("q+2*kv", 10), ("n*h+3", 35)])

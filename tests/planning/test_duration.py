@@ -1,10 +1,10 @@
 import pytest
-from plan.shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 from lorafit.config import RunConfig
 from lorafit.planning import DataFacts, hardware_named, resolve_targets
 from lorafit.planning.duration import estimate_duration, steps_of, token_flops
 from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
 

@@ -2,12 +2,12 @@ import re
 
 import pytest
 import yaml
-from plan.shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 from lorafit.config import RunConfig
 from lorafit.planning import DataFacts, estimate_memory, hardware_named
 from lorafit.planning.fit import obstacles, what_would_fit
 from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 H100 = hardware_named("H100")
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)

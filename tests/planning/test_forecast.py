@@ -1,8 +1,7 @@
-from plan.shapes import facts, shape
-
 from lorafit.config import RunConfig
 from lorafit.planning import estimate_memory, hardware_named
 from lorafit.planning.forecast import forecast
+from planning_shapes import facts, shape
 
 H100 = hardware_named("H100")
 

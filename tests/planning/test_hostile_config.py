@@ -2,13 +2,13 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.shapes import TINY, facts
 
 from lorafit.config import resolve
 from lorafit.errors import LorafitError
 from lorafit.planning import ModelShape, hardware_named, make_plan
 from lorafit.planning.dimensions import KEYS
 from lorafit.planning.families import FAMILIES
+from planning_shapes import TINY, facts
 
 NAMES = [
     *sorted({name for names in KEYS.values() for name in names}),

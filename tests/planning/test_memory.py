@@ -1,11 +1,11 @@
 import pytest
-from plan.shapes import LLAMA_1B, LLAMA_8B, PHI3, TINY, facts, shape
 
 from lorafit.config import RunConfig
 from lorafit.planning import DataFacts, estimate_memory, hardware_named
 from lorafit.planning.activations import LORAFIT, Execution
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.memory import NF4_BYTES, adapter_parameters, micro_batch
+from planning_shapes import LLAMA_1B, LLAMA_8B, PHI3, TINY, facts, shape
 
 H200 = hardware_named("H200")
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)

@@ -1,9 +1,8 @@
-from plan.shapes import TINY, facts, shape
-
 from lorafit.config import resolve
 from lorafit.planning import hardware_named, make_plan
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.matrix import MATRIX
+from planning_shapes import TINY, facts, shape
 
 
 def options(hardware, rows=20_000, config=None):

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from plan.shapes import LLAMA_8B
 
 from lorafit.planning.matrix import MATRIX
+from planning_shapes import LLAMA_8B
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PLANNING = (DOCS / "planning.md").read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
 import pytest
-from plan.shapes import TINY, facts, shape
 
 from lorafit.config import RunConfig
 from lorafit.planning import estimate_memory, hardware_named, pitfalls, resolve_targets
 from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
 H100 = hardware_named("H100")

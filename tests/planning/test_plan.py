@@ -3,7 +3,6 @@ import subprocess
 import sys
 
 import pytest
-from plan.shapes import LLAMA_8B, PHI3, TINY, facts, shape
 
 from lorafit.config import resolve
 from lorafit.config.run_config import PLANNED
@@ -11,6 +10,7 @@ from lorafit.errors import AdapterError
 from lorafit.findings import Finding
 from lorafit.planning import DataFacts, hardware_named, make_plan
 from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import LLAMA_8B, PHI3, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
 H100 = hardware_named("H100")

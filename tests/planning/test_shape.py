@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from plan.shapes import LLAMA_8B, shape
 
 from lorafit.errors import BackboneError
 from lorafit.planning import ModelShape
+from planning_shapes import LLAMA_8B, shape
 
 
 def test_the_8b_llama_has_eight_billion_parameters():

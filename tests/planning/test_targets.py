@@ -1,8 +1,8 @@
 import pytest
-from plan.shapes import GPT2, PHI3, shape
 
 from lorafit.errors import AdapterError
 from lorafit.planning import resolve_targets
+from planning_shapes import GPT2, PHI3, shape
 
 NEOX = {"model_type": "gpt_neox"}
 LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

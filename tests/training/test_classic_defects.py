@@ -10,7 +10,7 @@ from little_run import settings
 from lorafit import AdapterTrainingPipeline
 from lorafit.demo import BASE, TASKS
 from lorafit.demo.tasks import rows
-from lorafit.engine import supervised_logits
+from lorafit.engine import packed, supervised_logits
 from lorafit.training import StepDataset, training_arguments
 from tiny_models import save_base
 
@@ -38,7 +38,8 @@ def first_step(trainer):
 
 
 def test_there_are_labels_so_there_is_a_loss_and_a_gradient(trainer):
-    loss = trainer.training_step(trainer.model, first_step(trainer))
+    with packed(trainer.model):
+        loss = trainer.training_step(trainer.model, first_step(trainer))
     assert float(loss) > 0
     gradients = [weight.grad for weight in trainer.model.parameters() if weight.requires_grad]
     assert any(float(gradient.abs().sum()) > 0 for gradient in gradients)
@@ -114,7 +115,7 @@ def test_a_machine_without_cuda_trains_in_fp32_with_plain_adamw(trainer):
     assert not trainer.args.fp16
     assert not trainer.args.bf16
     batch = first_step(trainer).micro_batches[0]
-    with torch.no_grad():
+    with torch.no_grad(), packed(trainer.model):
         assert supervised_logits(trainer.model, batch).dtype == torch.float32
 
 

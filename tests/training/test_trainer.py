@@ -12,7 +12,7 @@ from gloo_worker import LENGTHS, adapted, train_in_a_process
 from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
-from lorafit.engine import collate, unpacked, use_packed_attention
+from lorafit.engine import collate, packed, unpacked
 from lorafit.training import LorafitTrainer
 from tiny_models import save_base
 
@@ -44,7 +44,8 @@ def one_step(config, rows, folder):
     model = adapted(config)
     trainer = LorafitTrainer(model, config, rows, None, folder)
     step = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.training_step(model, step)
+    with packed(model):
+        loss = trainer.training_step(model, step)
     return gradient(model), float(loss)
 
 
@@ -69,7 +70,8 @@ def test_recomputed_activations_give_the_same_gradient(base, tmp_path):
     recompute = config.model_copy(update={"gradient_checkpointing": "on"})
     trainer = LorafitTrainer(model, recompute, rows, None, tmp_path)
     step = next(iter(trainer.get_train_dataloader()))
-    trainer.training_step(model, step)
+    with packed(model):
+        trainer.training_step(model, step)
     assert len(ran) == 2 * len(step.micro_batches), "nothing was recomputed"
     assert torch.allclose(gradient(model), kept, rtol=1e-5, atol=1e-8)
 
@@ -156,10 +158,21 @@ def test_two_processes_train_as_one_does(base, tmp_path):
     assert float((first["weights"] - one["weights"]).norm() / one["weights"].norm()) < 1e-4
 
 
-def test_use_packed_attention_is_the_trainers_doing(base, tmp_path):
-    config = settings(base=base)
+def test_training_leaves_the_models_own_attention_as_it_was(base, tmp_path):
+    """After training the model generates, merges and serves through transformers as any other."""
+    config = settings(base=base, max_steps=2, examples_per_step=4)
     model = attach(load_backbone(config, device="cpu"), config)
+    trainer = LorafitTrainer(model, config, encoded_rows(*LENGTHS), encoded_rows(9), tmp_path)
+    trainer.train()
     assert model.config._attn_implementation == "sdpa"
-    LorafitTrainer(model, config, encoded_rows(9), None, tmp_path)
-    assert model.config._attn_implementation == "lorafit_packed"
-    use_packed_attention(model)  # again is harmless
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    made = model.generate(input_ids=torch.tensor([[1, 40, 50]]), max_new_tokens=3, do_sample=False)
+    assert made.shape[1] > 3
+    assert model.merge_and_unload().generate(input_ids=torch.tensor([[1, 40]]), max_new_tokens=2).shape[1] > 2
+
+
+def test_a_run_of_one_step_learns(base, tmp_path):
+    config = settings(base=base, max_steps=1, lr=1e-2)
+    model = attach(load_backbone(config, device="cpu"), config)
+    LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, tmp_path).train()
+    assert any(float(weight.abs().sum()) > 0 for name, weight in model.named_parameters() if ".lora_B." in name)

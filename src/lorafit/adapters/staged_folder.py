@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lorafit.errors import RunDirError
 
 
@@ -28,8 +30,9 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         yield staged
         _sync(staged)
         _publish(staged, folder)
-    except OSError as error:
-        raise RunDirError(f"it cannot be written ({error.strerror or error})", where=str(folder)) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirError(f"it cannot be written ({reason})", where=str(folder), fix="check the disk") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,13 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
         rows = verification_rows(folder, template_of(folder))
         fingerprint = folder.base_fingerprint()
         report = write_merged(folder.path, onto=onto, out=Path(out) if out else None, fingerprint=fingerprint)
-        live = load_adapter(load_backbone(config), folder.adapter)
-        return MergedRun(report, verify(live, report.folder, rows, report.onto))
+        try:
+            live = load_adapter(load_backbone(config), folder.adapter)
+            return MergedRun(report, verify(live, report.folder, rows, report.onto))
+        except BaseException:
+            # a folder that looks finished and was never verified is worse than none
+            shutil.rmtree(report.folder, ignore_errors=True)
+            raise
 
 
 def template_of(run: RunDir) -> Template:

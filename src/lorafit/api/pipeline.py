@@ -78,6 +78,10 @@ class AdapterTrainingPipeline:
     def format_instruction_data(self, raw_rows: Iterable[Mapping[str, Any]]) -> Dataset:
         """Rows of any shape lorafit reads → a Dataset with `messages` and the rendered `text`. Raises DataError."""
         records = parse_rows(raw_rows, self.config.map)
+        for record in records:
+            if record.tools or any(turn.extra for turn in record.turns):
+                fix = "train rows with tools through lorafit.train, which hands them to the chat template"
+                raise DataError("tool calls do not fit into these columns", where=record.source, fix=fix)
         texts = [self.template.render(record.messages(), add_generation_prompt=False) for record in records]
         return Dataset.from_dict(
             {
@@ -124,9 +128,14 @@ class AdapterTrainingPipeline:
 
         Checkpoints go to `output_dir`/checkpoints, by default a temporary folder.
         """
+        fixed = {"base", "rank", "alpha", "dropout", "targets", "quantization"} & set(settings)
+        if fixed:
+            raise UsageError(
+                f"{min(fixed)} is settled when the pipeline is made", where="build_trainer", fix="set it there"
+            )
         config = resolve(flags={**self.config.model_dump(exclude_unset=True), **settings}).config
         rows, held_out = _rows(train_ds), _rows(eval_ds) if eval_ds is not None else None
-        longest = int(rows.lengths.max()) if len(rows) else 0
+        longest = max(int(part.lengths.max()) for part in (rows, held_out) if part is not None and len(part))
         if longest > config.max_tokens:
             config = config.model_copy(update={"max_tokens": longest})
         folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
@@ -144,6 +153,11 @@ def _rows(dataset: Dataset) -> Rows:
     if not {"input_ids", "labels"} <= set(dataset.column_names):
         raise UsageError("the dataset is not tokenised", where="build_trainer", fix="pass it through tokenize_dataset")
     encoded = [Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset]
-    if not any(any(one.mask[1:]) for one in encoded):
-        raise DataError("no token of the dataset is supervised", where="labels", fix="labels must hold the responses")
+    for number, one in enumerate(encoded, 1):
+        if one.mask:
+            one.mask[0] = False  # nothing precedes a row's first token, so nothing can predict it
+        if not any(one.mask):
+            raise DataError(
+                "no token of this row is supervised", where=f"row {number}", fix="labels hold the responses"
+            )
     return Rows.from_encoded(encoded)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from lorafit.adapters import Counts, attach, count_parameters, save_adapter
 from lorafit.api.observer import Observer
@@ -20,11 +23,11 @@ from lorafit.api.settings import require_base, require_data, settle, template_fo
 from lorafit.backbone import base_fingerprint, load_backbone, quiet_libraries
 from lorafit.config import Resolved, RunDir, base_folder, write_text
 from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clean
-from lorafit.engine import assert_isolated, use_packed_attention
-from lorafit.errors import LorafitError, PlanError, TrainingError
+from lorafit.engine import assert_isolated, packed
+from lorafit.errors import PlanError, TrainingError, UsageError
 from lorafit.findings import Finding, Severity
 from lorafit.planning import hardware_here
-from lorafit.training import LorafitTrainer, MetricsLog, TrainingProgress
+from lorafit.training import FiniteGuard, LorafitTrainer, MetricsLog, TrainingProgress
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look
 ISOLATION_ROWS = 4
@@ -83,6 +86,7 @@ def train(
     resolved = settle(data, {**settings, "base": base, "out": str(out) if out else None})
     require_data(resolved)
     require_base(resolved)
+    _require_one_process_here(resolved)
     run, is_new = _open_run(resolved)
     try:
         with quiet_libraries(run.log):
@@ -94,9 +98,24 @@ def train(
             watch.planned(planned.plan, planned.resolved)
             findings = _require_runnable(planned, prepared)
             return _fit(run, planned, template, findings, watch, list(callbacks))
-    except LorafitError:
+    except BaseException:
         _leave_nothing(run, is_new)
         raise
+
+
+def _require_one_process_here(resolved: Resolved) -> None:
+    """UsageError for what this path cannot do yet, before anything is written."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("train runs in one process", where="WORLD_SIZE", fix="start it without torchrun")
+    if resolved.config.gpu:
+        raise UsageError(
+            "train runs on the hardware that is here", where="gpu", fix="use gpu with plan, vram with train"
+        )
+    unknown = [name for name in resolved.config.report_to if name not in get_available_reporting_integrations()]
+    if unknown:
+        raise UsageError(
+            f"the tracker '{unknown[0]}' is not installed", where="report_to", fix=f"pip install {unknown[0]}"
+        )
 
 
 def _open_run(resolved: Resolved) -> tuple[RunDir, bool]:
@@ -107,7 +126,8 @@ def _open_run(resolved: Resolved) -> tuple[RunDir, bool]:
 
 def _default_path(resolved: Resolved) -> Path:
     """runs/DATA-BASE, with -2, -3, … behind it while the name is taken."""
-    name = f"{Path(resolved.config.data[0]).stem}-{Path(resolved.config.base).name}"
+    stems = f"{Path(resolved.config.data[0]).stem}-{Path(resolved.config.base).name}"
+    name = re.sub(r"[^\w.-]+", "-", stems).strip("-")
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1
@@ -142,14 +162,15 @@ def _fit(
     watch.loading(run)
     model: Any = attach(load_backbone(config), config, planned.plan.targets)
     counts = count_parameters(model)
-    use_packed_attention(model)
-    assert_isolated(model, _shortest(prepared.train, ISOLATION_ROWS))
+    with packed(model):
+        assert_isolated(model, _shortest(prepared.train, ISOLATION_ROWS))
     watch.attached(counts, config.base)
-    _describe(run, planned, template, findings)
     trainer = LorafitTrainer(model, config, prepared.train, prepared.holdout, run.checkpoints, callbacks=callbacks)
+    _describe(run, planned, template, findings)
     progress = TrainingProgress(watch.stepped, lambda: trainer.last_step.tokens)
     trainer.add_callback(progress)
     trainer.add_callback(MetricsLog(run.metrics))
+    trainer.add_callback(FiniteGuard())
     started = time.perf_counter()
     _run(trainer)
     train_s = time.perf_counter() - started

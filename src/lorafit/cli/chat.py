@@ -7,9 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from lorafit.cli import flags
 from lorafit.cli.console import PEOPLE, say, show_json
+from lorafit.errors import UsageError
 
 if TYPE_CHECKING:
     from lorafit.serve import Session
@@ -28,6 +30,8 @@ def chat(
     """Talk to a run's result. Without --prompt: a conversation, one line a turn; an empty line ends it."""
     from lorafit.api.load import load
 
+    if json and prompt is None:
+        raise UsageError("a conversation is not one JSON object", where="--json", fix="add --prompt")
     session = load(run)
     answering = _Answering(session, compare, max_new_tokens, temperature)
     if prompt is not None:
@@ -53,7 +57,7 @@ class _Answering:
 
     def reply(self, messages: Messages) -> str:
         if self.compare:
-            say("[yellow]base [/yellow] " + self.answer(messages, tuned=False))
+            say("[yellow]base [/yellow] " + escape(self.answer(messages, tuned=False)))
             PEOPLE.print("[green]tuned[/green] ", end="")
         pieces: list[str] = []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lorafit.cli import flags
 from lorafit.cli.console import heading, say, show_findings, show_json
@@ -54,5 +55,5 @@ def check(
     if show and report.template:
         show_rows_coloured(show_rows(report.prepared, report.template, show))
     if fixed:
-        say(f"[bold]fixed[/bold] {fixed.written:,} of {fixed.read:,} rows written to {fixed.out}")
+        say(f"[bold]fixed[/bold] {fixed.written:,} of {fixed.read:,} rows written to {escape(fixed.out)}")
     raise typer.Exit(0 if report.ok else 1)

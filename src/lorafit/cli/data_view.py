@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.text import Text
 
 from lorafit.cli.console import PEOPLE, duration, say
@@ -60,7 +61,7 @@ def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
             style = ("reverse " if token.is_stop else "") + ("green" if token.supervised else "dim")
             text.append(token.text, style=style)
         supervised = sum(token.supervised for token in row.tokens)
-        PEOPLE.print(f"[bold]{row.source}[/bold] [dim]{len(row.tokens)} tokens, {supervised} supervised[/dim]")
+        PEOPLE.print(f"[bold]{escape(row.source)}[/bold] [dim]{len(row.tokens)} tokens, {supervised} supervised[/dim]")
         PEOPLE.print(text)
     say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
 

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -54,7 +55,7 @@ def show_merged(merged: MergedRun) -> None:
     )
     show_verification(merged.verification)
     show_findings(merged.findings)
-    say(f"  {merged.folder}")
+    say(f"  {escape(str(merged.folder))}")
 
 
 def show_verification(result: Verification) -> None:
@@ -65,10 +66,10 @@ def show_verification(result: Verification) -> None:
     table.add_row("live adapter model", "", "", f"{result.live_loss:.4f}")
     for name, part in (
         (f"merged ({result.merged_dtype}, from disk)", result.merged),
-        (f"noise floor ({result.live_dtype} against 16 or 32 bits)", result.floor),
+        ("noise floor (live model, other precision)", result.floor),
         ("base without adapter", result.base),
     ):
         table.add_row(name, f"{part.kl:.2e}", f"{part.top1_agreement:.2%}", f"{part.loss:.4f}")
     verdict = "[bold green]verified[/bold green]" if result.passed else "[bold red]not verified[/bold red]"
-    heading("verify", f"{verdict}: {result.reason}; {result.rows} held-out rows, {result.positions:,} tokens")
+    heading("verify", f"{verdict}: {result.reason}; {result.rows} rows of the run, {result.positions:,} tokens")
     PEOPLE.print(Padding(table, (0, 0, 0, 2)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lorafit.api.observer import Observer
@@ -101,6 +102,6 @@ class ConsoleObserver(Observer):
 
 def say_next(run: str, commands: list[tuple[str, str]]) -> None:
     """Where the run is, and what one would type next."""
-    heading("run", f"[bold]{run}[/bold]")
+    heading("run", f"[bold]{escape(run)}[/bold]")
     for command, purpose in commands:
-        say(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]")
+        say(f"  [cyan]{escape(command)}[/cyan]  [dim]{purpose}[/dim]")

@@ -73,10 +73,15 @@ class RunConfig(BaseModel):
     vram: str | None = Field(None, description="memory budget, as 8GiB")
     report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
 
-    @field_validator("data", "select", "ignore", "report_to", mode="before")
+    @field_validator("data", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("select", "ignore", "report_to", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("targets", mode="before")
     @classmethod

@@ -67,6 +67,14 @@ class RunDir:
         run = cls(path)
         if run.settings.exists():
             raise RunDirError("this folder already holds a run", where=str(path), fix="choose another --out")
+        taken = [
+            own
+            for own in (run.adapter, run.checkpoints, run.exports, run.plan, run.metrics, run.template)
+            if own.exists()
+        ]
+        if taken:
+            what = f"this folder already holds {taken[0].name}, which a run would overwrite"
+            raise RunDirError(what, where=str(path), fix="choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -87,13 +95,19 @@ class RunDir:
                 "there is no run here (no run.yaml)", where=str(path), fix="pass the folder that train made"
             )
         if not (run.adapter / "adapter_model.safetensors").is_file():
-            raise RunDirError("this run has no adapter yet", where=str(path), fix="let its training finish")
+            raise run._unfinished()
         return run
 
     @property
     def base(self) -> Path:
         """What the base was when training began: its name and content fingerprint."""
         return self.path / "base.json"
+
+    def _unfinished(self) -> RunDirError:
+        whole = sorted(self.checkpoints.glob("step-*"))
+        kept = f"its last checkpoint is {whole[-1]}, with the adapter of that step in adapter/" if whole else ""
+        what = "this run has no adapter: its training has not finished" + (f" ({kept})" if kept else "")
+        return RunDirError(what, where=str(self.path), fix="let it finish, or train again with another --out")
 
     def base_fingerprint(self) -> str | None:
         """The base's content fingerprint at training time, or None where the run did not record one."""
@@ -108,7 +122,8 @@ class RunDir:
     def write_config(self, config: RunConfig, sources: Mapping[str, str]) -> None:
         """Write run.yaml, each value with its source as a comment; the file is itself a recipe."""
         lines = ["# every setting of this run and who set it; `lorafit train run.yaml` runs it again"]
-        for key, value in config.model_dump(mode="json").items():
+        # `out` is where this run went; running it again goes elsewhere
+        for key, value in {**config.model_dump(mode="json"), "out": None}.items():
             # JSON is YAML, and always one line
             lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {sources[key]}")
         write_text(self.settings, "\n".join(lines) + "\n")

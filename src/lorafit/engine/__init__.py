@@ -1,6 +1,6 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
-from lorafit.engine.attention import unpacked, use_packed_attention, use_plain_attention
+from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.batch import MicroBatch, Step, collate
 from lorafit.engine.generate import generate
 from lorafit.engine.isolation import Isolation, assert_isolated
@@ -15,6 +15,7 @@ __all__ = [
     "assert_isolated",
     "collate",
     "generate",
+    "packed",
     "summed_loss",
     "supervised_logits",
     "unpacked",

@@ -48,8 +48,12 @@ def packed_attention(
     query (1, heads, tokens, dim); key and value (1, kv heads, tokens, dim); returns (1, tokens, heads, dim).
     `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores.
     """
-    assert segments is not None, "packed attention was called without segments"
-    assert attention_mask is None, "packed rows need no mask, and would leak under an all-ones one"
+    if segments is None or attention_mask is not None:
+        raise BackboneError(
+            "this family does not hand its arguments down to attention, so its rows cannot be packed",
+            where=type(module).__name__,
+            fix="choose another base, and report this one",
+        )
     if unused.get("s_aux") is not None:
         raise BackboneError("attention sinks are not supported for packed rows", where=type(module).__name__)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
@@ -127,6 +131,17 @@ def _capped(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Within it `model` attends within segments: for training and its evaluation."""
+    before = model.config._attn_implementation
+    use_packed_attention(model)
+    try:
+        yield
+    finally:
+        _core(model).set_attn_implementation(before)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def training_arguments(
         gradient_accumulation_steps=1,
         learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # the first step of a warm-up has lr 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=_fused(OPTIMIZERS[optimizer], cuda),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorafit.adapters import save_adapter
@@ -39,10 +40,11 @@ def write_checkpoint(trainer: Any, folder: Path, config: RunConfig) -> Path | No
         (staged / "state.json").write_text(json.dumps(state, indent=1))
         _write_manifest(staged, trainer.state.global_step)
         staged.rename(final)
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        reason = f"the checkpoint could not be written ({error.strerror})"
+    except (OSError, SafetensorError) as error:
+        reason = f"the checkpoint could not be written ({getattr(error, 'strerror', None) or error})"
         raise RunDirError(reason, where=str(final), fix="free some space; earlier checkpoints are whole") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     _fsync(folder)
     for old in sorted(folder.glob("step-*"))[: -config.keep_last]:
         shutil.rmtree(old)

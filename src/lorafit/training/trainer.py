@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lorafit.config import RunConfig
 from lorafit.data import Rows, pack_step
-from lorafit.engine import MicroBatch, Step, summed_loss, use_packed_attention
+from lorafit.engine import MicroBatch, Step, packed, summed_loss
 from lorafit.training.arguments import training_arguments
 from lorafit.training.checkpoint import write_checkpoint
 from lorafit.training.steps import StepDataset, pack_rows
@@ -48,7 +48,6 @@ class LorafitTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.config, self.train_rows, self.held_out_rows = config, train_rows, held_out_rows
-        use_packed_attention(model)
         probe = StepDataset(train_rows, config)
         evaluates = held_out_rows is not None and len(held_out_rows) > 0
         arguments = training_arguments(config, folder, len(probe), _compute_dtype(model), evaluates=evaluates)
@@ -60,6 +59,11 @@ class LorafitTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # printing is the command line's
+
+    def train(self, *given: Any, **options: Any) -> Any:
+        """Trainer.train on packed attention; the model's own attention is back when it ends."""
+        with packed(self.model):
+            return super().train(*given, **options)
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """One item per optimizer step; already this process's share, so accelerate must not shard it again."""
@@ -111,7 +115,7 @@ class LorafitTrainer(Trainer):
         was_training = model.training
         model.eval()
         total = torch.zeros((), device=self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), packed(model), self.compute_loss_context_manager():
             for members in pack_step(rows.lengths, self.config.max_tokens):
                 total += self.compute_loss(model, pack_rows(rows, members))
         model.train(was_training)

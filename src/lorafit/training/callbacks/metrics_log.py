@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class MetricsLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs = given.get("logs") or {}
-        kept = {key: logs[key] for key in KEPT if key in logs}
+        # JSON has no NaN: null is the honest word for it
+        kept = {key: logs[key] if math.isfinite(logs[key]) else None for key in KEPT if key in logs}
         if kept:
             elapsed = time.perf_counter() - self.started
             line = {
