@@ -173,8 +173,3 @@ def test_numbers_gone_bad_stop_the_run_and_are_never_saved(tmp_path):
 def test_the_live_model_of_a_run_generates_through_transformers(tiny_run):
     made = tiny_run.model.generate(input_ids=torch.tensor([[0, 40, 50]]), max_new_tokens=3, do_sample=False)
     assert made.shape[1] > 3
-
-
-def test_the_shared_adapter_does_not_tell_where_the_base_lay(tiny_run):
-    config = json.loads((tiny_run.run.adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == BASE.name

@@ -36,7 +36,7 @@ def data(tmp_path):
 FLAGS = {
     "check": "--base --show --fix --select --ignore --on-bad --long --map --holdout --set --json --help",
     "plan": "--base --gpu --vram --goal --set --json --help",
-    "train": "--base --out --goal --gpu --vram --on-bad --long --map --holdout --set --json --help",
+    "train": "--base --out --goal --vram --on-bad --long --map --holdout --set --json --help",
     "chat": "--prompt --compare --max-new-tokens --temperature --json --help",
     "merge": "--onto --out --json --help",
     "demo": "--task --seed --out --json --help",

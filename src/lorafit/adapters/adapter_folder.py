@@ -35,6 +35,7 @@ def save_adapter(model: PeftModel, folder: Path, config: RunConfig, *, base_name
     assert lora.r == config.rank, "the adapter is not the one the settings describe"
     saved = copy.copy(lora)
     # a set is written in an order that differs from run to run
+    saved.revision = config.revision  # PEFT's auto classes load the base by it
     saved.target_modules, saved.base_model_name_or_path, saved.inference_mode = (
         sorted(lora.target_modules),
         base_name,

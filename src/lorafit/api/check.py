@@ -12,7 +12,8 @@ from lorafit.api.settings import require_data, settle, template_for
 from lorafit.config import Resolved
 from lorafit.data import Prepared, Template, prepare
 from lorafit.data.progress import Progress
-from lorafit.findings import Finding, has_errors
+from lorafit.errors import AdapterError, BackboneError
+from lorafit.findings import Finding, Severity, has_errors
 from lorafit.planning import hardware_here
 
 PITFALLS = tuple(f"P{number}" for number in range(1, 8))
@@ -64,5 +65,9 @@ def check(
 
 
 def _pitfalls(resolved: Resolved, prepared: Prepared) -> tuple[Finding, ...]:
-    planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
+    try:
+        planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
+    except (AdapterError, BackboneError) as error:
+        # the data are read: say what is wrong with the targets beside what was found in the rows
+        return (Finding("P1", Severity.ERROR, error.what, where=error.where or "targets", fix=error.fix or ""),)
     return tuple(finding for finding in planned.plan.findings if finding.code in PITFALLS)

@@ -21,7 +21,7 @@ from lorafit.api.observer import Observer
 from lorafit.api.plan import PlannedRun, plan_prepared
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.backbone import base_fingerprint, load_backbone, quiet_libraries
-from lorafit.config import Resolved, RunDir, base_folder, write_text
+from lorafit.config import Resolved, RunConfig, RunDir, base_folder, parse_bytes, write_text
 from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clean
 from lorafit.engine import assert_isolated, packed
 from lorafit.errors import PlanError, TrainingError, UsageError
@@ -160,7 +160,7 @@ def _fit(
     resolved, prepared = planned.resolved, planned.prepared
     config = resolved.config
     watch.loading(run)
-    model: Any = attach(load_backbone(config), config, planned.plan.targets)
+    model: Any = attach(load_backbone(config, dense_budget_bytes=_dense_budget(config)), config, planned.plan.targets)
     counts = count_parameters(model)
     with packed(model):
         assert_isolated(model, _shortest(prepared.train, ISOLATION_ROWS))
@@ -191,6 +191,11 @@ def _fit(
         loss=losses[-1],
         eval_loss=progress.eval_loss,
     )
+
+
+def _dense_budget(config: RunConfig) -> int | None:
+    """Bytes for dequantised copies on a CPU: half of a budget that was set, else half of what is free."""
+    return parse_bytes(config.vram, "vram") // 2 if config.vram else None
 
 
 def _run(trainer: LorafitTrainer) -> None:

@@ -18,7 +18,6 @@ def train(
         str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)
     ] = None,
     goal: flags.Goal = None,
-    gpu: flags.Gpu = None,
     vram: flags.Vram = None,
     on_bad: flags.OnBad = None,
     long: flags.Long = None,
@@ -32,9 +31,7 @@ def train(
     from lorafit.api.train import train as run_train
     from lorafit.cli.watch import ConsoleObserver, say_next
 
-    settings = flags.settings_from(
-        set, goal=goal, gpu=gpu, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout
-    )
+    settings = flags.settings_from(set, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout)
     watch = ConsoleObserver() if not json else Observer()
     with watch if isinstance(watch, ConsoleObserver) else contextlib.nullcontext():
         trained = run_train(data, base, out=out, observer=watch, **settings)
