@@ -57,8 +57,8 @@ def test_an_unfinished_run_names_its_last_checkpoint(tmp_path):
         RunDir.open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter", "checkpoints", "exports"])
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "my_rows.jsonl"])
 def test_what_a_run_would_overwrite_is_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(RunDirError, match=f"already holds {name}"):
+    with pytest.raises(RunDirError, match=f"holds other files, such as {name}"):
         RunDir.create(tmp_path)

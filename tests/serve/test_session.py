@@ -56,3 +56,15 @@ def test_a_truncated_adapter_is_one_sentence(tiny_run, tmp_path):
 def test_a_folder_without_a_run_is_said_to_be_so(tmp_path):
     with pytest.raises(RunDirError, match="no run here"):
         load(tmp_path)
+
+
+def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
+    from lorafit.api.merge import merge
+    from lorafit.errors import AdapterError
+
+    folder = copied(tiny_run, tmp_path)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+    for verb in (load, merge):
+        with pytest.raises(AdapterError, match="trained with"):
+            verb(folder)

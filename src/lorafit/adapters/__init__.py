@@ -1,7 +1,7 @@
 """LoRA adapters: attached, saved, loaded, merged; the only room that imports peft."""
 
 from lorafit.adapters.adapter_folder import load_adapter, save_adapter
-from lorafit.adapters.attach import Counts, attach, count_parameters, lora_config
+from lorafit.adapters.attach import Counts, attach, check_settings, count_parameters, lora_config
 from lorafit.adapters.deltas import Delta, Deltas, merge_delta
 from lorafit.adapters.staged_folder import staged_folder
 from lorafit.adapters.targets import resolve_targets
@@ -11,6 +11,7 @@ __all__ = [
     "Delta",
     "Deltas",
     "attach",
+    "check_settings",
     "count_parameters",
     "load_adapter",
     "lora_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.adapters import load_adapter
+from lorafit.adapters import Deltas, load_adapter
 from lorafit.backbone import Onto, load_backbone, quiet_libraries
 from lorafit.config import RunDir
 from lorafit.data import Record, Template, TextTokenizer, Turn
-from lorafit.errors import VerificationError
+from lorafit.errors import AdapterError, VerificationError
 from lorafit.export import MergeReport, Verification, verify
 from lorafit.export import merge as write_merged
 from lorafit.findings import Finding, has_errors
@@ -59,6 +60,7 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
     folder = RunDir.open(Path(run))
     config = folder.config()
     with quiet_libraries(folder.log):
+        check_adapter(folder)
         rows = verification_rows(folder, template_of(folder))
         fingerprint = folder.base_fingerprint()
         report = write_merged(folder.path, onto=onto, out=Path(out) if out else None, fingerprint=fingerprint)
@@ -69,6 +71,16 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
             # a folder that looks finished and was never verified is worse than none
             shutil.rmtree(report.folder, ignore_errors=True)
             raise
+
+
+def check_adapter(run: RunDir) -> None:
+    """AdapterError when the adapter on disk is not scaled as the run says."""
+    config, deltas = run.config(), Deltas.from_folder(run.adapter)
+    scale = config.alpha / config.rank
+    for name, delta in deltas.items():
+        if not math.isclose(delta.scale, scale, rel_tol=1e-6):
+            what = f"{name} is scaled by {delta.scale:g}, and the run was trained with alpha / rank = {scale:g}"
+            raise AdapterError(what, where=str(run.adapter), fix="restore adapter_config.json")
 
 
 def template_of(run: RunDir) -> Template:

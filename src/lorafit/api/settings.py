@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import Resolved, load_recipe, resolve
+from lorafit.config import Resolved, RunDir, base_folder, load_recipe, resolve
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 
@@ -59,6 +59,16 @@ def template_for(resolved: Resolved) -> Template:
     """The template rows of this run are rendered with: the base's own, or the fallback."""
     config = resolved.config
     return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision))
+
+
+def preflight(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> None:
+    """Raise at once, before torch is imported, for what needs no data read: settings, base, a taken --out."""
+    resolved = settle(data, settings)
+    require_data(resolved)
+    require_base(resolved)
+    base_folder(resolved.config.base, resolved.config.revision)
+    if resolved.config.out:
+        RunDir(Path(resolved.config.out)).refuse_if_taken()
 
 
 def require_data(resolved: Resolved) -> None:

@@ -111,11 +111,11 @@ def _require_one_process_here(resolved: Resolved) -> None:
         raise UsageError(
             "train runs on the hardware that is here", where="gpu", fix="use gpu with plan, vram with train"
         )
-    unknown = [name for name in resolved.config.report_to if name not in get_available_reporting_integrations()]
+    trackers = get_available_reporting_integrations()
+    unknown = [name for name in resolved.config.report_to if name not in trackers]
     if unknown:
-        raise UsageError(
-            f"the tracker '{unknown[0]}' is not installed", where="report_to", fix=f"pip install {unknown[0]}"
-        )
+        here = ", ".join(trackers) or "none"
+        raise UsageError(f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {here}")
 
 
 def _open_run(resolved: Resolved) -> tuple[RunDir, bool]:

@@ -51,7 +51,7 @@ def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]
     settings = parse_assignments(assignments or [])
     given = {key: value for key, value in flags.items() if value is not None}
     if "map" in given:
-        given["map"] = {key: str(value) for key, value in parse_assignments(given["map"]).items()}
+        given["map"] = {key: str(value) for key, value in parse_assignments(given["map"], "--map").items()}
     if "holdout" in given:
         given["holdout"] = parse_assignments([f"holdout={given['holdout']}"])["holdout"]
     for codes in ("select", "ignore"):

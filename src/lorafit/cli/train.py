@@ -27,11 +27,14 @@ def train(
     json: flags.Json = False,
 ) -> None:
     """Train adapters on DATA, or as a recipe YAML says; the run directory describes itself."""
+    from lorafit.api.settings import preflight
+
+    settings = flags.settings_from(set, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout)
+    preflight(data, {**settings, "base": base, "out": out})
     from lorafit.api.observer import Observer
     from lorafit.api.train import train as run_train
     from lorafit.cli.watch import ConsoleObserver, say_next
 
-    settings = flags.settings_from(set, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout)
     watch = ConsoleObserver() if not json else Observer()
     with watch if isinstance(watch, ConsoleObserver) else contextlib.nullcontext():
         trained = run_train(data, base, out=out, observer=watch, **settings)

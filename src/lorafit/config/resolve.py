@@ -89,17 +89,17 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs as `--set` takes them; values are read as YAML scalars or lists."""
+def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[str, Any]:
+    """`key=value` pairs as `flag` takes them; values are read as YAML scalars or lists."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"'{assignment}' is not key=value", where="--set", fix="write it like --set rank=8")
+            raise UsageError(f"'{assignment}' is not key=value", where=flag, fix=f"write it like {flag} KEY=VALUE")
         try:
             values[key.strip()] = _number(yaml.safe_load(text)) if text else ""
         except yaml.YAMLError as error:
-            raise UsageError(f"'{text}' is not a value", where=f"--set {key}", fix="quote it for the shell") from error
+            raise UsageError(f"'{text}' is not a value", where=f"{flag} {key}", fix="quote it for the shell") from error
     return values
 
 

@@ -13,6 +13,9 @@ from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 
+LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable"}
+"""What may lie in the folder of a new run: reports of one that never started, and the data (the demo's)."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
@@ -65,16 +68,7 @@ class RunDir:
     def create(cls, path: Path) -> RunDir:
         """Make (or reuse, when no run is in it) the folder of a new run, and prove that it can be written."""
         run = cls(path)
-        if run.settings.exists():
-            raise RunDirError("this folder already holds a run", where=str(path), fix="choose another --out")
-        taken = [
-            own
-            for own in (run.adapter, run.checkpoints, run.exports, run.plan, run.metrics, run.template)
-            if own.exists()
-        ]
-        if taken:
-            what = f"this folder already holds {taken[0].name}, which a run would overwrite"
-            raise RunDirError(what, where=str(path), fix="choose another --out")
+        run.refuse_if_taken()
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -85,6 +79,17 @@ class RunDir:
                 f"cannot write there ({error.strerror})", where=str(path), fix="choose another --out"
             ) from error
         return run
+
+    def refuse_if_taken(self) -> None:
+        """RunDirError when the folder holds a run, or anything that is not a leftover of a run that never started."""
+        if self.settings.exists():
+            state = "a run" if (self.adapter / "adapter_model.safetensors").is_file() else "a run that has not finished"
+            raise RunDirError(f"this folder already holds {state}", where=str(self.path), fix="choose another --out")
+        if self.path.is_dir():
+            foreign = sorted(path.name for path in self.path.iterdir() if path.name not in LEFTOVERS)
+            if foreign:
+                what = f"this folder holds other files, such as {foreign[0]}"
+                raise RunDirError(what, where=str(self.path), fix="choose an empty or new folder for --out")
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

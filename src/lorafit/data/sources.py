@@ -19,6 +19,7 @@ from typing import IO
 import zstandard
 
 from lorafit.data.excerpt import excerpt
+from lorafit.data.zstd_stream import ZstdStream
 from lorafit.errors import DataError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -149,7 +150,7 @@ class ByteStream:
         if file.compression == "gz":
             self.plain = gzip.GzipFile(fileobj=self.disk)  # type: ignore[assignment]
         elif file.compression == "zst":
-            self.plain = zstandard.ZstdDecompressor().stream_reader(self.disk, read_across_frames=True)
+            self.plain = ZstdStream(self.disk)  # type: ignore[assignment]
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; empty at the end."""

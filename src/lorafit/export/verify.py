@@ -116,6 +116,8 @@ def _judge(onto: Onto, live_loss: float, merged: Comparison, floor: Comparison, 
     reason = f"KL {merged.kl:.1e} is {'within' if near else 'above'} {measure} ({bound:.1e})"
     if onto == "original" and not near and merged.loss <= live_loss + LOSS_MARGIN:
         return True, f"{reason}, and it does the task as well"
+    if base.kl < floor.kl:
+        reason += "; the adapter itself moves the base by less than the floor, so this says little: train it longer"
     return near, reason
 
 

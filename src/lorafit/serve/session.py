@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapters import load_adapter
+from lorafit.adapters import check_settings, load_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig, RunDir
 from lorafit.data import Template, TextTokenizer
@@ -28,6 +28,7 @@ class Session:
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         model = load_adapter(load_backbone(config, device=device), run.adapter)
+        check_settings(model, config, str(run.adapter))
         model.eval()
         return cls(run, config, model, template)
 
