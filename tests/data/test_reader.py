@@ -244,3 +244,20 @@ def test_large_parquet_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch
     assert read_rows[0] <= 3
     assert len(rows) == 9
     assert all(row.size_bytes >= 30_000 for row in rows)
+
+
+@pytest.mark.parametrize(("cut", "kept", "rejected"), [(20, 39, 1), (1, 40, 1), (0, 40, 0)])
+def test_a_truncated_array_counts_each_element_once(tmp_path: Path, cut: int, kept: int, rejected: int) -> None:
+    """Cut inside the last element, that one is rejected; cut right before the `]`, the missing end is."""
+    import json
+
+    from lorafit.config import resolve
+    from lorafit.data import prepare
+
+    rows = [{"instruction": f"say {n}", "response": f"ok {n}"} for n in range(40)]
+    text = json.dumps(rows)
+    path = tmp_path / "rows.json"
+    path.write_text(text[: len(text) - cut])
+    summary = prepare(resolve(flags={"data": str(path)}).config, None).summary
+    assert (summary.kept, summary.rejected) == (kept, rejected)
+    assert summary.read == kept + rejected

@@ -115,11 +115,14 @@ def jsonl_rows(stream: _Rewound, index: int, oddities: Counter[str]) -> Iterator
 def array_rows(stream: _Rewound, index: int, oddities: Counter[str]) -> Iterator[RawRow]:
     """One row per element of a top-level array."""
     elements = Elements(stream)
+    broken = False
     for number, raw, length in elements:
-        yield _row(index, number, raw, length)
+        row = _row(index, number, raw, length)
+        broken = row.reject is not None
+        yield row
     if elements.strays:
         oddities["needless comma"] += elements.strays
-    if not elements.closed:
+    if not elements.closed and not broken:  # a last element that is cut off has said so itself
         yield RawRow(index, elements.line, b"", reject=Reject("D001", "the array is cut off: its ']' is missing"))
 
 
