@@ -18,11 +18,11 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.started = self.previous = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.path.write_text("")
-        self.started = self.previous = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if not state.is_world_process_zero:
