@@ -194,9 +194,9 @@ def test_a_config_of_the_wrong_kind_is_one_sentence(broken, change, word):
 
 def test_a_config_that_is_no_json_is_one_sentence(broken):
     (broken / "config.json").write_text("nope")
-    refuses(broken, "config.json cannot be read")
+    refuses(broken, "config.json", "is not valid JSON")
     (broken / "config.json").write_text("[]")
-    refuses(broken, "no JSON object")
+    refuses(broken, "is not a JSON object")
 
 
 def test_an_adapter_in_the_bases_folder_is_not_loaded_in_silence(broken):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lorafit.api.load import load
-from lorafit.errors import LorafitError, RunDirError, TemplateError
+from lorafit.errors import LorafitError, RunDirError, TemplateError, VerificationError
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
@@ -68,3 +68,11 @@ def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
     for verb in (load, merge):
         with pytest.raises(AdapterError, match="trained with"):
             verb(folder)
+
+
+def test_a_base_that_is_not_the_trained_one_is_refused(tiny_run, tmp_path):
+    folder = copied(tiny_run, tmp_path)
+    base = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps(base | {"fingerprint": "0" * 64}))
+    with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
+        load(folder)

@@ -1,9 +1,10 @@
 """The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
 
 from lorafit.backbone.architecture import output_head, text_decoder
-from lorafit.backbone.checkpoint import base_fingerprint
+from lorafit.backbone.checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
+from lorafit.backbone.frozen_features import frozen_features
 from lorafit.backbone.frozen_linear import FrozenLinear4bit, freeze_linears
 from lorafit.backbone.load import load_backbone, nf4_config
 from lorafit.backbone.packed_weight import dequantise, quantise, true_numel
@@ -15,6 +16,7 @@ __all__ = [
     "FreshWeight",
     "FrozenLinear4bit",
     "Onto",
+    "base_damages",
     "base_fingerprint",
     "compute_dtype",
     "computing_in",
@@ -23,11 +25,13 @@ __all__ = [
     "freeze_linears",
     "forget_quantisation",
     "fresh_weights",
+    "frozen_features",
     "load_backbone",
     "nf4_config",
     "output_head",
     "quantise",
     "quiet_libraries",
+    "require_same_base",
     "rounding_activations",
     "text_decoder",
     "thaw_linear",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lorafit.config import read_json
 from lorafit.errors import BackboneError
 
 
@@ -98,13 +98,7 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise BackboneError("config.json cannot be read", where=str(folder)) from error
-    if not isinstance(raw, dict):
-        raise BackboneError("config.json is no JSON object", where=str(folder))
-    return raw
+    return read_json(folder / "config.json", BackboneError, fix="download the base again")
 
 
 def _unknown(raw: dict[str, Any]) -> str:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import BackboneError
+from lorafit.config import read_json
+from lorafit.errors import BackboneError, VerificationError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
 WHOLE_FILE_BYTES = 64 << 20
+AGAIN = "download the base again"
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -63,8 +65,31 @@ class Checkpoint:
                 raise BackboneError(
                     f"tensor {name} is in the index but not in {file}",
                     where=str(self.folder),
-                    fix="download the base again",
+                    fix=AGAIN,
                 )
+
+
+def base_damages(folder: Path) -> list[BackboneError]:
+    """Every file of the base in `folder` that is missing, truncated or unreadable; none when `open` would succeed."""
+    found: list[BackboneError] = []
+    single = [folder / SINGLE] if (folder / SINGLE).is_file() else []
+    try:
+        paths = single or ([folder / name for name in _names(folder)] if (folder / INDEX).is_file() else [])
+    except BackboneError as error:
+        return [error]
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise _missing(path)
+            _header(path)
+        except BackboneError as error:
+            found.append(error)
+    if not found:
+        try:
+            Checkpoint.open(folder)
+        except BackboneError as error:
+            found.append(error)
+    return found
 
 
 def base_fingerprint(folder: Path) -> str:
@@ -83,6 +108,16 @@ def base_fingerprint(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(length))
     return digest.hexdigest()
+
+
+def require_same_base(folder: Path, fingerprint: str | None) -> None:
+    """VerificationError unless the base in `folder` is the one with this `base_fingerprint`; None is not checked."""
+    if fingerprint is not None and base_fingerprint(folder) != fingerprint:
+        raise VerificationError(
+            "the base has changed since the run was trained",
+            where=str(folder),
+            fix="use the base that it was trained on",
+        )
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
@@ -105,25 +140,30 @@ def _no_safetensors(folder: Path) -> BackboneError:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    try:
-        weights = json.loads((folder / INDEX).read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BackboneError("the weight index cannot be read", where=str(folder / INDEX)) from error
+    weights = read_json(folder / INDEX, BackboneError, max_bytes=MAX_HEADER_BYTES, fix=AGAIN).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
         raise BackboneError("the weight index names no files", where=str(folder / INDEX))
     return weights
 
 
-def _indexed(folder: Path) -> list[Path]:
+def _names(folder: Path) -> list[str]:
     names = sorted(set(_weight_map(folder).values()))
     for name in names:
         if Path(name).name != name:
             raise BackboneError(f"the weight index points outside the folder ({name})", where=str(folder / INDEX))
-        if not (folder / name).is_file():
-            raise BackboneError(
-                f"{name} is in the index but not in the folder", where=str(folder), fix="download the base again"
-            )
-    return [folder / name for name in names]
+    return names
+
+
+def _indexed(folder: Path) -> list[Path]:
+    paths = [folder / name for name in _names(folder)]
+    for path in paths:
+        if not path.is_file():
+            raise _missing(path)
+    return paths
+
+
+def _missing(path: Path) -> BackboneError:
+    return BackboneError(f"{path.name} is in the index but not in the folder", where=str(path.parent), fix=AGAIN)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -136,7 +176,7 @@ def _header(path: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise _truncated(path) from error
     if 8 + length + end != size:
         raise _truncated(path)

@@ -17,7 +17,7 @@ ADAPTER_MARK = ".lora_"
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> Iterator[nn.Module]:
-    """`model` computing in `dtype` inside the block: activations, norms, embeddings, dequantised weights.
+    """`model` computing in `dtype` (never in FP8) inside the block: activations, norms, embeddings, weights.
 
     With `weights`, every base weight is first rounded to that dtype. Adapter weights stay fp32, as they always
     are. Every tensor is put back as it was. For evaluation: rounding is not part of the gradient.
@@ -28,18 +28,18 @@ def computing_in(model: nn.Module, dtype: torch.dtype, weights: torch.dtype | No
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit) and ADAPTER_MARK not in name
     ]
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
-    before = [(linear, linear.compute_dtype, linear.weight_dtype) for linear in linears]
+    before = [(linear, linear.compute_dtype, linear.weight_dtype, linear.fp8) for linear in linears]
     try:
         for parameter, data in parameters:
             parameter.data = data.to(weights or dtype).to(dtype)
         for linear in linears:
-            _compute_in(linear, dtype, weights)
+            _compute_in(linear, dtype, weights, fp8=False)
         yield model
     finally:
         for parameter, data in parameters:
             parameter.data = data
-        for linear, given, rounding in before:
-            _compute_in(linear, given, rounding)
+        for linear, given, rounding, fp8 in before:
+            _compute_in(linear, given, rounding, fp8=fp8)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def rounding_activations(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Mo
             hook.remove()
 
 
-def _compute_in(linear: FrozenLinear4bit, dtype: torch.dtype, weights: torch.dtype | None) -> None:
-    linear.compute_dtype, linear.weight_dtype = dtype, weights
+def _compute_in(linear: FrozenLinear4bit, dtype: torch.dtype, weights: torch.dtype | None, *, fp8: bool) -> None:
+    linear.compute_dtype, linear.weight_dtype, linear.fp8 = dtype, weights, fp8
     if linear.dense is not None:
         linear.keep_dense()

@@ -8,6 +8,7 @@ dequantised once and kept, and bitsandbytes' own forward, which may repack the 4
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.backbone.bits import Linear4bit, Params4bit
-from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, unpack
+from lorafit.backbone.frozen_linear_fp8 import fp8_linear, fp8_row_scales
+from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, traced_linear, unpack
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
@@ -29,19 +31,31 @@ class FrozenLinear4bit(Linear4bit):
     _kept: tuple[Tensor, Params4bit] | None
     weight_dtype: torch.dtype | None = None
     """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
+    fp8: bool = False
+    """Multiply in FP8 where the weight's shape allows it; `compute_dtype` is bf16 then."""
+    _scaled: tuple[Tensor, Params4bit] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; the gradient flows to `x` only."""
         if x.dtype is not self.compute_dtype:
             return self.forward(x.to(self.compute_dtype)).to(x.dtype)
+        row_scales = self.row_scales
+        if row_scales is not None:
+            y = fp8_linear(x, row_scales, *op_arguments(self.weight.data, self.weight.quant_state))
+            return y if self.bias is None else y + self.bias
         dense = self.dense
         if dense is not None:
             return F.linear(x, dense, self.bias)
         if self.weight_dtype is not None:
             return F.linear(x, self.unpacked(), self.bias)
         weight = self.weight
-        y = frozen_linear(x, *op_arguments(weight.data, weight.quant_state), False)
+        packed = op_arguments(weight.data, weight.quant_state)
+        y = traced_linear(x, *packed) if torch.compiler.is_compiling() else frozen_linear(x, *packed, False)
         return y if self.bias is None else y + self.bias
+
+    def held(self) -> tuple[Any, ...]:
+        """The packed weight, its scales and its layout: what the layer holds that are no parameters of it."""
+        return (*op_arguments(self.weight.data, self.weight.quant_state), self.row_scales)
 
     def unpacked(self) -> Tensor:
         """The weight (out, in) as the layer uses it, made afresh."""
@@ -62,6 +76,19 @@ class FrozenLinear4bit(Linear4bit):
         """Forget the dense copy; the weight is unpacked on each call from now on."""
         self._kept = None
 
+    @property
+    def row_scales(self) -> Tensor | None:
+        """What FP8 needs beside the packed weight (`fp8_row_scales`); None where the layer multiplies exactly."""
+        kept = self._scaled
+        return kept[0] if self.fp8 and kept is not None and kept[1] is self.weight else None
+
+    def scale_rows(self) -> None:
+        """Make the row scales of the weight as it is now, if the layer is in FP8 and its shape allows it."""
+        self._scaled = None
+        if self.fp8 and self.weight.device.type != "meta":
+            scales = fp8_row_scales(self.weight.data, self.weight.quant_state)
+            self._scaled = None if scales is None else (scales, self.weight)
+
     def dense_bytes(self) -> int:
         """Size of the dense copy, kept or not."""
         return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
@@ -74,28 +101,34 @@ class FrozenLinear4bit(Linear4bit):
         moved = super()._apply(fn, recurse)
         if kept and self.weight.device.type == "cpu":
             self.keep_dense()
+        self.scale_rows()
         return moved
 
 
 def freeze_linears(
-    model: nn.Module, compute_dtype: torch.dtype | None = None, dense_budget_bytes: int | None = None
+    model: nn.Module,
+    compute_dtype: torch.dtype | None = None,
+    dense_budget_bytes: int | None = None,
+    *,
+    fp8: bool = False,
 ) -> nn.Module:
     """Make every 4-bit linear of `model` a FrozenLinear4bit, in place, and return `model`.
 
-    Linears compute in `compute_dtype` (default: the one they have). Those on a CPU keep a dense copy, first
-    layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
+    Linears compute in `compute_dtype` (default: the one they have), with `fp8` in FP8 where their shape allows it
+    (in and out features multiples of 16) and exactly elsewhere. Those on a CPU, if not in FP8, keep a dense copy,
+    first layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
     """
     budget = int(psutil.virtual_memory().available * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
     for linear in [module for module in model.modules() if isinstance(module, Linear4bit)]:
-        _freeze(linear, compute_dtype)
+        _freeze(linear, compute_dtype, fp8)
         size = linear.dense_bytes()
-        if linear.weight.device.type == "cpu" and size <= budget:
+        if linear.weight.device.type == "cpu" and linear.row_scales is None and size <= budget:
             linear.keep_dense()
             budget -= size
     return model
 
 
-def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None) -> None:
+def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) -> None:
     assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} has a forward of its own"
     assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "repacked by bitsandbytes"
     linear.__class__ = FrozenLinear4bit
@@ -105,3 +138,6 @@ def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None) -> None:
     if linear.bias is not None:
         linear.bias.data = linear.bias.data.to(linear.compute_dtype)
     linear.drop_dense()
+    assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 products come in bf16"
+    linear.fp8 = fp8
+    linear.scale_rows()

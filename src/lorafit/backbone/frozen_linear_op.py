@@ -1,8 +1,7 @@
 """The frozen linear op: `x @ dequant(W)ᵀ`, whose backward is `g @ dequant(W)`.
 
 One opaque operator for autograd and torch.compile: neither can keep a dequantised copy of W for backward,
-because all that they see is the packed weight. Dequantisation is bitsandbytes' own, step by step as in
-`bitsandbytes.functional.dequantize_4bit` (QLoRA, arXiv:2305.14314, section 3).
+because all that they see is the packed weight.
 """
 
 from __future__ import annotations
@@ -12,19 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.backbone.bits import QuantState, bitsandbytes
-
-NESTED_BLOCK = 256
-"""Block size of the second quantisation, fixed in bitsandbytes."""
+from lorafit.backbone.bits import QuantState
+from lorafit.backbone.nf4_unpack import NESTED_BLOCK, unpack_weight
 
 FEW_ROWS = 16
 """Up to so many rows of x bitsandbytes' fused kernel is the faster one; training has thousands."""
 
-assert bitsandbytes.nn is not None  # importing it registers torch.ops.bitsandbytes
+TENSORS = 5
+"""Tensors among what `op_arguments` returns; numbers follow."""
+
+SCHEMA = (
+    "frozen_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax,"
+    " Tensor? nested_offset, SymInt out_features, SymInt in_features, SymInt block, str quant_type,"
+    " bool transposed) -> Tensor"
+)
+
+# a bare Library, for torch.library.custom_op costs 28 µs a call here and this 18 (compiled code, one core of a
+# server CPU), and a step of an 8B model calls it 448 times
+LIBRARY = torch.library.Library("lorafit", "FRAGMENT")
+LIBRARY.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag])
 
 
-@torch.library.custom_op("lorafit::frozen_linear", mutates_args=())
-def frozen_linear(
+def _frozen_linear(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -37,16 +45,11 @@ def frozen_linear(
     quant_type: str,
     transposed: bool,
 ) -> Tensor:
-    """`x (…, in) -> (…, out)`, or with `transposed` `x (…, out) -> (…, in)`, in the dtype of `x`.
-
-    `packed` holds W (out, in) in 4 bits with one scale per `block` values. With `nested_*`, `absmax` is itself
-    quantised to 8 bits (double quantisation).
-    """
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if x.is_cuda and not transposed and 0 < rows <= FEW_ROWS and in_features % block == 0:
         return few_rows(x, packed, absmax, nested_code, nested_absmax, nested_offset, out_features, block, quant_type)
-    scales = _scales(absmax, nested_code, nested_absmax, nested_offset)
-    weight = _unpacked(packed, scales, block, quant_type, out_features, in_features, x.dtype)
+    scales = (absmax, nested_code, nested_absmax, nested_offset)
+    weight = unpack_weight(packed, scales, block, quant_type, out_features, in_features, x.dtype)
     return x @ (weight if transposed else weight.t())
 
 
@@ -76,27 +79,15 @@ def few_rows(
     )
 
 
-@frozen_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block: int,
-    quant_type: str,
-    transposed: bool,
-) -> Tensor:
+def _shape_only(x: Tensor, *weight: Any) -> Tensor:
+    out_features, in_features, _, _, transposed = weight[5:]
     return x.new_empty(*x.shape[:-1], in_features if transposed else out_features)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *weight, out_features, in_features, block, quant_type, transposed = inputs
-    ctx.save_for_backward(*weight)
-    ctx.layout, ctx.transposed = (out_features, in_features, block, quant_type), transposed
+    _, *weight, transposed = inputs
+    ctx.save_for_backward(*weight[:TENSORS])
+    ctx.layout, ctx.transposed = weight[TENSORS:], transposed
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +95,44 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, *(None,) * 10)
 
 
-frozen_linear.register_autograd(_gradient, setup_context=_remember)
+LIBRARY.impl("frozen_linear", _frozen_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafit::frozen_linear", _shape_only, lib=LIBRARY)
+torch.library.register_autograd("lorafit::frozen_linear", _gradient, setup_context=_remember, lib=LIBRARY)
+
+frozen_linear = torch.ops.lorafit.frozen_linear.default
+"""`x (…, in) -> (…, out)`, or with `transposed` `x (…, out) -> (…, in)`, in the dtype of `x`; see SCHEMA.
+
+`packed` holds W (out, in) in 4 bits with one scale per `block` values. With `nested_*`, `absmax` is itself
+quantised to 8 bits (double quantisation). The gradient flows to `x` only.
+"""
+
+
+LIBRARY.define(SCHEMA.replace("frozen_linear", "frozen_product", 1), tags=[torch.Tag.pt2_compliant_tag])
+LIBRARY.impl("frozen_product", _frozen_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafit::frozen_product", _shape_only, lib=LIBRARY)
+
+frozen_product = torch.ops.lorafit.frozen_product.default
+"""`frozen_linear` without a gradient of its own: what compiled code calls, sparing it the way through autograd's Python
+on each of the hundreds of calls of a step."""
+
+
+def traced_linear(x: Tensor, *weight: Any) -> Tensor:
+    """`frozen_linear(x, *weight, False)` for code that is being compiled, with the same gradient."""
+    result: Tensor = _TracedLinear.apply(x, *weight)
+    return result
+
+
+class _TracedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weight: Any) -> Tensor:
+        ctx.save_for_backward(*weight[:TENSORS])
+        ctx.layout = weight[TENSORS:]
+        return frozen_product(x, *weight, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = frozen_product(grads[0].contiguous(), *ctx.saved_tensors, *ctx.layout, True)
+        return (grad_x, *(None,) * 9)
 
 
 def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
@@ -119,21 +147,5 @@ def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
 
 def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) in `dtype`: what the op multiplies by."""
-    _, absmax, *nested, out_features, in_features, block, quant_type = op_arguments(packed, state)
-    return _unpacked(packed, _scales(absmax, *nested), block, quant_type, out_features, in_features, dtype)
-
-
-def _scales(absmax: Tensor, code: Tensor | None, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
-    if code is None:
-        return absmax.float()
-    plain = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        absmax, nested_absmax, code, NESTED_BLOCK, torch.float32
-    )
-    return plain + offset
-
-
-def _unpacked(
-    packed: Tensor, scales: Tensor, block: int, quant_type: str, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    column = packed.reshape(-1, 1)
-    return torch.ops.bitsandbytes.dequantize_4bit.default(column, scales, block, quant_type, [rows, columns], dtype)
+    _, *scales, out_features, in_features, block, quant_type = op_arguments(packed, state)
+    return unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, dtype)

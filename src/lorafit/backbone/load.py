@@ -23,7 +23,7 @@ from lorafit.backbone.architecture import (
 from lorafit.backbone.bits import Params4bit
 from lorafit.backbone.checkpoint import Checkpoint
 from lorafit.backbone.frozen_linear import freeze_linears
-from lorafit.backbone.precision import compute_dtype, default_device
+from lorafit.backbone.precision import compute_dtype, computes_in_fp8, default_device
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError
 
@@ -36,16 +36,18 @@ def load_backbone(
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
     dense_budget_bytes: int | None = None,
+    exact: bool = False,
 ) -> nn.Module:
     """The transformers causal language model of `config.base`, every parameter frozen, no KV cache by default.
 
     With quantization "nf4" each linear but the output head is a FrozenLinear4bit, quantised from the values as
     they are stored; everything else is in the compute dtype. `device` is by default the current CUDA device, or
-    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). Raises BackboneError.
+    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). With `exact`, for all but
+    training, what the settings want in FP8 is computed in bf16, on any device. Raises BackboneError.
     """
     folder = base_folder(config.base, config.revision, weights=True)
     place = default_device() if device is None else torch.device(device)
-    dtype = compute_dtype(config, place)
+    dtype, fp8 = compute_dtype(config, place), not exact and computes_in_fp8(config, place)
     architecture = read_architecture(folder)
     checkpoint = Checkpoint.open(folder)
     arguments = _arguments(config, architecture, checkpoint, dtype)
@@ -56,7 +58,7 @@ def load_backbone(
     _cast(model, dtype)
     model.requires_grad_(False)
     use_no_cache(model)
-    return freeze_linears(model, dtype, dense_budget_bytes)
+    return freeze_linears(model, dtype, dense_budget_bytes, fp8=fp8)
 
 
 def _arguments(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.backbone import Onto
-from lorafit.config import RunConfig, base_folder
+from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
 from lorafit.export.finished_run import FinishedRun
 
 DTYPE = "bfloat16"
 # auto_map names Python files of the base, which lorafit neither runs nor copies
 DROPPED = ("quantization_config", "torch_dtype", "dtype", "auto_map")
+MAX_COMPANION_BYTES = 64 << 20  # a tokenizer lists every added token
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -75,13 +76,7 @@ merged onto the {onto} base and saved in bf16 by lorafit.
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BackboneError("the file is no JSON", where=str(path), fix="mend or remove it") from error
-    if not isinstance(content, dict):
-        raise BackboneError("the file is no JSON object", where=str(path), fix="mend or remove it")
-    return content
+    return read_json(path, BackboneError, max_bytes=MAX_COMPANION_BYTES, fix="mend or remove it")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

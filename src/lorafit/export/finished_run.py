@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafit.config import RunConfig, RunDir
-from lorafit.data.template import Template
+from lorafit.config import RunConfig, RunDir, read_json
+from lorafit.data.template import MAX_TEMPLATE_BYTES, Template
 from lorafit.data.tokenizer import TextTokenizer
+from lorafit.errors import TemplateError
 
 
 class Golden(NamedTuple):
@@ -40,6 +40,6 @@ class FinishedRun:
         config = run.config()
         tokenizer = TextTokenizer.from_base(config.base, config.revision)
         template = Template.load(run.template, tokenizer)
-        golden = json.loads(run.template.read_bytes())["golden"]
+        golden = read_json(run.template, TemplateError, max_bytes=MAX_TEMPLATE_BYTES)["golden"]
         prompts = tuple(Golden(each["messages"], each["ids"]) for each in golden)
         return cls(folder, config, run.adapter, template, tokenizer, prompts)

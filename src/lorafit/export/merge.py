@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lorafit.adapters import Deltas, merge_delta, staged_folder
-from lorafit.backbone import Onto, base_fingerprint, fresh_weights
+from lorafit.backbone import Onto, fresh_weights, require_same_base
 from lorafit.backbone.checkpoint import Checkpoint
 from lorafit.config import RunConfig, RunDir, base_folder
-from lorafit.errors import RunDirError, VerificationError
+from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.prompt_check import write_chat_template
@@ -68,7 +68,7 @@ def merge(
         onto = "original"
     folder = RunDir(run_dir).exports / f"merged-{onto}" if out is None else out
     base = base_folder(run.config.base, run.config.revision, weights=True)
-    _check_base(base, fingerprint)
+    require_same_base(base, fingerprint)
     deltas = Deltas.from_folder(run.adapter)
     with staged_folder(folder) as staged:
         _check_space(base, staged)
@@ -94,13 +94,6 @@ def merged_weights(
             tensor = merge_delta(fresh.parameter, tensor.float(), deltas).to(MERGED_DTYPE)
         yield fresh.stored, tensor
     deltas.check_found(met)
-
-
-def _check_base(base: Path, fingerprint: str | None) -> None:
-    if fingerprint is not None and base_fingerprint(base) != fingerprint:
-        raise VerificationError(
-            "the base has changed since the run was trained", where=str(base), fix="use the base that it was trained on"
-        )
 
 
 def _check_space(base: Path, staged: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapters import check_settings, load_adapter
-from lorafit.backbone import load_backbone
-from lorafit.config import RunConfig, RunDir
+from lorafit.backbone import load_backbone, require_same_base
+from lorafit.config import RunConfig, RunDir, base_folder
 from lorafit.data import Template, TextTokenizer
 from lorafit.engine import generate
 
@@ -23,11 +23,13 @@ class Session:
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> Session:
         """Load the run in `path`. The template's golden prompts are asserted, so that what is asked here is
-        what was asked in training. Raises RunDirError, BackboneError, AdapterError or TemplateError."""
+        what was asked in training, and the base is the one it was trained on. Raises RunDirError, BackboneError,
+        AdapterError, TemplateError or VerificationError."""
         run = RunDir.open(path)
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
-        model = load_adapter(load_backbone(config, device=device), run.adapter)
+        require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())
+        model = load_adapter(load_backbone(config, device=device, exact=True), run.adapter)
         check_settings(model, config, str(run.adapter))
         model.eval()
         return cls(run, config, model, template)
