@@ -1,6 +1,9 @@
 """Shapes and facts that the plan's tests share."""
 
+import random
+
 from lorafit.planning import DataFacts, ModelShape
+from lorafit.planning.layer_costs import LayerCosts, Link
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -48,3 +51,16 @@ def shape(config=LLAMA_8B, **changes):
 def facts(rows=2_000, mean=150, longest=900, supervised=0.5, holdout_rows=0):
     tokens = rows * mean
     return DataFacts(rows, tokens, int(tokens * supervised), longest, float(mean), holdout_rows)
+
+
+def random_case(seed):
+    """Costs of a few layers, a link, a room in bytes, and whether copies are bounded by bytes."""
+    draw = random.Random(seed)
+    whole = draw.randint(1, 50)
+    light = whole + draw.randint(0, 200)
+    costs = LayerCosts(
+        draw.randint(1, 7), light + draw.randint(0, 300), light, whole,
+        draw.random(), 2 * draw.random(), draw.random(), draw.random() + 0.5,
+        *sorted(draw.randint(0, 300) for _ in range(3)), loss_bytes=draw.randint(0, 400), loss_s=draw.random(),
+    )  # fmt: skip
+    return costs, Link(draw.uniform(50, 600), draw.uniform(50, 600)), draw.randint(50, 3000), draw.random() < 0.5

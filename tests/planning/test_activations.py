@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.planning import ModelShape
-from lorafit.planning.activations import Execution, MicroBatch, activations
-from planning_shapes import LLAMA_8B, shape
+from lorafit.config import RunConfig
+from lorafit.planning import DataFacts, ModelShape
+from lorafit.planning.activations import LOSS_CHUNK_BYTES, Execution, MicroBatch, activations, micro_batch
+from planning_shapes import LLAMA_8B, facts, shape
 from tiny_models import tiny_config
 
 TOKENS = 64
+EAGER, FUSED = Execution(), Execution(fused=True)
 
 
 def saved_bytes_per_layer(family, layers=(1, 4)):
@@ -49,7 +51,7 @@ GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral"]
 @pytest.mark.parametrize(("family", "tolerance"), [*((name, 0.1) for name in GATED), ("gpt_neox", 0.3)])
 def test_a_layer_keeps_what_autograd_keeps(family, tolerance):
     measured, model = saved_bytes_per_layer(family)
-    counted = activations(model, (), MicroBatch(TOKENS, 1, TOKENS), width=2).layer_bytes
+    counted = activations(model, (), MicroBatch(TOKENS, 1, TOKENS), width=2, execution=EAGER).layer_bytes
     assert counted == pytest.approx(measured, rel=tolerance)
 
 
@@ -57,12 +59,14 @@ def test_the_fused_layer_is_what_the_design_counts():
     """8B, bf16, per token and layer: input 8 KB, q 8, k 2, v 2, attention output 8, residual 8, gate 28, up 28."""
     live = activations(shape(LLAMA_8B), (), MicroBatch(1, 1, 1), width=2, execution=Execution(fused=True))
     assert live.layer_bytes == 92 * 1024
-    assert live.checkpoint_bytes == 32 * 8 * 1024
+    assert live.feed_forward_bytes == 36 * 1024
+    assert live.input_bytes == 8 * 1024
 
 
 def test_an_adapter_keeps_its_input_and_dropout_its_mask():
     def layer_bytes(targets, dropout):
-        return activations(shape(), targets, MicroBatch(1, 1, 1), width=2, mask_bytes=int(dropout)).layer_bytes
+        batch = MicroBatch(1, 1, 1)
+        return activations(shape(), targets, batch, width=2, mask_bytes=int(dropout), execution=EAGER).layer_bytes
 
     plain = layer_bytes((), False)
     assert layer_bytes(("q_proj",), False) - plain == 2 * 4096
@@ -73,22 +77,55 @@ def test_an_adapter_keeps_its_input_and_dropout_its_mask():
 def test_capped_scores_are_kept_whole():
     def layer_bytes(longest):
         model = shape(attn_logit_softcapping=50.0)
-        return activations(model, (), MicroBatch(1024, 1, longest), width=2).layer_bytes
+        return activations(model, (), MicroBatch(1024, 1, longest), width=2, execution=EAGER).layer_bytes
 
     assert layer_bytes(512) - layer_bytes(256) == 1024 * 32 * 256 * (2 + 2 + 4)
 
 
-def test_recomputing_keeps_one_layer_and_the_inputs_of_all():
-    live = activations(shape(), (), MicroBatch(4096, 1, 512), width=2)
-    assert live.peak_bytes(recompute=True) < live.peak_bytes(recompute=False) / 4
-    assert live.kept_bytes == 32 * live.layer_bytes
+def test_compiled_layers_share_an_adapter_s_input_but_not_its_mask():
+    def layer_bytes(targets, dropout):
+        batch = MicroBatch(1, 1, 1)
+        return activations(shape(), targets, batch, width=2, mask_bytes=int(dropout), execution=FUSED).layer_bytes
+
+    one, both = (layer_bytes(targets, False) for targets in (("q_proj",), ("q_proj", "v_proj")))
+    assert one == both
+    assert layer_bytes(("q_proj", "v_proj"), True) - both == 2 * 4096
 
 
-@pytest.mark.parametrize(("loss", "rows"), [("all", 8192), ("supervised", 3000), ("chunks", 1024)])
-def test_logits_are_as_many_as_the_loss_holds_at_once(loss, rows):
+@pytest.mark.parametrize("execution", [EAGER, FUSED])
+@pytest.mark.parametrize("targets", [(), ("q_proj",), ("gate_proj", "up_proj", "down_proj")])
+def test_the_more_is_recomputed_the_less_is_kept(execution, targets):
+    live = activations(shape(), targets, MicroBatch(4096, 1, 512), width=2, execution=execution)
+    assert live.input_bytes < live.feed_forward_bytes < live.layer_bytes / 2
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("all", 8192), ("supervised", 3000)])
+def test_whole_logits_are_as_many_as_the_loss_holds_at_once(loss, rows):
     def loss_bytes(vocab):
         model = shape(vocab_size=vocab)
         execution = Execution(loss=loss)
         return activations(model, (), MicroBatch(8192, 3000, 512), width=2, execution=execution).loss_bytes
 
     assert loss_bytes(2000) - loss_bytes(1000) == rows * 1000 * 12
+
+
+@pytest.mark.parametrize(("supervised", "width", "chunk"), [
+    (8192, 2, LOSS_CHUNK_BYTES), (100, 2, 100 * 128256 * 2), (8192, 4, 2 * LOSS_CHUNK_BYTES),
+])  # fmt: skip
+def test_logits_in_chunks_never_grow_beyond_one(supervised, width, chunk):
+    live = activations(shape(), (), MicroBatch(8192, supervised, 512), width=width, execution=FUSED)
+    assert live.chunk_bytes == chunk
+    assert live.loss_bytes == chunk + 8192 * 4096 * (width + 4)
+
+
+def test_the_engine_s_chunks_are_the_plan_s():
+    from lorafit.engine.vocabulary_loss import CHUNK_BYTES
+
+    assert CHUNK_BYTES == LOSS_CHUNK_BYTES
+
+
+def test_a_micro_batch_is_never_larger_than_a_step_or_the_data():
+    assert micro_batch(RunConfig(max_tokens=2048), facts(longest=900)).tokens == 2048
+    assert micro_batch(RunConfig(max_tokens=2048, examples_per_step=2), facts(longest=100)).tokens == 200
+    assert micro_batch(RunConfig(max_tokens=2048), facts(rows=3, mean=20, longest=30)).tokens == 60
+    assert micro_batch(RunConfig(), DataFacts(0, 0, 0, 0, 0.0)).tokens == 1

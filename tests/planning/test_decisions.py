@@ -1,11 +1,14 @@
+import re
+
 import pytest
 
 from lorafit.config import resolve
 from lorafit.config.run_config import PLANNED
 from lorafit.planning import hardware_named
-from lorafit.planning.decisions import decide
+from lorafit.planning.decisions import decide, speed_in_words
+from lorafit.planning.dial import Dial
 from lorafit.planning.hardware import GIB, Hardware
-from planning_shapes import GPT2, LLAMA_1B, TINY, facts, shape
+from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
 LAPTOP = hardware_named("RTX 4060 Laptop")
@@ -29,8 +32,8 @@ def test_every_planned_setting_is_decided_with_a_reason():
 @pytest.mark.parametrize(
     ("hardware", "compute", "optimizer"),
     [
-        (LAPTOP, "bf16", "paged_adamw_8bit"),
-        (hardware_named("T4"), "fp16", "paged_adamw_8bit"),
+        (LAPTOP, "bf16", "adamw"),
+        (hardware_named("T4"), "fp16", "adamw"),
         (CPU, "fp32", "adamw"),
     ],
 )
@@ -51,17 +54,45 @@ def test_the_base_stays_in_16_bits_only_where_it_fits():
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit():
-    assert values(hardware_named("H100"), config=LLAMA_1B)["gradient_checkpointing"] == "off"
-    assert values(LAPTOP.with_memory(5 * GIB), config=LLAMA_1B)["gradient_checkpointing"] == "on"
-    assert values(CPU)["gradient_checkpointing"] == "off"
+    assert values(hardware_named("H100"), config=LLAMA_1B)["activations"] == "keep"
+    assert values(hardware_named("H100").with_memory(3 * GIB), config=LLAMA_1B)["activations"] != "keep"
+    assert values(CPU)["activations"] == "keep"
+    assert "offload" not in values(CPU.with_memory(7 * GIB), config=LLAMA_1B)["activations"]
+
+
+def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
+    outcome = decided(hardware_named("H100").with_memory(8 * GIB), config=LLAMA_8B, max_tokens=8192)["activations"]
+    dial = Dial.parse(outcome.value, 32)
+    assert f"{dial.feed_forward} of 32 layers recompute their feed-forward" in outcome.reason
+    assert f"{dial.offload} wait in" in outcome.reason
+    assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d ± 10% of 8\.0 GiB$", outcome.reason)
+
+
+@pytest.mark.parametrize(("asked", "dial"), [("on", "whole=4"), ("off", "keep"), ("reentrant", "whole=4")])
+def test_gradient_checkpointing_decides_about_activations_where_it_is_set(asked, dial):
+    outcome = decided(gradient_checkpointing=asked)["activations"]
+    assert (outcome.value, outcome.source) == (dial, "plan")
+    assert outcome.reason.startswith(f"gradient_checkpointing is {asked}")
+
+
+def test_large_moments_are_kept_in_8_bits():
+    settings = {"rank": 256, "targets": "all-linear"}
+    assert values(hardware_named("H100"), config=LLAMA_1B, **settings)["optimizer"] == "adamw"
+    assert values(LAPTOP, config=LLAMA_1B, **settings)["optimizer"] == "paged_adamw_8bit"
+
+
+def test_layers_are_compiled_where_there_is_a_card():
+    assert values()["compile"] == "on"
+    assert values(CPU)["compile"] == "off"
+    assert values(compile="off")["compile"] == "off"
 
 
 def test_what_was_set_is_kept_and_named():
-    outcome = decided(rank=64, quantization="none", gradient_checkpointing="reentrant")
+    outcome = decided(rank=64, quantization="none", activations="recompute")
     assert (outcome["rank"].value, outcome["rank"].source) == (64, "flag")
     assert (outcome["alpha"].value, outcome["alpha"].source) == (128, "flag")  # alpha follows a rank that was set
     assert outcome["quantization"].source == "flag"
-    assert outcome["gradient_checkpointing"].value == "reentrant"
+    assert (outcome["activations"].value, outcome["activations"].source) == ("recompute", "flag")
     assert outcome["compute"].source == "plan"
 
 
@@ -70,7 +101,7 @@ def test_alpha_follows_the_planned_rank_unless_it_was_set():
     assert values(alpha=7)["rank"] == 8
 
 
-@pytest.mark.parametrize("key", ["compute", "gradient_checkpointing", "optimizer", "serving"])
+@pytest.mark.parametrize("key", ["compute", "activations", "compile", "optimizer", "serving"])
 def test_auto_is_resolved_even_when_it_was_typed(key):
     outcome = decided(**{key: "auto"})
     assert outcome[key].value != "auto"
@@ -102,3 +133,20 @@ def test_who_sets_an_adapter_s_key_gets_an_adapter(setting):
     resolved = resolve({}, {"goal": "accuracy", **setting})
     outcome = decide(resolved, facts(rows=200_000), shape(TINY), LAPTOP)
     assert outcome.method in ("LoRA", "QLoRA")
+
+
+def test_a_run_that_cannot_fit_says_that_nothing_needs_less():
+    reason = decided(LAPTOP.with_memory(3 * GIB), config=LLAMA_8B)["activations"].reason
+    assert reason.endswith("of 3.0 GiB, and nothing needs less")
+
+
+@pytest.mark.parametrize(("speed", "words"), [(14_912.0, "14.9 k tok/s"), (27.4, "27.4 tok/s"), (999.4, "999 tok/s")])
+def test_speeds_are_said_as_people_say_them(speed, words):
+    assert speed_in_words(speed) == words
+
+
+def test_fp8_is_never_planned_and_keeps_the_base_in_4_bits_where_it_was_asked_for():
+    assert values(hardware_named("H100"), rows=20_000, config=LLAMA_1B)["compute"] == "bf16"
+    outcome = decided(hardware_named("H100"), rows=20_000, config=LLAMA_1B, compute="fp8")
+    assert (outcome["quantization"].value, outcome["quantization"].source) == ("nf4", "plan")
+    assert "fp8" in outcome["quantization"].reason

@@ -1,8 +1,9 @@
 import pytest
 
 from lorafit.config import RunConfig
-from lorafit.planning import DataFacts, hardware_named, resolve_targets
+from lorafit.planning import DataFacts, hardware_named
 from lorafit.planning.duration import estimate_duration, steps_of, token_flops
+from lorafit.planning.execution_plan import plan_execution
 from lorafit.planning.hardware import GIB, Hardware
 from planning_shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
@@ -11,7 +12,7 @@ CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
 
 def duration(config, run, hardware, rows):
     model = shape(config)
-    return estimate_duration(model, run, hardware, rows, resolve_targets(run.targets, model))
+    return estimate_duration(model, run, hardware, rows, plan_execution(model, run, hardware, rows))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_steps_are_sets_of_examples(settings, rows, steps):
 @pytest.mark.parametrize(
     ("config", "tokens", "checkpointing", "targets", "measured_ms"),
     [
-        # the same runs on an H200 as in test_memory: milliseconds of one step
+        # the same eager runs on an H200 as in test_memory: milliseconds of one step
         (LLAMA_1B, 2048, "off", "qv", 105),
         (LLAMA_1B, 8192, "on", "qv", 194),
         (LLAMA_1B, 8192, "off", "all-linear", 220),
@@ -47,7 +48,7 @@ def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, tar
     examples = tokens // 512
     run = RunConfig(
         max_tokens=tokens, targets=targets, gradient_checkpointing=checkpointing, examples_per_step=examples,
-        max_steps=1000, epochs=1000,
+        max_steps=1000, epochs=1000, compile="off",
     )  # fmt: skip
     low, high = duration(
         config, run, hardware_named("H200"), DataFacts(examples, tokens, tokens // 2, 512, 512.0)
@@ -64,9 +65,7 @@ def test_the_demo_base_trains_at_thousands_of_tokens_a_second_on_two_cores():
 
 
 def test_recomputing_costs_one_more_forward():
-    run = RunConfig(gradient_checkpointing="off")
-    kept = token_flops(shape(), run, facts(), ())
-    recomputed = token_flops(shape(), run.model_copy(update={"gradient_checkpointing": "on"}), facts(), ())
+    kept, recomputed = (token_flops(shape(), RunConfig(), facts(), share) for share in (0.0, 1.0))
     assert recomputed - kept == pytest.approx(2 * 6_979_321_856, rel=0.01)
 
 
@@ -91,3 +90,20 @@ def test_a_precision_the_device_lacks_is_slower(settings):
     fitting = duration(LLAMA_8B, RunConfig(), device, facts(rows=50_000))
     lacking = duration(LLAMA_8B, RunConfig(**settings), device, facts(rows=50_000))
     assert lacking.time_s[1] > fitting.time_s[1]
+
+
+@pytest.mark.parametrize("dial", ["keep", "recompute", "feed_forward=16,offload=8"])
+def test_compiled_layers_take_what_the_dial_was_solved_with(dial):
+    rows = DataFacts(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
+    run = RunConfig(max_tokens=8192, examples_per_step=4, activations=dial, max_steps=1000, epochs=1000)
+    plan = plan_execution(shape(), run, hardware_named("H200"), rows)
+    low, high = estimate_duration(shape(), run, hardware_named("H200"), rows, plan).time_s
+    assert low < 1000 * plan.step_s < high < 2.2 * low
+
+
+def test_few_tokens_take_what_starting_the_kernels_takes():
+    few, none = (DataFacts(16, 16 * tokens, 16 * tokens, tokens, float(tokens)) for tokens in (8, 1))
+    run = RunConfig(examples_per_step=1, max_steps=1000, epochs=1000)
+    times = [duration(LLAMA_8B, run, hardware_named("H200"), rows).time_s[0] for rows in (few, none)]
+    assert times[0] == pytest.approx(times[1], rel=0.05)
+    assert times[1] > 1000 * 32 * 2 * 0.8e-3

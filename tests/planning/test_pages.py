@@ -17,7 +17,7 @@ def test_the_example_runs(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     [example] = re.findall(r"```python\n(.*?)```", PLANNING, flags=re.DOTALL)
     exec(example.replace("path/to/base", tmp_path.as_posix()), {})
-    assert capsys.readouterr().out.startswith("LoRA 18.")
+    assert capsys.readouterr().out.startswith("LoRA 19.")
 
 
 def test_the_matrix_on_the_page_is_the_matrix():

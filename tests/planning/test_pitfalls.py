@@ -37,7 +37,15 @@ def test_p2_checkpointing_off_where_activations_do_not_fit():
     assert codes(tight, gradient_checkpointing="off") == [("P2", "error")]
     finding = found(tight, gradient_checkpointing="off")[0]
     assert "0.9 GiB" in finding.message
-    assert finding.fix.startswith("set gradient_checkpointing: on")
+    assert finding.fix.startswith("set gradient_checkpointing: auto")
+
+
+@pytest.mark.parametrize(("activations", "bad"), [("keep", True), ("auto", False), ("recompute", False)])
+def test_p2_activations_kept_where_they_do_not_fit(activations, bad):
+    tight = H100.with_memory(round(0.9 * GIB))
+    settings = {"gradient_checkpointing": "auto", "activations": activations}
+    assert codes(tight, **settings) == ([("P2", "error")] if bad else [])
+    assert not bad or found(tight, **settings)[0].where == "activations"
 
 
 def test_p2_reentrant_checkpointing():
@@ -51,6 +59,11 @@ def test_p2_reentrant_checkpointing():
         (H100, {"compute": "fp32", "quantization": "none"}, []),
         (hardware_named("T4"), {"compute": "bf16"}, [("P3", "error")]),
         (hardware_named("T4"), {"compute": "fp16"}, []),
+        (hardware_named("RTX 3090"), {"compute": "fp8"}, [("P3", "error")]),
+        (CPU, {"compute": "fp8"}, [("P3", "error")]),
+        (H100, {"compute": "fp8"}, []),
+        (H100, {"compute": "fp8", "quantization": "none"}, [("P3", "error")]),
+        (hardware_named("RTX 4090"), {"compute": "fp8"}, []),
         (CPU, {"compute": "fp32"}, []),
         (CPU, {"compute": "bf16"}, [("P3", "warning")]),
         (CPU, {"compute": "fp16"}, [("P3", "warning")]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from lorafit.errors import BackboneError
@@ -49,6 +50,11 @@ def _snapshot(base: str, revision: str | None, weights: bool) -> Path:
     except HFValidationError as error:
         raise BackboneError(f"'{base}' is neither a folder nor a hub id", fix="check the path") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise BackboneError(
+                f"the disk is full, so '{base}' cannot be downloaded",
+                fix="free some space, or set HF_HOME to another disk",
+            ) from error
         raise BackboneError(
             f"base '{base}' is not a local folder, and the hub cannot be reached",
             fix="check the name, or download the model once and pass its folder",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lorafit.config.foreign_text import parse_yaml, read_recipe
 from lorafit.config.run_config import PLANNED, RunConfig
 from lorafit.errors import UsageError
-
-MAX_RECIPE_BYTES = 1 << 20
 
 
 class Source(StrEnum):
@@ -25,6 +24,7 @@ class Source(StrEnum):
     RECIPE = "recipe"
     FLAG = "flag"
     PLAN = "plan"
+    RUN = "run"
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,14 @@ class Resolved:
     sources: Mapping[str, Source]
 
     def is_set(self, key: str) -> bool:
-        """True when a recipe or a flag set `key` to more than "auto", so that the plan must leave it alone."""
-        return self.sources[key] in (Source.RECIPE, Source.FLAG) and getattr(self.config, key) != "auto"
+        """True when a recipe, a flag or the run going on set `key` to more than "auto": the plan leaves it alone."""
+        return self.sources[key] in (Source.RECIPE, Source.FLAG, Source.RUN) and getattr(self.config, key) != "auto"
+
+    def going_on(self, run: RunConfig, keys: Iterable[str]) -> Resolved:
+        """The same settings with `run`'s values for those of `keys` that nobody set: they were planned back then."""
+        values = {key: getattr(run, key) for key in keys if not self.is_set(key)}
+        config = self.config.model_copy(update=values)
+        return Resolved(config, {**self.sources, **dict.fromkeys(values, Source.RUN)})
 
     def planned(self, values: Mapping[str, Any]) -> Resolved:
         """The same settings with the plan's `values` for the keys in PLANNED that nobody set."""
@@ -72,18 +78,7 @@ def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | 
 
 def load_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a recipe YAML; paths in it stay as written. Raises UsageError when it is no recipe."""
-    try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise UsageError(
-                "the recipe is larger than 1 MiB", where=str(path), fix="a recipe is a short YAML of settings"
-            )
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe ({error.strerror})", where=str(path), fix="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        place = f"{path}:{line + 1}" if line is not None else str(path)
-        raise UsageError("the recipe is not valid YAML", where=place, fix="mend the syntax there") from error
+    loaded = read_recipe(path)
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UsageError("a recipe is a mapping of settings", where=str(path), fix="write lines like 'rank: 16'")
     return loaded
@@ -97,7 +92,7 @@ def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[s
         if not equals or not key.strip():
             raise UsageError(f"'{assignment}' is not key=value", where=flag, fix=f"write it like {flag} KEY=VALUE")
         try:
-            values[key.strip()] = _number(yaml.safe_load(text)) if text else ""
+            values[key.strip()] = _number(parse_yaml(text)) if text else ""
         except yaml.YAMLError as error:
             raise UsageError(f"'{text}' is not a value", where=f"{flag} {key}", fix="quote it for the shell") from error
     return values
@@ -115,6 +110,12 @@ def _number(value: Any) -> Any:
 
 def _reject_unknown(values: Mapping[str, Any], name: str) -> None:
     for key in values:
+        if key == "trust_remote_code":
+            raise UsageError(
+                "lorafit never runs Python code out of a base's folder",
+                where=key,
+                fix="leave it out, and choose a base that transformers has built in",
+            )
         if key not in RunConfig.model_fields:
             near = difflib.get_close_matches(key, RunConfig.model_fields, n=1, cutoff=0.5)
             fix = f"did you mean '{near[0]}'?" if near else "see 'lorafit train --help' for the settings"

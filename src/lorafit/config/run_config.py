@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lorafit.config.dial import Dial
 from lorafit.config.size import parse_bytes
+from lorafit.errors import UsageError
 
+MANY = 1 << 20
+"""More layers than any model has."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear"]
 
@@ -42,14 +46,18 @@ class RunConfig(BaseModel):
     goal: Goal = Field("balanced", description="what the decision matrix optimises for")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")
-    compute: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="matmul precision; auto asks the card")
+    compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
+        "auto", description="matmul precision; auto asks the card, fp8 is for the frozen matmuls"
+    )
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
     targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
     gradient_checkpointing: Literal["auto", "on", "off", "reentrant"] = Field(
-        "auto", description="recompute activations"
+        "auto", description="on: recompute every layer, off: none, auto: activations decide"
     )
+    activations: str = Field("auto", description="keep, recompute, offload, or counts; auto fits them into the memory")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="compile the decoder layer; auto: on CUDA")
 
     # the optimisation
     lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
@@ -65,7 +73,13 @@ class RunConfig(BaseModel):
     examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
+    max_bad_steps: int = Field(3, ge=1, description="steps in a row with NaN or infinite numbers before the run stops")
+    on_spike: Literal["record", "rollback"] = Field(
+        "record", description="a loss spike: note it, or go back to the last checkpoint and leave its rows out"
+    )
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_best: int = Field(1, ge=0, description="older checkpoints kept besides, by their held-out loss")
+    deterministic: bool = Field(False, description="bit-identical runs on CUDA, at some cost; a CPU always is")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
 
     # the machine
@@ -90,10 +104,30 @@ class RunConfig(BaseModel):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "compile", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("activations")
+    @classmethod
+    def _is_a_dial(cls, value: str) -> str:
+        if value != "auto":
+            Dial.parse(value, layers=1)
+        return value
+
+    @model_validator(mode="after")
+    def _one_wish_about_activations(self) -> RunConfig:
+        if self.activations == "auto" or self.gradient_checkpointing == "auto":
+            return self
+        dial, wants = Dial.parse(self.activations, layers=MANY), self.gradient_checkpointing != "off"
+        if dial.feed_forward or (dial.whole > 0) != wants:
+            raise UsageError(
+                f"gradient_checkpointing is {self.gradient_checkpointing}, and '{self.activations}' says otherwise",
+                where="activations",
+                fix="set one of the two, and leave the other on auto",
+            )
+        return self
 
     @field_validator("vram")
     @classmethod
@@ -103,5 +137,5 @@ class RunConfig(BaseModel):
         return value
 
 
-PLANNED = ("rank", "alpha", "quantization", "compute", "gradient_checkpointing", "optimizer", "serving")
+PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "activations", "serving")
 """Settings the plan decides when nobody else did."""

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
+from lorafit.config.run_lock import LOCK
 from lorafit.errors import RunDirError
 
-LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable"}
+LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK} | {
+    "plan.json",
+    "template.json",
+    "held-out.jsonl",
+    "base.json",
+    "fingerprint.json",
+}
 """What may lie in the folder of a new run: reports of one that never started, and the data (the demo's)."""
 
 
@@ -64,32 +72,81 @@ class RunDir:
     def log(self) -> Path:
         return self.path / "log.txt"
 
+    @property
+    def events(self) -> Path:
+        """What happened besides steps: one JSON line each."""
+        return self.path / "events.jsonl"
+
+    @property
+    def identity(self) -> Path:
+        """The run's id, and the fingerprint of what it is trained from and how."""
+        return self.path / "fingerprint.json"
+
+    @property
+    def engine(self) -> Path:
+        """How the layers were run: the dial that the rehearsal settled on, and what it measured."""
+        return self.path / "engine.json"
+
+    @property
+    def holds_run(self) -> bool:
+        """True once a run has started here."""
+        return self.settings.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """True when the run here has trained to its end."""
+        return self.holds_run and (self.adapter / "adapter_model.safetensors").is_file()
+
     @classmethod
     def create(cls, path: Path) -> RunDir:
         """Make (or reuse, when no run is in it) the folder of a new run, and prove that it can be written."""
         run = cls(path)
         run.refuse_if_taken()
+        run.require_writable()
+        return run
+
+    def require_writable(self) -> None:
+        """Make the folder if it is not there, and write to it. RunDirError when that fails."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
             probe.write_text("")
             probe.unlink()
         except OSError as error:
             raise RunDirError(
-                f"cannot write there ({error.strerror})", where=str(path), fix="choose another --out"
+                f"cannot write there ({error.strerror})", where=str(self.path), fix="choose another --out"
             ) from error
-        return run
 
     def refuse_if_taken(self) -> None:
         """RunDirError when the folder holds a run, or anything that is not a leftover of a run that never started."""
-        if self.settings.exists():
-            state = "a run" if (self.adapter / "adapter_model.safetensors").is_file() else "a run that has not finished"
+        if self.holds_run:
+            state = "a run" if self.is_finished else "a run that has not finished"
             raise RunDirError(f"this folder already holds {state}", where=str(self.path), fix="choose another --out")
-        if self.path.is_dir():
-            foreign = sorted(path.name for path in self.path.iterdir() if path.name not in LEFTOVERS)
-            if foreign:
-                what = f"this folder holds other files, such as {foreign[0]}"
-                raise RunDirError(what, where=str(self.path), fix="choose an empty or new folder for --out")
+        foreign = self.foreign()
+        if foreign:
+            what = f"this folder holds other files, such as {foreign[0]}"
+            raise RunDirError(what, where=str(self.path), fix="choose an empty or new folder for --out")
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that no run left there before it started."""
+        if not self.path.is_dir():
+            return []
+        names = sorted(path.name for path in self.path.iterdir())
+        return [name for name in names if name not in LEFTOVERS and not (name[0] == "." and name.endswith(".staged"))]
+
+    def move_aside(self) -> Path:
+        """Rename the folder to NAME.aside-1, -2, …, the first that is free; where it is now."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.aside-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise RunDirError(
+                f"the old run cannot be moved aside ({error.strerror})", where=str(self.path), fix="check the folder"
+            ) from error
+        (aside / LOCK).unlink(missing_ok=True)
+        return aside
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -112,13 +169,13 @@ class RunDir:
         whole = sorted(self.checkpoints.glob("step-*"))
         kept = f"its last checkpoint is {whole[-1]}, with the adapter of that step in adapter/" if whole else ""
         what = "this run has no adapter: its training has not finished" + (f" ({kept})" if kept else "")
-        return RunDirError(what, where=str(self.path), fix="let it finish, or train again with another --out")
+        return RunDirError(what, where=str(self.path), fix="the train command that began it goes on with it")
 
     def base_fingerprint(self) -> str | None:
         """The base's content fingerprint at training time, or None where the run did not record one."""
         if not self.base.is_file():
             return None
-        return str(json.loads(self.base.read_text(encoding="utf-8"))["fingerprint"])
+        return str(read_json(self.base, RunDirError, fix="restore the run directory").get("fingerprint"))
 
     def config(self) -> RunConfig:
         """The settings the run was made with."""
@@ -147,8 +204,18 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
+        _sync(path.parent)
     except OSError as error:
         staged.unlink(missing_ok=True)
         raise RunDirError(
             f"cannot write the file ({error.strerror})", where=str(path), fix="free some space"
         ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

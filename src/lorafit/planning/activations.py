@@ -14,12 +14,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorafit.config import RunConfig
+from lorafit.planning.facts import DataFacts
+from lorafit.planning.hardware import Hardware
 from lorafit.planning.shape import ModelShape, Projection
 
-LOSS_CHUNK_TOKENS = 1024
+LOSS_CHUNK_BYTES = 256 << 20
+"""Largest size of one chunk's logits in the engine's loss, which turns them into their own gradient."""
+OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
+SUPERVISED_SPREAD = 1.25
+"""How much more of a micro-batch is supervised than of the mean one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +39,28 @@ class Execution:
     """
 
     fused: bool = False
-    loss: Literal["all", "supervised", "chunks"] = "supervised"
+    loss: Literal["all", "supervised", "chunks"] = "chunks"
     wide_stream: bool = False
 
 
-LORAFIT = Execution()
-"""What lorafit does today; the engine to come makes it fused and chunked."""
+def execution_of(config: RunConfig, hardware: Hardware) -> Execution:
+    """How lorafit runs `config` there: layers compiled on CUDA unless `compile` is off, the loss in chunks."""
+    return Execution(fused=config.compile == "on" or (hardware.kind == "cuda" and config.compile != "off"))
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes one micro-batch needs: kept of every layer, of one layer, of the checkpoints, and passing ones."""
+    """Bytes of one micro-batch, of one layer: kept whole, kept when its feed-forward is recomputed, its input; what
+    its backward works with, the largest weight of it dequantised; and what the loss works with, a chunk of logits
+    of it."""
 
-    kept_bytes: int
     layer_bytes: int
-    checkpoint_bytes: int
+    feed_forward_bytes: int
+    input_bytes: int
     backward_bytes: int
+    weight_bytes: int
     loss_bytes: int
-
-    def peak_bytes(self, recompute: bool) -> int:
-        """The most that is there at once: what was saved, and the larger of the loss's and one layer's backward."""
-        saved = self.checkpoint_bytes if recompute else self.kept_bytes
-        layer = self.backward_bytes + (self.layer_bytes if recompute else 0)
-        return saved + max(self.loss_bytes, layer)
+    chunk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +79,35 @@ def activations(
     *,
     width: int,
     mask_bytes: int = 0,
-    execution: Execution = LORAFIT,
+    execution: Execution,
 ) -> Activations:
     """The activations of one micro-batch.
 
     `width` is the compute dtype's size in bytes, `mask_bytes` that of one entry of a dropout mask (0: no dropout).
     """
     stream = NORM_BYTES if execution.wide_stream else width
-    adapter = _adapter_inputs(shape, targets, execution.fused) * (width + mask_bytes)
-    layer = round(batch.tokens * (adapter + _layer_bytes_per_token(shape, batch.longest, width, stream, execution)))
+    linears = shape.named(targets)
+    inner = tuple(part for part in linears if part.role == "down")
+    adapters, inner_adapters = (
+        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes) for parts in (linears, inner)
+    )
+    attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
+    feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
+    weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
+    chunk = _logit_bytes(shape, batch, width, execution)
     return Activations(
-        kept_bytes=shape.layers * layer,
-        layer_bytes=layer,
-        checkpoint_bytes=shape.layers * shape.hidden * stream * batch.tokens,
-        backward_bytes=_backward_bytes(shape, batch.tokens, width),
-        loss_bytes=_loss_bytes(shape, batch, width, execution),
+        layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
+        feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),
+        input_bytes=shape.hidden * stream * batch.tokens,
+        backward_bytes=_passing_bytes(shape, batch.tokens, width, execution) + weight,
+        weight_bytes=weight,
+        loss_bytes=chunk + batch.tokens * shape.hidden * (width + 4),
+        chunk_bytes=chunk,
     )
 
 
-def _layer_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:
+def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:
+    """What norms and attention keep of a token in one layer."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = width * (2 * queries + 2 * keys)
     if any(part.role == "qkv" for part in shape.projections):
@@ -99,8 +115,7 @@ def _layer_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: 
     if shape.capped_scores:
         attention += shape.heads * longest * (2 * width + SOFTMAX_BYTES) + 2 * width * (queries - keys)
     norms = 2 * shape.hidden * stream if execution.fused else NORM_BYTES * shape.normed_width
-    feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
-    return norms + attention + feed_forward
+    return norms + attention
 
 
 def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
@@ -116,25 +131,36 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
     return shape.experts_per_token * (inner * copies + 2 * shape.hidden) * layers / shape.layers
 
 
-def _adapter_inputs(shape: ModelShape, targets: tuple[str, ...], fused: bool) -> float:
-    """Values per token and (mean) layer that adapters keep; fused layers share one input among their adapters."""
-    chosen = shape.named(targets)
-    if fused:
-        inputs = {(part.path.rpartition(".")[0], part.inputs): part for part in chosen}
-        return sum(part.inputs * part.count for part in inputs.values()) / shape.layers
-    return sum(part.inputs * part.count for part in chosen) / shape.layers
+def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
+    """Bytes per token and (mean) layer that adapters of `parts` keep: their inputs, which fused layers share among
+    adapters of one module, and each one's dropout mask."""
+    masks = sum(part.inputs * part.count for part in parts) * mask_bytes
+    shared = {(part.path.rpartition(".")[0], part.inputs): part for part in parts}.values() if fused else parts
+    return (masks + width * sum(part.inputs * part.count for part in shared)) / shape.layers
 
 
-def _backward_bytes(shape: ModelShape, tokens: int, width: int) -> int:
-    """Gradients that pass through one layer, and its largest weight, dequantised."""
-    largest = max((part.inputs * part.outputs for part in shape.linears), default=0)
+def _passing_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:
+    """Gradients that pass through one layer."""
     inner = max(shape.intermediate, shape.hidden)
-    return width * (tokens * (3 * inner + 4 * shape.hidden) + largest)
+    copies = 4 if execution.fused else 3
+    return width * tokens * (copies * inner + 4 * shape.hidden)
 
 
-def _loss_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:
-    """Log-probabilities, their gradient and the logits' gradient, each in fp32: what the loss holds at its peak."""
-    chunk = min(batch.supervised, LOSS_CHUNK_TOKENS)
+def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:
+    """In chunks: one chunk, which becomes its own gradient; in fp32, without a kernel for it, twice. Else
+    log-probabilities, their gradient and the logits' gradient, each in fp32, as other tools' chunks hold them too."""
+    if execution.loss == "chunks" and not execution.wide_stream:
+        return min(batch.supervised * shape.vocab * width, LOSS_CHUNK_BYTES) * (2 if width == 4 else 1)
+    chunk = min(batch.supervised, OTHERS_CHUNK_TOKENS)
     rows = {"all": batch.tokens, "supervised": batch.supervised, "chunks": chunk}[execution.loss]
     head = shape.vocab * shape.hidden * width if execution.wide_stream else 0
-    return rows * shape.vocab * BYTES_PER_LOGIT + head + batch.tokens * shape.hidden * (width + 4)
+    return rows * shape.vocab * BYTES_PER_LOGIT + head
+
+
+def micro_batch(config: RunConfig, facts: DataFacts) -> MicroBatch:
+    """The largest micro-batch: `max_tokens`, or a whole step's tokens where that is less."""
+    step = config.examples_per_step * facts.longest
+    tokens = max(1, min(config.max_tokens, step, facts.tokens or step))
+    share = facts.supervised_tokens / facts.tokens if facts.tokens else 1.0
+    supervised = min(tokens, round(tokens * share * SUPERVISED_SPREAD))
+    return MicroBatch(tokens, supervised, min(tokens, facts.longest))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafit.config import read_json
 from lorafit.errors import BackboneError
 
 NESTED = ("text_config", "llm_config", "language_config")
@@ -16,16 +16,7 @@ OTHER_TASKS = ("MaskedLM", "Classification", "QuestionAnswering", "ForPreTrainin
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json in `folder`. Raises BackboneError when it is none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BackboneError("cannot read the base's config.json", where=str(path), fix="check the file") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BackboneError("config.json is not valid JSON", where=str(path), fix="download the base again") from error
-    if not isinstance(config, dict):
-        raise BackboneError("config.json is no mapping of settings", where=str(path), fix="download the base again")
-    return config
+    return read_json(folder / "config.json", BackboneError, fix="download the base again")
 
 
 def require_causal(config: Mapping[str, Any], name: str) -> None:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.config import Resolved, RunConfig
+from lorafit.planning.execution_plan import ExecutionPlan, plan_execution
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.matrix import DEFAULT_SERVING, HUGE, SERVING, Case, Rule, choose
-from lorafit.planning.memory import compute_of, estimate_memory, optimizer_of
+from lorafit.planning.memory import estimate_memory, memory_of
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.standing import adapter_parameters, compute_of, optimizer_of
+from lorafit.planning.targets import resolve_targets
 
 ADAPTER_KEYS = ("rank", "alpha", "quantization", "targets")
 """Who sets one of these wants an adapter, whatever the matrix says."""
@@ -70,10 +73,11 @@ def decide(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Ha
     if rule.rank:
         settle("rank", rule.rank, f"{facts.rows:,} rows: {rule.rank_reason}")
         settle("alpha", 2.0 * config.rank, "twice the rank: the delta is scaled by alpha / rank = 2")
-    settle("quantization", *_quantization(rule, shape))
+    settle("quantization", *_quantization(config, rule, shape))
     settle("compute", *_compute(config, hardware))
-    settle("optimizer", *_optimizer(config, hardware, rule))
-    settle("gradient_checkpointing", *_checkpointing(config, facts, shape, hardware, rule))
+    settle("compile", *_compile(hardware))
+    settle("optimizer", *_optimizer(config, shape, hardware, rule))
+    settle("activations", *_activations(config, facts, shape, hardware, rule))
     settle("serving", *SERVING.get(config.goal, DEFAULT_SERVING))
     return Decided(rule, tuple(decisions))
 
@@ -88,18 +92,20 @@ def _rule(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Har
 
 def fits_16bit(config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> bool:
     """Whether the base fits unquantised, with room for the estimate's error and activations recomputed."""
-    if shape.quantized:
+    if shape.quantized or config.compute == "fp8":
         return False
-    changes = {"quantization": "none", "gradient_checkpointing": "on"}
+    changes = {"quantization": "none", "gradient_checkpointing": "auto", "activations": "recompute"}
     memory = estimate_memory(shape, config.model_copy(update=changes), hardware, facts)
     return memory.peak_bytes * (1 + memory.uncertainty) <= hardware.memory_bytes
 
 
-def _quantization(rule: Rule, shape: ModelShape) -> tuple[str, str]:
+def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str, str]:
     if shape.quantized in QUANTIZED:
         return "nf4", f"the base is already in 4 bits ({shape.quantized})"
     if shape.linear_class == "Conv1D":
         return "none", f"{shape.family}'s Conv1D layers are not supported in 4 bits"
+    if config.compute == "fp8" and rule.rank:
+        return "nf4", "fp8 matmuls take their weights from 4 bits"
     return rule.quantization, rule.base_reason
 
 
@@ -113,25 +119,60 @@ def _compute(config: RunConfig, hardware: Hardware) -> tuple[str, str]:
     return value, reasons[value]
 
 
-def _optimizer(config: RunConfig, hardware: Hardware, rule: Rule) -> tuple[str, str]:
+def _compile(hardware: Hardware) -> tuple[str, str]:
+    if hardware.kind == "cuda":
+        return "on", "the decoder layer is compiled once and used for all: its small operations become few"
+    return "off", "a CPU: compiling takes longer than it saves"
+
+
+def _optimizer(config: RunConfig, shape: ModelShape, hardware: Hardware, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
         return "adamw", "moments in 32 bits, sharded over the cards"
-    value = optimizer_of(config.model_copy(update={"optimizer": "auto"}), hardware)
+    weights = adapter_parameters(shape, resolve_targets(config.targets, shape), config.rank)
+    value = optimizer_of(config.model_copy(update={"optimizer": "auto"}), hardware, weights)
+    if hardware.kind == "cpu":
+        return value, "a CPU: the 8-bit optimizers need CUDA"
+    state = f"{8 * weights / GIB:.2f} of {hardware.memory_bytes / GIB:.1f} GiB"
     reasons = {
-        "paged_adamw_8bit": "moments in 8 bits, paged to the host when memory is short",
-        "adamw": "a CPU: the 8-bit optimizers need CUDA",
+        "paged_adamw_8bit": f"moments in 8 bits, paged to the host when memory is short: in 32 they take {state}",
+        "adamw": f"one fused kernel, moments in 32 bits: they take {state}",
     }
     return value, reasons[value]
 
 
-def _checkpointing(
+def _activations(
     config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware, rule: Rule
 ) -> tuple[str, str]:
     if not rule.rank:
-        return "on", "activations of every weight's gradient would not fit"
-    memory = estimate_memory(shape, config, hardware, facts)
-    kept, room = memory.kept_bytes, hardware.memory_bytes
-    needed = f"about {kept / GIB:.1f} GiB ± {memory.uncertainty:.0%} of {room / GIB:.1f} GiB"
-    if kept * (1 + memory.uncertainty) <= room:
-        return "off", f"every activation fits: {needed}"
-    return "on", f"keeping every activation would need {needed}"
+        return "recompute", "activations of every weight's gradient would not fit"
+    plan = plan_execution(shape, config, hardware, facts)
+    memory = memory_of(plan, shape, config, hardware)
+    asked = config.gradient_checkpointing
+    why = in_words(plan, shape.layers) if asked == "auto" else f"gradient_checkpointing is {asked}"
+    speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if hardware.kind == "cuda" else ""
+    room = f"{memory.peak_bytes / GIB:.1f} ± {memory.uncertainty:.0%} of {hardware.memory_bytes / GIB:.1f} GiB"
+    return str(plan.dial), f"{why}: {speed}{room}" + ("" if memory.fits(hardware) else ", and nothing needs less")
+
+
+def speed_in_words(tokens_per_s: float) -> str:
+    """A speed as people say it."""
+    if tokens_per_s >= 1000:
+        return f"{tokens_per_s / 1000:,.1f} k tok/s"
+    return f"{tokens_per_s:.3g} tok/s"
+
+
+def in_words(plan: ExecutionPlan, layers: int) -> str:
+    """What a person should know of the plan's dial."""
+    dial = plan.dial
+    parts = []
+    if dial.whole:
+        parts.append(f"{dial.whole} of {layers} layers are recomputed")
+    if dial.feed_forward:
+        parts.append(f"{dial.feed_forward} of {layers} layers recompute their feed-forward")
+    if dial.offload:
+        parts.append(f"{dial.offload} wait in {plan.host_bytes / 1e9:.1f} GB of the host's memory")
+    if dial.host_embeddings:
+        parts.append("the input embeddings stay on the host")
+    if dial.micro_tokens:
+        parts.append(f"micro-batches have {dial.micro_tokens:,} tokens")
+    return ", ".join(parts) or "every activation stays on the device"

@@ -18,6 +18,8 @@ QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 TIMEOUT_S = 20
 CORE_USD_PER_HOUR = (0.02, 0.05)
 """ASSUMED price of one processor core on a public cloud, low and high."""
+PINNED_SHARE = 0.5
+"""Share of the host's free memory that activations may pin: it cannot be paged out while they do."""
 CORE_GFLOPS = 100.0
 """ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz."""
 CGROUP_MEMORY = (
@@ -155,6 +157,7 @@ def _hardware(seen: Seen) -> Hardware:
         bf16=capability >= (8, 0),
         fp8=capability >= (8, 9),
         cores=_cores(),
+        host_bytes=round(_available_bytes() * PINNED_SHARE),
         notes=notes,
     )
 

@@ -6,17 +6,24 @@ import math
 from dataclasses import dataclass
 
 from lorafit.config import RunConfig
+from lorafit.planning.activations import execution_of
 from lorafit.planning.cards import PRICES_AS_OF
+from lorafit.planning.execution_plan import ExecutionPlan
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware
-from lorafit.planning.memory import WIDTH, adapter_parameters, compute_of
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.standing import WIDTH, adapter_parameters, compute_of
+from lorafit.planning.targets import resolve_targets
 
+PREDICTED_SPREAD = (0.85, 1.6)
+"""What compiled layers may take, of the predicted time: data sheets and this card's measurements, others' not."""
+OVERHEAD_S = 0.005
+"""Of each optimizer step: clipping, the optimizer, handing over the next micro-batches."""
 CUDA_UTILISATION = (0.18, 0.45)
-"""Share of the card's 16-bit peak: lorafit's layers reached 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
+"""Share of the card's 16-bit peak of eager layers: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
-"""Floor of one micro-batch per layer, forward and backward: what starting the kernels takes. An H200 beside a slow
-processor took 9 ms a layer however few the tokens."""
+"""Floor of one micro-batch per eager layer, forward and backward: what starting the kernels takes. An H200 beside a
+slow processor took 9 ms a layer however few the tokens."""
 CORE_GFLOPS = (25.0, 60.0)
 """fp32 GFLOP/s of one core in training: the 3.5 M-parameter demo base ran 4–8 k tokens/s on two."""
 LOAD_GBS = (0.3, 2.0)
@@ -48,39 +55,68 @@ def steps_of(config: RunConfig, facts: DataFacts) -> int:
 
 
 def estimate_duration(
+    shape: ModelShape, config: RunConfig, hardware: Hardware, facts: DataFacts, plan: ExecutionPlan
+) -> Duration:
+    """Time of training, evaluations and start-up of a run that goes as `plan` says."""
+    steps = steps_of(config, facts)
+    tokens = round(steps * min(config.examples_per_step, max(facts.rows, 1)) * facts.mean_tokens)
+    held_out = round(facts.holdout_rows * facts.mean_tokens * _evaluations(config, facts, steps))
+    if hardware.kind == "cuda" and execution_of(config, hardware).fused:
+        low, high = _predicted(plan, steps, held_out)
+        assumes = f"{plan.tokens_per_s:,.0f} tokens/s predicted from the card's data sheet"
+    else:
+        low, high = _eager(shape, config, hardware, facts, plan, steps, held_out)
+        assumes = _speed_in_words(hardware)
+    load = 2 * shape.parameters / 1e9
+    time_s = (low + START_S[0] + load / LOAD_GBS[1], high + START_S[1] + load / LOAD_GBS[0])
+    return Duration(time_s, steps, tokens, (assumes, _price_in_words(hardware)))
+
+
+def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
+    """Seconds of compiled layers: the plan's own, or what starting their kernels takes where there are few tokens."""
+    costs = plan.costs
+    batches = math.ceil(plan.step_tokens / (plan.tokens * PACKED_FILL))
+    floor = batches * 2 * costs.layers * max(costs.launch_s, costs.fixed_s)
+    forward = (costs.layers * costs.forward_s + costs.loss_s) / plan.tokens
+    seconds = steps * (max(plan.step_s, floor) + OVERHEAD_S) + held_out * forward
+    low, high = (seconds * share for share in PREDICTED_SPREAD)
+    return low, high
+
+
+def _eager(
     shape: ModelShape,
     config: RunConfig,
     hardware: Hardware,
     facts: DataFacts,
-    targets: tuple[str, ...],
-) -> Duration:
-    """Time of training, evaluations and start-up; `config` is the planned one, without autos."""
-    steps = steps_of(config, facts)
-    step_examples = min(config.examples_per_step, max(facts.rows, 1))
-    tokens = round(steps * step_examples * facts.mean_tokens)
-    per_token = token_flops(shape, config, facts, targets)
-    evaluations = _evaluations(config, facts, steps)
-    held_out = facts.holdout_rows * facts.mean_tokens * evaluations
-    flops = tokens * per_token + held_out * 2 * shape.active_parameters
-    batches = steps * math.ceil(step_examples * facts.mean_tokens / (config.max_tokens * PACKED_FILL))
-    floor = _floor_s(shape, config, hardware, batches)
+    plan: ExecutionPlan,
+    steps: int,
+    held_out: int,
+) -> tuple[float, float]:
+    """Seconds by arithmetic alone."""
+    again = _recomputed(plan)
+    flops = steps * plan.step_tokens * token_flops(shape, config, facts, again) + held_out * 2 * shape.active_parameters
+    batches = steps * math.ceil(plan.step_tokens / (plan.tokens * PACKED_FILL))
+    floor = _floor_s(shape, config, hardware, batches, 2 + again)
     slow, fast = _speeds(config, hardware)
-    load = 2 * shape.parameters / 1e9
-    low = max(flops / fast, floor[0]) + START_S[0] + load / LOAD_GBS[1]
-    high = max(flops / slow, floor[1]) + START_S[1] + load / LOAD_GBS[0]
-    return Duration((low, high), steps, tokens, _assumptions(config, hardware))
+    return max(flops / fast, floor[0]), max(flops / slow, floor[1])
 
 
-def token_flops(shape: ModelShape, config: RunConfig, facts: DataFacts, targets: tuple[str, ...]) -> float:
+def _recomputed(plan: ExecutionPlan) -> float:
+    """How much of a forward pass runs again."""
+    costs, dial = plan.costs, plan.dial
+    again = dial.whole * costs.recompute_layer_s + dial.feed_forward * costs.recompute_feed_forward_s
+    return min(1.0, again / (costs.layers * costs.forward_s))
+
+
+def token_flops(shape: ModelShape, config: RunConfig, facts: DataFacts, recomputed: float) -> float:
     """FLOPs of training on one token: forward and the gradient of the input, both through frozen weights,
-    attention over half a row, the adapters' own gradient, and a second forward where activations are recomputed."""
+    attention over half a row, the adapters' own gradient, and the share `recomputed` of a second forward."""
     head = shape.vocab * shape.hidden
     forward = 2 * (shape.active_parameters - head)
     share = facts.supervised_tokens / facts.tokens if facts.tokens else 1.0
     attention = shape.layers * 2 * shape.heads * shape.head_dim * facts.mean_tokens
-    recompute = 0 if config.gradient_checkpointing == "off" else 1
-    adapters = 6 * adapter_parameters(shape, targets, config.rank)
-    return forward * (2 + recompute) + attention * (3 + recompute) + 4 * head * share + adapters
+    adapters = 6 * adapter_parameters(shape, resolve_targets(config.targets, shape), config.rank)
+    return forward * (2 + recomputed) + attention * (3 + recomputed) + 4 * head * share + adapters
 
 
 def _evaluations(config: RunConfig, facts: DataFacts, steps: int) -> int:
@@ -100,23 +136,25 @@ def _speeds(config: RunConfig, hardware: Hardware) -> tuple[float, float]:
     return tuple(hardware.tflops_bf16 * 1e12 * share * slowed for share in CUDA_UTILISATION)  # type: ignore[return-value]
 
 
-def _floor_s(shape: ModelShape, config: RunConfig, hardware: Hardware, batches: int) -> tuple[float, float]:
+def _floor_s(
+    shape: ModelShape, config: RunConfig, hardware: Hardware, batches: int, passes: float
+) -> tuple[float, float]:
     """Seconds that `batches` micro-batches take however few tokens they hold: kernel starts, and unpacking NF4."""
     if hardware.kind == "cpu":
         return 0.0, 0.0
-    passes = 2 if config.gradient_checkpointing == "off" else 3
     unpack = passes * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
     unpack = unpack if config.quantization == "nf4" else 0.0
     low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + unpack) for ms in LAUNCH_MS_PER_LAYER)
     return low, high
 
 
-def _assumptions(config: RunConfig, hardware: Hardware) -> tuple[str, ...]:
-    low, high = hardware.usd_per_hour
-    price = f"{low:.2f}–{high:.2f} USD an hour (assumed, {PRICES_AS_OF})"
+def _speed_in_words(hardware: Hardware) -> str:
     if hardware.kind == "cpu":
-        speed = f"{hardware.cores} cores at {CORE_GFLOPS[0]:.0f}–{CORE_GFLOPS[1]:.0f} GFLOP/s each"
-        return speed, price
-    low_share, high_share = CUDA_UTILISATION
-    peak = f"{hardware.tflops_bf16:.0f} TFLOP/s"
-    return f"{low_share:.0%}–{high_share:.0%} of the card's {peak} in 16 bits", price
+        return f"{hardware.cores} cores at {CORE_GFLOPS[0]:.0f}–{CORE_GFLOPS[1]:.0f} GFLOP/s each"
+    low, high = CUDA_UTILISATION
+    return f"{low:.0%}–{high:.0%} of the card's {hardware.tflops_bf16:.0f} TFLOP/s in 16 bits"
+
+
+def _price_in_words(hardware: Hardware) -> str:
+    low, high = hardware.usd_per_hour
+    return f"{low:.2f}–{high:.2f} USD an hour (assumed, {PRICES_AS_OF})"

@@ -14,7 +14,6 @@ from lorafit.planning.memory import MemoryEstimate, estimate_memory
 from lorafit.planning.shape import ModelShape
 
 FREEZABLE = (None, "nf4", "fp4")
-LEAST_MAX_TOKENS = 128
 
 
 def obstacles(
@@ -117,7 +116,7 @@ def what_would_fit(
     def fits(changes: dict[str, Any]) -> bool:
         return _peak(config, changes, shape, hardware, facts) * (1 + margin) <= hardware.memory_bytes
 
-    remedies = list(_remedies(config, shape, facts))
+    remedies = list(_remedies(config, shape))
     for remedy in remedies:
         if fits(remedy):
             return f"set {_settings(remedy)}"
@@ -129,18 +128,14 @@ def what_would_fit(
     return _larger_card(config, together, shape, hardware, facts)
 
 
-def _remedies(config: RunConfig, shape: ModelShape, facts: DataFacts) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, the least painful first; `max_tokens` never falls below the longest row."""
-    if config.gradient_checkpointing == "off":
-        yield {"gradient_checkpointing": "on"}
+def _remedies(config: RunConfig, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, the least painful first. Smaller micro-batches are among what activations on auto
+    tries anyway."""
+    auto = {key: "auto" for key in ("activations", "gradient_checkpointing") if getattr(config, key) != "auto"}
+    if auto:
+        yield auto
     if config.quantization == "none" and shape.quantized is None and shape.linear_class == "Linear":
         yield {"quantization": "nf4"}
-    tokens = config.max_tokens // 2
-    while tokens >= max(facts.longest, LEAST_MAX_TOKENS):
-        yield {"max_tokens": tokens}
-        tokens //= 2
-    if facts.longest < config.max_tokens and tokens * 2 > max(facts.longest, LEAST_MAX_TOKENS):
-        yield {"max_tokens": max(facts.longest, LEAST_MAX_TOKENS)}
 
 
 def _larger_card(

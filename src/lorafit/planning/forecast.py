@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from lorafit.config import RunConfig
 from lorafit.planning.duration import Duration, estimate_duration
+from lorafit.planning.execution_plan import plan_execution
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.full import full_card, full_duration, full_memory, gpus_needed
 from lorafit.planning.hardware import Hardware
-from lorafit.planning.memory import MemoryEstimate, estimate_memory
+from lorafit.planning.memory import MemoryEstimate, memory_of
 from lorafit.planning.shape import ModelShape
-from lorafit.planning.targets import resolve_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,6 @@ def forecast(
             full_memory(shape, config, card, facts),
             full_duration(shape, config, card, facts),
         )
-    targets = resolve_targets(config.targets, shape)
-    return Forecast(
-        hardware,
-        1,
-        estimate_memory(shape, config, hardware, facts),
-        estimate_duration(shape, config, hardware, facts, targets),
-    )
+    plan = plan_execution(shape, config, hardware, facts)
+    memory = memory_of(plan, shape, config, hardware)
+    return Forecast(hardware, 1, memory, estimate_duration(shape, config, hardware, facts, plan))

@@ -6,12 +6,14 @@ import math
 
 from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
-from lorafit.planning.activations import activations
+from lorafit.planning.activations import Execution, activations, micro_batch
 from lorafit.planning.duration import CUDA_UTILISATION, START_S, Duration, steps_of
+from lorafit.planning.execution_plan import FRAGMENTATION, UNCERTAINTY
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware, hardware_named
-from lorafit.planning.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION, Component, MemoryEstimate, micro_batch
+from lorafit.planning.memory import MemoryEstimate
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.standing import CUDA_CONTEXT_BYTES, Component
 
 BYTES_PER_PARAMETER = 16
 """bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
@@ -37,9 +39,9 @@ def full_memory(shape: ModelShape, config: RunConfig, card: Hardware, facts: Dat
     """The peak of one of `gpus_needed` cards, everything sharded and activations recomputed."""
     gpus = gpus_needed(shape, card)
     batch = micro_batch(config, facts)
-    live = activations(shape, (), batch, width=2)
+    live = activations(shape, (), batch, width=2, execution=Execution())
     # training every weight keeps each linear's input: about what the layer keeps anyway
-    passing = live.checkpoint_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
+    passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
     sharded = shape.parameters * BYTES_PER_PARAMETER // gpus
     components = (
         Component("weights, gradients, optimizer", sharded, f"16 bytes a parameter over {gpus} cards"),
@@ -48,7 +50,7 @@ def full_memory(shape: ModelShape, config: RunConfig, card: Hardware, facts: Dat
         Component("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and workspaces"),
     )
     peak = sum(component.size_bytes for component in components)
-    return MemoryEstimate(components, kept_bytes=peak, recomputed_bytes=peak)
+    return MemoryEstimate(components, kept_bytes=peak, recomputed_bytes=peak, uncertainty=UNCERTAINTY)
 
 
 def full_duration(shape: ModelShape, config: RunConfig, card: Hardware, facts: DataFacts) -> Duration:

@@ -11,6 +11,8 @@ from lorafit.errors import UsageError
 from lorafit.planning.cards import CARDS, Card
 
 GIB = 1 << 30
+LEAST_HOST_BYTES = 8 * GIB
+"""ASSUMED of a host that is not this one: memory to pin for activations, at least; else as much as the card has."""
 DRIVER_SHARE = 0.02
 """Share of a card's memory that its driver keeps: what nvidia-smi reports less what torch can reach."""
 
@@ -21,6 +23,7 @@ class Hardware:
 
     `bandwidth_gbs` is to its own memory and `link_gbs` to the host, in GB/s each way; `usd_per_hour` is a range
     (low, high), assumed. `cores` counts the processor cores that a run may use; `count` the like devices seen.
+    `host_bytes` of the host's memory may be pinned for activations.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Hardware:
     usd_per_hour: tuple[float, float] = (0.0, 0.0)
     cores: int = 1
     count: int = 1
+    host_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def with_memory(self, memory_bytes: int) -> Hardware:
@@ -56,6 +60,7 @@ class Hardware:
             "usd_per_hour": list(self.usd_per_hour),
             "cores": self.cores,
             "count": self.count,
+            "host_bytes": self.host_bytes,
             "notes": list(self.notes),
         }
 
@@ -77,10 +82,12 @@ def find_card(name: str) -> Card | None:
 def from_card(card: Card) -> Hardware:
     """The hardware that a row of the table describes."""
     major, minor = card.capability
+    memory = round((card.memory_mib << 20) * (1 - DRIVER_SHARE))
     return Hardware(
         name=card.name,
         kind="cuda",
-        memory_bytes=round((card.memory_mib << 20) * (1 - DRIVER_SHARE)),
+        memory_bytes=memory,
+        host_bytes=max(LEAST_HOST_BYTES, memory),
         capability=card.capability,
         bf16=major >= 8,
         fp8=(major, minor) >= (8, 9),
@@ -98,6 +105,7 @@ def generic_card(memory_bytes: int, capability: tuple[int, int] | None = None) -
         name=f"card with {memory_bytes / GIB:.1f} GiB",
         kind="cuda",
         memory_bytes=memory_bytes,
+        host_bytes=max(LEAST_HOST_BYTES, memory_bytes),
         capability=capability,
         bf16=capability >= (8, 0),
         fp8=capability >= (8, 9),

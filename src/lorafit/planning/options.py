@@ -10,7 +10,6 @@ from lorafit.planning.facts import DataFacts
 from lorafit.planning.forecast import forecast
 from lorafit.planning.hardware import Hardware
 from lorafit.planning.matrix import MATRIX, Rule
-from lorafit.planning.memory import estimate_memory
 from lorafit.planning.shape import ModelShape
 
 
@@ -42,14 +41,15 @@ class Option:
 def price_options(
     config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware, chosen: Rule
 ) -> tuple[Option, ...]:
-    """Memory, time and cost of every row of the matrix; `config` is the planned one."""
+    """Memory, time and cost of every row of the matrix; `config` is the planned one, with the activations as they
+    were asked for: each row puts its own where they fit."""
     return tuple(_option(rule, config, facts, shape, hardware, rule is chosen) for rule in MATRIX)
 
 
 def _option(
     rule: Rule, config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware, chosen: bool
 ) -> Option:
-    settled = config if chosen else _with_rule(rule, config, facts, shape, hardware)
+    settled = config if chosen else _with_rule(rule, config)
     run = forecast(shape, settled, hardware, facts, full=not rule.rank)
     return Option(
         method=rule.method,
@@ -66,10 +66,7 @@ def _option(
     )
 
 
-def _with_rule(rule: Rule, config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> RunConfig:
-    """`config` as this row would have it, with activations kept where they fit."""
+def _with_rule(rule: Rule, config: RunConfig) -> RunConfig:
+    """`config` as this row would have it."""
     changes = {"rank": max(rule.rank, 1), "alpha": 2.0 * max(rule.rank, 1), "quantization": rule.quantization}
-    changed = config.model_copy(update=changes)
-    memory = estimate_memory(shape, changed, hardware, facts)
-    keep = memory.kept_bytes * (1 + memory.uncertainty) <= hardware.memory_bytes
-    return changed.model_copy(update={"gradient_checkpointing": "off" if keep else "on"})
+    return config.model_copy(update=changes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
+from lorafit.planning.dial import Dial, dial_of
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.matrix import rank_limit
@@ -26,7 +27,7 @@ def pitfalls(
     """What a run with these settings would regret, in the order of the codes. `config` is the planned one."""
     return [
         *_no_attention(shape, targets),
-        *_checkpointing(config, hardware, memory),
+        *_checkpointing(config, shape, hardware, memory),
         *_precision(config, hardware),
         *_dropout(config),
         *_serving(config),
@@ -48,17 +49,20 @@ def _no_attention(shape: ModelShape, targets: tuple[str, ...]) -> Iterator[Findi
         )
 
 
-def _checkpointing(config: RunConfig, hardware: Hardware, memory: MemoryEstimate) -> Iterator[Finding]:
+def _checkpointing(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate
+) -> Iterator[Finding]:
     room = hardware.memory_bytes
-    if config.gradient_checkpointing == "off" and memory.kept_bytes > room:
+    said = "gradient checkpointing is off" if config.gradient_checkpointing == "off" else "activations are kept"
+    if dial_of(config, shape.layers) == Dial() and memory.kept_bytes > room:
+        where = "gradient_checkpointing" if config.gradient_checkpointing == "off" else "activations"
         yield Finding(
             "P2",
             Severity.ERROR,
-            f"gradient checkpointing is off, and keeping every activation needs about {_gib(memory.kept_bytes)} "
-            f"of the {_gib(room)} there are",
-            where="gradient_checkpointing",
+            f"{said}, and keeping every activation needs about {_gib(memory.kept_bytes)} of the {_gib(room)} there are",
+            where=where,
             why="the run would end in out-of-memory at its first full micro-batch",
-            fix=f"set gradient_checkpointing: on (about {_gib(memory.recomputed_bytes)})",
+            fix=f"set {where}: auto (recomputing every layer needs about {_gib(memory.recomputed_bytes)})",
         )
     if config.gradient_checkpointing == "reentrant":
         yield Finding(
@@ -73,28 +77,42 @@ def _checkpointing(config: RunConfig, hardware: Hardware, memory: MemoryEstimate
 
 
 def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
-    cuda = hardware.kind == "cuda"
-    best = "fp32" if not cuda else "bf16" if hardware.bf16 else "fp16"
-
-    def judged(severity: Severity, message: str, why: str) -> Finding:
+    best = "fp32" if hardware.kind != "cuda" else "bf16" if hardware.bf16 else "fp16"
+    for severity, message, why in (*_lacking(config, hardware), *_fp8(config, hardware)):
         fix = f"set compute: {best}, or leave it on auto"
-        return Finding("P3", severity, message, where="compute", why=why, fix=fix)
+        yield Finding("P3", severity, message, where="compute", why=why, fix=fix)
 
+
+def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
+    """Severity, message and reason where a precision is not the device's, or more than the base has."""
+    cuda = hardware.kind == "cuda"
     if config.compute == "fp32" and config.quantization == "nf4" and cuda:
-        yield judged(
+        yield (
             Severity.WARNING,
             f"matmuls in fp32 over a 4-bit base on {hardware.name}",
             "the weights carry 4 bits, so fp32 adds no accuracy, leaves the tensor cores idle and doubles activations",
         )
     if config.compute == "bf16" and not hardware.bf16:
-        yield judged(
+        yield (
             Severity.ERROR if cuda else Severity.WARNING,
             f"compute is bf16, and {hardware.name} has no bf16 arithmetic",
             "it would be emulated: many times slower" + (", and some kernels refuse it" if cuda else ""),
         )
     if config.compute == "fp16" and not cuda:
         why = "few CPUs multiply in fp16: it is emulated, and its small range overflows"
-        yield judged(Severity.WARNING, "compute is fp16 on a CPU", why)
+        yield Severity.WARNING, "compute is fp16 on a CPU", why
+
+
+def _fp8(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
+    """The same for fp8, which only newer cards have, over a 4-bit base."""
+    if config.compute != "fp8":
+        return
+    if not hardware.fp8:
+        why = "fp8 matmuls begin with Ada and Hopper (capability 8.9); there is no slower way round"
+        yield Severity.ERROR, f"compute is fp8, and {hardware.name} has no fp8 arithmetic", why
+    elif config.quantization == "none":
+        why = "fp8 weights are made from the 4-bit ones, block by block"
+        yield Severity.ERROR, "compute is fp8, and quantization is none", why
 
 
 def _dropout(config: RunConfig) -> Iterator[Finding]:

@@ -13,10 +13,11 @@ from lorafit.planning.fit import obstacles
 from lorafit.planning.forecast import Forecast, forecast
 from lorafit.planning.full import REASON, not_built
 from lorafit.planning.hardware import Hardware
-from lorafit.planning.memory import MemoryEstimate, adapter_parameters
+from lorafit.planning.memory import MemoryEstimate
 from lorafit.planning.options import Option, price_options
 from lorafit.planning.pitfalls import pitfalls
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.standing import adapter_parameters
 from lorafit.planning.targets import resolve_targets
 
 
@@ -139,14 +140,16 @@ def make_plan(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware:
     targets = resolve_targets(resolved.config.targets, shape)
     decided = decide(resolved, facts, shape, hardware)
     config = final_config(resolved.config, decided.decisions)
+    # what is judged, and what other rows of the matrix would do, goes by the activations as they were asked for
+    asked = config.model_copy(update={"activations": resolved.config.activations})
     full = decided.is_full
     run = forecast(shape, config, hardware, facts, full=full)
     return Plan(
         decided=decided,
         targets=targets,
         run=run,
-        options=price_options(config, facts, shape, hardware, decided.rule),
-        findings=tuple([not_built()] if full else _findings(config, shape, hardware, run.memory, facts, targets)),
+        options=price_options(asked, facts, shape, hardware, decided.rule),
+        findings=tuple([not_built()] if full else _findings(asked, shape, hardware, run.memory, facts, targets)),
         shape=shape,
         facts=facts,
     )

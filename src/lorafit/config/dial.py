@@ -1,0 +1,109 @@
+"""Dial: where the activations of each layer wait for their backward pass, as one setting that can be written down."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorafit.errors import UsageError
+
+SHORT_FORMS = ("keep", "recompute", "offload")
+COUNTS = ("feed_forward", "whole", "offload", "micro_tokens")
+FIX = "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096"
+STEPS_DOWN = 4
+"""`tighter` changes a quarter of the layers at a time: enough to see, few enough retries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """How the decoder layers' activations survive until their backward pass, and how large a micro-batch is.
+
+    The first `whole` layers keep their input alone and are recomputed; the next `feed_forward` ones recompute the
+    inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
+    pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: tokens
+    of one micro-batch, None for `max_tokens`.
+    """
+
+    feed_forward: int = 0
+    whole: int = 0
+    offload: int = 0
+    host_embeddings: bool = False
+    micro_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        assert min(self.feed_forward, self.whole, self.offload) >= 0, self
+        assert self.micro_tokens is None or self.micro_tokens > 0, self
+
+    @classmethod
+    def parse(cls, text: str, layers: int) -> Dial:
+        """The dial that `text` means for a model with `layers` layers, clamped to them: a short form (`keep`,
+        `recompute`: every layer, `offload`: every layer), then counts; the inverse of `str`. Raises UsageError."""
+        words = [word.strip() for word in text.split(",")]
+        dial = {"recompute": cls(whole=layers), "offload": cls(offload=layers)}.get(words[0], cls())
+        given: dict[str, Any] = {}
+        for word in words[words[0] in SHORT_FORMS :]:
+            key, value = _assignment(word, text)
+            if key in given:
+                raise UsageError(f"'{text:.80}' says {key} twice", where="activations", fix=FIX)
+            given[key] = value
+        return replace(dial, **given).clamped(layers)
+
+    def __str__(self) -> str:
+        counts = [f"{key}={value}" for key in COUNTS[:3] if (value := getattr(self, key))]
+        embeddings = ["embeddings=host"] if self.host_embeddings else []
+        tokens = [f"micro_tokens={self.micro_tokens}"] if self.micro_tokens is not None else []
+        return ",".join(counts + embeddings + tokens) or "keep"
+
+    def clamped(self, layers: int) -> Dial:
+        """The same for a model with `layers` layers: no count beyond them, whole layers first."""
+        whole = min(self.whole, layers)
+        feed_forward = min(self.feed_forward, layers - whole)
+        return replace(self, whole=whole, feed_forward=feed_forward, offload=min(self.offload, layers))
+
+    def level(self, layer: int) -> str:
+        """`whole`, `feed_forward` or `keep`: what is recomputed of the layer with this index."""
+        if layer < self.whole:
+            return "whole"
+        return "feed_forward" if layer < self.whole + self.feed_forward else "keep"
+
+    def tighter(self, layers: int, tokens: int | None = None, longest: int = 1) -> Dial | None:
+        """The next setting with clearly less memory on the device, or None at the end.
+
+        What is still on the device is recomputed in part, then entirely, then sent to the host; then the embeddings
+        are; then the micro-batch is halved, down to the `longest` row. `tokens`: the micro-batch while
+        `micro_tokens` is None; without either it is left alone.
+        """
+        dial = self.clamped(layers)
+        step = -(-layers // STEPS_DOWN)
+        light = dial.whole + dial.feed_forward
+        if max(light, dial.offload) < layers:
+            most = min(layers, max(light, dial.offload) + step)
+            return replace(dial, feed_forward=most - dial.whole)
+        if max(dial.whole, dial.offload) < layers:
+            whole = min(layers, max(dial.whole, dial.offload) + step)
+            return replace(dial, whole=whole, feed_forward=layers - whole)
+        if dial.offload < layers:
+            return replace(dial, offload=layers)
+        return dial._lighter_everywhere(layers, tokens, longest)
+
+    def _lighter_everywhere(self, layers: int, tokens: int | None, longest: int) -> Dial | None:
+        """`tighter` once every layer waits in host memory: less in flight, no embeddings, fewer tokens."""
+        if self.whole < layers:
+            return replace(self, whole=layers, feed_forward=0)
+        if not self.host_embeddings:
+            return replace(self, host_embeddings=True)
+        now = self.micro_tokens or tokens
+        if now is None or now <= longest:
+            return None
+        return replace(self, micro_tokens=max(now // 2, longest))
+
+
+def _assignment(word: str, text: str) -> tuple[str, int | bool]:
+    """`key=value` of a dial. Raises UsageError for what is none."""
+    key, _, value = (part.strip() for part in word.partition("="))
+    if (key, value) == ("embeddings", "host"):
+        return "host_embeddings", True
+    if key not in COUNTS or not re.fullmatch(r"[0-9]{1,9}", value) or (key == "micro_tokens" and not int(value)):
+        raise UsageError(f"'{text:.80}' is no setting of the activations", where="activations", fix=FIX)
+    return key, int(value)

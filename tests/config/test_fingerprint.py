@@ -1,0 +1,64 @@
+"""What must stay the same for a run to go on, and what may change."""
+
+import json
+
+import pytest
+
+from lorafit.config import FREE, RunConfig, RunFingerprint, RunIdentity, held_settings, resolve
+from lorafit.errors import RunDirError
+
+HELD = {
+    "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup", "weight_decay",
+    "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "seed",
+}  # fmt: skip
+
+
+def fingerprint(**given):
+    content = {"train_rows": "a" * 64, "held_out_rows": "b" * 64, "template": "c" * 64, "base": "d" * 64}
+    return RunFingerprint(**{**content, "settings": held_settings(resolve(flags=given).config)})
+
+
+def test_every_setting_is_either_held_or_free_and_each_is_a_decision():
+    """A new setting is held until it is put among the free ones: make the decision in fingerprint.py, then here."""
+    assert set(RunConfig.model_fields) - FREE == HELD
+    assert set(RunConfig.model_fields) >= FREE
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "save_steps", "keep_last", "compile", "vram", "report_to", "out"])
+def test_what_changes_only_layout_speed_or_what_is_kept_is_free(key):
+    value = {"vram": "8GiB", "report_to": "wandb", "out": "x", "compile": "off"}.get(key, 64)
+    assert fingerprint().differences(fingerprint(**{key: value})) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.5), ("seed", 3), ("targets", "all-linear"), ("epochs", 1.0)])
+def test_a_held_setting_is_named_with_both_values(key, value):
+    then, now = fingerprint(), fingerprint(**{key: value})
+    assert then.differences(now) == [(key, str(then.settings[key]), str(value))]
+
+
+def test_content_is_named_in_words():
+    other = RunFingerprint(**{**fingerprint().to_dict(), "train_rows": "e" * 64})
+    assert fingerprint().differences(other) == [("the training rows", "sha256 " + "a" * 12, "sha256 " + "e" * 12)]
+
+
+def test_a_setting_that_an_older_release_did_not_know_is_a_difference():
+    fields = fingerprint().to_dict()
+    del fields["settings"]["dropout"]
+    assert RunFingerprint.from_dict(fields).differences(fingerprint()) == [("dropout", "not set", "0.05")]
+
+
+def test_an_identity_comes_back_as_it_was_written(tmp_path):
+    identity = RunIdentity("id", fingerprint(targets="q_proj,v_proj"), {"torch": "2"})
+    path = tmp_path / "fingerprint.json"
+    path.write_text(json.dumps(identity.to_dict()))
+    assert RunIdentity.read(path) == identity
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"run": 1, "fingerprint": {"odd": 1}}'])
+def test_a_damaged_one_is_one_sentence(tmp_path, content):
+    path = tmp_path / "fingerprint.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunDirError, match=r"cannot be read.*--restart") as caught:
+        RunIdentity.read(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,133 @@
+"""The lock of a run directory: one process at a time, and one that was killed holds nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from lorafit.config import RunLock
+from lorafit.config.run_lock import LOCK, Owner
+from lorafit.errors import RunDirError
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def hold(folder, taken):
+    with RunLock(folder):
+        taken.set()
+        time.sleep(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    taken = CONTEXT.Event()
+    process = CONTEXT.Process(target=hold, args=(tmp_path, taken))
+    process.start()
+    assert taken.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_process_is_refused_in_one_sentence_that_names_the_first(holder, tmp_path):
+    with (
+        pytest.raises(RunDirError, match=rf"process {holder.pid} on .* is training this run") as caught,
+        RunLock(tmp_path),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / LOCK).exists(), "the refused one must not remove the owner's lock"
+
+
+def test_a_second_lock_in_the_same_process_is_refused_too(tmp_path):
+    with RunLock(tmp_path), pytest.raises(RunDirError, match=f"process {os.getpid()}"), RunLock(tmp_path):
+        pass
+
+
+def test_a_killed_owner_holds_nothing(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert (tmp_path / LOCK).exists()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"pid": 1}', json.dumps([1, 2])])
+def test_a_damaged_lock_holds_nothing(tmp_path, left):
+    (tmp_path / LOCK).write_text(left)
+    with RunLock(tmp_path):
+        pass
+
+
+def left_by(tmp_path, **other):
+    owner = replace(Owner.here(), **other)
+    (tmp_path / LOCK).write_text(json.dumps(asdict(owner)))
+    return owner
+
+
+def test_a_lock_from_before_a_reboot_of_this_machine_is_stale(tmp_path):
+    left_by(tmp_path, boot="another", pid=1)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_process_id_that_was_given_anew_is_not_the_owner(tmp_path):
+    assert Owner.here().runs_here()
+    assert not left_by(tmp_path, started=1).runs_here()
+    assert not left_by(tmp_path, pid=2**22 + 1).runs_here()
+
+
+def test_the_lock_of_another_machine_stands_and_says_what_to_do(tmp_path):
+    left_by(tmp_path, boot="another", host="elsewhere", pid=77)
+    with (
+        pytest.raises(RunDirError, match=r"process 77 on elsewhere .*if that machine is gone, remove .*\.lock"),
+        RunLock(tmp_path),
+    ):
+        pass
+    assert "elsewhere" in (tmp_path / LOCK).read_text()
+
+
+def test_where_the_file_system_has_no_locks_the_owners_process_decides(holder, tmp_path, monkeypatch):
+    import errno
+
+    from lorafit.config import run_lock
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    with pytest.raises(RunDirError, match=f"process {holder.pid}"), RunLock(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with RunLock(tmp_path):
+        pass
+
+
+def contend(folder, index, results):
+    for _ in range(40):
+        try:
+            with RunLock(folder):
+                mark = folder / "inside"
+                mark.touch(exist_ok=False)
+                mark.unlink()
+                results[index] += 1
+        except RunDirError:
+            continue
+
+
+def test_processes_that_race_for_it_are_never_both_inside(tmp_path):
+    results = CONTEXT.Array("i", 3)
+    racers = [CONTEXT.Process(target=contend, args=(tmp_path, index, results)) for index in range(3)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    assert sum(results) > 0
+    assert not (tmp_path / LOCK).exists()

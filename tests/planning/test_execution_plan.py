@@ -1,0 +1,108 @@
+from itertools import pairwise
+
+import pytest
+
+from lorafit.config import RunConfig
+from lorafit.planning import DataFacts, estimate_memory, hardware_named
+from lorafit.planning.dial import Dial
+from lorafit.planning.execution_plan import plan_execution, room_of
+from lorafit.planning.hardware import GIB, Hardware
+from planning_shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
+
+H200 = hardware_named("H200")
+CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
+DENSE = DataFacts(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
+BUDGETS = (6.5, 7, 8, 10, 12, 16, 24, 40)
+
+
+def planned(gib=None, config=LLAMA_8B, rows=DENSE, hardware=H200, **settings):
+    device = hardware.with_memory(int(gib * GIB)) if gib else hardware
+    run = RunConfig(max_tokens=8192, examples_per_step=4, **settings)
+    return plan_execution(shape(config), run, device, rows), estimate_memory(shape(config), run, device, rows), device
+
+
+@pytest.mark.parametrize("gib", BUDGETS)
+@pytest.mark.parametrize("targets", ["qv", "all-linear"])
+def test_the_plan_keeps_to_the_budget(gib, targets):
+    plan, memory, device = planned(gib, targets=targets)
+    assert memory.fits(device)
+    assert plan.host_bytes == memory.host_bytes <= device.host_bytes
+
+
+def test_where_there_is_room_the_estimate_s_error_is_spared():
+    for gib in (8, 16, 24, 40):
+        _, memory, device = planned(gib)
+        assert memory.peak_bytes * (1 + memory.uncertainty) <= device.memory_bytes
+
+
+def test_more_memory_is_never_slower():
+    # 6.5 GiB is planned without the estimate's error to spare, the rest with it
+    speeds = [planned(gib)[0].tokens_per_s for gib in BUDGETS[1:]]
+    # but for what is not worth pinning host memory
+    assert all(more > 0.99 * less for less, more in pairwise(speeds))
+    assert speeds[-1] > 1.2 * speeds[0]
+
+
+def test_everything_stays_on_a_large_card():
+    plan, _, _ = planned()
+    assert (plan.dial, plan.host_bytes) == (Dial(), 0)
+
+
+def test_where_nothing_fits_the_least_is_planned_and_does_not_fit():
+    plan, memory, device = planned(4)
+    assert plan.dial == Dial(whole=32, offload=32, host_embeddings=True, micro_tokens=2048)
+    assert not memory.fits(device)
+
+
+@pytest.mark.parametrize("longest", [300, 1024, 3000, 8192])
+def test_no_micro_batch_is_smaller_than_the_longest_row(longest):
+    rows = DataFacts(64, 64 * 300, 64 * 300, longest, 300.0)
+    plan, _, _ = planned(6.2, rows=rows)
+    assert plan.tokens >= longest
+
+
+def test_what_is_set_by_hand_is_planned_as_it_is():
+    dial = "feed_forward=3,whole=2,offload=7,embeddings=host,micro_tokens=4096"
+    assert str(planned(8, activations=dial)[0].dial) == dial
+    assert planned(8, gradient_checkpointing="off")[0].dial == Dial()
+
+
+def test_a_processor_recomputes_and_sends_nothing_away():
+    assert planned(hardware=CPU, config=TINY)[0].dial == Dial()
+    plan, memory, device = planned(8, hardware=CPU, config=LLAMA_1B)
+    assert plan.dial.offload == plan.host_bytes == 0
+    assert plan.dial != Dial()
+    assert memory.fits(device)
+
+
+def test_host_memory_bounds_what_leaves():
+    small = Hardware(**{**{name: getattr(H200, name) for name in H200.__slots__}, "host_bytes": GIB})
+    plan, _, _ = planned(8, hardware=small)
+    assert plan.host_bytes <= GIB
+
+
+def test_the_room_is_what_stays_on_the_device_leaves():
+    run = RunConfig(max_tokens=8192, activations="keep")
+    memory = estimate_memory(shape(), run, H200, DENSE)
+    passing = {"activations", "loss or one layer's backward", "fragmentation"}
+    stays = sum(part.size_bytes for part in memory.components if part.name not in passing)
+    assert room_of(shape(), run, H200).device_bytes == H200.memory_bytes - stays
+    assert room_of(shape(), run, CPU).link is None
+
+
+def test_a_step_is_as_long_as_its_tokens():
+    short, long = (planned(rows=DataFacts(64, 64 * n, 64 * n, n, float(n)))[0] for n in (500, 1000))
+    assert (short.step_tokens, long.step_tokens) == (2000, 4000)
+    assert short.step_s < long.step_s
+
+
+def test_no_rows_at_all_are_planned_without_a_crash():
+    plan, _, _ = planned(config=TINY, rows=DataFacts(0, 0, 0, 0, 0.0))
+    assert plan.tokens == 1
+    assert planned(config=TINY, rows=facts(rows=1))[0].step_s > 0
+
+
+def test_on_a_processor_sending_away_saves_nothing():
+    kept, sent = (planned(hardware=CPU, config=TINY, activations=dial)[1] for dial in ("keep", "offload"))
+    assert sent.peak_bytes == kept.peak_bytes
+    assert sent.host_bytes == 0
