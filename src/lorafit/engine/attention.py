@@ -8,26 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from lorafit.engine.segments import Group, Segments
+from lorafit.engine.attention_op import packed_attention_op, takes_flash
+from lorafit.engine.grouped_attention import grouped_attention
+from lorafit.engine.segments import Segments
 from lorafit.errors import BackboneError
 
 PACKED = "lorafit_packed"
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-
-varlen_attn: Any
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch builds without it still have the grouped path
-    varlen_attn = None
-# the flag came after torch 2.11
-VARLEN_SHARES_KEYS = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
 
 
 def packed_attention(
@@ -56,78 +47,12 @@ def packed_attention(
         )
     if unused.get("s_aux") is not None:
         raise BackboneError("attention sinks are not supported for packed rows", where=type(module).__name__)
-    window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    if varlen_attn is not None and query.is_cuda and query.dtype in VARLEN_DTYPES and softcap is None:
-        return _varlen(query, key, value, scaling, window, segments), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    parts = [_grouped(query, key, value, scale, window, softcap, group) for group in segments.groups]
-    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return flat.index_select(0, segments.scatter).unsqueeze(0), None
-
-
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    segments: Segments,
-) -> torch.Tensor:
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, dim)
-    options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
-    if q.shape[1] != k.shape[1]:
-        if VARLEN_SHARES_KEYS:
-            options["enable_gqa"] = True
-        else:
-            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
-    edges, longest = segments.boundaries, segments.longest
-    return varlen_attn(q, k, v, edges, edges, longest, longest, **options).unsqueeze(0)
-
-
-def _grouped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    group: Group,
-) -> torch.Tensor:
-    """Attention of one group of rows; returns (rows * longest, heads, dim)."""
-    q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
-    shares_keys = q.shape[1] != k.shape[1]
-    if softcap is not None:
-        mixed = _capped(q, k, v, scale, window, softcap)
-    elif window is None:
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys)
-    else:
-        band = _band(q.shape[2], window, q.device)
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scale, enable_gqa=shares_keys)
-    return mixed.transpose(1, 2).flatten(0, 1)
-
-
-def _gathered(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """(1, heads, tokens, dim) → (rows, heads, longest, dim)."""
-    rows, longest = group.tokens.shape
-    tokens_first = tensor[0].transpose(0, 1).index_select(0, group.tokens.flatten())
-    return tokens_first.view(rows, longest, *tokens_first.shape[1:]).transpose(1, 2)
-
-
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(length, length) bool: True where a query may see a key; causal, at most `window` tokens back."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < (window or length))
-
-
-def _capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, softcap: float
-) -> torch.Tensor:
-    """softmax(cap · tanh(scores / cap)) · value, as transformers' eager Gemma 2 does it, softmax in fp32."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
-    scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    rows = (segments.gather, segments.scatter, segments.layout)
+    if takes_flash(query, softcap) or torch.compiler.is_compiling():
+        options = (scale, sliding_window, softcap)
+        return packed_attention_op(query, key, value, segments.boundaries, *rows, *options)[0], None
+    return grouped_attention(query, key, value, *rows, scale, sliding_window, softcap), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 
 MAX_PADDED = 1.25  # a group of rows is padded to its longest while that costs at most a quarter more tokens
@@ -24,52 +24,86 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The rows of one micro-batch: `boundaries` (rows + 1,) int32 as variable-length kernels want them."""
+    """The rows of one micro-batch, as tensors only, so that compiled code need not be made anew for each micro-batch.
 
-    longest: int
+    `boundaries` (rows + 1,) int32 as variable-length kernels want them; `gather` (padded tokens,) the groups' token
+    indices, one group after another; `scatter` (tokens,) for each packed token its place in `gather`; `layout`
+    (2 × groups,) int64, always on the CPU: each group's rows and their width, by falling width.
+    """
+
     boundaries: torch.Tensor
-    groups: tuple[Group, ...]
-    scatter: torch.Tensor  # (tokens,) for each packed token, its place in the concatenated, flattened groups
+    gather: torch.Tensor
+    scatter: torch.Tensor
+    layout: torch.Tensor
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> Segments:
         """Segments of rows that lie one after another, `lengths[i]` tokens each."""
-        starts = [0, *accumulate(lengths)]
-        scatter = torch.empty(starts[-1], dtype=torch.int64)
-        groups, filled = [], 0
-        for members in _similar(lengths):
-            width = lengths[members[0]]
-            rows = []
-            for place, row in enumerate(members):
-                start, length = starts[row], lengths[row]
-                rows.append([*range(start, start + length), *([start] * (width - length))])
-                at = filled + place * width
-                scatter[start : start + length] = torch.arange(at, at + length)
-            groups.append(Group(torch.tensor(rows)))
-            filled += width * len(members)
-        return cls(max(lengths), torch.tensor(starts, dtype=torch.int32), tuple(groups), scatter)
+        sizes = np.asarray(lengths, dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        gather, layout = [], []
+        scatter = np.empty(starts[-1], dtype=np.int64)
+        filled = 0
+        for members in _similar(sizes):
+            width = int(sizes[members[0]])
+            places = np.arange(width)
+            inside = places[None] < sizes[members][:, None]
+            tokens = np.where(inside, starts[members][:, None] + places[None], starts[members][:, None])
+            scatter[tokens[inside]] = filled + np.flatnonzero(inside)
+            gather.append(tokens.ravel())
+            layout += [len(members), width]
+            filled += tokens.size
+        return cls(
+            torch.from_numpy(starts.astype(np.int32)),
+            torch.from_numpy(np.concatenate(gather)),
+            torch.from_numpy(scatter),
+            torch.tensor(layout),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.layout[1])
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, longest rows first."""
+        return groups_of(self.gather, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments with their tensors on `device`."""
+        """The same segments with their tensors on `device`; `layout` stays where it can be read without waiting."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        groups = tuple(Group(moved(group.tokens)) for group in self.groups)
-        return Segments(self.longest, moved(self.boundaries), groups, moved(self.scatter))
+        return Segments(moved(self.boundaries), moved(self.gather), moved(self.scatter), self.layout)
+
+    def pin_memory(self) -> Segments:
+        """The same segments in page-locked memory, from which copies to a card need no wait."""
+        return Segments(self.boundaries.pin_memory(), self.gather.pin_memory(), self.scatter.pin_memory(), self.layout)
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
+def groups_of(gather: torch.Tensor, layout: torch.Tensor) -> tuple[Group, ...]:
+    """The groups that `gather` and `layout` describe."""
+    groups, start = [], 0
+    for rows, width in layout.view(-1, 2).tolist():
+        groups.append(Group(gather[start : start + rows * width].view(rows, width)))
+        start += rows * width
+    return tuple(groups)
+
+
+def _similar(lengths: np.ndarray) -> list[np.ndarray]:
     """Row indices in groups whose padding stays within MAX_PADDED, each group longest row first."""
     groups: list[list[int]] = []
     tokens = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
         if groups:
-            width = lengths[groups[-1][0]]
-            if width * (len(groups[-1]) + 1) <= MAX_PADDED * (tokens + lengths[row]):
+            width = int(lengths[groups[-1][0]])
+            if width * (len(groups[-1]) + 1) <= MAX_PADDED * (tokens + length):
                 groups[-1].append(row)
-                tokens += lengths[row]
+                tokens += length
                 continue
         groups.append([row])
-        tokens = lengths[row]
-    return groups
+        tokens = length
+    return [np.array(group) for group in groups]
