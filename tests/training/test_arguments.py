@@ -29,7 +29,7 @@ def test_without_cuda_neither_fp16_nor_a_paged_optimizer_is_asked_for(tmp_path, 
     arguments = training_arguments(settings(), tmp_path, 10, dtype)
     assert not arguments.fp16
     assert not arguments.bf16
-    assert arguments.optim == "adamw_torch"
+    assert arguments.optim == "adamw_torch_fused"
 
 
 def test_checkpointing_is_never_reentrant_unless_asked(tmp_path):

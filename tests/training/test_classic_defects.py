@@ -111,7 +111,7 @@ def test_the_trainers_arguments_exist_under_their_names_of_today(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 def test_a_machine_without_cuda_trains_in_fp32_with_plain_adamw(trainer):
-    assert trainer.args.optim == "adamw_torch"
+    assert trainer.args.optim == "adamw_torch_fused"
     assert not trainer.args.fp16
     assert not trainer.args.bf16
     batch = first_step(trainer).micro_batches[0]

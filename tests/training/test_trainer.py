@@ -176,3 +176,17 @@ def test_a_run_of_one_step_learns(base, tmp_path):
     model = attach(load_backbone(config, device="cpu"), config)
     LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, tmp_path).train()
     assert any(float(weight.abs().sum()) > 0 for name, weight in model.named_parameters() if ".lora_B." in name)
+
+
+def test_every_module_trains_in_a_step_and_none_in_an_evaluation(base, tmp_path):
+    """PEFT's wrapper is made in training mode over a base in evaluation mode: the flag of the whole says nothing."""
+    config = settings(base=base, max_steps=3, examples_per_step=4, eval_steps=1, dropout=0.3)
+    model = attach(load_backbone(config, device="cpu"), config)
+    seen = []
+
+    def look(*_):
+        seen.append({module.training for module in model.modules()})
+
+    model.get_base_model().model.layers[0].register_forward_pre_hook(look)
+    LorafitTrainer(model, config, encoded_rows(*LENGTHS), encoded_rows(9), tmp_path).train()
+    assert seen == [{True}, {False}] * 3

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from lorafit.config import RunConfig
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -32,7 +32,7 @@ def training_arguments(
     """
     steps = total_steps(config, epoch_steps)
     cuda = torch.cuda.is_available()
-    optimizer = config.optimizer if config.optimizer != "auto" else ("paged_adamw_8bit" if cuda else "adamw")
+    optimizer = "adamw" if config.optimizer == "auto" else config.optimizer  # the plan knows when moments are too large
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -43,7 +43,7 @@ def training_arguments(
         warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # the first step of a warm-up has lr 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=_fused(OPTIMIZERS[optimizer], cuda),
+        optim=OPTIMIZERS[optimizer],
         bf16=cuda and dtype == torch.bfloat16,
         fp16=cuda and dtype == torch.float16,
         use_cpu=not cuda,
@@ -65,19 +65,24 @@ def training_arguments(
     )
 
 
-def _fused(optimizer: str, cuda: bool) -> str:
-    return "adamw_torch_fused" if optimizer == "adamw_torch" and cuda else optimizer
-
-
 def _intervals(verb: str, every: int | None, epoch_steps: int) -> dict[str, Any]:
     # once an epoch, counted in steps: the Trainer's own "epoch" strategy would miss a run that ends mid-epoch
     return {f"{verb}_strategy": "steps", f"{verb}_steps": every or epoch_steps}
 
 
+def without_checkpointing(arguments: TrainingArguments) -> None:
+    """Tell the Trainer to leave activations alone: the engine's layers have them."""
+    setattr(arguments, _checkpointing_name(), False)
+
+
 def _checkpointing(config: RunConfig) -> dict[str, Any]:
     asked = config.gradient_checkpointing
     on = asked in ("on", "reentrant") or (asked == "auto" and torch.cuda.is_available())
-    # transformers renamed the pair after 5.17; the old names warn in newer releases and are gone in 6
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    name = _checkpointing_name()
     return {name: on, f"{name}_kwargs": {"use_reentrant": asked == "reentrant"}}
+
+
+def _checkpointing_name() -> str:
+    # transformers renamed it after 5.17; the old name warns in newer releases and is gone in 6
+    known = {field.name for field in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"

@@ -1,107 +1,155 @@
-"""Checkpoints: `checkpoints/step-000120/`, staged, fsynced and renamed; no pickle in any of them."""
+"""Checkpoint: a folder `step-000120` that is whole, proved so by its manifest; no pickle in any of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from lorafit.adapters import follow_umask, sync
+from lorafit.errors import CheckpointError
 
-from lorafit.adapters import save_adapter
-from lorafit.config import RunConfig
-from lorafit.errors import RunDirError
-
-FREE_SPACE_MARGIN = 1.2
+MANIFEST = "manifest.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 1 << 20
+_NAME = re.compile(r"step-(\d{6,})")
 
 
-def write_checkpoint(trainer: Any, folder: Path, config: RunConfig) -> Path | None:
-    """Save adapter, optimizer, schedule and random states of `trainer`; drop checkpoints beyond `keep_last`.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint that verifies: where it is, the run and step it belongs to, and the held-out loss there if any."""
 
-    `manifest.json`, with the SHA-256 and size of every other file, is written last. Returns the folder.
-    """
-    final = folder / f"step-{trainer.state.global_step:06d}"
-    if final.exists():
-        return final
-    staged = folder / f".{final.name}.staged"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _require_space(folder, trainer.model)
-        staged.mkdir()
-        save_adapter(trainer.model, staged / "adapter", config, base_name=config.base)
-        _save_optimizer(trainer, staged)
-        state = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, "log": trainer.state.log_history}
-        (staged / "state.json").write_text(json.dumps(state, indent=1))
-        _write_manifest(staged, trainer.state.global_step)
-        staged.rename(final)
-    except (OSError, SafetensorError) as error:
-        reason = f"the checkpoint could not be written ({getattr(error, 'strerror', None) or error})"
-        raise RunDirError(reason, where=str(final), fix="free some space; earlier checkpoints are whole") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    _fsync(folder)
-    for old in sorted(folder.glob("step-*"))[: -config.keep_last]:
-        shutil.rmtree(old)
-    return final
+    folder: Path
+    run: str
+    step: int
+    eval_loss: float | None
+    is_last: bool = False  # of the run: nothing is left to train
+
+    @classmethod
+    def open(cls, folder: Path, *, run: str | None = None) -> Checkpoint:
+        """Read and hash every file in `folder`. Raises CheckpointError, one sentence, for whatever is not as written.
+
+        `run` is the id of the run it must belong to.
+        """
+        manifest = read_manifest(folder)
+        for name, entry in manifest["files"].items():
+            _check_file(folder, name, entry)
+        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        foreign = sorted(present - {*manifest["files"], MANIFEST})
+        if foreign:
+            raise CheckpointError(f"{foreign[0]} is not in its manifest", where=str(folder))
+        if run is not None and manifest["run"] != run:
+            raise CheckpointError("it belongs to another run", where=str(folder))
+        return cls(folder, manifest["run"], manifest["step"], manifest["eval_loss"], manifest["last"])
 
 
-def _save_optimizer(trainer: Any, folder: Path) -> None:
-    """optimizer.safetensors (moments by parameter index) and random.safetensors; scalars go to schedule.json."""
-    state = trainer.optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, moments in state["state"].items():
-        for name, value in moments.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{index}.{name}"] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    random = {"cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    save_file(random, folder / "random.safetensors")
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    schedule = {"last_epoch": trainer.lr_scheduler.last_epoch, "groups": groups, "scalars": scalars}
-    (folder / "schedule.json").write_text(json.dumps(schedule, indent=1, default=str))
-
-
-def _write_manifest(folder: Path, step: int) -> None:
+def seal(folder: Path, *, run: str, step: int, eval_loss: float | None, last: bool = False) -> None:
+    """Sync every file in `folder`, then write the manifest that vouches for them, and sync that."""
+    follow_umask(folder)
     files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _fsync(path)
-            content = path.read_bytes()
-            files[str(path.relative_to(folder))] = {
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "bytes": len(content),
-            }
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1))
-    _fsync(manifest)
-    _fsync(folder)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for inner in sorted({path.parent for path in folder.rglob("*")}):
+        sync(inner)
+    manifest = {"format": FORMAT, "run": run, "step": step, "eval_loss": eval_loss, "last": last, "files": files}
+    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")  # last: without it there is no checkpoint
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
-def _require_space(folder: Path, model: Any) -> None:
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    needed = int(trainable * 12 * FREE_SPACE_MARGIN) + (1 << 20)  # fp32 weights and two fp32 moments
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunDirError(
-            f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free",
-            where=str(folder),
-            fix="free some space; earlier checkpoints are whole",
-        )
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, itself proved by the hash it carries. Raises CheckpointError."""
+    path = folder / MANIFEST
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError("its manifest is far too large", where=str(folder))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        del manifest["sha256"]
+        # written again it must be the same text, to the blank: so no flipped bit passes
+        whole = _sealed(manifest) == text and manifest["format"] == FORMAT
+    except FileNotFoundError as error:
+        raise CheckpointError("it has no manifest", where=str(folder)) from error
+    except OSError as error:
+        raise CheckpointError(f"its manifest cannot be read ({error.strerror})", where=str(folder)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError("its manifest is damaged", where=str(folder)) from error
+    if not whole:
+        raise CheckpointError("its manifest is damaged", where=str(folder))
+    if folder.name != folder_name(manifest["step"]):
+        raise CheckpointError(f"its manifest is that of step {manifest['step']}", where=str(folder))
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def folder_name(step: int) -> str:
+    """step-000120"""
+    return f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None when it is no such name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Every `step-N` in `folder`, oldest first, whether it verifies or not."""
+    steps = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(steps)]
+
+
+def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
+    """Remove all checkpoints but the newest `keep_last` and, of the others, the `keep_best` of lowest held-out loss."""
+    older = checkpoint_folders(folder)[:-keep_last]
+    scored = sorted((loss, -(step_of(path) or 0), path) for path in older if (loss := _loss_of(path)) is not None)
+    best = {path for _, _, path in scored[:keep_best]}
+    for path in older:
+        if path not in best:
+            remove_folder(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint so that a kill half way leaves nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _loss_of(folder: Path) -> float | None:
+    try:
+        loss = read_manifest(folder)["eval_loss"]
+    except CheckpointError:
+        return None
+    return float(loss) if loss is not None else None
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{name} has {size:,} of {entry['bytes']:,} bytes", where=str(folder))
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{name} is not what was written (its SHA-256 differs)", where=str(folder))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing", where=str(folder)) from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read ({error.strerror})", where=str(folder)) from error
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,20 +8,24 @@ import numpy as np
 import torch
 
 from lorafit.config import RunConfig
-from lorafit.data import Rows, epoch_order, pack_step, steps_per_epoch
+from lorafit.data import Rows, epoch_order, steps_per_epoch
 from lorafit.engine import MicroBatch, Step, collate
+from lorafit.training.layout import Layout
 
 
 class StepDataset(torch.utils.data.Dataset[Step]):
-    """Item i is the i-th step of the current epoch: the same examples whatever `max_tokens` or the process count.
+    """Item i is the i-th step of the current epoch: the same examples whatever the layout or the process count.
 
     Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. With several processes each
     gets every `world`-th micro-batch; where their number does not divide, the last ones are repeats that
     supervise nothing, so that all processes run the same number of forwards.
     """
 
-    def __init__(self, rows: Rows, config: RunConfig, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, rows: Rows, config: RunConfig, layout: Layout | None = None, *, rank: int = 0, world: int = 1
+    ) -> None:
         self.rows, self.config, self.rank, self.world = rows, config, rank, world
+        self.layout = layout or Layout(config.max_tokens)
         self.order = np.arange(0)
         self.set_epoch(0)
 
@@ -36,13 +40,16 @@ class StepDataset(torch.utils.data.Dataset[Step]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         size = self.config.examples_per_step
-        chosen = self.order[index * size : (index + 1) * size]
-        layout = [chosen[members] for members in pack_step(self.rows.lengths[chosen], self.config.max_tokens)]
+        return self.step_of(self.order[index * size : (index + 1) * size])
+
+    def step_of(self, chosen: Sequence[int] | np.ndarray) -> Step:
+        """The step over these rows, in today's layout."""
+        members = np.asarray(chosen, dtype=np.int64)
         return Step(
-            micro_batches=self._own_share(layout),
-            supervised=int(self.rows.supervised[chosen].sum()),
-            tokens=int(self.rows.lengths[chosen].sum()),
-            rows=tuple(int(row) for row in chosen),
+            micro_batches=self._own_share(self.layout.of(self.rows.lengths, members)),
+            supervised=int(self.rows.supervised[members].sum()),
+            tokens=int(self.rows.lengths[members].sum()),
+            rows=tuple(int(row) for row in members),
         )
 
     def _own_share(self, layout: Sequence[np.ndarray]) -> list[MicroBatch]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafit.training.clock import TrainingClock
+from lorafit.training.step_log import StepNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +29,20 @@ class StepProgress:
     eval_loss: float | None = None
 
 
+class Reporter(Protocol):
+    """The trainer, as far as progress needs it: its clock, and the step that is being reported."""
+
+    clock: TrainingClock
+    reported: StepNumbers | None
+
+
 class TrainingProgress(TrainerCallback):
     """Calls `show` after every step; tokens a second count every packed token, and only training time."""
 
-    def __init__(self, show: Callable[[StepProgress], None], step_tokens: Callable[[], int]) -> None:
-        self.show, self.step_tokens = show, step_tokens
-        self.tokens, self.training_s, self.began = 0, 0.0, 0.0
+    def __init__(self, show: Callable[[StepProgress], None], trainer: Reporter) -> None:
+        self.show, self.trainer = show, trainer
+        self.tokens, self.steps = 0, 0  # of this process: a resumed run measures its own speed
         self.eval_loss: float | None = None
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.training_s += time.perf_counter() - self.began
-        self.tokens += self.step_tokens()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         logs = given.get("logs") or {}
@@ -48,17 +50,18 @@ class TrainingProgress(TrainerCallback):
             self.eval_loss = float(logs["eval_loss"])
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        rate = self.tokens / max(self.training_s, 1e-9)
-        left = (state.max_steps - state.global_step) * self.training_s / max(state.global_step, 1)
+        assert self.trainer.reported is not None
+        self.tokens, self.steps = self.tokens + self.trainer.reported.tokens, self.steps + 1
+        elapsed_s = max(self.trainer.clock.elapsed_s, 1e-9)
         self.show(
             StepProgress(
                 step=state.global_step,
                 steps=state.max_steps,
                 loss=float(logs["loss"]),
                 learning_rate=float(logs.get("learning_rate", 0.0)),
-                tokens_per_s=rate,
+                tokens_per_s=self.tokens / elapsed_s,
                 memory_bytes=memory_in_use(),
-                eta_s=left,
+                eta_s=(state.max_steps - state.global_step) * elapsed_s / self.steps,
                 eval_loss=self.eval_loss,
             )
         )

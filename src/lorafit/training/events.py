@@ -1,0 +1,58 @@
+"""EventLog: what happened to a run besides its steps, one JSON line each in events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafit.training.line_file import LineFile
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """`kind` (non_finite, spike, rollback, left_out, out_of_memory, …), the step, one sentence, and its details."""
+
+    kind: str
+    step: int
+    message: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; numbers that are not finite become null, since JSON has no NaN."""
+        return {
+            "step": self.step,
+            "kind": self.kind,
+            "message": self.message,
+            **{key: _finite(value) for key, value in self.details.items()},
+        }
+
+
+class EventLog:
+    """Appends events to `path` as they happen, keeps them, and passes each to `show`."""
+
+    def __init__(self, path: Path | None = None, show: Callable[[RunEvent], None] | None = None) -> None:
+        self.path, self.show = path, show
+        self.seen: list[RunEvent] = []
+        self.file = LineFile(path) if path is not None else None
+        if self.file is not None:
+            self.file.continue_file()
+
+    def record(self, kind: str, step: int, message: str, **details: Any) -> RunEvent:
+        """Write the event down and return it; `details` are JSON values."""
+        event = RunEvent(kind, step, message, details)
+        self.seen.append(event)
+        if self.file is not None:
+            line = {**event.to_dict(), "unix_s": round(time.time(), 3)}
+            self.file.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.show is not None:
+            self.show(event)
+        return event
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
