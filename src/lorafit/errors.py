@@ -8,7 +8,10 @@
     ├── AdapterError            targets that do not exist, adapter files that must not be trusted
     ├── PlanError               a run that cannot fit or finish on the hardware at hand
     ├── RunDirError             a run directory that is missing, taken, full or not writable
+    │   ├── CheckpointError     a checkpoint that is damaged, or that belongs to another run
+    │   └── RunFinished         exit code 0: there is nothing left to train
     ├── TrainingError           a run that had to stop
+    │   └── TrainingStopped     exit code 130 or 143: a signal asked for it; the run can go on
     └── VerificationError       an artefact that is not the model that was trained
 
 Every error is one sentence: what happened, where, and what to do. The command line prints it without a
@@ -25,6 +28,7 @@ class LorafitError(Exception):
     """
 
     exit_code = 1
+    label = "error"
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
@@ -68,8 +72,29 @@ class RunDirError(LorafitError):
     """A run directory that is missing, already taken, full or not writable."""
 
 
+class CheckpointError(RunDirError):
+    """A checkpoint that is damaged, or that belongs to another run."""
+
+
+class RunFinished(RunDirError):
+    """The run in this directory has trained to its end: nothing is wrong, and nothing is left to do."""
+
+    exit_code = 0
+    label = "finished"
+
+
 class TrainingError(LorafitError):
     """A run that had to stop."""
+
+
+class TrainingStopped(TrainingError):
+    """A signal asked the run to stop; it did so after a whole step, and can go on from there."""
+
+    label = "stopped"
+
+    def __init__(self, signal_number: int, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = 128 + signal_number
 
 
 class VerificationError(LorafitError):

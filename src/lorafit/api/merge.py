@@ -65,7 +65,7 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
         fingerprint = folder.base_fingerprint()
         report = write_merged(folder.path, onto=onto, out=Path(out) if out else None, fingerprint=fingerprint)
         try:
-            live = load_adapter(load_backbone(config), folder.adapter)
+            live = load_adapter(load_backbone(config, exact=True), folder.adapter)
             return MergedRun(report, verify(live, report.folder, rows, report.onto))
         except BaseException:
             # a folder that looks finished and was never verified is worse than none

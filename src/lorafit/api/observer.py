@@ -9,12 +9,17 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
     from lorafit.data.progress import Progress as DataProgress
+    from lorafit.engine import Rehearsal
+    from lorafit.findings import Finding
     from lorafit.planning import Plan
-    from lorafit.training import StepProgress
+    from lorafit.training import RunEvent, StepProgress
 
 
 class Observer:
     """Called at each stage of `train`, in this order. Override what you want to see."""
+
+    def ready(self, findings: list[Finding]) -> None:
+        """What stands in the way of the run, or might: before the data are read, and again before the base is."""
 
     def reading(self, progress: DataProgress) -> None:
         """While the data are read."""
@@ -31,5 +36,14 @@ class Observer:
     def attached(self, counts: Counts, base: str) -> None:
         """Adapters are on the frozen base, and packed rows are proved isolated."""
 
+    def rehearsed(self, rehearsal: Rehearsal | None) -> None:
+        """The largest micro-batch has been run once on the card (None: there is no card, and nothing to rehearse)."""
+
     def stepped(self, progress: StepProgress) -> None:
         """After each optimizer step."""
+
+    def happened(self, event: RunEvent) -> None:
+        """When something besides a step happened: a spike, a step that was not applied, a retry."""
+
+    def stopping(self, signal_number: int) -> None:
+        """SIGINT or SIGTERM has come: the run ends after this step. Called within the signal's handler: no locks."""

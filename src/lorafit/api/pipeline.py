@@ -18,7 +18,7 @@ from lorafit.backbone import load_backbone, nf4_config, quiet_libraries
 from lorafit.config import RunConfig, resolve
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, Turn, parse_rows
 from lorafit.errors import DataError, UsageError
-from lorafit.training import LorafitTrainer
+from lorafit.training import EventLog, LorafitTrainer
 
 IGNORED = -100
 NAMED_ROWS = 3
@@ -139,7 +139,8 @@ class AdapterTrainingPipeline:
         if longest > config.max_tokens:
             config = config.model_copy(update={"max_tokens": longest})
         folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
-        return LorafitTrainer(model, config, rows, held_out, folder / "checkpoints")
+        events = EventLog(folder / "events.jsonl")
+        return LorafitTrainer(model, config, rows, held_out, folder / "checkpoints", events=events)
 
 
 def _record(row: Mapping[str, Any]) -> Record:

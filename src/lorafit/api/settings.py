@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import Resolved, RunDir, base_folder, load_recipe, resolve
+from lorafit.api.existing_run import find_place
+from lorafit.config import Resolved, base_folder, load_recipe, resolve
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 
@@ -61,14 +62,15 @@ def template_for(resolved: Resolved) -> Template:
     return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision))
 
 
-def preflight(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> None:
+def preflight(
+    data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any], *, restart: bool = False
+) -> None:
     """Raise at once, before torch is imported, for what needs no data read: settings, base, a taken --out."""
     resolved = settle(data, settings)
     require_data(resolved)
     require_base(resolved)
     base_folder(resolved.config.base, resolved.config.revision)
-    if resolved.config.out:
-        RunDir(Path(resolved.config.out)).refuse_if_taken()
+    find_place(resolved, restart=restart)
 
 
 def require_data(resolved: Resolved) -> None:

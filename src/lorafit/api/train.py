@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from lorafit.adapters import Counts, attach, count_parameters, save_adapter
+from lorafit.adapters import Counts, attach, count_parameters
+from lorafit.api.describe_run import describe, fingerprint_of, new_identity, new_run_id
+from lorafit.api.existing_run import (
+    OtherRows,
+    Place,
+    begin_anew,
+    find_place,
+    next_free,
+    put_back,
+)
+from lorafit.api.going_on import go_on_from, known_identity, refuse_stopped, save_result
 from lorafit.api.observer import Observer
 from lorafit.api.plan import PlannedRun, plan_prepared
+from lorafit.api.preflight import before_loading, before_reading, require_ready
+from lorafit.api.rehearsed_layers import enforce_budget, rehearsed_layers
 from lorafit.api.settings import require_base, require_data, settle, template_for
-from lorafit.backbone import base_fingerprint, load_backbone, quiet_libraries
-from lorafit.config import Resolved, RunConfig, RunDir, base_folder, parse_bytes, write_text
-from lorafit.data import Prepared, Record, Rows, Template, prepare, require_clean
-from lorafit.engine import assert_isolated, packed
-from lorafit.errors import PlanError, TrainingError, UsageError
-from lorafit.findings import Finding, Severity
+from lorafit.backbone import load_backbone, quiet_libraries
+from lorafit.config import Resolved, RunConfig, RunDir, RunIdentity, RunLock, parse_bytes
+from lorafit.data import Rows, Template, prepare, require_clean
+from lorafit.engine import VocabularyLoss, assert_isolated, packed, vocabulary_loss_for, warm_compiler
+from lorafit.errors import RunDirError, TrainingError, UsageError
+from lorafit.findings import Finding
 from lorafit.planning import hardware_here
-from lorafit.training import FiniteGuard, LorafitTrainer, MetricsLog, TrainingProgress
+from lorafit.training import (
+    Checkpoint,
+    EventLog,
+    LorafitTrainer,
+    MetricsLog,
+    StopSignals,
+    TrainingProgress,
+    deterministic,
+)
 
-SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look
-ISOLATION_ROWS = 4
+PROOF_ROWS, PROOF_TOKENS = 4, 256
 
 
 @dataclass(frozen=True)
@@ -73,34 +93,66 @@ def train(
     base: str | None = None,
     *,
     out: str | Path | None = None,
+    restart: bool = False,
     observer: Observer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> TrainedRun:
     """Train LoRA adapters for `data` on the frozen `base`; `settings` are keys of RunConfig.
 
-    `data` may be a recipe YAML. Nothing is left behind by a run that could not start; a run that did start keeps
-    its checkpoints. Raises LorafitError subclasses, each one sentence.
+    `data` may be a recipe YAML. A folder that holds an unfinished run of the same settings and data goes on with it,
+    from the newest checkpoint that verifies, to the bits it would have had; `restart` moves that run aside instead.
+    Nothing is left behind by a run that could not start. Raises LorafitError subclasses, each one sentence:
+    TrainingStopped after SIGINT or SIGTERM, RunFinished when there is nothing left to train.
     """
     watch = observer or Observer()
     resolved = settle(data, {**settings, "base": base, "out": str(out) if out else None})
     require_data(resolved)
     require_base(resolved)
     _require_one_process_here(resolved)
-    run, is_new = _open_run(resolved)
+    place = find_place(resolved, restart=restart)
+    aside = begin_anew(place.run) if restart else None
     try:
-        with quiet_libraries(run.log):
+        return _train_at(place, resolved, watch, list(callbacks))
+    except OtherRows:
+        fresh = Place(next_free(resolved), goes_on=False, is_named=False)
+        return _train_at(fresh, resolved, watch, list(callbacks))
+    except BaseException:
+        put_back(aside, place.run)
+        raise
+
+
+def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
+    """Train in `place`, locked. Raises OtherRows when a finished run of other rows is there, and nobody named it."""
+    run, is_new = place.run, not place.run.path.exists()
+    early = before_reading(resolved.config, run)
+    watch.ready(early)
+    require_ready(early)
+    run.require_writable()
+    with RunLock(run.path), quiet_libraries(run.log), deterministic(resolved.config.deterministic):
+        try:
+            if run.holds_run != place.goes_on:
+                raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
+            resolved = place.settled(resolved)
             template = template_for(resolved)
-            prepared = prepare(resolved.config, template, run_dir=run.path, on_progress=watch.reading)
+            # a run that goes on has its split and its rejected rows already
+            own = None if place.goes_on else run.path
+            prepared = prepare(resolved.config, template, run_dir=own, on_progress=watch.reading)
             watch.checked(prepared)
             require_clean(prepared)
+            known = (
+                known_identity(place, fingerprint_of(resolved.config, template, prepared)) if place.goes_on else None
+            )
             planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
             watch.planned(planned.plan, planned.resolved)
-            findings = _require_runnable(planned, prepared)
-            return _fit(run, planned, template, findings, watch, list(callbacks))
-    except BaseException:
-        _leave_nothing(run, is_new)
-        raise
+            late = before_loading(planned, run, torch.cuda.is_available)
+            watch.ready(late)
+            require_ready([*planned.plan.findings, *late])
+            findings = [*early, *prepared.findings, *planned.plan.findings, *late]
+            return _fit(run, known, planned, template, findings, watch, callbacks)
+        except BaseException:
+            _leave_nothing(run, is_new)
+            raise
 
 
 def _require_one_process_here(resolved: Resolved) -> None:
@@ -118,39 +170,15 @@ def _require_one_process_here(resolved: Resolved) -> None:
         raise UsageError(f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {here}")
 
 
-def _open_run(resolved: Resolved) -> tuple[RunDir, bool]:
-    path = Path(resolved.config.out) if resolved.config.out else _default_path(resolved)
-    is_new = not path.exists()
-    return RunDir.create(path), is_new
-
-
-def _default_path(resolved: Resolved) -> Path:
-    """runs/DATA-BASE, with -2, -3, … behind it while the name is taken."""
-    stems = f"{Path(resolved.config.data[0]).stem}-{Path(resolved.config.base).name}"
-    name = re.sub(r"[^\w.-]+", "-", stems).strip("-")
-    path, number = Path("runs") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return path
-
-
 def _leave_nothing(run: RunDir, is_new: bool) -> None:
     """Remove the folder of a run that never started, unless it explains which rows were rejected."""
     if is_new and not run.settings.exists() and not (run.path / "rejected.jsonl").exists():
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _require_runnable(planned: PlannedRun, prepared: Prepared) -> list[Finding]:
-    findings = [*prepared.findings, *planned.plan.findings]
-    for finding in planned.plan.findings:
-        if finding.severity is Severity.ERROR:
-            raise PlanError(finding.message, where=finding.code, fix=finding.fix)
-    return findings
-
-
 def _fit(
     run: RunDir,
+    known: RunIdentity | None,
     planned: PlannedRun,
     template: Template,
     findings: list[Finding],
@@ -160,22 +188,39 @@ def _fit(
     resolved, prepared = planned.resolved, planned.prepared
     config = resolved.config
     watch.loading(run)
-    model: Any = attach(load_backbone(config, dense_budget_bytes=_dense_budget(config)), config, planned.plan.targets)
-    counts = count_parameters(model)
-    with packed(model):
-        assert_isolated(model, _shortest(prepared.train, ISOLATION_ROWS))
-    watch.attached(counts, config.base)
-    trainer = LorafitTrainer(model, config, prepared.train, prepared.holdout, run.checkpoints, callbacks=callbacks)
-    _describe(run, planned, template, findings)
-    progress = TrainingProgress(watch.stepped, lambda: trainer.last_step.tokens)
-    trainer.add_callback(progress)
-    trainer.add_callback(MetricsLog(run.metrics))
-    trainer.add_callback(FiniteGuard())
-    started = time.perf_counter()
-    _run(trainer)
-    train_s = time.perf_counter() - started
-    save_adapter(model, run.adapter, config, base_name=config.base)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    run_id = known.run if known else new_run_id()
+    with ThreadPoolExecutor(1, "identity") as aside:
+        # the base is hashed while it is loaded, and while its layers are compiled
+        identity = aside.submit(lambda: known or new_identity(planned, template, run_id))
+        model, loss = _proved_model(planned)
+        counts = count_parameters(model)
+        watch.attached(counts, config.base)
+        events = EventLog(run.events, watch.happened)
+        trainer = LorafitTrainer(
+            model,
+            config,
+            prepared.train,
+            prepared.holdout,
+            run.checkpoints,
+            callbacks=callbacks,
+            events=events,
+            vocabulary_loss=loss,
+            run=run_id,
+        )
+        progress, metrics = TrainingProgress(watch.stepped, trainer), MetricsLog(run.metrics)
+        trainer.add_callback(progress)
+        trainer.add_callback(metrics)
+        with rehearsed_layers(trainer, resolved, run) as rehearsal, StopSignals(watch.stopping) as trainer.signals:
+            watch.rehearsed(rehearsal)
+            if known is None:
+                describe(run, identity.result(), planned, template, findings)
+            started = time.perf_counter()
+            _run(trainer, go_on_from(run, config, known, events) if known else None, metrics)
+            train_s = time.perf_counter() - started
+            refuse_stopped(run, trainer)
+            save_result(run, trainer)
+            metrics.flush()
+    history = trainer.state.log_history
     return TrainedRun(
         run=run,
         resolved=resolved,
@@ -183,14 +228,22 @@ def _fit(
         template=template,
         train_rows=prepared.train,
         held_out_rows=prepared.holdout,
-        findings=findings,
+        findings=_with_the_runs_own(run, findings, trainer.memory.finding()),
         counts=counts,
         steps=trainer.state.global_step,
         tokens=progress.tokens,
         train_s=train_s,
-        loss=losses[-1],
-        eval_loss=progress.eval_loss,
+        loss=next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan),
+        eval_loss=next((entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry), None),
     )
+
+
+def _with_the_runs_own(run: RunDir, findings: list[Finding], own: Finding | None) -> list[Finding]:
+    """`findings` and what the run itself found, written down where there is such a thing."""
+    if own is None:
+        return findings
+    run.write_json(run.findings, [finding.to_dict() for finding in [*findings, own]])
+    return [*findings, own]
 
 
 def _dense_budget(config: RunConfig) -> int | None:
@@ -198,9 +251,15 @@ def _dense_budget(config: RunConfig) -> int | None:
     return parse_bytes(config.vram, "vram") // 2 if config.vram else None
 
 
-def _run(trainer: LorafitTrainer) -> None:
+def _run(trainer: LorafitTrainer, checkpoint: Checkpoint | None, metrics: MetricsLog) -> None:
     try:
-        trainer.train()
+        if checkpoint is not None and checkpoint.step >= trainer.args.max_steps:
+            trainer.restore_end(checkpoint.folder)
+            metrics.begin(trainer.state.log_history)
+            if trainer.owes_evaluation:
+                trainer.evaluate()
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the card's memory ran out in step {trainer.state.global_step + 1}",
@@ -209,28 +268,21 @@ def _run(trainer: LorafitTrainer) -> None:
         ) from error
 
 
-def _shortest(rows: Rows, count: int) -> list[tuple[Any, Any]]:
-    chosen = rows.lengths.argsort(kind="stable")[:count]
-    return [(rows.ids(int(row)), rows.mask(int(row))) for row in chosen]
-
-
-def _describe(run: RunDir, planned: PlannedRun, template: Template, findings: list[Finding]) -> None:
-    """Write what describes the run; run.yaml last, since a folder with it holds a run."""
-    prepared = planned.prepared
-    run.write_json(run.plan, planned.plan.to_dict())
-    run.write_json(run.findings, [finding.to_dict() for finding in findings])
-    template.save(run.template)
-    sample = prepared.holdout if len(prepared.holdout) else prepared.train
-    records = [sample.record(index) for index in range(min(len(sample), SAMPLE_ROWS))]
-    write_text(run.samples, "".join(_sample_line(record) for record in records))
+def _proved_model(planned: PlannedRun) -> tuple[Any, VocabularyLoss]:
+    """The adapted base on packed attention, rows proved isolated, and the loss that is proved to be its own."""
     config = planned.resolved.config
-    fingerprint = base_fingerprint(base_folder(config.base, config.revision, weights=True))
-    run.write_json(run.base, {"base": config.base, "revision": config.revision, "fingerprint": fingerprint})
-    run.write_config(config, {key: source.value for key, source in planned.resolved.sources.items()})
+    enforce_budget(config)
+    if torch.cuda.is_available() and config.compile != "off":
+        warm_compiler()
+    model: Any = attach(load_backbone(config, dense_budget_bytes=_dense_budget(config)), config, planned.plan.targets)
+    samples = _samples(planned.prepared.train)
+    with packed(model):
+        assert_isolated(model, samples)
+        return model, vocabulary_loss_for(model, samples)
 
 
-def _sample_line(record: Record) -> str:
-    sample: dict[str, Any] = {"messages": record.messages(), "source": record.source}
-    if record.tools:
-        sample["tools"] = [dict(tool) for tool in record.tools]
-    return json.dumps(sample, ensure_ascii=False) + "\n"
+def _samples(rows: Rows) -> list[tuple[Any, Any]]:
+    """The beginnings of the shortest rows, every token in the loss: what proofs run on, whatever the longest row."""
+    chosen = rows.lengths.argsort(kind="stable")[:PROOF_ROWS]
+    beginnings = [rows.ids(int(row))[:PROOF_TOKENS] for row in chosen]
+    return [(ids, np.arange(len(ids)) > 0) for ids in beginnings]

@@ -70,10 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
     except LorafitError as error:
         if debug:
             raise
-        show_error(error.sentence)
+        show_error(error.sentence, error.label)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        show_error("stopped")
+        show_error("at once", "stopped")
         sys.exit(INTERRUPTED)
     except OSError as error:
         if isinstance(error, BrokenPipeError):

@@ -33,9 +33,10 @@ def heading(title: str, detail: str = "") -> None:
     PEOPLE.print(f"[bold]{title:<9}[/bold] {detail}")
 
 
-def show_error(sentence: str) -> None:
+def show_error(sentence: str, label: str = "error") -> None:
     """One sentence on stderr."""
-    ERRORS.print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
+    colour = "bold red" if label == "error" else "bold yellow"
+    ERRORS.print(Text.assemble((f"{label}: ", colour), sentence), soft_wrap=True)
 
 
 def show_json(content: Any) -> None:
@@ -86,6 +87,11 @@ def _shown(value: Any) -> str:
     if value is None or value == () or value == {}:
         return "–"
     return ", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value)
+
+
+def loss(value: float) -> str:
+    """A loss as people read it; NaN is called NaN."""
+    return "NaN" if math.isnan(value) else f"{value:.4f}"
 
 
 def gib(size_bytes: float) -> str:

@@ -69,6 +69,9 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
     parts = _grid()
     for part in memory.components:
         parts.add_row(part.name, f"[bold]{gib(part.size_bytes)}[/bold]", f"[dim]{escape(part.assumes)}[/dim]")
+    if memory.host_bytes:
+        note = "pinned meanwhile: what layers send away, and embeddings that stay there"
+        parts.add_row("host memory", f"[bold]{gib(memory.host_bytes)}[/bold]", f"[dim]{note}[/dim]")
     _show_grid(parts)
     heading("time", f"{plan.steps:,} steps, {_span(plan.time_s, plan.cost_usd)}")
     if options:

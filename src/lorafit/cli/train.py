@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import flags
-from lorafit.cli.console import duration, heading, show_json
+from lorafit.cli.console import duration, heading, loss, show_findings, show_json
 
 
 def train(
@@ -24,25 +24,34 @@ def train(
     map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Move the run that is there aside, and begin anew.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits on every run on this card, somewhat slower.")
+    ] = False,
     json: flags.Json = False,
 ) -> None:
-    """Train adapters on DATA, or as a recipe YAML says; the run directory describes itself."""
+    """Train adapters on DATA, or as a recipe YAML says; the same command goes on with a run that was stopped."""
     from lorafit.api.settings import preflight
 
     settings = flags.settings_from(set, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout)
-    preflight(data, {**settings, "base": base, "out": out})
+    if deterministic:
+        settings["deterministic"] = True
+    preflight(data, {**settings, "base": base, "out": out}, restart=restart)
     from lorafit.api.observer import Observer
     from lorafit.api.train import train as run_train
     from lorafit.cli.watch import ConsoleObserver, say_next
 
     watch = ConsoleObserver() if not json else Observer()
     with watch if isinstance(watch, ConsoleObserver) else contextlib.nullcontext():
-        trained = run_train(data, base, out=out, observer=watch, **settings)
+        trained = run_train(data, base, out=out, restart=restart, observer=watch, **settings)
     if json:
         show_json(trained.to_dict())
         return
-    held_out = f", held-out loss {trained.eval_loss:.4f}" if trained.eval_loss is not None else ""
-    heading("done", f"{trained.steps} steps in {duration(trained.train_s)}, loss {trained.loss:.4f}{held_out}")
+    held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
+    heading("done", f"{trained.steps} steps in {duration(trained.train_s)}, loss {loss(trained.loss)}{held_out}")
+    show_findings([finding for finding in trained.findings if finding.code.startswith("R")])
     run = str(trained.run.path)
     say_next(
         run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lorafit.api.observer import Observer
-from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_settings
+from lorafit.cli.console import PEOPLE, duration, gib, heading, loss, say, show_findings, show_settings
 from lorafit.cli.data_view import ReadingBar, show_summary
 from lorafit.cli.plan import show_plan
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
     from lorafit.data.progress import Progress as DataProgress
+    from lorafit.findings import Finding
     from lorafit.planning import Plan
-    from lorafit.training import StepProgress
+    from lorafit.training import RunEvent, StepProgress
 
 PLAIN_LINES = 10  # lines of progress a whole run prints where there is no terminal
 
@@ -53,6 +55,9 @@ class ConsoleObserver(Observer):
         self.progress.stop()
         if self.status:
             self.status.stop()
+
+    def ready(self, findings: list[Finding]) -> None:
+        show_findings(findings)
 
     def reading(self, progress: DataProgress) -> None:
         self.bar.show(progress)
@@ -87,17 +92,24 @@ class ConsoleObserver(Observer):
 
     def stepped(self, progress: StepProgress) -> None:
         seen = (
-            f"loss [bold]{progress.loss:.4f}[/bold]  {progress.tokens_per_s:,.0f} tok/s  "
+            f"loss [bold]{loss(progress.loss)}[/bold]  {progress.tokens_per_s:,.0f} tok/s  "
             f"{gib(progress.memory_bytes)}  {duration(progress.eta_s)} left"
         )
         if progress.eval_loss is not None:
-            seen += f"  held-out loss {progress.eval_loss:.4f}"
+            seen += f"  held-out loss {loss(progress.eval_loss)}"
         self.progress.update(self.task, completed=progress.step, total=progress.steps, seen=seen, visible=True)
         last = progress.step == progress.steps
         if last:
             self.progress.stop()
         if last or (not PEOPLE.is_terminal and progress.step % max(1, progress.steps // PLAIN_LINES) == 0):
             heading("train", f"step {progress.step}/{progress.steps}  {seen}")
+
+    def happened(self, event: RunEvent) -> None:
+        heading("event", f"[yellow]{escape(event.message)}[/yellow]")
+
+    def stopping(self, signal_number: int) -> None:
+        # straight to the descriptor: rich holds locks that the interrupted code may hold too
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
 
 
 def say_next(run: str, commands: list[tuple[str, str]]) -> None:

@@ -1,0 +1,145 @@
+"""Where a run goes: a new folder, or one whose run goes on. No torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from lorafit.config import (
+    FREE,
+    PLANNED,
+    Resolved,
+    RunDir,
+    RunFingerprint,
+    RunIdentity,
+    RunLock,
+    differing_settings,
+    held_settings,
+)
+from lorafit.errors import LorafitError, RunDirError, RunFinished
+
+REJECTED = "rejected.jsonl"
+ANEW = "pass --restart to begin anew (the old run is moved aside), or choose another --out"
+
+
+class OtherRows(Exception):
+    """A folder that nobody named holds a finished run of these settings over other rows. Never reaches a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The folder of a run, and whether a run of the same settings is there already."""
+
+    run: RunDir
+    goes_on: bool
+    is_named: bool  # by --out
+
+    def settled(self, resolved: Resolved) -> Resolved:
+        """`resolved`, with what was planned when the run that goes on began.
+
+        Layout may be planned anew, for the memory there is today, unless the last bits are asked for.
+        """
+        if not self.goes_on:
+            return resolved
+        keys = set(PLANNED) if resolved.config.deterministic else set(PLANNED) - FREE
+        return resolved.going_on(self.run.config(), keys)
+
+
+def find_place(resolved: Resolved, *, restart: bool = False) -> Place:
+    """Where these settings train. Raises RunDirError when --out names a folder that holds another run or other files.
+
+    Without --out it is runs/DATA-BASE, with -2, -3, … behind it: the first that holds a run of these settings, or is
+    free. With `restart` the run that is there need not be of these settings: it will be moved aside.
+    """
+    if resolved.config.out:
+        run = RunDir(Path(resolved.config.out))
+        if not run.holds_run:
+            run.refuse_if_taken()
+        elif not restart:
+            refuse_other_settings(run, resolved)
+        return Place(run, goes_on=run.holds_run and not restart, is_named=True)
+    for run in _candidates(resolved):
+        if not run.holds_run and not run.foreign():
+            break
+        if run.holds_run and _is_alike(run, resolved):
+            return Place(run, goes_on=not restart, is_named=False)
+    return Place(run, goes_on=False, is_named=False)
+
+
+def next_free(resolved: Resolved) -> RunDir:
+    """The first of runs/DATA-BASE, -2, -3, … that holds nothing."""
+    return next(run for run in _candidates(resolved) if not run.holds_run and not run.foreign())
+
+
+def refuse_other_settings(run: RunDir, resolved: Resolved) -> None:
+    """RunDirError, naming the setting and both its values, when the run in `run` was begun with others."""
+    found = _differences(run, resolved)
+    if found:
+        raise _refusal(run, found)
+
+
+def refuse_other_content(run: RunDir, then: RunFingerprint, now: RunFingerprint) -> None:
+    """RunDirError, naming what differs and both values, when the run was trained from something else."""
+    found = then.differences(now)
+    if found:
+        raise _refusal(run, found)
+
+
+def refuse_finished(run: RunDir) -> None:
+    """RunFinished when the run has trained to its end."""
+    if run.is_finished:
+        raise RunFinished("this run has trained to its end, nothing is left to do", where=str(run.path), fix=ANEW)
+
+
+def begin_anew(run: RunDir) -> Path | None:
+    """Move the run in `run` aside; where it is now, or None when there was none. RunDirError while it is training."""
+    if not run.holds_run:
+        return None
+    with RunLock(run.path):
+        return run.move_aside()
+
+
+def put_back(aside: Path | None, run: RunDir) -> None:
+    """Undo `begin_anew`, where the run that was to take the place never began; its rejected rows stay to be read."""
+    if aside is None or run.holds_run:
+        return
+    rejected = run.path / REJECTED
+    if rejected.exists() and not (aside / REJECTED).exists():
+        rejected.rename(aside / REJECTED)
+    shutil.rmtree(run.path, ignore_errors=True)
+    aside.rename(run.path)
+
+
+def _candidates(resolved: Resolved) -> Iterator[RunDir]:
+    stems = f"{Path(resolved.config.data[0]).stem}-{Path(resolved.config.base).name}"
+    name = re.sub(r"[^\w.-]+", "-", stems).strip("-")
+    for number in count(1):
+        yield RunDir(Path("runs") / (name if number == 1 else f"{name}-{number}"))
+
+
+def _differences(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
+    RunIdentity.read(run.identity)  # without it nothing can be compared
+    then, now = held_settings(run.config()), held_settings(resolved.config)
+    # what nobody sets is planned: the run that goes on has planned it already
+    open_keys = {key for key in PLANNED if not resolved.is_set(key)}
+    return [one for one in differing_settings(then, now) if one[0] not in open_keys]
+
+
+def _is_alike(run: RunDir, resolved: Resolved) -> bool:
+    try:
+        return not _differences(run, resolved)
+    except LorafitError:
+        return False
+
+
+def _refusal(run: RunDir, found: list[tuple[str, str, str]]) -> RunDirError:
+    what, then, now = found[0]
+    more = f" (and {', '.join(name for name, _, _ in found[1:])})" if len(found) > 1 else ""
+    state = "finished" if run.is_finished else "unfinished"
+    return RunDirError(
+        f"the {state} run here was begun with {what} = {then}, now it is {now}{more}", where=str(run.path), fix=ANEW
+    )

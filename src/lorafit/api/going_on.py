@@ -1,0 +1,99 @@
+"""A run that stops and goes on: from which checkpoint, and what is said when a signal ends it."""
+
+from __future__ import annotations
+
+import filecmp
+import shlex
+import signal
+
+from lorafit.adapters import save_adapter
+from lorafit.api.describe_run import environment
+from lorafit.api.existing_run import OtherRows, Place, refuse_finished, refuse_other_content
+from lorafit.config import LAYOUT, RunConfig, RunDir, RunFingerprint, RunIdentity, differing_settings
+from lorafit.errors import RunDirError, TrainingStopped
+from lorafit.training import ADAPTER, Checkpoint, EventLog, LorafitTrainer, clear_unfinished, newest_whole, set_aside
+
+
+def known_identity(place: Place, now: RunFingerprint) -> RunIdentity:
+    """The identity of the run in `place`, which goes on if `now` is what it is trained from.
+
+    Raises RunDirError naming what differs, RunFinished when nothing is left to do, OtherRows for a finished run over
+    other rows in a folder that nobody named.
+    """
+    run, identity = place.run, RunIdentity.read(place.run.identity)
+    if run.is_finished and not place.is_named and identity.fingerprint.differences(now):
+        raise OtherRows
+    refuse_other_content(run, identity.fingerprint, now)
+    if _is_whole(run, identity):
+        refuse_finished(run)
+    return identity
+
+
+def go_on_from(run: RunDir, config: RunConfig, identity: RunIdentity, events: EventLog) -> Checkpoint | None:
+    """The checkpoint the run in `run` goes on from, None for its very beginning; every one passed over is an event."""
+    clear_unfinished(run.checkpoints)
+    checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
+    for one in damaged:
+        events.record("checkpoint_damaged", one.step, f"{one.folder.name} is passed over: {one.reason}")
+    try:
+        set_aside(damaged)
+    except OSError as error:
+        raise RunDirError(
+            f"a damaged checkpoint cannot be renamed ({error.strerror})", where=str(run.checkpoints), fix="remove it"
+        ) from error
+    if checkpoint is None:
+        events.record("resumed", 0, "there is no whole checkpoint yet: the run begins again at its first step")
+    else:
+        events.record("resumed", checkpoint.step, f"the run goes on from {checkpoint.folder.name}")
+    _note_changes(run, config, identity, checkpoint.step if checkpoint else 0, events)
+    return checkpoint
+
+
+def _note_changes(run: RunDir, config: RunConfig, identity: RunIdentity, step: int, events: EventLog) -> None:
+    """An event when the run goes on elsewhere, or in another layout, than it began."""
+    then, now = ({key: getattr(one, key) for key in LAYOUT} for one in (run.config(), config))
+    changed = differing_settings({**then, **identity.environment}, {**now, **environment()})
+    if changed:
+        words = ", ".join(f"{what} was {before} and is {after}" for what, before, after in changed)
+        message = f"the run goes on in another way than it began, so its last bits may differ: {words}"
+        events.record("environment_changed", step, message)
+
+
+def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
+    """False when the adapter of a finished run is not the one in its last checkpoint, where that is there."""
+    checkpoint, _ = newest_whole(run.checkpoints, identity.run)
+    if checkpoint is None or not checkpoint.is_last:
+        return True
+    saved = checkpoint.folder / ADAPTER
+    names = [path.name for path in saved.iterdir()]
+    same, _, _ = filecmp.cmpfiles(saved, run.adapter, names, shallow=False)
+    return sorted(same) == sorted(names)
+
+
+def save_result(run: RunDir, trainer: LorafitTrainer) -> None:
+    """Write the trained adapter. RunDirError, saying how to go on, when the disk refuses."""
+    try:
+        save_adapter(trainer.model, run.adapter, trainer.config, base_name=trainer.config.base)
+    except RunDirError as error:
+        fix = f"free some space and go on with: {command_to_go_on(run)}"
+        raise RunDirError(f"the trained adapter: {error.what}", where=error.where, fix=fix) from error
+
+
+def refuse_stopped(run: RunDir, trainer: LorafitTrainer) -> None:
+    """TrainingStopped when a signal ended the run before its last step; it says how to go on."""
+    stop, step, steps = trainer.signals.stop, trainer.state.global_step, trainer.args.max_steps
+    if stop is None or (step >= steps and not trainer.owes_evaluation):
+        return
+    newest = trainer.checkpoints.newest()
+    kept = f"the newest checkpoint is {newest.name}" if newest else "no checkpoint could be written"
+    raise TrainingStopped(
+        stop,
+        f"{signal.Signals(stop).name} after step {step} of {steps}; {kept}",
+        where=str(run.path),
+        fix=f"go on with: {command_to_go_on(run)}",
+    )
+
+
+def command_to_go_on(run: RunDir) -> str:
+    """The command that goes on with the run, whatever command began it."""
+    return shlex.join(["lorafit", "train", str(run.settings), "--out", str(run.path)])

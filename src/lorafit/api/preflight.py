@@ -1,0 +1,156 @@
+"""preflight: what would end a run hours later is found before it starts, all of it at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorafit.api.plan import PlannedRun
+from lorafit.backbone import base_damages
+from lorafit.config import RunConfig, RunDir, base_folder
+from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
+from lorafit.findings import Finding, Severity
+from lorafit.planning import Hardware
+
+MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+"""No run of this code is older than this."""
+CLOCK_SLACK_S = 86_400.0
+ADAM_BYTES, ADAM_8BIT_BYTES = 12, 7
+"""Bytes on disk for each trained weight: fp32 with two fp32 moments, or with two of 8 bits and their scales."""
+EXPORT_BYTES = 2
+"""Bytes of each weight of a merged model."""
+SPARE_BYTES = 16 << 20
+"""For logs, metrics and JSON."""
+MIB = 1 << 20
+KINDS: dict[str, type[LorafitError]] = {"S001": BackboneError, "S002": RunDirError}
+
+
+def before_reading(config: RunConfig, run: RunDir) -> list[Finding]:
+    """What needs neither data nor plan: the base's files (where they are local), the output folder, the clock."""
+    local = Path(config.base).expanduser()
+    return [
+        *(_base_files(local) if local.is_dir() else ()),
+        *_writable(run.path),
+        *_clock([*map(Path, config.data)]),
+    ]
+
+
+def before_loading(planned: PlannedRun, run: RunDir, card_is_usable: Callable[[], bool]) -> list[Finding]:
+    """What needs the plan: the files of a base from the hub, space for checkpoints and an export, a usable card."""
+    config = planned.resolved.config
+    is_local = Path(config.base).expanduser().is_dir()
+    return [
+        *(() if is_local else _base_files(base_folder(config.base, config.revision, weights=True))),
+        *_space(planned, run),
+        *_card(planned.plan.hardware, card_is_usable),
+    ]
+
+
+def require_ready(findings: list[Finding]) -> None:
+    """Raise one error that names every finding that is one: a PlanError, unless a single one is of another kind."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if len(errors) == 1:
+        (only,) = errors
+        raise KINDS.get(only.code, PlanError)(only.message, where=only.where or only.code, fix=only.fix or None)
+    if errors:
+        told = "; ".join(f"({number}) {_told(finding)}" for number, finding in enumerate(errors, 1))
+        raise PlanError(f"{len(errors)} things stand in the way of this run: {told}")
+
+
+def _told(finding: Finding) -> str:
+    return LorafitError(finding.message, where=finding.where or finding.code, fix=finding.fix or None).sentence
+
+
+def _base_files(folder: Path) -> Iterator[Finding]:
+    for damage in base_damages(folder):
+        yield Finding(
+            "S001",
+            Severity.ERROR,
+            damage.what,
+            where=damage.where or str(folder),
+            why="the base is not whole",
+            fix=damage.fix or "",
+        )
+
+
+def _writable(folder: Path) -> Iterator[Finding]:
+    there = _existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is no folder" if not there.is_dir() else "cannot be written"
+        yield Finding(
+            "S002",
+            Severity.ERROR,
+            f"the run is to go to {folder}, and {there} {what}",
+            where="out",
+            why="checkpoints and the adapter go there",
+            fix="choose another --out",
+        )
+
+
+def _clock(files: list[Path]) -> Iterator[Finding]:
+    now = time.time()
+    newest = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+    if now < MADE or now + CLOCK_SLACK_S < newest:
+        seen = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
+        yield Finding(
+            "S003",
+            Severity.WARNING,
+            f"the clock says {seen}, which is before this program or these data were made",
+            where="clock",
+            why="downloads over TLS fail, and logs and trackers are dated wrongly; training itself does not use it",
+            fix="set the clock",
+        )
+
+
+def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
+    config, plan = planned.resolved.config, planned.plan
+    free = shutil.disk_usage(_existing(run.path)).free
+    each = plan.trainable_parameters * (ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES)
+    there = len(list(run.checkpoints.glob("step-*")))
+    # a checkpoint is whole before an old one goes
+    needed = each * max(config.keep_last + config.keep_best + 1 - there, 1) + SPARE_BYTES
+    if free < needed:
+        yield Finding(
+            "S004",
+            Severity.ERROR,
+            f"checkpoints need {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free",
+            where=str(run.path),
+            why="a run that cannot save loses everything when it is interrupted",
+            fix="free some space, choose another --out, or lower keep_last",
+        )
+    elif free < needed + plan.shape.parameters * EXPORT_BYTES:
+        yield Finding(
+            "S004",
+            Severity.WARNING,
+            f"a merged model needs {plan.shape.parameters * EXPORT_BYTES / MIB:,.0f} MiB more than is free here",
+            where=str(run.path),
+            why="the run itself fits, its export would not",
+            fix="free some space before merge, or merge to another disk",
+        )
+
+
+def _card(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]:
+    if hardware.kind == "cuda" and not is_usable():
+        yield Finding(
+            "S005",
+            Severity.ERROR,
+            f"{hardware.name} is here, and torch cannot use it",
+            where="card",
+            why="the run would go to the processor, hundreds of times slower",
+            fix="install a torch build for your driver, or hide the card (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+        )
+    if hardware.kind == "cpu":
+        for note in hardware.notes:
+            yield Finding("S005", Severity.WARNING, note, where="card", fix="install torch with CUDA to train on it")
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place

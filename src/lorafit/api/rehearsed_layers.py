@@ -1,0 +1,100 @@
+"""rehearsed_layers: the decoder layers as this run will drive them, fitted to the card before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
+from lorafit.config.dial import Dial
+from lorafit.engine import DecoderLayers, MicroBatch, Rehearsal, Work, packed, rehearse
+from lorafit.planning.dial import dial_of
+from lorafit.training import LorafitTrainer, largest_micro_batch, without_checkpointing
+
+ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2.1
+GRADIENT_BYTES = 4
+CARD_SHARE = 0.97
+"""Of the card's free memory, when no budget is set."""
+
+
+@contextlib.contextmanager
+def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -> Iterator[Rehearsal | None]:
+    """Within it the model's layers run as the dial says: solved and proved on a card, as it is written on a CPU.
+
+    A run that goes on keeps the dial it had, so that its bits stay the same. Yields what the rehearsal found.
+    """
+    config = resolved.config
+    without_checkpointing(trainer.args)
+    layers = DecoderLayers(trainer.model, compiled=trainer.args.device.type == "cuda" and config.compile != "off")
+    layers.dial = dial_of(config, len(layers)) or Dial()
+    if trainer.args.device.type != "cuda":
+        trainer.layout.micro_tokens = min(trainer.layout.micro_tokens, layers.dial.micro_tokens or config.max_tokens)
+        with contextlib.nullcontext() if layers.dial == Dial() else layers:
+            yield None
+        return
+    known = _known_dial(run, len(layers))
+    layers.dial = known or layers.dial
+    by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
+    planned = by_plan and config.gradient_checkpointing == "auto"
+    found = rehearse(trainer.model, layers, _work(trainer), budget_bytes(config), solves=planned and known is None)
+    trainer.layout.micro_tokens = min(trainer.layout.micro_tokens, found.dial.micro_tokens or config.max_tokens)
+    trainer.memory.layers = layers
+    run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), "notes": layers.notes})
+    with layers:
+        yield found
+
+
+def enforce_budget(config: RunConfig) -> None:
+    """Nothing of this process takes more of the card than `vram`, from here on; before anything is loaded."""
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        # before the allocator starts: blocks that grow lose less between them than blocks that do not
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if torch.cuda.is_available() and config.vram is not None:
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.vram, "vram") / total))
+
+
+def budget_bytes(config: RunConfig) -> int:
+    """Bytes that the run may reserve on the card: `vram`, or nearly all that is free."""
+    free, total = torch.cuda.mem_get_info()
+    if config.vram is None:
+        return int((free + torch.cuda.memory_reserved()) * CARD_SHARE)
+    return min(parse_bytes(config.vram, "vram"), total)
+
+
+def _work(trainer: LorafitTrainer) -> Work:
+    config, rows = trainer.config, trainer.train_rows
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
+
+    def batch_of(micro_tokens: int) -> MicroBatch:
+        return largest_micro_batch(rows, config, micro_tokens).to(trainer.args.device)
+
+    def loss_of(batch: MicroBatch) -> Tensor:
+        trainer.model.train()
+        with packed(trainer.model), trainer.compute_loss_context_manager():
+            loss: Tensor = trainer.compute_loss(trainer.model, batch)
+        return loss
+
+    return Work(
+        batch_of=batch_of,
+        loss_of=loss_of,
+        max_tokens=config.max_tokens,
+        longest=int(rows.lengths.max()),
+        step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
+        coming_bytes=round(trained * (GRADIENT_BYTES + state)),
+    )
+
+
+def _known_dial(run: RunDir, layers: int) -> Dial | None:
+    if not run.engine.exists():
+        return None
+    known: dict[str, Any] = json.loads(run.engine.read_text())
+    return Dial.parse(known["dial"], layers)

@@ -1,0 +1,274 @@
+"""train on a folder that holds a run: it goes on, says it is finished, or refuses; never anything in silence."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from transformers import TrainerCallback
+
+from little_run import write_rows
+from lorafit.api.observer import Observer
+from lorafit.api.train import train
+from lorafit.cli import main
+from lorafit.config import RunLock
+from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
+from tiny_models import save_base
+
+SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
+RESULTS = ("adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-000006/optimizer.safetensors")
+
+
+class Send(TrainerCallback):
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Watch(Observer):
+    def __init__(self):
+        self.events, self.signals = [], []
+
+    def happened(self, event):
+        self.events.append((event.kind, event.step))
+
+    def stopping(self, signal_number):
+        self.signals.append(signal_number)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    return write_rows(folder / "rows.jsonl"), str(save_base(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(*made, out=folder, **SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    watch = Watch()
+    with pytest.raises(TrainingStopped) as caught:
+        train(*made, out=folder, observer=watch, callbacks=[Send(signal.SIGTERM, 5)], **SETTINGS)
+    return folder, caught.value, watch
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    return shutil.copytree(stopped_once[0], tmp_path / "run")
+
+
+def assert_same(one, two):
+    for name in RESULTS:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_a_stopped_run_says_where_it_is_and_how_to_go_on(stopped_once):
+    folder, error, watch = stopped_once
+    assert error.exit_code == 143
+    assert watch.signals == [signal.SIGTERM]
+    assert str(error) == (
+        f"{folder}: SIGTERM after step 5 of 6; the newest checkpoint is step-000005; "
+        f"go on with: lorafit train {folder}/run.yaml --out {folder}"
+    )
+    assert not (folder / ".lock").exists()
+
+
+def test_the_same_call_goes_on_and_ends_in_the_same_bits(made, whole, stopped):
+    watch = Watch()
+    trained = train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("resumed", 5)]
+    assert_same(whole, stopped)
+    lines = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert trained.steps == 6
+    assert trained.loss == lines[-2]["loss"]
+    assert trained.eval_loss == lines[-1]["eval_loss"]
+
+
+def test_the_printed_command_goes_on_too(whole, stopped, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(stopped / "run.yaml"), "--out", str(stopped), "--json"])
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)["steps"] == 6
+    assert_same(whole, stopped)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(made, whole, stopped):
+    (stopped / "checkpoints" / "step-000005" / "optimizer.safetensors").write_bytes(b"")
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("checkpoint_damaged", 5), ("resumed", 4)]
+    events = (stopped / "events.jsonl").read_text()
+    assert "step-000005 is passed over: optimizer.safetensors has 0 of" in events
+    assert (stopped / "checkpoints" / "step-000005.damaged").is_dir()
+    assert_same(whole, stopped)
+
+
+def test_without_any_whole_checkpoint_the_run_begins_again_and_says_so(made, whole, stopped):
+    shutil.rmtree(stopped / "checkpoints")
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("resumed", 0)]
+    assert_same(whole, stopped)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_adapter_only_writes_that(made, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.jsonl").unlink()
+    trained = train(*made, out=run, **SETTINGS)
+    assert trained.tokens == 0
+    assert_same(whole, run)
+
+
+def test_an_evaluation_owed_after_the_last_step_is_made_up_for(made, whole, tmp_path, monkeypatch):
+    from lorafit.training import LorafitTrainer
+
+    real = LorafitTrainer._held_out
+
+    def interrupted(self, model, batch):
+        if self.state.global_step == 6:
+            self.signals.stop = signal.SIGTERM
+        return real(self, model, batch)
+
+    monkeypatch.setattr(LorafitTrainer, "_held_out", interrupted)
+    with pytest.raises(TrainingStopped, match="after step 6 of 6"):
+        train(*made, out=tmp_path / "run", **SETTINGS)
+    monkeypatch.undo()
+    trained = train(*made, out=tmp_path / "run", **SETTINGS)
+    assert trained.eval_loss is not None
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
+    changed = {**SETTINGS, "save_steps": 1, "keep_last": 5, "eval_steps": 100, "max_tokens": 1024}
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **changed)
+    assert watch.events == [("resumed", 5), ("environment_changed", 5)]
+    assert "max_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
+    kept = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_a_finished_run_is_not_trained_again(made, whole):
+    before = (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    with pytest.raises(RunFinished, match="trained to its end"):
+        train(*made, out=whole, **SETTINGS)
+    assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_other_rows_are_refused_and_nothing_of_the_run_changes(made, whole, stopped, tmp_path, state):
+    rows, base = made
+    run = stopped if state == "stopped" else shutil.copytree(whole, tmp_path / "finished")
+    lines = rows.read_text().splitlines(keepends=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    for changed in ([*lines[1:], lines[0]], lines[:-1]):  # another order, and a row less
+        other = tmp_path / "rows.jsonl"
+        other.write_text("".join(changed))
+        with pytest.raises(RunDirError, match=r"begun with the training rows = sha256 \w+, now it is sha256"):
+            train(other, base, out=run, **SETTINGS)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    assert before == after
+
+
+def test_rows_that_moved_but_did_not_change_go_on(made, whole, stopped, tmp_path):
+    rows, base = made
+    moved = shutil.copy(rows, tmp_path / "elsewhere.jsonl")
+    train(moved, base, out=stopped, **SETTINGS)
+    assert_same(whole, stopped)
+
+
+def test_another_base_under_the_same_name_is_refused(made, stopped, tmp_path):
+    rows, base = made
+    other = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(RunDirError, match="begun with the base = sha256"):
+        train(rows, str(other), out=stopped, **SETTINGS)
+
+
+def test_a_finished_run_over_other_rows_that_nobody_named_is_left_and_the_next_folder_taken(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    given = {**SETTINGS, "max_steps": 1}
+    for seed, name in ((0, "rows-base"), (0, None), (1, "rows-base-2")):
+        write_rows(rows, seed=seed)
+        if name is None:
+            with pytest.raises(RunFinished):
+                train(rows, made[1], **given)
+        else:
+            assert train(rows, made[1], **given).run.path.name == name
+
+
+def test_restart_begins_anew_and_keeps_the_old_run(made, whole, stopped):
+    train(*made, out=stopped, restart=True, **SETTINGS)
+    assert_same(whole, stopped)
+    aside = stopped.with_name("run.aside-1")
+    assert (aside / "checkpoints" / "step-000005").is_dir()
+
+
+def test_a_restart_that_cannot_begin_leaves_the_old_run_where_it_was(made, stopped, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError):
+        train(tmp_path / "bad.jsonl", made[1], out=stopped, restart=True, on_bad="stop", **{**SETTINGS, "holdout": 0})
+    assert (stopped / "checkpoints" / "step-000005").is_dir()
+    assert (stopped / "rejected.jsonl").is_file()
+    assert not stopped.with_name("run.aside-1").exists()
+
+
+def test_a_second_process_is_refused(made, stopped):
+    with RunLock(stopped), pytest.raises(RunDirError, match=rf"process {os.getpid()} on .* is training this run"):
+        train(*made, out=stopped, **SETTINGS)
+
+
+def test_an_adapter_that_cannot_be_written_is_not_the_end(made, whole, tmp_path, monkeypatch):
+    from lorafit.api import going_on
+
+    def full(*_, **__):
+        raise RunDirError("it cannot be written (No space left on device)", where="adapter")
+
+    monkeypatch.setattr(going_on, "save_adapter", full)
+    with pytest.raises(RunDirError, match=r"No space left on device.*go on with: lorafit train"):
+        train(*made, out=tmp_path / "run", **SETTINGS)
+    monkeypatch.undo()
+    train(*made, out=tmp_path / "run", **SETTINGS)
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_finished_run_whose_adapter_is_damaged_gets_it_back(made, whole, tmp_path, name, how):
+    run = shutil.copytree(whole, tmp_path / "run")
+    path = run / "adapter" / name
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if how == "cut" else content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    assert train(*made, out=run, **SETTINGS).tokens == 0
+    assert path.read_bytes() == content
+    assert_same(whole, run)
+
+
+def test_a_run_that_goes_on_elsewhere_says_that_bits_may_differ(made, stopped):
+    path = stopped / "fingerprint.json"
+    identity = json.loads(path.read_text())
+    identity["environment"]["torch"] = "1.0"
+    path.write_text(json.dumps(identity))
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("resumed", 5), ("environment_changed", 5)]
+    assert "torch was 1.0 and is" in (stopped / "events.jsonl").read_text()
