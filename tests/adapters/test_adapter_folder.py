@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafit.adapters import Deltas, attach, load_adapter, save_adapter
+from lorafit.adapters import AdapterSnapshot, Deltas, attach, load_adapter, restore_adapter, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, RunDirError, VerificationError
@@ -198,3 +198,42 @@ def test_an_untrained_adapter_is_an_error(config, tmp_path):
     save_adapter(attach(load_backbone(config), config), tmp_path / "fresh", config, base_name="b")
     with pytest.raises(VerificationError, match="not trained"):
         Deltas.from_folder(tmp_path / "fresh")
+
+
+def test_a_snapshot_does_not_change_as_training_goes_on(config, tmp_path):
+    model = attach(load_backbone(config), config)
+    snapshot = AdapterSnapshot.of(model, config, base_name="org/base")
+    before = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    stir(model)
+    snapshot.write(tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(written[name], before[name]) for name in before)
+    assert snapshot.size_bytes == sum(tensor.nbytes for tensor in written.values())
+
+
+def test_a_restored_adapter_is_the_saved_one_and_still_trains(trained, saved, config):
+    model = attach(load_backbone(config), config)
+    restore_adapter(model, saved)
+    theirs = dict(trained.named_parameters())
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(weight, theirs[name])
+            assert weight.requires_grad
+
+
+def test_an_adapter_of_other_targets_or_another_rank_is_not_restored(saved, config):
+    for changes, words in (({"targets": ("q_proj",)}, "only one of them"), ({"rank": 8}, "shape does not fit")):
+        other = config.model_copy(update=changes)
+        with pytest.raises(AdapterError, match=words):
+            restore_adapter(attach(load_backbone(other), other), saved)
+
+
+def test_an_adapters_files_have_the_modes_the_umask_asks_for(trained, config, tmp_path):
+    import os
+
+    before = os.umask(0o007)
+    try:
+        save_adapter(trained, tmp_path / "adapter", config, base_name="org/base")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o660}

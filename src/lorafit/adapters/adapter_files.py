@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafit.adapters.peft_library import LoraConfig
+from lorafit.config import read_json
 from lorafit.errors import AdapterError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK, MAX_SCALE = 1024, 1024.0
 PREFIX = "base_model.model."
 # what a plain LoRA may set; every other key must have PEFT's default, for it would change what the adapter does
@@ -48,7 +48,7 @@ class AdapterFiles:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise AdapterError(f"there is no {name}", where=str(folder), fix="point at a LoRA adapter's folder")
-        raw = _read_config(folder / CONFIG_FILE)
+        raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
         return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))
 
@@ -66,18 +66,6 @@ class AdapterFiles:
         if not pairs:
             raise AdapterError("the adapter holds no weights", where=str(path))
         return {module: _pair(module, sides, self.rank, self.folder) for module, sides in sorted(pairs.items())}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError("the file is far too large for an adapter's configuration", where=str(path))
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError("the adapter's configuration is no JSON", where=str(path)) from error
-    if not isinstance(raw, dict):
-        raise AdapterError("the adapter's configuration is no JSON object", where=str(path))
-    return raw
 
 
 def _check_plain(raw: dict[str, Any], folder: Path) -> None:

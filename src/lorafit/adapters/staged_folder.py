@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,19 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give every file in `folder` the mode of a file that is opened anew here; safetensors writes its own as 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def _sync(folder: Path) -> None:
+    follow_umask(folder)
     for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:
         sync(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Encoding
 
+from lorafit.config import read_json
 from lorafit.data.masks import token_mask
 from lorafit.data.records import Record
 from lorafit.data.template_chat import ChatLayout
@@ -49,12 +50,14 @@ __all__ = [
     "STRADDLED",
     "TOOLS_IGNORED",
     "TOO_LARGE",
+    "MAX_TEMPLATE_BYTES",
     "Encoded",
     "Template",
 ]
 
 FALLBACK, CHAT = "fallback", "chat_template"
 FORMAT = 1
+MAX_TEMPLATE_BYTES = 16 << 20
 ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 GOLDEN: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "What is 12 × 34?\nAnswer briefly."},),
@@ -241,13 +244,9 @@ def _has_surrogates(text: str) -> bool:
 
 def _saved(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path, TemplateError, max_bytes=MAX_TEMPLATE_BYTES, fix="restore the run directory")
         digest = hashlib.sha256(saved["jinja"].encode("utf-8", "surrogatepass")).hexdigest()
         whole = saved["format"] == FORMAT and digest == saved["sha256"] and _proves_something(saved)
-    except OSError as error:
-        raise TemplateError(
-            f"cannot be read ({error.strerror})", where=str(path), fix="train again, or restore the run directory"
-        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TemplateError(
             "is no template.json of lorafit's", where=str(path), fix="restore the run directory"

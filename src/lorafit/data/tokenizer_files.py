@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from lorafit.config import read_json
 from lorafit.errors import BackboneError, TemplateError
 
 CONFIG, SPECIAL_MAP, ADDED, BACKEND = (
@@ -205,10 +206,4 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        loaded = json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BackboneError("is not valid JSON", where=str(path), fix="download the base again") from error
-    if not isinstance(loaded, dict):
-        raise BackboneError("is not a JSON object", where=str(path), fix="download the base again")
-    return loaded
+    return read_json(path, BackboneError, max_bytes=MAX_FILE_BYTES, fix="download the base again")

@@ -136,7 +136,7 @@ def _header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
             _check(entries, path.stat().st_size - 8 - length)
     except OSError as error:
         raise BackboneError(f"cannot be read ({error.strerror})", where=str(path), fix="check the file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackboneError("is no whole safetensors file", where=str(path), fix="download the base again") from error
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
 

@@ -1,0 +1,252 @@
+"""The engine's speed beside its peers, on one card, in one session: every arm does the same work and prints a JSON line.
+
+    python bench/engine.py base DIR                  # a random Llama-3.1-8B-shaped base in NF4, with a small tokenizer
+    python bench/engine.py run ARM DIR [options]     # one arm, one line
+    python bench/engine.py table DIR OUT [--only …]  # all rows of docs/performance.md's table, as Markdown, with ratios
+
+Arms: `lorafit` (through `lorafit.train`, as any user calls it), and where they are installed `hf` (transformers + peft +
+bitsandbytes), `liger`, `unsloth`. Work: `dense` rows of one length, every token supervised, or `real`: instruction-shaped
+rows (lognormal lengths, mean 147 tokens), where `trl`, `trl_pack`, `unsloth_pack` and the classic `padded` recipe run
+through their own trainers. A budget (--vram GiB) is enforced with `torch.cuda.set_per_process_memory_fraction`, and the
+peak quoted is `max_memory_reserved`. Speed is that of all steps after the warm-up, between two synchronisations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+TARGETS = {
+    "qv": ["q_proj", "v_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+GIB = 1 << 30
+EXAMPLES = 64  # in one step of the instruction-shaped work, as 4 × 16 or as one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    base = verbs.add_parser("base")
+    base.add_argument("folder")
+    base.add_argument("--size", default="8b", choices=("8b", "1b", "tiny"))
+    run = verbs.add_parser("run")
+    run.add_argument("arm")
+    run.add_argument("folder")
+    run.add_argument("--work", default="dense", choices=("dense", "real"))
+    run.add_argument("--targets", default="qv", choices=tuple(TARGETS))
+    run.add_argument("--rows", type=int, default=4, help="rows of one step (dense), or of the whole file (real)")
+    run.add_argument("--length", type=int, default=2048, help="tokens of a dense row")
+    run.add_argument("--vram", type=float, default=0, help="budget in GiB")
+    run.add_argument("--checkpointing", default="none", choices=("none", "full", "unsloth"), help="of the peers")
+    run.add_argument("--compute", default="bf16", choices=("bf16", "fp8"), help="of lorafit")
+    run.add_argument("--activations", default="auto", help="of lorafit")
+    run.add_argument("--deterministic", action="store_true", help="of lorafit")
+    run.add_argument("--dropout", type=float, default=0.0)
+    run.add_argument("--steps", type=int, default=8)
+    run.add_argument("--warm", type=int, default=3)
+    table = verbs.add_parser("table")
+    table.add_argument("folder")
+    table.add_argument("out")
+    table.add_argument("--only", default="", help="rows whose name contains this")
+    options = parser.parse_args()
+    {"base": make_base, "run": run_arm, "table": make_table}[options.verb](options)
+
+
+def make_base(options: argparse.Namespace) -> None:
+    from make_random_base import make
+
+    make(options.folder, options.size)
+
+
+def run_arm(options: argparse.Namespace) -> None:
+    if options.arm.startswith("unsloth"):
+        import unsloth  # noqa: F401  # it must come before transformers
+    import torch
+
+    if options.vram and options.arm != "lorafit":  # lorafit enforces its own
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.vram * GIB / total)
+    result = {name: getattr(options, name) for name in ("arm", "work", "targets", "rows", "length", "vram")}
+    try:
+        if options.arm == "lorafit":
+            found = run_lorafit(options)
+        elif options.work == "dense":
+            from engine_peers import run_dense
+
+            found = run_dense(options, TARGETS[options.targets])
+        else:
+            from engine_peers import run_real
+
+            found = run_real(options, instruction_lengths(options.rows))
+        result |= found
+    except torch.OutOfMemoryError as error:
+        result |= {"error": "out of memory", "message": str(error)[:120]}
+    print(json.dumps(result))
+
+
+def instruction_lengths(rows: int) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of instruction-shaped rows: lognormal, 8 to 240 each, mean 147 together."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    return [
+        tuple(int(np.clip(random.lognormal(mean, spread), 8, 240)) for mean, spread in ((4.0, 0.6), (4.2, 0.8)))
+        for _ in range(rows)
+    ]
+
+
+def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
+    """One training run through lorafit.train, over a JSONL whose rows have the lengths asked for."""
+    import torch
+    from transformers import TrainerCallback
+
+    import lorafit
+    from lorafit.api.observer import Observer
+
+    marks: list[float] = []
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args: object, state: object, *_: object, **__: object) -> None:
+            if state.global_step in (1, warm, state.max_steps):  # type: ignore[attr-defined]
+                torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+
+    class Watch(Observer):
+        attached_at = 0.0
+        rehearsal: object = None
+
+        def attached(self, counts: object, base: str) -> None:
+            self.attached_at = time.perf_counter()
+
+        def rehearsed(self, rehearsal: object) -> None:
+            self.rehearsal = rehearsal
+
+    warm = options.warm
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        examples = options.rows if options.work == "dense" else EXAMPLES
+        steps = options.steps + options.warm if options.work == "dense" else -(-options.rows // EXAMPLES)
+        data = write_rows(Path(folder) / "rows.jsonl", options, examples * steps)
+        settings = {"vram": f"{options.vram}GiB"} if options.vram else {}
+        if options.activations != "auto":
+            settings["activations"] = options.activations
+        if options.deterministic:
+            settings["deterministic"] = True
+        run = lorafit.train(
+            data, options.folder, out=Path(folder) / "run", rank=16, alpha=32.0, dropout=options.dropout, holdout=0,
+            targets={"qv": "qv", "all": "all-linear"}[options.targets], compute=options.compute, epochs=1,
+            quantization="nf4", examples_per_step=examples, save_steps=10_000, optimizer="adamw", ignore=("D", "P"),
+            max_tokens=12288 if options.work == "real" else options.rows * options.length,
+            callbacks=[Marks()], observer=watch, **settings,
+        )  # fmt: skip
+    lengths = run.train_rows.lengths
+    tokens = float(lengths.mean()) * examples
+    seconds = (marks[-1] - marks[1]) / (run.steps - warm)
+    rehearsal = watch.rehearsal
+    return {
+        "tokens_s": round(tokens / seconds),
+        "step_ms": round(seconds * 1e3, 1),
+        "tokens": round(tokens),
+        "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        "first_s": round(marks[0] - watch.attached_at, 1),
+        "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
+        "dial": str(rehearsal.dial) if rehearsal else "",
+        "tries": rehearsal.tries if rehearsal else 0,
+        "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
+        "compute": options.compute,
+        "loss": round(run.loss, 4),
+    }
+
+
+def write_rows(path: Path, options: argparse.Namespace, count: int) -> Path:
+    """Instruction rows of exact lengths: the base's tokenizer makes one token of each digit."""
+    import random
+
+    dice = random.Random(1)
+    lengths = [(8, options.length - 8)] * count if options.work == "dense" else instruction_lengths(options.rows)
+    wrapping = template_tokens(options.folder)
+
+    def digits(amount: int) -> str:
+        return "".join(dice.choice("0123456789") for _ in range(max(amount, 1)))
+
+    with path.open("w") as file:
+        for prompt, response in lengths:
+            row = {"instruction": digits(prompt), "response": digits(response - wrapping)}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def template_tokens(folder: str) -> int:
+    """Tokens that the base's chat template adds to a row."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]) - 2
+
+
+ROWS: list[tuple[str, list[str], list[list[str]]]] = [
+    ("4 × 2,048, q/v, ≤ 8 GiB", ["--vram", "8"], [["unsloth", "--checkpointing", "unsloth"], ["lorafit"]]),
+    ("4 × 2,048, q/v, ≤ 16 GiB", ["--vram", "16"], [["unsloth", "--checkpointing", "unsloth"], ["lorafit"]]),
+    ("4 × 2,048, q/v, ≤ 24 GiB", ["--vram", "24"], [["unsloth", "--checkpointing", "unsloth"], ["lorafit"]]),
+    ("4 × 2,048, q/v, ≤ 40 GiB", ["--vram", "40"], [["unsloth"], ["lorafit"]]),
+    ("4 × 2,048, all-linear, ≤ 48 GiB", ["--vram", "48", "--targets", "all"], [["unsloth"], ["lorafit"]]),
+    ("4 × 2,048, q/v, ≤ 16 GiB, fp8", ["--vram", "16"],
+     [["unsloth", "--checkpointing", "unsloth"], ["lorafit", "--compute", "fp8"]]),
+    ("4 × 2,048, q/v, ≤ 48 GiB, fp8", ["--vram", "48"], [["unsloth"], ["lorafit", "--compute", "fp8"]]),
+    ("4 × 512, q/v", ["--length", "512"], [["unsloth"], ["lorafit"]]),
+    ("1 × 2,048, q/v", ["--rows", "1"], [["unsloth"], ["lorafit"]]),
+    ("instruction-shaped, 64 a step", ["--work", "real", "--rows", "1536"],
+     [["padded", "--rows", "320"], ["trl_pack"], ["unsloth_pack"], ["lorafit"], ["lorafit", "--compute", "fp8"]]),
+    ("smallest budget for 4 × 2,048, q/v", ["--vram", "5.6"], [["lorafit"]]),
+]  # fmt: skip
+
+
+def make_table(options: argparse.Namespace) -> None:
+    """Run every row's arms, one process each; the last line of each is its JSON. Ratios are to the best peer."""
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["| work | arm | tokens/s | ratio to the best peer | peak GiB | first step s | setting |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, shared, arms in ROWS:
+        if options.only not in name:
+            continue
+        results = [one_arm(options.folder, shared, arm) for arm in arms]
+        best = max((found.get("tokens_s", 0) for found in results if found["arm"] != "lorafit"), default=0)
+        for found in results:
+            lines.append(table_line(name, found, best))
+            print(lines[-1], flush=True)
+        out.write_text("\n".join(lines) + "\n")
+
+
+def one_arm(folder: str, shared: list[str], arm: list[str]) -> dict[str, object]:
+    command = [sys.executable, __file__, "run", arm[0], folder, *shared, *arm[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        return {"arm": arm[0], "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+
+
+def table_line(name: str, found: dict[str, object], best: float) -> str:
+    arm = f"{found['arm']} {found['compute']}" if found.get("compute") == "fp8" else found["arm"]
+    if "error" in found:
+        return f"| {name} | {arm} | {found['error']} | | | | |"
+    ratio = f"{found['tokens_s'] / best:.2f}×" if best else ""
+    setting = found.get("dial") or found.get("checkpointing", "")
+    numbers = f"{found['tokens_s']:,} | {ratio} | {found['peak_gib']} | {found.get('first_s', '')}"
+    return f"| {name} | {arm} | {numbers} | {setting} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A trainer over a tiny run, and whether two of them ended in the same bits."""
+
+import torch
+
+from little_run import encoded_rows, settings
+from lorafit.adapters import attach
+from lorafit.backbone import load_backbone
+from lorafit.training import LorafitTrainer
+from lorafit.training.checkpoint_snapshot import Snapshot
+
+LENGTHS = (20, 9, 30, 14, 8, 11, 25, 17, 12, 21)
+
+
+def trainer(base, folder, **given):
+    options = {"dropout": 0.2, "examples_per_step": 3, "max_tokens": 40, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
+    config = settings(base=base, **{**options, "max_steps": 10, "keep_last": 99, **given})
+    model = attach(load_backbone(config, device="cpu"), config)
+    return LorafitTrainer(model, config, encoded_rows(*LENGTHS), encoded_rows(18, 9, 30, 22, seed=1), folder)
+
+
+def bits(one):
+    """Everything of a trainer that a later step depends on, and its history."""
+    snapshot = Snapshot.of(one)
+    tensors = {**snapshot.adapter.tensors, **snapshot.optimizer, **snapshot.random}
+    return {name: tensor.clone() for name, tensor in tensors.items()}, snapshot.rest, snapshot.trainer_state
+
+
+def assert_same(one, two):
+    for first, second in zip(bits(one), bits(two), strict=True):
+        assert first.keys() == second.keys()
+        for name in first:
+            same = (
+                torch.equal(first[name], second[name]) if torch.is_tensor(first[name]) else first[name] == second[name]
+            )
+            if name != "log_history":
+                assert same, name
+    wall = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    histories = [
+        [entry for entry in run.state.log_history if not any(key in entry for key in wall)] for run in (one, two)
+    ]
+    assert histories[0] == histories[1]
