@@ -166,6 +166,8 @@ def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path):
     assert "Loading weights" not in out
     code, _, err = run("train", data, *given)
     assert (code, err.startswith("finished: ")) == (0, True)
+    code, out, err = run("train", data, *given, "--json")
+    assert (code, err, json.loads(out)["finished"]) == (0, "", True)
     code, out, _ = run("merge", folder, "--json")
     assert code == 0
     assert json.loads(out)["passed"] is True

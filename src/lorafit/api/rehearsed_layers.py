@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +38,10 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         with contextlib.nullcontext() if layers.dial == Dial() else layers:
             yield None
         return
-    known = _known_dial(run, len(layers))
-    layers.dial = known or layers.dial
+    known = json.loads(run.engine.read_text()) if run.engine.exists() else None
+    if known is not None:
+        layers.dial = Dial.parse(known["dial"], len(layers))
+        layers.follow(known["schedule"])
     by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
     planned = by_plan and config.gradient_checkpointing == "auto"
     found = rehearse(trainer.model, layers, _work(trainer), budget_bytes(config), solves=planned and known is None)
@@ -79,7 +80,9 @@ def _work(trainer: LorafitTrainer) -> Work:
 
     def loss_of(batch: MicroBatch) -> Tensor:
         trainer.model.train()
-        with packed(trainer.model), trainer.compute_loss_context_manager():
+        # the Trainer's model computes under accelerate's autocast once it trains; other layers would be compiled, and
+        # other bytes measured, without it
+        with packed(trainer.model), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss: Tensor = trainer.compute_loss(trainer.model, batch)
         return loss
 
@@ -91,10 +94,3 @@ def _work(trainer: LorafitTrainer) -> Work:
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
         coming_bytes=round(trained * (GRADIENT_BYTES + state)),
     )
-
-
-def _known_dial(run: RunDir, layers: int) -> Dial | None:
-    if not run.engine.exists():
-        return None
-    known: dict[str, Any] = json.loads(run.engine.read_text())
-    return Dial.parse(known["dial"], layers)

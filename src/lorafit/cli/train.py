@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from lorafit.cli import flags
 from lorafit.cli.console import duration, heading, loss, show_findings, show_json
+from lorafit.errors import RunFinished
 
 
 def train(
@@ -44,7 +46,7 @@ def train(
     from lorafit.cli.watch import ConsoleObserver, say_next
 
     watch = ConsoleObserver() if not json else Observer()
-    with watch if isinstance(watch, ConsoleObserver) else contextlib.nullcontext():
+    with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
         trained = run_train(data, base, out=out, restart=restart, observer=watch, **settings)
     if json:
         show_json(trained.to_dict())
@@ -60,3 +62,13 @@ def train(
             (f"lorafit merge {run}", "one model to serve, proved"),
         ],
     )
+
+
+@contextlib.contextmanager
+def _finished_as_json() -> Iterator[None]:
+    """For machines a run that has nothing left to train is an answer as any other."""
+    try:
+        yield
+    except RunFinished as finished:
+        show_json({"run": finished.where, "finished": True, "message": finished.sentence})
+        raise typer.Exit from finished

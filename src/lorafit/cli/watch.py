@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
     from lorafit.data.progress import Progress as DataProgress
+    from lorafit.engine import Rehearsal
     from lorafit.findings import Finding
     from lorafit.planning import Plan
     from lorafit.training import RunEvent, StepProgress
@@ -42,6 +43,7 @@ class ConsoleObserver(Observer):
             disable=not PEOPLE.is_terminal,
         )
         self.task = self.progress.add_task("train", total=1, seen="", visible=False)
+        self.rehearses = False
         self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -69,6 +71,7 @@ class ConsoleObserver(Observer):
         show_findings(prepared.findings)
 
     def planned(self, plan: Plan, resolved: Resolved) -> None:
+        self.rehearses = plan.hardware.kind == "cuda"
         show_plan(plan)
         show_findings(plan.findings)
         heading("settings")
@@ -88,6 +91,20 @@ class ConsoleObserver(Observer):
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
             f"([bold]{counts.percent:.3f} %[/bold])",
         )
+        if self.rehearses and self.status:
+            self.status.update("compiling, and rehearsing the largest micro-batch")
+            self.status.start()
+
+    def rehearsed(self, rehearsal: Rehearsal | None) -> None:
+        if self.status:
+            self.status.stop()
+        if rehearsal is not None:
+            heading(
+                "rehearse",
+                f"[bold]{gib(rehearsal.peak_bytes)}[/bold] of {gib(rehearsal.budget_bytes)} on the largest "
+                f"micro-batch, activations {rehearsal.dial}; {duration(rehearsal.elapsed_s)}, "
+                f"{duration(rehearsal.compile_s)} of them compiling",
+            )
         self.progress.start()
 
     def stepped(self, progress: StepProgress) -> None:

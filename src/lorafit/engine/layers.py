@@ -74,10 +74,10 @@ class DecoderLayers:
             layer.gradient_checkpointing = False
         self.core.disable_input_require_grads()
 
-    def tighten(self, tokens: int | None = None, longest: int = 1) -> bool:
-        """Turn the dial to the next setting with less memory; False at the end."""
-        tighter = self.dial.tighter(len(self.layers), tokens, longest)
-        if tighter is None:
+    def tighten(self) -> bool:
+        """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
+        tighter = self.dial.tighter(len(self.layers))
+        if tighter is None or tighter.host_embeddings != self.dial.host_embeddings:
             return False
         self.dial = tighter
         self.offload.schedule = ()  # it was made for the dial before

@@ -55,15 +55,28 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """One rehearsed dial, the room it was solved for (0: it was not), and the peak it took; `fits` says whether that
+    was within the budget, without the allocator having to give back and ask again."""
+
+    dial: str
+    room_bytes: int
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """How it went: the dial that fits, the peak it took of the budget, and the seconds of compiling and of all."""
+    """How it went: the dial that fits and its offload schedule, the peak it took of the budget, the seconds of
+    compiling and of all, and every attempt."""
 
     dial: Dial
+    schedule: tuple[int, ...]
     peak_bytes: int
     budget_bytes: int
     compile_s: float
     elapsed_s: float
-    tries: int
+    attempts: tuple[Attempt, ...]
 
 
 def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *, solves: bool) -> Rehearsal:
@@ -74,22 +87,46 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
     Raises TrainingError when even the tightest setting does not fit.
     """
     started = time.perf_counter()
+    attempts: list[Attempt] = []
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         problem = _problem(model, layers, work, budget_bytes) if solves else None
         if problem is not None:
             _turn(layers, problem)
-        tries = 1
-        while (peak := _peak(model, layers, work)) > budget_bytes:
-            tries += 1
-            if problem is not None and tries <= SOLVED_TRIES:
-                missing = min(peak - budget_bytes, round(STEP_SHARE * budget_bytes))
-                problem = replace(problem, room=problem.room.less(missing + SLACK_BYTES // 4))
+        while not (attempt := _attempt(model, layers, work, budget_bytes, problem)).fits:
+            attempts.append(attempt)
+            if problem is not None and len(attempts) <= SOLVED_TRIES:
+                problem = replace(problem, room=problem.room.less(_missing(attempt, budget_bytes)))
                 _turn(layers, problem)
-            elif not layers.tighten(work.max_tokens, work.longest):
+            elif not _tighten(layers, work):
                 raise _does_not_fit()
+        attempts.append(attempt)
     layers.dial = replace(layers.dial, host_embeddings=isinstance(model.get_input_embeddings(), HostEmbedding))
-    elapsed_s = time.perf_counter() - started
-    return Rehearsal(layers.dial, peak, budget_bytes, layers.compile_s, elapsed_s, tries)
+    return Rehearsal(
+        dial=layers.dial,
+        schedule=tuple(layers.offload.schedule),
+        peak_bytes=attempt.peak_bytes,
+        budget_bytes=budget_bytes,
+        compile_s=layers.compile_s,
+        elapsed_s=time.perf_counter() - started,
+        attempts=tuple(attempts),
+    )
+
+
+def _missing(attempt: Attempt, budget_bytes: int) -> int:
+    """Bytes to take from the room after an attempt that did not fit: what it lacked, as far as that is known."""
+    lacking = attempt.peak_bytes - budget_bytes
+    most = round(STEP_SHARE * budget_bytes)
+    return (min(lacking, most) if lacking > 0 else most) + SLACK_BYTES // 4
+
+
+def _tighten(layers: DecoderLayers, work: Work) -> bool:
+    """The next setting with less memory, embeddings and micro-batches included; False at the end."""
+    tighter = layers.dial.tighter(len(layers), work.max_tokens, work.longest)
+    if tighter is None:
+        return False
+    layers.dial = tighter
+    layers.follow(())
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,24 +234,33 @@ def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: 
     return 2 * forward_s * batch.supervised / batch.tokens * head.weight.numel() / weights
 
 
-def _peak(model: Any, layers: DecoderLayers, work: Work) -> int:
-    """Most bytes reserved on the card in one forward and backward; more than any budget when they did not fit."""
+def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: _Problem | None) -> Attempt:
+    """Two micro-batches, forward and backward, under the dial as it stands: the second meets what the first left."""
     batch = work.batch_of(layers.dial.micro_tokens or work.max_tokens)
     if layers.dial.host_embeddings:
         keep_embeddings_on_host(model)
     _empty()
     torch.cuda.reset_peak_memory_stats()
+    retries = _allocator_retries()
     try:
         with layers:
-            (work.loss_of(batch) / max(batch.supervised, 1)).backward()
+            for _ in range(2):
+                (work.loss_of(batch) / max(batch.supervised, 1)).backward()
         torch.cuda.synchronize()
         peak = int(torch.cuda.max_memory_reserved())
+        # an allocator that has to give back and ask again stops the card each time: it fits, but crawls
+        fits = peak + work.coming_bytes <= budget_bytes and _allocator_retries() == retries
     except torch.OutOfMemoryError:
-        peak = 1 << 62
+        peak, fits = int(torch.cuda.max_memory_reserved()), False
     for weight in model.parameters():
         weight.grad = None
+    layers.offload.begin()
     _empty()
-    return peak
+    return Attempt(str(layers.dial), problem.room.device_bytes if problem else 0, peak, fits)
+
+
+def _allocator_retries() -> int:
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
 def _loss_bytes(model: Any, batch: MicroBatch) -> int:

@@ -1,0 +1,135 @@
+"""Decoder layers under the dial: the same gradients at every setting, and less saved."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorafit.adapters import attach
+from lorafit.backbone import load_backbone
+from lorafit.config import resolve
+from lorafit.config.dial import Dial
+from lorafit.engine import DecoderLayers, collate, offload, packed, summed_loss
+from lorafit.engine.recompute import feed_forward_widths
+from tiny_models import save_base, stir
+
+LAYOUTS = ((5, 9, 17), (8, 3, 2, 4), (33,), (5, 9, 17, 4, 4, 4, 4, 4))
+BACKEND = "aot_eager_decomp_partition"  # what decides about saved tensors is the same as on a card
+
+
+def rows_of(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [(random.integers(4, 250, length), np.arange(length) > 0) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    base = save_base(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
+    config = resolve(flags={"base": str(base), "dropout": 0.0, "targets": "all-linear", "rank": 4}).config
+    model = attach(load_backbone(config, dense_budget_bytes=0), config)
+    stir(model)
+    return model.train()
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_leave(monkeypatch):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 64)
+    monkeypatch.setattr(offload, "CHUNK_BYTES", 1 << 16)
+
+
+def gradient(model, lengths):
+    model.zero_grad()
+    with packed(model):
+        summed_loss(model, collate(rows_of(lengths))).backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+
+
+def saved_elements(layers, model):
+    """Elements that one layer saves, beside its weights: what the dial is about."""
+    found = []
+
+    def observe(run, hidden, *rest):
+        layers.observe = None
+        held = layers._weights[0]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+            run(layers.dial.level(0), hidden.detach().requires_grad_(), *rest)
+        found.append(
+            sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in held and t.is_floating_point())
+        )
+
+    layers.observe = observe
+    with layers:
+        gradient(model, (40, 24))
+    return found[0]
+
+
+@pytest.mark.parametrize("spec", ["feed_forward=3", "whole=3", "whole=1,feed_forward=1,offload=2", "offload=3"])
+def test_every_setting_has_the_gradient_of_keeping_everything(adapted, spec):
+    for lengths in LAYOUTS[:2]:
+        wanted = gradient(adapted, lengths)
+        with DecoderLayers(adapted, Dial.parse(spec, 3), compiled=False):
+            assert torch.equal(gradient(adapted, lengths), wanted)
+
+
+def test_compiled_layers_have_the_gradient_of_eager_ones_and_are_compiled_once_for_all_layouts(adapted):
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for spec in ("keep", "feed_forward=3", "whole=1,feed_forward=2,offload=3"):
+        layers = DecoderLayers(adapted, Dial.parse(spec, 3), backend=BACKEND)
+        for lengths in LAYOUTS:
+            wanted = gradient(adapted, lengths)
+            with layers:
+                got = gradient(adapted, lengths)
+            assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+        assert layers.notes == [] and layers.compiled
+    # one graph for each level, whatever the layers and the layouts
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+
+
+def test_recomputing_the_feed_forward_saves_neither_gate_nor_up_and_keeping_saves_nothing_twice(adapted):
+    text, tokens, rank = adapted.config, 64, 4
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    width = text.hidden_size // text.num_attention_heads
+    stream = 2 * text.hidden_size + heads * width + text.num_attention_heads * width
+    light = saved_elements(DecoderLayers(adapted, Dial(feed_forward=3), backend=BACKEND), adapted)
+    kept = saved_elements(DecoderLayers(adapted, Dial(), backend=BACKEND), adapted)
+    few = 7 * rank + 2 * width + text.num_attention_heads + 8  # adapters' narrow values, rotary tables, norms
+    assert light <= tokens * (stream + few)
+    assert kept <= tokens * (stream + few + 2 * text.intermediate_size)
+    assert kept - light == tokens * 2 * text.intermediate_size
+
+
+def test_a_layer_that_does_not_compile_goes_on_eager_and_says_why(adapted):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    wanted = gradient(adapted, LAYOUTS[0])
+    layers = DecoderLayers(adapted, Dial(), backend=broken)
+    with layers:
+        got = gradient(adapted, LAYOUTS[0])
+    assert torch.equal(got, wanted)
+    assert not layers.compiled and "does not compile" in layers.notes[0]
+
+
+def test_the_model_is_as_it_was_afterwards(adapted):
+    with DecoderLayers(adapted, Dial(whole=3), compiled=False):
+        pass
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in adapted.modules())
+
+
+def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
+    layers = DecoderLayers(adapted, Dial(), compiled=False)
+    seen = [layers.dial]
+    while layers.tighten():
+        seen.append(layers.dial)
+    assert len(set(seen)) == len(seen) < 20
+    assert layers.dial.whole == layers.dial.offload == 3 and not layers.dial.host_embeddings
+
+
+def test_the_feed_forwards_widths_are_the_configs():
+    assert feed_forward_widths(resolve_config(hidden=64, inner=160)) == {160, 320}
+
+
+def resolve_config(hidden, inner):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(hidden_size=hidden, intermediate_size=inner)
