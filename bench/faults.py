@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -357,8 +358,13 @@ def main() -> int:
         run(campaign, rows, base)
     print(table(campaign.rows))
     ours = [row for row in campaign.rows if row.subject == "lorafit"]
-    print(f"\n{campaign.kills} kills, {time.monotonic() - began:.0f} s, seed {given.seed}")
+    print(f"\n{campaign.kills} kills, {time.monotonic() - began:.0f} s, seed {given.seed}; {versions()}")
     return 0 if all(row.is_clean for row in ours) else 1
+
+
+def versions() -> str:
+    """What it ran with."""
+    return ", ".join(f"{name} {version(name)}" for name in ("lorafit", "transformers", "peft", "torch"))
 
 
 def run(campaign: Campaign, rows: Path, base: Path) -> None:

@@ -224,3 +224,19 @@ def test_a_fault_of_ours_asks_for_a_report_without_a_trace(run, data, monkeypatc
     code, _, err = run("check", data)
     assert code == 70
     assert "internal error (ZeroDivisionError: division by zero)" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_a_run_that_a_signal_stopped_ends_with_its_code_and_the_command_that_goes_on(
+    run, data, monkeypatch, number, code
+):
+    from lorafit.api import train as room
+    from lorafit.errors import TrainingStopped
+
+    def stopped(*_, **__):
+        raise TrainingStopped(number, "stopped after step 3 of 9", fix="go on with: lorafit train r/run.yaml --out r")
+
+    monkeypatch.setattr(room, "train", stopped)
+    got, _, err = run("train", data, "--base", BASE)
+    assert got == code
+    assert err == "stopped: stopped after step 3 of 9; go on with: lorafit train r/run.yaml --out r\n"

@@ -10,6 +10,8 @@ from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
 from lorafit.engine.attention import packed_attention
+from lorafit.engine.attention_op import packed_attention_op
+from lorafit.engine.grouped_attention import grouped_attention, grouped_gradients
 from lorafit.engine.segments import Segments
 from lorafit.errors import TrainingError
 from tiny_models import FAMILIES, save_base
@@ -119,3 +121,46 @@ def test_the_head_runs_at_supervised_positions_only(bases):
     batch = collate(rows_of(10, 14))
     assert supervised_logits(model, batch).shape == (batch.supervised, model.config.vocab_size)
     assert math.isfinite(float(supervised_logits(model, batch).sum()))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 4], [6, 6, 6]])
+def test_the_written_out_gradient_is_autograds(window, softcap, lengths):
+    segments = Segments.of_lengths(lengths)
+    rows = (segments.gather, segments.scatter, segments.layout)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, 4, sum(lengths), 8), (1, 2, sum(lengths), 8), (1, 2, sum(lengths), 8))
+    leaves = [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
+    mixed = grouped_attention(*leaves, *rows, 0.3, window, softcap)
+    grad = torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
+    wanted = torch.autograd.grad(mixed, leaves, grad)
+    got = grouped_gradients(grad, *(leaf.detach() for leaf in leaves), *rows, 0.3, window, softcap)
+    for piece, expected in zip(got, wanted, strict=True):
+        # scores and chances are in fp32 there, whatever the inputs are
+        assert float((piece - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256] * 8, [100, 300, 7, 1], [512]])
+@pytest.mark.parametrize("window", [None, 64])
+def test_every_kernel_on_the_card_is_the_textbooks_forward_and_backward(lengths, window):
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((1, sum(lengths), 8, 64), (1, sum(lengths), 2, 64), (1, sum(lengths), 2, 64))
+    leaves = [
+        torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for size in sizes
+    ]
+    segments = Segments.of_lengths(lengths).to("cuda")
+    rows = (segments.gather, segments.scatter, segments.layout)
+    got, _ = packed_attention_op(*leaves, segments.boundaries, *rows, 0.125, window, None)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = grouped_attention(*exact, *rows, 0.125, window, None)
+    grad = torch.randn(got.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, leaves, grad)),
+        (wanted, *torch.autograd.grad(wanted, exact, grad.double())),
+        strict=True,
+    )
+    for piece, expected in pairs:
+        assert float((piece.double() - expected).norm() / expected.norm()) < 1e-2

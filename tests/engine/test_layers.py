@@ -8,7 +8,7 @@ from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
-from lorafit.engine import DecoderLayers, collate, offload, packed, summed_loss
+from lorafit.engine import DecoderLayers, Work, collate, offload, packed, rehearse, summed_loss
 from lorafit.engine.recompute import feed_forward_widths
 from tiny_models import save_base, stir
 
@@ -133,3 +133,60 @@ def resolve_config(hidden, inner):
     from transformers import LlamaConfig
 
     return LlamaConfig(hidden_size=hidden, intermediate_size=inner)
+
+
+@pytest.fixture(scope="module")
+def on_card(tmp_path_factory):
+    base = save_base(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
+    config = resolve(flags={"base": str(base), "dropout": 0.0, "targets": "all-linear", "rank": 4}).config
+    model = attach(load_backbone(config), config)
+    stir(model)
+    return model.train()
+
+
+def gradient_on_card(model, lengths):
+    model.zero_grad()
+    with packed(model), torch.autocast("cuda", dtype=torch.bfloat16):
+        summed_loss(model, collate(rows_of(lengths)).to("cuda")).backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["feed_forward=3", "whole=3", "offload=3", "whole=1,feed_forward=1,offload=3"])
+def test_on_a_card_every_setting_has_the_gradient_of_keeping_everything(on_card, spec):
+    for lengths in ((64, 200, 33), (128, 128)):
+        with DecoderLayers(on_card, Dial()):
+            wanted = gradient_on_card(on_card, lengths)
+        with DecoderLayers(on_card, Dial.parse(spec, 3)) as layers:
+            got = gradient_on_card(on_card, lengths)
+        assert layers.notes == []
+        assert float((got - wanted).norm() / wanted.norm()) < 2e-2  # bf16; kernels are fused differently
+
+
+@pytest.mark.gpu
+def test_offloading_changes_no_bit_and_leaves_less_on_the_card(on_card):
+    found = {}
+    for spec in ("keep", "offload=3"):
+        with DecoderLayers(on_card, Dial.parse(spec, 3)) as layers:
+            gradient_on_card(on_card, (300, 200))
+            torch.cuda.reset_peak_memory_stats()
+            found[spec] = gradient_on_card(on_card, (300, 200)), layers.offload.sent_bytes
+    assert torch.equal(found["keep"][0], found["offload=3"][0])
+    assert found["offload=3"][1] > 0
+
+
+@pytest.mark.gpu
+def test_the_rehearsal_finds_a_dial_within_the_budget(on_card):
+    def loss_of(batch):
+        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
+            return summed_loss(on_card, batch)
+
+    work = Work(
+        batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),
+        loss_of=loss_of, max_tokens=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
+    )  # fmt: skip
+    layers = DecoderLayers(on_card, Dial())
+    budget = torch.cuda.memory_reserved() + (1 << 30)
+    found = rehearse(on_card, layers, work, budget, solves=True)
+    assert found.peak_bytes <= budget and found.attempts[-1].fits
+    assert all(weight.grad is None for weight in on_card.parameters())

@@ -1,0 +1,293 @@
+"""What the engine costs in quality: its losses beside those of its peers' libraries, and FP8's beside bf16's.
+
+    python bench/parity.py [--base demo|FOLDER] [--compute fp32|bf16|fp8] [--steps 50] [--seed N]
+    python bench/parity.py fp8 [--task orders] [--seeds 0,1,2]      # a card of compute capability 8.9 or more
+
+The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
+chunked loss, on a card compiled layers under the dial) and in bench/parity_reference.py (padded rows, no lorafit), and
+compares each step's loss; with `--compute fp8` the other side is in bf16. `--floor` adds the reference against itself,
+each row alone. The second trains a demo task to its end in bf16 and in FP8 and compares what came of it.
+Prints Markdown; the exit status is 1 when a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import bitsandbytes
+import parity_reference as reference
+import peft
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from lorafit.api.train import TrainedRun, train
+from lorafit.backbone import computing_in
+from lorafit.backbone.precision import computes_in_fp8, default_device
+from lorafit.config import load_recipe, resolve
+from lorafit.demo import BASE, RECIPE, TASKS, task_named, write_split
+from lorafit.demo.tasks import rows as task_rows
+from lorafit.errors import LorafitError
+from lorafit.evaluate import exact_match
+from lorafit.export.comparison import Reference
+from lorafit.training.steps import StepDataset
+
+LOSS_BOUND = 0.005
+"""Largest relative difference of one step's loss."""
+HELD_OUT_BOUND, MATCH_BOUND = 0.01, 0.01
+"""Of FP8 to bf16 at the end of training: relative held-out loss, and share of exact matches."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+TRAIN_ROWS, HELD_OUT_ROWS = 1500, 200
+
+
+class Record(TrainerCallback):
+    """The adapters as training begins, the arguments it runs under, and every step's loss."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, torch.Tensor] = {}
+        self.arguments: Any = None
+        self.losses: dict[int, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.arguments = args
+        self.adapters = {
+            name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.losses[state.global_step] = logs["loss"]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The losses of the same steps, one from each side."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def differences(self) -> list[float]:
+        """|ours − theirs| / theirs, step by step."""
+        return [abs(one - other) / other for one, other in zip(self.ours, self.theirs, strict=True)]
+
+    def line(self, name: str) -> str:
+        """One row of the table."""
+        worst, where = max((value, step) for step, value in enumerate(self.differences, 1))
+        ends = f"{self.ours[0]:.5f} / {self.theirs[0]:.5f} | {self.ours[-1]:.5f} / {self.theirs[-1]:.5f}"
+        return f"| {name} | {len(self.ours)} | {worst:.2g} (step {where}) | {mean(self.differences):.2g} | {ends} |"
+
+    @property
+    def agree(self) -> bool:
+        """Whether each step's loss is within the bound; one that is not finite is not."""
+        return all(value <= LOSS_BOUND for value in self.differences)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What lorafit trained: the rows of every step, its losses, and what another trainer needs to do the same."""
+
+    rows: list[list[reference.Row]]
+    losses: list[float]
+    adapters: dict[str, torch.Tensor]
+    recipe: reference.Recipe
+    layers: str
+
+
+def lorafit_steps(folder: Path, base: str, steps: int, examples: int, **settings: Any) -> Steps:
+    """`steps` steps of `lorafit.train` over rows of all demo tasks, so that lengths are uneven."""
+    data, record = write_rows(folder / "rows.jsonl", steps * examples, settings["seed"]), Record()
+    run = train(
+        data, base, out=folder / "run", callbacks=[record], holdout=0, dropout=0.0, epochs=1, max_steps=steps,
+        examples_per_step=examples, quantization="nf4", optimizer="adamw", save_steps=steps, ignore=("D", "P"),
+        **settings,
+    )  # fmt: skip
+    config, arguments = run.resolved.config, record.arguments
+    order = StepDataset(run.train_rows, config)
+    rows = [[(run.train_rows.ids(row), run.train_rows.mask(row)) for row in order[step].rows] for step in range(steps)]
+    recipe = reference.Recipe(
+        rank=config.rank, alpha=config.alpha, lr=config.lr, schedule=str(arguments.lr_scheduler_type.value),
+        warmup_steps=arguments.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
+    )  # fmt: skip
+    losses = [record.losses[step] for step in range(1, steps + 1)]
+    return Steps(rows, losses, record.adapters, recipe, how_layers_ran(run))
+
+
+def how_layers_ran(run: TrainedRun) -> str:
+    """The dial that the rehearsal settled on, and what it noted, such as a layer that does not compile."""
+    if not run.run.engine.exists():
+        return f"one operation at a time, dial {run.resolved.config.activations}"
+    known = json.loads(run.run.engine.read_text())
+    return "; ".join([f"compiled ({known['compile_s']:.0f} s), dial {known['dial']}", *known["notes"]])
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    """`count` rows, the demo's tasks in turn."""
+    drawn = [task_rows(task, seed, -(-count // len(TASKS))) for task in TASKS.values()]
+    mixed = [row for turn in zip(*drawn, strict=True) for row in turn][:count]
+    path.write_text("".join(json.dumps(row) + "\n" for row in mixed), encoding="utf-8")
+    return path
+
+
+def compare_steps(options: argparse.Namespace) -> bool:
+    """Print the table of the first mode; False when a step's loss is out of bounds."""
+    base = str(BASE) if options.base == "demo" else options.base
+    settings = {"seed": options.seed, "compute": options.compute, "targets": options.targets, "rank": options.rank,
+                "activations": options.activations, "max_tokens": options.max_tokens}  # fmt: skip
+    settings["lr"] = options.lr or (load_recipe(RECIPE)["lr"] if options.base == "demo" else 2e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = lorafit_steps(Path(folder), base, options.steps, options.examples, **settings)
+    free()
+    given = base, ours.rows, ours.adapters, ours.recipe, DTYPES[options.compute]
+    padded = reference.losses(*given, rows_per_forward=options.rows_per_forward)
+    curves = Curves(ours.losses, padded)
+    print(f"{machine()}; layers: {ours.layers}\n")
+    print(STEPS_HEAD)
+    other = "bf16" if options.compute == "fp8" else options.compute
+    print(curves.line(f"{options.base}, {options.compute}: lorafit / transformers + peft + bitsandbytes in {other}"))
+    if options.floor:
+        alone = reference.losses(*given, rows_per_forward=1)
+        print(Curves(alone, padded).line("the floor: the reference, each row alone / padded"))
+    return options.compute == "fp8" or curves.agree
+
+
+STEPS_HEAD = (
+    "| losses of one side / the other | steps | largest relative difference | mean | first step | last step |"
+    "\n|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A run to the end: losses over the held-out rows as trained and as served, and the share answered exactly.
+
+    `kl` (nats a token) is from the served model to the same model in the precision it was trained in.
+    """
+
+    trained_loss: float
+    served_loss: float
+    kl: float
+    match: float
+
+
+def ending(run: TrainedRun, served: torch.dtype) -> Ending:
+    """How `run` ended, its model in the precision it was trained in and in `served`, which is never FP8."""
+    rows = [(run.held_out_rows.ids(row), run.held_out_rows.mask(row)) for row in range(len(run.held_out_rows))]
+    with computing_in(run.model, served):
+        exact = Reference.of(run.model, rows)
+        match = exact_match(run.model, run.held_out_rows, run.template).share
+    assert len(exact.rows) == len(rows), "some rows were left out"
+    assert run.eval_loss is not None, "the run ended without an evaluation"
+    return Ending(run.eval_loss, exact.loss, exact.compare(run.model).kl, match)
+
+
+def endings(folder: Path, task: str, seed: int, computes: Sequence[str], **settings: Any) -> list[Ending]:
+    """`task` trained to the end in each of `computes`, from the same adapters over the same rows in the same order."""
+    train_rows, held_out = settings.pop("rows", (TRAIN_ROWS, HELD_OUT_ROWS))
+    data, held_out_file = write_split(task_named(task), folder / "data", seed, train_rows, held_out)
+    found = []
+    for number, compute in enumerate(computes):
+        run = train(
+            [data], out=folder / f"{number}-{compute}", seed=seed, compute=compute, holdout=str(held_out_file),
+            **{"base": str(BASE), **load_recipe(RECIPE), **settings},
+        )  # fmt: skip
+        found.append(ending(run, DTYPES[compute]))
+        del run
+        free()
+    return found
+
+
+def compare_fp8(options: argparse.Namespace) -> bool:
+    """Print the table of the second mode; False when a seed is out of bounds. Raises BackboneError without a card."""
+    computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
+    settings = {"base": str(BASE) if options.base == "demo" else options.base}
+    settings |= {"lr": options.lr} if options.lr else {}
+    print(f"{machine()}\n\n{ENDINGS_HEAD}", flush=True)
+    within = []
+    for seed in (int(seed) for seed in options.seeds.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            pair = endings(Path(folder), options.task, seed, ("bf16", "fp8"), **settings)
+        print(ending_line(options.task, seed, *pair), flush=True)
+        within.append(is_as_good(*pair))
+    return all(within)
+
+
+ENDINGS_HEAD = (
+    "| task | seed | held-out loss, bf16 | fp8 | difference | fp8, served in bf16 | exact match, bf16 | fp8"
+    " | KL of fp8-trained, in bf16 to in fp8 |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def ending_line(task: str, seed: int, exact: Ending, fp8: Ending) -> str:
+    """One row of the second mode's table."""
+    losses = f"{exact.trained_loss:.5f} | {fp8.trained_loss:.5f} | {loss_difference(exact, fp8):+.2%}"
+    matches = f"{exact.match:.1%} | {fp8.match:.1%}"
+    return f"| {task} | {seed} | {losses} | {fp8.served_loss:.5f} | {matches} | {fp8.kl:.1e} |"
+
+
+def is_as_good(exact: Ending, fp8: Ending) -> bool:
+    """Whether FP8 lost no more than the bounds allow; what it won is no fault."""
+    # shares of 200 rows are no exact binary fractions
+    return loss_difference(exact, fp8) <= HELD_OUT_BOUND and exact.match - fp8.match <= MATCH_BOUND + 1e-9
+
+
+def loss_difference(exact: Ending, fp8: Ending) -> float:
+    """Relative, of the final held-out losses, each in the precision of its training."""
+    return fp8.trained_loss / exact.trained_loss - 1
+
+
+def machine() -> str:
+    """Versions and device, as a line for the docs."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (transformers, peft, bitsandbytes))
+    return f"torch {torch.__version__}, {versions}; {device}"
+
+
+def free() -> None:
+    """The run before this one leaves the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", default="steps", choices=("steps", "fp8"))
+    parser.add_argument("--base", default="demo", help="demo, or a folder")
+    parser.add_argument("--lr", type=float, help="default: the demo's for its base, else 2e-4")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--compute", default="fp32", choices=tuple(DTYPES))
+    steps.add_argument("--steps", type=int, default=50)
+    steps.add_argument("--seed", type=int, default=0)
+    steps.add_argument("--examples", type=int, default=16, help="in one step")
+    steps.add_argument("--max-tokens", type=int, default=512, help="in one packed micro-batch")
+    steps.add_argument("--rows-per-forward", type=int, default=16, help="of the reference, padded")
+    steps.add_argument("--targets", default="qv", choices=("qv", "attention", "all-linear"))
+    steps.add_argument("--rank", type=int, default=16)
+    steps.add_argument("--activations", default="auto", help="lorafit's dial: keep, recompute, offload, …")
+    steps.add_argument("--floor", action="store_true", help="also the reference against itself")
+    ends = parser.add_argument_group("fp8")
+    ends.add_argument("--task", default="orders", choices=tuple(TASKS))
+    ends.add_argument("--seeds", default="0,1,2")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        within = {"steps": compare_steps, "fp8": compare_fp8}[options.mode](options)
+    except LorafitError as error:
+        sys.exit(str(error))
+    sys.exit(0 if within else 1)
+
+
+if __name__ == "__main__":
+    main()
