@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -187,6 +188,26 @@ def turn_clock(seconds: float) -> Callable[..., None]:
 def pause(seconds: float) -> Callable[..., None]:
     """A harm that only takes time."""
     return lambda model: time.sleep(seconds)
+
+
+OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
+
+
+def kill_at_operation(folder: Path, number: int) -> list[int]:
+    """From here on, end this process just before its `number`-th operation on a file below `folder`; the count so far.
+
+    Python's own operations are seen, as audit events; what safetensors writes inside is not.
+    """
+    count, below = [0], str(folder)
+
+    def hook(event: str, given: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and str(given[0]).startswith(below):
+            count[0] += 1
+            if count[0] == number:
+                kill()
+
+    sys.addaudithook(hook)
+    return count
 
 
 DAMAGES = ("truncated", "emptied", "deleted", "bit flipped")

@@ -126,7 +126,9 @@ def reference(campaign: Campaign, subject: Subject) -> dict[str, str]:
 
 def ends_as(subject: Subject, folder: Path, wanted: dict[str, str]) -> tuple[bool, bool]:
     """(survived, identical): train on in `folder` to the end, and compare."""
-    if attempt(subject, folder) != 0:
+    code = attempt(subject, folder)
+    if code != 0:
+        print(f"exit code {code}:\n{output(folder)[-1500:]}" if subject.name == "lorafit" else "", file=sys.stderr)
         return False, False
     return True, subject.result(folder) == wanted
 

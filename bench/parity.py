@@ -5,9 +5,10 @@
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
 chunked loss, on a card compiled layers under the dial) and in bench/parity_reference.py (padded rows, no lorafit), and
-compares each step's loss; with `--compute fp8` the other side is in bf16. `--floor` adds the reference against itself,
-each row alone. The second trains a demo task to its end in bf16 and in FP8 and compares what came of it.
-Prints Markdown; the exit status is 1 when a bound is missed.
+compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference lorafit's
+adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
+reference against itself with each row alone, shows how far. The second mode trains a demo task to its end in bf16 and
+in FP8 and compares what came of it. Prints Markdown; the exit status is 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ TRAIN_ROWS, HELD_OUT_ROWS = 1500, 200
 
 
 class Record(TrainerCallback):
-    """The adapters as training begins, the arguments it runs under, and every step's loss."""
+    """The arguments that training runs under, and of every step the adapters it begins with and its loss."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, torch.Tensor] = {}
+        self.adapters: list[dict[str, torch.Tensor]] = []
         self.arguments: Any = None
         self.losses: dict[int, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.arguments = args
-        self.adapters = {
-            name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad
-        }
+        self.adapters.append(
+            {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
@@ -94,11 +95,11 @@ class Curves:
 
 @dataclass(frozen=True)
 class Steps:
-    """What lorafit trained: the rows of every step, its losses, and what another trainer needs to do the same."""
+    """What lorafit trained: each step's rows, loss and adapters before it, and how, so that others can do the same."""
 
     rows: list[list[reference.Row]]
     losses: list[float]
-    adapters: dict[str, torch.Tensor]
+    adapters: list[dict[str, torch.Tensor]]
     recipe: reference.Recipe
     layers: str
 
@@ -144,19 +145,25 @@ def compare_steps(options: argparse.Namespace) -> bool:
     base = str(BASE) if options.base == "demo" else options.base
     settings = {"seed": options.seed, "compute": options.compute, "targets": options.targets, "rank": options.rank,
                 "activations": options.activations, "max_tokens": options.max_tokens}  # fmt: skip
-    settings["lr"] = options.lr or (load_recipe(RECIPE)["lr"] if options.base == "demo" else 2e-4)
+    settings |= {"lr": options.lr} if options.lr else {}
     with tempfile.TemporaryDirectory() as folder:
         ours = lorafit_steps(Path(folder), base, options.steps, options.examples, **settings)
     free()
-    given = base, ours.rows, ours.adapters, ours.recipe, DTYPES[options.compute]
-    padded = reference.losses(*given, rows_per_forward=options.rows_per_forward)
+    return print_steps(options, base, ours)
+
+
+def print_steps(options: argparse.Namespace, base: str, ours: Steps) -> bool:
+    """The table's lines; whether the losses of the first agree."""
+    dtype, many = DTYPES[options.compute], options.rows_per_forward
+    peer = "transformers + peft + bitsandbytes" + (" in bf16" if options.compute == "fp8" else "")
+    print(f"{machine()}; layers: {ours.layers}; learning rate {ours.recipe.lr:g}\n\n{STEPS_HEAD}", flush=True)
+    padded = reference.losses(base, ours.rows, ours.adapters[0], ours.recipe, dtype, many)
     curves = Curves(ours.losses, padded)
-    print(f"{machine()}; layers: {ours.layers}\n")
-    print(STEPS_HEAD)
-    other = "bf16" if options.compute == "fp8" else options.compute
-    print(curves.line(f"{options.base}, {options.compute}: lorafit / transformers + peft + bitsandbytes in {other}"))
+    print(curves.line(f"{options.base}, {options.compute}: lorafit / {peer}"), flush=True)
+    at_ours = reference.losses_at(base, ours.rows, ours.adapters, ours.recipe, dtype, many)
+    print(Curves(ours.losses, at_ours).line("the same, at each step from lorafit's adapters"), flush=True)
     if options.floor:
-        alone = reference.losses(*given, rows_per_forward=1)
+        alone = reference.losses(base, ours.rows, ours.adapters[0], ours.recipe, dtype, 1)
         print(Curves(alone, padded).line("the floor: the reference, each row alone / padded"))
     return options.compute == "fp8" or curves.agree
 
@@ -264,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", default="steps", choices=("steps", "fp8"))
     parser.add_argument("--base", default="demo", help="demo, or a folder")
-    parser.add_argument("--lr", type=float, help="default: the demo's for its base, else 2e-4")
+    parser.add_argument("--lr", type=float, help="default: lorafit's in steps, the demo's in fp8")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--compute", default="fp32", choices=tuple(DTYPES))
     steps.add_argument("--steps", type=int, default=50)

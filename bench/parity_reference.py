@@ -6,7 +6,7 @@ numpy arrays, already in the order of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,25 @@ def losses(
     return found
 
 
+def losses_at(
+    folder: str,
+    steps: Sequence[Sequence[Row]],
+    adapters: Sequence[Mapping[str, torch.Tensor]],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    rows_per_forward: int,
+) -> list[float]:
+    """Each step's loss at that step's own `adapters`: nothing is trained here, so that no difference can grow."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = adapted(base(folder, dtype, device), adapters[0], recipe)
+    found = []
+    for rows, weights in zip(steps, adapters, strict=True):
+        model.load_state_dict(dict(weights), strict=False)
+        with torch.no_grad():
+            found.append(sum(loss.item() for loss in forwards(model, rows, rows_per_forward, dtype)))
+    return found
+
+
 def base(folder: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The base in NF4 with double quantisation, as QLoRA's users load it (arXiv:2305.14314)."""
     profile = BitsAndBytesConfig(
@@ -86,18 +105,26 @@ def adapted(model: torch.nn.Module, adapters: Mapping[str, torch.Tensor], recipe
 
 def backward(model: torch.nn.Module, rows: Sequence[Row], rows_per_forward: int, dtype: torch.dtype) -> float:
     """Gradients of one step, accumulated over its forwards; returns its loss."""
+    total = 0.0
+    for loss in forwards(model, rows, rows_per_forward, dtype):
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def forwards(
+    model: torch.nn.Module, rows: Sequence[Row], rows_per_forward: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The losses of a step's forwards, whose sum is the mean over all its supervised tokens."""
     supervised = sum(int(mask[1:].sum()) for _, mask in rows)
     device = next(model.parameters()).device
     halves = device.type == "cuda" and dtype is not torch.float32  # as Trainer's bf16=True
-    total = 0.0
     for start in range(0, len(rows), rows_per_forward):
         batch = {name: value.to(device) for name, value in padded(rows[start : start + rows_per_forward]).items()}
         with torch.autocast(device.type, dtype=dtype, enabled=halves):
             # num_items_in_batch: the sum of token losses divided by this, as Trainer does when it accumulates
             loss = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
-        loss.backward()
-        total += loss.item()
-    return total
+        yield loss
 
 
 def padded(rows: Sequence[Row]) -> dict[str, torch.Tensor]:

@@ -121,7 +121,15 @@ def test_a_folder_with_other_peoples_files_is_left_alone_even_with_restart(here)
 
 def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
     run = RunDir.create(here / "run")
-    for name in ("plan.json", "findings.json", "template.json", ".held-out.jsonl.staged", "fingerprint.json", ".lock"):
+    for name in (
+        "plan.json",
+        "findings.json",
+        "template.json",
+        ".held-out.jsonl.staged",
+        "fingerprint.json",
+        "engine.json",
+        ".lock",
+    ):
         (run.path / name).write_text("")
     assert not find_place(settled(out="run")).goes_on
 

@@ -114,6 +114,33 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(made, whole, stopp
     assert_same(whole, stopped)
 
 
+@pytest.mark.parametrize("last", ["held-out.jsonl", "fingerprint.json", "run.yaml"])
+def test_a_run_killed_while_it_describes_itself_begins_again(made, whole, tmp_path, monkeypatch, last):
+    """Everything that is written before run.yaml lies there then, and is no obstacle."""
+    from lorafit.api import describe_run
+    from lorafit.api import train as room
+    from lorafit.config import RunDir, run_dir
+
+    real = run_dir.write_text
+
+    def killed(path, text):
+        if path.name == last:
+            path.with_name(f".{last}.staged").write_text(text[:3])
+            raise KeyboardInterrupt
+        real(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "write_text", killed)
+        patch.setattr(describe_run, "write_text", killed)
+        patch.setattr(room, "_leave_nothing", lambda *_: None)  # as a kill would
+        with pytest.raises(KeyboardInterrupt):
+            train(*made, out=tmp_path / "run", **SETTINGS)
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    assert not RunDir(tmp_path / "run").holds_run
+    train(*made, out=tmp_path / "run", **SETTINGS)
+    assert_same(whole, tmp_path / "run")
+
+
 def test_without_any_whole_checkpoint_the_run_begins_again_and_says_so(made, whole, stopped):
     shutil.rmtree(stopped / "checkpoints")
     watch = Watch()

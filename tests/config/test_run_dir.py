@@ -59,6 +59,6 @@ def test_an_unfinished_run_names_its_last_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter", "checkpoints", "my_rows.jsonl"])
 def test_what_a_run_would_overwrite_is_left_alone(tmp_path, name):
-    (tmp_path / name).mkdir()
+    (tmp_path / name / "something").mkdir(parents=True)
     with pytest.raises(RunDirError, match=f"holds other files, such as {name}"):
         RunDir.create(tmp_path)

@@ -13,6 +13,7 @@ from lorafit.engine.recompute import feed_forward_widths
 from tiny_models import save_base, stir
 
 LAYOUTS = ((5, 9, 17), (8, 3, 2, 4), (33,), (5, 9, 17, 4, 4, 4, 4, 4))
+TOKENS = 89  # no width of the model
 BACKEND = "aot_eager_decomp_partition"  # what decides about saved tensors is the same as on a card
 
 
@@ -44,7 +45,7 @@ def gradient(model, lengths):
 
 
 def saved_elements(layers, model):
-    """Elements that one layer saves, beside its weights: what the dial is about."""
+    """Elements that one layer saves for its tokens: what the dial is about."""
     found = []
 
     def observe(run, hidden, *rest):
@@ -53,13 +54,12 @@ def saved_elements(layers, model):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
             run(layers.dial.level(0), hidden.detach().requires_grad_(), *rest)
-        found.append(
-            sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in held and t.is_floating_point())
-        )
+        mine = [t for t in kept if t.untyped_storage().data_ptr() not in held and TOKENS in t.shape]
+        found.append(sum(t.numel() for t in mine if t.is_floating_point()))
 
     layers.observe = observe
     with layers:
-        gradient(model, (40, 24))
+        gradient(model, (50, TOKENS - 50))
     return found[0]
 
 
@@ -86,12 +86,14 @@ def test_compiled_layers_have_the_gradient_of_eager_ones_and_are_compiled_once_f
 
 
 def test_recomputing_the_feed_forward_saves_neither_gate_nor_up_and_keeping_saves_nothing_twice(adapted):
-    text, tokens, rank = adapted.config, 64, 4
+    text, tokens, rank = adapted.config, TOKENS, 4
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     width = text.hidden_size // text.num_attention_heads
     stream = 2 * text.hidden_size + heads * width + text.num_attention_heads * width
     light = saved_elements(DecoderLayers(adapted, Dial(feed_forward=3), backend=BACKEND), adapted)
     kept = saved_elements(DecoderLayers(adapted, Dial(), backend=BACKEND), adapted)
+    if torch.__version__ < "2.13":
+        stream += text.hidden_size  # older compilers keep one more stream in fp32; in bf16 they do not
     few = 7 * rank + 2 * width + text.num_attention_heads + 8  # adapters' narrow values, rotary tables, norms
     assert light <= tokens * (stream + few)
     assert kept <= tokens * (stream + few + 2 * text.intermediate_size)

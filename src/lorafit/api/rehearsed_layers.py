@@ -38,7 +38,8 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         with contextlib.nullcontext() if layers.dial == Dial() else layers:
             yield None
         return
-    known = json.loads(run.engine.read_text()) if run.engine.exists() else None
+    # one that a run left which never began is not this run's
+    known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
     if known is not None:
         layers.dial = Dial.parse(known["dial"], len(layers))
         layers.follow(known["schedule"])

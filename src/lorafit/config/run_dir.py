@@ -21,6 +21,7 @@ LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", 
     "held-out.jsonl",
     "base.json",
     "fingerprint.json",
+    "engine.json",
 }
 """What may lie in the folder of a new run: reports of one that never started, and the data (the demo's)."""
 
@@ -132,7 +133,12 @@ class RunDir:
         if not self.path.is_dir():
             return []
         names = sorted(path.name for path in self.path.iterdir())
-        return [name for name in names if name not in LEFTOVERS and not (name[0] == "." and name.endswith(".staged"))]
+        return [name for name in names if not self._is_leftover(name)]
+
+    def _is_leftover(self, name: str) -> bool:
+        if name == self.checkpoints.name:  # made, empty, before the run begins
+            return self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())
+        return name in LEFTOVERS or (name.startswith(".") and name.endswith(".staged"))
 
     def move_aside(self) -> Path:
         """Rename the folder to NAME.aside-1, -2, …, the first that is free; where it is now."""
