@@ -1,11 +1,11 @@
-"""The engine's speed beside its peers, on one card, in one session: every arm does the same work and prints a JSON line.
+"""The engine's speed beside its peers, on one card, in one session: each arm does the same work and prints a JSON line.
 
     python bench/engine.py base DIR                  # a random Llama-3.1-8B-shaped base in NF4, with a small tokenizer
     python bench/engine.py run ARM DIR [options]     # one arm, one line
-    python bench/engine.py table DIR OUT [--only …]  # all rows of docs/performance.md's table, as Markdown, with ratios
+    python bench/engine.py table DIR OUT [--only …]  # all rows of docs/performance.md's table, as Markdown
 
-Arms: `lorafit` (through `lorafit.train`, as any user calls it), and where they are installed `hf` (transformers + peft +
-bitsandbytes), `liger`, `unsloth`. Work: `dense` rows of one length, every token supervised, or `real`: instruction-shaped
+Arms: `lorafit` (through `lorafit.train`, as any user calls it), and where they are installed `hf` (transformers, peft,
+bitsandbytes), `liger`, `unsloth`. Work: `dense` rows of one length, all supervised, or `real`: instruction-shaped
 rows (lognormal lengths, mean 147 tokens), where `trl`, `trl_pack`, `unsloth_pack` and the classic `padded` recipe run
 through their own trainers. A budget (--vram GiB) is enforced with `torch.cuda.set_per_process_memory_fraction`, and the
 peak quoted is `max_memory_reserved`. Speed is that of all steps after the warm-up, between two synchronisations.

@@ -1,4 +1,4 @@
-"""The peers of bench/engine.py: transformers + peft + bitsandbytes, Liger, TRL and Unsloth, each as its users run it."""
+"""The peers of bench/engine.py: transformers + peft + bitsandbytes, Liger, TRL and Unsloth, as their users run them."""
 
 from __future__ import annotations
 
@@ -116,12 +116,22 @@ def _row(random: object, prompt: int, response: int) -> dict[str, list[int]]:
 
 
 def _trainer(options: argparse.Namespace, dataset: type, data: list[dict[str, list[int]]]) -> object:
-    common = dict(
-        output_dir="/tmp/engine-" + options.arm, num_train_epochs=1, per_device_train_batch_size=4,
-        gradient_accumulation_steps=4, learning_rate=2e-4, logging_steps=10, save_strategy="no", report_to="none",
-        bf16=True, gradient_checkpointing=True, optim="paged_adamw_8bit", warmup_steps=5, lr_scheduler_type="cosine",
-        disable_tqdm=True,
-    )  # fmt: skip
+    common = {
+        "output_dir": "/tmp/engine-" + options.arm,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 2e-4,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "optim": "paged_adamw_8bit",
+        "warmup_steps": 5,
+        "lr_scheduler_type": "cosine",
+        "disable_tqdm": True,
+    }
     plain = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     targets = ["q_proj", "v_proj"]
     if options.arm == "unsloth_pack":

@@ -2,13 +2,14 @@
 
     python bench/parity.py [--base demo|FOLDER] [--compute fp32|bf16|fp8] [--steps 50] [--seed N]
     python bench/parity.py fp8 [--task orders] [--seeds 0,1,2]      # a card of compute capability 8.9 or more
+    python bench/parity.py fp8 --emulate                            # anywhere: FP8's rounding, without its speed
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
 chunked loss, on a card compiled layers under the dial) and in bench/parity_reference.py (padded rows, no lorafit), and
 compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference lorafit's
 adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
 reference against itself with each row alone, shows how far. The second mode trains a demo task to its end in bf16 and
-in FP8 and compares what came of it. Prints Markdown; the exit status is 1 when a bound is missed.
+in FP8 and compares what came of it; emulated, FP8's products are summed in fp32 and all else is in fp32. Prints Markdown; the exit status is 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import transformers
 from transformers import TrainerCallback
 
 from lorafit.api.train import TrainedRun, train
-from lorafit.backbone import computing_in
+from lorafit.backbone import FrozenLinear4bit, computing_in
 from lorafit.backbone.precision import computes_in_fp8, default_device
 from lorafit.config import load_recipe, resolve
 from lorafit.demo import BASE, RECIPE, TASKS, task_named, write_split
@@ -67,6 +68,16 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
+
+
+class EmulatedFp8(TrainerCallback):
+    """From the beginning of training on, the frozen matmuls' operands are rounded to e4m3 as on a card."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for linear in [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]:
+            linear.drop_dense()
+            linear.compute_dtype, linear.fp8 = torch.bfloat16, True
+            linear.scale_rows()
 
 
 @dataclass(frozen=True)
@@ -198,17 +209,29 @@ def ending(run: TrainedRun, served: torch.dtype) -> Ending:
     return Ending(run.eval_loss, exact.loss, exact.compare(run.model).kl, match)
 
 
-def endings(folder: Path, task: str, seed: int, computes: Sequence[str], **settings: Any) -> list[Ending]:
-    """`task` trained to the end in each of `computes`, from the same adapters over the same rows in the same order."""
+@dataclass(frozen=True)
+class Arm:
+    """A precision to train in, and the one to serve in; `callbacks` see the training."""
+
+    compute: str
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+    @property
+    def served(self) -> torch.dtype:
+        return DTYPES[self.compute]
+
+
+def endings(folder: Path, task: str, seed: int, arms: Sequence[Arm], **settings: Any) -> list[Ending]:
+    """`task` trained to the end in each of `arms`, from the same adapters over the same rows in the same order."""
     train_rows, held_out = settings.pop("rows", (TRAIN_ROWS, HELD_OUT_ROWS))
     data, held_out_file = write_split(task_named(task), folder / "data", seed, train_rows, held_out)
     found = []
-    for number, compute in enumerate(computes):
+    for number, arm in enumerate(arms):
         run = train(
-            [data], out=folder / f"{number}-{compute}", seed=seed, compute=compute, holdout=str(held_out_file),
-            **{"base": str(BASE), **load_recipe(RECIPE), **settings},
+            [data], out=folder / str(number), seed=seed, compute=arm.compute, holdout=str(held_out_file),
+            callbacks=arm.callbacks, **{"base": str(BASE), **load_recipe(RECIPE), **settings},
         )  # fmt: skip
-        found.append(ending(run, DTYPES[compute]))
+        found.append(ending(run, arm.served))
         del run
         free()
     return found
@@ -216,14 +239,16 @@ def endings(folder: Path, task: str, seed: int, computes: Sequence[str], **setti
 
 def compare_fp8(options: argparse.Namespace) -> bool:
     """Print the table of the second mode; False when a seed is out of bounds. Raises BackboneError without a card."""
-    computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
+    if not options.emulate:
+        computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
+    arms = (Arm("fp32"), Arm("fp32", (EmulatedFp8(),))) if options.emulate else (Arm("bf16"), Arm("fp8"))
     settings = {"base": str(BASE) if options.base == "demo" else options.base}
     settings |= {"lr": options.lr} if options.lr else {}
-    print(f"{machine()}\n\n{ENDINGS_HEAD}", flush=True)
+    print(f"{machine()}{'; FP8 emulated, bf16 is fp32' if options.emulate else ''}\n\n{ENDINGS_HEAD}", flush=True)
     within = []
     for seed in (int(seed) for seed in options.seeds.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            pair = endings(Path(folder), options.task, seed, ("bf16", "fp8"), **settings)
+            pair = endings(Path(folder), options.task, seed, arms, **settings)
         print(ending_line(options.task, seed, *pair), flush=True)
         within.append(is_as_good(*pair))
     return all(within)
@@ -286,6 +311,7 @@ def main() -> None:
     ends = parser.add_argument_group("fp8")
     ends.add_argument("--task", default="orders", choices=tuple(TASKS))
     ends.add_argument("--seeds", default="0,1,2")
+    ends.add_argument("--emulate", action="store_true", help="FP8's rounding on any device, beside fp32")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -31,11 +31,13 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     """
     config = resolved.config
     without_checkpointing(trainer.args)
-    layers = DecoderLayers(trainer.model, compiled=trainer.args.device.type == "cuda" and config.compile != "off")
+    on_card = trainer.args.device.type == "cuda"
+    layers = DecoderLayers(trainer.model, compiled=config.compile == "on" or (config.compile == "auto" and on_card))
+    layers.tell = lambda text: trainer.events.record("eager_layers", trainer.state.global_step, text)
     layers.dial = dial_of(config, len(layers)) or Dial()
-    if trainer.args.device.type != "cuda":
+    if not on_card:
         trainer.layout.micro_tokens = min(trainer.layout.micro_tokens, layers.dial.micro_tokens or config.max_tokens)
-        with contextlib.nullcontext() if layers.dial == Dial() else layers:
+        with contextlib.nullcontext() if layers.dial == Dial() and not layers.compiled else layers:
             yield None
         return
     # one that a run left which never began is not this run's

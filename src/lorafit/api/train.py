@@ -196,6 +196,8 @@ def _fit(
         counts = count_parameters(model)
         watch.attached(counts, config.base)
         events = EventLog(run.events, watch.happened)
+        if loss.reason:
+            events.record("whole_logits", 0, loss.reason)
         trainer = LorafitTrainer(
             model,
             config,

@@ -34,7 +34,7 @@ class DecoderLayers:
     """The decoder layers of `model`, run as `dial` says; `with layers:` around training installs them.
 
     `compiled` says whether layers are compiled at present; a family whose layer does not compile whole goes on
-    eager, and `notes` say why. `compile_s` is what compiling took so far.
+    eager, and `notes` say why, as `tell` is told. `compile_s` is what compiling took so far.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class DecoderLayers:
         self.notes: list[str] = []
         self.compile_s = 0.0
         self.observe: Call | None = None
+        self.tell: Callable[[str], object] | None = None
         self._bodies: dict[str, Call] = {}
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
@@ -87,6 +88,11 @@ class DecoderLayers:
         """Offload by this schedule (see HostOffload) for as long as the dial stays as it is."""
         self.offload.schedule = schedule
 
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        if self.tell is not None:
+            self.tell(text)
+
     def _run(self, call: partial[Any], *inputs: Any) -> Any:
         """What a decoder layer's call becomes: `call` holds the layer's forward and its keyword arguments."""
         layer, forward = _bound(call)
@@ -120,9 +126,7 @@ class DecoderLayers:
         except TorchDynamoException as error:
             self.compiled = False
             reason = str(error).strip().splitlines()[0]
-            self.notes.append(
-                f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time"
-            )
+            self._note(f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time")
             return self._at_level(layer, forward, options, level, *inputs)
         if (type(layer), level) not in self._warm:
             self._warm.add((type(layer), level))
