@@ -1,5 +1,5 @@
 """The rehearsal: before the first step, the dial is solved with this card's own figures and the largest micro-batch is
-run once, forward and backward, within the budget. What could not finish shows here, not at hour three."""
+run twice, forward and backward, within the budget. What could not finish shows here, not at hour three."""
 
 from __future__ import annotations
 
