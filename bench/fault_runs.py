@@ -7,8 +7,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from fault_injection import At
@@ -17,6 +19,7 @@ from fault_subjects import Subject
 from lorafit.errors import LorafitError
 
 TIMEOUT_S = 120
+MOUNT_BYTES = 64 << 20
 
 
 @dataclass
@@ -133,6 +136,20 @@ def ends_as(subject: Subject, folder: Path, wanted: dict[str, str]) -> tuple[boo
     return True, subject.result(folder) == wanted
 
 
+@contextmanager
+def small_disk(campaign: Campaign) -> Iterator[Path | None]:
+    """A tmpfs of 64 MiB, or None where this process may not mount one."""
+    place = campaign.folder / "disk"
+    place.mkdir(exist_ok=True)
+    if os.system(f"mount -t tmpfs -o size={MOUNT_BYTES} tmpfs {place} 2>/dev/null") != 0:
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        os.system(f"umount {place}")
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: one line a fault, lorafit and the Trainer side by side; then the notes."""
     heads = ("survived", "detected", "same bits")
@@ -143,3 +160,8 @@ def table(rows: list[Row]) -> str:
         by_fault[row.fault][row.subject] = row.cells()
     lines += [f"| {fault} | {' | '.join(cells['lorafit'] + cells['Trainer'])} |" for fault, cells in by_fault.items()]
     return "\n".join([*lines, "", *(f"- {row.subject}, {row.fault}: {row.note}" for row in rows if row.note)])
+
+
+def versions() -> str:
+    """What it ran with."""
+    return ", ".join(f"{name} {version(name)}" for name in ("lorafit", "transformers", "peft", "torch"))

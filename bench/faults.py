@@ -14,10 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from fault_injection import (
     empty_disk,
     fill_disk,
     kill,
+    kill_at_operation,
     kill_within,
     lift_limit,
     limit_file_size,
@@ -41,11 +39,8 @@ from fault_injection import (
     turn_clock,
     unblock_folder,
 )
-from fault_runs import Campaign, Row, attempt, be_the_child, ends_as, reference, table
+from fault_runs import Campaign, Row, attempt, be_the_child, ends_as, in_child, reference, small_disk, table, versions
 from fault_subjects import STEPS, Lorafit, Subject, Transformers, adapter_is_finite, make_base, write_rows
-
-MOUNT_BYTES = 64 << 20
-
 
 # ---- kills
 
@@ -69,6 +64,28 @@ def random_kills(
     if isinstance(subject, Lorafit):
         row.note += f", {lost} steps lost beyond the newest checkpoint"
         row.survived = row.survived if lost == 0 else 0
+
+
+def kills_at_operations(campaign: Campaign, subject: Lorafit) -> None:
+    """A run of three steps is killed before its first operation on a file, before its second, and so on to its last."""
+    short = replace(subject, settings={"max_steps": 3, "eval_steps": 2, "keep_last": 1})
+    wanted, counted = reference(campaign, short), campaign.fresh()
+    log = counted.parent / "output.txt"
+    in_child(lambda: _until_operation(short, counted, 0), log)
+    total = int(log.read_text().rpartition("operations ")[2])
+    row = campaign.row("killed before every single operation on a file", subject)
+    for number in range(1, total + 1):
+        folder = campaign.fresh()
+        campaign.kills += 1
+        ended = in_child(lambda at=folder, n=number: _until_operation(short, at, n), folder.parent / "output.txt")
+        survived, identical = ends_as(short, folder, wanted)
+        row.add(survived=survived and ended == -signal.SIGKILL, identical=identical)
+
+
+def _until_operation(subject: Subject, folder: Path, number: int) -> None:
+    count = kill_at_operation(folder, number)
+    subject.train(folder, [])
+    print(f"operations {count[0]}")
 
 
 def _one_kill(campaign: Campaign, subject: Subject, folder: Path, done: int) -> None:
@@ -139,20 +156,6 @@ def _resume_damaged(row: Row, subject: Subject, folder: Path, wanted: dict[str, 
 
 
 # ---- disks
-
-
-@contextmanager
-def small_disk(campaign: Campaign) -> Iterator[Path | None]:
-    """A tmpfs of 64 MiB, or None where this process may not mount one."""
-    place = campaign.folder / "disk"
-    place.mkdir(exist_ok=True)
-    if os.system(f"mount -t tmpfs -o size={MOUNT_BYTES} tmpfs {place} 2>/dev/null") != 0:
-        yield None
-        return
-    try:
-        yield place
-    finally:
-        os.system(f"umount {place}")
 
 
 def disks(campaign: Campaign, subject: Subject, wanted: dict[str, str]) -> None:
@@ -362,11 +365,6 @@ def main() -> int:
     return 0 if all(row.is_clean for row in ours) else 1
 
 
-def versions() -> str:
-    """What it ran with."""
-    return ", ".join(f"{name} {version(name)}" for name in ("lorafit", "transformers", "peft", "torch"))
-
-
 def run(campaign: Campaign, rows: Path, base: Path) -> None:
     """lorafit's whole campaign, its kills in further settings, and the Trainer's."""
     subject = Lorafit(rows, base)
@@ -374,6 +372,7 @@ def run(campaign: Campaign, rows: Path, base: Path) -> None:
         campaign_of(campaign, subject, runs=1, each=5)
         return
     campaign_of(campaign, subject, runs=11, each=12)
+    kills_at_operations(campaign, subject)
     for name, settings in VARIANTS.items():
         variant = Lorafit(rows, base, settings)
         random_kills(campaign, variant, reference(campaign, variant), 6, 9, f"; {name}")
