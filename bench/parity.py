@@ -2,14 +2,17 @@
 
     python bench/parity.py [--base demo|FOLDER] [--compute fp32|bf16|fp8] [--steps 50] [--seed N]
     python bench/parity.py fp8 [--task orders] [--seeds 0,1,2]      # a card of compute capability 8.9 or more
-    python bench/parity.py fp8 --emulate                            # anywhere: FP8's rounding, without its speed
+    python bench/parity.py fp8 --emulate                            # on a CPU: FP8's rounding, without its speed
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
 chunked loss, on a card compiled layers under the dial) and in bench/parity_reference.py (padded rows, no lorafit), and
 compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference lorafit's
 adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
-reference against itself with each row alone, shows how far. The second mode trains a demo task to its end in bf16 and
-in FP8 and compares what came of it; emulated, FP8's products are summed in fp32 and all else is in fp32. Prints Markdown; the exit status is 1 when a bound is missed.
+reference against itself with each row alone, shows how far; it also shows how far training came, for scale.
+
+The second trains a demo task to its end in bf16 and in FP8 and compares what came of it. With `--emulate` the operands
+of the frozen matmuls are rounded as on a card, their products summed in fp32, and all else is in fp32.
+Both print Markdown; the exit status is 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from lorafit.backbone.precision import computes_in_fp8, default_device
 from lorafit.config import load_recipe, resolve
 from lorafit.demo import BASE, RECIPE, TASKS, task_named, write_split
 from lorafit.demo.tasks import rows as task_rows
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, UsageError
 from lorafit.evaluate import exact_match
 from lorafit.export.comparison import Reference
 from lorafit.training.steps import StepDataset
@@ -170,12 +173,15 @@ def print_steps(options: argparse.Namespace, base: str, ours: Steps) -> bool:
     print(f"{machine()}; layers: {ours.layers}; learning rate {ours.recipe.lr:g}\n\n{STEPS_HEAD}", flush=True)
     padded = reference.losses(base, ours.rows, ours.adapters[0], ours.recipe, dtype, many)
     curves = Curves(ours.losses, padded)
-    print(curves.line(f"{options.base}, {options.compute}: lorafit / {peer}"), flush=True)
+    print(curves.line(f"{Path(options.base).name}, {options.compute}: lorafit / {peer}"), flush=True)
     at_ours = reference.losses_at(base, ours.rows, ours.adapters, ours.recipe, dtype, many)
     print(Curves(ours.losses, at_ours).line("the same, at each step from lorafit's adapters"), flush=True)
     if options.floor:
         alone = reference.losses(base, ours.rows, ours.adapters[0], ours.recipe, dtype, 1)
-        print(Curves(alone, padded).line("the floor: the reference, each row alone / padded"))
+        print(Curves(alone, padded).line("the floor: the reference, each row alone / padded"), flush=True)
+        untrained = [ours.adapters[0]] * len(ours.rows)
+        still = reference.losses_at(base, ours.rows, untrained, ours.recipe, dtype, many)
+        print(Curves(ours.losses, still).line("for scale: lorafit / the reference, not trained"))
     return options.compute == "fp8" or curves.agree
 
 
@@ -241,6 +247,8 @@ def compare_fp8(options: argparse.Namespace) -> bool:
     """Print the table of the second mode; False when a seed is out of bounds. Raises BackboneError without a card."""
     if not options.emulate:
         computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
+    elif torch.cuda.is_available():
+        raise UsageError("FP8 is emulated on a CPU alone", where="--emulate", fix="leave it out, or hide the card")
     arms = (Arm("fp32"), Arm("fp32", (EmulatedFp8(),))) if options.emulate else (Arm("bf16"), Arm("fp8"))
     settings = {"base": str(BASE) if options.base == "demo" else options.base}
     settings |= {"lr": options.lr} if options.lr else {}
@@ -307,11 +315,11 @@ def main() -> None:
     steps.add_argument("--targets", default="qv", choices=("qv", "attention", "all-linear"))
     steps.add_argument("--rank", type=int, default=16)
     steps.add_argument("--activations", default="auto", help="lorafit's dial: keep, recompute, offload, …")
-    steps.add_argument("--floor", action="store_true", help="also the reference against itself")
+    steps.add_argument("--floor", action="store_true", help="also the reference against itself, and untrained")
     ends = parser.add_argument_group("fp8")
     ends.add_argument("--task", default="orders", choices=tuple(TASKS))
     ends.add_argument("--seeds", default="0,1,2")
-    ends.add_argument("--emulate", action="store_true", help="FP8's rounding on any device, beside fp32")
+    ends.add_argument("--emulate", action="store_true", help="FP8's rounding on a CPU, beside fp32")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
