@@ -321,8 +321,6 @@ def main() -> None:
     ends.add_argument("--seeds", default="0,1,2")
     ends.add_argument("--emulate", action="store_true", help="FP8's rounding on a CPU, beside fp32")
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         within = {"steps": compare_steps, "fp8": compare_fp8}[options.mode](options)
     except LorafitError as error:
@@ -331,4 +329,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     main()
