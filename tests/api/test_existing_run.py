@@ -1,5 +1,7 @@
 """Where a run goes: its own folder again, the next free one, or nowhere, with both values named."""
 
+from pathlib import Path
+
 import pytest
 
 from lorafit.api.existing_run import begin_anew, find_place, next_free, refuse_finished
@@ -138,3 +140,15 @@ def test_a_run_whose_fingerprint_is_lost_is_not_taken_for_another(here):
     begun(here / "run", settled()).identity.unlink()
     with pytest.raises(RunDirError, match="cannot go on"):
         find_place(settled(out="run"))
+
+
+def test_a_damaged_run_that_may_be_the_one_is_not_passed_over_in_silence(here):
+    run = begun(here / "runs/rows-base", settled())
+    run.identity.write_text("{")
+    with pytest.raises(RunDirError, match=r"rows-base.*cannot be read.*--restart"):
+        find_place(settled())
+    assert find_place(settled(), restart=True).run == RunDir(Path("runs/rows-base"))
+    assert find_place(settled(lr=0.5)).run.path.name == "rows-base-2", "that run is not meant"
+    run.settings.write_text("{")
+    with pytest.raises(RunDirError, match=r"rows-base.*cannot be told from a new one.*--out"):
+        find_place(settled())

@@ -1,5 +1,6 @@
 """train on a folder that holds a run: it goes on, says it is finished, or refuses; never anything in silence."""
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,10 @@ class Send(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step + 1 == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class Killed(BaseException):
+    """What nobody catches, as a kill."""
 
 
 class Watch(Observer):
@@ -126,14 +131,14 @@ def test_a_run_killed_while_it_describes_itself_begins_again(made, whole, tmp_pa
     def killed(path, text):
         if path.name == last:
             path.with_name(f".{last}.staged").write_text(text[:3])
-            raise KeyboardInterrupt
+            raise Killed
         real(path, text)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir, "write_text", killed)
         patch.setattr(describe_run, "write_text", killed)
         patch.setattr(room, "_leave_nothing", lambda *_: None)  # as a kill would
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train(*made, out=tmp_path / "run", **SETTINGS)
     assert (tmp_path / "run" / "checkpoints").is_dir()
     assert not RunDir(tmp_path / "run").holds_run
@@ -285,7 +290,9 @@ def test_a_finished_run_whose_adapter_is_damaged_gets_it_back(made, whole, tmp_p
         path.unlink()
     else:
         path.write_bytes(content[:-9] if how == "cut" else content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
-    assert train(*made, out=run, **SETTINGS).tokens == 0
+    watch = Watch()
+    assert train(*made, out=run, observer=watch, **SETTINGS).tokens == 0
+    assert watch.events == [("adapter_damaged", 0), ("resumed", 6)]
     assert path.read_bytes() == content
     assert_same(whole, run)
 
@@ -299,3 +306,81 @@ def test_a_run_that_goes_on_elsewhere_says_that_bits_may_differ(made, stopped):
     train(*made, out=stopped, observer=watch, **SETTINGS)
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
     assert "torch was 1.0 and is" in (stopped / "events.jsonl").read_text()
+
+
+def with_one_bit_flipped(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+
+
+def test_an_adapter_damaged_after_its_last_checkpoint_is_gone_is_trained_again_and_that_is_said(made, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    with_one_bit_flipped(run / "adapter" / "adapter_model.safetensors")
+    watch = Watch()
+    train(*made, out=run, observer=watch, **SETTINGS)
+    assert watch.events == [("adapter_damaged", 0), ("resumed", 4)]
+    assert_same(whole, run)
+
+
+def test_the_adapter_of_another_run_is_not_taken_for_the_trained_one(made, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    other = train(*made, out=tmp_path / "other", **{**SETTINGS, "max_steps": 1, "lr": 1e-2}).run.adapter
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(other, run / "adapter")
+    watch = Watch()
+    train(*made, out=run, observer=watch, **SETTINGS)
+    assert watch.events == [("adapter_damaged", 0), ("resumed", 6)]
+    assert_same(whole, run)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 200_000, '{"run": "x", "fingerprint": {"train_rows": 1}}'])
+def test_a_damaged_fingerprint_is_refused_without_a_named_folder_too(made, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    run = train(*made, **{**SETTINGS, "max_steps": 1}).run
+    run.identity.write_text(content)
+    with pytest.raises(RunDirError, match=r"cannot be read.*--restart"):
+        train(*made, **{**SETTINGS, "max_steps": 1})
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["rows-base"]
+
+
+def test_what_describes_a_run_is_written_again_when_it_goes_on(made, whole, stopped):
+    names = ("plan.json", "findings.json", "template.json", "held-out.jsonl", "base.json")
+    for name in names:
+        (stopped / name).unlink()
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("described_again", 0), ("resumed", 5)]
+    for name in ("template.json", "held-out.jsonl", "base.json"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert all((stopped / name).is_file() for name in names)
+
+
+def test_metrics_that_cannot_be_written_are_said(made, whole, stopped):
+    (stopped / "metrics.jsonl").unlink()
+    (stopped / "metrics.jsonl").mkdir()
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("resumed", 5), ("metrics_not_written", 6)]
+    name = "adapter/adapter_model.safetensors"
+    assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_events_of_a_run_that_never_began_are_no_obstacle_and_not_kept(made, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "events.jsonl").write_text('{"kind": "whole_logits"}\n')
+    train(*made, out=run, **{**SETTINGS, "max_steps": 1})
+    assert not (run / "events.jsonl").exists()
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_sentence_and_leaves_no_folder(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", no_space)
+    with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device") as caught:
+        train(*made, out=tmp_path / "run", **SETTINGS)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

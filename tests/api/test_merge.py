@@ -1,6 +1,9 @@
 """merge: what is written is proved from disk."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,3 +71,18 @@ def test_a_damaged_artefact_does_not_pass(tiny_run, merged, tmp_path):
     live = load_adapter(load_backbone(tiny_run.resolved.config), tiny_run.run.adapter)
     rows = verification_rows(tiny_run.run, template_of(tiny_run.run))
     assert not verify(live, wrong, rows, "quantized").passed
+
+
+def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_next_one_works(tiny_run, tmp_path):
+    code = (
+        "import os, signal, lorafit.api.merge as m\n"
+        "m.verify = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"m.merge({str(tiny_run.run.path)!r}, out={str(tmp_path / 'model')!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".model.staged"]
+    again = merge(tiny_run.run.path, out=tmp_path / "model")
+    assert again.passed
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (again.folder / "verification.json").is_file()

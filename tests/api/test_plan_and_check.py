@@ -74,3 +74,15 @@ def test_local_paths_are_recorded_absolute_and_hub_ids_as_they_are(data, tmp_pat
     assert config.data == (str(tmp_path / "rows.jsonl"), "hub/dataset")
     assert (config.base, config.holdout) == (str(tmp_path / "base"), str(tmp_path / "rows.jsonl"))
     assert settle("rows.jsonl", {"base": "some/model", "holdout": 0.1}).config.base == "some/model"
+
+
+def test_what_is_beside_a_recipe_wins_over_the_same_name_here(data, tmp_path, monkeypatch):
+    from lorafit.api.settings import settle
+
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "rows.jsonl").write_text("")
+    recipe = data.parent / "recipe.yaml"
+    recipe.write_text(f"data: rows.jsonl\nbase: {BASE}\n")
+    monkeypatch.chdir(here)
+    assert settle(str(recipe), {}).config.data == (str(data),)

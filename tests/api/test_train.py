@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -9,10 +11,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from little_run import write_rows
+from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.config import RunDir
 from lorafit.demo import BASE
-from lorafit.errors import BackboneError, DataError, LorafitError, PlanError, RunDirError, TrainingError, UsageError
+from lorafit.errors import (
+    BackboneError,
+    DataError,
+    LorafitError,
+    PlanError,
+    RunDirError,
+    TrainingError,
+    TrainingStopped,
+    UsageError,
+)
 
 
 def test_the_run_directory_describes_itself(tiny_run):
@@ -204,3 +216,29 @@ def test_a_run_whose_memory_ran_out_ends_well_and_says_what_to_set_next_time(tmp
         data, str(BASE), out=tmp_path / "again", max_steps=3, activations=setting, callbacks=[LittleMemory(300)]
     )
     assert "R001" not in [finding.code for finding in again.findings]
+
+
+class Signalled(Observer):
+    """Sends this process `numbers` when the base is about to be loaded."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def loading(self, run):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+
+
+def test_sigterm_before_training_leaves_nothing_or_the_old_run_in_its_place(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    given = {"base": str(BASE), "out": tmp_path / "run", "max_steps": 1}
+    with pytest.raises(TrainingStopped, match="SIGTERM before training began") as stopped:
+        train(data, **given, observer=Signalled(signal.SIGTERM))
+    assert stopped.value.exit_code == 143
+    assert not (tmp_path / "run").exists()
+    train(data, **given, observer=Signalled(signal.SIGUSR1))  # survived
+    before = (tmp_path / "run" / "fingerprint.json").read_bytes()
+    with pytest.raises(TrainingStopped):
+        train(data, **given, restart=True, observer=Signalled(signal.SIGTERM))
+    assert (tmp_path / "run" / "fingerprint.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run"]

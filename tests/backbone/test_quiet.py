@@ -93,3 +93,10 @@ def test_a_log_that_cannot_be_opened_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="log"), quiet_libraries(tmp_path / "file" / "log.txt"):
         pass
+
+
+def test_a_block_whose_log_is_optional_goes_on_without_it(tmp_path, capfd):
+    (tmp_path / "log.txt").mkdir()
+    with quiet_libraries(tmp_path / "log.txt", optional=True):
+        logging.getLogger("peft").warning("said")
+    assert capfd.readouterr() == ("", "")

@@ -119,6 +119,13 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["train", "{data}", "--base", "{base}", "--set", "learning_rate=1"], 2, "unknown setting 'learning_rate'"),
         (["train", "{data}", "--base", "{base}", "--set", "epoch=1"], 2, "did you mean 'epochs'"),
         (["train", "{data}", "--base", "{base}", "--set", "rank"], 2, "key=value"),
+        (["train", "{data}", "--base", "{base}", "--set", "restart=true"], 2, "unknown setting 'restart'"),
+        (["check", "{data}", "--set", "on_progress=1"], 2, "unknown setting 'on_progress'"),
+        (["train", "{data}", "--base", "{base}", "--set", "base=other"], 2, "--set says 'other'"),
+        (["train", "{data}", "--base", "{base}", "--out", "a", "--set", "out=b"], 2, "--set says 'b'"),
+        (["plan", "{data}", "--base", "{base}", "--set", "data=other.jsonl"], 2, "name them once"),
+        (["train", "{data}", "--base", "{base}", "--holdout", "2026-02-31"], 1, "2026-02-31: no such file"),
+        (["plan", "{data}", "--base", "{base}", "--vram", "8"], 2, "write it like 8GiB"),
         (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
         (["train", "nowhere.jsonl", "--base", "{base}"], 1, "nowhere.jsonl"),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -140,6 +147,24 @@ def test_a_mistake_is_one_sentence_on_stderr(run, data, tmp_path, arguments, cod
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert out == "" or "check" in out  # a plan that cannot be made still shows what was read
+
+
+def test_data_base_and_out_are_settings_as_any_other(run, data, tmp_path):
+    recipe, other = tmp_path / "recipe.yaml", write_rows(tmp_path / "other.jsonl", 30)
+    recipe.write_text(f"base: {BASE}\ndata: {other}\n")
+    code, out, _ = run("check", recipe, "--set", f"data={data}", "--json")
+    assert (code, json.loads(out)["summary"]["read"]) == (0, 60)
+    code, out, _ = run("check", data, "--set", f"base={BASE}", "--show", 1)
+    assert (code, out.count("<|assistant|>")) == (0, 1)
+    code, out, _ = run("plan", recipe, "--set", f"data={data}", "--set", f"base={BASE}", "--json")
+    assert (code, json.loads(out)["data"]["read"]) == (0, 60)
+    folder = tmp_path / "2026-13-45"
+    given = ("--set", f"data={data}", "--set", f"out={folder}", "--set", f"base={BASE}", "--set", "max_steps=1")
+    code, out, _ = run("train", recipe, *given, "--json")
+    assert (code, json.loads(out)["run"]) == (0, str(folder))
+    assert json.loads(out)["train_rows"] > 30
+    code, _, err = run("train", folder)
+    assert (code, f"its recipe is {folder / 'run.yaml'}" in err) == (2, True)
 
 
 def test_an_unknown_flag_or_verb_is_usage(run):
@@ -240,3 +265,14 @@ def test_a_run_that_a_signal_stopped_ends_with_its_code_and_the_command_that_goe
     got, _, err = run("train", data, "--base", BASE)
     assert got == code
     assert err == "stopped: stopped after step 3 of 9; go on with: lorafit train r/run.yaml --out r\n"
+
+
+def test_ctrl_c_is_one_sentence_and_exit_code_130(run, data, monkeypatch):
+    def interrupted(*given, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorafit.api.check.check", interrupted)
+    code, _, err = run("check", data)
+    assert code == 130
+    assert err.startswith("stopped: ")
+    assert err.count("\n") == 1

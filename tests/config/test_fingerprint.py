@@ -9,8 +9,15 @@ from lorafit.errors import RunDirError
 
 HELD = {
     "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup", "weight_decay",
-    "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "seed",
+    "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "on_spike", "seed",
 }  # fmt: skip
+
+
+ODD = (
+    '{"run": 1, "fingerprint": {"odd": 1}}',
+    '{"run": "x", "environment": {}, "fingerprint": {"train_rows": 1, "held_out_rows": 2, "template": 3, "base": 4}}',
+    '{"run": "x", "environment": 7, "fingerprint": {}}',
+)
 
 
 def fingerprint(**given):
@@ -54,7 +61,7 @@ def test_an_identity_comes_back_as_it_was_written(tmp_path):
     assert RunIdentity.read(path) == identity
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"run": 1, "fingerprint": {"odd": 1}}'])
+@pytest.mark.parametrize("content", [None, "", "{", "{}", "[]", "[" * 200_000, *ODD])
 def test_a_damaged_one_is_one_sentence(tmp_path, content):
     path = tmp_path / "fingerprint.json"
     if content is not None:
@@ -62,3 +69,14 @@ def test_a_damaged_one_is_one_sentence(tmp_path, content):
     with pytest.raises(RunDirError, match=r"cannot be read.*--restart") as caught:
         RunIdentity.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_identity_remembers_the_adapter_that_the_run_ended_in(tmp_path):
+    identity = RunIdentity("id", fingerprint(), {}).ended_in({"adapter_model.safetensors": "e" * 64})
+    path = tmp_path / "fingerprint.json"
+    path.write_text(json.dumps(identity.to_dict()))
+    assert RunIdentity.read(path).adapter == {"adapter_model.safetensors": "e" * 64}
+
+
+def test_what_a_spike_does_is_held_since_it_decides_which_rows_are_learnt():
+    assert fingerprint().differences(fingerprint(on_spike="rollback")) == [("on_spike", "record", "rollback")]

@@ -69,6 +69,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("data: " + nested(50_000), "nests deeper"),
         ("- " * 5_000 + "x", "nests deeper"),
         ("!!python/object/apply:os.system ['true']", r"recipe.yaml:1: .*could not determine a constructor"),
+        ("seed: !!int abc", r"recipe.yaml:1: .*tags are not read"),
         ("a: [1, 2\n", "recipe.yaml:2"),
         (b"\xff\xfe\xff", "not UTF-8"),
         ("# " + "x" * MAX_YAML_BYTES, "larger than"),
@@ -84,7 +85,7 @@ def test_a_recipe_that_is_no_plain_yaml_is_one_sentence_with_its_line(tmp_path, 
 
 
 def test_yaml_without_tricks_reads_as_safe_load_does():
-    text = "base: x\ndata: [a, b]\nmap: {response: answer}\nlr: 2.0e-4\nsave_steps: null\nquoted: 'a: b'\n"
+    text = "base: x\ndata: [a, b]\nmap: {response: answer}\nlr: 2.0e-4\nsave_steps: null\nquoted: 'a: b'\nseed: 7\n"
     assert parse_yaml(text) == yaml.safe_load(text)
 
 

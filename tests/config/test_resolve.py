@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lorafit.config import RunConfig, load_recipe, parse_assignments, parse_bytes, resolve
+from lorafit.config.usual_names import USUAL_NAMES
 from lorafit.errors import UsageError
 
 
@@ -70,6 +71,9 @@ def test_an_unknown_setting_is_an_error_with_the_nearest_name():
         ("epochs", -1),
         ("seed", -1),
         ("targets", 7),
+        ("rank", True),
+        ("lr", True),
+        ("vram", "8"),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_sentence_naming_its_key(key, value):
@@ -149,3 +153,68 @@ def test_on_and_off_mean_what_they_say_although_yaml_reads_booleans(tmp_path):
     assert resolve(flags=parse_assignments(["gradient_checkpointing=on"])).config.gradient_checkpointing == "on"
     (tmp_path / "recipe.yaml").write_text("gradient_checkpointing: off\n")
     assert resolve(load_recipe(tmp_path / "recipe.yaml")).config.gradient_checkpointing == "off"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("out=2026-13-45", "2026-13-45"),
+        ("base=2024-02-31", "2024-02-31"),
+        ("holdout=2026-02-31", "2026-02-31"),
+        ("revision=12345678", "12345678"),
+        ("revision=0123", "0123"),
+        ("revision=1e5", "1e5"),
+        ("data=r*.jsonl", "r*.jsonl"),
+        ("gpu=4090", "4090"),
+        ("revision=null", None),
+        ("base='quoted'", "quoted"),
+    ],
+)
+def test_text_in_an_assignment_stays_the_text_it_is(assignment, value):
+    assert list(parse_assignments([assignment]).values()) == [value]
+    resolve(flags=parse_assignments([assignment]))
+
+
+def test_text_in_a_recipe_stays_the_text_it_is(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: 2020-01-01\nrevision: 0123\ndata: [2024, 2026-13-45]\nmap: {response: 3}\nrank: 8\n")
+    config = resolve(load_recipe(path)).config
+    assert (config.base, config.revision, config.data) == ("2020-01-01", "0123", ("2024", "2026-13-45"))
+    assert (config.map, config.rank) == ({"response": "3"}, 8)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_an_endless_number_is_one_sentence(tmp_path, digits):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"rank: 8\nseed: {'9' * digits}\n")
+    with pytest.raises(UsageError, match=r"recipe.yaml:2: .*the number is too long"):
+        load_recipe(path)
+    with pytest.raises(UsageError, match=r"--set lr: '9+' is not a value") as caught:
+        parse_assignments([f"lr={'9' * digits}"])
+    assert len(str(caught.value)) < 200
+
+
+def test_a_scale_that_no_adapter_may_have_is_refused_before_training():
+    assert resolve(flags={"alpha": 16384}).config.alpha == 16384
+    with pytest.raises(UsageError, match=r"alpha: alpha / rank is 2048, and at most 1024 .*set alpha to 8192 or less"):
+        resolve(flags={"alpha": 16384, "rank": 8})
+
+
+@pytest.mark.parametrize("text", ["8", "8b", "1000000"])
+def test_a_bare_small_number_is_asked_for_its_unit(text):
+    with pytest.raises(UsageError, match="has no unit"):
+        parse_bytes(text)
+    assert parse_bytes(str(8 << 30)) == 8 << 30
+
+
+def test_an_absurd_size_is_a_usage_error():
+    with pytest.raises(UsageError, match="not a size"):
+        parse_bytes("9" * 400 + "GiB")
+
+
+def test_the_names_others_use_lead_to_ours():
+    assert set(USUAL_NAMES.values()) <= set(RunConfig.model_fields)
+    assert not set(USUAL_NAMES) & set(RunConfig.model_fields)
+    for theirs, ours in {"learning_rate": "lr", "lora_r": "rank", "output_dir": "out", "r": "rank"}.items():
+        with pytest.raises(UsageError, match=f"did you mean '{ours}'"):
+            resolve(flags={theirs: 1})

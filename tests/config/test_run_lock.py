@@ -1,5 +1,6 @@
 """The lock of a run directory: one process at a time, and one that was killed holds nothing."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -131,3 +132,16 @@ def test_processes_that_race_for_it_are_never_both_inside(tmp_path):
         assert racer.exitcode == 0
     assert sum(results) > 0
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_full_disk_is_one_sentence_with_the_path_and_no_lock_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device"), RunLock(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+    monkeypatch.undo()
+    with RunLock(tmp_path):
+        assert (tmp_path / LOCK).exists()

@@ -60,3 +60,11 @@ def test_a_leak_at_either_end_of_a_long_row_is_found(places):
     leaky = Carrying(model(), places)
     with packed(leaky), pytest.raises(TrainingError, match="see each other"):
         assert_isolated(leaky, rows_of(200, 150))
+
+
+def test_a_base_with_damaged_weights_is_called_that_and_not_a_leak():
+    damaged = model()
+    with torch.no_grad():
+        damaged.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with packed(damaged), pytest.raises(TrainingError, match=r"logits are not finite.*damaged"):
+        assert_isolated(damaged, rows_of(20, 15))

@@ -58,6 +58,28 @@ def test_a_folder_without_a_run_is_said_to_be_so(tmp_path):
         load(tmp_path)
 
 
+def forget_hashes(folder):
+    """As a run of an older release is, which kept no hashes of its adapter."""
+    path = folder / "fingerprint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": {}}))
+
+
+def test_an_adapter_with_one_bit_flipped_is_refused(tiny_run, tmp_path):
+    from lorafit.api.merge import merge
+    from lorafit.errors import AdapterError
+
+    folder = copied(tiny_run, tmp_path)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    for verb in (load, merge):
+        with pytest.raises(AdapterError, match="the adapter is not the one that was trained"):
+            verb(folder)
+    assert not (folder / "exports" / "merged-quantized").exists()
+    forget_hashes(folder)
+    load(folder)
+
+
 def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
     from lorafit.api.merge import merge
     from lorafit.errors import AdapterError
@@ -65,6 +87,7 @@ def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
     folder = copied(tiny_run, tmp_path)
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+    forget_hashes(folder)
     for verb in (load, merge):
         with pytest.raises(AdapterError, match="trained with"):
             verb(folder)
@@ -74,5 +97,17 @@ def test_a_base_that_is_not_the_trained_one_is_refused(tiny_run, tmp_path):
     folder = copied(tiny_run, tmp_path)
     base = json.loads((folder / "base.json").read_text())
     (folder / "base.json").write_text(json.dumps(base | {"fingerprint": "0" * 64}))
+    with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
+        load(folder)
+
+
+def test_a_changed_base_is_refused_without_base_json_too(tiny_run, tmp_path):
+    folder = copied(tiny_run, tmp_path)
+    (folder / "base.json").unlink()
+    load(folder)
+    path = folder / "fingerprint.json"
+    identity = json.loads(path.read_text())
+    identity["fingerprint"]["base"] = "0" * 64
+    path.write_text(json.dumps(identity))
     with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
         load(folder)

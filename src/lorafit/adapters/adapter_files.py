@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafit.adapters.peft_library import LoraConfig
-from lorafit.config import read_json
+from lorafit.config import MAX_SCALE, read_json
 from lorafit.errors import AdapterError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MAX_RANK, MAX_SCALE = 1024, 1024.0
+MAX_RANK = 1024
 PREFIX = "base_model.model."
 # what a plain LoRA may set; every other key must have PEFT's default, for it would change what the adapter does
 FREE_KEYS = frozenset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,25 @@ class AdapterSnapshot:
         self.settings.save_pretrained(str(folder))
 
 
-def save_adapter(model: PeftModel, folder: Path, config: RunConfig, *, base_name: str) -> None:
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    config: RunConfig,
+    *,
+    base_name: str,
+    written: Callable[[Path], None] | None = None,
+) -> None:
     """Write the adapter to `folder`, replacing what is there, so that plain `PeftModel.from_pretrained` loads it.
 
-    The folder appears whole or not at all. Raises RunDirError when it cannot be written, AdapterError when a
-    weight is not finite.
+    The folder appears whole or not at all, once `written` has seen the staged one. Raises RunDirError when it cannot
+    be written, AdapterError when a weight is not finite.
     """
     snapshot = AdapterSnapshot.of(model, config, base_name=base_name)
     snapshot.require_finite(folder)
     with staged_folder(folder, replace=True) as staged:
         snapshot.write(staged)
+        if written is not None:
+            written(staged)
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:

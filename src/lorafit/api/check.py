@@ -46,7 +46,8 @@ class CheckReport:
 
 
 def check(
-    data: Sequence[str | Path] | str | Path,
+    data: Sequence[str | Path] | str | Path | None = None,
+    /,
     base: str | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,

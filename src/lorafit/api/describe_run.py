@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,17 +56,43 @@ def describe(
     run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
 ) -> None:
     """Write what describes the run; run.yaml last, since a folder with it holds a run."""
-    prepared = planned.prepared
-    run.write_json(run.plan, planned.plan.to_dict())
-    run.write_json(run.findings, [finding.to_dict() for finding in findings])
-    template.save(run.template)
+    for write in _parts(run, identity, planned, template, findings).values():
+        write()
+    run.write_json(run.identity, identity.to_dict())
+    run.write_config(planned.resolved.config, {key: source.value for key, source in planned.resolved.sources.items()})
+
+
+def describe_missing(
+    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
+) -> list[str]:
+    """Write again what is gone of a run that goes on, whose content is proved to be the same; the files' names."""
+    gone = {
+        path: write for path, write in _parts(run, identity, planned, template, findings).items() if not path.exists()
+    }
+    for write in gone.values():
+        write()
+    return [path.name for path in gone]
+
+
+def _parts(
+    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
+) -> dict[Path, Callable[[], None]]:
+    """What describes the run besides its settings and its identity: each file, and what writes it."""
+    config, content = planned.resolved.config, identity.fingerprint.base
+    base = {"base": config.base, "revision": config.revision, "fingerprint": content}
+    return {
+        run.plan: lambda: run.write_json(run.plan, planned.plan.to_dict()),
+        run.findings: lambda: run.write_json(run.findings, [finding.to_dict() for finding in findings]),
+        run.template: lambda: template.save(run.template),
+        run.samples: lambda: _write_samples(run, planned.prepared),
+        run.base: lambda: run.write_json(run.base, base),
+    }
+
+
+def _write_samples(run: RunDir, prepared: Prepared) -> None:
     sample = prepared.holdout if len(prepared.holdout) else prepared.train
     records = [sample.record(index) for index in range(min(len(sample), SAMPLE_ROWS))]
     write_text(run.samples, "".join(_sample_line(record) for record in records))
-    config, content = planned.resolved.config, identity.fingerprint.base
-    run.write_json(run.base, {"base": config.base, "revision": config.revision, "fingerprint": content})
-    run.write_json(run.identity, identity.to_dict())
-    run.write_config(config, {key: source.value for key, source in planned.resolved.sources.items()})
 
 
 def _sample_line(record: Record) -> str:

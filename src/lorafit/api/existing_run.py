@@ -53,7 +53,8 @@ def find_place(resolved: Resolved, *, restart: bool = False) -> Place:
     """Where these settings train. Raises RunDirError when --out names a folder that holds another run or other files.
 
     Without --out it is runs/DATA-BASE, with -2, -3, … behind it: the first that holds a run of these settings, or is
-    free. With `restart` the run that is there need not be of these settings: it will be moved aside.
+    free. With `restart` the run that is there need not be of these settings: it will be moved aside. Raises RunDirError
+    for a run that may be the one and is damaged: it is not passed over in silence.
     """
     if resolved.config.out:
         run = RunDir(Path(resolved.config.out))
@@ -65,7 +66,7 @@ def find_place(resolved: Resolved, *, restart: bool = False) -> Place:
     for run in _candidates(resolved):
         if not run.holds_run and not run.foreign():
             break
-        if run.holds_run and _is_alike(run, resolved):
+        if run.holds_run and _is_alike(run, resolved, restart=restart):
             return Place(run, goes_on=not restart, is_named=False)
     return Place(run, goes_on=False, is_named=False)
 
@@ -123,17 +124,30 @@ def _candidates(resolved: Resolved) -> Iterator[RunDir]:
 
 def _differences(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
     RunIdentity.read(run.identity)  # without it nothing can be compared
+    return _differing(run, resolved)
+
+
+def _differing(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
     then, now = held_settings(run.config()), held_settings(resolved.config)
     # what nobody sets is planned: the run that goes on has planned it already
     open_keys = {key for key in PLANNED if not resolved.is_set(key)}
     return [one for one in differing_settings(then, now) if one[0] not in open_keys]
 
 
-def _is_alike(run: RunDir, resolved: Resolved) -> bool:
+def _is_alike(run: RunDir, resolved: Resolved, *, restart: bool) -> bool:
+    """True for a run of these settings; its identity must be readable, unless the run will be moved aside."""
     try:
-        return not _differences(run, resolved)
-    except LorafitError:
-        return False
+        if _differing(run, resolved):
+            return False
+    except LorafitError as error:
+        raise RunDirError(
+            f"the run here cannot be told from a new one ({error.what})",
+            where=str(run.path),
+            fix="choose another --out",
+        ) from error
+    if not restart:
+        RunIdentity.read(run.identity)
+    return True
 
 
 def _refusal(run: RunDir, found: list[tuple[str, str, str]]) -> RunDirError:

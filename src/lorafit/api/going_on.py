@@ -5,11 +5,21 @@ from __future__ import annotations
 import filecmp
 import shlex
 import signal
+from pathlib import Path
 
 from lorafit.adapters import save_adapter
 from lorafit.api.describe_run import environment
 from lorafit.api.existing_run import OtherRows, Place, refuse_finished, refuse_other_content
-from lorafit.config import LAYOUT, RunConfig, RunDir, RunFingerprint, RunIdentity, differing_settings
+from lorafit.config import (
+    LAYOUT,
+    RunConfig,
+    RunDir,
+    RunFingerprint,
+    RunIdentity,
+    adapter_hashes,
+    changed_file,
+    differing_settings,
+)
 from lorafit.errors import RunDirError, TrainingStopped
 from lorafit.training import ADAPTER, Checkpoint, EventLog, LorafitTrainer, clear_unfinished, newest_whole, set_aside
 
@@ -32,6 +42,8 @@ def known_identity(place: Place, now: RunFingerprint) -> RunIdentity:
 def go_on_from(run: RunDir, config: RunConfig, identity: RunIdentity, events: EventLog) -> Checkpoint | None:
     """The checkpoint the run in `run` goes on from, None for its very beginning; every one passed over is an event."""
     clear_unfinished(run.checkpoints)
+    if run.adapter.exists():
+        events.record("adapter_damaged", 0, "the adapter here is not the one that was trained: it is written again")
     checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
     for one in damaged:
         events.record("checkpoint_damaged", one.step, f"{one.folder.name} is passed over: {one.reason}")
@@ -60,7 +72,12 @@ def _note_changes(run: RunDir, config: RunConfig, identity: RunIdentity, step: i
 
 
 def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
-    """False when the adapter of a finished run is not the one in its last checkpoint, where that is there."""
+    """False when the adapter of a finished run is not the one that was saved.
+
+    A run that kept no hashes is compared with its last checkpoint, where that is there.
+    """
+    if identity.adapter:
+        return changed_file(run.adapter, identity.adapter) is None
     checkpoint, _ = newest_whole(run.checkpoints, identity.run)
     if checkpoint is None or not checkpoint.is_last:
         return True
@@ -70,10 +87,16 @@ def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
     return sorted(same) == sorted(names)
 
 
-def save_result(run: RunDir, trainer: LorafitTrainer) -> None:
-    """Write the trained adapter. RunDirError, saying how to go on, when the disk refuses."""
+def save_result(run: RunDir, identity: RunIdentity, trainer: LorafitTrainer) -> None:
+    """Write the trained adapter, its hashes first. RunDirError, saying how to go on, when the disk refuses."""
+
+    def keep_hashes(staged: Path) -> None:
+        # before the adapter is there: a kill in between leaves one that is refused, never one that nobody checks
+        run.write_json(run.identity, identity.ended_in(adapter_hashes(staged)).to_dict())
+
+    base = trainer.config.base
     try:
-        save_adapter(trainer.model, run.adapter, trainer.config, base_name=trainer.config.base)
+        save_adapter(trainer.model, run.adapter, trainer.config, base_name=base, written=keep_hashes)
     except RunDirError as error:
         fix = f"free some space and go on with: {command_to_go_on(run)}"
         raise RunDirError(f"the trained adapter: {error.what}", where=error.where, fix=fix) from error

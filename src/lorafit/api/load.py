@@ -10,5 +10,5 @@ from lorafit.serve import Session
 
 def load(run: str | Path, *, device: str | None = None) -> Session:
     """The run in folder `run` as a Session: `load(run).answer([{"role": "user", "content": "…"}])`."""
-    with quiet_libraries(Path(run) / "log.txt" if Path(run).is_dir() else None):
+    with quiet_libraries(Path(run) / "log.txt" if Path(run).is_dir() else None, optional=True):
         return Session.load(Path(run), device=device)

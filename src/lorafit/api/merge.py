@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +53,26 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
     """Merge the adapter of `run` into its base and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" to the
-    checkpoint as stored. Returns also when verification fails (`passed` False); the artefact then stays for a look.
+    checkpoint as stored. The artefact gets its name once it is measured, also when it fails (`passed` False), for a
+    look; a merge that is killed leaves at most a hidden folder, which the next one replaces.
     Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     folder = RunDir.open(Path(run))
     config = folder.config()
-    with quiet_libraries(folder.log):
+    with quiet_libraries(folder.log, optional=True):
         check_adapter(folder)
         rows = verification_rows(folder, template_of(folder))
         fingerprint = folder.base_fingerprint()
-        report = write_merged(folder.path, onto=onto, out=Path(out) if out else None, fingerprint=fingerprint)
-        try:
+        verified: list[Verification] = []
+
+        def prove(staged: Path, onto: Onto) -> None:
+            # before the folder has its name: one that looks finished and was never verified is worse than none
             live = load_adapter(load_backbone(config, exact=True), folder.adapter)
-            return MergedRun(report, verify(live, report.folder, rows, report.onto))
-        except BaseException:
-            # a folder that looks finished and was never verified is worse than none
-            shutil.rmtree(report.folder, ignore_errors=True)
-            raise
+            verified.append(verify(live, staged, rows, onto))
+
+        place = Path(out) if out else None
+        report = write_merged(folder.path, onto=onto, out=place, fingerprint=fingerprint, prove=prove)
+        return MergedRun(report, verified[0])
 
 
 def check_adapter(run: RunDir) -> None:

@@ -39,7 +39,8 @@ class PlannedRun:
 
 
 def plan(
-    data: Sequence[str | Path] | str | Path,
+    data: Sequence[str | Path] | str | Path | None = None,
+    /,
     base: str | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,

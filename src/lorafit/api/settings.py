@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.api.existing_run import find_place
-from lorafit.config import Resolved, base_folder, load_recipe, resolve
+from lorafit.config import Resolved, RunDir, base_folder, load_recipe, resolve
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 
@@ -18,8 +18,13 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     """Resolve `data` (files, or one recipe YAML) and `settings`; relative data paths in a recipe stand beside it."""
     sources = [data] if isinstance(data, str | Path) else list(data or ())
     names = [str(source) for source in sources]
+    for name in names:
+        if RunDir(Path(name)).settings.is_file():
+            recipe = RunDir(Path(name)).settings
+            raise UsageError("this is a run directory, not data", where=name, fix=f"its recipe is {recipe}")
     recipes = [name for name in names if name.endswith(RECIPE_SUFFIXES)]
     if not recipes:
+        _refuse_other_data(names, settings.get("data"))
         return resolve(flags=_absolute({**settings, **({"data": tuple(names)} if names else {})}))
     if len(names) > 1:
         raise UsageError("a recipe stands alone: its data are named in it", where=recipes[0], fix="use --set data=FILE")
@@ -27,12 +32,20 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     return resolve(_absolute(_beside(load_recipe(path), path.parent)), _absolute(settings))
 
 
+def _refuse_other_data(names: list[str], also: Any) -> None:
+    others = [also] if isinstance(also, str | Path) else list(also or ())
+    if names and others and names != [str(other) for other in others]:
+        raise UsageError(
+            f"the data are {', '.join(names)}, and the setting data says otherwise", where="data", fix="name them once"
+        )
+
+
 def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Data and base paths that exist beside the recipe, as seen from here."""
+    """Data and base paths that exist beside the recipe, as seen from here; they win over the same names here."""
 
     def seen(name: Any) -> Any:
         near = folder / str(name)
-        return str(near) if isinstance(name, str) and not Path(name).exists() and near.exists() else name
+        return str(near) if isinstance(name, str) and name and near.exists() else name
 
     placed = dict(recipe)
     if "data" in placed:

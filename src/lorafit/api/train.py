@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from lorafit.adapters import Counts, attach, count_parameters
-from lorafit.api.describe_run import describe, fingerprint_of, new_identity, new_run_id
+from lorafit.api.describe_run import describe, describe_missing, fingerprint_of, new_identity, new_run_id
 from lorafit.api.existing_run import (
     OtherRows,
     Place,
@@ -42,6 +43,7 @@ from lorafit.findings import Finding
 from lorafit.planning import hardware_here
 from lorafit.training import (
     Checkpoint,
+    EarlySignals,
     EventLog,
     LorafitTrainer,
     MetricsLog,
@@ -90,6 +92,7 @@ class TrainedRun:
 
 def train(
     data: Sequence[str | Path] | str | Path | None = None,
+    /,
     base: str | None = None,
     *,
     out: str | Path | None = None,
@@ -110,16 +113,17 @@ def train(
     require_data(resolved)
     require_base(resolved)
     _require_one_process_here(resolved)
-    place = find_place(resolved, restart=restart)
-    aside = begin_anew(place.run) if restart else None
-    try:
-        return _train_at(place, resolved, watch, list(callbacks))
-    except OtherRows:
-        fresh = Place(next_free(resolved), goes_on=False, is_named=False)
-        return _train_at(fresh, resolved, watch, list(callbacks))
-    except BaseException:
-        put_back(aside, place.run)
-        raise
+    with EarlySignals():
+        place = find_place(resolved, restart=restart)
+        aside = begin_anew(place.run) if restart else None
+        try:
+            return _train_at(place, resolved, watch, list(callbacks))
+        except OtherRows:
+            fresh = Place(next_free(resolved), goes_on=False, is_named=False)
+            return _train_at(fresh, resolved, watch, list(callbacks))
+        except BaseException:
+            put_back(aside, place.run)
+            raise
 
 
 def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
@@ -129,7 +133,12 @@ def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list
     watch.ready(early)
     require_ready(early)
     run.require_writable()
-    with RunLock(run.path), quiet_libraries(run.log), deterministic(resolved.config.deterministic):
+    with (
+        _no_empty_folder(run, is_new),
+        RunLock(run.path),
+        quiet_libraries(run.log),
+        deterministic(resolved.config.deterministic),
+    ):
         try:
             if run.holds_run != place.goes_on:
                 raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
@@ -153,6 +162,18 @@ def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list
         except BaseException:
             _leave_nothing(run, is_new)
             raise
+
+
+@contextlib.contextmanager
+def _no_empty_folder(run: RunDir, is_new: bool) -> Iterator[None]:
+    """A new folder in which nothing could be written does not stay."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                run.path.rmdir()  # refused where anything is in it
+        raise
 
 
 def _require_one_process_here(resolved: Resolved) -> None:
@@ -195,7 +216,7 @@ def _fit(
         model, loss = _proved_model(planned)
         counts = count_parameters(model)
         watch.attached(counts, config.base)
-        events = EventLog(run.events, watch.happened)
+        events = EventLog(run.events, watch.happened, is_new=known is None)
         if loss.reason:
             events.record("whole_logits", 0, loss.reason)
         trainer = LorafitTrainer(
@@ -216,12 +237,16 @@ def _fit(
             watch.rehearsed(rehearsal)
             if known is None:
                 describe(run, identity.result(), planned, template, findings)
+            else:
+                _describe_again(run, known, planned, template, findings, events)
             started = time.perf_counter()
             _run(trainer, go_on_from(run, config, known, events) if known else None, metrics)
             train_s = time.perf_counter() - started
             refuse_stopped(run, trainer)
-            save_result(run, trainer)
-            metrics.flush()
+            save_result(run, identity.result(), trainer)
+            if not metrics.flush():
+                message = f"{run.metrics} cannot be written, and lacks the last lines; the adapter is whole"
+                events.record("metrics_not_written", trainer.state.global_step, message)
     history = trainer.state.log_history
     return TrainedRun(
         run=run,
@@ -238,6 +263,20 @@ def _fit(
         loss=next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan),
         eval_loss=next((entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry), None),
     )
+
+
+def _describe_again(
+    run: RunDir,
+    known: RunIdentity,
+    planned: PlannedRun,
+    template: Template,
+    findings: list[Finding],
+    events: EventLog,
+) -> None:
+    """Write what is gone of the run's description, and say so."""
+    names = describe_missing(run, known, planned, template, findings)
+    if names:
+        events.record("described_again", 0, f"{', '.join(names)} had gone from {run.path} and is written again")
 
 
 def _with_the_runs_own(run: RunDir, findings: list[Finding], own: Finding | None) -> list[Finding]:

@@ -71,17 +71,18 @@ class _Silence:
 
 
 @contextmanager
-def quiet_libraries(log_file: Path | None = None) -> Iterator[None]:
+def quiet_libraries(log_file: Path | None = None, *, optional: bool = False) -> Iterator[None]:
     """Send other libraries' logging and warnings to `log_file` and show no progress bars, until the block ends.
 
     Nested blocks are fine, in several threads too: one without a file writes to the last one named. With no file
     at all, lines are kept in memory and go to the first file named later. When the last block ends, everything
-    is put back as it was, errors included. Raises RunDirError when the file cannot be written.
+    is put back as it was, errors included. Raises RunDirError when the file cannot be written; with `optional` the
+    block goes on without it.
     """
     before = LIBRARY_LOG.path
     with _Silence.lock:
         if log_file is not None:
-            LIBRARY_LOG.write_to(log_file)
+            _open_log(log_file, optional)
         _Silence.depth += 1
         _silence(_Silence.undo)
     try:
@@ -92,6 +93,14 @@ def quiet_libraries(log_file: Path | None = None) -> Iterator[None]:
             _Silence.depth -= 1
             if _Silence.depth == 0:
                 _Silence.undo.close()
+
+
+def _open_log(log_file: Path, optional: bool) -> None:
+    try:
+        LIBRARY_LOG.write_to(log_file)
+    except RunDirError:
+        if not optional:
+            raise
 
 
 def _silence(undo: ExitStack) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -29,6 +29,14 @@ class _InOrder(TyperGroup):
 
     def list_commands(self, ctx: object) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: Any) -> object:
+        """Run the verb; Ctrl-C is said here, for typer would end without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            show_error("at once; what is on the disk is whole", "stopped")
+            sys.exit(INTERRUPTED)
 
 
 app = typer.Typer(
@@ -72,9 +80,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         show_error(error.sentence, error.label)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        show_error("at once", "stopped")
-        sys.exit(INTERRUPTED)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             _end_quietly()

@@ -37,13 +37,13 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    if show and not base:
-        raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")
     settings = flags.settings_from(
-        set, select=select, ignore=ignore, on_bad=on_bad, long=long, map=map, holdout=holdout
+        set, base=base, select=select, ignore=ignore, on_bad=on_bad, long=long, map=map, holdout=holdout
     )
+    if show and not settings.get("base"):
+        raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")
     with ReadingBar() as bar:
-        report = run_check(data, base, on_progress=bar.show, **settings)
+        report = run_check(data, on_progress=bar.show, **settings)
     fixed = fix_rows(report.resolved.config, fix) if fix else None
     if json:
         show_json(report.to_dict() | ({"fixed": fixed.to_dict()} if fixed else {}))

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafit.errors import UsageError
+
 Data = Annotated[
     list[str], typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False)
 ]
@@ -45,11 +47,18 @@ Ignore = Annotated[
 
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
-    """Settings out of --set and the named flags; a named flag wins over --set. Flags not given are left out."""
-    from lorafit.config import parse_assignments  # pydantic stays out of --help
+    """Settings out of --set and the named flags; a named flag wins over --set. Flags not given are left out.
+
+    Raises UsageError for a --set that no setting has, and for two different values of `base` or `out`.
+    """
+    from lorafit.config import parse_assignments, reject_unknown  # pydantic stays out of --help
 
     settings = parse_assignments(assignments or [])
+    reject_unknown(settings, "flags")
     given = {key: value for key, value in flags.items() if value is not None}
+    for key in ("base", "out"):
+        if key in given and settings.get(key) not in (None, given[key]):
+            raise UsageError(f"--{key} is '{given[key]}', and --set says '{settings[key]}'", fix="name it once")
     if "map" in given:
         given["map"] = {key: str(value) for key, value in parse_assignments(given["map"], "--map").items()}
     if "holdout" in given:

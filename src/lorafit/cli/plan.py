@@ -31,9 +31,9 @@ def plan(
     """Choose method, rank, targets and precision, and predict memory, time and cost. Needs no GPU and no weights."""
     from lorafit.api.plan import plan as run_plan
 
-    settings = flags.settings_from(set, gpu=gpu, vram=vram, goal=goal)
+    settings = flags.settings_from(set, base=base, gpu=gpu, vram=vram, goal=goal)
     with ReadingBar() as bar:
-        planned = run_plan(data, base, on_progress=bar.show, **settings)
+        planned = run_plan(data, on_progress=bar.show, **settings)
     failed = has_errors([*planned.plan.findings, *planned.prepared.findings])
     if json:
         show_json(planned.to_dict())

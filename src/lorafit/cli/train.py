@@ -37,17 +37,19 @@ def train(
     """Train adapters on DATA, or as a recipe YAML says; the same command goes on with a run that was stopped."""
     from lorafit.api.settings import preflight
 
-    settings = flags.settings_from(set, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout)
+    settings = flags.settings_from(
+        set, base=base, out=out, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout
+    )
     if deterministic:
         settings["deterministic"] = True
-    preflight(data, {**settings, "base": base, "out": out}, restart=restart)
+    preflight(data, settings, restart=restart)
     from lorafit.api.observer import Observer
     from lorafit.api.train import train as run_train
     from lorafit.cli.watch import ConsoleObserver, say_next
 
     watch = ConsoleObserver() if not json else Observer()
     with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
-        trained = run_train(data, base, out=out, restart=restart, observer=watch, **settings)
+        trained = run_train(data, restart=restart, observer=watch, **settings)
     if json:
         show_json(trained.to_dict())
         return

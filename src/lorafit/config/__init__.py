@@ -3,15 +3,17 @@
 from lorafit.config.base_files import base_folder
 from lorafit.config.fingerprint import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
 from lorafit.config.foreign_text import parse_json, read_json
-from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, resolve
-from lorafit.config.run_config import PLANNED, RunConfig
+from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
+from lorafit.config.run_config import MAX_SCALE, PLANNED, RunConfig
 from lorafit.config.run_dir import RunDir, write_text
 from lorafit.config.run_lock import RunLock
 from lorafit.config.size import parse_bytes
+from lorafit.config.trained_adapter import adapter_hashes, changed_file, require_trained_adapter
 
 __all__ = [
     "FREE",
     "LAYOUT",
+    "MAX_SCALE",
     "PLANNED",
     "Resolved",
     "RunConfig",
@@ -20,7 +22,9 @@ __all__ = [
     "RunIdentity",
     "RunLock",
     "Source",
+    "adapter_hashes",
     "base_folder",
+    "changed_file",
     "differing_settings",
     "held_settings",
     "load_recipe",
@@ -28,6 +32,8 @@ __all__ = [
     "parse_bytes",
     "parse_json",
     "read_json",
+    "reject_unknown",
+    "require_trained_adapter",
     "resolve",
     "write_text",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lorafit.config.foreign_text import read_json
 from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 
@@ -19,7 +19,7 @@ FREE = frozenset(
         "base", "revision", "data", "map", "on_bad", "long", "holdout", "out",
         # what is shown, kept, asked of the plan, or sent to trackers
         "select", "ignore", "goal", "serving", "gpu", "vram", "report_to", "eval_steps", "save_steps",
-        "keep_last", "keep_best", "on_spike", "max_bad_steps",
+        "keep_last", "keep_best", "max_bad_steps",
         *LAYOUT,
     )
 )  # fmt: skip
@@ -53,7 +53,11 @@ class RunFingerprint:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunFingerprint:
         """The fingerprint that `to_dict` wrote. TypeError for another mapping."""
-        return cls(**fields)
+        made = cls(**fields)
+        hashes = (made.train_rows, made.held_out_rows, made.template, made.base)
+        if not _are_texts(hashes) or not isinstance(made.settings, Mapping):
+            raise TypeError("no fingerprint")
+        return made
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,25 @@ class RunIdentity:
     """`fingerprint.json`: a run's id, by which its checkpoints know it, its fingerprint, and what it began on.
 
     `environment` (versions, device, threads) may change while a run is under way, but then the last bits may, too.
+    `adapter` (file name -> sha256) is what the run ended in; empty before that.
     """
 
     run: str
     fingerprint: RunFingerprint
     environment: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> RunIdentity:
         """Raises RunDirError when the file is missing or damaged."""
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            return cls(str(saved["run"]), RunFingerprint.from_dict(saved["fingerprint"]), dict(saved["environment"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            saved = read_json(path, RunDirError)
+            adapter = dict(saved.get("adapter", {}))
+            if not _are_texts((saved["run"], *adapter.values())):
+                raise TypeError("no identity")
+            fingerprint = RunFingerprint.from_dict(saved["fingerprint"])
+            return cls(saved["run"], fingerprint, dict(saved["environment"]), adapter)
+        except (RunDirError, ValueError, KeyError, TypeError) as error:
             raise RunDirError(
                 "what the run was trained from cannot be read, so it cannot go on",
                 where=str(path),
@@ -82,7 +92,12 @@ class RunIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
-        return {"run": self.run, "fingerprint": self.fingerprint.to_dict(), "environment": dict(self.environment)}
+        saved = {"run": self.run, "fingerprint": self.fingerprint.to_dict(), "environment": dict(self.environment)}
+        return {**saved, "adapter": dict(self.adapter)} if self.adapter else saved
+
+    def ended_in(self, adapter: Mapping[str, str]) -> RunIdentity:
+        """The identity of the run once it has its adapter (file name -> sha256)."""
+        return replace(self, adapter=dict(adapter))
 
 
 def held_settings(config: RunConfig) -> dict[str, Any]:
@@ -98,6 +113,10 @@ def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         for key in keys
         if then.get(key, "not set") != now.get(key, "not set")
     ]
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _short(digest: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ MAX_JSON_BYTES = 4 << 20
 MAX_YAML_BYTES = 1 << 20
 """A recipe is a page, but a run may name thousands of data files."""
 MAX_DEPTH = 32
+MAX_BITS = 1023
+"""Of an integer: what a float can hold too."""
+_STRING = "tag:yaml.org,2002:str"
+_MISREAD = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
 
 
@@ -49,8 +54,11 @@ def parse_json(raw: bytes, where: str, error: type[LorafitError], *, fix: str | 
     return content
 
 
-def read_recipe(path: Path) -> Any:
-    """What the YAML file at `path` holds. Raises UsageError, naming the line, for what is no plain YAML."""
+def read_recipe(path: Path, texts: Collection[str] = ()) -> Any:
+    """What the YAML file at `path` holds, the keys in `texts` as text.
+
+    Raises UsageError, naming the line, for what is no plain YAML.
+    """
     fix = "a recipe is a short YAML of settings"
     try:
         with path.open("rb") as stream:
@@ -63,7 +71,7 @@ def read_recipe(path: Path) -> Any:
     if len(raw) > MAX_YAML_BYTES:
         raise UsageError(f"the recipe is larger than {MAX_YAML_BYTES >> 20} MiB", where=str(path), fix=fix)
     try:
-        return parse_yaml(text)
+        return parse_yaml(text, texts)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
@@ -72,11 +80,13 @@ def read_recipe(path: Path) -> Any:
         raise UsageError("the recipe is not valid YAML", where=str(path), fix="mend the syntax") from error
 
 
-def parse_yaml(text: str) -> Any:
-    """What `text` holds: plain scalars, lists and mappings. Raises yaml.YAMLError.
+def parse_yaml(text: str, texts: Collection[str] = ()) -> Any:
+    """What `text` holds: plain scalars, lists and mappings; never dates. Raises yaml.YAMLError.
+
+    Under the keys in `texts` whatever looks like a number or a boolean stays the text it is.
 
     Refused besides what yaml.safe_load refuses: aliases, by which a short file grows without end (the "billion
-    laughs"), a key that stands twice, and more than MAX_DEPTH levels.
+    laughs"), a key that stands twice, a scalar's tag but !!str, an endless number, and more than MAX_DEPTH levels.
     """
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):  # flat, whatever the text nests
@@ -84,10 +94,28 @@ def parse_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
+        if isinstance(event, yaml.ScalarEvent) and event.tag not in (None, "!", _STRING):
+            raise yaml.MarkedYAMLError(problem="tags are not read", problem_mark=mark)
         if depth > MAX_DEPTH:
             problem = f"it nests deeper than {MAX_DEPTH} levels"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-    return yaml.load(text, Loader=_PlainLoader)
+    loader = _PlainLoader(text)
+    try:
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            for key, value in root.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in texts:
+                    _keep_text(value)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _keep_text(node: Any) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.tag in _MISREAD:
+        node.tag = _STRING
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        _keep_text(part[1] if isinstance(node, yaml.MappingNode) else part)
 
 
 class _PlainLoader(_LOADER):  # type: ignore[misc]
@@ -99,6 +127,25 @@ class _PlainLoader(_LOADER):  # type: ignore[misc]
                     raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> Any:
+        is_whole = node.tag.endswith(":int")
+        try:
+            number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        except (ValueError, OverflowError):
+            number = None
+        if number is None or (is_whole and number.bit_length() > MAX_BITS):
+            raise yaml.MarkedYAMLError(problem="the number is too long", problem_mark=node.start_mark)
+        return number
+
+
+# '2026-13-45' is a name, and no date that cannot be
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
+    for first, rules in _LOADER.yaml_implicit_resolvers.items()
+}
+for _tag in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _PlainLoader.construct_number)
 
 
 def _is_deep(content: Any) -> bool:

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from lorafit.config.foreign_text import parse_yaml, read_recipe
-from lorafit.config.run_config import PLANNED, RunConfig
+from lorafit.config.run_config import PLANNED, TEXTS, RunConfig
+from lorafit.config.usual_names import USUAL_NAMES
 from lorafit.errors import UsageError
 
 
@@ -66,7 +67,7 @@ def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | 
     recipe = dict(recipe or {})
     flags = {key: value for key, value in (flags or {}).items() if value is not None}
     for name, values in (("the recipe", recipe), ("flags", flags)):
-        _reject_unknown(values, name)
+        reject_unknown(values, name)
     sources = dict.fromkeys(RunConfig.model_fields, Source.DEFAULT)
     sources |= dict.fromkeys(recipe, Source.RECIPE) | dict.fromkeys(flags, Source.FLAG)
     values = {**recipe, **flags}
@@ -78,24 +79,34 @@ def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | 
 
 def load_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a recipe YAML; paths in it stay as written. Raises UsageError when it is no recipe."""
-    loaded = read_recipe(path)
+    loaded = read_recipe(path, TEXTS)
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UsageError("a recipe is a mapping of settings", where=str(path), fix="write lines like 'rank: 16'")
     return loaded
 
 
 def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[str, Any]:
-    """`key=value` pairs as `flag` takes them; values are read as YAML scalars or lists."""
+    """`key=value` pairs as `flag` takes them; values are read as YAML scalars or lists, those of TEXTS as they are."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"'{assignment}' is not key=value", where=flag, fix=f"write it like {flag} KEY=VALUE")
         try:
-            values[key.strip()] = _number(parse_yaml(text)) if text else ""
+            is_text = flag != "--set" or key.strip() in TEXTS
+            values[key.strip()] = _text(text.strip()) if is_text else _number(parse_yaml(text)) if text else ""
         except yaml.YAMLError as error:
-            raise UsageError(f"'{text}' is not a value", where=f"{flag} {key}", fix="quote it for the shell") from error
+            raise UsageError(
+                f"'{text[:80]}' is not a value", where=f"{flag} {key.strip()}", fix="quote it for the shell"
+            ) from error
     return values
+
+
+def _text(text: str) -> Any:
+    # '*.jsonl', '007' and '2026-01-01' mean themselves; quotes and brackets are YAML's
+    if text[:1] in ("[", "{", "'", '"') and text:
+        return parse_yaml(text)
+    return None if text in ("null", "~") else text
 
 
 def _number(value: Any) -> Any:
@@ -108,7 +119,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _reject_unknown(values: Mapping[str, Any], name: str) -> None:
+def reject_unknown(values: Mapping[str, Any], name: str) -> None:
+    """UsageError for a key of `values` that is no setting, with the nearest one; `name` says where it stands."""
     for key in values:
         if key == "trust_remote_code":
             raise UsageError(
@@ -117,7 +129,8 @@ def _reject_unknown(values: Mapping[str, Any], name: str) -> None:
                 fix="leave it out, and choose a base that transformers has built in",
             )
         if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(key, RunConfig.model_fields, n=1, cutoff=0.5)
+            usual = USUAL_NAMES.get(key.lower())
+            near = [usual] if usual else difflib.get_close_matches(key, RunConfig.model_fields, n=1, cutoff=0.6)
             fix = f"did you mean '{near[0]}'?" if near else "see 'lorafit train --help' for the settings"
             raise UsageError(f"unknown setting '{key}' in {name}", fix=fix)
 
@@ -131,4 +144,6 @@ def _validated(values: Mapping[str, Any], where: str) -> RunConfig:
         given = first.get("input")
         field = RunConfig.model_fields.get(key)
         fix = f"{key} is: {field.description}" if field else "see 'lorafit train --help'"
-        raise UsageError(f"{given!r} does not fit: {first['msg'].lower()}", where=key, fix=fix) from error
+        raise UsageError(
+            f"{given!r} does not fit: {first['msg'].lower().removeprefix('value error, ')}", where=key, fix=fix
+        ) from error

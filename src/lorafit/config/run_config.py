@@ -12,6 +12,8 @@ from lorafit.errors import UsageError
 
 MANY = 1 << 20
 """More layers than any model has."""
+MAX_SCALE = 1024.0
+"""The largest alpha / rank: an adapter beyond it is refused, written or read."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear"]
 
@@ -69,7 +71,7 @@ class RunConfig(BaseModel):
         "auto", description="auto asks the card"
     )
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever the epochs")
+    max_steps: int | None = Field(None, ge=1, description="stop after at most this many steps, whatever the epochs")
     examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
@@ -104,6 +106,17 @@ class RunConfig(BaseModel):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 
+    @field_validator(
+        "max_tokens", "rank", "alpha", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm", "epochs", "seed",
+        "max_steps", "examples_per_step", "eval_steps", "save_steps", "max_bad_steps", "keep_last", "keep_best",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _yes_is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("it should be a number, not yes or no")
+        return value
+
     @field_validator("gradient_checkpointing", "compile", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
@@ -129,6 +142,16 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scale_can_be_loaded(self) -> RunConfig:
+        if self.alpha / self.rank > MAX_SCALE:
+            raise UsageError(
+                f"alpha / rank is {self.alpha / self.rank:g}, and at most {MAX_SCALE:g} can be loaded again",
+                where="alpha",
+                fix=f"set alpha to {MAX_SCALE * self.rank:g} or less (twice the rank is usual)",
+            )
+        return self
+
     @field_validator("vram")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
@@ -139,3 +162,9 @@ class RunConfig(BaseModel):
 
 PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "activations", "serving")
 """Settings the plan decides when nobody else did."""
+TEXTS = frozenset(
+    key
+    for key, field in RunConfig.model_fields.items()
+    if field.annotation in (str, str | None, tuple[str, ...], dict[str, str])
+)
+"""Settings that are text: what looks like a number or a boolean in them is neither."""

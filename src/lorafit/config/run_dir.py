@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.config.fingerprint import RunIdentity
 from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
@@ -22,6 +23,7 @@ LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", 
     "base.json",
     "fingerprint.json",
     "engine.json",
+    "events.jsonl",
 }
 """What may lie in the folder of a new run: reports of one that never started, and the data (the demo's)."""
 
@@ -180,7 +182,7 @@ class RunDir:
     def base_fingerprint(self) -> str | None:
         """The base's content fingerprint at training time, or None where the run did not record one."""
         if not self.base.is_file():
-            return None
+            return RunIdentity.read(self.identity).fingerprint.base if self.identity.is_file() else None
         return str(read_json(self.base, RunDirError, fix="restore the run directory").get("fingerprint"))
 
     def config(self) -> RunConfig:

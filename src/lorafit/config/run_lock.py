@@ -77,8 +77,7 @@ class RunLock:
             if self._is_current():
                 break
             self._close()  # its owner removed it between our opening and locking it
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(asdict(Owner.here())).encode(), 0)
+        self._sign()
         return self
 
     def __exit__(
@@ -96,6 +95,17 @@ class RunLock:
             raise RunDirError(
                 f"cannot be locked ({error.strerror})", where=str(self.path), fix="check the folder"
             ) from error
+
+    def _sign(self) -> None:
+        """Name this process in the file. RunDirError, and no file, when the disk is full."""
+        assert self.descriptor is not None
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(asdict(Owner.here())).encode(), 0)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            what = f"the run's lock cannot be written ({error.strerror})"
+            raise RunDirError(what, where=str(self.path), fix="free some space") from error
 
     def _take(self) -> bool:
         assert self.descriptor is not None

@@ -7,11 +7,17 @@ import re
 from lorafit.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_MOST = 1e18
+_LEAST_BARE = 2**20  # who writes 8 means GiB, not bytes
 
 
 def parse_bytes(text: str, where: str = "size") -> int:
-    """Bytes in `text`; `GiB` is 2**30 and `GB` is 10**9. Raises UsageError when it is no size."""
+    """Bytes in `text`; `GiB` is 2**30 and `GB` is 10**9. Raises UsageError when it is no size,
+    or a small number without a unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not match or match[2] == "i" or float(match[1]) <= 0:
-        raise UsageError(f"'{text}' is not a size", where=where, fix="write it like 8GiB, 24GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if not match or match[2] == "i" or not 0 < float(match[1]) <= _MOST:
+        raise UsageError(f"'{text[:40]}' is not a size", where=where, fix="write it like 8GiB, 24GB or 80GiB")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if not match[2] and size < _LEAST_BARE:
+        raise UsageError(f"'{text}' has no unit", where=where, fix=f"write it like {match[1]}GiB")
+    return size

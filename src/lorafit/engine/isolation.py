@@ -65,6 +65,8 @@ def _assert_unmoved(model: Any, rows: Sequence[Row]) -> None:
     device = next(model.parameters()).device
     before = supervised_logits(model, collate(rows).to(device))
     after = supervised_logits(model, collate([(replaced, first_mask), *rows[1:]]).to(device))
+    if not before.isfinite().all():
+        _assert_finite(model, rows)
     others = slice(int(first_mask[1:].sum()), None)
     moved = float((before[others] - after[others]).float().norm() / before[others].float().norm().clamp_min(1e-9))
     routed = any("experts" in name for name, _ in model.named_modules())
@@ -77,10 +79,8 @@ def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
     packed = supervised_logits(model, collate(rows).to(device))
     worst, start = 0.0, 0
     with unpacked(model):
-        for ids, mask in rows:
-            places = torch.from_numpy(np.flatnonzero(mask[1:])).to(device)
-            inputs = torch.from_numpy(ids.astype(np.int64))[None].to(device)
-            wanted = model(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0].float()
+        for row in rows:
+            wanted = _alone(model, row)
             got = packed[start : start + len(wanted)].float()
             start += len(wanted)
             worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp_min(1e-9)))
@@ -89,10 +89,35 @@ def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
     return worst
 
 
+def _alone(model: Any, row: Row) -> torch.Tensor:
+    """The supervised logits of one row without packing, (supervised tokens, vocabulary), fp32."""
+    ids, mask = row
+    device = next(model.parameters()).device
+    places = torch.from_numpy(np.flatnonzero(mask[1:])).to(device)
+    inputs = torch.from_numpy(ids.astype(np.int64))[None].to(device)
+    logits: torch.Tensor = model(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0].float()
+    return logits
+
+
+def _assert_finite(model: Any, rows: Sequence[Row]) -> None:
+    """TrainingError when even rows alone have logits that are NaN or infinite: packing is not to blame then."""
+    with unpacked(model):
+        if all(bool(_alone(model, row).isfinite().all()) for row in rows):
+            return
+    raise TrainingError(
+        "the base's logits are not finite: its weights are damaged, or its activations overflow this precision",
+        where=_name(model),
+        fix="check it against its source, or download it anew; or set compute=fp32",
+    )
+
+
+def _name(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
 def _leak(model: Any, seen: str) -> TrainingError:
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     return TrainingError(
         f"packed rows see each other in this model ({seen})",
-        where=name,
+        where=_name(model),
         fix="lorafit cannot train this family yet; choose another base, and report this one",
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafit.config import RunConfig, RunDir, read_json
+from lorafit.config import RunConfig, RunDir, read_json, require_trained_adapter
 from lorafit.data.template import MAX_TEMPLATE_BYTES, Template
 from lorafit.data.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
@@ -35,8 +35,10 @@ class FinishedRun:
 
     @classmethod
     def open(cls, folder: Path) -> FinishedRun:
-        """Read the run. Raises RunDirError when a part is missing, TemplateError when prompts would differ."""
+        """Read the run. Raises RunDirError when a part is missing, AdapterError when the adapter is not the one that
+        was trained, TemplateError when prompts would differ."""
         run = RunDir.open(folder)
+        require_trained_adapter(run)
         config = run.config()
         tokenizer = TextTokenizer.from_base(config.base, config.revision)
         template = Template.load(run.template, tokenizer)

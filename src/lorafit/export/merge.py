@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ def merge(
     device: str | torch.device | None = None,
     fingerprint: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    prove: Callable[[Path, Onto], object] | None = None,
 ) -> MergeReport:
     """Merge the adapter of `run_dir` into its base and write a model folder, whole or not at all.
 
     `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" adds it
     to the checkpoint as stored. A run over an unquantised base has the original only. `out` is by default
-    `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, to refuse another one.
+    `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, to refuse another one. `prove` is
+    called with the written files' folder before it gets its name; when it raises, nothing is left.
     Raises RunDirError (taken, disk full), VerificationError (untrained adapter, other base), AdapterError and
     BackboneError.
     """
@@ -75,7 +77,9 @@ def merge(
         shards = write_shards(merged_weights(run.config, onto, deltas, device), staged, max_shard_bytes)
         write_companions(run, staged, onto)
         findings = write_chat_template(run, staged)
-    elapsed = time.monotonic() - started
+        elapsed = time.monotonic() - started
+        if prove is not None:
+            prove(staged, onto)
     return MergeReport(folder, onto, len(shards.files), shards.total_bytes, len(deltas), elapsed, tuple(findings))
 
 

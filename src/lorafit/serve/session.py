@@ -9,7 +9,7 @@ from typing import Any
 
 from lorafit.adapters import check_settings, load_adapter
 from lorafit.backbone import load_backbone, require_same_base
-from lorafit.config import RunConfig, RunDir, base_folder
+from lorafit.config import RunConfig, RunDir, base_folder, require_trained_adapter
 from lorafit.data import Template, TextTokenizer
 from lorafit.engine import generate
 
@@ -23,9 +23,10 @@ class Session:
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> Session:
         """Load the run in `path`. The template's golden prompts are asserted, so that what is asked here is
-        what was asked in training, and the base is the one it was trained on. Raises RunDirError, BackboneError,
+        what was asked in training, and base and adapter are the trained ones. Raises RunDirError, BackboneError,
         AdapterError, TemplateError or VerificationError."""
         run = RunDir.open(path)
+        require_trained_adapter(run)
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())

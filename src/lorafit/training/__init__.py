@@ -5,6 +5,7 @@ from lorafit.training.callbacks import MetricsLog, StepProgress, TrainingProgres
 from lorafit.training.checkpoint import Checkpoint
 from lorafit.training.checkpoint_snapshot import ADAPTER
 from lorafit.training.deterministic import deterministic
+from lorafit.training.early_signals import EarlySignals
 from lorafit.training.events import EventLog, RunEvent
 from lorafit.training.largest_micro_batch import largest_micro_batch
 from lorafit.training.resume import clear_unfinished, newest_whole, set_aside
@@ -15,6 +16,7 @@ from lorafit.training.trainer import LorafitTrainer
 __all__ = [
     "ADAPTER",
     "Checkpoint",
+    "EarlySignals",
     "EventLog",
     "LorafitTrainer",
     "MetricsLog",

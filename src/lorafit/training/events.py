@@ -33,13 +33,20 @@ class RunEvent:
 
 
 class EventLog:
-    """Appends events to `path` as they happen, keeps them, and passes each to `show`."""
+    """Appends events to `path` as they happen, keeps them, and passes each to `show`.
 
-    def __init__(self, path: Path | None = None, show: Callable[[RunEvent], None] | None = None) -> None:
+    `is_new` for a run that begins: whatever an earlier one left in the file is not its own.
+    """
+
+    def __init__(
+        self, path: Path | None = None, show: Callable[[RunEvent], None] | None = None, *, is_new: bool = False
+    ) -> None:
         self.path, self.show = path, show
         self.seen: list[RunEvent] = []
         self.file = LineFile(path) if path is not None else None
-        if self.file is not None:
+        if self.file is not None and is_new:
+            self.file.discard()
+        elif self.file is not None:
             self.file.continue_file()
 
     def record(self, kind: str, step: int, message: str, **details: Any) -> RunEvent:

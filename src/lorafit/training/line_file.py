@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,11 @@ class LineFile:
         """Start the file anew with `lines`, each ending in a newline."""
         self.written_bytes, self.waiting = 0, list(lines)
         self.flush()
+
+    def discard(self) -> None:
+        """Remove the file that an earlier process left; where that is refused, the first line replaces its content."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def continue_file(self) -> None:
         """Go on behind the last whole line that is there."""

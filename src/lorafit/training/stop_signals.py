@@ -19,8 +19,16 @@ class EvaluationStopped(Exception):
     """Raised between two micro-batches of an evaluation, which is then owed. Never reaches a user."""
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second stopping signal, `number`, fell while training ran."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class StopSignals:
-    """Within it the signals are only noted; a second stopping signal raises KeyboardInterrupt where it falls.
+    """Within it the signals are only noted; a second stopping signal raises StoppedAtOnce where it falls.
 
     Handlers can be set in the main thread alone: elsewhere this does nothing. `said` is called in the handler with
     the signal's number.
@@ -49,7 +57,7 @@ class StopSignals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:
-            raise KeyboardInterrupt
+            raise StoppedAtOnce(number)
         self.stop = number
         if self.said is not None:
             self.said(number)

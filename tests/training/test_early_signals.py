@@ -1,0 +1,54 @@
+"""Signals before the first step, and those that end a run at once: one sentence, everything cleaned up."""
+
+import contextlib
+import os
+import signal
+import threading
+
+import pytest
+
+from lorafit.errors import TrainingStopped
+from lorafit.training import EarlySignals, StopSignals
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopping_signal_unwinds_what_is_inside_and_is_one_sentence(number):
+    before, cleaned = [signal.getsignal(one) for one in NUMBERS], []
+    with pytest.raises(TrainingStopped, match=f"{number.name} before training began") as stopped, EarlySignals():
+        try:
+            # what a library tries must not swallow it
+            with contextlib.suppress(Exception):
+                os.kill(os.getpid(), number)
+        finally:
+            cleaned.append(True)
+    assert cleaned
+    assert stopped.value.exit_code == 128 + number
+    assert [signal.getsignal(one) for one in NUMBERS] == before
+
+
+def test_sigusr1_is_survived_where_there_is_nothing_to_save():
+    with EarlySignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_in_training_says_how_to_go_on(number):
+    with pytest.raises(TrainingStopped, match="newest checkpoint") as stopped, EarlySignals(), StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+    assert stopped.value.exit_code == 128 + number
+
+
+def test_outside_the_main_thread_nothing_is_touched():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def inside():
+        with EarlySignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [before]
