@@ -150,3 +150,7 @@ def test_fp8_is_never_planned_and_keeps_the_base_in_4_bits_where_it_was_asked_fo
     outcome = decided(hardware_named("H100"), rows=20_000, config=LLAMA_1B, compute="fp8")
     assert (outcome["quantization"].value, outcome["quantization"].source) == ("nf4", "plan")
     assert "fp8" in outcome["quantization"].reason
+
+
+def test_a_cpu_keeps_everything_in_whole_micro_batches_where_that_fits():
+    assert values(CPU)["activations"] == "keep"

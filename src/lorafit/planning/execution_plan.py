@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lorafit.config import RunConfig
 from lorafit.planning.activations import Execution, MicroBatch, activations, execution_of, micro_batch
 from lorafit.planning.dial import Dial, dial_of
-from lorafit.planning.dial_solver import Room, solve_micro
+from lorafit.planning.dial_solver import Room, solve, solve_micro
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware
 from lorafit.planning.layer_costs import LayerCosts, Link, Moment, Split
@@ -124,7 +124,10 @@ def _fitting(
             device_bytes=int((room.device_bytes - spared) / (1 + FRAGMENTATION)),
             embedding_bytes=int(room.embedding_bytes / (1 + FRAGMENTATION)),
         )
-        found = solve_micro(costs, usable, tokens=batch.tokens, longest=longest)
+        found = solve(costs, usable) if hardware.kind == "cpu" else None
+        if found is None or found.dial != Dial():
+            # on a CPU only where nothing else fits: what a small micro-batch costs there is not in the model
+            found = solve_micro(costs, usable, tokens=batch.tokens, longest=longest)
         if found:
             return found.dial
     return Dial(
