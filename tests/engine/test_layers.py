@@ -1,5 +1,7 @@
 """Decoder layers under the dial: the same gradients at every setting, and less saved."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -119,12 +121,13 @@ def test_the_model_is_as_it_was_afterwards(adapted):
 
 
 def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
-    layers = DecoderLayers(adapted, Dial(), compiled=False)
-    seen = [layers.dial]
-    while layers.tighten():
-        seen.append(layers.dial)
-    assert len(set(seen)) == len(seen) < 20
-    assert layers.dial.whole == layers.dial.offload == 3 and not layers.dial.host_embeddings
+    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096)):
+        layers = DecoderLayers(adapted, start, compiled=False)
+        seen = [layers.dial]
+        while layers.tighten():
+            seen.append(layers.dial)
+        assert len(set(seen)) == len(seen) < 20
+        assert layers.dial == replace(start, whole=3, offload=3)  # embeddings and micro-batches as they were
 
 
 def test_the_feed_forwards_widths_are_the_configs():

@@ -64,20 +64,9 @@ def _forward(
     return _uneven_forward(query, key, value, boundaries, int(layout[1]), scale, window)
 
 
-def _forward_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
-    layout: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     _, heads, tokens, dim = query.shape
-    sums = (heads, tokens) if takes_flash(query, softcap) else (0, 0)
+    sums = (heads, tokens) if takes_flash(query, softcap=others[-1]) else (0, 0)
     return query.new_empty((1, tokens, heads, dim)), query.new_empty(sums, dtype=torch.float32)
 
 
@@ -104,22 +93,9 @@ def _backward(
     return _uneven_backward(grad, query, key, value, out, sums, boundaries, int(layout[1]), scale, window)
 
 
-def _backward_shapes(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    boundaries: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
-    layout: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_token_major(tensor.new_empty(tensor.shape)) for tensor in (query, key, value))  # type: ignore[return-value]
+def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (_token_major(tensor.new_empty(tensor.shape)) for tensor in inputs[:3])
+    return query, key, value
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

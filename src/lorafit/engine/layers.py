@@ -78,7 +78,11 @@ class DecoderLayers:
     def tighten(self) -> bool:
         """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
         tighter = self.dial.tighter(len(self.layers))
-        if tighter is None or tighter.host_embeddings != self.dial.host_embeddings:
+        # embeddings and micro-batches are the end of the dial, and not for the layers to change
+        if (
+            tighter is None
+            or (tighter.whole, tighter.offload) == (self.dial.whole, self.dial.offload) == (len(self),) * 2
+        ):
             return False
         self.dial = tighter
         self.offload.schedule = ()  # it was made for the dial before
