@@ -161,7 +161,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "first_s": round(marks[0] - watch.attached_at, 1),
         "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
         "dial": str(rehearsal.dial) if rehearsal else "",
-        "tries": len(rehearsal.attempts) if rehearsal else 0,
+        "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts] if rehearsal else [],
         "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
         "compute": options.compute,
         "loss": round(run.loss, 4),
