@@ -43,7 +43,8 @@ def test_a_run_trained_in_fp8_still_answers_on_a_device_without_it(tmp_path):
 def test_on_a_card_that_has_it_every_frozen_linear_is_in_fp8(tmp_path):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a card of compute capability 8.9")
-    model = load_backbone(RunConfig(base=str(save_base(tmp_path / "base")), compute="fp8"))
+    base = save_base(tmp_path / "base", intermediate_size=128)  # whole blocks of 64 in every row
+    model = load_backbone(RunConfig(base=str(base), compute="fp8"))
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
     assert frozen
     assert all(linear.row_scales is not None and linear.row_scales.is_cuda for linear in frozen)

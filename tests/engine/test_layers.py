@@ -11,6 +11,7 @@ from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers, Work, collate, offload, packed, rehearse, summed_loss
+from lorafit.engine.measure import feed_forward_products, measure_level
 from lorafit.engine.recompute import feed_forward_widths
 from tiny_models import save_base, stir
 
@@ -195,3 +196,19 @@ def test_the_rehearsal_finds_a_dial_within_the_budget(on_card):
     found = rehearse(on_card, layers, work, budget, solves=True)
     assert found.peak_bytes <= budget and found.attempts[-1].fits
     assert all(weight.grad is None for weight in on_card.parameters())
+
+
+@pytest.mark.gpu
+def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_card):
+    batch = collate(rows_of([512] * 8)).to("cuda")
+
+    def run_model():
+        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
+            return summed_loss(on_card, batch)
+
+    layers = DecoderLayers(on_card, Dial())
+    products = feed_forward_products(layers, batch.tokens)
+    keep, light = (measure_level(layers, run_model, level) for level in ("keep", "feed_forward"))
+    assert products.size_bytes == keep.saved_bytes - light.saved_bytes > 0
+    reckoned = products.left_out_of(keep)
+    assert 0.5 < reckoned.working_bytes / light.working_bytes < 2

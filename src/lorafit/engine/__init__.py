@@ -2,12 +2,13 @@
 
 from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.batch import MicroBatch, Step, collate
+from lorafit.engine.dial_problem import Work
 from lorafit.engine.generate import generate
 from lorafit.engine.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.isolation import Isolation, assert_isolated
 from lorafit.engine.layers import DecoderLayers
 from lorafit.engine.loss import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
-from lorafit.engine.rehearsal import Rehearsal, Work, rehearse
+from lorafit.engine.rehearsal import Rehearsal, rehearse
 from lorafit.engine.segments import Segments
 from lorafit.engine.warm_compiler import warm_compiler
 

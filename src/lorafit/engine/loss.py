@@ -46,13 +46,14 @@ class VocabularyLoss:
             return cls(None, f"{name} has no head that lorafit can call")
         return cls(steps)
 
-    def summed(self, model: Any, batch: MicroBatch) -> Tensor:
-        """Sum (not mean) of the token losses in fp32; the caller divides by the whole step's supervised tokens.
+    def summed(self, model: Any, batch: MicroBatch, share: float = 1.0) -> Tensor:
+        """`share` times the sum (not mean) of the token losses, in fp32.
 
-        A mean over each micro-batch, averaged over the step, would weigh tokens by their neighbours.
+        `share` is one over the whole step's supervised tokens: a mean over each micro-batch, averaged over the step,
+        would weigh tokens by their neighbours. Multiplying the result by it would round the gradient once more.
         """
         if self.steps is None:
-            return cross_entropy(supervised_logits(model, batch).float(), batch.targets, reduction="sum")
+            return cross_entropy(supervised_logits(model, batch).float(), batch.targets, reduction="sum") * share
         head = _head(model)
         assert head is not None, "the model lost its head since its loss was chosen"
         with _watched(head, starve=True) as seen:
@@ -60,7 +61,7 @@ class VocabularyLoss:
         assert len(seen) == 1, "the model does not call its head once"
         hidden, autocast = seen[0]
         with autocast:
-            return chunked_loss(hidden[0], batch.targets, head, self.steps)
+            return chunked_loss(hidden[0], batch.targets, head, self.steps, share=share)
 
 
 def summed_loss(model: Any, batch: MicroBatch) -> Tensor:

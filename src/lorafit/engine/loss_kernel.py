@@ -25,8 +25,8 @@ except ImportError:  # CPU builds of torch come without it
 BLOCK, WARPS = 4096, 8
 
 
-def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps) -> Tensor:
-    """Losses (rows,) in fp32; `logits` (rows, vocabulary) becomes the gradient of their sum, in place.
+def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0) -> Tensor:
+    """Losses (rows,) in fp32; `logits` (rows, vocabulary) becomes `weight` times the gradient of their sum, in place.
 
     A target outside the vocabulary gives an infinite loss.
     """
@@ -34,12 +34,13 @@ def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps) -> Te
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        capped, cap = steps.cap is not None, steps.cap or 1.0
+        capped, cap, slope = steps.cap is not None, steps.cap or 1.0, steps.scale * weight
         block = min(BLOCK, triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(logits):
             _cross_entropy[(rows,)](
-                logits, targets, losses, logits.stride(0), steps.scale, cap, capped, vocabulary, block, num_warps=WARPS
-            )
+                logits, targets, losses, logits.stride(0), steps.scale, slope, cap,
+                capped, vocabulary, block, num_warps=WARPS,
+            )  # fmt: skip
         if not logits.is_inference():
             torch.autograd.graph.increment_version(logits)  # autograd must not trust what it may have saved of them
     return losses
@@ -59,8 +60,9 @@ if HAS_TRITON:
 
     @triton.jit
     def _cross_entropy(  # type: ignore[no-untyped-def]
-        logits, targets, losses, stride, scale, cap, CAPPED: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        logits, targets, losses, stride, scale, slope, cap,
+        CAPPED: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         place = logits + row * stride
         target = tl.load(targets + row)
@@ -83,7 +85,7 @@ if HAS_TRITON:
         for start in range(0, VOCABULARY, BLOCK):
             at = start + lanes
             z, t = _adjusted(tl.load(place + at, mask=at < VOCABULARY, other=0.0), scale, cap, CAPPED)
-            gradient = (tl.exp(z - normaliser) - tl.where(at == target, 1.0, 0.0)) * scale
+            gradient = (tl.exp(z - normaliser) - tl.where(at == target, 1.0, 0.0)) * slope
             if CAPPED:
                 gradient = gradient * (1.0 - t * t)
             tl.store(place + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from lorafit.engine.layers import DecoderLayers
 
 REPEATS = 3
 COPY_BYTES = 1 << 27
+MOST_PRODUCTS = 2
+"""Gate and up; one where a family fuses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +33,53 @@ class LevelCost:
     launch_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The projections into one layer's feed-forward: bytes of what they make, and seconds that making it takes."""
+
+    size_bytes: int
+    seconds: float
+
+    def left_out_of(self, keep: LevelCost) -> LevelCost:
+        """The cost of the layer that makes them again, from that of the layer that keeps them."""
+        return replace(
+            keep,
+            saved_bytes=keep.saved_bytes - self.size_bytes,
+            working_bytes=keep.working_bytes + self.size_bytes,
+            backward_s=keep.backward_s + self.seconds,
+        )
+
+    def kept_in(self, feed_forward: LevelCost) -> LevelCost:
+        """The inverse of `left_out_of`."""
+        return Products(-self.size_bytes, -self.seconds).left_out_of(feed_forward)
+
+
 class _Measured(Exception):
     """The first layer has been measured; the rest of the model need not run."""
 
 
-def measure_levels(layers: DecoderLayers, run_model: Callable[[], Any], levels: Sequence[str]) -> dict[str, LevelCost]:
-    """Costs of the first decoder layer within `run_model`, on the current CUDA device; compiles the levels.
+def measure_level(layers: DecoderLayers, run_model: Callable[[], Any], level: str) -> LevelCost | None:
+    """Cost of the first decoder layer within `run_model` at `level`, on the current CUDA device; compiles the level.
 
-    `run_model` runs the model in training mode; it is left when the first layer has been measured.
+    `run_model` runs the model in training mode; it is left when the first layer has been measured. None when that
+    layer alone does not fit the memory.
     """
-    found: dict[str, LevelCost] = {}
+    found: list[LevelCost] = []
 
     def observe(run: Any, hidden: torch.Tensor, *rest: Any) -> None:
         layers.observe = None
-        for level in levels:
-            found[level] = _level_cost(partial(run, level), hidden, rest)
+        found.append(_level_cost(partial(run, level), hidden, rest))
         raise _Measured
 
     layers.observe = observe
     try:
         with layers:
             run_model()
-    except _Measured:
+    except (_Measured, torch.OutOfMemoryError):
         pass
     finally:
         layers.observe = None
-    return found
+    return found[0] if found else None
 
 
 def _level_cost(run: Any, hidden: torch.Tensor, rest: tuple[Any, ...]) -> LevelCost:
@@ -87,15 +110,41 @@ def _level_cost(run: Any, hidden: torch.Tensor, rest: tuple[Any, ...]) -> LevelC
     return LevelCost(saved + hidden.numel() * hidden.element_size(), working, forward_s, backward_s, launch_s)
 
 
+def frozen_linears(layers: DecoderLayers) -> list[FrozenLinear4bit]:
+    """The packed linears of the first layer."""
+    return [module for module in layers.layers[0].modules() if isinstance(module, FrozenLinear4bit)]
+
+
 def unpack_s(layers: DecoderLayers) -> float:
     """Seconds that unpacking one layer's frozen weights takes, however few the tokens."""
-    frozen = [module for module in layers.layers[0].modules() if isinstance(module, FrozenLinear4bit)]
+    frozen = frozen_linears(layers)
 
     def work() -> None:
         for module in frozen:
             module.unpacked()
 
     return _timed(work) if frozen else 0.0
+
+
+def feed_forward_products(layers: DecoderLayers, tokens: int) -> Products | None:
+    """What level `feed_forward` makes again of the first layer, for `tokens` tokens, on the current CUDA device.
+
+    None where it has to be measured: experts, and whatever is no one or two linears into the feed-forward.
+    """
+    hidden = layers.core.config.get_text_config().hidden_size
+    linears = [module for module in layers.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    into = [linear for linear in linears if linear.in_features == hidden and linear.out_features in layers.widths]
+    if not 1 <= len(into) <= MOST_PRODUCTS:
+        return None
+    dtype = layers.core.dtype
+    inputs = torch.randn(1, tokens, hidden, device="cuda", dtype=dtype)
+
+    @torch.no_grad()
+    def work() -> None:
+        for linear in into:
+            linear(inputs)
+
+    return Products(tokens * sum(linear.out_features for linear in into) * dtype.itemsize, _timed(work))
 
 
 def link_rates() -> tuple[float, float]:

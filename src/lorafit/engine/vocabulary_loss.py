@@ -7,6 +7,7 @@ as a module: frozen, tied, trained or adapted, it takes one path.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,20 +31,27 @@ def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
 
 
 def chunked_loss(
-    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, chunk_rows: int | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    steps: LogitSteps,
+    chunk_rows: int | None = None,
+    share: float = 1.0,
 ) -> Tensor:
-    """Sum over rows of the cross entropy of `steps(head(hidden))` against `targets`; a scalar in fp32.
+    """`share` times the sum over rows of the cross entropy of `steps(head(hidden))` against `targets`, in fp32.
 
     hidden (rows, hidden), targets (rows,) int64, `head` maps (n, hidden) to (n, vocabulary). The gradient reaches
     `hidden` and the parameters of `head` that train; under no_grad only the loss is computed. `chunk_rows` is by
-    default what CHUNK_BYTES allow.
+    default what CHUNK_BYTES allow. A `share` given here and not multiplied by afterwards costs the gradient in half
+    precision no rounding of its own.
     """
     if chunk_rows is None:
         with torch.no_grad():
             empty = head(hidden[:0])  # tells vocabulary and dtype, under autocast and adapters too
         chunk_rows = rows_per_chunk(empty.shape[-1], empty.element_size())
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    loss: Tensor = _ChunkedLoss.apply(hidden, targets, head, steps, chunk_rows, torch.is_grad_enabled(), *trained)
+    differentiable = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedLoss.apply(hidden, targets, head, steps, chunk_rows, share, differentiable, *trained)
     return loss
 
 
@@ -56,19 +64,21 @@ class _ChunkedLoss(torch.autograd.Function):
         head: nn.Module,
         steps: LogitSteps,
         chunk_rows: int,
+        share: float,
         differentiable: bool,
         *trained: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if differentiable else None
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in trained] if differentiable else []
+        weight, ctx.power = _weight_and_power(share)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             if grad_hidden is None:
                 losses, _ = losses_and_gradient(head(hidden[rows]), targets[rows], steps)
                 total += losses.sum()
             else:
-                losses, to_hidden, *to_trained = _chunk(hidden[rows], targets[rows], head, steps, trained)
+                losses, to_hidden, *to_trained = _chunk(hidden[rows], targets[rows], head, steps, weight, trained)
                 total += losses.sum()
                 grad_hidden[rows] = to_hidden
                 for accumulated, grad in zip(sums, to_trained, strict=True):
@@ -76,24 +86,35 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *sums)
             ctx.dtypes = [weight.dtype for weight in trained]
-        return total
+        return total * share
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *sums = ctx.saved_tensors
-        scaled = [(total * grad).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
-        return (grad_hidden * grad, None, None, None, None, None, *scaled)
+        factor = grad * ctx.power
+        scaled = [(total * factor).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
+        return (grad_hidden * factor, None, None, None, None, None, None, *scaled)
+
+
+def _weight_and_power(share: float) -> tuple[float, float]:
+    """`share` as a weight of 1 to 2 and a power of two.
+
+    The gradient's logits take the weight in fp32 before they are rounded; the power, which rounds nothing, is left
+    for the end, since fp16 would lose the logits of unlikely tokens below it.
+    """
+    mantissa, exponent = math.frexp(share)
+    return 2.0 * mantissa, 2.0 ** (exponent - 1)
 
 
 def _chunk(
-    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, trained: tuple[Tensor, ...]
+    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, weight: float, trained: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    """Losses (rows,) of one chunk, the gradient of their sum in `hidden`, and that in each tensor of `trained`."""
+    """Losses (rows,) of a chunk, and `weight` times their sum's gradient in `hidden` and in each of `trained`."""
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         logits = head(leaf)
-    losses, grad_logits = losses_and_gradient(logits.detach(), targets, steps)
+    losses, grad_logits = losses_and_gradient(logits.detach(), targets, steps, weight)
     # an adapter that is switched off trains, yet takes no part
     grads = torch.autograd.grad(logits, (leaf, *trained), grad_logits, allow_unused=True, materialize_grads=True)
     return [losses, *grads]
@@ -105,23 +126,27 @@ def apply_steps(logits: Tensor, steps: LogitSteps) -> Tensor:
     return scaled if steps.cap is None else torch.tanh(scaled / steps.cap) * steps.cap
 
 
-def losses_and_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps) -> tuple[Tensor, Tensor]:
-    """Losses (rows,) in fp32 and the gradient of their sum in `logits`, in its dtype; `logits` is overwritten.
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) in fp32, and `weight` times the gradient of their sum in `logits`, in its dtype.
 
-    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale.
+    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale. `logits` is overwritten.
     """
     if HAS_TRITON and logits.is_cuda:
-        return losses_to_gradient(logits, targets, steps), logits
-    return losses_and_gradient_in_torch(logits, targets, steps)
+        return losses_to_gradient(logits, targets, steps, weight), logits
+    return losses_and_gradient_in_torch(logits, targets, steps, weight)
 
 
-def losses_and_gradient_in_torch(logits: Tensor, targets: Tensor, steps: LogitSteps) -> tuple[Tensor, Tensor]:
+def losses_and_gradient_in_torch(
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The same, without a kernel of its own."""
     z = logits.float().mul_(steps.scale) if logits.dtype is not torch.float32 else logits.mul_(steps.scale)
-    slope: Tensor | float = steps.scale
+    slope: Tensor | float = steps.scale * weight
     if steps.cap is not None:
         z = z.div_(steps.cap).tanh_()
-        slope = (1 - z * z).mul_(steps.scale)
+        slope = (1 - z * z).mul_(slope)
         z = z.mul_(steps.cap)
     normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
     own = targets[:, None]

@@ -83,6 +83,17 @@ class LayerCosts:
             loss_s=self.loss_s * share,
         )
 
+    def without_keeping(self) -> LayerCosts:
+        """The same with the feed-forward recomputed in every layer that is not recomputed entirely: what is "kept"
+        then, is that."""
+        return replace(
+            self,
+            kept_bytes=self.feed_forward_bytes,
+            kept_working_bytes=self.feed_forward_working_bytes,
+            backward_s=self.backward_s + self.recompute_feed_forward_s,
+            recompute_feed_forward_s=0.0,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

@@ -1,0 +1,232 @@
+"""DialProblem: what one decoder layer costs on this card, the room there is, and the dial the solver finds for it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+
+from lorafit.config.dial import Dial
+from lorafit.engine.batch import MicroBatch
+from lorafit.engine.host_embeddings import keep_embeddings_on_host
+from lorafit.engine.layers import DecoderLayers
+from lorafit.engine.measure import (
+    LevelCost,
+    feed_forward_products,
+    frozen_linears,
+    link_rates,
+    measure_level,
+    unpack_s,
+)
+from lorafit.engine.vocabulary_loss import CHUNK_BYTES
+from lorafit.errors import TrainingError
+from lorafit.planning.dial_solver import Room, Solution, solve_micro
+from lorafit.planning.layer_costs import LayerCosts, Link
+from lorafit.planning.timeline import offload_schedule
+
+SLACK_BYTES = 192 << 20
+"""Left free: what cuBLAS and cuDNN take for themselves."""
+LOST_SHARE = 0.03
+"""Of the budget: what the allocator loses between blocks that come and go in another order than they came."""
+HOST_SHARE = 0.5
+"""Of the host's free memory that may be page-locked."""
+WORTH_COMPILING = 0.015
+"""Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
+
+BatchOf = Callable[[int], MicroBatch]
+"""The largest micro-batch of the run when none may exceed so many tokens, on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be fitted: the largest micro-batches and their loss, as training runs them, and what they are cut by.
+
+    `max_tokens` of a full micro-batch, `longest` row and mean step, in tokens; `coming_bytes`: adapter gradients and
+    optimizer state, which are not there yet.
+    """
+
+    batch_of: BatchOf
+    loss_of: Callable[[MicroBatch], Tensor]
+    max_tokens: int
+    longest: int
+    step_tokens: float
+    coming_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DialProblem:
+    """What the solver needs: costs of a micro-batch of `tokens`, the room, and what the work is cut by."""
+
+    costs: LayerCosts
+    room: Room
+    tokens: int
+    work: Work
+
+    def less(self, size_bytes: int) -> DialProblem:
+        """The same with that much less room on the device."""
+        return replace(self, room=self.room.less(size_bytes))
+
+    def turn(self, layers: DecoderLayers) -> None:
+        """Set the dial that the solver finds, and the schedule of its offload; the tightest where it finds none."""
+        found = self._dial()
+        if found is None:
+            whole = len(layers)
+            layers.dial = Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=self.work.longest)
+            layers.follow(())
+            return
+        layers.dial = found
+        costs = self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
+        size = self.room.device_bytes + (self.room.embedding_bytes if found.host_embeddings else 0)
+        layers.follow(offload_schedule(costs, found, size, by_bytes=True).on_device_from)
+
+    def _dial(self) -> Dial | None:
+        """The fastest dial that fits; one whose layers are all at one level, if that is hardly slower."""
+        found = self._solved(self.costs)
+        if found is None or not 0 < found.dial.feed_forward < self.costs.layers:
+            return found.dial if found else None
+        alike = self._solved(self.costs.without_keeping())
+        if alike is None or alike.dial.whole or alike.step_s > found.step_s * (1 + WORTH_COMPILING):
+            return found.dial
+        return replace(alike.dial, feed_forward=self.costs.layers)
+
+    def _solved(self, costs: LayerCosts) -> Solution | None:
+        step_tokens = max(self.work.step_tokens, self.tokens)
+        return solve_micro(costs, self.room, tokens=self.tokens, longest=self.work.longest, step_tokens=step_tokens)
+
+
+def pose(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> DialProblem | None:
+    """The problem of fitting `work` into `budget_bytes`: the first layer is measured, and the link.
+
+    None when everything can be kept: `layers` are turned to that, and nothing needs solving. Raises TrainingError
+    when a single layer does not fit.
+    """
+    batch, keep, cheaper = _levels(model, layers, work)
+    free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
+    loss_bytes = _loss_bytes(model, batch)
+    everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
+    if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
+        layers.dial = Dial()
+        return None
+    rates = link_rates()
+    room = Room(
+        device_bytes=free - round(LOST_SHARE * budget_bytes),
+        host_bytes=round(psutil.virtual_memory().available * HOST_SHARE),
+        link=Link(*rates),
+        by_bytes=True,
+        embedding_bytes=_movable_bytes(model),
+        embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
+    )
+    return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
+
+
+def _levels(model: Any, layers: DecoderLayers, work: Work) -> tuple[MicroBatch, LevelCost, LevelCost]:
+    """The first layer's cost with everything kept, and with its feed-forward recomputed.
+
+    One is measured, the one that the dial as planned has most layers at; the other is reckoned where that is exact,
+    for each level measured is one compiled.
+    """
+    planned = "feed_forward" if 2 * layers.dial.feed_forward >= len(layers) else "keep"
+    first = planned if layers.compiled and layers.widths else "keep"
+    batch, cost = _measured(model, layers, work, first)
+    if not layers.compiled or not layers.widths:  # a family that does not compile has no such level
+        return batch, cost, cost
+    products = feed_forward_products(layers, batch.tokens)
+    if products is not None:
+        return (batch, cost, products.left_out_of(cost)) if first == "keep" else (batch, products.kept_in(cost), cost)
+    other = _measured(model, layers, work, "keep" if first == "feed_forward" else "feed_forward", batch)[1]
+    return (batch, cost, other) if first == "keep" else (batch, other, cost)
+
+
+def _measured(
+    model: Any, layers: DecoderLayers, work: Work, level: str, batch: MicroBatch | None = None
+) -> tuple[MicroBatch, LevelCost]:
+    """The first layer's cost at `level` on `batch`, or on the largest micro-batch of which one layer fits at all."""
+    tokens = work.max_tokens
+    while True:
+        tried = batch or work.batch_of(tokens)
+        cost = measure_level(layers, partial(work.loss_of, tried), level)
+        empty()
+        if cost is not None:
+            return tried, cost
+        if _movable_bytes(model):
+            keep_embeddings_on_host(model)  # the first thing to go
+        elif batch is None and tokens // 2 >= work.longest:
+            tokens //= 2
+        else:
+            raise does_not_fit()
+
+
+def _costs(
+    layers: DecoderLayers, batch: MicroBatch, keep: LevelCost, cheaper: LevelCost, loss_bytes: int
+) -> LayerCosts:
+    frozen = frozen_linears(layers)
+    again_s = max(cheaper.backward_s - keep.backward_s, 0.0)
+    stream = batch.ids.numel() * _hidden_bytes(layers.core)
+    return LayerCosts(
+        layers=len(layers),
+        kept_bytes=keep.saved_bytes,
+        feed_forward_bytes=cheaper.saved_bytes,
+        whole_bytes=min(stream, cheaper.saved_bytes),
+        forward_s=keep.forward_s,
+        backward_s=keep.backward_s,
+        recompute_feed_forward_s=again_s,
+        recompute_layer_s=keep.forward_s,
+        kept_working_bytes=keep.working_bytes,
+        feed_forward_working_bytes=cheaper.working_bytes,
+        whole_working_bytes=keep.working_bytes + keep.saved_bytes - stream,
+        fixed_s=unpack_s(layers),
+        launch_s=keep.launch_s,
+        fixed_working_bytes=max((module.dense_bytes() for module in frozen), default=0),
+        loss_bytes=loss_bytes,
+        fixed_loss_bytes=min(CHUNK_BYTES, loss_bytes),
+        loss_s=_loss_s(layers, batch, keep.forward_s, frozen),
+    )
+
+
+def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: Sequence[nn.Linear]) -> float:
+    """Seconds of the head's matmul and of the one back through it, at the rate of a layer's own matmuls."""
+    weights = sum(module.out_features * module.in_features for module in frozen)
+    head = layers.core.get_output_embeddings()
+    if not weights or head is None:
+        return 0.0
+    return 2 * forward_s * batch.supervised / batch.tokens * head.weight.numel() / weights
+
+
+def _loss_bytes(model: Any, batch: MicroBatch) -> int:
+    """A chunk of logits, and the hidden states with their gradient in 32 bits."""
+    return CHUNK_BYTES + batch.tokens * _hidden_bytes(model) * 4
+
+
+def _hidden_bytes(model: Any) -> int:
+    """Bytes of one token's hidden state in 16 bits."""
+    return 2 * int(model.config.get_text_config().hidden_size)
+
+
+def _movable_bytes(model: Any) -> int:
+    """Bytes of the input embeddings when they can wait on the host; 0 when they are the output head too."""
+    config = model.config.get_text_config()
+    table = getattr(model.get_input_embeddings(), "weight", None)  # None when it is on the host already
+    if table is None or config.tie_word_embeddings or table.requires_grad or table.device.type != "cuda":
+        return 0
+    return int(table.numel() * table.element_size())
+
+
+def empty() -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def does_not_fit() -> TrainingError:
+    """The error of a row that no setting makes fit."""
+    return TrainingError(
+        "the longest row does not fit into the card's memory, or the budget, with everything recomputed and offloaded",
+        where="memory",
+        fix="shorten the longest rows (--long drop), lower rank or targets, or use a larger card",
+    )

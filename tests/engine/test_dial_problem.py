@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+
+from lorafit.config.dial import Dial
+from lorafit.engine.dial_problem import DialProblem, Work
+from lorafit.engine.measure import LevelCost, Products
+from lorafit.planning.dial_solver import Room
+from lorafit.planning.layer_costs import LayerCosts, Link
+
+MB = 1 << 20
+COSTS = LayerCosts(
+    layers=32, kept_bytes=92 * MB, feed_forward_bytes=36 * MB, whole_bytes=8 * MB, forward_s=0.005, backward_s=0.008,
+    recompute_feed_forward_s=0.0027, recompute_layer_s=0.005, kept_working_bytes=100 * MB,
+    feed_forward_working_bytes=156 * MB, whole_working_bytes=184 * MB,
+)  # fmt: skip
+
+
+class Layers:
+    """What turning needs of the decoder layers."""
+
+    def __init__(self):
+        self.dial, self.schedule = Dial(), None
+
+    def __len__(self):
+        return COSTS.layers
+
+    def follow(self, schedule):
+        self.schedule = schedule
+
+
+def turned(room, costs=COSTS):
+    work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    layers = Layers()
+    DialProblem(costs, room, 1024, work).turn(layers)
+    return layers
+
+
+def test_layers_all_at_one_level_win_where_a_mixture_gains_hardly_anything():
+    room = Room(COSTS.layers * COSTS.feed_forward_bytes + 220 * MB)  # one or two layers could keep everything
+    assert turned(room).dial == Dial(feed_forward=32)
+
+
+def test_a_mixture_that_gains_is_compiled_at_both_levels():
+    room = Room(COSTS.layers * (COSTS.feed_forward_bytes + COSTS.kept_bytes) // 2)
+    dial = turned(room).dial
+    assert 0 < dial.feed_forward < 32 and not dial.whole
+
+
+def test_one_level_for_all_still_fits_the_room():
+    link = Link(6e9, 6e9)
+    room = Room(600 * MB, link=link)
+    layers = turned(room)
+    assert layers.dial.feed_forward == 32 and layers.dial.offload
+    assert len(layers.schedule) == len(layers) + 1
+
+
+def test_where_nothing_fits_everything_is_recomputed_and_sent_away():
+    layers = turned(Room(1))
+    assert layers.dial == Dial(whole=32, offload=32, host_embeddings=True, micro_tokens=1024)
+
+
+def test_less_room_is_a_tighter_dial():
+    work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    loose = DialProblem(COSTS, Room(4 << 30), 1024, work)
+    first, second = Layers(), Layers()
+    loose.turn(first)
+    loose.less(3 << 30).turn(second)
+    assert first.dial == Dial() and second.dial.feed_forward + second.dial.whole > 0
+
+
+def test_what_is_left_out_and_kept_in_again_is_what_it_was():
+    keep = LevelCost(saved_bytes=92, working_bytes=100, forward_s=0.005, backward_s=0.008, launch_s=0.001)
+    products = Products(56, 0.0027)
+    light = products.left_out_of(keep)
+    assert (light.saved_bytes, light.working_bytes) == (36, 156)
+    assert light.backward_s == pytest.approx(0.0107)
+    again = products.kept_in(light)
+    assert replace(again, backward_s=round(again.backward_s, 9)) == keep
