@@ -82,3 +82,13 @@ def test_pieces_of_the_arena_do_not_overlap():
     for number, piece in enumerate(pieces):
         piece.fill_(number)
     assert [set(piece.tolist()) for piece in pieces] == [{0.0}, {1.0}, {2.0}, {3.0}]
+
+
+def test_what_is_pinned_ahead_is_what_is_handed_out():
+    arena = PinnedArena()
+    arena.pin_ahead(3 * 4096 + 100)
+    pieces = [arena.take(torch.empty(3000, dtype=torch.uint8)) for _ in range(4)]
+    assert arena.reserved_bytes == 4 * 4096
+    assert len({piece.untyped_storage().data_ptr() for piece in pieces}) == 4
+    arena.pin_ahead(4 * 4096)
+    assert arena.ahead is None

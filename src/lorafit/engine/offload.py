@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from threading import Thread
 from typing import Any
 
 import torch
@@ -29,6 +30,28 @@ class PinnedArena:
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
         self.chunk, self.used = 0, 0
+        self.ahead: Thread | None = None
+
+    def pin_ahead(self, size_bytes: int) -> None:
+        """Take as many whole chunks as `size_bytes` hold, in the background: page-locking a GiB takes a good part of a
+        second, and the processor's other cores are idle while layers are compiled."""
+        missing = (size_bytes - self.reserved_bytes) // CHUNK_BYTES
+        if missing > 0:
+            self._wait()
+            self.ahead = Thread(target=self._pin, args=(missing,), name="pin-ahead", daemon=True)
+            self.ahead.start()
+
+    def _pin(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                self.chunks.append(_pinned(CHUNK_BYTES))
+            except RuntimeError:
+                return  # no more can be locked: whoever needs it asks again, and is told
+
+    def _wait(self) -> None:
+        if self.ahead is not None:
+            self.ahead.join()
+            self.ahead = None
 
     @property
     def reserved_bytes(self) -> int:
@@ -42,14 +65,18 @@ class PinnedArena:
     def take(self, like: Tensor) -> Tensor:
         """A flat pinned tensor of the size and dtype of `like`."""
         size = like.numel() * like.element_size()
+        self._wait()
         if self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
             self.chunk, self.used = self.chunk + 1, 0
         if self.chunk == len(self.chunks):
-            pinned = torch.cuda.is_available()
-            self.chunks.append(torch.empty(max(CHUNK_BYTES, size), dtype=torch.uint8, pin_memory=pinned))
+            self.chunks.append(_pinned(max(CHUNK_BYTES, size)))
         piece = self.chunks[self.chunk][self.used : self.used + size]
         self.used += -(-size // ALIGNMENT) * ALIGNMENT
         return piece.view(like.dtype)
+
+
+def _pinned(size_bytes: int) -> Tensor:
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 @dataclass(eq=False, slots=True)

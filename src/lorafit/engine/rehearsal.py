@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from lorafit.config.dial import Dial
-from lorafit.engine.dial_problem import SLACK_BYTES, DialProblem, Work, does_not_fit, empty, pose
+from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, empty, pose
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 
+LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
+"""What a layer saves of each level, in widths of its residual stream, and in families that save little."""
 SOLVED_TRIES = 6
 STEP_SHARE = 0.04
 """Of the budget: the most that the first solving after a misfit takes away; the next takes twice that, and so on."""
@@ -59,6 +62,7 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
     """
     started = time.perf_counter()
     attempts: list[Attempt] = []
+    layers.offload.arena.pin_ahead(_least_pinned_bytes(layers, work))
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         problem = pose(model, layers, work, budget_bytes) if solves else None
         measured = time.perf_counter()
@@ -84,6 +88,14 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
         elapsed_s=time.perf_counter() - started,
         attempts=tuple(attempts),
     )
+
+
+def _least_pinned_bytes(layers: DecoderLayers, work: Work) -> int:
+    """What the dial as planned will surely send to the host, and no more than half of what is free there."""
+    dial, config = layers.dial, layers.core.config.get_text_config()
+    streams = sum(LEAST_STREAMS[dial.level(index)] for index in range(dial.offload))
+    size = streams * (dial.micro_tokens or work.max_tokens) * int(config.hidden_size) * 2
+    return min(size, round(psutil.virtual_memory().available * HOST_SHARE))
 
 
 def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
