@@ -146,7 +146,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             data, options.folder, out=Path(folder) / "run", rank=16, alpha=32.0, dropout=options.dropout, holdout=0,
             targets={"qv": "qv", "all": "all-linear"}[options.targets], compute=options.compute, epochs=1,
             quantization="nf4", examples_per_step=examples, save_steps=10_000, optimizer="adamw", ignore=("D", "P"),
-            max_tokens=12288 if options.work == "real" else options.rows * options.length,
+            max_tokens=max(2048, options.length),
             callbacks=[Marks()], observer=watch, **settings,
         )  # fmt: skip
     lengths = run.train_rows.lengths
@@ -162,6 +162,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
         "dial": str(rehearsal.dial) if rehearsal else "",
         "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts] if rehearsal else [],
+        "measure_s": round(rehearsal.measure_s, 1) if rehearsal else 0,
         "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
         "compute": options.compute,
         "loss": round(run.loss, 4),

@@ -9,6 +9,7 @@ import lorafit
 from little_run import write_rows
 from lorafit.demo import BASE
 from lorafit.errors import DataError, UsageError
+from lorafit.training.steps import StepDataset
 
 
 @pytest.fixture
@@ -37,6 +38,17 @@ def test_plan_gives_every_decision_a_reason(data):
     assert all(decision.reason for decision in planned.plan.decisions)
     assert planned.resolved.config.compute == "bf16"
     assert planned.plan.targets == ("q_proj", "v_proj")
+
+
+def test_the_plan_knows_the_largest_step_that_train_will_run(data):
+    planned = lorafit.plan(data, str(BASE), gpu="RTX 4090", examples_per_step=8, epochs=4.0, max_tokens=256)
+    steps, found = StepDataset(planned.prepared.train, planned.resolved.config), []
+    for epoch in range(4):
+        steps.set_epoch(epoch)
+        found += [step.tokens for step in steps]
+    assert planned.plan.facts.largest_step == max(found) > 256
+    assert planned.resolved.config.activations == f"micro_tokens={max(found)}"
+    assert planned.to_dict()["plan"]["data"]["largest_step"] == max(found)
 
 
 def test_both_say_what_is_missing(data, tmp_path):

@@ -1,12 +1,20 @@
 """What the rehearsal runs is what training runs."""
 
+import json
+from dataclasses import fields
+
+import pytest
 import torch
 from transformers import TrainingArguments
 
 from little_run import encoded_rows, settings
 from lorafit.adapters import attach
-from lorafit.api.rehearsed_layers import _work
+from lorafit.api import rehearsed_layers as module
+from lorafit.api.rehearsed_layers import _work, rehearsed_layers
 from lorafit.backbone import load_backbone
+from lorafit.config import RunDir, resolve
+from lorafit.config.dial import Dial
+from lorafit.engine import Rehearsal
 from lorafit.training import LorafitTrainer
 from lorafit.training import trainer as trainer_module
 
@@ -44,3 +52,104 @@ def test_the_largest_micro_batch_is_rehearsed(tmp_path):
     assert work.longest == 32
     assert 32 < work.batch_of(64).tokens <= 64
     assert work.batch_of(16).tokens == 32  # a row is never cut
+
+
+ROWS = encoded_rows(9, 12, 15, 30, 31, 32, 20, 8)
+LARGEST = sum((9, 12, 15, 30, 31, 32, 20, 8))  # all eight are one step
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    """A CPU passes for a card whose rehearsal finds `dial`; what it was asked to fit stands in `works`."""
+    works = []
+
+    def found(model, layers, work, budget, *, solves):
+        works.append((work, solves, layers.dial))
+        dial = on_a_card.dial if solves else layers.dial
+        figures = {field.name: 0 for field in fields(Rehearsal)}
+        return Rehearsal(**figures | {"dial": dial, "schedule": ()})
+
+    on_a_card.dial, on_a_card.works = Dial(), works
+    monkeypatch.setattr(module, "rehearse", found)
+    monkeypatch.setattr(module, "budget_bytes", lambda config: 2)
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda")))
+    return on_a_card
+
+
+def rehearsed(trainer, run, **given):
+    resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **given})
+    trainer.config = resolved.config
+    with rehearsed_layers(trainer, resolved, run) as rehearsal:
+        return rehearsal
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    config = settings(max_steps=1, rank=2, max_tokens=64, examples_per_step=8)
+    return LorafitTrainer(attach(load_backbone(config), config), config, ROWS, None, tmp_path / "checkpoints")
+
+
+GIVEN = {"max_tokens": 64, "examples_per_step": 8, "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "written", "micro_tokens"),
+    [
+        (Dial(), f"micro_tokens={LARGEST}", LARGEST),
+        (Dial(whole=2, micro_tokens=78), "whole=2,micro_tokens=78", 78),
+        (Dial(whole=2, micro_tokens=64), "whole=2", 64),
+    ],
+)
+def test_the_dial_that_is_written_says_the_micro_batch_and_a_resumed_run_has_it_again(
+    trainer, tmp_path, on_a_card, found, written, micro_tokens
+):
+    run, on_a_card.dial = RunDir(tmp_path), found
+    rehearsal = rehearsed(trainer, run, **GIVEN)
+    assert json.loads(run.engine.read_text())["dial"] == str(rehearsal.dial) == written
+    assert trainer.layout.micro_tokens == micro_tokens
+    assert on_a_card.works[0][0].max_tokens == LARGEST
+    run.settings.write_text("")
+    trainer.layout.micro_tokens, on_a_card.dial = 64, Dial(whole=1)
+    assert rehearsed(trainer, run, **GIVEN).dial == rehearsal.dial
+    assert trainer.layout.micro_tokens == micro_tokens
+    assert not on_a_card.works[1][1]
+
+
+def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(trainer, tmp_path, on_a_card):
+    run = RunDir(tmp_path)
+    run.settings.write_text("")
+    run.write_json(run.engine, {"dial": "whole=1", "schedule": []})
+    assert rehearsed(trainer, run, **GIVEN).dial == Dial(whole=1)
+    assert trainer.layout.micro_tokens == on_a_card.works[0][0].max_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("wish", "micro_tokens"),
+    [
+        ({"activations": "whole=1"}, 64),
+        ({"activations": "whole=1,micro_tokens=100"}, 100),
+        ({"activations": "micro_tokens=20"}, 20),
+        ({"gradient_checkpointing": "on"}, 64),
+    ],
+)
+def test_a_dial_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
+    trainer, tmp_path, on_a_card, wish, micro_tokens
+):
+    run = RunDir(tmp_path)
+    rehearsed(trainer, run, **GIVEN, **wish)
+    assert trainer.layout.micro_tokens == micro_tokens
+    work, solves, _ = on_a_card.works[0]
+    assert (work.max_tokens, solves) == (64, False)
+
+
+def test_on_a_processor_too_a_micro_batch_is_as_large_as_was_said(trainer, tmp_path):
+    rehearsed(trainer, RunDir(tmp_path), **GIVEN, activations="micro_tokens=100")
+    assert trainer.layout.micro_tokens == 100
+    rehearsed(trainer, RunDir(tmp_path), **GIVEN)
+    assert trainer.layout.micro_tokens == 64
+
+
+def test_a_whole_step_is_rehearsed_where_it_is_to_run(trainer):
+    work = _work(trainer, grows=True)
+    assert work.max_tokens == work.batch_of(work.max_tokens).tokens == LARGEST
+    assert _work(trainer).max_tokens == 64

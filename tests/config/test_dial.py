@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,14 @@ dials = st.builds(
 @given(dials)
 def test_what_is_written_is_read_back(dial):
     assert Dial.parse(str(dial), LAYERS) == dial
+
+
+@given(dials, st.integers(1, 100_000), st.integers(1, 100_000))
+def test_a_micro_batch_that_is_said_is_meant_whoever_reads_it(dial, tokens, max_tokens):
+    said = dial.sized(tokens, max_tokens)
+    assert (said.micro_tokens or max_tokens) == (dial.micro_tokens or tokens)
+    assert said.micro_tokens != max_tokens
+    assert replace(said, micro_tokens=dial.micro_tokens) == dial
 
 
 @pytest.mark.parametrize(

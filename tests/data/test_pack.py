@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.pack import Fill, epoch_order, pack_step, packed_fill, steps, steps_per_epoch
+from lorafit.data import pack
+from lorafit.data.pack import Fill, epoch_order, largest_step, pack_step, packed_fill, steps, steps_per_epoch
 from lorafit.errors import DataError
 
 GOLDEN_ORDER = [10, 4, 0, 11, 8, 6, 7, 1, 3, 9, 2, 5]
@@ -52,6 +53,26 @@ def test_predicted_fill_is_what_the_first_epoch_has(lengths: list[int], examples
     fill = packed_fill(np.array(lengths), examples, 100, seed)
     assert (fill.micro_batches, fill.steps) == (micro_batches, len(made))
     assert fill.share == pytest.approx(sum(lengths) / (100 * micro_batches) if lengths else 0)
+
+
+@given(lengths=row_lengths, examples=st.integers(1, 20), seed=st.integers(0, 9), count=st.integers(1, 200))
+def test_no_step_of_the_run_is_larger_than_the_largest(
+    lengths: list[int], examples: int, seed: int, count: int
+) -> None:
+    sizes, found = np.array(lengths, dtype=np.int32), []
+    for epoch in range(count):
+        if lengths and len(found) < count:
+            found += [np.concatenate(step) for step in steps(sizes, examples, 100, seed, epoch)]
+    largest = largest_step(sizes, examples, seed, count)
+    assert sizes[largest].sum() == max((sizes[rows].sum() for rows in found[:count]), default=0)
+    assert not found or any(set(largest) <= set(rows) for rows in found[:count])
+
+
+def test_of_large_data_one_epoch_is_looked_through_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = lognormal(1000)
+    monkeypatch.setattr(pack, "ROWS_SEEN", 10)
+    first = [sum(sizes[np.concatenate(step)]) for step in steps(sizes, 16, 2048, 0, 0)]
+    assert sizes[largest_step(sizes, 16, 0, 1000)].sum() == max(first)
 
 
 def test_order_is_decided_by_seed_and_epoch_alone() -> None:

@@ -29,8 +29,8 @@ class Layers:
         self.schedule = schedule
 
 
-def turned(room, costs=COSTS):
-    work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+def turned(room, costs=COSTS, max_tokens=1024):
+    work = Work(None, None, max_tokens=max_tokens, longest=1024, step_tokens=1024.0, coming_bytes=0)
     layers = Layers()
     DialProblem(costs, room, 1024, work).turn(layers)
     return layers
@@ -53,6 +53,11 @@ def test_one_level_for_all_still_fits_the_room():
     layers = turned(room)
     assert layers.dial.feed_forward == 32 and layers.dial.offload
     assert len(layers.schedule) == len(layers) + 1
+
+
+def test_a_micro_batch_that_was_halved_to_be_measured_is_said():
+    assert turned(Room(64 << 30)).dial.micro_tokens is None
+    assert turned(Room(64 << 30), max_tokens=4096).dial.micro_tokens == 1024
 
 
 def test_where_nothing_fits_everything_is_recomputed_and_sent_away():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.config import RunConfig
-from lorafit.planning import DataFacts, ModelShape
-from lorafit.planning.activations import LOSS_CHUNK_BYTES, Execution, MicroBatch, activations, micro_batch
-from planning_shapes import LLAMA_8B, facts, shape
+from lorafit.planning import ModelShape
+from lorafit.planning.activations import LOSS_CHUNK_BYTES, Execution, activations
+from lorafit.planning.micro_batch import MicroBatch
+from planning_shapes import LLAMA_8B, shape
 from tiny_models import tiny_config
 
 TOKENS = 64
@@ -122,10 +122,3 @@ def test_the_engine_s_chunks_are_the_plan_s():
     from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 
     assert CHUNK_BYTES == LOSS_CHUNK_BYTES
-
-
-def test_a_micro_batch_is_never_larger_than_a_step_or_the_data():
-    assert micro_batch(RunConfig(max_tokens=2048), facts(longest=900)).tokens == 2048
-    assert micro_batch(RunConfig(max_tokens=2048, examples_per_step=2), facts(longest=100)).tokens == 200
-    assert micro_batch(RunConfig(max_tokens=2048), facts(rows=3, mean=20, longest=30)).tokens == 60
-    assert micro_batch(RunConfig(), DataFacts(0, 0, 0, 0, 0.0)).tokens == 1

@@ -54,8 +54,12 @@ def test_the_base_stays_in_16_bits_only_where_it_fits():
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit():
-    assert values(hardware_named("H100"), config=LLAMA_1B)["activations"] == "keep"
-    assert values(hardware_named("H100").with_memory(3 * GIB), config=LLAMA_1B)["activations"] != "keep"
+    card = hardware_named("H100")
+    roomy, tight = (
+        Dial.parse(values(room, config=LLAMA_1B)["activations"], 16) for room in (card, card.with_memory(3 * GIB))
+    )
+    assert (roomy.whole, roomy.feed_forward, roomy.offload) == (0, 0, 0)
+    assert tight.whole + tight.feed_forward + tight.offload > 0
     assert values(CPU)["activations"] == "keep"
     assert "offload" not in values(CPU.with_memory(7 * GIB), config=LLAMA_1B)["activations"]
 
@@ -66,6 +70,13 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
     assert f"{dial.feed_forward} of 32 layers recompute their feed-forward" in outcome.reason
     assert f"{dial.offload} wait in" in outcome.reason
     assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d ± 10% of 8\.0 GiB$", outcome.reason)
+
+
+def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
+    outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["activations"]
+    assert outcome.value == "micro_tokens=3600"
+    words = "every activation stays on the device, micro-batches have up to 3,600 tokens: "
+    assert outcome.reason.startswith(words)
 
 
 @pytest.mark.parametrize(("asked", "dial"), [("on", "whole=4"), ("off", "keep"), ("reentrant", "whole=4")])

@@ -35,6 +35,81 @@ def test_where_there_is_room_the_estimate_s_error_is_spared():
         assert memory.peak_bytes * (1 + memory.uncertainty) <= device.memory_bytes
 
 
+ROWS = DataFacts(2000, 300_000, 150_000, 900, 150.0, largest_step=3_840)
+MANY = DataFacts(20_000, 3_000_000, 1_500_000, 900, 150.0, largest_step=14_000)
+
+
+def plan_of(rows=ROWS, gib=None, hardware=H200, config=LLAMA_8B, **settings):
+    device = hardware.with_memory(int(gib * GIB)) if gib else hardware
+    return plan_execution(shape(config), RunConfig(**settings), device, rows)
+
+
+def test_a_micro_batch_grows_to_the_whole_step_where_that_fits():
+    plan = plan_of()
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (3_840, 1, Dial(micro_tokens=3_840))
+    assert plan_of(MANY, examples_per_step=64).dial == Dial(micro_tokens=14_000)
+
+
+def test_it_grows_no_further_than_is_worth_it():
+    huge = DataFacts(20_000, 3_000_000, 1_500_000, 900, 150.0, largest_step=50_000)
+    plan = plan_of(huge, examples_per_step=256)
+    assert (plan.tokens, plan.micro_batches) == (16_384, 3)
+
+
+@pytest.mark.parametrize("gib", [7, 8, 12, 16, 24, 40])
+@pytest.mark.parametrize("rows", [ROWS, MANY])
+def test_where_the_whole_step_does_not_fit_it_is_cut_until_it_does(gib, rows):
+    examples = 64 if rows is MANY else 16
+    run, device = RunConfig(examples_per_step=examples), H200.with_memory(gib * GIB)
+    plan, memory = plan_execution(shape(), run, device, rows), estimate_memory(shape(), run, device, rows)
+    assert memory.fits(device)
+    assert rows.longest <= plan.tokens <= rows.largest_step
+    whole = plan_of(rows, activations=f"micro_tokens={plan.tokens}", examples_per_step=examples)
+    assert plan.dial.micro_tokens == (plan.tokens if plan.tokens != 2048 else None)
+    assert plan.micro_batches == whole.micro_batches
+
+
+def test_where_there_is_room_a_whole_step_is_faster_than_its_parts():
+    grown, cut = plan_of(), plan_of(activations="keep")
+    assert (cut.tokens, cut.micro_batches, cut.dial) == (2048, 2, Dial())
+    assert grown.step_s < cut.step_s
+    assert grown.step_tokens == cut.step_tokens == 2400
+
+
+@pytest.mark.parametrize("rows", [ROWS, MANY, DENSE])
+@pytest.mark.parametrize("gib", [7, 16, 60])
+def test_the_dial_as_it_is_written_is_planned_as_it_was_chosen(rows, gib):
+    chosen = plan_of(rows, gib)
+    assert plan_of(rows, gib, activations=str(chosen.dial)) == chosen
+
+
+def test_a_step_within_max_tokens_needs_no_word_about_its_micro_batch():
+    short = DataFacts(2000, 40_000, 20_000, 90, 20.0, largest_step=600)
+    plan = plan_of(short)
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (600, 1, Dial())
+
+
+def test_a_dial_by_hand_has_the_micro_batch_that_it_says_else_max_tokens():
+    assert plan_of(activations="recompute").tokens == 2048
+    assert plan_of(gradient_checkpointing="off").tokens == 2048
+    assert plan_of(activations="recompute,micro_tokens=3000").tokens == 3_000
+    assert plan_of(activations="micro_tokens=99999").tokens == 3_840  # no step has more
+    assert plan_of(activations="micro_tokens=100").tokens == 900  # a row is never cut
+
+
+@pytest.mark.parametrize("gib", [4, 6, 16])
+def test_on_a_processor_max_tokens_stays_the_micro_batch(gib):
+    plan = plan_of(gib=gib, hardware=CPU, config=LLAMA_1B)
+    assert plan.tokens <= 2048
+    assert plan_of(hardware=CPU, config=TINY).dial == Dial()
+
+
+def test_every_micro_batch_of_a_step_costs_its_kernel_starts():
+    """A layer too small to be anything but launches: two micro-batches take twice as long as one."""
+    one, two = (plan_of(config=TINY, activations=f"micro_tokens={tokens}") for tokens in (3_840, 2_048))
+    assert two.step_s == pytest.approx(2 * one.step_s, rel=0.05)
+
+
 def test_more_memory_is_never_slower():
     # 6.5 GiB is planned without the estimate's error to spare, the rest with it
     speeds = [planned(gib)[0].tokens_per_s for gib in BUDGETS[1:]]
@@ -86,8 +161,8 @@ def test_the_room_is_what_stays_on_the_device_leaves():
     memory = estimate_memory(shape(), run, H200, DENSE)
     passing = {"activations", "loss or one layer's backward", "fragmentation"}
     stays = sum(part.size_bytes for part in memory.components if part.name not in passing)
-    assert room_of(shape(), run, H200).device_bytes == H200.memory_bytes - stays
-    assert room_of(shape(), run, CPU).link is None
+    assert room_of(shape(), run, H200, 8192).device_bytes == H200.memory_bytes - stays
+    assert room_of(shape(), run, CPU, 8192).link is None
 
 
 def test_a_step_is_as_long_as_its_tokens():

@@ -48,8 +48,9 @@ MEASURED = [
 def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
     config, tokens, checkpointing, targets, quantization, measured_gib
 ):
+    dial = {"on": "recompute", "off": "keep"}[checkpointing]
     run = RunConfig(
-        max_tokens=tokens, targets=targets, quantization=quantization, gradient_checkpointing=checkpointing,
+        activations=f"{dial},micro_tokens={tokens}", targets=targets, quantization=quantization,
         optimizer="paged_adamw_8bit",
     )  # fmt: skip
     rows = DataFacts(16, 16 * 512, 8 * 512, 512, 512.0)
@@ -68,7 +69,8 @@ def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
 )
 def test_the_count_explains_the_peers_and_the_design(execution, dropout, checkpointing, measured_gib):
     """Llama-3.1-8B shape, NF4, r = 16 on q and v, 4 × 2,048 dense tokens: peak of allocated memory on an H200."""
-    run = RunConfig(max_tokens=8192, dropout=dropout, gradient_checkpointing=checkpointing)
+    dial = {"on": "recompute", "off": "keep"}[checkpointing]
+    run = RunConfig(activations=f"{dial},micro_tokens=8192", dropout=dropout)
     memory = estimate_memory(shape(), run, H200, DataFacts(64, 64 * 2048, 64 * 2048, 2048, 2048.0), execution)
     allocated = sum(part.size_bytes for part in memory.components if part.name not in ("CUDA context", "fragmentation"))
     assert allocated / GIB == pytest.approx(measured_gib, rel=0.03)

@@ -197,6 +197,34 @@ def test_evaluation_survives_in_smaller_pieces_with_the_same_loss(base, tmp_path
     assert trainer.layout.micro_tokens == 4096  # training, which does fit, keeps its layout
 
 
+@pytest.mark.parametrize("tokens", [150, 44])
+def test_a_micro_batch_that_grew_to_the_step_is_halved_like_any_other(base, tmp_path, tokens):
+    _, _, wanted, loss = trained_step(base, tmp_path, max_tokens=64)
+    config = settings(base=base, max_tokens=64, examples_per_step=len(ROWS))
+    model = adapted(config)
+    trainer = LorafitTrainer(model, config, ROWS, None, tmp_path, micro_tokens=sum(LENGTHS))
+    memory = LittleMemory(model, tokens)
+    step = next(iter(trainer.get_train_dataloader()))
+    assert [batch.tokens for batch in step.micro_batches] == [sum(LENGTHS)]
+    with packed(model):
+        retried = trainer.training_step(model, step)
+    assert float((gradient(model) - wanted).norm() / wanted.norm()) <= 1e-5
+    assert float(retried) == pytest.approx(loss, rel=1e-6)
+    assert max(memory.fits) <= tokens
+    assert f"micro_tokens={trainer.layout.micro_tokens}" in trainer.memory.finding().fix
+
+
+def test_evaluation_takes_no_more_memory_because_steps_do(base, tmp_path):
+    config = settings(base=base, max_tokens=64)
+    model = adapted(config)
+    trainer = LorafitTrainer(model, config, ROWS, ROWS, tmp_path)
+    wanted = trainer.held_out_loss(ROWS)
+    trainer.layout.micro_tokens = 4096
+    memory = LittleMemory(model)
+    assert trainer.held_out_loss(ROWS) == wanted
+    assert 44 <= max(memory.fits) <= 64
+
+
 def test_saving_survives(base, tmp_path, monkeypatch):
     config = settings(base=base, max_tokens=64, examples_per_step=5, max_steps=2, save_steps=1)
     model = attach(load_backbone(config, device="cpu"), config)

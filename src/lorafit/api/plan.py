@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorafit.api.settings import require_base, require_data, settle, template_for
-from lorafit.config import Resolved
-from lorafit.data import Prepared, prepare
+from lorafit.config import Resolved, RunConfig
+from lorafit.data import Prepared, largest_step, prepare
 from lorafit.data.progress import Progress
 from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
+from lorafit.planning.duration import steps_of
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) ->
     """The plan for data that are already read, on `hardware`."""
     config = resolved.config
     shape = ModelShape.from_base(config.base, config.revision)
-    made = make_plan(resolved, facts_of(prepared), shape, hardware)
+    made = make_plan(resolved, facts_of(prepared, config), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 
 
-def facts_of(prepared: Prepared) -> DataFacts:
-    """What the plan needs to know of the data."""
+def facts_of(prepared: Prepared, config: RunConfig) -> DataFacts:
+    """What the plan needs to know of the data, and of how `config` walks through them."""
     train = prepared.train
     tokens = int(train.lengths.sum())
-    return DataFacts(
+    facts = DataFacts(
         rows=len(train),
         tokens=tokens,
         supervised_tokens=int(train.supervised.sum()),
@@ -74,3 +75,5 @@ def facts_of(prepared: Prepared) -> DataFacts:
         mean_tokens=tokens / max(len(train), 1),
         holdout_rows=len(prepared.holdout),
     )
+    largest = largest_step(train.lengths, config.examples_per_step, config.seed, steps_of(config, facts))
+    return replace(facts, largest_step=int(train.lengths[largest].sum()))

@@ -6,16 +6,18 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
 from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
 from lorafit.config.dial import Dial
+from lorafit.data import largest_step
 from lorafit.engine import DecoderLayers, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.planning.dial import dial_of
-from lorafit.training import LorafitTrainer, largest_micro_batch, without_checkpointing
+from lorafit.planning.micro_batch import most_tokens
+from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, without_checkpointing
 
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2.1
 GRADIENT_BYTES = 4
@@ -36,7 +38,7 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     layers.tell = lambda text: trainer.events.record("eager_layers", trainer.state.global_step, text)
     layers.dial = dial_of(config, len(layers)) or Dial()
     if not on_card:
-        trainer.layout.micro_tokens = min(trainer.layout.micro_tokens, layers.dial.micro_tokens or config.max_tokens)
+        trainer.layout.micro_tokens = layers.dial.micro_tokens or config.max_tokens
         with contextlib.nullcontext() if layers.dial == Dial() and not layers.compiled else layers:
             yield None
         return
@@ -46,10 +48,15 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         layers.dial = Dial.parse(known["dial"], len(layers))
         layers.follow(known["schedule"])
     by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
-    planned = by_plan and config.gradient_checkpointing == "auto"
-    found = rehearse(trainer.model, layers, _work(trainer), budget_bytes(config), solves=planned and known is None)
-    trainer.layout.micro_tokens = min(trainer.layout.micro_tokens, found.dial.micro_tokens or config.max_tokens)
+    solves = by_plan and config.gradient_checkpointing == "auto" and known is None
+    work = _work(trainer, grows=solves)
+    found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
+    layers.dial = found.dial.sized(work.max_tokens, config.max_tokens)
+    found = replace(found, dial=layers.dial)
+    trainer.layout.micro_tokens = layers.dial.micro_tokens or config.max_tokens
     trainer.memory.layers = layers
+    if not config.deterministic:  # when it acts depends on what the allocator went through
+        trainer.add_callback(AllocatorWatch(layers, trainer.events))
     run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), "notes": layers.notes})
     with layers:
         yield found
@@ -73,13 +80,16 @@ def budget_bytes(config: RunConfig) -> int:
     return min(parse_bytes(config.vram, "vram"), total)
 
 
-def _work(trainer: LorafitTrainer) -> Work:
+def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
+    """The run's micro-batches, of at most `max_tokens` where the dial does not say; `grows`: of up to a whole step."""
     config, rows = trainer.config, trainer.train_rows
+    step = largest_step(rows.lengths, config.examples_per_step, config.seed, trainer.args.max_steps)
+    step_tokens = int(rows.lengths[step].sum())
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
 
     def batch_of(micro_tokens: int) -> MicroBatch:
-        return largest_micro_batch(rows, config, micro_tokens).to(trainer.args.device)
+        return largest_micro_batch(rows, config, micro_tokens, step).to(trainer.args.device)
 
     def loss_of(batch: MicroBatch) -> Tensor:
         trainer.model.train()
@@ -92,7 +102,7 @@ def _work(trainer: LorafitTrainer) -> Work:
     return Work(
         batch_of=batch_of,
         loss_of=loss_of,
-        max_tokens=config.max_tokens,
+        max_tokens=most_tokens(step_tokens, config.max_tokens) if grows else config.max_tokens,
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
         coming_bytes=round(trained * (GRADIENT_BYTES + state)),

@@ -21,8 +21,8 @@ class Dial:
 
     The first `whole` layers keep their input alone and are recomputed; the next `feed_forward` ones recompute the
     inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
-    pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: tokens
-    of one micro-batch, None for `max_tokens`.
+    pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: the most
+    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`.
     """
 
     feed_forward: int = 0
@@ -60,6 +60,12 @@ class Dial:
         whole = min(self.whole, layers)
         feed_forward = min(self.feed_forward, layers - whole)
         return replace(self, whole=whole, feed_forward=feed_forward, offload=min(self.offload, layers))
+
+    def sized(self, tokens: int, max_tokens: int) -> Dial:
+        """The same with its micro-batch said, which is `tokens` where it was not; left unsaid where it is
+        `max_tokens`, as every reader takes it."""
+        size = self.micro_tokens or tokens
+        return replace(self, micro_tokens=None if size == max_tokens else size)
 
     def level(self, layer: int) -> str:
         """`whole`, `feed_forward` or `keep`: what is recomputed of the layer with this index."""

@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
     )
     select: tuple[str, ...] = Field((), description="findings to run, by code prefix; empty means all")
     ignore: tuple[str, ...] = Field((), description="findings to leave out, by code prefix")
-    max_tokens: int = Field(2048, ge=8, description="tokens in one micro-batch, and so in the longest row")
+    max_tokens: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
     # the method
     goal: Goal = Field("balanced", description="what the decision matrix optimises for")

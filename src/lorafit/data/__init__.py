@@ -2,7 +2,7 @@
 
 from lorafit.data.fixing import FixReport, fix_rows
 from lorafit.data.from_rows import parse_rows
-from lorafit.data.pack import epoch_order, pack_step, packed_fill, steps_per_epoch
+from lorafit.data.pack import epoch_order, largest_step, pack_step, packed_fill, steps_per_epoch
 from lorafit.data.prepare import Prepared, prepare, require_clean
 from lorafit.data.progress import Progress
 from lorafit.data.records import Record, Turn
@@ -28,6 +28,7 @@ __all__ = [
     "Turn",
     "epoch_order",
     "fix_rows",
+    "largest_step",
     "pack_step",
     "packed_fill",
     "parse_rows",

@@ -17,6 +17,9 @@ from lorafit.errors import DataError
 
 Rows = NDArray[np.int64]
 
+ROWS_SEEN, EPOCHS_SEEN = 1 << 22, 1024
+"""Rows that are shuffled to find a run's largest step, one epoch at least: about a second's worth; and epochs."""
+
 
 @dataclass(frozen=True)
 class Fill:
@@ -121,6 +124,23 @@ def steps(
     for start in range(0, len(order), examples_per_step):
         rows = order[start : start + examples_per_step]
         yield [rows[batch] for batch in pack_step(sizes[rows], max_tokens)]
+
+
+def largest_step(lengths: NDArray[np.integer], examples_per_step: int, seed: int, count: int) -> Rows:
+    """Row numbers (rows,) of the step with the most tokens, the first of them, among the first `count` steps of a run
+    over rows of `lengths` (all rows,); as far as ROWS_SEEN and EPOCHS_SEEN let it look."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    largest = np.zeros(0, dtype=np.int64)
+    an_epoch = steps_per_epoch(len(sizes), examples_per_step)
+    epochs = min(-(-count // max(an_epoch, 1)), max(1, ROWS_SEEN // max(len(sizes), 1)), EPOCHS_SEEN)
+    for epoch in range(epochs if an_epoch > 1 else min(epochs, 1)):
+        order = epoch_order(len(sizes), seed, epoch)[: (count - epoch * an_epoch) * examples_per_step]
+        starts = np.arange(0, len(order), examples_per_step)
+        tokens = np.add.reduceat(sizes[order], starts) if len(order) else np.zeros(1)
+        start = int(tokens.argmax()) * examples_per_step
+        if tokens.max() > sizes[largest].sum():
+            largest = order[start : start + examples_per_step]
+    return largest
 
 
 def packed_fill(lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int = 0) -> Fill:

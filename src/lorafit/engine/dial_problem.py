@@ -47,8 +47,8 @@ BatchOf = Callable[[int], MicroBatch]
 class Work:
     """What is to be fitted: the largest micro-batches and their loss, as training runs them, and what they are cut by.
 
-    `max_tokens` of a full micro-batch, `longest` row and mean step, in tokens; `coming_bytes`: adapter gradients and
-    optimizer state, which are not there yet.
+    `max_tokens` of the largest micro-batch worth trying, `longest` row and mean step, in tokens; `coming_bytes`:
+    adapter gradients and optimizer state, which are not there yet.
     """
 
     batch_of: BatchOf
@@ -80,7 +80,8 @@ class DialProblem:
             layers.dial = Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=self.work.longest)
             layers.follow(())
             return
-        layers.dial = found
+        # measured on fewer tokens than `max_tokens`, its micro-batch must be said
+        layers.dial = found.sized(self.tokens, self.work.max_tokens)
         costs = self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
         size = self.room.device_bytes + (self.room.embedding_bytes if found.host_embeddings else 0)
         layers.follow(offload_schedule(costs, found, size, by_bytes=True).on_device_from)

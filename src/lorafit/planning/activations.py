@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.config import RunConfig
-from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware
+from lorafit.planning.micro_batch import MicroBatch
 from lorafit.planning.shape import ModelShape, Projection
 
 LOSS_CHUNK_BYTES = 256 << 20
@@ -25,8 +25,6 @@ OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
-SUPERVISED_SPREAD = 1.25
-"""How much more of a micro-batch is supervised than of the mean one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +59,6 @@ class Activations:
     weight_bytes: int
     loss_bytes: int
     chunk_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The size of one micro-batch: its tokens, those in the loss, and the longest row's."""
-
-    tokens: int
-    supervised: int
-    longest: int
 
 
 def activations(
@@ -155,12 +144,3 @@ def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Ex
     rows = {"all": batch.tokens, "supervised": batch.supervised, "chunks": chunk}[execution.loss]
     head = shape.vocab * shape.hidden * width if execution.wide_stream else 0
     return rows * shape.vocab * BYTES_PER_LOGIT + head
-
-
-def micro_batch(config: RunConfig, facts: DataFacts) -> MicroBatch:
-    """The largest micro-batch: `max_tokens`, or a whole step's tokens where that is less."""
-    step = config.examples_per_step * facts.longest
-    tokens = max(1, min(config.max_tokens, step, facts.tokens or step))
-    share = facts.supervised_tokens / facts.tokens if facts.tokens else 1.0
-    supervised = min(tokens, round(tokens * share * SUPERVISED_SPREAD))
-    return MicroBatch(tokens, supervised, min(tokens, facts.longest))

@@ -164,7 +164,7 @@ def speed_in_words(tokens_per_s: float) -> str:
 def in_words(plan: ExecutionPlan, layers: int) -> str:
     """What a person should know of the plan's dial."""
     dial = plan.dial
-    parts = []
+    parts = ["every activation stays on the device"] if not (dial.whole or dial.feed_forward or dial.offload) else []
     if dial.whole:
         parts.append(f"{dial.whole} of {layers} layers are recomputed")
     if dial.feed_forward:
@@ -174,5 +174,5 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
     if dial.host_embeddings:
         parts.append("the input embeddings stay on the host")
     if dial.micro_tokens:
-        parts.append(f"micro-batches have {dial.micro_tokens:,} tokens")
-    return ", ".join(parts) or "every activation stays on the device"
+        parts.append(f"micro-batches have up to {dial.micro_tokens:,} tokens")
+    return ", ".join(parts)

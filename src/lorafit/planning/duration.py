@@ -29,7 +29,6 @@ CORE_GFLOPS = (25.0, 60.0)
 LOAD_GBS = (0.3, 2.0)
 START_S = (5.0, 25.0)
 """Importing the libraries and loading the base, at so many GB/s of its 16-bit size."""
-PACKED_FILL = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +72,10 @@ def estimate_duration(
 
 
 def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
-    """Seconds of compiled layers: the plan's own, or what starting their kernels takes where there are few tokens."""
+    """Seconds of compiled layers: the plan's own."""
     costs = plan.costs
-    batches = math.ceil(plan.step_tokens / (plan.tokens * PACKED_FILL))
-    floor = batches * 2 * costs.layers * max(costs.launch_s, costs.fixed_s)
     forward = (costs.layers * costs.forward_s + costs.loss_s) / plan.tokens
-    seconds = steps * (max(plan.step_s, floor) + OVERHEAD_S) + held_out * forward
+    seconds = steps * (plan.step_s + OVERHEAD_S) + held_out * forward
     low, high = (seconds * share for share in PREDICTED_SPREAD)
     return low, high
 
@@ -95,8 +92,7 @@ def _eager(
     """Seconds by arithmetic alone."""
     again = _recomputed(plan)
     flops = steps * plan.step_tokens * token_flops(shape, config, facts, again) + held_out * 2 * shape.active_parameters
-    batches = steps * math.ceil(plan.step_tokens / (plan.tokens * PACKED_FILL))
-    floor = _floor_s(shape, config, hardware, batches, 2 + again)
+    floor = _floor_s(shape, config, hardware, steps * plan.micro_batches, 2 + again)
     slow, fast = _speeds(config, hardware)
     return max(flops / fast, floor[0]), max(flops / slow, floor[1])
 

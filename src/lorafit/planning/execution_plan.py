@@ -6,15 +6,17 @@ from data sheets, before anything is loaded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lorafit.config import RunConfig
-from lorafit.planning.activations import Execution, MicroBatch, activations, execution_of, micro_batch
+from lorafit.planning.activations import Execution, activations, execution_of
 from lorafit.planning.dial import Dial, dial_of
 from lorafit.planning.dial_solver import Room, solve, solve_micro
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware
 from lorafit.planning.layer_costs import LayerCosts, Link, Moment, Split
+from lorafit.planning.micro_batch import MicroBatch, largest_step_tokens, micro_batch, most_tokens_on
 from lorafit.planning.rates import layer_costs
 from lorafit.planning.shape import ModelShape
 from lorafit.planning.standing import WIDTH, compute_of, movable_embedding_bytes, standing, total_bytes
@@ -32,12 +34,13 @@ LEAST_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPlan:
-    """How a run goes: its dial, one micro-batch's size and costs, the device's fullest moment, and the predicted
-    seconds of a step of `step_tokens`. `kept` and `recomputed`: the fullest moments with nothing and everything
-    recomputed, at the largest micro-batch."""
+    """How a run goes: its dial, the largest micro-batch's size and costs, the device's fullest moment, and the
+    predicted seconds of the mean step, of `step_tokens` in `micro_batches`. `kept` and `recomputed`: the fullest
+    moments with nothing and everything recomputed, at the same micro-batch."""
 
     dial: Dial
     tokens: int
+    micro_batches: int
     costs: LayerCosts
     moment: Moment
     host_bytes: int
@@ -62,12 +65,10 @@ def plan_execution(
     """The dial that `config` asks for; where it asks for none, the fastest one that fits `hardware` with the
     estimate's error to spare, else without, else the one that needs least. Raises AdapterError for wrong targets.
     """
-    batch = micro_batch(config, facts)
-    costs = _costs(shape, config, hardware, facts, batch, execution or execution_of(config, hardware))
-    room = room_of(shape, config, hardware, execution)
-    longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
-    dial = dial_of(config, shape.layers) or _fitting(costs, room, shape, hardware, batch, longest)
-    return _plan(dial, costs, room, batch, _step_tokens(config, facts))
+    dial = dial_of(config, shape.layers) or _fitting(shape, config, hardware, facts, execution)
+    batch = micro_batch(config, facts, dial.micro_tokens or config.max_tokens)
+    costs = _costs(shape, config, hardware, facts, batch, execution)
+    return _plan(dial, costs, room_of(shape, config, hardware, batch.tokens, execution), batch, config, facts)
 
 
 def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
@@ -76,8 +77,11 @@ def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
     return UNCERTAINTY if measured else UNCERTAINTY_ELSEWHERE
 
 
-def room_of(shape: ModelShape, config: RunConfig, hardware: Hardware, execution: Execution | None = None) -> Room:
-    """What is left for activations beside everything that stays, on the device and in host memory."""
+def room_of(
+    shape: ModelShape, config: RunConfig, hardware: Hardware, tokens: int, execution: Execution | None = None
+) -> Room:
+    """What is left for activations beside everything that stays, on the device and in host memory; `tokens` of one
+    micro-batch are what embeddings on the host are read for."""
     targets = resolve_targets(config.targets, shape)
     wide = execution is not None and execution.wide_stream
     stays = total_bytes(standing(shape, targets, config, hardware, wide=wide))
@@ -88,7 +92,7 @@ def room_of(shape: ModelShape, config: RunConfig, hardware: Hardware, execution:
         host_bytes=hardware.host_bytes,
         link=Link(rate, rate) if hardware.kind == "cuda" and rate else None,
         embedding_bytes=movable_embedding_bytes(shape, config, hardware),
-        embedding_s=config.max_tokens * shape.hidden * width / rate if rate else 0.0,
+        embedding_s=tokens * shape.hidden * width / rate if rate else 0.0,
     )
 
 
@@ -98,8 +102,9 @@ def _costs(
     hardware: Hardware,
     facts: DataFacts,
     batch: MicroBatch,
-    execution: Execution,
+    execution: Execution | None,
 ) -> LayerCosts:
+    execution = execution or execution_of(config, hardware)
     targets = resolve_targets(config.targets, shape)
     width = WIDTH[compute_of(config, hardware)]
     masks = _mask_bytes(config, hardware, width)
@@ -115,8 +120,19 @@ def _mask_bytes(config: RunConfig, hardware: Hardware, width: int) -> int:
 
 
 def _fitting(
-    costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardware, batch: MicroBatch, longest: int
+    shape: ModelShape, config: RunConfig, hardware: Hardware, facts: DataFacts, execution: Execution | None
 ) -> Dial:
+    """The dial chosen automatically; it says its micro-batch unless that is `max_tokens`."""
+    most = most_tokens_on(hardware, config, facts)
+    batch = micro_batch(config, facts, most)
+    costs = _costs(shape, config, hardware, facts, batch, execution)
+    room = room_of(shape, config, hardware, batch.tokens, execution)
+    longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
+    return _fastest(costs, room, shape, hardware, batch.tokens, longest).sized(most, config.max_tokens)
+
+
+def _fastest(costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardware, tokens: int, longest: int) -> Dial:
+    """The fastest dial for micro-batches of `tokens` or fewer; `micro_tokens` None means `tokens`."""
     for margin in (uncertainty_of(shape, hardware), 0.0):
         spared = hardware.memory_bytes * (1 - 1 / (1 + margin))
         usable = replace(
@@ -127,37 +143,48 @@ def _fitting(
         found = solve(costs, usable) if hardware.kind == "cpu" else None
         if found is None or found.dial != Dial():
             # on a CPU only where nothing else fits: what a small micro-batch costs there is not in the model
-            found = solve_micro(costs, usable, tokens=batch.tokens, longest=longest)
+            found = solve_micro(costs, usable, tokens=tokens, longest=longest)
         if found:
             return found.dial
     return Dial(
         whole=shape.layers,
         offload=shape.layers if room.link else 0,
         host_embeddings=bool(room.embedding_bytes),
-        micro_tokens=longest if longest < batch.tokens else None,
+        micro_tokens=longest if longest < tokens else None,
     )
 
 
-def _plan(dial: Dial, full: LayerCosts, room: Room, batch: MicroBatch, step_tokens: float) -> ExecutionPlan:
-    tokens = min(dial.micro_tokens or batch.tokens, batch.tokens)
-    costs = full.scaled(tokens / batch.tokens)
+def _plan(
+    dial: Dial, costs: LayerCosts, room: Room, batch: MicroBatch, config: RunConfig, facts: DataFacts
+) -> ExecutionPlan:
     split = Split(costs, dial.whole, dial.whole + dial.feed_forward)
     offload = dial.offload if room.link else 0  # on a CPU there is no other memory to go to
-    link = room.link if offload else None
     host = split.saved_by(offload) + (room.embedding_bytes if dial.host_embeddings else 0)
-    taken = timeline_s(costs, dial, link, room.device_bytes) if link else split.work_s
-    taken += room.embedding_s * tokens / batch.tokens if dial.host_embeddings else 0.0
+    step_tokens = _step_tokens(config, facts)
+    fits_one = largest_step_tokens(config, facts) <= batch.tokens
+    count = 1 if fits_one else math.ceil(step_tokens / batch.tokens)
     return ExecutionPlan(
         dial=dial,
-        tokens=tokens,
+        tokens=batch.tokens,
+        micro_batches=count,
         costs=costs,
         moment=split.fullest(offload),
         host_bytes=host,
-        step_s=taken * step_tokens / tokens,
+        step_s=count * _micro_batch_s(dial, costs, room, step_tokens / count / batch.tokens),
         step_tokens=step_tokens,
-        kept=Split(full, 0, 0).fullest(0),
-        recomputed=Split(full, full.layers, full.layers).fullest(0),
+        kept=Split(costs, 0, 0).fullest(0),
+        recomputed=Split(costs, costs.layers, costs.layers).fullest(0),
     )
+
+
+def _micro_batch_s(dial: Dial, largest: LayerCosts, room: Room, share: float) -> float:
+    """Seconds of a micro-batch with this share of the tokens of the `largest` one, for which the room is."""
+    costs = largest.scaled(share)
+    if dial.offload and room.link:
+        taken = timeline_s(costs, dial, room.link, room.device_bytes)
+    else:
+        taken = Split(costs, dial.whole, dial.whole + dial.feed_forward).work_s
+    return taken + (room.embedding_s * share if dial.host_embeddings else 0.0)
 
 
 def _step_tokens(config: RunConfig, facts: DataFacts) -> float:

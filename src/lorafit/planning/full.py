@@ -6,12 +6,13 @@ import math
 
 from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
-from lorafit.planning.activations import Execution, activations, micro_batch
+from lorafit.planning.activations import Execution, activations
 from lorafit.planning.duration import CUDA_UTILISATION, START_S, Duration, steps_of
 from lorafit.planning.execution_plan import FRAGMENTATION, UNCERTAINTY
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware, hardware_named
 from lorafit.planning.memory import MemoryEstimate
+from lorafit.planning.micro_batch import micro_batch
 from lorafit.planning.shape import ModelShape
 from lorafit.planning.standing import CUDA_CONTEXT_BYTES, Component
 
@@ -38,7 +39,7 @@ def gpus_needed(shape: ModelShape, card: Hardware) -> int:
 def full_memory(shape: ModelShape, config: RunConfig, card: Hardware, facts: DataFacts) -> MemoryEstimate:
     """The peak of one of `gpus_needed` cards, everything sharded and activations recomputed."""
     gpus = gpus_needed(shape, card)
-    batch = micro_batch(config, facts)
+    batch = micro_batch(config, facts, config.max_tokens)
     live = activations(shape, (), batch, width=2, execution=Execution())
     # training every weight keeps each linear's input: about what the layer keeps anyway
     passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)

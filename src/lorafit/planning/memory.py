@@ -22,7 +22,7 @@ class MemoryEstimate:
     """The peak and what it is made of; the true peak lies within ± `uncertainty` of it.
 
     `kept_bytes` and `recomputed_bytes` are the peak with every activation kept and with all of them recomputed, at
-    the largest micro-batch. `host_bytes` are pinned in the host's memory meanwhile.
+    the same micro-batch. `host_bytes` are pinned in the host's memory meanwhile.
     """
 
     components: tuple[Component, ...]
@@ -61,9 +61,10 @@ def estimate_memory(
     facts: DataFacts,
     execution: Execution | None = None,
 ) -> MemoryEstimate:
-    """The peak memory of training `config` on `hardware`: packed micro-batches of at most `max_tokens` tokens.
+    """The peak memory of training `config` on `hardware`, in packed micro-batches.
 
-    Activations are where `activations` and `gradient_checkpointing` put them; on auto, where the plan would.
+    Activations are where `activations` and `gradient_checkpointing` put them, micro-batches as large as they say
+    (else `max_tokens`); on auto, as the plan would have both.
     `execution` stands for another way to run the layers than lorafit's. Raises AdapterError for wrong targets.
     """
     return memory_of(plan_execution(shape, config, hardware, facts, execution), shape, config, hardware, execution)

@@ -8,9 +8,10 @@ measures its own layers before it solves again.
 from __future__ import annotations
 
 from lorafit.config import RunConfig
-from lorafit.planning.activations import Activations, Execution, MicroBatch
+from lorafit.planning.activations import Activations, Execution
 from lorafit.planning.hardware import Hardware
 from lorafit.planning.layer_costs import LayerCosts
+from lorafit.planning.micro_batch import MicroBatch
 from lorafit.planning.shape import ModelShape
 from lorafit.planning.standing import NF4_BYTES, WIDTH, adapter_parameters, compute_of
 

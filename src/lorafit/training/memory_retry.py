@@ -20,6 +20,7 @@ from lorafit.engine import MicroBatch, Step
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
 from lorafit.training.events import EventLog
+from lorafit.training.layout import Layout
 from lorafit.training.random_streams import RandomStreams
 from lorafit.training.steps import StepDataset, pack_rows
 
@@ -79,7 +80,9 @@ class MemoryRetry:
     def evaluate(self, number: int, rows: Rows, forward: Callable[[MicroBatch], torch.Tensor]) -> torch.Tensor:
         """The sum of `forward(micro_batch)` over all of `rows`; a micro-batch that does not fit is halved."""
         total = torch.zeros((), device=self.device)
-        waiting = self.steps.layout.of(rows.lengths, np.arange(len(rows)))[::-1]
+        # on a card steps may run in micro-batches far larger than `max_tokens`; what is not rehearsed does not
+        layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_tokens))
+        waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
         while waiting:
             members = waiting.pop()
             outcome = self._once(lambda members=members: forward(pack_rows(rows, members)))  # type: ignore[misc]

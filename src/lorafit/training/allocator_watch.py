@@ -1,0 +1,47 @@
+"""AllocatorWatch: a run whose allocator keeps giving memory back and asking again is given more room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lorafit.training.events import EventLog
+from lorafit.training.memory_retry import Layers
+
+IN_A_ROW = 3
+"""Steps with such retries, one after another: a step of a new shape may need one, a step that fits does not."""
+
+
+def allocator_retries() -> int:
+    """How often the CUDA allocator has given back what it kept, and asked again, since the process began."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+class AllocatorWatch(TrainerCallback):
+    """Tightens `layers` when IN_A_ROW steps each made the allocator ask again: every time stops the card, and a run
+    that lives so takes half as long again (10,661 tokens/s for 17,733 at 16 GiB). Reads a counter of the host."""
+
+    def __init__(self, layers: Layers, events: EventLog, retries: Callable[[], int] = allocator_retries) -> None:
+        self.layers, self.events, self.retries = layers, events, retries
+        self.seen, self.in_a_row = 0, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Count from here: evaluation and saving between steps may ask as they like."""
+        self.seen = self.retries()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Act when enough steps in a row have asked again."""
+        self.in_a_row = self.in_a_row + 1 if self.retries() > self.seen else 0
+        if self.in_a_row < IN_A_ROW:
+            return
+        self.in_a_row = 0
+        if self.layers.tighten():
+            self.events.record(
+                "tight_memory",
+                state.global_step,
+                f"the memory was so full that {IN_A_ROW} steps in a row waited for it; more is recomputed now",
+                dial=str(self.layers.dial),
+            )

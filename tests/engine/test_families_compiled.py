@@ -1,0 +1,57 @@
+"""Every family's layers under the dial: compiled whole, and with the gradient of layers that run as written."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorafit.adapters import attach
+from lorafit.backbone import load_backbone
+from lorafit.config import resolve
+from lorafit.config.dial import Dial
+from lorafit.engine import DecoderLayers, collate, packed, summed_loss
+from tiny_models import FAMILIES, save_base, stir
+
+BACKEND = "aot_eager_decomp_partition"  # traced and cut as on a card, and quicker than compiling
+
+
+def adapted(family, folder, **settings):
+    base = save_base(folder / "base", family, num_hidden_layers=2)
+    given = {"base": str(base), "dropout": 0.0, "targets": "all-linear", "rank": 4, **settings}
+    config = resolve(flags=given).config
+    model = attach(load_backbone(config, dense_budget_bytes=0), config)
+    stir(model)
+    return model.train()
+
+
+def gradient(model, lengths, device):
+    random = np.random.default_rng(0)
+    rows = [(random.integers(4, 250, length), np.arange(length) > 0) for length in lengths]
+    model.zero_grad()
+    with packed(model), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        summed_loss(model, collate(rows).to(device)).backward()
+    return torch.cat([weight.grad.flatten().float() for weight in model.parameters() if weight.requires_grad])
+
+
+def compare(model, device, backend, bound, levels=("keep", "feed_forward"), layouts=((40, 21, 9), (32, 32), (64,))):
+    layers = len(DecoderLayers(model, compiled=False))
+    for level in levels:
+        spec = "keep" if level == "keep" else f"{level}={layers}"
+        driven = DecoderLayers(model, Dial.parse(spec, layers), backend=backend)
+        for lengths in layouts:
+            wanted = gradient(model, lengths, device)
+            with driven:
+                got = gradient(model, lengths, device)
+            assert float((got - wanted).norm() / wanted.norm()) < bound, (spec, lengths)
+        assert driven.compiled, driven.notes
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "qwen3_moe"])
+def test_layers_compile_whole_and_have_the_gradient_of_eager_ones(family, tmp_path):
+    compare(adapted(family, tmp_path), "cpu", BACKEND, 1e-4, levels=("keep",), layouts=((40, 21, 9), (64,)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_so_they_do_on_a_card_in_bf16(family, tmp_path):
+    # bf16: what the compiler fuses is rounded once, and not after each operation
+    compare(adapted(family, tmp_path), "cuda", "inductor", 5e-2)
