@@ -1,6 +1,7 @@
 """What the engine costs in quality: its losses beside those of its peers' libraries, and FP8's beside bf16's.
 
     python bench/parity.py [--base demo|FOLDER] [--compute fp32|bf16|fp8] [--steps 50] [--seed N]
+    python bench/parity.py gradients [--base demo|FOLDER] [--compute bf16|fp8] [--seeds 0,1,2] [--examples N]
     python bench/parity.py fp8 [--task orders] [--seeds 0,1,2]      # a card of compute capability 8.9 or more
     python bench/parity.py fp8 --emulate                            # on a CPU: FP8's rounding, without its speed
 
@@ -10,9 +11,13 @@ compares each step's loss; with `--compute fp8` the other side is in bf16. A sec
 adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
 reference against itself with each row alone, shows how far; it also shows how far training came, for scale.
 
-The second trains a demo task to its end in bf16 and in FP8 and compares what came of it. With `--emulate` the operands
+The second takes one step from adapters whose B is not zero, through the same two sides, and compares both gradients
+with that of the same rows in fp32: two sides that round alike still differ, so what matters is which of them is nearer
+to the truth. lorafit may be farther from it than the reference by the factor ERROR_BOUND.
+
+The third trains a demo task to its end in bf16 and in FP8 and compares what came of it. With `--emulate` the operands
 of the frozen matmuls are rounded as on a card, their products summed in fp32, and all else is in fp32.
-Both print Markdown; the exit status is 1 when a bound is missed.
+All print Markdown; the exit status is 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -29,13 +34,16 @@ from statistics import mean
 from typing import Any
 
 import bitsandbytes
+import parity_gradients
 import parity_reference as reference
 import peft
 import torch
 import transformers
+from parity_products import quick_products
 from transformers import TrainerCallback
 
-from lorafit.api.train import TrainedRun, train
+from lorafit.api.train import train
+from lorafit.api.trained_run import TrainedRun
 from lorafit.backbone import FrozenLinear4bit, computing_in
 from lorafit.backbone.precision import computes_in_fp8, default_device
 from lorafit.config import load_recipe, resolve
@@ -118,13 +126,15 @@ class Steps:
     layers: str
 
 
-def lorafit_steps(folder: Path, base: str, steps: int, examples: int, **settings: Any) -> Steps:
+def lorafit_steps(
+    folder: Path, base: str, steps: int, examples: int, callbacks: Sequence[TrainerCallback] = (), **settings: Any
+) -> Steps:
     """`steps` steps of `lorafit.train` over rows of all demo tasks, so that lengths are uneven."""
     data, record = write_rows(folder / "rows.jsonl", steps * examples, settings["seed"]), Record()
     run = train(
-        data, base, out=folder / "run", callbacks=[record], holdout=0, dropout=0.0, epochs=1, max_steps=steps,
-        examples_per_step=examples, quantization="nf4", optimizer="adamw", save_steps=steps, ignore=("D", "P"),
-        **settings,
+        data, base, out=folder / "run", callbacks=[*callbacks, record], holdout=0, dropout=0.0, epochs=1,
+        max_steps=steps, examples_per_step=examples, quantization="nf4", optimizer="adamw", save_steps=steps,
+        ignore=("D", "P"), **settings,
     )  # fmt: skip
     config, arguments = run.resolved.config, record.arguments
     order = StepDataset(run.train_rows, config)
@@ -156,21 +166,31 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
 
 def compare_steps(options: argparse.Namespace) -> bool:
     """Print the table of the first mode; False when a step's loss is out of bounds."""
-    base = str(BASE) if options.base == "demo" else options.base
-    settings = {"seed": options.seed, "compute": options.compute, "targets": options.targets, "rank": options.rank,
-                "activations": options.activations, "max_tokens": options.max_tokens}  # fmt: skip
-    settings |= {"lr": options.lr} if options.lr else {}
+    base, settings = folder_of(options.base), settings_of(options, options.seed)
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         ours = lorafit_steps(Path(folder), base, options.steps, options.examples, **settings)
     free()
     return print_steps(options, base, ours)
 
 
+def settings_of(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The settings of lorafit's side where steps are compared."""
+    given = {"seed": seed, "compute": options.compute, "targets": options.targets, "rank": options.rank,
+             "activations": options.activations, "max_tokens": options.max_tokens}  # fmt: skip
+    return given | ({"lr": options.lr} if options.lr else {})
+
+
+def folder_of(base: str) -> str:
+    """Where the base that `--base` names lies."""
+    return str(BASE) if base == "demo" else base
+
+
 def print_steps(options: argparse.Namespace, base: str, ours: Steps) -> bool:
     """The table's lines; whether the losses of the first agree."""
     dtype, many = DTYPES[options.compute], options.rows_per_forward
     peer = "transformers + peft + bitsandbytes" + (" in bf16" if options.compute == "fp8" else "")
-    print(f"{machine()}; layers: {ours.layers}; learning rate {ours.recipe.lr:g}\n\n{STEPS_HEAD}", flush=True)
+    print(f"layers: {ours.layers}; learning rate {ours.recipe.lr:g}\n\n{STEPS_HEAD}", flush=True)
     padded = reference.losses(base, ours.rows, ours.adapters[0], ours.recipe, dtype, many)
     curves = Curves(ours.losses, padded)
     print(curves.line(f"{Path(options.base).name}, {options.compute}: lorafit / {peer}"), flush=True)
@@ -189,6 +209,29 @@ STEPS_HEAD = (
     "| losses of one side / the other | steps | largest relative difference | mean | first step | last step |"
     "\n|---|---|---|---|---|---|"
 )
+
+
+def compare_gradients(options: argparse.Namespace) -> bool:
+    """Print the table of the second mode; False when lorafit is farther from fp32 than the bound allows."""
+    base, within = folder_of(options.base), []
+    print(f"{machine()}\n\n{parity_gradients.HEAD}", flush=True)
+    for seed in (int(seed) for seed in options.seeds.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            found = gradient_distances(Path(folder), base, options.examples, **settings_of(options, seed))
+        print(found.line(f"{Path(options.base).name}, {options.compute}, seed {seed}"), flush=True)
+        within.append(found.agree)
+    return options.compute == "fp8" or all(within)
+
+
+def gradient_distances(folder: Path, base: str, examples: int, **settings: Any) -> parity_gradients.Distances:
+    """One step through `lorafit.train` and its peers, padded and alone, and in fp32."""
+    step = parity_gradients.OneStep(settings["seed"])
+    # nothing is clipped: the gradient is read after that
+    ours = lorafit_steps(folder, base, 1, examples, [step], max_grad_norm=1e9, **settings)
+    free()
+    given, dtype = (base, ours.rows[0], ours.adapters[0], ours.recipe), DTYPES[settings["compute"]]
+    padded, alone = (reference.gradients(*given, dtype, many) for many in (examples, 1))
+    return parity_gradients.Distances.of(step.gradient, padded, alone, reference.exact_gradients(*given))
 
 
 @dataclass(frozen=True)
@@ -238,19 +281,20 @@ def endings(folder: Path, task: str, seed: int, arms: Sequence[Arm], **settings:
             callbacks=arm.callbacks, **{"base": str(BASE), **load_recipe(RECIPE), **settings},
         )  # fmt: skip
         found.append(ending(run, arm.served))
+        print(f"{task}, seed {seed}, {arm.compute}: {found[-1]}", file=sys.stderr, flush=True)  # a seed takes minutes
         del run
         free()
     return found
 
 
 def compare_fp8(options: argparse.Namespace) -> bool:
-    """Print the table of the second mode; False when a seed is out of bounds. Raises BackboneError without a card."""
+    """Print the table of the third mode; False when a seed is out of bounds. Raises BackboneError without a card."""
     if not options.emulate:
         computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
     elif torch.cuda.is_available():
         raise UsageError("FP8 is emulated on a CPU alone", where="--emulate", fix="leave it out, or hide the card")
     arms = (Arm("fp32"), Arm("fp32", (EmulatedFp8(),))) if options.emulate else (Arm("bf16"), Arm("fp8"))
-    settings = {"base": str(BASE) if options.base == "demo" else options.base}
+    settings: dict[str, Any] = {"base": folder_of(options.base)}
     settings |= {"lr": options.lr} if options.lr else {}
     print(f"{machine()}{'; FP8 emulated, bf16 is fp32' if options.emulate else ''}\n\n{ENDINGS_HEAD}", flush=True)
     within = []
@@ -269,7 +313,7 @@ ENDINGS_HEAD = (
 
 
 def ending_line(task: str, seed: int, exact: Ending, fp8: Ending) -> str:
-    """One row of the second mode's table."""
+    """One row of the third mode's table."""
     losses = f"{exact.trained_loss:.5f} | {fp8.trained_loss:.5f} | {loss_difference(exact, fp8):+.2%}"
     matches = f"{exact.match:.1%} | {fp8.match:.1%}"
     return f"| {task} | {seed} | {losses} | {fp8.served_loss:.5f} | {matches} | {fp8.kl:.1e} |"
@@ -302,11 +346,11 @@ def free() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", default="steps", choices=("steps", "fp8"))
+    parser.add_argument("mode", nargs="?", default="steps", choices=("steps", "gradients", "fp8"))
     parser.add_argument("--base", default="demo", help="demo, or a folder")
     parser.add_argument("--lr", type=float, help="default: lorafit's in steps, the demo's in fp8")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--compute", default="fp32", choices=tuple(DTYPES))
+    steps = parser.add_argument_group("steps and gradients")
+    steps.add_argument("--compute", choices=tuple(DTYPES), help="default: fp32 for steps, bf16 for gradients")
     steps.add_argument("--steps", type=int, default=50)
     steps.add_argument("--seed", type=int, default=0)
     steps.add_argument("--examples", type=int, default=16, help="in one step")
@@ -318,11 +362,14 @@ def main() -> None:
     steps.add_argument("--floor", action="store_true", help="also the reference against itself, and untrained")
     ends = parser.add_argument_group("fp8")
     ends.add_argument("--task", default="orders", choices=tuple(TASKS))
-    ends.add_argument("--seeds", default="0,1,2")
+    ends.add_argument("--seeds", default="0,1,2", help="of gradients too")
     ends.add_argument("--emulate", action="store_true", help="FP8's rounding on a CPU, beside fp32")
     options = parser.parse_args()
+    options.compute = options.compute or ("bf16" if options.mode == "gradients" else "fp32")
+    modes = {"steps": compare_steps, "gradients": compare_gradients, "fp8": compare_fp8}
     try:
-        within = {"steps": compare_steps, "fp8": compare_fp8}[options.mode](options)
+        with quick_products():
+            within = modes[options.mode](options)
     except LorafitError as error:
         sys.exit(str(error))
     sys.exit(0 if within else 1)

@@ -82,6 +82,38 @@ def losses_at(
     return found
 
 
+def gradients(
+    folder: str,
+    rows: Sequence[Row],
+    adapters: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    rows_per_forward: int,
+) -> dict[str, torch.Tensor]:
+    """The gradient of one step over `rows` in each of `adapters`, by PEFT's names, on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = adapted(base(folder, dtype, device), adapters, recipe)
+    backward(model, rows, rows_per_forward, dtype)
+    return gradients_of(model)
+
+
+def exact_gradients(
+    folder: str, rows: Sequence[Row], adapters: Mapping[str, torch.Tensor], recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """The same in fp32, each row alone, over the base's weights as bf16 has them: what rounding then costs, aside."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense = base(folder, torch.bfloat16, device).dequantize().to(torch.float32)
+    model = adapted(dense, adapters, recipe)
+    backward(model, rows, 1, torch.float32)
+    return gradients_of(model)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies, on the CPU, of the gradients of what trains."""
+    trained = [(name, weight.grad) for name, weight in model.named_parameters() if weight.requires_grad]
+    return {name: grad.detach().cpu().clone() for name, grad in trained if grad is not None}
+
+
 def base(folder: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The base in NF4 with double quantisation, as QLoRA's users load it (arXiv:2305.14314)."""
     profile = BitsAndBytesConfig(

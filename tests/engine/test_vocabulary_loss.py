@@ -116,7 +116,7 @@ def test_an_adapted_head_has_the_gradient_of_whole_logits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_loses_only_the_rounding_of_the_logits(dtype):
-    """Whole logits in the same precision are the reference; the chunked gradient is rounded once more."""
+    """Whole logits in the same precision are the reference."""
     hidden, targets, head = some(40, dtype)
     for steps in STEPS.values():
         chunked, whole = chunked_loss(hidden, targets, head, steps, 16), whole_loss(hidden, targets, head, steps)
@@ -144,6 +144,33 @@ def test_the_incoming_gradient_scales_everything():
     plain = gradients(chunked_loss(hidden, targets, head, STEPS["cap"], 4), hidden, head.weight)
     scaled = gradients(chunked_loss(hidden, targets, head, STEPS["cap"], 4) / 8, hidden, head.weight)
     assert all(torch.equal(a / 8, b) for a, b in zip(plain, scaled, strict=True))
+
+
+@pytest.mark.parametrize("share", [1 / 37, 0.013, 3.0])
+def test_a_share_of_the_loss_costs_the_gradient_no_rounding_of_its_own(share):
+    hidden, targets, head = some(200, torch.bfloat16)
+    whole = cross_entropy(head(hidden).float(), targets, reduction="sum") * share
+    (wanted,) = gradients(whole, hidden)
+    shared = chunked_loss(hidden, targets, head, STEPS["plain"], 48, share=share)
+    (afterwards,) = gradients(chunked_loss(hidden, targets, head, STEPS["plain"], 48) * share, hidden)
+    assert distance(shared.detach(), whole.detach()) < 1e-6
+    assert distance(*gradients(shared, hidden), wanted) < 3e-4 < 1e-3 < distance(afterwards, wanted)
+
+
+def test_a_share_reaches_a_trained_head_and_capped_logits():
+    hidden, targets, head = some(29)
+    head.requires_grad_(True)
+    got = gradients(chunked_loss(hidden, targets, head, STEPS["both"], 8, share=0.013), hidden, head.weight)
+    wanted = gradients(whole_loss(hidden, targets, head, STEPS["both"]) * 0.013, hidden, head.weight)
+    assert all(distance(a, b) < 1e-6 for a, b in zip(got, wanted, strict=True))
+
+
+def test_in_fp16_a_small_share_loses_no_unlikely_token():
+    """The scale of the loss, which fp16 needs, arrives with the backward pass: the share must wait for it."""
+    hidden, targets, head = some(40, torch.float16)
+    loss = chunked_loss(hidden, targets, head, STEPS["plain"], 16, share=1e-6) * 2.0**20
+    (wanted,) = gradients(whole_loss(hidden, targets, head, STEPS["plain"]) * 1e-6 * 2.0**20, hidden)
+    assert distance(*gradients(loss, hidden), wanted) < 1e-3
 
 
 def test_no_supervised_row_costs_nothing_and_keeps_the_graph():
@@ -229,10 +256,10 @@ def test_chunks_of_real_vocabularies_fit_their_bytes():
     assert rows_per_chunk(10**9, 4) == 1
 
 
-def kernel_matches(logits, targets, steps, limit):
-    wanted_losses, wanted = losses_and_gradient_in_torch(logits.clone(), targets, steps)
+def kernel_matches(logits, targets, steps, limit, weight=1.37):
+    wanted_losses, wanted = losses_and_gradient_in_torch(logits.clone(), targets, steps, weight)
     got = logits.clone()
-    losses = losses_to_gradient(got, targets, steps)
+    losses = losses_to_gradient(got, targets, steps, weight)
     assert losses.dtype == torch.float32 and got.dtype == logits.dtype
     assert distance(losses, wanted_losses) < 1e-6
     assert distance(got, wanted) < limit
@@ -245,7 +272,8 @@ def test_the_kernel_interpreted_is_the_torch_code(steps, dtype, monkeypatch):
     monkeypatch.setattr("lorafit.engine.loss_kernel.BLOCK", 64)
     logits = (torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
     targets = torch.tensor([0, VOCABULARY - 1, 63, 64, 5, 100])
-    kernel_matches(logits, targets, steps, 1e-6 if dtype is torch.float32 else 4e-3)
+    # the interpreter cuts bf16 off where a card rounds
+    kernel_matches(logits, targets, steps, 1e-6 if dtype is torch.float32 else 8e-3)
 
 
 @pytest.mark.skipif(not HAS_TRITON or not INTERPRETED, reason="needs triton, and TRITON_INTERPRET=1")

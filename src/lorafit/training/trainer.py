@@ -168,7 +168,7 @@ class LorafitTrainer(Trainer):
         def forward(batch: MicroBatch, last: bool) -> torch.Tensor:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, batch) * share
+                    loss = self.compute_loss(model, batch, share=share)
                 self.accelerator.backward(loss)
             return loss.detach()
 
@@ -180,10 +180,12 @@ class LorafitTrainer(Trainer):
         self._trained[0].grad = torch.full_like(self._trained[0], float("nan"))
         return torch.full((), float("nan"), device=self.args.device)
 
-    def compute_loss(self, model: Any, inputs: MicroBatch, return_outputs: bool = False, **unused: Any) -> Any:
-        """The summed loss of one micro-batch; the caller divides by the step's supervised tokens."""
+    def compute_loss(
+        self, model: Any, inputs: MicroBatch, return_outputs: bool = False, share: float = 1.0, **unused: Any
+    ) -> Any:
+        """The summed loss of one micro-batch times `share`: one over the step's supervised tokens."""
         assert not return_outputs, "packed micro-batches have no per-row outputs"
-        return self.vocabulary_loss.summed(model, inputs.to(self.args.device, non_blocking=True))
+        return self.vocabulary_loss.summed(model, inputs.to(self.args.device, non_blocking=True), share)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """transformers', without a walk over the frozen weights at every step."""
