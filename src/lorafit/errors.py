@@ -97,5 +97,13 @@ class TrainingStopped(TrainingError):
         self.exit_code = 128 + signal_number
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second stopping signal, `number`, fell while training ran. Never reaches a user: TrainingStopped does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class VerificationError(LorafitError):
     """An artefact on disk that does not behave as the model that was trained."""

@@ -1,5 +1,6 @@
 """train on a folder that holds a run: it goes on, says it is finished, or refuses; never anything in silence."""
 
+import contextlib
 import errno
 import json
 import os
@@ -350,10 +351,28 @@ def test_what_describes_a_run_is_written_again_when_it_goes_on(made, whole, stop
         (stopped / name).unlink()
     watch = Watch()
     train(*made, out=stopped, observer=watch, **SETTINGS)
-    assert watch.events == [("described_again", 0), ("resumed", 5)]
+    assert watch.events == [("described_again", 0), ("described_again", 0), ("resumed", 5)]
     for name in ("template.json", "held-out.jsonl", "base.json"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
     assert all((stopped / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("state", ["whole", "stopped"])
+def test_what_other_verbs_rely_on_is_mended_by_the_same_command(made, whole, tmp_path, request, state):
+    """Also in a finished run, which is not trained again."""
+    run = shutil.copytree(request.getfixturevalue(state), tmp_path / "damaged")
+    names = ("template.json", "held-out.jsonl", "base.json")
+    for name in names:
+        content = bytearray((run / name).read_bytes())
+        content[len(content) // 2] ^= 2
+        (run / name).write_bytes(content)
+    watch = Watch()
+    with contextlib.suppress(RunFinished):
+        train(*made, out=run, observer=watch, **SETTINGS)
+    assert watch.events == [("described_again", 0)] + [("resumed", 5)] * (state == "stopped")
+    for name in names:
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(run.glob(".*"))
 
 
 def test_metrics_that_cannot_be_written_are_said(made, whole, stopped):

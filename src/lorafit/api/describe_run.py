@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import uuid
 from collections.abc import Callable
@@ -56,43 +57,64 @@ def describe(
     run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
 ) -> None:
     """Write what describes the run; run.yaml last, since a folder with it holds a run."""
-    for write in _parts(run, identity, planned, template, findings).values():
-        write()
+    parts = _relied_on(run, identity, planned.resolved.config, template, planned.prepared)
+    for path, write in (parts | _reports(run, planned, findings)).items():
+        write(path)
     run.write_json(run.identity, identity.to_dict())
     run.write_config(planned.resolved.config, {key: source.value for key, source in planned.resolved.sources.items()})
 
 
-def describe_missing(
-    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
-) -> list[str]:
-    """Write again what is gone of a run that goes on, whose content is proved to be the same; the files' names."""
-    gone = {
-        path: write for path, write in _parts(run, identity, planned, template, findings).items() if not path.exists()
-    }
-    for write in gone.values():
-        write()
+def describe_again(run: RunDir, planned: PlannedRun, findings: list[Finding]) -> list[str]:
+    """Write the reports again that are gone; the files' names."""
+    gone = {path: write for path, write in _reports(run, planned, findings).items() if not path.exists()}
+    for path, write in gone.items():
+        write(path)
     return [path.name for path in gone]
 
 
-def _parts(
-    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
-) -> dict[Path, Callable[[], None]]:
-    """What describes the run besides its settings and its identity: each file, and what writes it."""
-    config, content = planned.resolved.config, identity.fingerprint.base
-    base = {"base": config.base, "revision": config.revision, "fingerprint": content}
+def mend(run: RunDir, identity: RunIdentity, config: RunConfig, template: Template, prepared: Prepared) -> list[str]:
+    """Write again what other verbs rely on and is gone or damaged, for a run whose content is proved the same.
+
+    Returns the files' names.
+    """
+    parts = _relied_on(run, identity, config, template, prepared)
+    return [path.name for path, write in parts.items() if _is_written_again(path, write)]
+
+
+def _is_written_again(path: Path, write: Callable[[Path], None]) -> bool:
+    staged = path.with_name(f".{path.name}.staged")
+    write(staged)
+    if path.is_file() and filecmp.cmp(path, staged, shallow=False):
+        staged.unlink()
+        return False
+    staged.replace(path)
+    return True
+
+
+def _relied_on(
+    run: RunDir, identity: RunIdentity, config: RunConfig, template: Template, prepared: Prepared
+) -> dict[Path, Callable[[Path], None]]:
+    """What `chat` and `merge` read besides settings, identity and adapter: each file, and what writes it."""
+    base = {"base": config.base, "revision": config.revision, "fingerprint": identity.fingerprint.base}
     return {
-        run.plan: lambda: run.write_json(run.plan, planned.plan.to_dict()),
-        run.findings: lambda: run.write_json(run.findings, [finding.to_dict() for finding in findings]),
-        run.template: lambda: template.save(run.template),
-        run.samples: lambda: _write_samples(run, planned.prepared),
-        run.base: lambda: run.write_json(run.base, base),
+        run.template: template.save,
+        run.samples: lambda path: _write_samples(path, prepared),
+        run.base: lambda path: run.write_json(path, base),
     }
 
 
-def _write_samples(run: RunDir, prepared: Prepared) -> None:
+def _reports(run: RunDir, planned: PlannedRun, findings: list[Finding]) -> dict[Path, Callable[[Path], None]]:
+    """What people read: each file, and what writes it."""
+    return {
+        run.plan: lambda path: run.write_json(path, planned.plan.to_dict()),
+        run.findings: lambda path: run.write_json(path, [finding.to_dict() for finding in findings]),
+    }
+
+
+def _write_samples(path: Path, prepared: Prepared) -> None:
     sample = prepared.holdout if len(prepared.holdout) else prepared.train
     records = [sample.record(index) for index in range(min(len(sample), SAMPLE_ROWS))]
-    write_text(run.samples, "".join(_sample_line(record) for record in records))
+    write_text(path, "".join(_sample_line(record) for record in records))
 
 
 def _sample_line(record: Record) -> str:

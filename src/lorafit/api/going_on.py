@@ -25,18 +25,21 @@ from lorafit.training import ADAPTER, Checkpoint, EventLog, LorafitTrainer, clea
 
 
 def known_identity(place: Place, now: RunFingerprint) -> RunIdentity:
-    """The identity of the run in `place`, which goes on if `now` is what it is trained from.
+    """The identity of the run in `place`, if `now` is what it is trained from.
 
-    Raises RunDirError naming what differs, RunFinished when nothing is left to do, OtherRows for a finished run over
-    other rows in a folder that nobody named.
+    Raises RunDirError naming what differs, OtherRows for a finished run over other rows in a folder that nobody named.
     """
     run, identity = place.run, RunIdentity.read(place.run.identity)
     if run.is_finished and not place.is_named and identity.fingerprint.differences(now):
         raise OtherRows
     refuse_other_content(run, identity.fingerprint, now)
-    if _is_whole(run, identity):
-        refuse_finished(run)
     return identity
+
+
+def refuse_at_end(run: RunDir, identity: RunIdentity) -> None:
+    """RunFinished when the run has trained to its end, and its adapter is the one that was saved."""
+    if run.is_finished and _is_whole(run, identity):
+        refuse_finished(run)
 
 
 def go_on_from(run: RunDir, config: RunConfig, identity: RunIdentity, events: EventLog) -> Checkpoint | None:

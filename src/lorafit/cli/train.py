@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorafit.cli import flags
-from lorafit.cli.console import duration, heading, loss, show_findings, show_json
+from lorafit.cli.console import duration, heading, loss, show_findings, show_json, steady
 from lorafit.errors import RunFinished
+
+if TYPE_CHECKING:
+    from lorafit.api.trained_run import TrainedRun
 
 
 def train(
@@ -35,24 +38,36 @@ def train(
     json: flags.Json = False,
 ) -> None:
     """Train adapters on DATA, or as a recipe YAML says; the same command goes on with a run that was stopped."""
-    from lorafit.api.settings import preflight
-
-    settings = flags.settings_from(
-        set, base=base, out=out, goal=goal, vram=vram, on_bad=on_bad, long=long, map=map, holdout=holdout
-    )
-    if deterministic:
-        settings["deterministic"] = True
-    preflight(data, settings, restart=restart)
-    from lorafit.api.observer import Observer
-    from lorafit.api.train import train as run_train
-    from lorafit.cli.watch import ConsoleObserver, say_next
-
-    watch = ConsoleObserver() if not json else Observer()
-    with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
-        trained = run_train(data, restart=restart, observer=watch, **settings)
+    named = {"base": base, "out": out, "goal": goal, "vram": vram, "on_bad": on_bad, "long": long, "holdout": holdout}
+    settings = flags.settings_from(set, **named, map=map, deterministic=deterministic or None)
+    with steady():
+        trained = _trained(data, settings, restart=restart, silent=json)
+        if not json:
+            _say_done(trained)
     if json:
         show_json(trained.to_dict())
-        return
+
+
+def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, silent: bool) -> TrainedRun:
+    """`train`, with what it needs imported; a signal in the seconds that takes is heard too."""
+    from lorafit.api.early_signals import EarlySignals
+
+    with EarlySignals():
+        from lorafit.api.settings import preflight
+
+        preflight(data, settings, restart=restart)
+        from lorafit.api.observer import Observer
+        from lorafit.api.train import train as run_train
+        from lorafit.cli.watch import ConsoleObserver
+
+        watch = ConsoleObserver() if not silent else Observer()
+        with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
+            return run_train(data, restart=restart, observer=watch, **settings)
+
+
+def _say_done(trained: TrainedRun) -> None:
+    from lorafit.cli.watch import say_next
+
     held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
     heading("done", f"{trained.steps} steps in {duration(trained.train_s)}, loss {loss(trained.loss)}{held_out}")
     show_findings([finding for finding in trained.findings if finding.code.startswith("R")])

@@ -1,11 +1,11 @@
 """Training: a thin Trainer over packed steps, its checkpoints, and one callback per file."""
 
+from lorafit.training.allocator_watch import AllocatorWatch
 from lorafit.training.arguments import total_steps, training_arguments, without_checkpointing
 from lorafit.training.callbacks import MetricsLog, StepProgress, TrainingProgress
 from lorafit.training.checkpoint import Checkpoint
 from lorafit.training.checkpoint_snapshot import ADAPTER
 from lorafit.training.deterministic import deterministic
-from lorafit.training.early_signals import EarlySignals
 from lorafit.training.events import EventLog, RunEvent
 from lorafit.training.largest_micro_batch import largest_micro_batch
 from lorafit.training.resume import clear_unfinished, newest_whole, set_aside
@@ -14,9 +14,9 @@ from lorafit.training.stop_signals import StopSignals
 from lorafit.training.trainer import LorafitTrainer
 
 __all__ = [
+    "AllocatorWatch",
     "ADAPTER",
     "Checkpoint",
-    "EarlySignals",
     "EventLog",
     "LorafitTrainer",
     "MetricsLog",

@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from types import FrameType
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit.config.signal_handlers import STOPPING, SignalHandlers
+from lorafit.errors import StoppedAtOnce
 from lorafit.training.checkpoint_writer import CheckpointWriter
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class EvaluationStopped(Exception):
     """Raised between two micro-batches of an evaluation, which is then owed. Never reaches a user."""
 
 
-class StoppedAtOnce(KeyboardInterrupt):
-    """A second stopping signal, `number`, fell while training ran."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-class StopSignals:
+class StopSignals(SignalHandlers):
     """Within it the signals are only noted; a second stopping signal raises StoppedAtOnce where it falls.
 
-    Handlers can be set in the main thread alone: elsewhere this does nothing. `said` is called in the handler with
-    the signal's number.
+    `said` is called in the handler with the signal's number.
     """
 
     def __init__(self, said: Callable[[int], None] | None = None) -> None:
+        super().__init__({**dict.fromkeys(STOPPING, self._stop), signal.SIGUSR1: self._save})
         self.said = said
         self.stop: int | None = None
         self.save = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                self.before[number] = signal.signal(number, self._stop)
-            self.before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
-            # None: it was set outside Python, and cannot be set back from here
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self.before.clear()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
+from lorafit.api.early_signals import EarlySignals
 from lorafit.errors import TrainingStopped
-from lorafit.training import EarlySignals, StopSignals
+from lorafit.training import StopSignals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
