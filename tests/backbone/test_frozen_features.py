@@ -2,7 +2,8 @@ import torch
 
 from lorafit.backbone import frozen_features, quantise
 from lorafit.backbone.frozen_linear_fp8 import fp8_row_scales, frozen_linear_fp8, quantised_rows
-from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments
+from lorafit.backbone.frozen_linear_op import frozen_linear, frozen_product, op_arguments
+from lorafit.backbone.weight_ticket import ticket_for
 
 
 def test_a_frozen_forward_is_known_by_its_widths_and_nothing_else_is():
@@ -10,11 +11,15 @@ def test_a_frozen_forward_is_known_by_its_widths_and_nothing_else_is():
     packed = op_arguments(linear.weight.data, linear.weight.quant_state)
     narrow = (*quantised_rows(torch.randn(2, 64)), fp8_row_scales(linear.weight.data, linear.weight.quant_state))
     assert frozen_features(frozen_linear, (torch.randn(2, 64), *packed, False)) == (64, 96)
-    assert frozen_features(frozen_linear_fp8, (*narrow, *packed, False)) == (64, 96)
+    ticket = (ticket_for(linear), 96, 64)
+    assert frozen_features(frozen_linear_fp8, (*narrow, *ticket, False)) == (64, 96)
+    assert frozen_features(frozen_product, (torch.randn(2, 64), *ticket, False)) == (64, 96)
+    assert frozen_features(frozen_product, (torch.randn(2, 96), *ticket, True)) is None
     assert frozen_features(frozen_linear, (torch.randn(2, 96), *packed, True)) is None
     assert frozen_features(torch.ops.aten.mm.default, (torch.randn(2, 64), torch.randn(64, 96))) is None
 
 
 def test_the_operators_are_those_that_a_trace_shows():
     assert frozen_linear is torch.ops.lorafit.frozen_linear.default
+    assert frozen_product is torch.ops.lorafit.frozen_product.default
     assert frozen_linear_fp8 is torch.ops.lorafit.frozen_linear_fp8.default

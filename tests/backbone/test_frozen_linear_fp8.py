@@ -8,7 +8,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lorafit.backbone import FrozenLinear4bit, computing_in, dequantise, freeze_linears, quantise
 from lorafit.backbone.frozen_linear_fp8 import frozen_linear_fp8, quantised_rows
-from lorafit.backbone.frozen_linear_op import op_arguments
 
 BOUND = 0.05
 """Stated: by so much at most the output and the gradient may differ from the exact op's, in norm."""
@@ -51,10 +50,9 @@ def test_output_and_gradient_differ_from_the_exact_ones_by_less_than_the_stated_
 
 def test_forward_and_backward_multiply_by_the_same_e4m3_values():
     layer = linear()
-    packed = op_arguments(layer.weight.data, layer.weight.quant_state)
-    scales = layer.row_scales
-    straight = frozen_linear_fp8(*exactly(torch.eye(128)), scales, *packed, False)
-    across = frozen_linear_fp8(*exactly(torch.eye(96)), scales, *packed, True)
+    scales, weight = layer.row_scales, (layer._ticket, 96, 128)
+    straight = frozen_linear_fp8(*exactly(torch.eye(128)), scales, *weight, False)
+    across = frozen_linear_fp8(*exactly(torch.eye(96)), scales, *weight, True)
     assert torch.equal(straight.t(), (across.float() * scales[0][:, None]).bfloat16())
     # and they are e4m3: nothing is lost in the cast
     assert torch.equal(across.to(torch.float8_e4m3fn).bfloat16(), across)
@@ -65,14 +63,12 @@ def exactly(x):
     return x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
 
 
-def test_only_the_packed_weight_and_its_scales_are_kept_for_backward():
+def test_only_a_ticket_and_the_rows_scales_are_kept_for_backward():
     layer = linear(256, 256)
     x, saved = normal(4, 256).requires_grad_(True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    own = {layer.weight.data.data_ptr(), layer.weight.quant_state.absmax.data_ptr(), layer.row_scales.data_ptr()}
-    assert own <= {t.data_ptr() for t in saved}
-    assert sum(t.numel() for t in saved if t.data_ptr() not in own) < 300  # the second quantisation's tables
+    assert {t.data_ptr() for t in saved} == {layer.row_scales.data_ptr(), layer._ticket.data_ptr()}
 
 
 def test_a_gradient_as_small_as_training_makes_them_loses_nothing():
@@ -157,11 +153,11 @@ def test_freezing_again_without_fp8_is_exact_again():
 
 def test_the_op_passes_pytorchs_own_checks():
     layer = linear()
-    packed = op_arguments(layer.weight.data, layer.weight.quant_state)
+    weight = (layer._ticket, 96, 128)
     # no test_schema: torch cannot compare e4m3 tensors on a CPU
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for width, transposed in ((128, False), (96, True)):
-        arguments = (*quantised_rows(normal(2, 3, width)), layer.row_scales, *packed, transposed)
+        arguments = (*quantised_rows(normal(2, 3, width)), layer.row_scales, *weight, transposed)
         torch.library.opcheck(frozen_linear_fp8, arguments, test_utils=checks)
 
 

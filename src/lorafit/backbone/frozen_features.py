@@ -14,7 +14,10 @@ def frozen_features(op: Any, arguments: Sequence[Any]) -> tuple[int, int] | None
 
     None for any other operator, and for a frozen linear's backward. For policies of recomputation.
     """
-    if op not in (frozen_linear, frozen_product, frozen_linear_fp8):
+    if op in (frozen_product, frozen_linear_fp8):
+        *_, out_features, in_features, transposed = arguments
+    elif op is frozen_linear:
+        *_, out_features, in_features, _, _, transposed = arguments
+    else:
         return None
-    *_, out_features, in_features, _, _, transposed = arguments
     return None if transposed else (in_features, out_features)

@@ -15,12 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafit.backbone.bits import Linear4bit, Params4bit
+from lorafit.backbone.bits import Linear4bit, Params4bit, QuantState
 from lorafit.backbone.frozen_linear_fp8 import fp8_linear, fp8_row_scales
 from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, traced_linear, unpack
+from lorafit.backbone.weight_ticket import ticket_for
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
+
+
+LEAN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8", "_kept"})
+"""What is set of a layer that decides how it multiplies."""
 
 
 class FrozenLinear4bit(Linear4bit):
@@ -28,34 +34,67 @@ class FrozenLinear4bit(Linear4bit):
 
     # the dense weight, and the packed one that it was made from (PEFT's merge puts another in its place); in a
     # tuple, for a module registers any Parameter that is assigned to it
-    _kept: tuple[Tensor, Params4bit] | None
+    _kept: tuple[Tensor, Params4bit] | None = None
     weight_dtype: torch.dtype | None = None
     """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
     fp8: bool = False
     """Multiply in FP8 where the weight's shape allows it; `compute_dtype` is bf16 then."""
     _scaled: tuple[Tensor, Params4bit] | None = None
+    # the arguments of the op, with the weight and the layout that they were read from
+    _packed: tuple[tuple[Any, ...], Params4bit, QuantState] | None = None
+    _ticket: Tensor
+    # the name of `compute_dtype` where the layer does nothing but unpack and multiply, else None. A word, for
+    # torch.compile skips the guards of a module whose dictionaries have not changed only if all that it read there
+    # is a word, a number or a tensor: no dtype, and no property of the class
+    _lean: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; the gradient flows to `x` only."""
+        if self._lean is not None and torch.compiler.is_compiling():
+            return self._traced(x, LEAN[self._lean])
         if x.dtype is not self.compute_dtype:
             return self.forward(x.to(self.compute_dtype)).to(x.dtype)
         row_scales = self.row_scales
         if row_scales is not None:
-            y = fp8_linear(x, row_scales, *op_arguments(self.weight.data, self.weight.quant_state))
+            y = fp8_linear(x, row_scales, self._ticket, self.out_features, self.in_features)
             return y if self.bias is None else y + self.bias
         dense = self.dense
         if dense is not None:
             return F.linear(x, dense, self.bias)
         if self.weight_dtype is not None:
             return F.linear(x, self.unpacked(), self.bias)
-        weight = self.weight
-        packed = op_arguments(weight.data, weight.quant_state)
-        y = traced_linear(x, *packed) if torch.compiler.is_compiling() else frozen_linear(x, *packed, False)
+        if torch.compiler.is_compiling():
+            return self._traced(x, self.compute_dtype)
+        y = frozen_linear(x, *self.packed(), False)
         return y if self.bias is None else y + self.bias
+
+    def _traced(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        y = traced_linear(x.to(dtype), self._ticket, self.out_features, self.in_features)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in DECIDES:
+            plain = self._kept is None and self.weight_dtype is None and not self.fp8
+            names = (word for word, dtype in LEAN.items() if dtype is self.compute_dtype)
+            super().__setattr__("_lean", next(names, None) if plain else None)
+
+    def packed(self) -> tuple[Any, ...]:
+        """The op's arguments for the weight as it is now, in plain tensors.
+
+        Each call on a Params4bit goes through its `__torch_function__` (4 µs), and the op makes eight; so a plain
+        alias is kept, with what it was made from.
+        """
+        weight, kept = self._parameters["weight"], self._packed
+        if kept is None or not _is_current(kept, weight):
+            with torch._C.DisableTorchFunctionSubclass():
+                plain = weight.detach().as_subclass(Tensor)
+            kept = self._packed = op_arguments(plain, weight.quant_state), weight, weight.quant_state
+        return kept[0]
 
     def held(self) -> tuple[Any, ...]:
         """The packed weight, its scales and its layout: what the layer holds that are no parameters of it."""
-        return (*op_arguments(self.weight.data, self.weight.quant_state), self.row_scales)
+        return (*self.packed(), self.row_scales)
 
     def unpacked(self) -> Tensor:
         """The weight (out, in) as the layer uses it, made afresh."""
@@ -93,11 +132,17 @@ class FrozenLinear4bit(Linear4bit):
         """Size of the dense copy, kept or not."""
         return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy is a layer of its own: the ticket that came with it is the original's
+        super().__setstate__(state)
+        self._packed, self._ticket = None, ticket_for(self)
+
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
         # `.to("cpu")` on models that are there already, and must not cost them their copies.
         kept = self._kept is not None
         self.drop_dense()
+        self._packed = None
         moved = super()._apply(fn, recurse)
         if kept and self.weight.device.type == "cpu":
             self.keep_dense()
@@ -128,6 +173,15 @@ def freeze_linears(
     return model
 
 
+def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Params4bit) -> bool:
+    """Whether the arguments in `kept` are still those of `weight`, whose data and scales may be replaced in place."""
+    arguments, source, state = kept
+    if source is not weight or state is not weight.quant_state or arguments[1] is not state.absmax:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return bool(arguments[0].data_ptr() == weight.data_ptr())
+
+
 def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) -> None:
     assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} has a forward of its own"
     assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "repacked by bitsandbytes"
@@ -138,6 +192,7 @@ def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) ->
     if linear.bias is not None:
         linear.bias.data = linear.bias.data.to(linear.compute_dtype)
     linear.drop_dense()
+    linear._packed, linear._ticket = None, ticket_for(linear)
     assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 products come in bf16"
     linear.fp8 = fp8
     linear.scale_rows()

@@ -15,38 +15,39 @@ import torch
 from torch import Tensor
 
 from lorafit.backbone.bits import QuantState
-from lorafit.backbone.frozen_linear_op import LIBRARY, TENSORS, op_arguments
+from lorafit.backbone.frozen_linear_op import LIBRARY, op_arguments
 from lorafit.backbone.nf4_unpack import E4M3, block_scales, unpack_e4m3
+from lorafit.backbone.weight_ticket import packed_behind
 
 MULTIPLE = 16
 """`torch._scaled_mm` takes matrices whose widths are multiples of this."""
 
 SCHEMA = (
-    "frozen_linear_fp8(Tensor x, Tensor x_scale, Tensor row_scales, Tensor packed, Tensor absmax, Tensor? nested_code,"
-    " Tensor? nested_absmax, Tensor? nested_offset, SymInt out_features, SymInt in_features, SymInt block,"
-    " str quant_type, bool transposed) -> Tensor"
+    "frozen_linear_fp8(Tensor x, Tensor x_scale, Tensor row_scales, Tensor ticket, SymInt out_features,"
+    " SymInt in_features, bool transposed) -> Tensor"
 )
 LIBRARY.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag])
 
 
-def fp8_linear(x: Tensor, row_scales: Tensor, *weight: Any) -> Tensor:
-    """`x (…, in) -> (…, out)` in bf16, with the gradient to `x` in the dtype of `x`; `weight` is `op_arguments`'."""
-    return _Fp8Linear.apply(x, row_scales, *weight)
+def fp8_linear(x: Tensor, row_scales: Tensor, ticket: Tensor, out_features: int, in_features: int) -> Tensor:
+    """`x (…, in) -> (…, out)` in bf16, with the gradient to `x` in the dtype of `x`."""
+    result: Tensor = _Fp8Linear.apply(x, row_scales, ticket, out_features, in_features)
+    return result
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row_scales: Tensor, *weight: Any) -> Tensor:
-        ctx.save_for_backward(row_scales, *weight[:TENSORS])
-        ctx.layout = weight[TENSORS:]
-        return frozen_linear_fp8(*quantised_rows(x), row_scales, *weight, False)
+    def forward(ctx: Any, x: Tensor, row_scales: Tensor, ticket: Tensor, out_features: int, in_features: int) -> Tensor:
+        ctx.save_for_backward(row_scales, ticket)
+        ctx.features = out_features, in_features
+        return frozen_linear_fp8(*quantised_rows(x), row_scales, ticket, out_features, in_features, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        row_scales, *packed = ctx.saved_tensors
+        row_scales, ticket = ctx.saved_tensors
         scaled = grads[0] * row_scales[0]
-        grad_x = frozen_linear_fp8(*quantised_rows(scaled), row_scales, *packed, *ctx.layout, True)
-        return (grad_x.to(grads[0].dtype), *(None,) * 10)
+        grad_x = frozen_linear_fp8(*quantised_rows(scaled), row_scales, ticket, *ctx.features, True)
+        return grad_x.to(grads[0].dtype), None, None, None, None
 
 
 def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,19 +82,13 @@ def _frozen_linear_fp8(
     x: Tensor,
     x_scale: Tensor,
     row_scales: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
+    ticket: Tensor,
     out_features: int,
     in_features: int,
-    block: int,
-    quant_type: str,
     transposed: bool,
 ) -> Tensor:
-    scales = (absmax, nested_code, nested_absmax, nested_offset)
-    weight = unpack_e4m3(packed, scales, block, row_scales[1], in_features, transposed)
+    packed, *scales, _, _, block, _ = packed_behind(ticket)
+    weight = unpack_e4m3(packed, tuple(scales), block, row_scales[1], in_features, transposed)
     scale = _ones(in_features, x.device) if transposed else row_scales[:1]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = _multiply(rows, weight, x_scale.reshape(-1, 1).contiguous(), scale)
@@ -117,7 +112,7 @@ def _ones(count: int, device: torch.device) -> Tensor:
 
 
 def _shape_only(x: Tensor, *weight: Any) -> Tensor:
-    out_features, in_features, _, _, transposed = weight[7:]
+    out_features, in_features, transposed = weight[3:]
     return x.new_empty(*x.shape[:-1], in_features if transposed else out_features, dtype=torch.bfloat16)
 
 
@@ -126,4 +121,4 @@ torch.library.register_fake("lorafit::frozen_linear_fp8", _shape_only, lib=LIBRA
 
 frozen_linear_fp8 = torch.ops.lorafit.frozen_linear_fp8.default
 """`x (…, in)` e4m3 with `x_scale (…, 1)` -> `(…, out)` bf16, or with `transposed` `x (…, out) -> (…, in)` where the
-rows' scales are left out; see SCHEMA. `row_scales` are those of `fp8_row_scales`, the rest as for `frozen_linear`."""
+rows' scales are left out. `row_scales` are those of `fp8_row_scales`; the weight is the one behind `ticket`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorafit.backbone.bits import QuantState
 from lorafit.backbone.nf4_unpack import NESTED_BLOCK, unpack_weight
+from lorafit.backbone.weight_ticket import packed_behind
 
 FEW_ROWS = 16
 """Up to so many rows of x bitsandbytes' fused kernel is the faster one; training has thousands."""
@@ -107,32 +108,44 @@ quantised to 8 bits (double quantisation). The gradient flows to `x` only.
 """
 
 
-LIBRARY.define(SCHEMA.replace("frozen_linear", "frozen_product", 1), tags=[torch.Tag.pt2_compliant_tag])
-LIBRARY.impl("frozen_product", _frozen_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafit::frozen_product", _shape_only, lib=LIBRARY)
+PRODUCT = "frozen_product(Tensor x, Tensor ticket, SymInt out_features, SymInt in_features, bool transposed) -> Tensor"
+LIBRARY.define(PRODUCT, tags=[torch.Tag.pt2_compliant_tag])
+
+
+def _frozen_product(x: Tensor, ticket: Tensor, out_features: int, in_features: int, transposed: bool) -> Tensor:
+    arguments = (x, *packed_behind(ticket), transposed)
+    return _frozen_linear(*arguments)
+
+
+def _product_shape(x: Tensor, ticket: Tensor, out_features: int, in_features: int, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], in_features if transposed else out_features)
+
+
+LIBRARY.impl("frozen_product", _frozen_product, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafit::frozen_product", _product_shape, lib=LIBRARY)
 
 frozen_product = torch.ops.lorafit.frozen_product.default
-"""`frozen_linear` without a gradient of its own: what compiled code calls, sparing it the way through autograd's Python
-on each of the hundreds of calls of a step."""
+"""`frozen_linear` by a weight's ticket, and without a gradient of its own: what compiled code calls, sparing it four
+tensors a weight, and the way through autograd's Python on each of the hundreds of calls of a step."""
 
 
-def traced_linear(x: Tensor, *weight: Any) -> Tensor:
-    """`frozen_linear(x, *weight, False)` for code that is being compiled, with the same gradient."""
-    result: Tensor = _TracedLinear.apply(x, *weight)
+def traced_linear(x: Tensor, ticket: Tensor, out_features: int, in_features: int) -> Tensor:
+    """`frozen_linear(x, *packed_behind(ticket), False)` for code that is being compiled, with the same gradient."""
+    result: Tensor = _TracedLinear.apply(x, ticket, out_features, in_features)
     return result
 
 
 class _TracedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weight: Any) -> Tensor:
-        ctx.save_for_backward(*weight[:TENSORS])
-        ctx.layout = weight[TENSORS:]
-        return frozen_product(x, *weight, False)
+    def forward(ctx: Any, x: Tensor, ticket: Tensor, out_features: int, in_features: int) -> Tensor:
+        ctx.save_for_backward(ticket)
+        ctx.features = out_features, in_features
+        return frozen_product(x, ticket, out_features, in_features, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = frozen_product(grads[0].contiguous(), *ctx.saved_tensors, *ctx.layout, True)
-        return (grad_x, *(None,) * 9)
+        (ticket,) = ctx.saved_tensors
+        return frozen_product(grads[0].contiguous(), ticket, *ctx.features, True), None, None, None
 
 
 def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:

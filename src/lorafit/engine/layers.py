@@ -54,6 +54,7 @@ class DecoderLayers:
         self._bodies: dict[str, Call] = {}
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
+        self._varying: set[int] = set()
         self._index = {id(layer): place for place, layer in enumerate(self.layers)}
 
     def __len__(self) -> int:
@@ -101,6 +102,8 @@ class DecoderLayers:
         """What a decoder layer's call becomes: `call` holds the layer's forward and its keyword arguments."""
         layer, forward = _bound(call)
         index = self._index[id(layer)]
+        if index == 0:
+            self._varying.clear()
         if self.observe is not None:
             self.observe(partial(self._at_level, layer, forward, call.keywords), *inputs)
         if not self.dial.offload:
@@ -123,7 +126,7 @@ class DecoderLayers:
             return checkpoint(again, *inputs, use_reentrant=False)
         if not self.compiled:
             return forward(layer, *inputs, **options)
-        _let_vary(inputs, options)
+        self._let_vary(inputs, options)
         started = time.perf_counter()
         try:
             out = self._body(level)(forward, layer, *inputs, **options)
@@ -136,6 +139,16 @@ class DecoderLayers:
             self._warm.add((type(layer), level))
             self.compile_s += time.perf_counter() - started
         return out
+
+    def _let_vary(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Token counts and row layouts change from one micro-batch to the next: compile for all of them at once."""
+        # all layers are given the same options: each is looked at once in a forward
+        new = [value for value in options.values() if value is not None and id(value) not in self._varying]
+        self._varying.update(map(id, new))
+        for tensor in _tensors((*inputs, *new)):
+            axis = 1 if tensor.dim() > 1 else 0
+            if tensor.shape[axis] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
     def _body(self, level: str) -> Call:
         if level not in self._bodies:
@@ -184,11 +197,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def _shared(options: dict[str, Any]) -> frozenset[int]:
     """Data pointers of what all layers are given alike: rotary tables, positions, segments."""
     return frozenset(tensor.untyped_storage().data_ptr() for value in options.values() for tensor in _tensors(value))
-
-
-def _let_vary(inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Token counts and row layouts change from one micro-batch to the next: compile for all of them at once."""
-    for tensor in (tensor for value in (*inputs, *options.values()) for tensor in _tensors(value)):
-        axis = 1 if tensor.dim() > 1 else 0
-        if tensor.shape[axis] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)

@@ -1,0 +1,41 @@
+"""WeightTicket: one small tensor that stands for a packed weight in compiled code.
+
+A packed weight is five tensors. For each of them torch.compile checks guards at every call, passes it from wrapper to
+wrapper and saves it for the backward: 35 a decoder layer. A ticket is one, and which weight it stands for is looked
+up when the operator runs; so nothing compiled can ever hold on to a weight that its layer no longer has.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Holder(Protocol):
+    """What has a packed weight."""
+
+    def packed(self) -> tuple[Any, ...]:
+        """The arguments of `frozen_linear` between `x` and `transposed`, as they are now, in plain tensors."""
+
+
+_NUMBERS = count()
+_HOLDERS: WeakValueDictionary[int, Holder] = WeakValueDictionary()
+
+
+def ticket_for(holder: Holder) -> Tensor:
+    """A new ticket (1,) int64 on the CPU, where it is read without waiting for a card; good while `holder` lives."""
+    number = next(_NUMBERS)
+    _HOLDERS[number] = holder
+    # not on the device that a loader may have made the default one
+    return torch.tensor([number], device="cpu")
+
+
+def packed_behind(ticket: Tensor) -> tuple[Any, ...]:
+    """What the holder of `ticket` has packed at present."""
+    holder = _HOLDERS.get(int(ticket.item()))
+    assert holder is not None, "the layer of a frozen weight is gone before its backward ran"
+    return holder.packed()
