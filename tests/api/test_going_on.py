@@ -14,7 +14,7 @@ from little_run import write_rows
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
-from lorafit.config import RunLock
+from lorafit.config import RunDir, RunLock
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
 from tiny_models import save_base
 
@@ -125,7 +125,7 @@ def test_a_run_killed_while_it_describes_itself_begins_again(made, whole, tmp_pa
     """Everything that is written before run.yaml lies there then, and is no obstacle."""
     from lorafit.api import describe_run
     from lorafit.api import train as room
-    from lorafit.config import RunDir, run_dir
+    from lorafit.config import run_dir
 
     real = run_dir.write_text
 
@@ -220,6 +220,20 @@ def test_rows_that_moved_but_did_not_change_go_on(made, whole, stopped, tmp_path
     moved = shutil.copy(rows, tmp_path / "elsewhere.jsonl")
     train(moved, base, out=stopped, **SETTINGS)
     assert_same(whole, stopped)
+
+
+@pytest.mark.parametrize("state", ["whole", "stopped"])
+def test_a_run_takes_up_where_its_base_and_data_have_moved_to(made, whole, tmp_path, request, state):
+    run, (rows, base) = shutil.copytree(request.getfixturevalue(state), tmp_path / "moved"), made
+    text = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(text.replace(base, "/gone/base").replace(str(rows), "/gone/rows.jsonl"))
+    if state == "whole":
+        with pytest.raises(RunDirError, match=r"/gone/base: the base .* new --base"):
+            RunDir.open(run)
+    with contextlib.suppress(RunFinished):
+        train(rows, base, out=run, **SETTINGS)
+    assert RunDir.open(run).config() == RunDir(whole).config()
+    assert_same(whole, run)
 
 
 def test_another_base_under_the_same_name_is_refused(made, stopped, tmp_path):

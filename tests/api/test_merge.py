@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from lorafit.api.load import load
 from lorafit.api.merge import merge
+from lorafit.config import RunDir
 from lorafit.demo import BASE
-from lorafit.errors import RunDirError
+from lorafit.errors import RunDirError, VerificationError
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
@@ -71,6 +72,16 @@ def test_a_damaged_artefact_does_not_pass(tiny_run, merged, tmp_path):
     live = load_adapter(load_backbone(tiny_run.resolved.config), tiny_run.run.adapter)
     rows = verification_rows(tiny_run.run, template_of(tiny_run.run))
     assert not verify(live, wrong, rows, "quantized").passed
+
+
+def test_damaged_rows_to_verify_on_are_one_sentence(tiny_run, tmp_path):
+    from lorafit.api.merge import template_of, verification_rows
+
+    for text in ('{"messages": [{"role"', '{"messages": []}\n', "[1]\n"):
+        run = RunDir(tmp_path)
+        run.samples.write_text(text)
+        with pytest.raises(VerificationError, match=r"held-out.jsonl: the file is damaged; .*train command"):
+            verification_rows(run, template_of(tiny_run.run))
 
 
 def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_next_one_works(tiny_run, tmp_path):

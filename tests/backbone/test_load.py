@@ -168,6 +168,23 @@ def test_a_tensor_that_no_shard_holds_is_an_error_and_no_random_weight(broken):
     refuses(broken, "lacks", "layers.2")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"intermediate_size": 97}, ["config.json makes it", "97"]),
+        ({"num_attention_heads": 8}, ["config.json makes it"]),
+        ({"num_attention_heads": 8, "quantization": "none"}, ["other shapes than config.json says"]),
+        ({"num_hidden_layers": 1}, ["layers that its config.json does not count (9"]),
+        ({"vocab_size": 300}, ["other shapes than config.json says"]),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_one_sentence(broken, change, words):
+    settings = {key: change.pop(key) for key in ("quantization",) if key in change}
+    path = broken / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refuses(broken, *words, **settings)
+
+
 def test_code_from_the_checkpoint_is_refused(broken):
     config = json.loads((broken / "config.json").read_text())
     odd = config | {"model_type": "my_model", "auto_map": {"AutoModelForCausalLM": "modeling.MyModel"}}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -124,6 +125,9 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["train", "{data}", "--base", "{base}", "--set", "base=other"], 2, "--set says 'other'"),
         (["train", "{data}", "--base", "{base}", "--out", "a", "--set", "out=b"], 2, "--set says 'b'"),
         (["plan", "{data}", "--base", "{base}", "--set", "data=other.jsonl"], 2, "name them once"),
+        (["plan", "{data}", "--base", "{base}", "--vram", "8GiB", "--set", "vram=4GiB"], 2, "--set says '4GiB'"),
+        (["train", "{data}", "--base", "{base}", "--deterministic", "--set", "deterministic=off"], 2, "name it once"),
+        (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is 1 and 2"),
         (["train", "{data}", "--base", "{base}", "--holdout", "2026-02-31"], 1, "2026-02-31: no such file"),
         (["plan", "{data}", "--base", "{base}", "--vram", "8"], 2, "write it like 8GiB"),
         (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
@@ -265,6 +269,18 @@ def test_a_run_that_a_signal_stopped_ends_with_its_code_and_the_command_that_goe
     got, _, err = run("train", data, "--base", BASE)
     assert got == code
     assert err == "stopped: stopped after step 3 of 9; go on with: lorafit train r/run.yaml --out r\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_libraries_are_imported_is_one_sentence_and_its_exit_code(run, data, monkeypatch, number):
+    def preflight(*_, **__):
+        os.kill(os.getpid(), signal.SIGUSR1)  # a spot instance's notice: no end of the run
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("lorafit.api.settings.preflight", preflight)
+    code, _, err = run("train", data, "--base", BASE)
+    assert code == 128 + number
+    assert err == f"stopped: {number.name} before training began; nothing was lost\n"
 
 
 def test_ctrl_c_is_one_sentence_and_exit_code_130(run, data, monkeypatch):

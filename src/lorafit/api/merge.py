@@ -95,11 +95,17 @@ def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROW
     """The first held-out rows the run kept, tokenised as in training: (ids (tokens,), mask (tokens,))."""
     if not run.samples.is_file():
         raise VerificationError("the run kept no rows to verify on", where=str(run.samples), fix="train it again")
-    records = []
-    for line in run.samples.read_text(encoding="utf-8").splitlines()[:limit]:
-        sample = json.loads(line)
-        turns = [Turn(m.pop("role"), m.pop("content"), m) for m in sample["messages"]]
-        system = turns.pop(0).content if turns[0].role == "system" else None
-        records.append(Record(tuple(turns), sample["source"], system, tuple(sample.get("tools", ()))))
+    lines = run.samples.read_text(encoding="utf-8", errors="replace").splitlines()[:limit]
+    try:
+        records = [_record(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        fix = "give the train command again, which writes it anew"
+        raise VerificationError("the file is damaged", where=str(run.samples), fix=fix) from error
     encoded = template.encode_many(records)
     return [(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
+
+
+def _record(sample: dict[str, Any]) -> Record:
+    turns = [Turn(m.pop("role"), m.pop("content"), m) for m in sample["messages"]]
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    return Record(tuple(turns), sample["source"], system, tuple(sample.get("tools", ())))

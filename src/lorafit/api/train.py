@@ -114,9 +114,10 @@ def _mended(place: Place, config: RunConfig, template: Template, prepared: Prepa
     """The identity of the run that goes on, whose files are whole again. Raises RunFinished when it is at its end."""
     run = place.run
     identity = known_identity(place, fingerprint_of(config, template, prepared))
+    run.follow_files(config)
     names = mend(run, identity, config, template, prepared)
     if names:
-        message = f"{', '.join(names)} had gone from {run.path}, or been damaged, and is written again"
+        message = f"{', '.join(names)} in {run.path} was missing or not as it should be, and is written again"
         EventLog(run.events, watch.happened).record("described_again", 0, message)
     refuse_at_end(run, identity)
     return identity

@@ -58,6 +58,14 @@ class Checkpoint:
         mixed = {"BF16", "F16"} <= kinds
         return "F32" if mixed else max(kinds, key=lambda kind: FLOATS[kind]).replace("F64", "F32")
 
+    def require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """BackboneError for a tensor that is stored in another shape than `shapes`, by name, has for it."""
+        for name, path, entry in self.entries():
+            stored, wanted = tuple(entry["shape"]), shapes.get(name)
+            if wanted is not None and stored != wanted:
+                what = f"{name} is {_by(stored)}, and config.json makes it {_by(wanted)}"
+                raise BackboneError(what, where=str(path), fix=AGAIN)
+
     def _check_index(self) -> None:
         present = self.names()
         for name, file in _weight_map(self.folder).items():
@@ -160,6 +168,10 @@ def _indexed(folder: Path) -> list[Path]:
         if not path.is_file():
             raise _missing(path)
     return paths
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _missing(path: Path) -> BackboneError:

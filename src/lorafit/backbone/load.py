@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from lorafit.backbone.architecture import (
     use_no_cache,
 )
 from lorafit.backbone.bits import Params4bit
-from lorafit.backbone.checkpoint import Checkpoint
+from lorafit.backbone.checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.frozen_linear import freeze_linears
 from lorafit.backbone.precision import compute_dtype, computes_in_fp8, default_device
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+LAYER = re.compile(r"\.\d+\.")
 
 
 def load_backbone(
@@ -80,6 +83,8 @@ def _arguments(
             where=str(checkpoint.folder),
             fix="choose another base",
         )
+    # transformers takes a weight that will be quantised in whatever shape it comes
+    checkpoint.require_shapes({f"{name}.weight": tuple(model.get_parameter(f"{name}.weight").shape) for name in chosen})
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in chosen]
     # quantise from the stored values: a detour over the compute dtype would round them first
     return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": nf4_config(dtype, others)}
@@ -108,16 +113,32 @@ def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
             fix="use a smaller base or a larger card",
         ) from error
     except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise BackboneError(
+                "its weights have other shapes than config.json says", where=str(folder), fix=AGAIN
+            ) from error
         raise BackboneError(f"transformers cannot load the base ({one_line(error)})", where=str(folder)) from error
+    _refuse_other_tensors(model, report, folder)
+    return model
+
+
+def _refuse_other_tensors(model: nn.Module, report: Mapping[str, Any], folder: Path) -> None:
+    """BackboneError for weights that are not stored, and for stored layers that config.json does not count.
+
+    transformers would give the first random values, and leave the others out. Other tensors may be there unused.
+    """
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
-        # transformers would go on with random weights in their place
-        raise BackboneError(
-            f"the base lacks {len(missing)} of the tensors its config.json asks for, such as {missing[0]}",
-            where=str(folder),
-            fix="download the base again",
+        what = f"the base lacks {len(missing)} of the tensors its config.json asks for, such as {missing[0]}"
+        raise BackboneError(what, where=str(folder), fix=AGAIN)
+    known = {name for name, _ in model.named_parameters()}
+    beyond = sorted(name for name in report["unexpected_keys"] if LAYER.sub(".0.", name, count=1) in known)
+    # layers that predict further tokens are stored behind the last one, and left out by design
+    if beyond and not getattr(architecture_of(model), "num_nextn_predict_layers", 0):
+        what = (
+            f"the base holds tensors of layers that its config.json does not count ({len(beyond)}, such as {beyond[0]})"
         )
-    return model
+        raise BackboneError(what, where=str(folder), fix=AGAIN)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +24,63 @@ PEOPLE = Console(highlight=False)
 if not PEOPLE.is_terminal:
     PEOPLE.width = PIPE_WIDTH  # a log has no edge to wrap at
 ERRORS = Console(stderr=True, highlight=False)
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""What a reader or a terminal that is gone answers: nobody will ever read more."""
 COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
+
+
+class _Steady:
+    """A text stream that drops what cannot be written: on a full disk, to a reader or a terminal that is gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._forget(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._forget(error)
+
+    def close(self) -> None:
+        """The last try: Python's own, when it ends, would make exit code 120 of a failure."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self._leave()
+
+    def _forget(self, error: OSError) -> None:
+        if error.errno in GONE:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def steady(console: Console = PEOPLE) -> Iterator[None]:
+    """Within it no work ends because its output cannot be written."""
+    if sys.stdout is None or sys.stderr is None:
+        yield  # closed from the beginning: rich knows that
+        return
+    stream = _Steady(console.file)
+    console.file = cast(IO[str], stream)
+    try:
+        yield
+    finally:
+        stream.close()
+        console.file = cast(IO[str], None)  # whatever sys.stdout is then
 
 
 def say(line: str = "") -> None:
@@ -34,9 +94,10 @@ def heading(title: str, detail: str = "") -> None:
 
 
 def show_error(sentence: str, label: str = "error") -> None:
-    """One sentence on stderr."""
+    """One sentence on stderr, where there is somebody to read it: the exit code holds without."""
     colour = "bold red" if label == "error" else "bold yellow"
-    ERRORS.print(Text.assemble((f"{label}: ", colour), sentence), soft_wrap=True)
+    with steady(ERRORS):
+        ERRORS.print(Text.assemble((f"{label}: ", colour), sentence), soft_wrap=True)
 
 
 def show_json(content: Any) -> None:

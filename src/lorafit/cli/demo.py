@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.console import heading, say, show_json
+from lorafit.cli.console import heading, say, show_json, steady
 from lorafit.demo import task_named
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def demo(
     if not json:
         what = f"teaches a base of 3.5 M parameters the task '{escape(task)}', as your own run would go"
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")
-    result = run_demo(task, seed, out, quiet=json)
+    with steady():
+        result = run_demo(task, seed, out, quiet=json)
     if json:
         show_json(result.to_dict())
     raise typer.Exit(0 if result.merged.passed else 1)

@@ -47,23 +47,24 @@ Ignore = Annotated[
 
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
-    """Settings out of --set and the named flags; a named flag wins over --set. Flags not given are left out.
+    """Settings out of --set and the named flags. Flags not given are left out.
 
-    Raises UsageError for a --set that no setting has, and for two different values of `base` or `out`.
+    Raises UsageError for a --set that no setting has, and for a setting that is given two different values.
     """
     from lorafit.config import parse_assignments, reject_unknown  # pydantic stays out of --help
 
     settings = parse_assignments(assignments or [])
     reject_unknown(settings, "flags")
     given = {key: value for key, value in flags.items() if value is not None}
-    for key in ("base", "out"):
-        if key in given and settings.get(key) not in (None, given[key]):
-            raise UsageError(f"--{key} is '{given[key]}', and --set says '{settings[key]}'", fix="name it once")
     if "map" in given:
         given["map"] = {key: str(value) for key, value in parse_assignments(given["map"], "--map").items()}
     if "holdout" in given:
         given["holdout"] = parse_assignments([f"holdout={given['holdout']}"])["holdout"]
     for codes in ("select", "ignore"):
         if codes in given:
-            given[codes] = tuple(code.strip() for code in given[codes].split(","))
+            given[codes] = [code.strip() for code in given[codes].split(",")]
+    for key, value in given.items():
+        if settings.get(key) not in (None, value):
+            flag = f"--{key.replace('_', '-')}"
+            raise UsageError(f"{flag} is '{value}', and --set says '{settings[key]}'", fix="name it once")
     return {**settings, **given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +127,8 @@ class ConsoleObserver(Observer):
 
     def stopping(self, signal_number: int) -> None:
         # straight to the descriptor: rich holds locks that the interrupted code may hold too
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
 
 
 def say_next(run: str, commands: list[tuple[str, str]]) -> None:

@@ -94,11 +94,13 @@ def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[s
             raise UsageError(f"'{assignment}' is not key=value", where=flag, fix=f"write it like {flag} KEY=VALUE")
         try:
             is_text = flag != "--set" or key.strip() in TEXTS
-            values[key.strip()] = _text(text.strip()) if is_text else _number(parse_yaml(text)) if text else ""
+            value = _text(text.strip()) if is_text else _number(parse_yaml(text)) if text else ""
         except yaml.YAMLError as error:
             raise UsageError(
                 f"'{text[:80]}' is not a value", where=f"{flag} {key.strip()}", fix="quote it for the shell"
             ) from error
+        if values.setdefault(key.strip(), value) != value:
+            raise UsageError(f"'{key.strip()}' is {values[key.strip()]} and {value}", where=flag, fix="name it once")
     return values
 
 

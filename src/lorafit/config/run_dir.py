@@ -16,6 +16,8 @@ from lorafit.config.run_config import RunConfig
 from lorafit.config.run_lock import LOCK
 from lorafit.errors import RunDirError
 
+PLACES = ("base", "revision", "data", "holdout")
+"""Settings that name files: a run goes by what is in them."""
 LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK} | {
     "plan.json",
     "template.json",
@@ -166,6 +168,10 @@ class RunDir:
             )
         if not (run.adapter / "adapter_model.safetensors").is_file():
             raise run._unfinished()
+        base = Path(run.config().base)
+        if base.is_absolute() and not base.exists():
+            fix = "if it has moved, give the train command again with the new --base: the run takes it up"
+            raise RunDirError("the base of this run is not there any more", where=str(base), fix=fix)
         return run
 
     @property
@@ -197,6 +203,18 @@ class RunDir:
             # JSON is YAML, and always one line
             lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {sources[key]}")
         write_text(self.settings, "\n".join(lines) + "\n")
+
+    def follow_files(self, config: RunConfig) -> None:
+        """Write the places of base and data that `config` has into run.yaml, where they have moved."""
+        then = self.config()
+        moved = {key: getattr(config, key) for key in PLACES if getattr(config, key) != getattr(then, key)}
+        lines = self.settings.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            key = line.partition(":")[0]
+            if key in moved:
+                lines[number] = f"{key}: {json.dumps(moved[key], ensure_ascii=False)}  # moved"
+        if moved:
+            write_text(self.settings, "\n".join(lines) + "\n")
 
     def write_json(self, path: Path, content: Any) -> None:
         """Write one of the run's JSON files whole, or not at all."""
