@@ -101,13 +101,16 @@ class DialProblem:
         return solve_micro(costs, self.room, tokens=self.tokens, longest=self.work.longest, step_tokens=step_tokens)
 
 
-def pose(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> DialProblem | None:
-    """The problem of fitting `work` into `budget_bytes`: the first layer is measured, and the link.
+def pose(
+    model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, meanwhile: Callable[[], object] | None = None
+) -> DialProblem | None:
+    """The problem of fitting `work` into `budget_bytes`: the first layer is measured, and the link. `meanwhile` is
+    called when that layer is about to be compiled.
 
     None when everything can be kept: `layers` are turned to that, and nothing needs solving. Raises TrainingError
     when a single layer does not fit.
     """
-    batch, keep, cheaper = _levels(model, layers, work)
+    batch, keep, cheaper = _levels(model, layers, work, meanwhile)
     free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
     loss_bytes = _loss_bytes(model, batch)
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
@@ -126,7 +129,9 @@ def pose(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> Di
     return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
 
 
-def _levels(model: Any, layers: DecoderLayers, work: Work) -> tuple[MicroBatch, LevelCost, LevelCost]:
+def _levels(
+    model: Any, layers: DecoderLayers, work: Work, meanwhile: Callable[[], object] | None
+) -> tuple[MicroBatch, LevelCost, LevelCost]:
     """The first layer's cost with everything kept, and with its feed-forward recomputed.
 
     One is measured, the one that the dial as planned has most layers at; the other is reckoned where that is exact,
@@ -134,7 +139,7 @@ def _levels(model: Any, layers: DecoderLayers, work: Work) -> tuple[MicroBatch, 
     """
     planned = "feed_forward" if 2 * layers.dial.feed_forward >= len(layers) else "keep"
     first = planned if layers.compiled and layers.widths else "keep"
-    batch, cost = _measured(model, layers, work, first)
+    batch, cost = _measured(model, layers, work, first, meanwhile=meanwhile)
     if not layers.compiled or not layers.widths:  # a family that does not compile has no such level
         return batch, cost, cost
     products = feed_forward_products(layers, batch.tokens)
@@ -145,13 +150,18 @@ def _levels(model: Any, layers: DecoderLayers, work: Work) -> tuple[MicroBatch, 
 
 
 def _measured(
-    model: Any, layers: DecoderLayers, work: Work, level: str, batch: MicroBatch | None = None
+    model: Any,
+    layers: DecoderLayers,
+    work: Work,
+    level: str,
+    batch: MicroBatch | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> tuple[MicroBatch, LevelCost]:
     """The first layer's cost at `level` on `batch`, or on the largest micro-batch of which one layer fits at all."""
     tokens = work.max_tokens
     while True:
         tried = batch or work.batch_of(tokens)
-        cost = measure_level(layers, partial(work.loss_of, tried), level)
+        cost = measure_level(layers, partial(work.loss_of, tried), level, meanwhile)
         empty()
         if cost is not None:
             return tried, cost

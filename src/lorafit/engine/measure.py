@@ -58,16 +58,21 @@ class _Measured(Exception):
     """The first layer has been measured; the rest of the model need not run."""
 
 
-def measure_level(layers: DecoderLayers, run_model: Callable[[], Any], level: str) -> LevelCost | None:
+def measure_level(
+    layers: DecoderLayers, run_model: Callable[[], Any], level: str, meanwhile: Callable[[], object] | None = None
+) -> LevelCost | None:
     """Cost of the first decoder layer within `run_model` at `level`, on the current CUDA device; compiles the level.
 
-    `run_model` runs the model in training mode; it is left when the first layer has been measured. None when that
-    layer alone does not fit the memory.
+    `run_model` runs the model in training mode; it is left when the first layer has been measured. `meanwhile` is
+    called right before that: what it starts goes on while the compiler works. None when that layer alone does not
+    fit the memory.
     """
     found: list[LevelCost] = []
 
     def observe(run: Any, hidden: torch.Tensor, *rest: Any) -> None:
         layers.observe = None
+        if meanwhile is not None:
+            meanwhile()
         found.append(_level_cost(partial(run, level), hidden, rest))
         raise _Measured
 

@@ -38,10 +38,13 @@ class PinnedArena:
         missing = (size_bytes - self.reserved_bytes) // CHUNK_BYTES
         if missing > 0:
             self._wait()
-            self.ahead = Thread(target=self._pin, args=(missing,), name="pin-ahead", daemon=True)
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            self.ahead = Thread(target=self._pin, args=(missing, device), name="pin-ahead", daemon=True)
             self.ahead.start()
 
-    def _pin(self, count: int) -> None:
+    def _pin(self, count: int, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread
         for _ in range(count):
             try:
                 self.chunks.append(_pinned(CHUNK_BYTES))

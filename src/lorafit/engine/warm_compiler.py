@@ -15,6 +15,8 @@ def warm_compiler() -> threading.Thread:
 def _warm() -> None:
     import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import torch_key
 
     AsyncCompile.warm_pool()
     AsyncCompile.wakeup()  # else the workers start with the first kernel
+    torch_key()  # a hash of torch's own source, part of every cache key: 1.2 s, once a process
