@@ -116,10 +116,16 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     marks: list[float] = []
 
     class Marks(TrainerCallback):
+        ended = save_ms = 0.0
+
+        def on_save(self, *_: object, **__: object) -> None:
+            self.save_ms = (time.perf_counter() - self.ended) * 1e3
+
         def on_step_end(self, args: object, state: object, *_: object, **__: object) -> None:
             if state.global_step in (1, warm, state.max_steps):  # type: ignore[attr-defined]
                 torch.cuda.synchronize()
                 marks.append(time.perf_counter())
+            self.ended = time.perf_counter()
 
     class Watch(Observer):
         attached_at = 0.0
@@ -132,7 +138,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             self.rehearsal = rehearsal
 
     warm = options.warm
-    watch = Watch()
+    watch, timed = Watch(), Marks()
     with tempfile.TemporaryDirectory() as folder:
         examples = options.rows if options.work == "dense" else EXAMPLES
         steps = options.steps + options.warm if options.work == "dense" else -(-options.rows // EXAMPLES)
@@ -147,7 +153,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             targets={"qv": "qv", "all": "all-linear"}[options.targets], compute=options.compute, epochs=1,
             quantization="nf4", examples_per_step=examples, save_steps=10_000, optimizer="adamw", ignore=("D", "P"),
             max_tokens=max(2048, options.length),
-            callbacks=[Marks()], observer=watch, **settings,
+            callbacks=[timed], observer=watch, **settings,
         )  # fmt: skip
     lengths = run.train_rows.lengths
     tokens = float(lengths.mean()) * examples
@@ -161,10 +167,14 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "first_s": round(marks[0] - watch.attached_at, 1),
         "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
         "dial": str(rehearsal.dial) if rehearsal else "",
-        "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts] if rehearsal else [],
+        "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts]
+        if rehearsal
+        else [],
         "measure_s": round(rehearsal.measure_s, 1) if rehearsal else 0,
         "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
+        "save_ms": round(timed.save_ms, 1),  # of the training thread, for the last step's checkpoint
         "compute": options.compute,
+        "deterministic": options.deterministic,
         "loss": round(run.loss, 4),
     }
 
