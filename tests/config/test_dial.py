@@ -38,6 +38,7 @@ def test_a_micro_batch_that_is_said_is_meant_whoever_reads_it(dial, tokens, max_
         (" feed_forward = 20 , offload=32,embeddings=host,micro_tokens=4096", Dial(20, 0, 32, True, 4096)),
         ("feed_forward=99,whole=10,offload=99", Dial(22, 10, 32)),
         ("whole=0", Dial()),
+        ("keep,weights=dense", Dial(dense_weights=True)),
     ],
 )
 def test_dials_are_read_as_people_write_them(text, dial):
@@ -48,7 +49,7 @@ def test_dials_are_read_as_people_write_them(text, dial):
     "text",
     ["", "kept", "feed_forward", "feed_forward=", "feed_forward=-1", "feed_forward=1.5", "offload=all", "whole=1,keep",
      "micro_tokens=0", "embeddings=card", "whole=1,whole=2", "whole=1,,", "layers=3", "whole=1e3", "whole=9999999999",
-     "embeddings=host,embeddings=host", "whole=²"],
+     "embeddings=host,embeddings=host", "weights=4bit", "whole=²"],
 )  # fmt: skip
 def test_nonsense_is_a_usage_error_in_one_sentence(text):
     with pytest.raises(UsageError, match=r"^activations: '.*feed_forward=20,offload=32") as caught:

@@ -11,6 +11,7 @@ from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers, collate, packed, summed_loss
 from tiny_models import FAMILIES, save_base, stir
 
+MIXTURES = ("mixtral", "qwen3_moe")
 BACKEND = "aot_eager_decomp_partition"  # traced and cut as on a card, and quicker than compiling
 
 
@@ -23,23 +24,23 @@ def adapted(family, folder, **settings):
     return model.train()
 
 
-def gradient(model, lengths, device):
+def gradient(model, lengths, device, autocast):
     random = np.random.default_rng(0)
     rows = [(random.integers(4, 250, length), np.arange(length) > 0) for length in lengths]
     model.zero_grad()
-    with packed(model), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+    with packed(model), torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         summed_loss(model, collate(rows).to(device)).backward()
     return torch.cat([weight.grad.flatten().float() for weight in model.parameters() if weight.requires_grad])
 
 
-def compare(model, level, device, backend, bound):
+def compare(model, level, device, backend, bound, autocast=False):
     layers = len(DecoderLayers(model, compiled=False))
     spec = "keep" if level == "keep" else f"{level}={layers}"
     driven = DecoderLayers(model, Dial.parse(spec, layers), backend=backend)
     for lengths in ((40, 21, 9), (64,)):
-        wanted = gradient(model, lengths, device)
+        wanted = gradient(model, lengths, device, autocast)
         with driven:
-            got = gradient(model, lengths, device)
+            got = gradient(model, lengths, device, autocast)
         assert float((got - wanted).norm() / wanted.norm()) < bound, lengths
     assert driven.compiled, driven.notes
 
@@ -53,5 +54,8 @@ def test_layers_compile_whole_and_have_the_gradient_of_eager_ones(family, tmp_pa
 @pytest.mark.parametrize("level", ["keep", "feed_forward"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_so_they_do_on_a_card_in_bf16(family, level, tmp_path):
-    # bf16: what the compiler fuses is rounded once, and not after each operation
-    compare(adapted(family, tmp_path), level, "cuda", "inductor", 5e-2)
+    # bf16: what the compiler fuses is rounded once, and not after each operation; where experts are chosen by the
+    # data that sends tokens to other experts, so mixtures are compared in fp32
+    compute = "fp32" if family in MIXTURES else "bf16"
+    bound = 1e-2 if family in MIXTURES else 5e-2
+    compare(adapted(family, tmp_path, compute=compute), level, "cuda", "inductor", bound, autocast=compute == "bf16")

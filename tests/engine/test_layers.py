@@ -122,13 +122,14 @@ def test_the_model_is_as_it_was_afterwards(adapted):
 
 
 def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
-    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096)):
+    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096), Dial(dense_weights=True)):
         layers = DecoderLayers(adapted, start, compiled=False)
         seen = [layers.dial]
         while layers.tighten():
             seen.append(layers.dial)
         assert len(set(seen)) == len(seen) < 20
-        assert layers.dial == replace(start, whole=3, offload=3)  # embeddings and micro-batches as they were
+        # embeddings and micro-batches as they were
+        assert layers.dial == replace(start, whole=3, offload=3, dense_weights=False)
 
 
 def test_the_feed_forwards_widths_are_the_configs():
@@ -212,3 +213,19 @@ def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_ca
     assert products.size_bytes == keep.saved_bytes - light.saved_bytes > 0
     reckoned = products.left_out_of(keep)
     assert 0.5 < reckoned.working_bytes / light.working_bytes < 2
+
+
+@pytest.mark.gpu
+def test_dense_weights_have_the_same_gradient_and_go_when_memory_is_short(on_card):
+    lengths = (64, 200, 33)
+    with DecoderLayers(on_card, Dial()) as layers:
+        assert not any(linear.dense is not None for linear in layers.frozen)
+        wanted = gradient_on_card(on_card, lengths)
+    with DecoderLayers(on_card, Dial(dense_weights=True)) as layers:
+        assert all(linear.dense is not None for linear in layers.frozen)
+        on_card.to("cuda")  # the Trainer does so
+        assert all(linear.dense is not None for linear in layers.frozen)
+        got = gradient_on_card(on_card, lengths)
+        assert layers.notes == [] and layers.tighten()
+        assert not any(linear.dense is not None for linear in layers.frozen)
+    assert float((got - wanted).norm() / wanted.norm()) < 2e-2

@@ -93,8 +93,8 @@ class FrozenLinear4bit(Linear4bit):
         return kept[0]
 
     def held(self) -> tuple[Any, ...]:
-        """The packed weight, its scales and its layout: what the layer holds that are no parameters of it."""
-        return (*self.packed(), self.row_scales)
+        """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
+        return (*self.packed(), self.row_scales, self.dense)
 
     def unpacked(self) -> Tensor:
         """The weight (out, in) as the layer uses it, made afresh."""
@@ -108,7 +108,7 @@ class FrozenLinear4bit(Linear4bit):
         return kept[0] if kept is not None and kept[1] is self.weight else None
 
     def keep_dense(self) -> None:
-        """Dequantise once and keep the copy (4 bytes a weight in fp32)."""
+        """Dequantise once and keep the copy, `dense_bytes` large."""
         self._kept = self.unpacked(), self.weight
 
     def drop_dense(self) -> None:
@@ -140,11 +140,11 @@ class FrozenLinear4bit(Linear4bit):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
         # `.to("cpu")` on models that are there already, and must not cost them their copies.
-        kept = self._kept is not None
+        kept, place = self._kept is not None, self.weight.device
         self.drop_dense()
         self._packed = None
         moved = super()._apply(fn, recurse)
-        if kept and self.weight.device.type == "cpu":
+        if kept and self.weight.device in (place, torch.device("cpu")):
             self.keep_dense()
         self.scale_rows()
         return moved

@@ -10,6 +10,7 @@ from lorafit.errors import UsageError
 
 SHORT_FORMS = ("keep", "recompute", "offload")
 COUNTS = ("feed_forward", "whole", "offload", "micro_tokens")
+PLACES = {"host_embeddings": "embeddings=host", "dense_weights": "weights=dense"}
 FIX = "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096"
 STEPS_DOWN = 4
 """`tighter` changes a quarter of the layers at a time: enough to see, few enough retries."""
@@ -22,7 +23,8 @@ class Dial:
     The first `whole` layers keep their input alone and are recomputed; the next `feed_forward` ones recompute the
     inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
     pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: the most
-    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`.
+    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`. `dense_weights`: the layers'
+    4-bit weights lie on the card unpacked too.
     """
 
     feed_forward: int = 0
@@ -30,6 +32,7 @@ class Dial:
     offload: int = 0
     host_embeddings: bool = False
     micro_tokens: int | None = None
+    dense_weights: bool = False
 
     def __post_init__(self) -> None:
         assert min(self.feed_forward, self.whole, self.offload) >= 0, self
@@ -51,9 +54,9 @@ class Dial:
 
     def __str__(self) -> str:
         counts = [f"{key}={value}" for key in COUNTS[:3] if (value := getattr(self, key))]
-        embeddings = ["embeddings=host"] if self.host_embeddings else []
+        places = [text for key, text in PLACES.items() if getattr(self, key)]
         tokens = [f"micro_tokens={self.micro_tokens}"] if self.micro_tokens is not None else []
-        return ",".join(counts + embeddings + tokens) or "keep"
+        return ",".join(counts + places + tokens) or "keep"
 
     def clamped(self, layers: int) -> Dial:
         """The same for a model with `layers` layers: no count beyond them, whole layers first."""
@@ -76,11 +79,13 @@ class Dial:
     def tighter(self, layers: int, tokens: int | None = None, longest: int = 1) -> Dial | None:
         """The next setting with clearly less memory on the device, or None at the end.
 
-        What is still on the device is recomputed in part, then entirely, then sent to the host; then the embeddings
-        are; then the micro-batch is halved, down to the `longest` row. `tokens`: the micro-batch while
-        `micro_tokens` is None; without either it is left alone.
+        Unpacked weights go first. What is still on the device is recomputed in part, then entirely, then sent to the
+        host; then the embeddings are; then the micro-batch is halved, down to the `longest` row. `tokens`: the
+        micro-batch while `micro_tokens` is None; without either it is left alone.
         """
         dial = self.clamped(layers)
+        if dial.dense_weights:
+            return replace(dial, dense_weights=False)
         step = -(-layers // STEPS_DOWN)
         light = dial.whole + dial.feed_forward
         if max(light, dial.offload) < layers:
@@ -108,8 +113,9 @@ class Dial:
 def _assignment(word: str, text: str) -> tuple[str, int | bool]:
     """`key=value` of a dial. Raises UsageError for what is none."""
     key, _, value = (part.strip() for part in word.partition("="))
-    if (key, value) == ("embeddings", "host"):
-        return "host_embeddings", True
+    for place, words in PLACES.items():
+        if f"{key}={value}" == words:
+            return place, True
     if key not in COUNTS or not re.fullmatch(r"[0-9]{1,9}", value) or (key == "micro_tokens" and not int(value)):
         raise UsageError(f"'{text:.80}' is no setting of the activations", where="activations", fix=FIX)
     return key, int(value)

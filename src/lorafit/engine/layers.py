@@ -43,6 +43,8 @@ class DecoderLayers:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = core.get_decoder()
         self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        modules = (module for layer in self.layers for module in layer.modules())
+        self.frozen = [module for module in modules if isinstance(module, FrozenLinear4bit)]
         self.core, self.dial = core, (dial or Dial()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
@@ -64,6 +66,7 @@ class DecoderLayers:
         if not self.layers:
             raise BackboneError("the base has no decoder layers that lorafit knows", where=type(self.core).__name__)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        self._unpack_weights()
         self.core.enable_input_require_grads()  # else the first layer alone would be compiled once more
         self._weights = [_storages(layer) for layer in self.layers]
         for layer in self.layers:
@@ -72,6 +75,7 @@ class DecoderLayers:
         return self
 
     def __exit__(self, *unused: Any) -> None:
+        self._unpack_weights(False)
         for layer in self.layers:
             layer.gradient_checkpointing = False
         self.core.disable_input_require_grads()
@@ -80,14 +84,24 @@ class DecoderLayers:
         """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
         tighter = self.dial.tighter(len(self.layers))
         # embeddings and micro-batches are the end of the dial, and not for the layers to change
-        if (
-            tighter is None
-            or (tighter.whole, tighter.offload) == (self.dial.whole, self.dial.offload) == (len(self),) * 2
-        ):
+        least = (len(self), len(self), False)
+        if tighter is None or _of_layers(tighter) == _of_layers(self.dial) == least:
             return False
         self.dial = tighter
         self.offload.schedule = ()  # it was made for the dial before
+        self._unpack_weights()
         return True
+
+    def _unpack_weights(self, keep: bool = True) -> None:
+        """Keep dense copies on the card, or none, as the dial says; a CPU has had its own since loading."""
+        wanted = keep and self.dial.dense_weights
+        for module in self.frozen:
+            if not module.weight.is_cuda or module.row_scales is not None or wanted == (module.dense is not None):
+                continue  # FP8 multiplies by no dense weight
+            if wanted:
+                module.keep_dense()
+            else:
+                module.drop_dense()
 
     def follow(self, schedule: Sequence[int]) -> None:
         """Offload by this schedule (see HostOffload) for as long as the dial stays as it is."""
@@ -156,6 +170,11 @@ class DecoderLayers:
             body = _light_body if level == "feed_forward" else _kept_body
             self._bodies[level] = partial(torch.compile(body, fullgraph=True, backend=self.backend), contexts)
         return self._bodies[level]
+
+
+def _of_layers(dial: Dial) -> tuple[int, int, bool]:
+    """What of the dial can be turned in the middle of a run, as far as it ends."""
+    return dial.whole, dial.offload, dial.dense_weights
 
 
 def _kept_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
