@@ -97,7 +97,7 @@ def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
         (UsageError, "no base model was named", {"base": None}),
         (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
         (LorafitError, "nope", {"targets": "nope_proj"}),
-        (PlanError, "GiB of memory", {"vram": "1MiB"}),
+        (PlanError, "vram allows 1.0 MiB", {"vram": "1MiB"}),
     ],
 )
 def test_a_run_that_cannot_start_says_why_and_leaves_nothing(tmp_path, error, words, given):
@@ -199,6 +199,16 @@ class LittleMemory(TrainerCallback):
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         model.get_base_model().model.layers[-1].register_forward_hook(run)
+
+
+def test_memory_that_runs_out_beside_the_steps_names_what_saves_it(tmp_path):
+    class AfterTheStep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    data = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(TrainingError, match=r"ran out in step 1; set vram below what is free .*activations=recompute"):
+        train(data, str(BASE), out=tmp_path / "run", max_steps=1, callbacks=[AfterTheStep()])
 
 
 def test_a_run_whose_memory_ran_out_ends_well_and_says_what_to_set_next_time(tmp_path):

@@ -27,6 +27,6 @@ def test_the_plan_says_what_the_dial_does_and_what_the_host_holds(shown):
 
 
 def test_what_stays_on_the_card_needs_no_host_memory(shown):
-    text = shown(64)
+    text = shown(100)
     assert "every activation stays on the device" in text
     assert "host memory" not in text

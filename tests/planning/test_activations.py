@@ -82,14 +82,14 @@ def test_capped_scores_are_kept_whole():
     assert layer_bytes(512) - layer_bytes(256) == 1024 * 32 * 256 * (2 + 2 + 4)
 
 
-def test_compiled_layers_share_an_adapter_s_input_but_not_its_mask():
+def test_compiled_layers_make_an_adapter_s_input_again_but_not_its_mask():
     def layer_bytes(targets, dropout):
         batch = MicroBatch(1, 1, 1)
         return activations(shape(), targets, batch, width=2, mask_bytes=int(dropout), execution=FUSED).layer_bytes
 
-    one, both = (layer_bytes(targets, False) for targets in (("q_proj",), ("q_proj", "v_proj")))
-    assert one == both
-    assert layer_bytes(("q_proj", "v_proj"), True) - both == 2 * 4096
+    none, every = (layer_bytes(targets, False) for targets in ((), ("q_proj", "o_proj", "down_proj")))
+    assert none == every
+    assert layer_bytes(("q_proj", "v_proj"), True) - none == 2 * 4096
 
 
 @pytest.mark.parametrize("execution", [EAGER, FUSED])

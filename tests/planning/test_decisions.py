@@ -69,7 +69,7 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
     dial = Dial.parse(outcome.value, 32)
     assert f"{dial.feed_forward} of 32 layers recompute their feed-forward" in outcome.reason
     assert f"{dial.offload} wait in" in outcome.reason
-    assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d ± 10% of 8\.0 GiB$", outcome.reason)
+    assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d GiB ± 10% of 8\.0 GiB$", outcome.reason)
 
 
 def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():

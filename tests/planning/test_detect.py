@@ -124,6 +124,13 @@ def test_a_named_card_and_a_budget_are_planned_for_instead_of_the_machine(smi):
         detect.hardware_for(RunConfig(gpu="abacus"))
 
 
+def test_no_budget_is_larger_than_the_card(smi):
+    smi(TWO.splitlines()[1])
+    assert detect.hardware_for(RunConfig(vram="80GiB")).memory_bytes == 6000 << 20
+    assert detect.hardware_for(RunConfig(gpu="RTX 4090", vram="80GiB")) == detect.hardware_for(RunConfig(gpu="4090"))
+    assert detect.hardware_for(RunConfig(gpu="cpu", vram="80000GiB")).memory_bytes < 80_000 * GIB
+
+
 def test_a_budget_without_a_card_means_a_card_of_that_size(smi):
     smi("")
     card = detect.hardware_for(RunConfig(vram="8GiB"))

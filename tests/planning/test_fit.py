@@ -31,7 +31,7 @@ def test_a_run_that_fits_has_no_obstacle():
 @pytest.mark.parametrize(
     ("config", "memory_gib", "settings"),
     [
-        (LLAMA_1B, 4, {"gradient_checkpointing": "off"}),
+        (LLAMA_1B, 3, {"gradient_checkpointing": "off"}),
         (LLAMA_8B, 12, {"quantization": "none"}),
         (LLAMA_8B, 8, {"activations": "keep"}),
         (LLAMA_8B, 8, {"activations": "feed_forward=4", "max_tokens": 8192}),
@@ -50,6 +50,50 @@ def test_what_the_fix_says_really_fits(config, memory_gib, settings):
 def test_activations_on_auto_make_8b_fit_where_no_setting_by_hand_would():
     assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_tokens=8192) == []
     assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_tokens=8192, activations="recompute") == [("P0", "error")]
+
+
+@pytest.mark.parametrize("gib", [3, 4, 5, 5.8, 6])
+def test_the_memory_and_the_card_that_are_advised_are_enough_with_the_error_to_spare(gib):
+    """8B needs 5.6 GiB, give or take a tenth: neither a budget of 6 nor a card of 6 GB is a promise."""
+    [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B)
+    advised = float(re.search(r"([\d.]+) GiB of memory", finding.fix)[1])
+    card = hardware_named(re.search(r"a card like '(.+?)'", finding.fix)[1])
+    assert gib < advised
+    assert found(H100.with_memory(int(advised * GIB)), LLAMA_8B) == found(card, LLAMA_8B) == []
+
+
+def test_a_processor_s_advice_is_enough_too_though_more_memory_also_holds_more():
+    [finding] = found(Hardware("a CPU", "cpu", 4 * GIB, cores=2), LLAMA_8B)
+    advised = float(re.search(r"([\d.]+) GiB of memory", finding.fix)[1])
+    assert found(Hardware("a CPU", "cpu", int(advised * GIB), cores=2), LLAMA_8B) == []
+
+
+@pytest.mark.parametrize(("compute", "able"), [("bf16", "bf16"), ("fp8", "fp8")])
+def test_a_card_that_is_advised_has_the_precision_of_the_run(compute, able):
+    [finding] = found(H100.with_memory(5 * GIB), LLAMA_8B, compute=compute)
+    assert getattr(hardware_named(re.search(r"a card like '(.+?)'", finding.fix)[1]), able)
+
+
+@pytest.mark.parametrize(
+    ("vram", "gib", "said"),
+    [
+        ("5GiB", 5, "and vram allows 5.0 GiB"),
+        ("1KiB", 2**-20, "and vram allows 1.0 KiB"),
+        (None, 5, "and H100 has 5.0 GiB"),
+    ],
+)
+def test_a_budget_is_not_said_to_be_all_that_the_card_has(vram, gib, said):
+    [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B, vram=vram)
+    assert finding.message.endswith(said)
+
+
+def test_a_budget_beyond_the_card_is_said_once_and_adds_nothing():
+    [finding] = found(hardware_named("RTX 4090"), vram="80GiB")
+    assert (finding.code, finding.severity.value, finding.where) == ("P0", "warning", "vram")
+    assert finding.message == "vram is 80.0 GiB, and RTX 4090 has 23.5 GiB"
+    assert found(hardware_named("RTX 4090"), vram="23GiB") == []
+    messages = [finding.message for finding in found(hardware_named("RTX 3050 Laptop"), LLAMA_8B, vram="80GiB")]
+    assert [message.endswith("RTX 3050 Laptop has 3.9 GiB") for message in messages] == [True, True]
 
 
 def test_a_base_that_cannot_fit_names_the_memory_and_a_card_that_has_it():

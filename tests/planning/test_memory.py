@@ -64,10 +64,9 @@ def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
         (Execution(loss="all", wide_stream=True), 0.05, "on", 24.5),  # transformers + peft + bitsandbytes
         (Execution(loss="chunks", wide_stream=True), 0.05, "on", 14.1),  # the same + Liger kernels
         (Execution(fused=True, loss="chunks"), 0.0, "on", 9.3),  # compiled layers, all recomputed
-        (Execution(fused=True, loss="chunks"), 0.0, "off", 32.3),  # compiled layers, no recomputation
     ],
 )
-def test_the_count_explains_the_peers_and_the_design(execution, dropout, checkpointing, measured_gib):
+def test_the_count_explains_the_peers_and_the_probe(execution, dropout, checkpointing, measured_gib):
     """Llama-3.1-8B shape, NF4, r = 16 on q and v, 4 × 2,048 dense tokens: peak of allocated memory on an H200."""
     dial = {"on": "recompute", "off": "keep"}[checkpointing]
     run = RunConfig(activations=f"{dial},micro_tokens=8192", dropout=dropout)

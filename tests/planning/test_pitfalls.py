@@ -36,7 +36,7 @@ def test_p2_checkpointing_off_where_activations_do_not_fit():
     tight = H100.with_memory(round(0.9 * GIB))
     assert codes(tight, gradient_checkpointing="off") == [("P2", "error")]
     finding = found(tight, gradient_checkpointing="off")[0]
-    assert "0.9 GiB" in finding.message
+    assert "921.6 MiB" in finding.message
     assert finding.fix.startswith("set gradient_checkpointing: auto")
 
 

@@ -6,7 +6,8 @@ Counted from what autograd saves in transformers' layers (`torch.autograd.graph.
 - attention with capped scores keeps every score: tanh, fp32 softmax and its 16-bit copy;
 - a gated feed-forward keeps gate, activation and up, a plain one its inner values;
 - an adapter keeps its input after dropout, and the dropout's mask.
-A frozen linear keeps nothing: its weight is already there.
+A frozen linear keeps nothing: its weight is already there. Compiled layers make again what is computed element by
+element (engine/recompute.py), and that is what an adapter takes in, or else attention's output, which is kept anyway.
 """
 
 from __future__ import annotations
@@ -121,11 +122,9 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
 
 
 def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
-    """Bytes per token and (mean) layer that adapters of `parts` keep: their inputs, which fused layers share among
-    adapters of one module, and each one's dropout mask."""
-    masks = sum(part.inputs * part.count for part in parts) * mask_bytes
-    shared = {(part.path.rpartition(".")[0], part.inputs): part for part in parts}.values() if fused else parts
-    return (masks + width * sum(part.inputs * part.count for part in shared)) / shape.layers
+    """Bytes per token and (mean) layer that adapters of `parts` keep: each one's dropout mask, and its input where
+    layers are not fused."""
+    return (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts) / shape.layers
 
 
 def _passing_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:

@@ -31,7 +31,7 @@ class Card:
 TURING, AMPERE, AMPERE_PRO, ADA, HOPPER, BLACKWELL, BLACKWELL_RTX = (
     (7, 5), (8, 6), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 )  # fmt: skip
-PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 50.0
+PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both ways busy
 HOME = (0.05, 0.20)
 
 CARDS: tuple[Card, ...] = (

@@ -8,10 +8,11 @@ from typing import Any
 from lorafit.config import Resolved, RunConfig
 from lorafit.planning.execution_plan import ExecutionPlan, plan_execution
 from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.planning.hardware import Hardware
 from lorafit.planning.matrix import DEFAULT_SERVING, HUGE, SERVING, Case, Rule, choose
 from lorafit.planning.memory import estimate_memory, memory_of
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.size import size_in_words
 from lorafit.planning.standing import adapter_parameters, compute_of, optimizer_of
 from lorafit.planning.targets import resolve_targets
 
@@ -132,7 +133,7 @@ def _optimizer(config: RunConfig, shape: ModelShape, hardware: Hardware, rule: R
     value = optimizer_of(config.model_copy(update={"optimizer": "auto"}), hardware, weights)
     if hardware.kind == "cpu":
         return value, "a CPU: the 8-bit optimizers need CUDA"
-    state = f"{8 * weights / GIB:.2f} of {hardware.memory_bytes / GIB:.1f} GiB"
+    state = f"{size_in_words(8 * weights)} of {size_in_words(hardware.memory_bytes)}"
     reasons = {
         "paged_adamw_8bit": f"moments in 8 bits, paged to the host when memory is short: in 32 they take {state}",
         "adamw": f"one fused kernel, moments in 32 bits: they take {state}",
@@ -150,7 +151,8 @@ def _activations(
     asked = config.gradient_checkpointing
     why = in_words(plan, shape.layers) if asked == "auto" else f"gradient_checkpointing is {asked}"
     speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if hardware.kind == "cuda" else ""
-    room = f"{memory.peak_bytes / GIB:.1f} ± {memory.uncertainty:.0%} of {hardware.memory_bytes / GIB:.1f} GiB"
+    there = size_in_words(hardware.memory_bytes)
+    room = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {there}"
     return str(plan.dial), f"{why}: {speed}{room}" + ("" if memory.fits(hardware) else ", and nothing needs less")
 
 

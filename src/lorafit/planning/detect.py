@@ -42,7 +42,8 @@ class Seen:
 
 
 def hardware_for(config: RunConfig) -> Hardware:
-    """What to plan for: the card `config.gpu` names, else the one found, with `config.vram` as its budget.
+    """What to plan for: the card `config.gpu` names, else the one found, with `config.vram` as its budget, as far as
+    its memory goes.
 
     A budget where there is no card means a card of that size. Raises UsageError for an unknown card.
     """
@@ -55,7 +56,7 @@ def hardware_for(config: RunConfig) -> Hardware:
     budget = parse_bytes(config.vram, "vram")
     if device.kind == "cpu" and config.gpu is None:
         return generic_card(budget)
-    return device.with_memory(budget)
+    return device.with_memory(min(device.memory_bytes, budget))
 
 
 def hardware_here(config: RunConfig) -> Hardware:

@@ -23,6 +23,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "sparse_step": ("decoder_sparse_step", "interleave_moe_layer_step"),
 }
 LARGEST = 1 << 40
+MOST_LAYERS = 512
+"""Far beyond any decoder: a larger count is a slip, and nothing can be reckoned with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,9 @@ def holds(condition: str, config: Mapping[str, Any]) -> bool:
 def read_dimensions(config: Mapping[str, Any], family: Family, name: str) -> Dimensions:
     """The sizes in `config`. Raises BackboneError for a key that is missing or no count."""
     layers, hidden, heads, vocab = (_required(config, key, name) for key in ("layers", "hidden", "heads", "vocab"))
+    if layers > MOST_LAYERS:
+        fix = f"check config.json: no decoder has more than {MOST_LAYERS:,}"
+        raise BackboneError(f"config.json says that there are {layers:,} layers", where=name, fix=fix)
     head_dim = _count(config, ("head_dim",), name) or hidden // heads
     if not head_dim:
         raise BackboneError(f"{heads:,} heads in a width of {hidden:,}", where=name, fix="check config.json")

@@ -17,8 +17,6 @@ from lorafit.planning.targets import resolve_targets
 
 PREDICTED_SPREAD = (0.85, 1.6)
 """What compiled layers may take, of the predicted time: data sheets and this card's measurements, others' not."""
-OVERHEAD_S = 0.005
-"""Of each optimizer step: clipping, the optimizer, handing over the next micro-batches."""
 CUDA_UTILISATION = (0.18, 0.45)
 """Share of the card's 16-bit peak of eager layers: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
@@ -75,7 +73,7 @@ def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, f
     """Seconds of compiled layers: the plan's own."""
     costs = plan.costs
     forward = (costs.layers * costs.forward_s + costs.loss_s) / plan.tokens
-    seconds = steps * (plan.step_s + OVERHEAD_S) + held_out * forward
+    seconds = steps * plan.step_s + held_out * forward
     low, high = (seconds * share for share in PREDICTED_SPREAD)
     return low, high
 

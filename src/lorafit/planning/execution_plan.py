@@ -28,6 +28,9 @@ FRAGMENTATION = 0.05
 UNCERTAINTY, UNCERTAINTY_ELSEWHERE = 0.10, 0.30
 """Half-width of the memory estimate. 17 runs of eager layers (Llama 1B and 8B, Qwen 3, Gemma 2, Phi 3; with and without
 recomputation) lay within it on an H200; CPUs and families without a gated feed-forward were only counted."""
+STEP_S = 0.0095
+"""Seconds of each optimizer step on a card beside its micro-batches: clipping, the optimizer, what the Trainer does
+before the next one starts. Of an H200 (8B, 2026-11-22): a step less its kernels."""
 LEAST_TOKENS = 128
 """The smallest micro-batch worth its kernel starts."""
 
@@ -68,7 +71,9 @@ def plan_execution(
     dial = dial_of(config, shape.layers) or _fitting(shape, config, hardware, facts, execution)
     batch = micro_batch(config, facts, dial.micro_tokens or config.max_tokens)
     costs = _costs(shape, config, hardware, facts, batch, execution)
-    return _plan(dial, costs, room_of(shape, config, hardware, batch.tokens, execution), batch, config, facts)
+    room = room_of(shape, config, hardware, batch.tokens, execution)
+    beside_s = STEP_S if hardware.kind == "cuda" else 0.0
+    return _plan(dial, costs, room, batch, config, facts, beside_s)
 
 
 def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
@@ -135,10 +140,13 @@ def _fastest(costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardwar
     """The fastest dial for micro-batches of `tokens` or fewer; `micro_tokens` None means `tokens`."""
     for margin in (uncertainty_of(shape, hardware), 0.0):
         spared = hardware.memory_bytes * (1 - 1 / (1 + margin))
+        embeddings = int(room.embedding_bytes / (1 + FRAGMENTATION))
         usable = replace(
             room,
             device_bytes=int((room.device_bytes - spared) / (1 + FRAGMENTATION)),
-            embedding_bytes=int(room.embedding_bytes / (1 + FRAGMENTATION)),
+            embedding_bytes=embeddings,
+            # on the host they are as large as they are: nothing is lost between blocks there
+            host_bytes=room.host_bytes - (room.embedding_bytes - embeddings),
         )
         found = solve(costs, usable) if hardware.kind == "cpu" else None
         if found is None or found.dial != Dial():
@@ -155,7 +163,13 @@ def _fastest(costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardwar
 
 
 def _plan(
-    dial: Dial, costs: LayerCosts, room: Room, batch: MicroBatch, config: RunConfig, facts: DataFacts
+    dial: Dial,
+    costs: LayerCosts,
+    room: Room,
+    batch: MicroBatch,
+    config: RunConfig,
+    facts: DataFacts,
+    beside_s: float,
 ) -> ExecutionPlan:
     split = Split(costs, dial.whole, dial.whole + dial.feed_forward)
     offload = dial.offload if room.link else 0  # on a CPU there is no other memory to go to
@@ -170,7 +184,7 @@ def _plan(
         costs=costs,
         moment=split.fullest(offload),
         host_bytes=host,
-        step_s=count * _micro_batch_s(dial, costs, room, step_tokens / count / batch.tokens),
+        step_s=beside_s + count * _micro_batch_s(dial, costs, room, step_tokens / count / batch.tokens),
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).fullest(0),
         recomputed=Split(costs, costs.layers, costs.layers).fullest(0),

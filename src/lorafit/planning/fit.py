@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
-from lorafit.config import RunConfig
+from lorafit.config import RunConfig, parse_bytes
 from lorafit.findings import Finding, Severity
 from lorafit.planning.cards import CARDS
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import GIB, Hardware, from_card
 from lorafit.planning.memory import MemoryEstimate, estimate_memory
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.size import at_least, at_most
+from lorafit.planning.standing import compute_of
 
 FREEZABLE = (None, "nf4", "fp4")
+TENTH = GIB // 10
+"""Advice is given in tenths of a GiB, rounded up: what it says must really do."""
 
 
 def obstacles(
@@ -23,6 +28,7 @@ def obstacles(
     yield from _kind(config, shape)
     yield from _positions(shape, facts)
     yield from _optimizer(config, hardware)
+    yield from _budget(config, hardware)
     if not memory.fits(hardware):
         yield _too_large(config, shape, hardware, memory, facts)
     elif memory.peak_bytes * (1 + memory.uncertainty) > hardware.memory_bytes:
@@ -80,17 +86,38 @@ def _optimizer(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
         )
 
 
+def _budget(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
+    """A budget beyond the device's memory, which stays the limit."""
+    if config.vram and (budget := parse_bytes(config.vram, "vram")) > hardware.memory_bytes:
+        there = at_most(hardware.memory_bytes)
+        yield Finding(
+            "P0",
+            Severity.WARNING,
+            f"vram is {at_least(budget)}, and {hardware.name} has {there}",
+            where="vram",
+            why=f"a budget cannot add memory: the plan is for {there}",
+            fix="lower vram, leave it out, or name a larger card with gpu",
+        )
+
+
+def _there(config: RunConfig, hardware: Hardware) -> str:
+    """The memory there is, and whose limit that is."""
+    has = at_most(hardware.memory_bytes)
+    if config.vram and parse_bytes(config.vram, "vram") <= hardware.memory_bytes:
+        return f"vram allows {has}"
+    return f"{hardware.name} has {has}"
+
+
 def _too_large(
     config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
 ) -> Finding:
     return Finding(
         "P0",
         Severity.ERROR,
-        f"the run needs about {memory.peak_bytes / GIB:.1f} GiB, and {hardware.name} has "
-        f"{hardware.memory_bytes / GIB:.1f} GiB",
+        f"the run needs about {at_least(memory.peak_bytes)}, and {_there(config, hardware)}",
         where="memory",
         why="it would end in out-of-memory",
-        fix=what_would_fit(config, shape, hardware, facts),
+        fix=what_would_fit(config, shape, hardware, facts, memory.uncertainty),
     )
 
 
@@ -100,18 +127,18 @@ def _tight(
     return Finding(
         "P0",
         Severity.WARNING,
-        f"the run needs about {memory.peak_bytes / GIB:.1f} GiB ± {memory.uncertainty:.0%}, and {hardware.name} has "
-        f"{hardware.memory_bytes / GIB:.1f} GiB",
+        f"the run needs about {at_least(memory.peak_bytes)} ± {memory.uncertainty:.0%}, and {_there(config, hardware)}",
         where="memory",
         why="the estimate is not exact enough to promise that it fits",
-        fix=what_would_fit(config, shape, hardware, facts, margin=memory.uncertainty),
+        fix=what_would_fit(config, shape, hardware, facts, memory.uncertainty),
     )
 
 
 def what_would_fit(
     config: RunConfig, shape: ModelShape, hardware: Hardware, facts: DataFacts, margin: float = 0.0
 ) -> str:
-    """The smallest change of settings that fits, else the smallest card that would do with all of them."""
+    """The smallest change of settings that fits with the `margin` of the estimate to spare, else the memory, and the
+    smallest card, that would do with all of them."""
 
     def fits(changes: dict[str, Any]) -> bool:
         return _peak(config, changes, shape, hardware, facts) * (1 + margin) <= hardware.memory_bytes
@@ -125,7 +152,7 @@ def what_would_fit(
         several = {key: value for remedy in remedies[:count] for key, value in remedy.items()}
         if fits(several):
             return f"set {_settings(several)}"
-    return _larger_card(config, together, shape, hardware, facts)
+    return _more_memory(config, together, shape, hardware, facts, margin)
 
 
 def _remedies(config: RunConfig, shape: ModelShape) -> Iterator[dict[str, Any]]:
@@ -138,15 +165,30 @@ def _remedies(config: RunConfig, shape: ModelShape) -> Iterator[dict[str, Any]]:
         yield {"quantization": "nf4"}
 
 
-def _larger_card(
-    config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts
+def _more_memory(
+    config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts, margin: float
 ) -> str:
-    least = _peak(config, changes, shape, hardware, facts)
-    cards = sorted((from_card(card) for card in CARDS), key=lambda card: card.memory_bytes)
-    card = next((card for card in cards if card.memory_bytes >= least), None)
-    hint = f", as a card like '{card.name}' has" if card and hardware.kind == "cuda" else ""
+    def fits(tenths: int) -> bool:
+        device = hardware.with_memory(tenths * TENTH)
+        return _peak(config, changes, shape, device, facts) * (1 + margin) <= device.memory_bytes
+
+    # what a run takes depends on what there is, so the least that does is searched for
+    here, step = hardware.memory_bytes // TENTH, 1
+    while not fits(here + step):
+        step *= 2
+    beyond = range(here + step // 2 + 1, here + step)
+    enough = TENTH * (beyond.start + bisect_left(beyond, True, key=fits))
+    card = _smallest_card(enough, compute_of(config, hardware)) if hardware.kind == "cuda" else None
+    hint = f", as a card like '{card.name}' has" if card else ""
     with_changes = f" with {_settings(changes)}" if changes else ""
-    return f"choose a smaller base, shorter rows, or {least / GIB:.1f} GiB of memory{with_changes}{hint}"
+    return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"
+
+
+def _smallest_card(size_bytes: int, compute: str) -> Hardware | None:
+    """The card with the least memory that has this much, and computes so; None when there is none."""
+    cards = sorted((from_card(card) for card in CARDS), key=lambda card: card.memory_bytes)
+    able = [card for card in cards if {"bf16": card.bf16, "fp8": card.fp8}.get(compute, True)]
+    return next((card for card in able if card.memory_bytes >= size_bytes), None)
 
 
 def _peak(config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lorafit.errors import UsageError
 from lorafit.planning.cards import CARDS, Card
+from lorafit.planning.size import size_in_words
 
 GIB = 1 << 30
 LEAST_HOST_BYTES = 8 * GIB
@@ -102,7 +103,7 @@ def generic_card(memory_bytes: int, capability: tuple[int, int] | None = None) -
     """A card that is not in the table: this much memory, and the speed of a small card of its time, assumed."""
     capability = capability or (8, 6)
     return Hardware(
-        name=f"card with {memory_bytes / GIB:.1f} GiB",
+        name=f"card with {size_in_words(memory_bytes)}",
         kind="cuda",
         memory_bytes=memory_bytes,
         host_bytes=max(LEAST_HOST_BYTES, memory_bytes),

@@ -8,10 +8,11 @@ from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
 from lorafit.planning.dial import Dial, dial_of
 from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.planning.hardware import Hardware
 from lorafit.planning.matrix import rank_limit
 from lorafit.planning.memory import MemoryEstimate
 from lorafit.planning.shape import ModelShape
+from lorafit.planning.size import at_least, at_most
 
 MAX_DROPOUT = 0.1
 
@@ -59,10 +60,11 @@ def _checkpointing(
         yield Finding(
             "P2",
             Severity.ERROR,
-            f"{said}, and keeping every activation needs about {_gib(memory.kept_bytes)} of the {_gib(room)} there are",
+            f"{said}, and keeping every activation needs about {at_least(memory.kept_bytes)} of the {at_most(room)} "
+            "there are",
             where=where,
             why="the run would end in out-of-memory at its first full micro-batch",
-            fix=f"set {where}: auto (recomputing every layer needs about {_gib(memory.recomputed_bytes)})",
+            fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
         )
     if config.gradient_checkpointing == "reentrant":
         yield Finding(
@@ -150,7 +152,3 @@ def _rank(config: RunConfig, facts: DataFacts) -> Iterator[Finding]:
             why=f"so few rows cannot fill more than rank {limit}: the rest learns them by heart",
             fix=f"set rank: {limit} (and alpha: {2 * limit}), or bring more rows",
         )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f} GiB"

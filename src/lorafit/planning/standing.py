@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorafit.config import RunConfig
+from lorafit.planning.dial import dial_of
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.shape import ModelShape
 
@@ -68,6 +69,13 @@ def movable_embedding_bytes(shape: ModelShape, config: RunConfig, hardware: Hard
     return shape.embedding_parameters * WIDTH[compute_of(config, hardware)]
 
 
+def keeps_dense_weights(shape: ModelShape, config: RunConfig, hardware: Hardware) -> bool:
+    """Whether a card holds the layers' 4-bit weights unpacked as well; FP8 multiplies by no such weight."""
+    dial = dial_of(config, shape.layers)
+    asked = hardware.kind == "cuda" and dial is not None and dial.dense_weights
+    return asked and config.quantization == "nf4" and compute_of(config, hardware) != "fp8"
+
+
 def standing(
     shape: ModelShape,
     targets: tuple[str, ...],
@@ -104,8 +112,12 @@ def _base(shape: ModelShape, config: RunConfig, width: int, wide: bool, moved_by
 
 
 def _dense_copies(shape: ModelShape, config: RunConfig, hardware: Hardware, base: list[Component]) -> list[Component]:
-    if hardware.kind != "cpu" or config.quantization != "nf4":
+    if config.quantization != "nf4":
         return []
+    if hardware.kind != "cpu":
+        size = shape.linear_parameters * WIDTH[compute_of(config, hardware)]
+        kept = keeps_dense_weights(shape, config, hardware)
+        return [Component("dequantised copies", size, "weights=dense")] if kept else []
     left = hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
     dense = shape.linear_parameters * WIDTH[compute_of(config, hardware)]
     size = max(0, min(dense, round(left * DENSE_SHARE)))
