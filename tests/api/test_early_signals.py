@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from lorafit.api.early_signals import EarlySignals
+from lorafit.config import RunDir
 from lorafit.errors import TrainingStopped
 from lorafit.training import StopSignals
 
@@ -36,10 +37,21 @@ def test_sigusr1_is_survived_where_there_is_nothing_to_save():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_in_training_says_how_to_go_on(number):
-    with pytest.raises(TrainingStopped, match="newest checkpoint") as stopped, EarlySignals(), StopSignals():
+    with pytest.raises(TrainingStopped, match="a second signal") as stopped, EarlySignals(), StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), number)
     assert stopped.value.exit_code == 128 + number
+
+
+@pytest.mark.parametrize("name", [None, "step-000120.damaged", "step-000120"])
+def test_a_checkpoint_is_named_only_where_there_is_one(tmp_path, name):
+    if name is not None:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    said = "goes on from the newest checkpoint" if name == "step-000120" else "there is no checkpoint yet"
+    with pytest.raises(TrainingStopped, match=said), EarlySignals() as signals, StopSignals():
+        signals.run = RunDir(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_outside_the_main_thread_nothing_is_touched():

@@ -6,16 +6,22 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
 
-from little_run import write_rows
+from little_run import settings, write_rows
+from lorafit.api.describe_run import environment
+from lorafit.api.going_on import go_on_from, layout_of
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
-from lorafit.config import RunDir, RunLock
+from lorafit.config import RunDir, RunIdentity, RunLock
+from lorafit.config.dial import Dial
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
+from lorafit.training import EventLog
 from tiny_models import save_base
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
@@ -188,7 +194,7 @@ def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
     watch = Watch()
     train(*made, out=stopped, observer=watch, **changed)
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
-    assert "max_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
+    assert "micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
     kept = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert kept == ["step-000004", "step-000005", "step-000006"]
 
@@ -321,6 +327,105 @@ def test_a_run_that_goes_on_elsewhere_says_that_bits_may_differ(made, stopped):
     train(*made, out=stopped, observer=watch, **SETTINGS)
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
     assert "torch was 1.0 and is" in (stopped / "events.jsonl").read_text()
+
+
+def edited(run, **values):
+    """The run's own run.yaml, with these values."""
+    lines = (run / "run.yaml").read_text().splitlines()
+    lines = [next((f"{key}: {values[key]}" for key in values if line.startswith(f"{key}:")), line) for line in lines]
+    (run / "run.yaml").write_text("\n".join(lines) + "\n")
+    return run / "run.yaml"
+
+
+@pytest.mark.parametrize("checkpoints", ["there", "gone"])
+def test_max_tokens_edited_in_run_yaml_is_said(stopped, checkpoints):
+    if checkpoints == "gone":
+        shutil.rmtree(stopped / "checkpoints")
+    watch, step = Watch(), 5 if checkpoints == "there" else 0
+    train(edited(stopped, max_tokens=1024), out=stopped, observer=watch)
+    assert watch.events == [("resumed", step), ("environment_changed", step)]
+    assert "its last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
+
+
+def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):
+    """The micro-batches of the checkpoint are not outgrown."""
+    watch = Watch()
+    train(edited(stopped, max_tokens=4096), out=stopped, observer=watch)
+    assert watch.events == [("resumed", 5)]
+    assert_same(whole, stopped)
+
+
+def on_a_card(max_tokens, micro_tokens, dial="keep"):
+    """What a trainer on a card, whose dial was rehearsed, runs in."""
+    config = settings(max_tokens=max_tokens, activations="recompute")
+    trainer = SimpleNamespace(config=config, layout=SimpleNamespace(micro_tokens=micro_tokens))
+    return layout_of(trainer, SimpleNamespace(dial=Dial.parse(dial, 8)))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (on_a_card(2048, 9000), None),
+        (on_a_card(1024, 9000), "differ: micro_tokens of evaluations was 2048 and is 1024"),
+        (on_a_card(2048, 4096), "differ: micro_tokens was 9000 and is 4096"),
+        (on_a_card(2048, 9000, "recompute"), "differ: dial was keep and is whole=8"),
+    ],
+)
+def test_on_a_card_the_rehearsed_dial_counts_and_max_tokens_bears_on_evaluations_alone(stopped, now, said):
+    run, events = RunDir(stopped), EventLog()
+    identity = RunIdentity.read(run.identity)
+    began = {**environment(), "compile": "auto", "deterministic": False, **on_a_card(2048, 9000)}
+    go_on_from(run, replace(identity, environment=began), now, events)
+    changed = [event.message for event in events.seen if event.kind == "environment_changed"]
+    assert [said in message for message in changed] == ([True] if said else [])
+
+
+def test_a_run_begun_before_its_layout_was_kept_goes_on_without_a_false_word(made, whole, stopped):
+    identity = json.loads((stopped / "fingerprint.json").read_text())
+    identity["environment"] = environment()
+    (stopped / "fingerprint.json").write_text(json.dumps(identity))
+    watch = Watch()
+    train(*made, out=stopped, observer=watch, **SETTINGS)
+    assert watch.events == [("resumed", 5)]
+    assert_same(whole, stopped)
+
+
+@pytest.mark.parametrize("state", ["whole", "stopped"])
+def test_which_rows_were_held_out_is_written_again_where_that_is_gone(made, whole, tmp_path, request, state):
+    run = shutil.copytree(request.getfixturevalue(state), tmp_path / "damaged")
+    (run / "split.tsv").unlink()
+    watch = Watch()
+    with contextlib.suppress(RunFinished):
+        train(*made, out=run, observer=watch, **SETTINGS)
+    assert watch.events[0] == ("described_again", 0)
+    assert "split.tsv in" in (run / "events.jsonl").read_text()
+    assert (run / "split.tsv").read_bytes() == (whole / "split.tsv").read_bytes()
+
+
+def test_another_holdout_is_called_that_and_not_other_rows(made, whole, stopped):
+    for run in (stopped, whole):
+        with pytest.raises(
+            RunDirError, match=r"begun with holdout = 0\.2, now it is 0\.1 \(and the training rows, the "
+        ):
+            train(*made, out=run, **{**SETTINGS, "holdout": 0.1})
+
+
+def test_a_run_that_the_minutes_save_ends_in_the_same_bits(made, whole, tmp_path):
+    """At every step: metrics, adapter and moments are those of a run that saves by steps alone."""
+    train(*made, out=tmp_path / "run", **{**SETTINGS, "save_steps": 1000, "save_minutes": 1e-9, "keep_last": 9})
+    assert [path.name[-1] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == list("123456")
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("step", "said"), [(2, "begins again: there is no checkpoint yet"), (4, "goes on from the")])
+def test_a_second_signal_names_a_checkpoint_only_where_there_is_one(made, tmp_path, step, said):
+    class Twice(Send):
+        def on_step_begin(self, args, state, control, **given):
+            super().on_step_begin(args, state, control, **given)
+            super().on_step_begin(args, state, control, **given)
+
+    with pytest.raises(TrainingStopped, match=f"a second signal.*{said}"):
+        train(*made, out=tmp_path / "run", callbacks=[Twice(signal.SIGTERM, step)], **SETTINGS)
 
 
 def with_one_bit_flipped(path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +45,42 @@ def test_a_run_trains_to_its_end_though_its_output_goes_nowhere(refusing, tmp_pa
         main(["train", *map(str, given)])
     assert not ended.value.code
     assert (out / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "code"),
+    [("", [], 0), ("", ["--json"], 0), ("{broken\n", [], 1), ("{broken\n", ["--json"], 1)],
+)
+def test_check_whose_reader_went_away_ends_quietly_with_the_verdict(tmp_path, rows, flags, code):
+    data = write_rows(tmp_path / "rows.jsonl", 60)
+    with data.open("a") as file:
+        file.write(rows)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lorafit", "check", str(data), *flags]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (code, "")
+
+
+def test_check_on_a_full_disk_is_an_error(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = [sys.executable, "-m", "lorafit", "check", str(write_rows(tmp_path / "rows.jsonl"))]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "error: No space left on device; check the disk and the path\n")
+
+
+def test_help_whose_reader_went_away_ends_quietly(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert sys.stdout is stream
+    assert not ended.value.code
 
 
 def test_output_comes_back_once_the_disk_has_room_again(monkeypatch):

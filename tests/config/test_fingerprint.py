@@ -31,7 +31,9 @@ def test_every_setting_is_either_held_or_free_and_each_is_a_decision():
     assert set(RunConfig.model_fields) >= FREE
 
 
-@pytest.mark.parametrize("key", ["max_tokens", "save_steps", "keep_last", "compile", "vram", "report_to", "out"])
+@pytest.mark.parametrize(
+    "key", ["max_tokens", "save_steps", "save_minutes", "keep_last", "compile", "vram", "report_to", "out"]
+)
 def test_what_changes_only_layout_speed_or_what_is_kept_is_free(key):
     value = {"vram": "8GiB", "report_to": "wandb", "out": "x", "compile": "off"}.get(key, 64)
     assert fingerprint().differences(fingerprint(**{key: value})) == []

@@ -134,6 +134,28 @@ def test_processes_that_race_for_it_are_never_both_inside(tmp_path):
     assert not (tmp_path / LOCK).exists()
 
 
+def test_a_lock_whose_folder_was_removed_is_taken_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with RunLock(folder) as lock:
+        lock.hold()
+        (folder / LOCK).unlink()
+        lock.hold()
+        with pytest.raises(RunDirError, match=f"process {os.getpid()}"), RunLock(folder):
+            pass
+    assert not (folder / LOCK).exists()
+
+
+def test_a_lock_that_another_took_meanwhile_is_left_to_it(tmp_path):
+    with RunLock(tmp_path) as lock:
+        (tmp_path / LOCK).unlink()
+        with RunLock(tmp_path) as other:
+            with pytest.raises(RunDirError, match="is training this run"):
+                lock.hold()
+            assert (tmp_path / LOCK).exists()
+            other.hold()
+
+
 def test_a_full_disk_is_one_sentence_with_the_path_and_no_lock_stays(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

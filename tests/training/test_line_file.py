@@ -38,3 +38,15 @@ def test_a_file_that_somebody_removed_is_known_to_be(tmp_path):
     assert file.is_whole
     file.path.unlink()
     assert not file.is_whole
+
+
+def test_what_somebody_removed_or_cut_leaves_no_gap_of_zeros(tmp_path):
+    file = LineFile(tmp_path / "lines")
+    for line in ("one\n", "two\n"):
+        file.append(line)
+    file.path.write_text("one\ntw")
+    file.append("three\n")
+    assert file.path.read_text() == "one\nthree\n"
+    file.path.unlink()
+    file.append("four\n")
+    assert file.path.read_text() == "four\n"

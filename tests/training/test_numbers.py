@@ -218,9 +218,21 @@ def test_a_checkpoint_remembers_what_was_left_out(base, folders):
 def test_without_a_checkpoint_a_spike_is_only_written_down(base, folders):
     given = {"max_steps": SPIKE + 2, "lr": 1e-4, "save_steps": 1000, "on_spike": "rollback"}
     trainer = run(base, folders[0], Inject(30.0, SPIKE), **given)
+    (folders[0] / "checkpoints").rmdir()
+    (folders[0] / "checkpoints").write_text("no folder")
     trainer.train()
-    assert [event.kind for event in trainer.events.seen] == ["spike", "rollback_impossible"]
+    kinds = [event.kind for event in trainer.events.seen]
+    assert kinds == ["checkpoint_failed", "spike", "rollback_impossible", "checkpoint_failed"]
     assert trainer.state.global_step == SPIKE + 2
+
+
+def test_there_is_a_checkpoint_to_go_back_to_before_any_loss_can_be_a_spike(base, folders):
+    """So whether one is rolled back depends neither on the clock nor on signals that asked for a checkpoint."""
+    given = {"max_steps": SPIKE + 2, "lr": 1e-4, "save_steps": 1000, "save_minutes": 0, "on_spike": "rollback"}
+    trainer = run(base, folders[0], Inject(30.0, SPIKE), **given)
+    trainer.train()
+    assert [event.kind for event in trainer.events.seen] == ["spike", "rollback"]
+    assert trainer.events.seen[1].details["checkpoint"] == f"step-{MIN_SEEN:06d}"
 
 
 def test_an_evaluation_that_is_not_finite_is_an_event(base, folders):

@@ -17,6 +17,7 @@ from lorafit.api.plan import PlannedRun
 from lorafit.backbone import base_fingerprint
 from lorafit.config import RunConfig, RunDir, RunFingerprint, RunIdentity, base_folder, held_settings, write_text
 from lorafit.data import Prepared, Record, Template
+from lorafit.data.split import write_split
 from lorafit.findings import Finding
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look
@@ -57,27 +58,27 @@ def describe(
     run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
 ) -> None:
     """Write what describes the run; run.yaml last, since a folder with it holds a run."""
-    parts = _relied_on(run, identity, planned.resolved.config, template, planned.prepared)
-    for path, write in (parts | _reports(run, planned, findings)).items():
+    for path, write in _parts(run, identity, planned, template, findings).items():
         write(path)
-    run.write_json(run.identity, identity.to_dict())
-    run.write_config(planned.resolved.config, {key: source.value for key, source in planned.resolved.sources.items()})
 
 
-def describe_again(run: RunDir, planned: PlannedRun, findings: list[Finding]) -> list[str]:
-    """Write the reports again that are gone; the files' names."""
-    gone = {path: write for path, write in _reports(run, planned, findings).items() if not path.exists()}
+def describe_again(
+    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
+) -> list[str]:
+    """Write again what of it is gone, and which rows were held out; the files' names."""
+    parts = _split(run, planned.prepared) | _parts(run, identity, planned, template, findings)
+    gone = {path: write for path, write in parts.items() if not path.exists()}
     for path, write in gone.items():
         write(path)
     return [path.name for path in gone]
 
 
 def mend(run: RunDir, identity: RunIdentity, config: RunConfig, template: Template, prepared: Prepared) -> list[str]:
-    """Write again what other verbs rely on and is gone or damaged, for a run whose content is proved the same.
-
-    Returns the files' names.
+    """Write again what other verbs rely on and is gone or damaged, for a run whose content is proved the same, and
+    which rows were held out where that is gone. Returns the files' names.
     """
     parts = _relied_on(run, identity, config, template, prepared)
+    parts |= {path: write for path, write in _split(run, prepared).items() if not path.exists()}
     return [path.name for path, write in parts.items() if _is_written_again(path, write)]
 
 
@@ -89,6 +90,25 @@ def _is_written_again(path: Path, write: Callable[[Path], None]) -> bool:
         return False
     staged.replace(path)
     return True
+
+
+def _parts(
+    run: RunDir, identity: RunIdentity, planned: PlannedRun, template: Template, findings: list[Finding]
+) -> dict[Path, Callable[[Path], None]]:
+    """All that describes the run: each file, and what writes it; run.yaml last."""
+    config = planned.resolved.config
+    sources = {key: source.value for key, source in planned.resolved.sources.items()}
+    return {
+        **_relied_on(run, identity, config, template, planned.prepared),
+        **_reports(run, planned, findings),
+        run.identity: lambda path: run.write_json(path, identity.to_dict()),
+        run.settings: lambda _: run.write_config(config, sources),
+    }
+
+
+def _split(run: RunDir, prepared: Prepared) -> dict[Path, Callable[[Path], None]]:
+    """Which rows were held out; a new run has it from `prepare`."""
+    return {run.split: lambda path: write_split(path, prepared.train, prepared.holdout)}
 
 
 def _relied_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from lorafit.config.run_dir import RunDir
 from lorafit.config.signal_handlers import STOPPING, SignalHandlers
 from lorafit.errors import StoppedAtOnce, TrainingStopped
 
@@ -24,18 +25,23 @@ class EarlySignals(SignalHandlers):
     """Within it SIGINT and SIGTERM unwind, and SIGUSR1 is ignored, for there is nothing to save yet.
 
     StopSignals takes their place while training runs. A stop leaves the block as TrainingStopped, once everything
-    inside has cleaned up.
+    inside has cleaned up. `run`, once it is known, tells whether there is a checkpoint to go on from.
     """
 
     def __init__(self) -> None:
         super().__init__({**dict.fromkeys(STOPPING, self._stop), signal.SIGUSR1: self._ignore})
+        self.run: RunDir | None = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, StoppedAtOnce):
-            fix = "the same command, without --restart, goes on from the newest checkpoint"
+            there_is_one = self.run is not None and self.run.has_checkpoint
+            begins = (
+                "goes on from the newest checkpoint" if there_is_one else "begins again: there is no checkpoint yet"
+            )
+            fix = f"the same command, without --restart, {begins}"
             name = signal.Signals(error.number).name
             raise TrainingStopped(error.number, f"a second signal, {name}, ended the run at once", fix=fix) from error
         if isinstance(error, _Stopped):

@@ -13,6 +13,7 @@ from lorafit.config import (
     FREE,
     PLANNED,
     Resolved,
+    RunConfig,
     RunDir,
     RunFingerprint,
     RunIdentity,
@@ -83,11 +84,14 @@ def refuse_other_settings(run: RunDir, resolved: Resolved) -> None:
         raise _refusal(run, found)
 
 
-def refuse_other_content(run: RunDir, then: RunFingerprint, now: RunFingerprint) -> None:
-    """RunDirError, naming what differs and both values, when the run was trained from something else."""
+def refuse_other_content(run: RunDir, config: RunConfig, then: RunFingerprint, now: RunFingerprint) -> None:
+    """RunDirError, naming what differs and both values, when the run was trained from something else.
+
+    `config` has the settings of today: one that chooses among the rows is named before the rows are.
+    """
     found = then.differences(now)
     if found:
-        raise _refusal(run, found)
+        raise _refusal(run, [*_other_choice(run.config(), config, then, now), *found])
 
 
 def refuse_finished(run: RunDir) -> None:
@@ -132,6 +136,17 @@ def _differing(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
     # what nobody sets is planned: the run that goes on has planned it already
     open_keys = {key for key in PLANNED if not resolved.is_set(key)}
     return [one for one in differing_settings(then, now) if one[0] not in open_keys]
+
+
+def _other_choice(
+    then: RunConfig, now: RunConfig, rows_then: RunFingerprint, rows_now: RunFingerprint
+) -> list[tuple[str, str, str]]:
+    """(key, then, now) of the settings by which the same files give other rows."""
+    is_cut = "error" not in (then.long, now.long)  # else no row is longer than max_tokens
+    holdout = ("holdout",) if rows_then.held_out_rows != rows_now.held_out_rows else ()
+    trained = ("on_bad", "long", "map") if rows_then.train_rows != rows_now.train_rows else ()
+    keys = (*holdout, *trained, *(("max_tokens",) if trained and is_cut else ()))
+    return differing_settings({key: getattr(then, key) for key in keys}, {key: getattr(now, key) for key in keys})
 
 
 def _is_alike(run: RunDir, resolved: Resolved, *, restart: bool) -> bool:

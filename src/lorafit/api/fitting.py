@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from lorafit.adapters import count_parameters
-from lorafit.api.going_on import go_on_from, refuse_stopped, save_result
+from lorafit.api.going_on import go_on_from, layout_of, refuse_stopped, save_result
 from lorafit.api.observer import Observer
 from lorafit.api.proved_model import proved_model
 from lorafit.api.ready_run import ReadyRun
 from lorafit.api.rehearsed_layers import rehearsed_layers
+from lorafit.api.standing_folder import StandingFolder
 from lorafit.api.trained_run import TrainedRun
 from lorafit.config import RunIdentity
 from lorafit.engine import VocabularyLoss
@@ -70,13 +73,23 @@ class Fitting:
             StopSignals(self.watch.stopping) as self.trainer.signals,
         ):
             self.watch.rehearsed(rehearsal)
-            checkpoint = self._begin(identity.result())
+            layout = layout_of(self.trainer, rehearsal)
+            folder = StandingFolder(self.ready, self._begun(identity.result(), layout), self.trainer)
+            checkpoint = self._begin(folder.identity, layout)
+            self.trainer.add_callback(folder)
             started = time.perf_counter()
             self._train(checkpoint)
             train_s = time.perf_counter() - started
+            folder.mend()
             refuse_stopped(self.ready.run, self.trainer)
-            self._save(identity.result())
-        return self._result(train_s)
+            self._save(folder.identity)
+            result = self._result(train_s)
+            folder.require_whole()
+        return result
+
+    def _begun(self, identity: RunIdentity, layout: dict[str, Any]) -> RunIdentity:
+        """The identity of a new run with the layout it begins in; that of a run that goes on as it is."""
+        return identity if self.ready.known else replace(identity, environment={**identity.environment, **layout})
 
     def _trainer(self, loss: VocabularyLoss, callbacks: list[TrainerCallback]) -> LorafitTrainer:
         prepared = self.ready.planned.prepared
@@ -92,14 +105,15 @@ class Fitting:
             run=self.ready.run_id,
         )
 
-    def _begin(self, identity: RunIdentity) -> Checkpoint | None:
+    def _begin(self, identity: RunIdentity, layout: dict[str, Any]) -> Checkpoint | None:
         """Describe the run in its folder; the checkpoint to go on from, None for the first step."""
         run, known = self.ready.run, self.ready.known
+        self.ready.lock.hold()  # loading takes minutes
         gone = self.ready.describe(identity)
         if gone:
             message = f"{', '.join(gone)} had gone from {run.path}, and is written again"
             self.events.record("described_again", 0, message)
-        return go_on_from(run, self.ready.resolved.config, known, self.events) if known else None
+        return go_on_from(run, known, layout, self.events) if known else None
 
     def _train(self, checkpoint: Checkpoint | None) -> None:
         trainer = self.trainer
@@ -112,7 +126,7 @@ class Fitting:
             raise TrainingError(
                 f"the card's memory ran out in step {trainer.state.global_step + 1}",
                 where=str(trainer.args.output_dir),
-                fix=f"lower max_tokens (now {trainer.config.max_tokens}) or set gradient_checkpointing=on",
+                fix="set vram below what is free there, or begin anew (--restart) with activations=recompute",
             ) from error
 
     def _take_up_end(self, checkpoint: Checkpoint) -> None:

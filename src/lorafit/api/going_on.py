@@ -5,7 +5,10 @@ from __future__ import annotations
 import filecmp
 import shlex
 import signal
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorafit.adapters import save_adapter
 from lorafit.api.describe_run import environment
@@ -20,19 +23,22 @@ from lorafit.config import (
     changed_file,
     differing_settings,
 )
+from lorafit.engine import Rehearsal
 from lorafit.errors import RunDirError, TrainingStopped
 from lorafit.training import ADAPTER, Checkpoint, EventLog, LorafitTrainer, clear_unfinished, newest_whole, set_aside
 
+HELD_OUT_TOKENS = "micro_tokens of evaluations"
 
-def known_identity(place: Place, now: RunFingerprint) -> RunIdentity:
-    """The identity of the run in `place`, if `now` is what it is trained from.
+
+def known_identity(place: Place, config: RunConfig, now: RunFingerprint) -> RunIdentity:
+    """The identity of the run in `place`, if `now`, by the settings `config`, is what it is trained from.
 
     Raises RunDirError naming what differs, OtherRows for a finished run over other rows in a folder that nobody named.
     """
     run, identity = place.run, RunIdentity.read(place.run.identity)
     if run.is_finished and not place.is_named and identity.fingerprint.differences(now):
         raise OtherRows
-    refuse_other_content(run, identity.fingerprint, now)
+    refuse_other_content(run, config, identity.fingerprint, now)
     return identity
 
 
@@ -42,8 +48,11 @@ def refuse_at_end(run: RunDir, identity: RunIdentity) -> None:
         refuse_finished(run)
 
 
-def go_on_from(run: RunDir, config: RunConfig, identity: RunIdentity, events: EventLog) -> Checkpoint | None:
-    """The checkpoint the run in `run` goes on from, None for its very beginning; every one passed over is an event."""
+def go_on_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], events: EventLog) -> Checkpoint | None:
+    """The checkpoint the run in `run` goes on from, None for its very beginning; every one passed over is an event.
+
+    `layout` is how it will run now, as `layout_of` has it.
+    """
     clear_unfinished(run.checkpoints)
     if run.adapter.exists():
         events.record("adapter_damaged", 0, "the adapter here is not the one that was trained: it is written again")
@@ -60,14 +69,35 @@ def go_on_from(run: RunDir, config: RunConfig, identity: RunIdentity, events: Ev
         events.record("resumed", 0, "there is no whole checkpoint yet: the run begins again at its first step")
     else:
         events.record("resumed", checkpoint.step, f"the run goes on from {checkpoint.folder.name}")
-    _note_changes(run, config, identity, checkpoint.step if checkpoint else 0, events)
+    _note_changes(run, identity, layout, checkpoint, events)
     return checkpoint
 
 
-def _note_changes(run: RunDir, config: RunConfig, identity: RunIdentity, step: int, events: EventLog) -> None:
+def layout_of(trainer: LorafitTrainer, rehearsal: Rehearsal | None) -> dict[str, Any]:
+    """What of a run's layout its last bits depend on, as JSON values.
+
+    On a card the dial that was rehearsed counts, whatever the settings say: a run that goes on keeps it.
+    """
+    config, tokens = trainer.config, trainer.layout.micro_tokens
+    layout = {key: getattr(config, key) for key in LAYOUT if key != "max_tokens"}
+    if rehearsal is not None:
+        del layout["activations"], layout["gradient_checkpointing"]
+        layout["dial"] = str(replace(rehearsal.dial, micro_tokens=None))
+    return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_tokens)}
+
+
+def _note_changes(
+    run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], checkpoint: Checkpoint | None, events: EventLog
+) -> None:
     """An event when the run goes on elsewhere, or in another layout, than it began."""
-    then, now = ({key: getattr(one, key) for key in LAYOUT} for one in (run.config(), config))
-    changed = differing_settings({**then, **identity.environment}, {**now, **environment()})
+    settings = run.config().model_dump(mode="json")
+    began = {key: settings.get(key, value) for key, value in layout.items()} | dict(identity.environment)
+    now = {**layout, **environment()}
+    if checkpoint is not None:  # whose micro-batches are not outgrown
+        for key in ("micro_tokens", HELD_OUT_TOKENS):
+            now[key] = min(now[key], began["micro_tokens"])
+    changed = differing_settings(began, now)
+    step = checkpoint.step if checkpoint else 0
     if changed:
         words = ", ".join(f"{what} was {before} and is {after}" for what, before, after in changed)
         message = f"the run goes on in another way than it began, so its last bits may differ: {words}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorafit.api.describe_run import describe, describe_again, new_identity
 from lorafit.api.plan import PlannedRun
-from lorafit.config import Resolved, RunDir, RunIdentity
+from lorafit.config import Resolved, RunDir, RunIdentity, RunLock
 from lorafit.data import Template
 from lorafit.findings import Finding
 
@@ -16,6 +16,7 @@ class ReadyRun:
     """A run whose folder this process has locked. `known` is the identity of a run that goes on, None of a new one."""
 
     run: RunDir
+    lock: RunLock
     run_id: str
     known: RunIdentity | None
     planned: PlannedRun
@@ -32,11 +33,15 @@ class ReadyRun:
         return self.known or new_identity(self.planned, self.template, self.run_id)
 
     def describe(self, identity: RunIdentity) -> list[str]:
-        """Write what describes a new run into its folder, or the reports that are gone; the names of those."""
+        """Write what describes a new run into its folder, or what of it is gone; the names of that."""
         if self.known is not None:
-            return describe_again(self.run, self.planned, self.findings)
+            return self.describe_again(identity)
         describe(self.run, identity, self.planned, self.template, self.findings)
         return []
+
+    def describe_again(self, identity: RunIdentity) -> list[str]:
+        """Write what has gone from the folder; the files' names."""
+        return describe_again(self.run, identity, self.planned, self.template, self.findings)
 
     def findings_with(self, own: Finding | None) -> list[Finding]:
         """The findings and what the run itself found, written down where there is such a thing."""

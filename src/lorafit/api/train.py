@@ -56,13 +56,15 @@ def train(
     require_data(resolved)
     require_base(resolved)
     _require_one_process_here(resolved)
-    with EarlySignals():
+    with EarlySignals() as signals:
         place = find_place(resolved, restart=restart)
+        signals.run = place.run
         aside = begin_anew(place.run) if restart else None
         try:
             return _train_at(place, resolved, watch, list(callbacks))
         except OtherRows:
             fresh = Place(next_free(resolved), goes_on=False, is_named=False)
+            signals.run = fresh.run
             return _train_at(fresh, resolved, watch, list(callbacks))
         except BaseException:
             put_back(aside, place.run)
@@ -78,20 +80,20 @@ def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list
     run.require_writable()
     with (
         _no_empty_folder(run, is_new),
-        RunLock(run.path),
+        RunLock(run.path) as lock,
         quiet_libraries(run.log),
         deterministic(resolved.config.deterministic),
     ):
         try:
             if run.holds_run != place.goes_on:
                 raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
-            return fit(_make_ready(place, place.settled(resolved), early, watch), watch, callbacks)
+            return fit(_make_ready(place, lock, place.settled(resolved), early, watch), watch, callbacks)
         except BaseException:
-            _leave_nothing(run, is_new)
+            _leave_nothing(run, is_new and lock.is_held)
             raise
 
 
-def _make_ready(place: Place, resolved: Resolved, early: list[Finding], watch: Observer) -> ReadyRun:
+def _make_ready(place: Place, lock: RunLock, resolved: Resolved, early: list[Finding], watch: Observer) -> ReadyRun:
     """Read and judge the data, and plan the run; `early` is what was found before."""
     run, template = place.run, template_for(resolved)
     # a run that goes on has its split and its rejected rows already
@@ -107,13 +109,13 @@ def _make_ready(place: Place, resolved: Resolved, early: list[Finding], watch: O
     watch.ready(late)
     require_ready([*planned.plan.findings, *late])
     findings = [*early, *prepared.findings, *planned.plan.findings, *late]
-    return ReadyRun(run, known.run if known else new_run_id(), known, planned, template, findings)
+    return ReadyRun(run, lock, known.run if known else new_run_id(), known, planned, template, findings)
 
 
 def _mended(place: Place, config: RunConfig, template: Template, prepared: Prepared, watch: Observer) -> RunIdentity:
     """The identity of the run that goes on, whose files are whole again. Raises RunFinished when it is at its end."""
     run = place.run
-    identity = known_identity(place, fingerprint_of(config, template, prepared))
+    identity = known_identity(place, config, fingerprint_of(config, template, prepared))
     run.follow_files(config)
     names = mend(run, identity, config, template, prepared)
     if names:
@@ -150,7 +152,7 @@ def _require_one_process_here(resolved: Resolved) -> None:
         raise UsageError(f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {here}")
 
 
-def _leave_nothing(run: RunDir, is_new: bool) -> None:
-    """Remove the folder of a run that never started, unless it explains which rows were rejected."""
-    if is_new and not run.settings.exists() and not (run.path / "rejected.jsonl").exists():
+def _leave_nothing(run: RunDir, is_own: bool) -> None:
+    """Remove the folder that a run made which never started, unless it explains which rows were rejected."""
+    if is_own and not run.settings.exists() and not (run.path / "rejected.jsonl").exists():
         shutil.rmtree(run.path, ignore_errors=True)

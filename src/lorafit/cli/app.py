@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,7 +11,7 @@ from typer.core import TyperGroup
 from lorafit import __version__
 from lorafit.cli.chat import chat
 from lorafit.cli.check import check
-from lorafit.cli.console import show_error
+from lorafit.cli.console import piped, show_error
 from lorafit.cli.demo import demo
 from lorafit.cli.merge import merge
 from lorafit.cli.plan import plan
@@ -74,15 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug = DEBUG_FLAG in given
     given = [argument for argument in given if argument != DEBUG_FLAG]
     try:
-        app(given, prog_name="lorafit")
+        with piped():
+            app(given, prog_name="lorafit")
     except LorafitError as error:
         if debug:
             raise
         show_error(error.sentence, error.label)
         sys.exit(error.exit_code)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            _end_quietly()
         if debug:
             raise
         place = f"{error.filename}: " if error.filename else ""
@@ -95,9 +93,3 @@ def main(arguments: list[str] | None = None) -> None:
         first = (str(error).strip().splitlines() or [""])[0]
         show_error(f"internal error ({type(error).__name__}: {first}); run it with --debug and report the trace")
         sys.exit(INTERNAL)
-
-
-def _end_quietly() -> NoReturn:
-    # the reader of our output went away (`lorafit check … | head`): nothing is wrong
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,10 +30,13 @@ COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO
 
 
 class _Steady:
-    """A text stream that drops what cannot be written: on a full disk, to a reader or a terminal that is gone."""
+    """A text stream that drops what cannot be written: to a reader or a terminal that is gone, and on a full disk.
 
-    def __init__(self, stream: IO[str]) -> None:
-        self.stream = stream
+    With `always` false a full disk is an error, as ever.
+    """
+
+    def __init__(self, stream: IO[str], *, always: bool = True) -> None:
+        self.stream, self.always = stream, always
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -55,12 +58,15 @@ class _Steady:
         """The last try: Python's own, when it ends, would make exit code 120 of a failure."""
         try:
             self.stream.flush()
-        except OSError:
+        except OSError as error:
             self._leave()
+            self._forget(error)
 
     def _forget(self, error: OSError) -> None:
         if error.errno in GONE:
             self._leave()
+        elif not self.always:
+            raise error
 
     def _leave(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -81,6 +87,25 @@ def steady(console: Console = PEOPLE) -> Iterator[None]:
     finally:
         stream.close()
         console.file = cast(IO[str], None)  # whatever sys.stdout is then
+
+
+@contextlib.contextmanager
+def piped() -> Iterator[None]:
+    """Within it a reader of stdout that goes away (`lorafit check … | head`) ends nothing: the exit code still holds.
+
+    Of rich, click and Python itself each makes another exit code of it.
+    """
+    stdout = sys.stdout
+    if stdout is None:
+        yield  # closed from the beginning
+        return
+    stream = _Steady(stdout, always=False)
+    sys.stdout = cast(TextIO, stream)
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        stream.close()
 
 
 def say(line: str = "") -> None:

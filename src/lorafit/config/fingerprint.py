@@ -19,7 +19,7 @@ FREE = frozenset(
         "base", "revision", "data", "map", "on_bad", "long", "holdout", "out",
         # what is shown, kept, asked of the plan, or sent to trackers
         "select", "ignore", "goal", "serving", "gpu", "vram", "report_to", "eval_steps", "save_steps",
-        "keep_last", "keep_best", "max_bad_steps",
+        "save_minutes", "keep_last", "keep_best", "max_bad_steps",
         *LAYOUT,
     )
 )  # fmt: skip

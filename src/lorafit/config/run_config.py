@@ -75,6 +75,9 @@ class RunConfig(BaseModel):
     examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
+    save_minutes: float = Field(
+        15.0, ge=0, allow_inf_nan=False, description="minutes after which a checkpoint is due besides; 0: never"
+    )
     max_bad_steps: int = Field(3, ge=1, description="steps in a row with NaN or infinite numbers before the run stops")
     on_spike: Literal["record", "rollback"] = Field(
         "record", description="a loss spike: note it, or go back to the last checkpoint and leave its rows out"
@@ -108,7 +111,8 @@ class RunConfig(BaseModel):
 
     @field_validator(
         "max_tokens", "rank", "alpha", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm", "epochs", "seed",
-        "max_steps", "examples_per_step", "eval_steps", "save_steps", "max_bad_steps", "keep_last", "keep_best",
+        "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps", "keep_last",
+        "keep_best",
         mode="before",
     )  # fmt: skip
     @classmethod

@@ -69,6 +69,11 @@ class RunDir:
         return self.path / "exports"
 
     @property
+    def split(self) -> Path:
+        """Which rows were held out."""
+        return self.path / "split.tsv"
+
+    @property
     def samples(self) -> Path:
         """Some held-out rows as {"messages", "source"} lines: what merge verifies on."""
         return self.path / "held-out.jsonl"
@@ -96,6 +101,11 @@ class RunDir:
     def holds_run(self) -> bool:
         """True once a run has started here."""
         return self.settings.exists()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """True when there is a checkpoint, be it whole or not."""
+        return any(self.checkpoints.glob("step-*[0-9]"))
 
     @property
     def is_finished(self) -> bool:

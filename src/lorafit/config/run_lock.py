@@ -88,6 +88,18 @@ class RunLock:
                 self.path.unlink()
             self._close()
 
+    @property
+    def is_held(self) -> bool:
+        """False where its file is gone, or another's."""
+        return self.descriptor is not None and self._is_current()
+
+    def hold(self) -> None:
+        """Take it once more where its file was removed. RunDirError when another process has it by now."""
+        if self.descriptor is not None and not self._is_current():
+            self._close()
+        if self.descriptor is None:
+            self.__enter__()
+
     def _open(self) -> int:
         try:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -158,7 +158,7 @@ def _recorded(rows: Stored, run_dir: Path | None, train: Rows, holdout: Rows) ->
         return None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_split(run_dir, train, holdout)
+        write_split(run_dir / "split.tsv", train, holdout)
         source = rows.folder / "rejected.jsonl"
         return Path(shutil.copyfile(source, run_dir / "rejected.jsonl")) if source.stat().st_size else None
     except OSError as error:

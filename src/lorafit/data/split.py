@@ -38,11 +38,9 @@ def _draw(content: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
     return mixed(content ^ mixed(np.array([seed], np.uint64))).astype(np.float64) / 2.0**64
 
 
-def write_split(run_dir: Path, train: Rows, holdout: Rows) -> Path:
-    """`split.tsv` in the run directory: each row's side and place, in the order of the files."""
-    path = run_dir / "split.tsv"
+def write_split(path: Path, train: Rows, holdout: Rows) -> None:
+    """Each row's side and place, in the order of the files: `split.tsv` of the run directory."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write("side\tsource\n")
         for side, rows in (("train", train), ("holdout", holdout)):
             stream.writelines(f"{side}\t{source}\n" for source in rows.sources())
-    return path

@@ -30,6 +30,7 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.failure: tuple[int, str] | None = None
         self.fault: BaseException | None = None
+        self.has_written = False
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write `snapshot`, after the one before it is done."""
@@ -61,6 +62,7 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             write_checkpoint(snapshot, self.folder, self.run)
+            self.has_written = True
             prune(self.folder, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         except LorafitError as error:
             self.failure = (snapshot.step, error.what)

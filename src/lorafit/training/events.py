@@ -43,6 +43,7 @@ class EventLog:
     ) -> None:
         self.path, self.show = path, show
         self.seen: list[RunEvent] = []
+        self.lines: list[str] = []  # of this process
         self.file = LineFile(path) if path is not None else None
         if self.file is not None and is_new:
             self.file.discard()
@@ -55,10 +56,18 @@ class EventLog:
         self.seen.append(event)
         if self.file is not None:
             line = {**event.to_dict(), "unix_s": round(time.time(), 3)}
-            self.file.append(json.dumps(line, ensure_ascii=False) + "\n")
+            self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            self._write(self.file)
         if self.show is not None:
             self.show(event)
         return event
+
+    def _write(self, file: LineFile) -> None:
+        """Add the newest line; all of this process, where somebody removed the file."""
+        if file.path.exists():
+            file.append(self.lines[-1])
+        else:
+            file.begin(self.lines)
 
 
 def _finite(value: Any) -> Any:

@@ -43,6 +43,8 @@ class LineFile:
 
     def flush(self) -> bool:
         """Write the lines that wait; False when the disk refuses them still."""
+        if not self.is_whole:
+            self.continue_file()  # never a gap of zeros in place of what somebody removed
         text = "".join(self.waiting).encode()
         try:
             with self.path.open("r+b" if self.path.exists() else "wb") as file:

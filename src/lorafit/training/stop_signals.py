@@ -1,4 +1,4 @@
-"""StopSignals: SIGINT and SIGTERM end a run after a whole step, SIGUSR1 asks for a checkpoint."""
+"""StopSignals: SIGINT and SIGTERM end a run after a whole step; SIGUSR1, or the time, asks for a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit.config import RunConfig
 from lorafit.config.signal_handlers import STOPPING, SignalHandlers
 from lorafit.errors import StoppedAtOnce
 from lorafit.training.checkpoint_writer import CheckpointWriter
+from lorafit.training.numbers import MIN_SEEN
+from lorafit.training.save_timer import SaveTimer
 
 
 class EvaluationStopped(Exception):
@@ -46,10 +49,12 @@ class Signalled(Protocol):
 
     signals: StopSignals
     checkpoints: CheckpointWriter
+    save_timer: SaveTimer
+    config: RunConfig
 
 
 class ObeySignals(TrainerCallback):
-    """At the end of a step: passes on what the signals ask for, and reports a checkpoint that could not be written."""
+    """At the end of a step: passes on what the signals and the time ask for, and reports a checkpoint that failed."""
 
     def __init__(self, trainer: Signalled) -> None:
         self.trainer = trainer
@@ -57,11 +62,22 @@ class ObeySignals(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # a resumed Trainer goes by the intervals in its checkpoint; today's settings are meant
         state.compute_steps(args, state.max_steps)
+        self.trainer.save_timer.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         signals = self.trainer.signals
         self.trainer.checkpoints.poll()
         if signals.stop is not None:
             control.should_save = control.should_training_stop = True
-        if signals.save:
+        if signals.save or self._is_due(args, state):
             control.should_save, signals.save = True, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.save_timer.start()
+
+    def _is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
+        # before any loss can be called a spike: whether there is a checkpoint to go back to is no matter of time
+        if self.trainer.config.on_spike == "rollback" and state.global_step == MIN_SEEN:
+            return True
+        # several processes have several clocks, and have to save in the same step
+        return args.world_size == 1 and self.trainer.save_timer.is_due()

@@ -36,6 +36,7 @@ from lorafit.training.memory_retry import MemoryRetry
 from lorafit.training.numbers import NumbersJudge
 from lorafit.training.prefetch import Prefetched
 from lorafit.training.roll_back import RollBack, newest_good
+from lorafit.training.save_timer import SaveTimer
 from lorafit.training.step_log import StepLog, StepNumbers
 from lorafit.training.steps import StepDataset
 from lorafit.training.stop_signals import EvaluationStopped, ObeySignals, StopSignals
@@ -95,7 +96,7 @@ class LorafitTrainer(Trainer):
         self.vocabulary_loss = vocabulary_loss or VocabularyLoss.expected(model)
         self.checkpoints = CheckpointWriter(folder, config, run, self._checkpoint_failed)
         self._guard(events or EventLog())
-        self.signals = StopSignals()
+        self.signals, self.save_timer = StopSignals(), SaveTimer(config.save_minutes)
         self.owes_evaluation = False  # a signal cut it short: a resumed run makes up for it first
         self._begins_at = 0
         self._ahead: tuple[Any, Prefetched] | None = None

@@ -29,6 +29,7 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.file, self.timings = LineFile(path), path.with_name("timings.jsonl")
+        self.history: list[dict[str, Any]] = []
         self.started = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -37,7 +38,8 @@ class MetricsLog(TrainerCallback):
             self.begin(state.log_history)
 
     def begin(self, history: list[dict[str, Any]]) -> None:
-        """Start the file anew with the lines of `history`."""
+        """Start the file anew with the lines of `history`, which the Trainer goes on writing."""
+        self.history = history
         self.file.begin(line for entry in history if (line := line_of(entry)) is not None)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -53,7 +55,9 @@ class MetricsLog(TrainerCallback):
         self._time(state.global_step)
 
     def flush(self) -> bool:
-        """Write the lines that wait; False when the disk refuses them still."""
+        """Write the lines that wait, or all where the file is gone; False when the disk refuses them still."""
+        if not self.file.is_whole:
+            self.begin(self.history)
         return self.file.flush()
 
     def _time(self, step: int) -> None:
