@@ -153,3 +153,13 @@ def test_a_whole_step_is_rehearsed_where_it_is_to_run(trainer):
     work = _work(trainer, grows=True)
     assert work.max_tokens == work.batch_of(work.max_tokens).tokens == LARGEST
     assert _work(trainer).max_tokens == 64
+
+
+def test_another_dial_given_on_the_way_is_the_one_that_runs(trainer, tmp_path, on_a_card):
+    run = RunDir(tmp_path)
+    rehearsed(trainer, run, **GIVEN)
+    run.settings.write_text("")
+    wish = {"activations": "whole=1,micro_tokens=40"}
+    for _ in range(2):  # and from then on it is the run's
+        assert rehearsed(trainer, run, **GIVEN, **wish).dial == Dial(whole=1, micro_tokens=40)
+        assert json.loads(run.engine.read_text())["asked"] == wish["activations"]

@@ -29,7 +29,7 @@ CARD_SHARE = 0.97
 def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -> Iterator[Rehearsal | None]:
     """Within it the model's layers run as the dial says: solved and proved on a card, as it is written on a CPU.
 
-    A run that goes on keeps the dial it had, so that its bits stay the same. Yields what the rehearsal found.
+    A run that goes on keeps the dial it had, so that its bits stay the same, unless it is asked for another. Yields what the rehearsal found.
     """
     config = resolved.config
     without_checkpointing(trainer.args)
@@ -44,6 +44,8 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         return
     # one that a run left which never began is not this run's
     known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
+    if known is not None and known.get("asked", config.activations) != config.activations:
+        known = None  # another dial is asked for on the way
     if known is not None:
         layers.dial = Dial.parse(known["dial"], len(layers))
         layers.follow(known["schedule"])
@@ -57,7 +59,8 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     trainer.memory.layers = layers
     if not config.deterministic:  # when it acts depends on what the allocator went through
         trainer.add_callback(AllocatorWatch(layers, trainer.events))
-    run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), "notes": layers.notes})
+    asked = {"asked": config.activations, "notes": layers.notes}
+    run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), **asked})
     with layers:
         yield found
 
