@@ -12,10 +12,10 @@ from gloo_worker import LENGTHS, adapted
 from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
-from lorafit.engine import packed
+from lorafit.engine import packed, release_memory
 from lorafit.errors import TrainingError
 from lorafit.training import EventLog, LorafitTrainer
-from lorafit.training.memory_retry import is_out_of_memory, release_memory, row_count
+from lorafit.training.memory_retry import is_out_of_memory, row_count
 from tiny_models import save_base
 
 ROWS = encoded_rows(*LENGTHS)

@@ -29,7 +29,8 @@ CARD_SHARE = 0.97
 def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -> Iterator[Rehearsal | None]:
     """Within it the model's layers run as the dial says: solved and proved on a card, as it is written on a CPU.
 
-    A run that goes on keeps the dial it had, so that its bits stay the same, unless it is asked for another. Yields what the rehearsal found.
+    A run that goes on keeps the dial it had, so that its bits stay the same, unless it is asked for another. Yields
+    what the rehearsal found.
     """
     config = resolved.config
     without_checkpointing(trainer.args)

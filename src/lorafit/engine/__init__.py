@@ -1,5 +1,6 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
+from lorafit.engine.allocator import allocator_retries, release_memory
 from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.batch import MicroBatch, Step, collate
 from lorafit.engine.dial_problem import Work
@@ -13,6 +14,8 @@ from lorafit.engine.segments import Segments
 from lorafit.engine.warm_compiler import warm_compiler
 
 __all__ = [
+    "allocator_retries",
+    "release_memory",
     "DecoderLayers",
     "Rehearsal",
     "Work",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config.dial import Dial
+from lorafit.engine.allocator import release_memory
 from lorafit.engine.batch import MicroBatch
 from lorafit.engine.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
@@ -162,7 +162,7 @@ def _measured(
     while True:
         tried = batch or work.batch_of(tokens)
         cost = measure_level(layers, partial(work.loss_of, tried), level, meanwhile)
-        empty()
+        release_memory()
         if cost is not None:
             return tried, cost
         if _movable_bytes(model):
@@ -226,12 +226,6 @@ def _movable_bytes(model: Any) -> int:
     if table is None or config.tie_word_embeddings or table.requires_grad or table.device.type != "cuda":
         return 0
     return int(table.numel() * table.element_size())
-
-
-def empty() -> None:
-    """Give back what nobody refers to any more."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def does_not_fit() -> TrainingError:

@@ -16,7 +16,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from lorafit.config.dial import Dial
-from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, empty, pose
+from lorafit.engine.allocator import allocator_retries, release_memory
+from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 
@@ -142,14 +143,14 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
     started = time.perf_counter()
     if layers.dial.host_embeddings:
         keep_embeddings_on_host(model)
-    empty()
+    release_memory()
     torch.cuda.reset_peak_memory_stats()
     retries = _retries_of_two(layers, work)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     for weight in model.parameters():
         weight.grad = None
     layers.offload.begin()
-    empty()
+    release_memory()
     return Attempt(
         dial=str(layers.dial),
         room_bytes=problem.room.device_bytes if problem else 0,
@@ -165,17 +166,13 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
 def _retries_of_two(layers: DecoderLayers, work: Work) -> tuple[int, ...]:
     """How often the allocator asked again in each of two micro-batches; fewer where the memory ran out."""
     batch = work.batch_of(layers.dial.micro_tokens or work.max_tokens)
-    seen = [_allocator_retries()]
+    seen = [allocator_retries()]
     try:
         with layers:
             for _ in range(2):
                 (work.loss_of(batch) / max(batch.supervised, 1)).backward()
                 torch.cuda.synchronize()
-                seen.append(_allocator_retries())
+                seen.append(allocator_retries())
     except torch.OutOfMemoryError:
         pass
     return tuple(after - before for before, after in pairwise(seen))
-
-
-def _allocator_retries() -> int:
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
+from lorafit.engine import allocator_retries
 from lorafit.training.events import EventLog
 from lorafit.training.memory_retry import Layers
 
 IN_A_ROW = 3
 """Steps with such retries, one after another: a step of a new shape may need one, a step that fits does not."""
-
-
-def allocator_retries() -> int:
-    """How often the CUDA allocator has given back what it kept, and asked again, since the process began."""
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
 class AllocatorWatch(TrainerCallback):

@@ -6,7 +6,6 @@ the masks are drawn over another layout, so the bits differ).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -16,7 +15,7 @@ import torch
 
 from lorafit.config.dial import Dial
 from lorafit.data import Rows
-from lorafit.engine import MicroBatch, Step
+from lorafit.engine import MicroBatch, Step, release_memory
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
 from lorafit.training.events import EventLog
@@ -194,13 +193,6 @@ def row_count(batch: MicroBatch) -> int:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """True for torch's own error, and for what cuBLAS, cuDNN and the CPU's allocator say in its place."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAID_OTHERWISE)
-
-
-def release_memory() -> None:
-    """Give back what nobody refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _too_large(rows: Rows, row: int, during: str) -> TrainingError:
