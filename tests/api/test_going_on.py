@@ -22,7 +22,6 @@ from lorafit.config import RunDir, RunIdentity, RunLock
 from lorafit.config.dial import Dial
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
 from lorafit.training import EventLog
-from tiny_models import save_base
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
 RESULTS = ("adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-000006/optimizer.safetensors")
@@ -50,12 +49,6 @@ class Watch(Observer):
 
     def stopping(self, signal_number):
         self.signals.append(signal_number)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return write_rows(folder / "rows.jsonl"), str(save_base(folder / "base"))
 
 
 @pytest.fixture(scope="module")

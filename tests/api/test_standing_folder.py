@@ -8,14 +8,12 @@ import threading
 import pytest
 from transformers import TrainerCallback
 
-from little_run import write_rows
 from lorafit.api import fitting
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
 from lorafit.config import RunDir, RunIdentity, RunLock, require_trained_adapter
 from lorafit.errors import RunDirError, RunFinished, TrainingStopped
-from tiny_models import save_base
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
 SAME = ("adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-000006/optimizer.safetensors")
@@ -43,12 +41,6 @@ class Watch(Observer):
 
     def happened(self, event):
         self.events.append(event)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return write_rows(folder / "rows.jsonl"), str(save_base(folder / "base"))
 
 
 @pytest.fixture(scope="module")

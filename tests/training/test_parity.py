@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -13,15 +12,6 @@ from lorafit.demo import BASE
 
 BENCH = Path(__file__).parents[2] / "bench"
 STEPS, EXAMPLES = 4, 4
-
-
-@pytest.fixture(scope="module")
-def parity():
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("parity")
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(scope="module")

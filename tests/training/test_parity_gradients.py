@@ -1,25 +1,12 @@
 """One bf16 step's adapter gradient is as near to fp32 as that of transformers, peft and bitsandbytes."""
 
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tiny_models import save_base
 
-BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench/parity.py gradients is the form for a card")
-
-
-@pytest.fixture(scope="module")
-def parity():
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("parity")
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

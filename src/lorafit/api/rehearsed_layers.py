@@ -43,27 +43,37 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         with contextlib.nullcontext() if layers.dial == Dial() and not layers.compiled else layers:
             yield None
         return
-    # one that a run left which never began is not this run's
-    known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
-    if known is not None and known.get("asked", config.activations) != config.activations:
-        known = None  # another dial is asked for on the way
-    if known is not None:
-        layers.dial = Dial.parse(known["dial"], len(layers))
-        layers.follow(known["schedule"])
+    goes_on = _take_up(layers, config, run)
     by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
-    solves = by_plan and config.gradient_checkpointing == "auto" and known is None
+    solves = by_plan and config.gradient_checkpointing == "auto" and not goes_on
     work = _work(trainer, grows=solves)
     found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
-    layers.dial = found.dial.sized(work.max_tokens, config.max_tokens)
-    found = replace(found, dial=layers.dial)
-    trainer.layout.micro_tokens = layers.dial.micro_tokens or config.max_tokens
-    trainer.memory.layers = layers
-    if not config.deterministic:  # when it acts depends on what the allocator went through
-        trainer.add_callback(AllocatorWatch(layers, trainer.events))
+    found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
+    _drive(trainer, layers, found.dial)
     asked = {"asked": config.activations, "notes": layers.notes}
     run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), **asked})
     with layers:
         yield found
+
+
+def _take_up(layers: DecoderLayers, config: RunConfig, run: RunDir) -> bool:
+    """Turn `layers` to the dial that a run which goes on has had; False when it had none, or another is asked for."""
+    # one that a run left which never began is not this run's
+    known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
+    if known is None or known.get("asked", config.activations) != config.activations:
+        return False
+    layers.dial = Dial.parse(known["dial"], len(layers))
+    layers.follow(known["schedule"])
+    return True
+
+
+def _drive(trainer: LorafitTrainer, layers: DecoderLayers, dial: Dial) -> None:
+    """Have `trainer` lay steps out as `dial` says, and turn `layers` when its memory is short."""
+    layers.dial = dial
+    trainer.layout.micro_tokens = dial.micro_tokens or trainer.config.max_tokens
+    trainer.memory.layers = layers
+    if not trainer.config.deterministic:  # when it acts depends on what the allocator went through
+        trainer.add_callback(AllocatorWatch(layers, trainer.events))
 
 
 def enforce_budget(config: RunConfig) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lorafit.backbone.bits import Linear4bit, Params4bit, QuantState
 from lorafit.backbone.frozen_linear_fp8 import fp8_linear, fp8_row_scales
 from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, traced_linear, unpack
+from lorafit.backbone.precision import DTYPES
 from lorafit.backbone.weight_ticket import ticket_for
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
 
 
-LEAN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8", "_kept"})
 """What is set of a layer that decides how it multiplies."""
 
@@ -51,7 +51,7 @@ class FrozenLinear4bit(Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; the gradient flows to `x` only."""
         if self._lean is not None and torch.compiler.is_compiling():
-            return self._traced(x, LEAN[self._lean])
+            return self._traced(x, DTYPES[self._lean])
         if x.dtype is not self.compute_dtype:
             return self.forward(x.to(self.compute_dtype)).to(x.dtype)
         row_scales = self.row_scales
@@ -76,7 +76,7 @@ class FrozenLinear4bit(Linear4bit):
         super().__setattr__(name, value)
         if name in DECIDES:
             plain = self._kept is None and self.weight_dtype is None and not self.fp8
-            names = (word for word, dtype in LEAN.items() if dtype is self.compute_dtype)
+            names = (word for word, dtype in DTYPES.items() if dtype is self.compute_dtype)
             super().__setattr__("_lean", next(names, None) if plain else None)
 
     def packed(self) -> tuple[Any, ...]:

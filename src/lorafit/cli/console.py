@@ -182,10 +182,9 @@ def loss(value: float) -> str:
 
 def gib(size_bytes: float) -> str:
     """Bytes as people read them."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:.1f} {unit}"
-    return f"{size_bytes:.0f} B"
+    from lorafit.planning.size import size_in_words  # pydantic stays out of --help
+
+    return size_in_words(size_bytes)
 
 
 def duration(seconds: float) -> str:
