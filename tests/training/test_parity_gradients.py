@@ -1,6 +1,5 @@
 """One bf16 step's adapter gradient is as near to fp32 as that of transformers, peft and bitsandbytes."""
 
-
 import pytest
 import torch
 
