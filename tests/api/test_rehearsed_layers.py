@@ -15,6 +15,7 @@ from lorafit.backbone import load_backbone
 from lorafit.config import RunDir, resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import Rehearsal
+from lorafit.engine.attention import PACKED
 from lorafit.training import LorafitTrainer
 from lorafit.training import trainer as trainer_module
 
@@ -64,6 +65,7 @@ def on_a_card(monkeypatch):
     works = []
 
     def found(model, layers, work, budget, *, solves):
+        assert model.config._attn_implementation == PACKED  # of its backward passes too
         works.append((work, solves, layers.dial))
         dial = on_a_card.dial if solves else layers.dial
         figures = {field.name: 0 for field in fields(Rehearsal)}

@@ -71,6 +71,23 @@ def test_only_a_ticket_and_the_rows_scales_are_kept_for_backward():
     assert {t.data_ptr() for t in saved} == {layer.row_scales.data_ptr(), layer._ticket.data_ptr()}
 
 
+def test_copies_in_e4m3_are_what_is_made_on_each_call_and_are_the_weights_own():
+    layer, x, g = linear(), normal(7, 128), normal(7, 96, seed=2)
+    wanted = output_and_gradient(layer, x, g)
+    layer.keep_dense()
+    assert [tuple(copy.shape) for copy in layer.copies] == [(96, 128), (128, 96)] and layer.dense is None
+    assert sum(copy.numel() * copy.element_size() for copy in layer.copies) == layer.dense_bytes()
+    for kept, found in zip(wanted, output_and_gradient(layer, x, g), strict=True):
+        assert torch.equal(kept, found)
+    for kept in layer.copies:
+        kept.zero_()
+    assert not any(part.any() for part in output_and_gradient(layer, x, g))
+    layer.weight = linear(seed=1).weight  # another weight: neither its scales nor its copies are these
+    assert not layer.copies
+    layer.drop_dense()
+    assert layer._kept is None
+
+
 def test_a_gradient_as_small_as_training_makes_them_loses_nothing():
     layer, x, g = linear(), normal(3, 128), normal(3, 96, seed=2)
     _, gradient = output_and_gradient(layer, x, g)

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Params4bit
 
 from lorafit.backbone import freeze_linears, quantise
 from lorafit.backbone.frozen_linear_op import frozen_product
-from lorafit.backbone.weight_ticket import packed_behind, ticket_for
+from lorafit.backbone.weight_ticket import holder_of, ticket_for
 
 
 def linear(seed=0, bias=None, rows=96, dtype=torch.float32):
@@ -57,9 +57,32 @@ def test_compiled_code_is_given_one_ticket_a_weight_and_has_the_eager_output_and
 
 def test_no_params4bit_reaches_the_op():
     layer = linear()
-    for arguments in (layer.packed(), packed_behind(layer._ticket)):
+    for arguments in (layer.packed(), holder_of(layer._ticket).packed()):
         assert all(type(value) is torch.Tensor for value in arguments if isinstance(value, torch.Tensor))
         assert isinstance(layer.weight, Params4bit)
+
+
+def test_compiled_code_finds_a_copy_that_is_kept_and_does_without_one_that_is_not():
+    layer = linear()
+    call, seen = compiled(layer)
+    first = x_of()
+    wanted = call(first)
+    wanted.sum().backward()
+    for keep in (lambda: layer.keep_dense(inlined=False), layer.drop_dense):
+        keep()
+        x = x_of()
+        out = call(x)
+        out.sum().backward()
+        assert torch.equal(out, wanted) and torch.equal(x.grad, first.grad)
+    assert seen.graphs == 1
+    # it is the copy that is multiplied by
+    layer.keep_dense(inlined=False)
+    layer.dense.zero_()
+    assert not call(x_of()).any()
+    # and an inlined one is an input of other code
+    layer.keep_dense()
+    assert torch.equal(call(x_of()), wanted)
+    assert seen.graphs == 2 and any(tensor is layer.dense for tensor in seen.inputs)
 
 
 def test_another_weight_is_used_at_once_without_compiling_again():
@@ -128,7 +151,7 @@ def test_a_ticket_of_a_layer_that_is_gone_says_so():
     del layer
     gc.collect()
     with pytest.raises(AssertionError, match="gone"):
-        packed_behind(ticket)
+        holder_of(ticket)
 
 
 def test_tickets_are_read_on_the_cpu_whatever_the_default_device():

@@ -11,7 +11,7 @@ from lorafit.errors import UsageError
 LAYERS = 32
 counts = st.integers(0, LAYERS)
 dials = st.builds(
-    Dial, counts, counts, counts, st.booleans(), st.one_of(st.none(), st.integers(1, 100_000))
+    Dial, counts, counts, counts, st.booleans(), st.one_of(st.none(), st.integers(1, 100_000)), counts
 ).map(lambda dial: dial.clamped(LAYERS))  # fmt: skip
 
 
@@ -38,7 +38,9 @@ def test_a_micro_batch_that_is_said_is_meant_whoever_reads_it(dial, tokens, max_
         (" feed_forward = 20 , offload=32,embeddings=host,micro_tokens=4096", Dial(20, 0, 32, True, 4096)),
         ("feed_forward=99,whole=10,offload=99", Dial(22, 10, 32)),
         ("whole=0", Dial()),
-        ("keep,weights=dense", Dial(dense_weights=True)),
+        ("keep,weights=dense", Dial(dense=32)),
+        ("dense=17,micro_tokens=8192", Dial(micro_tokens=8192, dense=17)),
+        ("dense=99", Dial(dense=32)),
     ],
 )
 def test_dials_are_read_as_people_write_them(text, dial):
@@ -49,7 +51,7 @@ def test_dials_are_read_as_people_write_them(text, dial):
     "text",
     ["", "kept", "feed_forward", "feed_forward=", "feed_forward=-1", "feed_forward=1.5", "offload=all", "whole=1,keep",
      "micro_tokens=0", "embeddings=card", "whole=1,whole=2", "whole=1,,", "layers=3", "whole=1e3", "whole=9999999999",
-     "embeddings=host,embeddings=host", "weights=4bit", "whole=²"],
+     "embeddings=host,embeddings=host", "weights=4bit", "weights=dense,dense=3", "whole=²"],
 )  # fmt: skip
 def test_nonsense_is_a_usage_error_in_one_sentence(text):
     with pytest.raises(UsageError, match=r"^activations: '.*feed_forward=20,offload=32") as caught:
@@ -120,6 +122,14 @@ def test_the_cheapest_memory_goes_first():
         "whole=32,offload=32,embeddings=host,micro_tokens=2048",
         "whole=32,offload=32,embeddings=host,micro_tokens=1500",
     ]  # fmt: skip
+
+
+def test_unpacked_weights_go_before_anything_is_recomputed_and_by_halves():
+    dial, seen = Dial(dense=5), []
+    while dial.keeps_everything:
+        dial = dial.tighter(32)
+        seen.append(str(dial))
+    assert seen == ["dense=2", "dense=1", "keep", "feed_forward=8"]
 
 
 def test_what_is_away_already_is_not_recomputed_for_nothing():

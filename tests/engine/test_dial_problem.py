@@ -1,9 +1,12 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from lorafit.backbone import quantise
 from lorafit.config.dial import Dial
-from lorafit.engine.dial_problem import DialProblem, Work
+from lorafit.engine.dial_problem import DialProblem, Work, dense_layers
 from lorafit.engine.measure import LevelCost, Products
 from lorafit.planning.dial_solver import Room
 from lorafit.planning.layer_costs import LayerCosts, Link
@@ -63,6 +66,15 @@ def test_a_micro_batch_that_was_halved_to_be_measured_is_said():
 def test_where_nothing_fits_everything_is_recomputed_and_sent_away():
     layers = turned(Room(1))
     assert layers.dial == Dial(whole=32, offload=32, host_embeddings=True, micro_tokens=1024)
+
+
+def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():
+    linears = [quantise(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
+    each = 64 * 64 * 2
+    layers = SimpleNamespace(frozen=[linears[:2], linears[2:3], linears[3:]])
+    for spare, wanted in ((-1, 0), (2 * each - 1, 0), (2 * each, 1), (3 * each, 2), (99 * each, 3)):
+        assert dense_layers(layers, spare) == wanted
+    assert dense_layers(SimpleNamespace(frozen=[[], []]), 1 << 30) == 0  # a base in 16 bits
 
 
 def test_less_room_is_a_tighter_dial():

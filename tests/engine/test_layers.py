@@ -122,14 +122,14 @@ def test_the_model_is_as_it_was_afterwards(adapted):
 
 
 def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
-    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096), Dial(dense_weights=True)):
+    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096), Dial(dense=3)):
         layers = DecoderLayers(adapted, start, compiled=False)
         seen = [layers.dial]
         while layers.tighten():
             seen.append(layers.dial)
         assert len(set(seen)) == len(seen) < 20
         # embeddings and micro-batches as they were
-        assert layers.dial == replace(start, whole=3, offload=3, dense_weights=False)
+        assert layers.dial == replace(start, whole=3, offload=3, dense=0)
 
 
 def test_the_feed_forwards_widths_are_the_configs():
@@ -218,14 +218,24 @@ def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_ca
 @pytest.mark.gpu
 def test_dense_weights_have_the_same_gradient_and_go_when_memory_is_short(on_card):
     lengths = (64, 200, 33)
+
+    def kept(layers):
+        return [sum(linear.dense is not None for linear in linears) for linears in layers.frozen]
+
     with DecoderLayers(on_card, Dial()) as layers:
-        assert not any(linear.dense is not None for linear in layers.frozen)
+        assert kept(layers) == [0, 0, 0]
         wanted = gradient_on_card(on_card, lengths)
-    with DecoderLayers(on_card, Dial(dense_weights=True)) as layers:
-        assert all(linear.dense is not None for linear in layers.frozen)
+    with DecoderLayers(on_card, Dial(dense=3)) as layers:
+        assert kept(layers) == [7, 7, 7]
         on_card.to("cuda")  # the Trainer does so
-        assert all(linear.dense is not None for linear in layers.frozen)
-        got = gradient_on_card(on_card, lengths)
+        assert kept(layers) == [7, 7, 7]
+        inlined = gradient_on_card(on_card, lengths)
         assert layers.notes == [] and layers.tighten()
-        assert not any(linear.dense is not None for linear in layers.frozen)
-    assert float((got - wanted).norm() / wanted.norm()) < 2e-2
+        assert kept(layers) == [7, 0, 0]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        some = gradient_on_card(on_card, lengths)
+        assert layers.tighten() and kept(layers) == [0, 0, 0]
+        # layers with a copy and without one share their code
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert float((inlined - wanted).norm() / wanted.norm()) < 2e-2
+    assert torch.equal(some, wanted)

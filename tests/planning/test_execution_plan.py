@@ -46,8 +46,8 @@ def plan_of(rows=ROWS, gib=None, hardware=H200, config=LLAMA_8B, **settings):
 
 def test_a_micro_batch_grows_to_the_whole_step_where_that_fits():
     plan = plan_of()
-    assert (plan.tokens, plan.micro_batches, plan.dial) == (3_840, 1, Dial(micro_tokens=3_840))
-    assert plan_of(MANY, examples_per_step=64).dial == Dial(micro_tokens=14_000)
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (3_840, 1, Dial(micro_tokens=3_840, dense=32))
+    assert plan_of(MANY, examples_per_step=64).dial == Dial(micro_tokens=14_000, dense=32)
 
 
 def test_it_grows_no_further_than_is_worth_it():
@@ -86,7 +86,7 @@ def test_the_dial_as_it_is_written_is_planned_as_it_was_chosen(rows, gib):
 def test_a_step_within_max_tokens_needs_no_word_about_its_micro_batch():
     short = DataFacts(2000, 40_000, 20_000, 90, 20.0, largest_step=600)
     plan = plan_of(short)
-    assert (plan.tokens, plan.micro_batches, plan.dial) == (600, 1, Dial())
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (600, 1, Dial(dense=32))
 
 
 def test_a_dial_by_hand_has_the_micro_batch_that_it_says_else_max_tokens():
@@ -118,9 +118,9 @@ def test_more_memory_is_never_slower():
     assert speeds[-1] > 1.2 * speeds[0]
 
 
-def test_everything_stays_on_a_large_card():
+def test_everything_stays_on_a_large_card_and_weights_lie_unpacked_there():
     plan, _, _ = planned()
-    assert (plan.dial, plan.host_bytes) == (Dial(), 0)
+    assert (plan.dial, plan.host_bytes) == (Dial(dense=32), 0)
 
 
 def test_where_nothing_fits_the_least_is_planned_and_does_not_fit():
@@ -188,8 +188,22 @@ def test_weights_kept_unpacked_take_two_bytes_each_and_no_time():
     dense, large, _ = planned(activations="keep,weights=dense", compute="bf16")
     assert large.peak_bytes - small.peak_bytes == pytest.approx(2 * shape(LLAMA_8B).linear_parameters, rel=0.01)
     assert dense.step_s < packed.step_s
-    for settings in ({"compute": "fp8"}, {"compute": "bf16", "quantization": "none"}):
-        with_it, without = (
-            planned(activations=dial, **settings)[1].peak_bytes for dial in ("keep,weights=dense", "keep")
-        )
-        assert with_it == without  # nothing to unpack, or no use for it
+    half = planned(activations="dense=16", compute="bf16")[1]
+    assert half.peak_bytes - small.peak_bytes == pytest.approx(shape(LLAMA_8B).linear_parameters, rel=0.01)
+    eight_bits = [planned(activations=dial, compute="fp8")[1].peak_bytes for dial in ("dense=32", "keep")]
+    assert eight_bits[0] - eight_bits[1] == large.peak_bytes - small.peak_bytes  # e4m3, one copy for either direction
+    unquantised = [planned(activations=dial, quantization="none")[1].peak_bytes for dial in ("dense=32", "keep")]
+    assert unquantised[0] == unquantised[1]
+
+
+@pytest.mark.parametrize("budget_gib", [16, 31, 36, 40, 44, 60, 141])
+def test_weights_are_unpacked_into_what_keeping_everything_leaves_and_never_for_anything_else(budget_gib):
+    card = H200.with_memory(budget_gib * GIB)
+    plan, memory, _ = planned(hardware=card, compute="bf16")
+    assert memory.peak_bytes * (1 + memory.uncertainty) <= card.memory_bytes
+    if plan.dial.dense:
+        assert plan.dial.keeps_everything
+    if 0 < plan.dial.dense < 32:
+        more = planned(hardware=card, compute="bf16", activations=f"dense={plan.dial.dense + 1}")[1]
+        assert more.peak_bytes * (1 + more.uncertainty) > card.memory_bytes
+    assert (plan.dial.dense == 32) == (budget_gib >= 60)

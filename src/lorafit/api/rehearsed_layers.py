@@ -47,7 +47,8 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
     solves = by_plan and config.gradient_checkpointing == "auto" and not goes_on
     work = _work(trainer, grows=solves)
-    found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
+    with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
+        found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
     _drive(trainer, layers, found.dial)
     asked = {"asked": config.activations, "notes": layers.notes}
@@ -109,7 +110,7 @@ def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
         trainer.model.train()
         # the Trainer's model computes under accelerate's autocast once it trains; other layers would be compiled, and
         # other bytes measured, without it
-        with packed(trainer.model), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss: Tensor = trainer.compute_loss(trainer.model, batch)
         return loss
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorafit.backbone.bits import Linear4bit, Params4bit, QuantState
 from lorafit.backbone.frozen_linear_fp8 import fp8_linear, fp8_row_scales
 from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, traced_linear, unpack
+from lorafit.backbone.nf4_unpack import unpack_e4m3
 from lorafit.backbone.precision import DTYPES
 from lorafit.backbone.weight_ticket import ticket_for
 
@@ -25,16 +26,18 @@ DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
 
 
-DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8", "_kept"})
+DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8", "_kept", "inlined"})
 """What is set of a layer that decides how it multiplies."""
 
 
 class FrozenLinear4bit(Linear4bit):
     """`x (…, in) -> (…, out)`: `x @ dequant(W)ᵀ + bias` in `compute_dtype`, returned in the dtype of `x`."""
 
-    # the dense weight, and the packed one that it was made from (PEFT's merge puts another in its place); in a
+    # dense copies, and the packed weight that they were made from (PEFT's merge puts another in its place); in a
     # tuple, for a module registers any Parameter that is assigned to it
-    _kept: tuple[Tensor, Params4bit] | None = None
+    _kept: tuple[tuple[Tensor, ...], Params4bit] | None = None
+    inlined: bool = True
+    """Whether compiled code multiplies by the dense copy itself, where there is one."""
     weight_dtype: torch.dtype | None = None
     """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
     fp8: bool = False
@@ -75,7 +78,7 @@ class FrozenLinear4bit(Linear4bit):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in DECIDES:
-            plain = self._kept is None and self.weight_dtype is None and not self.fp8
+            plain = not (self._kept and self.inlined) and self.weight_dtype is None and not self.fp8
             names = (word for word, dtype in DTYPES.items() if dtype is self.compute_dtype)
             super().__setattr__("_lean", next(names, None) if plain else None)
 
@@ -94,7 +97,7 @@ class FrozenLinear4bit(Linear4bit):
 
     def held(self) -> tuple[Any, ...]:
         """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
-        return (*self.packed(), self.row_scales, self.dense)
+        return (*self.packed(), self.row_scales, *self.copies)
 
     def unpacked(self) -> Tensor:
         """The weight (out, in) as the layer uses it, made afresh."""
@@ -102,17 +105,35 @@ class FrozenLinear4bit(Linear4bit):
         return weight.to(self.compute_dtype)
 
     @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """What the layer multiplies by, where it is kept: the dequantised weight (out, in), or in FP8 the e4m3 one
+        and its transpose; empty where the weight is unpacked on each call."""
+        kept = self._kept
+        return kept[0] if kept is not None and kept[1] is self.weight else ()
+
+    @property
     def dense(self) -> Tensor | None:
         """The dequantised weight (out, in), or None where it is unpacked on each call."""
-        kept = self._kept
-        return kept[0] if kept is not None and kept[1] is self.weight else None
+        copies = self.copies
+        return copies[0] if len(copies) == 1 else None
 
-    def keep_dense(self) -> None:
-        """Dequantise once and keep the copy, `dense_bytes` large."""
-        self._kept = self.unpacked(), self.weight
+    def keep_dense(self, inlined: bool = True) -> None:
+        """Unpack the weight once and keep that, `dense_bytes` large.
+
+        `inlined`: compiled code multiplies by it like by any dense weight. Else it goes on calling the operator, which
+        then finds the copy: layers with a copy and without one share their code.
+        """
+        scales = self.row_scales
+        if scales is None:
+            self._kept = (self.unpacked(),), self.weight
+        else:
+            packed, *rest, _, in_features, block, _ = self.packed()
+            both = (unpack_e4m3(packed, tuple(rest), block, scales[1], in_features, way) for way in (False, True))
+            self._kept = tuple(both), self.weight
+        self.inlined = inlined
 
     def drop_dense(self) -> None:
-        """Forget the dense copy; the weight is unpacked on each call from now on."""
+        """Forget what `keep_dense` made; the weight is unpacked on each call from now on."""
         self._kept = None
 
     @property
@@ -129,7 +150,7 @@ class FrozenLinear4bit(Linear4bit):
             self._scaled = None if scales is None else (scales, self.weight)
 
     def dense_bytes(self) -> int:
-        """Size of the dense copy, kept or not."""
+        """Size of what `keep_dense` keeps, whether it does or not; in FP8 it is the same, twice one byte a weight."""
         return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,13 +161,13 @@ class FrozenLinear4bit(Linear4bit):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
         # `.to("cpu")` on models that are there already, and must not cost them their copies.
-        kept, place = self._kept is not None, self.weight.device
+        kept, inlined, place = self._kept is not None, self.inlined, self.weight.device
         self.drop_dense()
         self._packed = None
         moved = super()._apply(fn, recurse)
-        if kept and self.weight.device in (place, torch.device("cpu")):
-            self.keep_dense()
         self.scale_rows()
+        if kept and self.weight.device in (place, torch.device("cpu")):
+            self.keep_dense(inlined)
         return moved
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafit.backbone.bits import QuantState
 from lorafit.backbone.frozen_linear_op import LIBRARY, op_arguments
 from lorafit.backbone.nf4_unpack import E4M3, block_scales, unpack_e4m3
-from lorafit.backbone.weight_ticket import packed_behind
+from lorafit.backbone.weight_ticket import holder_of
 
 MULTIPLE = 16
 """`torch._scaled_mm` takes matrices whose widths are multiples of this."""
@@ -87,8 +87,13 @@ def _frozen_linear_fp8(
     in_features: int,
     transposed: bool,
 ) -> Tensor:
-    packed, *scales, _, _, block, _ = packed_behind(ticket)
-    weight = unpack_e4m3(packed, tuple(scales), block, row_scales[1], in_features, transposed)
+    holder = holder_of(ticket)
+    copies = holder.copies
+    if copies:
+        weight = copies[transposed]
+    else:
+        packed, *scales, _, _, block, _ = holder.packed()
+        weight = unpack_e4m3(packed, tuple(scales), block, row_scales[1], in_features, transposed)
     scale = _ones(in_features, x.device) if transposed else row_scales[:1]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = _multiply(rows, weight, x_scale.reshape(-1, 1).contiguous(), scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafit.backbone.bits import QuantState
 from lorafit.backbone.nf4_unpack import NESTED_BLOCK, unpack_weight
-from lorafit.backbone.weight_ticket import packed_behind
+from lorafit.backbone.weight_ticket import holder_of
 
 FEW_ROWS = 16
 """Up to so many rows of x bitsandbytes' fused kernel is the faster one; training has thousands."""
@@ -113,7 +113,11 @@ LIBRARY.define(PRODUCT, tags=[torch.Tag.pt2_compliant_tag])
 
 
 def _frozen_product(x: Tensor, ticket: Tensor, out_features: int, in_features: int, transposed: bool) -> Tensor:
-    arguments = (x, *packed_behind(ticket), transposed)
+    holder = holder_of(ticket)
+    dense = holder.dense
+    if dense is not None:
+        return x @ (dense if transposed else dense.t())
+    arguments = (x, *holder.packed(), transposed)
     return _frozen_linear(*arguments)
 
 
@@ -126,11 +130,12 @@ torch.library.register_fake("lorafit::frozen_product", _product_shape, lib=LIBRA
 
 frozen_product = torch.ops.lorafit.frozen_product.default
 """`frozen_linear` by a weight's ticket, and without a gradient of its own: what compiled code calls, sparing it four
-tensors a weight, and the way through autograd's Python on each of the hundreds of calls of a step."""
+tensors a weight, and the way through autograd's Python on each of the hundreds of calls of a step. Where the weight's
+layer keeps a dense copy, it multiplies by that."""
 
 
 def traced_linear(x: Tensor, ticket: Tensor, out_features: int, in_features: int) -> Tensor:
-    """`frozen_linear(x, *packed_behind(ticket), False)` for code that is being compiled, with the same gradient."""
+    """`frozen_linear` by the weight behind `ticket` for code that is being compiled, with the same gradient."""
     result: Tensor = _TracedLinear.apply(x, ticket, out_features, in_features)
     return result
 

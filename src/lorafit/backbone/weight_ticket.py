@@ -21,6 +21,14 @@ class Holder(Protocol):
     def packed(self) -> tuple[Any, ...]:
         """The arguments of `frozen_linear` between `x` and `transposed`, as they are now, in plain tensors."""
 
+    @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """What is kept unpacked of it: nothing, the dense weight, or in FP8 the e4m3 one and its transpose."""
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The dense weight, where that is kept."""
+
 
 _NUMBERS = count()
 _HOLDERS: WeakValueDictionary[int, Holder] = WeakValueDictionary()
@@ -34,8 +42,8 @@ def ticket_for(holder: Holder) -> Tensor:
     return torch.tensor([number], device="cpu")
 
 
-def packed_behind(ticket: Tensor) -> tuple[Any, ...]:
-    """What the holder of `ticket` has packed at present."""
+def holder_of(ticket: Tensor) -> Holder:
+    """What has the weight that `ticket` stands for."""
     holder = _HOLDERS.get(int(ticket.item()))
     assert holder is not None, "the layer of a frozen weight is gone before its backward ran"
-    return holder.packed()
+    return holder

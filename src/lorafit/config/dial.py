@@ -9,8 +9,9 @@ from typing import Any
 from lorafit.errors import UsageError
 
 SHORT_FORMS = ("keep", "recompute", "offload")
-COUNTS = ("feed_forward", "whole", "offload", "micro_tokens")
-PLACES = {"host_embeddings": "embeddings=host", "dense_weights": "weights=dense"}
+COUNTS = ("feed_forward", "whole", "offload", "dense", "micro_tokens")
+ON_HOST = "embeddings=host"
+ALL_DENSE = "weights=dense"
 FIX = "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096"
 STEPS_DOWN = 4
 """`tighter` changes a quarter of the layers at a time: enough to see, few enough retries."""
@@ -23,8 +24,8 @@ class Dial:
     The first `whole` layers keep their input alone and are recomputed; the next `feed_forward` ones recompute the
     inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
     pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: the most
-    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`. `dense_weights`: the layers'
-    4-bit weights lie on the card unpacked too.
+    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`. `dense`: so many layers' 4-bit
+    weights lie on the card unpacked too, ready to be multiplied by.
     """
 
     feed_forward: int = 0
@@ -32,10 +33,10 @@ class Dial:
     offload: int = 0
     host_embeddings: bool = False
     micro_tokens: int | None = None
-    dense_weights: bool = False
+    dense: int = 0
 
     def __post_init__(self) -> None:
-        assert min(self.feed_forward, self.whole, self.offload) >= 0, self
+        assert min(self.feed_forward, self.whole, self.offload, self.dense) >= 0, self
         assert self.micro_tokens is None or self.micro_tokens > 0, self
 
     @classmethod
@@ -46,23 +47,29 @@ class Dial:
         dial = {"recompute": cls(whole=layers), "offload": cls(offload=layers)}.get(words[0], cls())
         given: dict[str, Any] = {}
         for word in words[words[0] in SHORT_FORMS :]:
-            key, value = _assignment(word, text)
+            key, value = _assignment(word, text, layers)
             if key in given:
                 raise UsageError(f"'{text:.80}' says {key} twice", where="activations", fix=FIX)
             given[key] = value
         return replace(dial, **given).clamped(layers)
 
     def __str__(self) -> str:
-        counts = [f"{key}={value}" for key in COUNTS[:3] if (value := getattr(self, key))]
-        places = [text for key, text in PLACES.items() if getattr(self, key)]
+        counts = [f"{key}={value}" for key in COUNTS[:4] if (value := getattr(self, key))]
+        host = [ON_HOST] if self.host_embeddings else []
         tokens = [f"micro_tokens={self.micro_tokens}"] if self.micro_tokens is not None else []
-        return ",".join(counts + places + tokens) or "keep"
+        return ",".join(counts + host + tokens) or "keep"
+
+    @property
+    def keeps_everything(self) -> bool:
+        """True when nothing is recomputed and nothing waits on the host."""
+        return not (self.whole or self.feed_forward or self.offload or self.host_embeddings)
 
     def clamped(self, layers: int) -> Dial:
         """The same for a model with `layers` layers: no count beyond them, whole layers first."""
         whole = min(self.whole, layers)
         feed_forward = min(self.feed_forward, layers - whole)
-        return replace(self, whole=whole, feed_forward=feed_forward, offload=min(self.offload, layers))
+        offload, dense = min(self.offload, layers), min(self.dense, layers)
+        return replace(self, whole=whole, feed_forward=feed_forward, offload=offload, dense=dense)
 
     def sized(self, tokens: int, max_tokens: int) -> Dial:
         """The same with its micro-batch said, which is `tokens` where it was not; left unsaid where it is
@@ -79,13 +86,13 @@ class Dial:
     def tighter(self, layers: int, tokens: int | None = None, longest: int = 1) -> Dial | None:
         """The next setting with clearly less memory on the device, or None at the end.
 
-        Unpacked weights go first. What is still on the device is recomputed in part, then entirely, then sent to the
-        host; then the embeddings are; then the micro-batch is halved, down to the `longest` row. `tokens`: the
-        micro-batch while `micro_tokens` is None; without either it is left alone.
+        Unpacked weights go first, half of them at a time. What is still on the device is recomputed in part, then
+        entirely, then sent to the host; then the embeddings are; then the micro-batch is halved, down to the
+        `longest` row. `tokens`: the micro-batch while `micro_tokens` is None; without either it is left alone.
         """
         dial = self.clamped(layers)
-        if dial.dense_weights:
-            return replace(dial, dense_weights=False)
+        if dial.dense:
+            return replace(dial, dense=dial.dense // 2)
         step = -(-layers // STEPS_DOWN)
         light = dial.whole + dial.feed_forward
         if max(light, dial.offload) < layers:
@@ -110,12 +117,13 @@ class Dial:
         return replace(self, micro_tokens=max(now // 2, longest))
 
 
-def _assignment(word: str, text: str) -> tuple[str, int | bool]:
+def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
     """`key=value` of a dial. Raises UsageError for what is none."""
     key, _, value = (part.strip() for part in word.partition("="))
-    for place, words in PLACES.items():
-        if f"{key}={value}" == words:
-            return place, True
+    if f"{key}={value}" == ON_HOST:
+        return "host_embeddings", True
+    if f"{key}={value}" == ALL_DENSE:
+        return "dense", layers
     if key not in COUNTS or not re.fullmatch(r"[0-9]{1,9}", value) or (key == "micro_tokens" and not int(value)):
         raise UsageError(f"'{text:.80}' is no setting of the activations", where="activations", fix=FIX)
     return key, int(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -107,15 +108,20 @@ def pose(
     """The problem of fitting `work` into `budget_bytes`: the first layer is measured, and the link. `meanwhile` is
     called when that layer is about to be compiled.
 
-    None when everything can be kept: `layers` are turned to that, and nothing needs solving. Raises TrainingError
-    when a single layer does not fit.
+    None when everything can be kept: `layers` are turned to that, with what room is left given to unpacked weights,
+    and nothing needs solving. Raises TrainingError when a single layer does not fit.
     """
+    # unpacked weights of all layers are compiled into their code, so that has to be settled before
+    inlined = layers.dial.dense == len(layers)
+    if not inlined:
+        layers.dial = replace(layers.dial, dense=0)
     batch, keep, cheaper = _levels(model, layers, work, meanwhile)
     free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
     loss_bytes = _loss_bytes(model, batch)
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
     if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
-        layers.dial = Dial()
+        spare = free - everything - round(LOST_SHARE * budget_bytes)
+        layers.dial = Dial(dense=min(dense_layers(layers, spare), len(layers) - (not inlined)))
         return None
     rates = link_rates()
     room = Room(
@@ -127,6 +133,12 @@ def pose(
         embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
     )
     return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
+
+
+def dense_layers(layers: DecoderLayers, spare_bytes: int) -> int:
+    """Of how many layers the unpacked weights fit into `spare_bytes`, from the first on."""
+    sizes = [sum(module.dense_bytes() for module in linears) for linears in layers.frozen]
+    return sum(size <= spare_bytes for size in accumulate(sizes)) if any(sizes) else 0
 
 
 def _levels(

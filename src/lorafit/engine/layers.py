@@ -43,8 +43,9 @@ class DecoderLayers:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = core.get_decoder()
         self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-        modules = (module for layer in self.layers for module in layer.modules())
-        self.frozen = [module for module in modules if isinstance(module, FrozenLinear4bit)]
+        self.frozen = [
+            [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
+        ]
         self.core, self.dial = core, (dial or Dial()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
@@ -68,7 +69,6 @@ class DecoderLayers:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
         self._unpack_weights()
         self.core.enable_input_require_grads()  # else the first layer alone would be compiled once more
-        self._weights = [_storages(layer) for layer in self.layers]
         for layer in self.layers:
             layer._gradient_checkpointing_func = self._run
             layer.gradient_checkpointing = True
@@ -84,7 +84,7 @@ class DecoderLayers:
         """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
         tighter = self.dial.tighter(len(self.layers))
         # embeddings and micro-batches are the end of the dial, and not for the layers to change
-        least = (len(self), len(self), False)
+        least = (len(self), len(self), 0)
         if tighter is None or _of_layers(tighter) == _of_layers(self.dial) == least:
             return False
         self.dial = tighter
@@ -93,15 +93,21 @@ class DecoderLayers:
         return True
 
     def _unpack_weights(self, keep: bool = True) -> None:
-        """Keep dense copies on the card, or none, as the dial says; a CPU has had its own since loading."""
-        wanted = keep and self.dial.dense_weights
-        for module in self.frozen:
-            if not module.weight.is_cuda or module.row_scales is not None or wanted == (module.dense is not None):
-                continue  # FP8 multiplies by no dense weight
-            if wanted:
-                module.keep_dense()
-            else:
-                module.drop_dense()
+        """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading.
+
+        Only where all layers have them are they compiled into the layers' code: else it would differ by layer.
+        """
+        dense = self.dial.dense if keep else 0
+        inlined = dense == len(self.layers)
+        for index, linears in enumerate(self.frozen):
+            for module in linears:
+                if not module.weight.is_cuda:
+                    continue
+                if index >= dense:
+                    module.drop_dense()
+                elif not module.copies or module.inlined != inlined:
+                    module.keep_dense(inlined)
+        self._weights = [_storages(layer) for layer in self.layers]
 
     def follow(self, schedule: Sequence[int]) -> None:
         """Offload by this schedule (see HostOffload) for as long as the dial stays as it is."""
@@ -172,9 +178,9 @@ class DecoderLayers:
         return self._bodies[level]
 
 
-def _of_layers(dial: Dial) -> tuple[int, int, bool]:
+def _of_layers(dial: Dial) -> tuple[int, int, int]:
     """What of the dial can be turned in the middle of a run, as far as it ends."""
-    return dial.whole, dial.offload, dial.dense_weights
+    return dial.whole, dial.offload, dial.dense
 
 
 def _kept_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:

@@ -175,6 +175,8 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
         parts.append(f"{dial.offload} wait in {plan.host_bytes / 1e9:.1f} GB of the host's memory")
     if dial.host_embeddings:
         parts.append("the input embeddings stay on the host")
+    if dial.dense:
+        parts.append(f"the 4-bit weights of {dial.dense} of {layers} layers lie unpacked in what is left")
     if dial.micro_tokens:
         parts.append(f"micro-batches have up to {dial.micro_tokens:,} tokens")
     return ", ".join(parts)

@@ -19,7 +19,7 @@ from lorafit.planning.layer_costs import LayerCosts, Link, Moment, Split
 from lorafit.planning.micro_batch import MicroBatch, largest_step_tokens, micro_batch, most_tokens_on
 from lorafit.planning.rates import layer_costs
 from lorafit.planning.shape import ModelShape
-from lorafit.planning.standing import WIDTH, compute_of, movable_embedding_bytes, standing, total_bytes
+from lorafit.planning.standing import WIDTH, compute_of, dense_bytes, movable_embedding_bytes, standing, total_bytes
 from lorafit.planning.targets import resolve_targets
 from lorafit.planning.timeline import timeline_s
 
@@ -70,8 +70,8 @@ def plan_execution(
     """
     dial = dial_of(config, shape.layers) or _fitting(shape, config, hardware, facts, execution)
     batch = micro_batch(config, facts, dial.micro_tokens or config.max_tokens)
-    costs = _costs(shape, config, hardware, facts, batch, execution)
-    room = room_of(shape, config, hardware, batch.tokens, execution)
+    costs = _costs(shape, config, hardware, facts, batch, execution, dial.dense)
+    room = room_of(shape, config, hardware, batch.tokens, execution, dial.dense)
     beside_s = STEP_S if hardware.kind == "cuda" else 0.0
     return _plan(dial, costs, room, batch, config, facts, beside_s)
 
@@ -83,13 +83,18 @@ def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
 
 
 def room_of(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, tokens: int, execution: Execution | None = None
+    shape: ModelShape,
+    config: RunConfig,
+    hardware: Hardware,
+    tokens: int,
+    execution: Execution | None = None,
+    dense: int = 0,
 ) -> Room:
     """What is left for activations beside everything that stays, on the device and in host memory; `tokens` of one
-    micro-batch are what embeddings on the host are read for."""
+    micro-batch are what embeddings on the host are read for, `dense` layers have their weights unpacked."""
     targets = resolve_targets(config.targets, shape)
     wide = execution is not None and execution.wide_stream
-    stays = total_bytes(standing(shape, targets, config, hardware, wide=wide))
+    stays = total_bytes(standing(shape, targets, config, hardware, wide=wide, dense=dense))
     rate = hardware.link_gbs * 1e9
     width = WIDTH[compute_of(config, hardware)]
     return Room(
@@ -108,13 +113,14 @@ def _costs(
     facts: DataFacts,
     batch: MicroBatch,
     execution: Execution | None,
+    dense: int = 0,
 ) -> LayerCosts:
     execution = execution or execution_of(config, hardware)
     targets = resolve_targets(config.targets, shape)
     width = WIDTH[compute_of(config, hardware)]
     masks = _mask_bytes(config, hardware, width)
     live = activations(shape, targets, batch, width=width, mask_bytes=masks, execution=execution)
-    return layer_costs(shape, targets, config, hardware, batch, facts.mean_tokens, live, execution)
+    return layer_costs(shape, targets, config, hardware, batch, facts.mean_tokens, live, execution, dense)
 
 
 def _mask_bytes(config: RunConfig, hardware: Hardware, width: int) -> int:
@@ -133,7 +139,19 @@ def _fitting(
     costs = _costs(shape, config, hardware, facts, batch, execution)
     room = room_of(shape, config, hardware, batch.tokens, execution)
     longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
-    return _fastest(costs, room, shape, hardware, batch.tokens, longest).sized(most, config.max_tokens)
+    dial = _fastest(costs, room, shape, hardware, batch.tokens, longest)
+    if execution is None and dial.keeps_everything and dial.micro_tokens is None:
+        dial = replace(dial, dense=_dense_layers(costs, room, shape, config, hardware))
+    return dial.sized(most, config.max_tokens)
+
+
+def _dense_layers(costs: LayerCosts, room: Room, shape: ModelShape, config: RunConfig, hardware: Hardware) -> int:
+    """Of how many layers the unpacked weights fit beside everything kept, with the estimate's error to spare: it is
+    what memory that is left over is good for, and nothing is given up for it."""
+    taken = Split(costs, 0, 0).device_bytes(0) * (1 + FRAGMENTATION)
+    spared = hardware.memory_bytes * (1 - 1 / (1 + uncertainty_of(shape, hardware)))
+    each = dense_bytes(shape, config, hardware, 1)
+    return max(0, min(shape.layers, int((room.device_bytes - spared - taken) // each))) if each else 0
 
 
 def _fastest(costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardware, tokens: int, longest: int) -> Dial:

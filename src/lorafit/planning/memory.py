@@ -76,10 +76,13 @@ def memory_of(
     """The peak memory of a run that goes as `plan` says."""
     targets = resolve_targets(config.targets, shape)
     wide = execution is not None and execution.wide_stream
-    stays = standing(shape, targets, config, hardware, wide=wide, host_embeddings=plan.dial.host_embeddings)
+    dial = plan.dial
+    stays = standing(
+        shape, targets, config, hardware, wide=wide, host_embeddings=dial.host_embeddings, dense=dial.dense
+    )
     everything = total_bytes(standing(shape, targets, config, hardware, wide=wide))
     return MemoryEstimate(
-        components=(*stays, *_passing(plan.moment, plan.dial, plan.tokens, shape.layers)),
+        components=(*stays, *_passing(plan.moment, dial, plan.tokens, shape.layers)),
         kept_bytes=everything + _passing_bytes(plan.kept),
         recomputed_bytes=everything + _passing_bytes(plan.recomputed),
         uncertainty=uncertainty_of(shape, hardware),

@@ -15,7 +15,7 @@ from lorafit.planning.hardware import Hardware
 from lorafit.planning.layer_costs import LayerCosts
 from lorafit.planning.micro_batch import MicroBatch
 from lorafit.planning.shape import ModelShape, Projection
-from lorafit.planning.standing import NF4_BYTES, WIDTH, adapter_parameters, compute_of, keeps_dense_weights
+from lorafit.planning.standing import NF4_BYTES, WIDTH, adapter_parameters, compute_of
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70
 """Of the card's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
@@ -41,6 +41,9 @@ RECOMPUTE = 1.1
 FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
 """Least time of a layer's pass in one direction: the processor's, starting its kernels. Compiled: what 2,048 tokens of
 8B took on an H200's host (144 ms a step, of which the card computed for 110); eager: ASSUMED. Other hosts differ."""
+DENSE_LAUNCH_S = 1.4e-3
+"""The same where the weights lie unpacked: at 1.7 ms a pass the card, and no longer the processor, sets the pace
+(2,048 tokens of 8B on such a host), and a profile of the processor, which slows it, had 1.4 ms."""
 CORE_GFLOPS = 40.0
 """fp32 GFLOP/s of one processor core in training."""
 EMULATED = 0.25
@@ -56,13 +59,15 @@ def layer_costs(
     row_tokens: float,
     live: Activations,
     execution: Execution,
+    dense: int = 0,
 ) -> LayerCosts:
-    """Bytes and seconds of one layer for a micro-batch whose rows have `row_tokens` tokens on average."""
+    """Bytes and seconds of one layer for a micro-batch whose rows have `row_tokens` tokens on average; `dense`: so many
+    layers' weights lie unpacked, and what the mean layer saves by that is counted."""
     matmuls = _matmuls(shape, targets, config, hardware, batch.tokens)
     attention = _attention_s(shape, config, hardware, batch.tokens, row_tokens)
     out, home = _traffic_s(shape, targets, config, hardware, batch.tokens, live, execution)
-    fixed = matmuls.tail_s + _unpack_s(shape, config, hardware)
-    launch = (FUSED_LAUNCH_S if execution.fused else EAGER_LAUNCH_S) if hardware.kind == "cuda" else 0.0
+    fixed = matmuls.tail_s + _unpack_s(shape, config, hardware) * (1 - dense / shape.layers)
+    launch = _launch_s(config, hardware, execution, inlined=dense == shape.layers)
     forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
     return LayerCosts(
         layers=shape.layers,
@@ -165,11 +170,21 @@ def _traffic_s(
 
 def _unpack_s(shape: ModelShape, config: RunConfig, hardware: Hardware) -> float:
     """Dequantising one layer's weights once: reading 4 bits and writing what the matmul takes."""
-    if config.quantization != "nf4" or keeps_dense_weights(shape, config, hardware):
+    if config.quantization != "nf4":
         return 0.0
     compute = compute_of(config, hardware)
     written = 1 if compute == "fp8" else WIDTH[compute]
     return _moving_s(shape.linear_parameters / shape.layers * (NF4_BYTES + written), hardware)
+
+
+def _launch_s(config: RunConfig, hardware: Hardware, execution: Execution, *, inlined: bool) -> float:
+    """The least that a layer's pass in one direction takes; `inlined`: its weights are dense, and no operator of
+    Python's is called for them."""
+    if hardware.kind != "cuda":
+        return 0.0
+    if not execution.fused:
+        return EAGER_LAUNCH_S
+    return DENSE_LAUNCH_S if inlined and compute_of(config, hardware) != "fp8" else FUSED_LAUNCH_S
 
 
 def _loss_s(shape: ModelShape, config: RunConfig, hardware: Hardware, batch: MicroBatch) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorafit.config import RunConfig
-from lorafit.planning.dial import dial_of
 from lorafit.planning.hardware import GIB, Hardware
 from lorafit.planning.shape import ModelShape
 
@@ -69,11 +68,12 @@ def movable_embedding_bytes(shape: ModelShape, config: RunConfig, hardware: Hard
     return shape.embedding_parameters * WIDTH[compute_of(config, hardware)]
 
 
-def keeps_dense_weights(shape: ModelShape, config: RunConfig, hardware: Hardware) -> bool:
-    """Whether a card holds the layers' 4-bit weights unpacked as well; FP8 multiplies by no such weight."""
-    dial = dial_of(config, shape.layers)
-    asked = hardware.kind == "cuda" and dial is not None and dial.dense_weights
-    return asked and config.quantization == "nf4" and compute_of(config, hardware) != "fp8"
+def dense_bytes(shape: ModelShape, config: RunConfig, hardware: Hardware, layers: int) -> int:
+    """Bytes of the unpacked weights of so many layers: 16 bits each, or in FP8 eight for either direction. None on a
+    CPU, which keeps copies in any case, and of a base that is not in 4 bits."""
+    if hardware.kind != "cuda" or config.quantization != "nf4":
+        return 0
+    return round(shape.linear_parameters * WIDTH[compute_of(config, hardware)] * layers / shape.layers)
 
 
 def standing(
@@ -84,12 +84,13 @@ def standing(
     *,
     wide: bool = False,
     host_embeddings: bool = False,
+    dense: int = 0,
 ) -> list[Component]:
     """Every part that stays, as large as it is. `wide`: embeddings and lm_head in fp32; `host_embeddings`: the
-    input embeddings are elsewhere."""
+    input embeddings are elsewhere; `dense`: so many layers' weights are there unpacked too."""
     moved = movable_embedding_bytes(shape, config, hardware) if host_embeddings else 0
     base = _base(shape, config, WIDTH[compute_of(config, hardware)], wide, moved)
-    copies = _dense_copies(shape, config, hardware, base)
+    copies = _dense_copies(shape, config, hardware, base, dense)
     return [*base, *copies, *_adapters(shape, targets, config, hardware), _process(hardware)]
 
 
@@ -111,13 +112,15 @@ def _base(shape: ModelShape, config: RunConfig, width: int, wide: bool, moved_by
     ]
 
 
-def _dense_copies(shape: ModelShape, config: RunConfig, hardware: Hardware, base: list[Component]) -> list[Component]:
+def _dense_copies(
+    shape: ModelShape, config: RunConfig, hardware: Hardware, base: list[Component], layers: int
+) -> list[Component]:
     if config.quantization != "nf4":
         return []
     if hardware.kind != "cpu":
-        size = shape.linear_parameters * WIDTH[compute_of(config, hardware)]
-        kept = keeps_dense_weights(shape, config, hardware)
-        return [Component("dequantised copies", size, "weights=dense")] if kept else []
+        size = dense_bytes(shape, config, hardware, layers)
+        why = f"the weights of {layers} of {shape.layers} layers unpacked, in room to spare"
+        return [Component("dequantised copies", size, why)] if size else []
     left = hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
     dense = shape.linear_parameters * WIDTH[compute_of(config, hardware)]
     size = max(0, min(dense, round(left * DENSE_SHARE)))

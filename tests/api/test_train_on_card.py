@@ -1,0 +1,48 @@
+"""train on a card: whatever the dial, the same losses, and the run says what it did."""
+
+import json
+
+import pytest
+
+from little_run import write_rows
+from lorafit.api.train import train
+from tiny_models import save_base
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = 4
+DIALS = [
+    "keep",
+    "recompute",
+    "whole=2,feed_forward=1,offload=4,embeddings=host",
+    "recompute,offload=4,embeddings=host,micro_tokens=64",
+    "dense=2",
+    "weights=dense",
+    "auto",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("on-card")
+    save_base(place / "base", hidden_size=256, num_hidden_layers=LAYERS, max_position_embeddings=1024)
+    return place, write_rows(place / "rows.jsonl", 60)
+
+
+def losses(place, name, **given):
+    folder, data = place
+    sizes = {"rank": 4, "max_tokens": 1024, "examples_per_step": 8, "max_steps": 3, "holdout": 0}
+    settings = {"lr": 1e-2, "dropout": 0.0, "quantization": "nf4", **sizes, **given}
+    done = train(data, str(folder / "base"), out=folder / name, **settings)
+    lines = [json.loads(line) for line in done.run.metrics.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line], json.loads(done.run.engine.read_text())
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, dial, request):
+    wanted, _ = losses(place, f"plain-{request.node.name}", activations="keep", compile="off")
+    found, engine = losses(place, f"run-{request.node.name}", activations=dial)
+    assert found == pytest.approx(wanted, rel=5e-3)  # bf16; kernels are fused differently
+    assert engine["notes"] == []
+    if dial == "auto":
+        assert engine["dial"] == f"dense={LAYERS}"
