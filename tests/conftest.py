@@ -30,6 +30,14 @@ def own_cache(tmp_path_factory):
     os.environ["LORAFIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def strides_are_asserted():
+    """What operators say of their outputs' strides is held against the outputs."""
+    from lorafit.engine import layers
+
+    layers.SIZE_ASSERTS = True
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A run of eight steps on the demo's base: trained enough to differ from it."""

@@ -6,6 +6,7 @@ import torch
 
 from lorafit.backbone import quantise
 from lorafit.config.dial import Dial
+from lorafit.engine import dial_problem
 from lorafit.engine.dial_problem import DialProblem, Work, dense_layers
 from lorafit.engine.measure import LevelCost, Products
 from lorafit.planning.dial_solver import Room
@@ -75,6 +76,23 @@ def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():
     for spare, wanted in ((-1, 0), (2 * each - 1, 0), (2 * each, 1), (3 * each, 2), (99 * each, 3)):
         assert dense_layers(layers, spare) == wanted
     assert dense_layers(SimpleNamespace(frozen=[[], []]), 1 << 30) == 0  # a base in 16 bits
+
+
+def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(monkeypatch):
+    tried = []
+    cost = LevelCost(saved_bytes=92, working_bytes=100, forward_s=0.005, backward_s=0.008, launch_s=0.001)
+
+    def measure(layers, run, level, meanwhile):
+        tried.append(layers.dial.dense)
+        return cost if len(tried) > 1 else None
+
+    monkeypatch.setattr(dial_problem, "measure_level", measure)
+    monkeypatch.setattr(dial_problem, "release_memory", lambda: None)
+    layers = Layers()
+    layers.dial = Dial(dense=32)
+    work = Work(lambda tokens: tokens, print, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    assert dial_problem._measured(None, layers, work, "keep") == (1024, cost)
+    assert tried == [32, 0] and layers.dial.dense == 0
 
 
 def test_less_room_is_a_tighter_dial():

@@ -112,8 +112,7 @@ def pose(
     and nothing needs solving. Raises TrainingError when a single layer does not fit.
     """
     # unpacked weights of all layers are compiled into their code, so that has to be settled before
-    inlined = layers.dial.dense == len(layers)
-    if not inlined:
+    if layers.dial.dense < len(layers):
         layers.dial = replace(layers.dial, dense=0)
     batch, keep, cheaper = _levels(model, layers, work, meanwhile)
     free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
@@ -121,7 +120,8 @@ def pose(
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
     if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
         spare = free - everything - round(LOST_SHARE * budget_bytes)
-        layers.dial = Dial(dense=min(dense_layers(layers, spare), len(layers) - (not inlined)))
+        most = len(layers) if layers.dial.dense else len(layers) - 1
+        layers.dial = Dial(dense=min(dense_layers(layers, spare), most))
         return None
     rates = link_rates()
     room = Room(
@@ -177,8 +177,10 @@ def _measured(
         release_memory()
         if cost is not None:
             return tried, cost
-        if _movable_bytes(model):
-            keep_embeddings_on_host(model)  # the first thing to go
+        if layers.dial.dense:
+            layers.dial = replace(layers.dial, dense=0)  # there is less room than was planned with
+        elif _movable_bytes(model):
+            keep_embeddings_on_host(model)
         elif batch is None and tokens // 2 >= work.longest:
             tokens //= 2
         else:

@@ -27,6 +27,10 @@ from lorafit.errors import BackboneError
 VARIANTS = 64
 """Compiled variants of one layer class that torch may make: two windows, two levels, with and without gradients."""
 
+SIZE_ASSERTS = False
+"""Whether compiled code checks the strides of whatever operators return, at every call: a tenth of what a layer costs
+the processor (bench/overhead.py). The test suite has it on."""
+
 Call = Callable[..., Any]
 
 
@@ -174,7 +178,9 @@ class DecoderLayers:
         if level not in self._bodies:
             contexts = recompute_contexts(self.widths if level == "feed_forward" else frozenset())
             body = _light_body if level == "feed_forward" else _kept_body
-            self._bodies[level] = partial(torch.compile(body, fullgraph=True, backend=self.backend), contexts)
+            options: dict[str, Any] | None = {"size_asserts": SIZE_ASSERTS} if self.backend == "inductor" else None
+            compiled = torch.compile(body, fullgraph=True, backend=self.backend, options=options)
+            self._bodies[level] = partial(compiled, contexts)
         return self._bodies[level]
 
 
