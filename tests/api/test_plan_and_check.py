@@ -69,6 +69,12 @@ def test_neither_imports_torch_or_transformers(data, verb):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_paths_may_be_paths(data):
+    as_words = lorafit.plan(str(data), str(BASE), holdout=str(data), max_steps=3).resolved.config
+    assert lorafit.plan(data, BASE, holdout=data, max_steps=3).resolved.config == as_words
+    assert lorafit.check([data], base=BASE).resolved.config.base == str(BASE)
+
+
 def test_a_recipe_finds_its_data_beside_it(data):
     recipe = data.parent / "recipe.yaml"
     recipe.write_text(f"data: rows.jsonl\nbase: {BASE}\nrank: 4\n")

@@ -34,6 +34,10 @@ MEASURED = [
     (dense(4, 2048), 4, "keep", "fp8", 48, 25_488, 30.6),
     (dense(1, 2048), 1, "keep", "bf16", None, 14_234, 11.76),
     (dense(4, 512), 4, "keep", "bf16", None, 14_745, 11.76),
+    (dense(1, 2048), 1, "dense=32", "bf16", None, 17_574, 24.72),
+    (dense(4, 512), 4, "dense=32", "bf16", None, 18_627, 24.72),
+    (dense(4, 2048), 4, "dense=22", "bf16", 40, 17_819, 39.28),
+    (dense(4, 2048), 4, "dense=31", "fp8", 48, 25_549, 43.26),
     (INSTRUCTIONS, 64, "keep,micro_tokens=10741", "bf16", None, 19_428, 38.6),
     (INSTRUCTIONS, 64, "keep,micro_tokens=10741", "fp8", None, 28_109, None),
 ]

@@ -48,7 +48,7 @@ class CheckReport:
 def check(
     data: Sequence[str | Path] | str | Path | None = None,
     /,
-    base: str | None = None,
+    base: str | Path | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,

@@ -42,7 +42,7 @@ class PlannedRun:
 def plan(
     data: Sequence[str | Path] | str | Path | None = None,
     /,
-    base: str | None = None,
+    base: str | Path | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,

@@ -18,6 +18,7 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     """Resolve `data` (files, or one recipe YAML) and `settings`; relative data paths in a recipe stand beside it."""
     sources = [data] if isinstance(data, str | Path) else list(data or ())
     names = [str(source) for source in sources]
+    settings = {key: _in_words(value) for key, value in settings.items()}
     for name in names:
         if RunDir(Path(name)).settings.is_file():
             recipe = RunDir(Path(name)).settings
@@ -54,6 +55,13 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "base" in placed:
         placed["base"] = seen(placed["base"])
     return placed
+
+
+def _in_words(value: Any) -> Any:
+    """A path as the text that settings are written in; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_in_words, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from lorafit.training import EventLog, deterministic
 def train(
     data: Sequence[str | Path] | str | Path | None = None,
     /,
-    base: str | None = None,
+    base: str | Path | None = None,
     *,
     out: str | Path | None = None,
     restart: bool = False,

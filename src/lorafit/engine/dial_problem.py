@@ -28,7 +28,7 @@ from lorafit.engine.measure import (
 from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 from lorafit.errors import TrainingError
 from lorafit.planning.dial_solver import Room, Solution, solve_micro
-from lorafit.planning.layer_costs import LayerCosts, Link
+from lorafit.planning.layer_costs import LayerCosts, Link, Split
 from lorafit.planning.timeline import offload_schedule
 
 SLACK_BYTES = 192 << 20
@@ -73,13 +73,25 @@ class DialProblem:
         """The same with that much less room on the device."""
         return replace(self, room=self.room.less(size_bytes))
 
+    def after_tightest(self, spare_bytes: int) -> DialProblem | None:
+        """The same with the room that there was after all, when the tightest dial, taken for want of any that fits,
+        left `spare_bytes` of the budget; None where a dial was found, or none is that gains."""
+        if self._dial() is not None:
+            return None
+        layers = self.costs.layers
+        share = self.work.longest / self.tokens
+        tightest = Split(self.costs.scaled(share), layers, layers)
+        taken = tightest.device_bytes(layers) - self.room.embedding_bytes
+        roomier = replace(self, room=replace(self.room, device_bytes=taken + spare_bytes))
+        found = roomier._solved(self.costs)
+        worth_s = tightest.work_s / share * self._step_share() / (1 + WORTH_COMPILING)
+        return roomier if found is not None and found.step_s < worth_s else None
+
     def turn(self, layers: DecoderLayers) -> None:
         """Set the dial that the solver finds, and the schedule of its offload; the tightest where it finds none."""
         found = self._dial()
         if found is None:
-            whole = len(layers)
-            layers.dial = Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=self.work.longest)
-            layers.follow(())
+            turn_tightest(layers, self.work.longest)
             return
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.dial = found.sized(self.tokens, self.work.max_tokens)
@@ -98,8 +110,20 @@ class DialProblem:
         return replace(alike.dial, feed_forward=self.costs.layers)
 
     def _solved(self, costs: LayerCosts) -> Solution | None:
-        step_tokens = max(self.work.step_tokens, self.tokens)
-        return solve_micro(costs, self.room, tokens=self.tokens, longest=self.work.longest, step_tokens=step_tokens)
+        tokens = self.tokens
+        step_tokens = tokens * self._step_share()
+        return solve_micro(costs, self.room, tokens=tokens, longest=self.work.longest, step_tokens=step_tokens)
+
+    def _step_share(self) -> float:
+        """The mean step in micro-batches as large as the measured one; at least one."""
+        return max(self.work.step_tokens / self.tokens, 1.0)
+
+
+def turn_tightest(layers: DecoderLayers, longest: int) -> None:
+    """Set the dial that needs least: everything recomputed and sent away, and micro-batches of the `longest` row."""
+    whole = len(layers)
+    layers.dial = Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=longest)
+    layers.follow(())
 
 
 def pose(

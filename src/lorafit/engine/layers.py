@@ -156,7 +156,8 @@ class DecoderLayers:
             out = self._body(level)(forward, layer, *inputs, **options)
         except TorchDynamoException as error:
             self.compiled = False
-            reason = str(error).strip().splitlines()[0]
+            # what a backend raised stands below a line that only says so
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
             self._note(f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time")
             return self._at_level(layer, forward, options, level, *inputs)
         if (type(layer), level) not in self._warm:

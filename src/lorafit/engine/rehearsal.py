@@ -17,7 +17,7 @@ import torch
 
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import allocator_retries, release_memory
-from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose
+from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose, turn_tightest
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 
@@ -87,19 +87,29 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
 def _attempts(
     model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: DialProblem | None
 ) -> Iterator[Attempt]:
-    """Every attempt, up to the first that fits."""
+    """Every attempt; the last one fits, and `layers` are as in it."""
     if problem is not None:
         problem.turn(layers)
     for number in count():
         attempt = _attempt(model, layers, work, budget_bytes, problem)
         yield attempt
         if attempt.fits:
-            return
+            break
         if problem is not None and number < SOLVED_TRIES:
             problem = problem.less(_missing(attempt, budget_bytes, STEP_SHARE * 2**number))
             problem.turn(layers)
         elif not _tighten(layers, work):
             raise does_not_fit()
+    # the room is reckoned with something to spare: where that left no dial, the tightest shows how much there is
+    roomier = problem.after_tightest(budget_bytes - work.coming_bytes - attempt.peak_bytes) if problem else None
+    if roomier is None or number:
+        return
+    roomier.turn(layers)
+    faster = _attempt(model, layers, work, budget_bytes, roomier)
+    yield faster
+    if not faster.fits:
+        turn_tightest(layers, work.longest)
+        yield attempt
 
 
 @contextlib.contextmanager
