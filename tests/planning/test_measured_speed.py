@@ -58,6 +58,14 @@ def test_the_predicted_speed_is_within_a_tenth_of_what_a_card_did(
     assert plan_execution(shape(), run, card, rows).tokens_per_s == pytest.approx(measured, rel=0.10)
 
 
+def test_so_it_is_with_adapters_of_every_linear():
+    run, card = run_of(4, "dense=31", "bf16", 48)
+    run = run.model_copy(update={"targets": "all-linear"})
+    assert plan_execution(shape(), run, card, dense(4, 2048)).tokens_per_s == pytest.approx(16_159, rel=0.10)
+    memory = estimate_memory(shape(), run, card, dense(4, 2048))
+    assert memory.peak_bytes - CUDA_CONTEXT_BYTES == pytest.approx(44.09 * GIB, rel=memory.uncertainty)
+
+
 @pytest.mark.parametrize(
     ("rows", "examples", "dial", "compute", "budget_gib", "measured", "peak_gib"), [row for row in MEASURED if row[-1]]
 )
