@@ -9,6 +9,7 @@ import torch
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
+from lorafit.engine import grouped_attention as grouped_module
 from lorafit.engine.attention import packed_attention
 from lorafit.engine.attention_op import packed_attention_op
 from lorafit.engine.grouped_attention import grouped_attention, grouped_gradients
@@ -139,6 +140,31 @@ def test_the_written_out_gradient_is_autograds(window, softcap, lengths):
     for piece, expected in zip(got, wanted, strict=True):
         # scores and chances are in fp32 there, whatever the inputs are
         assert float((piece - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("scores", [1, 2 * 81, 4 * 81, 3 * 4 * 36, 1 << 26])
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 4], [6, 6, 6, 6, 6, 6, 6]])
+def test_scores_are_written_out_in_pieces_and_come_to_the_same(scores, lengths, monkeypatch):
+    segments = Segments.of_lengths(lengths)
+    rows = (segments.gather, segments.scatter, segments.layout)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, 4, sum(lengths), 8), (1, 2, sum(lengths), 8), (1, 2, sum(lengths), 8))
+    inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    grad = torch.randn((1, sum(lengths), 4, 8), generator=generator, dtype=torch.float64)
+    wanted = textbook(*inputs, lengths, 0.3, 5, 2.0)
+    of_wanted = grouped_gradients(grad, *inputs, *rows, 0.3, 5, 2.0)
+    seen, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, **options: seen.append(x.shape) or softmax(x, **options))
+    monkeypatch.setattr(grouped_module, "SCORES", scores)
+    mixed = grouped_attention(*inputs, *rows, 0.3, 5, 2.0)
+    of_mixed = grouped_gradients(grad, *inputs, *rows, 0.3, 5, 2.0)
+    assert float((mixed - wanted).norm() / wanted.norm()) < 1e-6
+    for piece, expected in zip(of_mixed, of_wanted, strict=True):
+        assert float((piece - expected).norm() / expected.norm()) < 1e-6
+    # no more at a time, but for one key head of one row
+    assert all(math.prod(shape) <= scores or shape[:2] == (1, 2) for shape in seen)
+    assert len(seen) == 2 * len(segments.groups) or scores < 1 << 26
+    assert len(seen) > 2 * len(segments.groups) or scores > 2 * 81
 
 
 @pytest.mark.gpu

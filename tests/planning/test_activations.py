@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorafit.engine import grouped_attention
 from lorafit.planning import ModelShape
-from lorafit.planning.activations import LOSS_CHUNK_BYTES, Execution, activations
+from lorafit.planning.activations import LOSS_CHUNK_BYTES, SCORES, Execution, activations
 from lorafit.planning.micro_batch import MicroBatch
 from planning_shapes import LLAMA_8B, shape
 from tiny_models import tiny_config
@@ -80,6 +81,19 @@ def test_capped_scores_are_kept_whole():
         return activations(model, (), MicroBatch(1024, 1, longest), width=2, execution=EAGER).layer_bytes
 
     assert layer_bytes(512) - layer_bytes(256) == 1024 * 32 * 256 * (2 + 2 + 4)
+
+
+def test_compiled_layers_keep_no_capped_score_and_write_some_out_at_a_time():
+    def live(longest, **changes):
+        return activations(shape(**changes), (), MicroBatch(8192, 1, longest), width=2, execution=FUSED)
+
+    capped = {"attn_logit_softcapping": 50.0}
+    assert live(2048, **capped).layer_bytes == live(2048).layer_bytes
+    assert live(64, **capped).backward_bytes == live(64).backward_bytes  # no more than the feed-forward's gradients
+    weight = live(64).weight_bytes
+    assert live(2048, **capped).backward_bytes == 5 * 4 * SCORES + weight
+    assert live(8192, **capped).backward_bytes == 5 * 4 * 4 * 8192**2 + weight  # one key head, four query heads
+    assert SCORES == grouped_attention.SCORES
 
 
 def test_compiled_layers_make_an_adapter_s_input_again_but_not_its_mask():

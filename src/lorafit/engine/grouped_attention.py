@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorafit.engine.segments import Group, groups_of
+
+SCORES = 1 << 26
+"""Scores (of rows, heads, queries and keys) that are written out at a time: 256 MiB in fp32, about five times over."""
 
 
 def grouped_attention(
@@ -68,10 +73,29 @@ def _capped(
 ) -> torch.Tensor:
     """softmax(cap · tanh(scores / cap)) · value, as transformers' eager Gemma 2 does it, softmax in fp32."""
     repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
-    scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    hidden = ~_band(query.shape[2], window, query.device)
+    rows: dict[int, list[torch.Tensor]] = {}
+    for row, head, heads in _pieces(key, repeats):
+        q, k, v = query[row, heads], key[row, head], value[row, head]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / softcap) * softcap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        mixed = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        rows.setdefault(row.start, []).append(mixed)
+    return torch.cat([torch.cat(parts, 1) for parts in rows.values()])
+
+
+def _pieces(key: torch.Tensor, repeats: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows, key heads, and the query heads that share them, to be taken at a time, for `key` (rows, kv heads, longest,
+    dim): as many as have SCORES scores, and at least one key head of one row."""
+    rows, kv_heads, longest, _ = key.shape
+    each = max(1, repeats * longest * longest)
+    heads = max(1, min(kv_heads, SCORES // each))
+    at_once = max(1, SCORES // (each * kv_heads))
+    for row in range(0, rows, at_once):
+        for head in range(0, kv_heads, heads):
+            end = min(head + heads, kv_heads)
+            yield slice(row, row + at_once), slice(head, end), slice(head * repeats, end * repeats)
 
 
 def grouped_gradients(
@@ -116,12 +140,32 @@ def _group_gradients(
 ) -> list[torch.Tensor]:
     """Gradients (rows, heads, longest, dim) of one group, for `grad` of its output in that shape."""
     q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
+    repeats = q.shape[1] // k.shape[1]
+    hidden = ~_band(q.shape[2], window, q.device)
+    grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    for row, head, heads in _pieces(k, repeats):
+        piece = _piece_gradients(grad[row, heads], q[row, heads], k[row, head], v[row, head], hidden, scale, softcap)
+        for whole, part, places in zip(grads, piece, (heads, head, head), strict=True):
+            whole[row, places] = part
+    return grads
+
+
+def _piece_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> list[torch.Tensor]:
+    """Gradients of these queries, keys and values; `hidden` is True where a query may not see a key."""
     kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(-1, -2)).float() * scale
     capped = torch.tanh(scores / softcap) if softcap is not None else None
     seen = scores if softcap is None or capped is None else capped * softcap
-    chances = torch.softmax(seen.masked_fill(~_band(q.shape[2], window, q.device), float("-inf")), dim=-1)
+    chances = torch.softmax(seen.masked_fill(hidden, float("-inf")), dim=-1)
     of_chances = (grad @ v.transpose(-1, -2)).float()
     of_scores = chances * (of_chances - (of_chances * chances).sum(-1, keepdim=True))
     if capped is not None:

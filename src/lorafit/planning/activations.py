@@ -3,7 +3,8 @@
 Counted from what autograd saves in transformers' layers (`torch.autograd.graph.saved_tensors_hooks`), in bytes:
 - a norm keeps its input in fp32;
 - attention keeps queries, keys, values and its output; values cut from a fused projection keep all of it;
-- attention with capped scores keeps every score: tanh, fp32 softmax and its 16-bit copy;
+- attention with capped scores keeps every score: tanh, fp32 softmax and its 16-bit copy; in compiled layers it keeps
+  none, and writes some of them out at a time in its backward;
 - a gated feed-forward keeps gate, activation and up, a plain one its inner values;
 - an adapter keeps its input after dropout, and the dropout's mask.
 A frozen linear keeps nothing: its weight is already there. Compiled layers make again what is computed element by
@@ -26,6 +27,8 @@ OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
+SCORES, SCORES_COPIES = 1 << 26, 5
+"""Capped scores written out at a time, as in engine/grouped_attention.py; scores, capped, softmaxed, two gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,14 @@ def activations(
     )
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
+    passing = _passing_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
     chunk = _logit_bytes(shape, batch, width, execution)
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
         feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),
         input_bytes=shape.hidden * stream * batch.tokens,
-        backward_bytes=_passing_bytes(shape, batch.tokens, width, execution) + weight,
+        backward_bytes=max(passing, _scores_bytes(shape, batch, execution)) + weight,
         weight_bytes=weight,
         loss_bytes=chunk + batch.tokens * shape.hidden * (width + 4),
         chunk_bytes=chunk,
@@ -102,10 +106,20 @@ def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stre
     attention = width * (2 * queries + 2 * keys)
     if any(part.role == "qkv" for part in shape.projections):
         attention += width * (queries + keys)
-    if shape.capped_scores:
+    if shape.capped_scores and not execution.fused:
         attention += shape.heads * longest * (2 * width + SOFTMAX_BYTES) + 2 * width * (queries - keys)
     norms = 2 * shape.hidden * stream if execution.fused else NORM_BYTES * shape.normed_width
     return norms + attention
+
+
+def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:
+    """Capped scores that a compiled layer's attention writes out at a time (engine/grouped_attention.py), and what
+    becomes of them: those of one key head of the longest row at least."""
+    if not shape.capped_scores or not execution.fused:
+        return 0
+    head = shape.heads // shape.kv_heads * batch.longest**2
+    every = shape.heads * batch.longest * batch.tokens
+    return SCORES_COPIES * SOFTMAX_BYTES * min(every, max(head, SCORES))
 
 
 def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
