@@ -72,4 +72,4 @@ def test_every_setting_that_the_page_writes_is_one():
 def test_every_key_of_engine_json_that_the_page_names_is_written():
     listed = re.search(r"\*\*Written\*\* to `engine.json`.*?: (.*)\.\n", PAGE)[1]
     keys = set(re.findall(r"`(\w+)`", listed))
-    assert keys and keys <= {field.name for field in fields(Rehearsal)} | {"asked", "notes"}
+    assert keys and keys <= {field.name for field in fields(Rehearsal)} | {"asked", "planned", "vram", "notes"}

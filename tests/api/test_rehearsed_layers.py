@@ -157,6 +157,37 @@ def test_a_whole_step_is_rehearsed_where_it_is_to_run(trainer):
     assert _work(trainer).max_tokens == 64
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "taken_up"),
+    [
+        # the plan's dial moves with the memory that is free: no wish of anybody's
+        ({"asked": "auto", "planned": "dense=3", "vram": None}, {}, True),
+        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"vram": "8GiB"}, False),
+        ({"asked": "auto", "planned": "dense=3", "vram": "8GiB"}, {"vram": "8GiB"}, True),
+        ({"asked": "whole=1", "planned": "whole=1", "vram": None}, {}, False),
+        ({"asked": "whole=1", "planned": "whole=1", "vram": None}, {"activations": "whole=1"}, True),
+        # the run's own recipe has what the plan chose
+        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"activations": "dense=3"}, True),
+        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"activations": "dense=2"}, False),
+        # older releases
+        ({"asked": "keep"}, {}, True),
+        ({}, {"activations": "keep"}, True),
+        ({"asked": "keep"}, {"activations": "whole=1"}, False),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_dial_unless_another_or_another_budget_is_asked_for(
+    trainer, tmp_path, on_a_card, then, now, taken_up
+):
+    run, on_a_card.dial = RunDir(tmp_path), Dial(feed_forward=1)
+    run.settings.write_text("")
+    run.write_json(run.engine, {"dial": "whole=2,micro_tokens=78", "schedule": [], **then})
+    found = rehearsed(trainer, run, **GIVEN, **now)
+    assert (found.dial == Dial(whole=2, micro_tokens=78)) == taken_up
+    assert not (taken_up and on_a_card.works[-1][1])
+    if taken_up and "planned" in then:  # whichever way it was called
+        assert then.items() <= json.loads(run.engine.read_text()).items()
+
+
 def test_another_dial_given_on_the_way_is_the_one_that_runs(trainer, tmp_path, on_a_card):
     run = RunDir(tmp_path)
     rehearsed(trainer, run, **GIVEN)

@@ -54,13 +54,22 @@ def test_where_the_tightest_dial_leaves_room_a_faster_one_is_taken(attempts):
     tried, layers = attempts(500, 4800, lambda dial: 616 if dial.whole else 950)
     assert tried[0].dial == TIGHTEST and len(tried) == 2
     assert tried[-1].fits and not layers.dial.whole and layers.dial.offload and layers.schedule
-    assert tried[-1].room_bytes == (616 + 6144 - 80 - 4800 - 616) * MB
+    assert tried[-1].room_bytes == (616 + 6144 - 80 - 4800 - 616 - 48) * MB
 
 
 def test_where_that_does_not_fit_after_all_it_is_the_tightest_again(attempts):
     tried, layers = attempts(500, 4800, lambda dial: 616 if dial.whole else 1500)
     assert [attempt.fits for attempt in tried] == [True, False, True]
     assert str(layers.dial) == tried[-1].dial == TIGHTEST and layers.schedule == ()
+
+
+def test_after_a_misfit_that_led_to_the_tightest_dial_the_room_between_is_tried(attempts):
+    tried, layers = attempts(900, 4800, lambda dial: 616 if dial.whole == 32 else dial.offload and 1290)
+    assert not tried[0].fits and tried[1].dial == TIGHTEST and tried[1].fits
+    assert tried[1].room_bytes < tried[2].room_bytes < tried[0].room_bytes
+    assert str(layers.dial) == tried[-1].dial == TIGHTEST and tried[-1].fits
+    fitting, layers = attempts(900, 4800, lambda dial: 1290 if str(dial) == tried[0].dial else 616)
+    assert fitting[-1].fits and not layers.dial.whole and len(fitting) == 3
 
 
 def test_where_it_leaves_none_nothing_else_is_tried(attempts):

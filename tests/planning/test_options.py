@@ -21,7 +21,18 @@ def test_every_row_of_the_matrix_is_priced_and_one_is_chosen():
 def test_the_chosen_row_is_the_plan_itself():
     plan = make_plan(resolve(), facts(), shape(), hardware_named("4090"))
     [chosen] = [option for option in plan.options if option.chosen]
-    assert (chosen.peak_bytes, chosen.time_s, chosen.cost_usd) == (plan.memory.peak_bytes, plan.time_s, plan.cost_usd)
+    assert (chosen.time_s, chosen.cost_usd) == (plan.time_s, plan.cost_usd)
+    assert chosen.peak_bytes == plan.memory.needed_bytes <= plan.memory.peak_bytes
+
+
+def test_what_unpacked_weights_take_of_a_large_card_is_nothing_that_a_method_needs():
+    small, large = (
+        make_plan(resolve(flags={"activations": dial, "quantization": "nf4"}), facts(), shape(), hardware_named("H200"))
+        for dial in ("keep", "weights=dense")
+    )
+    assert large.memory.peak_bytes > small.memory.peak_bytes == large.memory.needed_bytes
+    peaks = [next(option.peak_bytes for option in plan.options if option.chosen) for plan in (small, large)]
+    assert peaks[0] == peaks[1]
 
 
 def test_a_16_bit_base_needs_more_and_may_not_fit():

@@ -1,12 +1,13 @@
 from types import SimpleNamespace
 
+from lorafit.config.dial import Dial
 from lorafit.training.allocator_watch import IN_A_ROW, AllocatorWatch
 from lorafit.training.events import EventLog
 
 
 class Layers:
     def __init__(self, steps_left):
-        self.dial, self.steps_left = "keep", steps_left
+        self.dial, self.steps_left = Dial(), steps_left
 
     def tighten(self):
         self.steps_left -= 1

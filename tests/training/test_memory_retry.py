@@ -12,6 +12,7 @@ from gloo_worker import LENGTHS, adapted
 from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
+from lorafit.config.dial import Dial
 from lorafit.engine import packed, release_memory
 from lorafit.errors import TrainingError
 from lorafit.training import EventLog, LorafitTrainer
@@ -82,6 +83,8 @@ def test_dropout_draws_again_from_the_same_stream(base, tmp_path):
     """A failure that changes no layout (a single row, then more recompute) leaves the very same bits."""
 
     class Recompute:
+        dial = Dial()
+
         def __init__(self):
             self.left = 1
 
@@ -132,6 +135,8 @@ def test_recompute_comes_after_single_rows_and_is_asked_until_it_helps(base, tmp
     asked = []
 
     class Layers:
+        dial = Dial()
+
         def tighten(self):
             asked.append(memory_of[0].tokens)
             memory_of[0].tokens += 20
@@ -147,6 +152,23 @@ def test_recompute_comes_after_single_rows_and_is_asked_until_it_helps(base, tmp
         trainer.training_step(model, next(iter(trainer.get_train_dataloader())))
     assert asked == [10, 30]
     assert trainer.memory.tightened == 2
+
+
+def test_unpacked_weights_are_given_up_before_a_micro_batch_is_halved(base, tmp_path):
+    class Layers:
+        dial, memory = Dial(dense=5), None
+
+        def tighten(self):
+            self.dial = self.dial.tighter(2)
+            return True
+
+    layers = Layers()
+    trainer, _, got, loss = trained_step(base, tmp_path, when=lambda: layers.dial.dense > 1, layers=layers)
+    assert str(layers.dial) == "dense=1" and trainer.layout.micro_tokens == 4096
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert ["stay unpacked" in event["message"] for event in events] == [True]
+    whole = trained_step(base, tmp_path / "whole")
+    assert torch.equal(got, whole[2]) and loss == whole[3]
 
 
 def test_each_retry_is_written_down(base, tmp_path):

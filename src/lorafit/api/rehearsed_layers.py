@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch
 
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2.1
 GRADIENT_BYTES = 4
+AUTO = "auto"
 CARD_SHARE = 0.97
 """Of the card's free memory, when no budget is set."""
 
@@ -43,29 +45,57 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
         with contextlib.nullcontext() if layers.dial == Dial() and not layers.compiled else layers:
             yield None
         return
-    goes_on = _take_up(layers, config, run)
-    by_plan = resolved.sources.get("activations", Source.DEFAULT) in (Source.PLAN, Source.DEFAULT)
-    solves = by_plan and config.gradient_checkpointing == "auto" and not goes_on
+    by_hand = resolved.sources.get("activations", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
+    wish = _Wish.of(config, by_hand)
+    before = _take_up(layers, wish, run)
+    solves = wish.asked == AUTO and before is None
     work = _work(trainer, grows=solves)
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
     _drive(trainer, layers, found.dial)
-    asked = {"asked": config.activations, "notes": layers.notes}
-    run.write_json(run.engine, {**asdict(found), "dial": str(found.dial), **asked})
+    run.write_json(
+        run.engine, {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
+    )
     with layers:
         yield found
 
 
-def _take_up(layers: DecoderLayers, config: RunConfig, run: RunDir) -> bool:
-    """Turn `layers` to the dial that a run which goes on has had; False when it had none, or another is asked for."""
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What was asked of the dial: nothing (`auto`) or a setting by hand; the setting in force, the plan's where it is
+    nobody else's; and the budget. Stands in engine.json, so that a run which goes on knows whether that changed."""
+
+    asked: str
+    planned: str
+    vram: str | None
+
+    @classmethod
+    def of(cls, config: RunConfig, by_hand: bool) -> _Wish:
+        checkpointing = config.gradient_checkpointing
+        asked = AUTO if checkpointing == AUTO else f"gradient_checkpointing={checkpointing}"
+        return cls(config.activations if by_hand else asked, config.activations, config.vram)
+
+    def is_that_of(self, known: dict[str, Any]) -> bool:
+        """Whether the run that wrote `known` was asked for the same. What the plan would choose today does not count:
+        that moves with the memory that happens to be free."""
+        if "planned" not in known:  # older releases wrote one word for both
+            return self.asked == AUTO or known.get("asked", self.planned) == self.planned
+        if self.asked == AUTO:
+            return bool(known["asked"] == AUTO and known["vram"] == self.vram)
+        return self.asked in (known["asked"], known["planned"])  # the run's own recipe has what the plan chose
+
+
+def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
+    """Turn `layers` to the dial that a run which goes on has had, and return what was asked for then; None when it had
+    none, or another is asked for now."""
     # one that a run left which never began is not this run's
     known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
-    if known is None or known.get("asked", config.activations) != config.activations:
-        return False
+    if known is None or not wish.is_that_of(known):
+        return None
     layers.dial = Dial.parse(known["dial"], len(layers))
     layers.follow(known["schedule"])
-    return True
+    return _Wish(known["asked"], known["planned"], known["vram"]) if "planned" in known else wish
 
 
 def _drive(trainer: LorafitTrainer, layers: DecoderLayers, dial: Dial) -> None:

@@ -62,7 +62,7 @@ class FrozenLinear4bit(Linear4bit):
             y = fp8_linear(x, row_scales, self._ticket, self.out_features, self.in_features)
             return y if self.bias is None else y + self.bias
         dense = self.dense
-        if dense is not None:
+        if dense is not None and (self.inlined or not torch.compiler.is_compiling()):
             return F.linear(x, dense, self.bias)
         if self.weight_dtype is not None:
             return F.linear(x, self.unpacked(), self.bias)

@@ -3,7 +3,8 @@
 W ≈ s ⊙ W8 with one scale s per output feature, and the same e4m3 values W8 serve both directions:
 y = (x8 @ W8ᵀ) · x_scale · s, and the gradient folds s into g before it is quantised: (g·s)8 @ W8 · g_scale.
 Quantising is plain torch, so that torch.compile fuses it with its neighbours and does it once for several
-projections of one input; making W8 and multiplying by it is one opaque op, so that nobody keeps W8.
+projections of one input; making W8 and multiplying by it is one opaque op, so that nobody
+keeps W8 but the layer itself, where there is room to spare.
 """
 
 from __future__ import annotations

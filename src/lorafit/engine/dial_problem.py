@@ -73,16 +73,20 @@ class DialProblem:
         """The same with that much less room on the device."""
         return replace(self, room=self.room.less(size_bytes))
 
-    def after_tightest(self, spare_bytes: int) -> DialProblem | None:
+    def after_tightest(self, spare_bytes: int, failed_bytes: int | None = None) -> DialProblem | None:
         """The same with the room that there was after all, when the tightest dial, taken for want of any that fits,
-        left `spare_bytes` of the budget; None where a dial was found, or none is that gains."""
+        left `spare_bytes` of the budget; None where a dial was found, or none is that gains. Of a room of
+        `failed_bytes` it is known that its dial did not fit."""
         if self._dial() is not None:
             return None
         layers = self.costs.layers
         share = self.work.longest / self.tokens
         tightest = Split(self.costs.scaled(share), layers, layers)
         taken = tightest.device_bytes(layers) - self.room.embedding_bytes
-        roomier = replace(self, room=replace(self.room, device_bytes=taken + spare_bytes))
+        room = taken + spare_bytes
+        if failed_bytes is not None:
+            room = min(room, (self.room.device_bytes + failed_bytes) // 2)
+        roomier = replace(self, room=replace(self.room, device_bytes=room))
         found = roomier._solved(self.costs)
         worth_s = tightest.work_s / share * self._step_share() / (1 + WORTH_COMPILING)
         return roomier if found is not None and found.step_s < worth_s else None
@@ -91,7 +95,8 @@ class DialProblem:
         """Set the dial that the solver finds, and the schedule of its offload; the tightest where it finds none."""
         found = self._dial()
         if found is None:
-            turn_tightest(layers, self.work.longest)
+            layers.dial = tightest_dial(layers, self.work.longest)
+            layers.follow(())
             return
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.dial = found.sized(self.tokens, self.work.max_tokens)
@@ -119,11 +124,10 @@ class DialProblem:
         return max(self.work.step_tokens / self.tokens, 1.0)
 
 
-def turn_tightest(layers: DecoderLayers, longest: int) -> None:
-    """Set the dial that needs least: everything recomputed and sent away, and micro-batches of the `longest` row."""
+def tightest_dial(layers: DecoderLayers, longest: int) -> Dial:
+    """The dial that needs least: everything recomputed and sent away, and micro-batches of the `longest` row."""
     whole = len(layers)
-    layers.dial = Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=longest)
-    layers.follow(())
+    return Dial(whole=whole, offload=whole, host_embeddings=True, micro_tokens=longest)
 
 
 def pose(
@@ -147,6 +151,9 @@ def pose(
         most = len(layers) if layers.dial.dense else len(layers) - 1
         layers.dial = Dial(dense=min(dense_layers(layers, spare), most))
         return None
+    if layers.dial.dense:  # what was planned with does not fit: weights are unpacked on each call then
+        layers.dial = replace(layers.dial, dense=0)
+        keep, cheaper = (_unpacking(layers, cost) for cost in (keep, cheaper))
     rates = link_rates()
     room = Room(
         device_bytes=free - round(LOST_SHARE * budget_bytes),
@@ -157,6 +164,17 @@ def pose(
         embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
     )
     return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
+
+
+def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:
+    """What a layer costs whose weights are packed, from that of one whose weights lay unpacked."""
+    again_s, weight = unpack_s(layers), max(module.dense_bytes() for module in frozen_linears(layers))
+    return replace(
+        cost,
+        forward_s=cost.forward_s + again_s,
+        backward_s=cost.backward_s + again_s,
+        working_bytes=cost.working_bytes + weight,
+    )
 
 
 def dense_layers(layers: DecoderLayers, spare_bytes: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,7 +72,11 @@ class DecoderLayers:
         if not self.layers:
             raise BackboneError("the base has no decoder layers that lorafit knows", where=type(self.core).__name__)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        self._unpack_weights()
+        try:
+            self._unpack_weights()
+        except torch.OutOfMemoryError:
+            self._unpack_weights(False)
+            raise
         self.core.enable_input_require_grads()  # else the first layer alone would be compiled once more
         for layer in self.layers:
             layer._gradient_checkpointing_func = self._run
@@ -103,14 +108,14 @@ class DecoderLayers:
         """
         dense = self.dial.dense if keep else 0
         inlined = dense == len(self.layers)
-        for index, linears in enumerate(self.frozen):
-            for module in linears:
-                if not module.weight.is_cuda:
-                    continue
-                if index >= dense:
-                    module.drop_dense()
-                elif not module.copies or module.inlined != inlined:
-                    module.keep_dense(inlined)
+        on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
+        for module in chain(*on_card[dense:]):  # before anything is taken
+            module.drop_dense()
+        for module in chain(*on_card[:dense]):
+            if module.copies:
+                module.inlined = inlined
+            else:
+                module.keep_dense(inlined)
         self._weights = [_storages(layer) for layer in self.layers]
 
     def follow(self, schedule: Sequence[int]) -> None:

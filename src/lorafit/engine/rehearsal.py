@@ -17,7 +17,7 @@ import torch
 
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import allocator_retries, release_memory
-from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose, turn_tightest
+from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose, tightest_dial
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 
@@ -90,25 +90,29 @@ def _attempts(
     """Every attempt; the last one fits, and `layers` are as in it."""
     if problem is not None:
         problem.turn(layers)
+    failed: int | None = None
     for number in count():
         attempt = _attempt(model, layers, work, budget_bytes, problem)
         yield attempt
         if attempt.fits:
             break
+        failed = problem.room.device_bytes if problem else None
         if problem is not None and number < SOLVED_TRIES:
             problem = problem.less(_missing(attempt, budget_bytes, STEP_SHARE * 2**number))
             problem.turn(layers)
         elif not _tighten(layers, work):
             raise does_not_fit()
     # the room is reckoned with something to spare: where that left no dial, the tightest shows how much there is
-    roomier = problem.after_tightest(budget_bytes - work.coming_bytes - attempt.peak_bytes) if problem else None
-    if roomier is None or number:
+    spare = budget_bytes - work.coming_bytes - attempt.peak_bytes - SLACK_BYTES // 4
+    roomier = problem.after_tightest(spare, failed) if problem else None
+    if roomier is None or str(layers.dial) != str(tightest_dial(layers, work.longest)):
         return
     roomier.turn(layers)
     faster = _attempt(model, layers, work, budget_bytes, roomier)
     yield faster
     if not faster.fits:
-        turn_tightest(layers, work.longest)
+        layers.dial = tightest_dial(layers, work.longest)
+        layers.follow(())
         yield attempt
 
 

@@ -90,7 +90,8 @@ def _eager(
     """Seconds by arithmetic alone."""
     again = _recomputed(plan)
     flops = steps * plan.step_tokens * token_flops(shape, config, facts, again) + held_out * 2 * shape.active_parameters
-    floor = _floor_s(shape, config, hardware, steps * plan.micro_batches, 2 + again)
+    packed = 1 - plan.dial.dense / shape.layers
+    floor = _floor_s(shape, config, hardware, steps * plan.micro_batches, 2 + again, packed)
     slow, fast = _speeds(config, hardware)
     return max(flops / fast, floor[0]), max(flops / slow, floor[1])
 
@@ -131,12 +132,13 @@ def _speeds(config: RunConfig, hardware: Hardware) -> tuple[float, float]:
 
 
 def _floor_s(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, batches: int, passes: float
+    shape: ModelShape, config: RunConfig, hardware: Hardware, batches: int, passes: float, packed: float
 ) -> tuple[float, float]:
-    """Seconds that `batches` micro-batches take however few tokens they hold: kernel starts, and unpacking NF4."""
+    """Seconds that `batches` micro-batches take however few tokens they hold: kernel starts, and unpacking the share
+    `packed` of the weights."""
     if hardware.kind == "cpu":
         return 0.0, 0.0
-    unpack = passes * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
+    unpack = passes * packed * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
     unpack = unpack if config.quantization == "nf4" else 0.0
     low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + unpack) for ms in LAUNCH_MS_PER_LAYER)
     return low, high

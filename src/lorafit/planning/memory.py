@@ -36,6 +36,11 @@ class MemoryEstimate:
         """The sum of the components."""
         return total_bytes(self.components)
 
+    @property
+    def needed_bytes(self) -> int:
+        """The peak without what only fills room to spare."""
+        return total_bytes(part for part in self.components if not part.spare)
+
     def fits(self, hardware: Hardware) -> bool:
         """True when the expected peak is within the device's memory, or the budget set for it."""
         return self.peak_bytes <= hardware.memory_bytes

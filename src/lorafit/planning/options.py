@@ -15,7 +15,10 @@ from lorafit.planning.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One row of the matrix with what it would take here; ranges are (low, high), `rank` 0 means every weight."""
+    """One row of the matrix with what it would take here; ranges are (low, high), `rank` 0 means every weight.
+
+    `peak_bytes` are those that it needs: unpacked weights, which take what is left over, are not among them.
+    """
 
     method: str
     rank: int
@@ -56,7 +59,7 @@ def _option(
         rank=rule.rank,
         quantization=rule.quantization,
         when=rule.when,
-        peak_bytes=run.memory.peak_bytes,
+        peak_bytes=run.memory.needed_bytes,
         fits=run.memory.fits(run.hardware),
         hardware=run.hardware.name,
         gpus=run.gpus,

@@ -42,8 +42,8 @@ FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
 """Least time of a layer's pass in one direction: the processor's, starting its kernels. Compiled: what 2,048 tokens of
 8B took on an H200's host (144 ms a step, of which the card computed for 110); eager: ASSUMED. Other hosts differ."""
 DENSE_LAUNCH_S = 1.4e-3
-"""The same where the weights lie unpacked: at 1.7 ms a pass the card, and no longer the processor, sets the pace
-(2,048 tokens of 8B on such a host), and a profile of the processor, which slows it, had 1.4 ms."""
+"""The same where the weights lie unpacked, or are in 16 bits anyway: at 1.7 ms a pass the card, and no longer the
+processor, sets the pace (2,048 tokens of 8B on such a host); a profile of the processor, which slows it, had 1.4."""
 CORE_GFLOPS = 40.0
 """fp32 GFLOP/s of one processor core in training."""
 EMULATED = 0.25
@@ -67,7 +67,7 @@ def layer_costs(
     attention = _attention_s(shape, config, hardware, batch.tokens, row_tokens)
     out, home = _traffic_s(shape, targets, config, hardware, batch.tokens, live, execution)
     fixed = matmuls.tail_s + _unpack_s(shape, config, hardware) * (1 - dense / shape.layers)
-    launch = _launch_s(config, hardware, execution, inlined=dense == shape.layers)
+    launch = _launch_s(config, hardware, execution, inlined=config.quantization != "nf4" or dense == shape.layers)
     forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
     return LayerCosts(
         layers=shape.layers,

@@ -26,11 +26,12 @@ tensor by tensor, and the paged ones wait for the device every step."""
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of the peak: its size and what that assumes."""
+    """One part of the peak: its size and what that assumes. `spare`: it only fills room that nothing else needs."""
 
     name: str
     size_bytes: int
     assumes: str
+    spare: bool = False
 
 
 def total_bytes(components: Iterable[Component]) -> int:
@@ -120,7 +121,7 @@ def _dense_copies(
     if hardware.kind != "cpu":
         size = dense_bytes(shape, config, hardware, layers)
         why = f"the weights of {layers} of {shape.layers} layers unpacked, in room to spare"
-        return [Component("dequantised copies", size, why)] if size else []
+        return [Component("dequantised copies", size, why, spare=True)] if size else []
     left = hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
     dense = shape.linear_parameters * WIDTH[compute_of(config, hardware)]
     size = max(0, min(dense, round(left * DENSE_SHARE)))

@@ -33,10 +33,12 @@ class AllocatorWatch(TrainerCallback):
         if self.in_a_row < IN_A_ROW:
             return
         self.in_a_row = 0
+        unpacked = self.layers.dial.dense
         if self.layers.tighten():
+            now = "fewer weights lie unpacked now" if unpacked else "more is recomputed now"
             self.events.record(
                 "tight_memory",
                 state.global_step,
-                f"the memory was so full that {IN_A_ROW} steps in a row waited for it; more is recomputed now",
+                f"the memory was so full that {IN_A_ROW} steps in a row waited for it; {now}",
                 dial=str(self.layers.dial),
             )
