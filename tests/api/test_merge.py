@@ -13,7 +13,7 @@ from lorafit.api.load import load
 from lorafit.api.merge import merge
 from lorafit.config import RunDir
 from lorafit.demo import BASE
-from lorafit.errors import RunDirError, VerificationError
+from lorafit.errors import RunDirError, UsageError, VerificationError
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
@@ -50,6 +50,12 @@ def test_onto_the_original_reports_both_and_is_another_model(tiny_run, merged, t
     other = merge(tiny_run.run.path, onto="original", out=tmp_path / "model")
     assert other.verification.onto == "original"
     assert other.verification.merged.kl > merged.verification.merged.kl
+
+
+def test_only_a_base_that_there_is_can_be_merged_onto(tiny_run, tmp_path):
+    with pytest.raises(UsageError, match="'orginal' is nothing to merge onto; write quantized or original"):
+        merge(tiny_run.run.path, onto="orginal", out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_taken_folder_is_refused(tiny_run, merged):

@@ -1,5 +1,6 @@
 """check and plan: no torch, the same reading of the data that train makes."""
 
+import json
 import subprocess
 import sys
 
@@ -67,6 +68,20 @@ def test_neither_imports_torch_or_transformers(data, verb):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_array_on_one_line_holds_out_what_its_rows_in_lines_do(data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    in_lines, array = (lorafit.check(path, BASE).prepared.summary for path in (data, tmp_path / "array.json"))
+    assert array.holdout_rows == in_lines.holdout_rows > 0
+    assert array.train_rows == in_lines.train_rows
+
+
+@pytest.mark.parametrize("data", [3, b"rows.jsonl", [{"prompt": "a", "completion": "b"}], {"rows.jsonl"}])
+def test_what_are_no_data_are_refused_in_one_sentence(data):
+    with pytest.raises(UsageError, match="no data that can be read"):
+        lorafit.check(data, BASE)
 
 
 def test_paths_may_be_paths(data):

@@ -68,7 +68,7 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
     outcome = decided(hardware_named("H100").with_memory(8 * GIB), config=LLAMA_8B, max_tokens=8192)["activations"]
     dial = Dial.parse(outcome.value, 32)
     assert f"{dial.feed_forward} of 32 layers recompute their feed-forward" in outcome.reason
-    assert f"{dial.offload} wait in" in outcome.reason
+    assert f"what {dial.offload} layers keep" in outcome.reason
     assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d GiB ± 10% of 8\.0 GiB$", outcome.reason)
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lorafit.api.load import load
-from lorafit.errors import LorafitError, RunDirError, TemplateError, VerificationError
+from lorafit.errors import LorafitError, RunDirError, TemplateError, UsageError, VerificationError
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
@@ -18,6 +18,17 @@ def test_tuned_and_base_differ_and_a_stream_adds_up(tiny_run):
     assert tuned.startswith("".join(pieces))
     assert tuned != session.answer(QUESTION, tuned=False, max_new_tokens=10)
     assert tuned == session.answer(QUESTION, max_new_tokens=10), "the adapter is back after the base has answered"
+
+
+def test_a_text_is_a_conversation_of_one_turn_and_what_is_none_is_refused(tiny_run):
+    session = load(tiny_run.run.path)
+    answer = session.answer(QUESTION, max_new_tokens=10)
+    assert session.answer(QUESTION[0]["content"], max_new_tokens=10) == answer
+    for messages in ([], ["hello"], [["user", "hello"]]):
+        with pytest.raises(UsageError, match="no conversation to answer"):
+            session.answer(messages)
+    with pytest.raises(UsageError, match="at least one token"):
+        session.answer(QUESTION, max_new_tokens=0)
 
 
 def test_a_loaded_run_answers_as_the_live_model_did(tiny_run):

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from lorafit.adapters import Deltas, load_adapter
 from lorafit.backbone import Onto, load_backbone, quiet_libraries
 from lorafit.config import RunDir
 from lorafit.data import Record, Template, TextTokenizer, Turn
-from lorafit.errors import AdapterError, VerificationError
+from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.export import MergeReport, Verification, verify
 from lorafit.export import merge as write_merged
 from lorafit.findings import Finding, has_errors
@@ -55,8 +55,11 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
     `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" to the
     checkpoint as stored. The artefact gets its name once it is measured, also when it fails (`passed` False), for a
     look; a merge that is killed leaves at most a hidden folder, which the next one replaces.
-    Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
+    if onto not in get_args(Onto):
+        names = " or ".join(get_args(Onto))
+        raise UsageError(f"'{onto!s:.40}' is nothing to merge onto", where="onto", fix=f"write {names}")
     folder = RunDir.open(Path(run))
     config = folder.config()
     with quiet_libraries(folder.log, optional=True):

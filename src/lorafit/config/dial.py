@@ -12,7 +12,10 @@ SHORT_FORMS = ("keep", "recompute", "offload")
 COUNTS = ("feed_forward", "whole", "offload", "dense", "micro_tokens")
 ON_HOST = "embeddings=host"
 ALL_DENSE = "weights=dense"
-FIX = "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096"
+FIX = (
+    "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096, "
+    "whole=8 or dense=16"
+)
 STEPS_DOWN = 4
 """`tighter` changes a quarter of the layers at a time: enough to see, few enough retries."""
 

@@ -111,6 +111,8 @@ class Gatherer:
 
     def _screened(self, chunk: Sequence[RawRow]) -> list[Item]:
         """The chunk's rows that become records and may be tokenised; the others are in the ledger."""
+        for number, row in enumerate(chunk, self.ledger.counts.read):
+            row.number = number
         self.ledger.counts.read += len(chunk)
         if self.shape is None and (readable := [row.fields for row in chunk if row.fields is not None]):
             self.shape = detect(readable, self.config.map, self.ledger.names[0])
@@ -197,6 +199,7 @@ class Gatherer:
             "supervised": [sum(one.mask) for _, _, one in keep],
             "file": [row.file for row, _, _ in keep],
             "line": [row.line for row, _, _ in keep],
+            "row": [row.number for row, _, _ in keep],
             "words": [len(row) for row in words],
             "exact": [hash64(text) for text in texts],
             "question": [question for question, _ in hashes],

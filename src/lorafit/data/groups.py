@@ -26,8 +26,7 @@ def group_of(stored: Stored, *, same_questions: bool = True) -> Numbers:
     """
     own = np.arange(len(stored.exact))
     same_text = mixed(stored.question) ^ stored.answer
-    same_row = mixed(stored.rows.line.astype(np.uint64)) ^ stored.rows.file.astype(np.uint64)
-    ties = [stored.leader, first_with(same_text), first_with(same_row)]
+    ties = [stored.leader, first_with(same_text), first_with(stored.row.astype(np.uint64))]
     if same_questions:
         ties.append(_first_with_question(stored.question, own))
     return leaders(len(own), np.tile(own, len(ties)), np.concatenate(ties))

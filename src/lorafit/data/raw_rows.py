@@ -20,7 +20,8 @@ FENCE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]')
 class RawRow:
     """Where a row stands (`file` is an index, `line` counts from 1) and its fields, or why there are none.
 
-    `raw` is the row's text, where the file has one; `size_bytes` is about what the row takes.
+    `raw` is the row's text, where the file has one; `size_bytes` is about what the row takes; `number` counts the rows
+    of all files as they are read.
     """
 
     file: int
@@ -29,6 +30,7 @@ class RawRow:
     fields: Mapping[str, Any] | None = None
     reject: Reject | None = None
     size_bytes: int = 0
+    number: int = 0
 
     def __post_init__(self) -> None:
         self.size_bytes = self.size_bytes or len(self.raw)

@@ -19,13 +19,15 @@ COLUMNS = {
     "supervised": np.int32,
     "file": np.int32,
     "line": np.int64,
+    "row": np.int64,
     "text_length": np.int32,
     "words": np.int32,
     "exact": np.uint64,
     "question": np.uint64,
     "answer": np.uint64,
 }
-"""One value per row, by name; the pieces of a split conversation share file and line. `words` counts them."""
+"""One value per row, by name; `row` counts the rows as they were read, so that the pieces of a split conversation
+share it, and rows that stand on one line do not. `words` counts them."""
 
 
 @dataclass
@@ -80,7 +82,8 @@ class StoreWriter:
 class Stored:
     """A complete folder: its rows, the columns (n,) that judgements of the whole set need, and the facts.
 
-    `leader` is each row's first near copy (itself, when it has none); `exact`, `question`, `answer` are hashes.
+    `leader` is each row's first near copy (itself, when it has none); `exact`, `question`, `answer` are hashes; `row`
+    is the row as it was read.
     """
 
     rows: RowStore
@@ -88,6 +91,7 @@ class Stored:
     question: NDArray[np.uint64]
     answer: NDArray[np.uint64]
     leader: NDArray[np.int64]
+    row: NDArray[np.int64]
     facts: dict[str, Any]
     folder: Path
 
@@ -95,7 +99,5 @@ class Stored:
     def open(cls, folder: Path) -> Stored:
         """The folder that `StoreWriter.finish` completed."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        exact, question, answer, leader = (
-            np.load(folder / f"{name}.npy") for name in ("exact", "question", "answer", LEADER)
-        )
-        return cls(RowStore.open(folder), exact, question, answer, leader, facts, folder)
+        columns = {name: np.load(folder / f"{name}.npy") for name in ("exact", "question", "answer", LEADER, "row")}
+        return cls(RowStore.open(folder), **columns, facts=facts, folder=folder)

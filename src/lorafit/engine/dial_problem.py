@@ -37,6 +37,8 @@ LOST_SHARE = 0.03
 """Of the budget: what the allocator loses between blocks that come and go in another order than they came."""
 HOST_SHARE = 0.5
 """Of the host's free memory that may be page-locked."""
+WAITING = 0.2
+"""By so much a layer's seconds on the card must exceed the processor's."""
 WORTH_COMPILING = 0.015
 """Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
 
@@ -148,7 +150,7 @@ def pose(
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
     if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
         spare = free - everything - round(LOST_SHARE * budget_bytes)
-        most = len(layers) if layers.dial.dense else len(layers) - 1
+        most = len(layers) if layers.dial.dense else len(layers) - 1 if _waits_for_card(keep) else 0
         layers.dial = Dial(dense=min(dense_layers(layers, spare), most))
         return None
     if layers.dial.dense:  # what was planned with does not fit: weights are unpacked on each call then
@@ -164,6 +166,12 @@ def pose(
         embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
     )
     return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
+
+
+def _waits_for_card(cost: LevelCost) -> bool:
+    """Whether a layer takes longer than the processor needs to start its kernels: only then do copies that the
+    operator finds, of some layers, save time."""
+    return cost.forward_s + cost.backward_s > 2 * cost.launch_s * (1 + WAITING)
 
 
 def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.config import Resolved, RunConfig
+from lorafit.planning.dial import Dial
 from lorafit.planning.execution_plan import ExecutionPlan, plan_execution
 from lorafit.planning.facts import DataFacts
 from lorafit.planning.hardware import Hardware
@@ -171,12 +172,17 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
         parts.append(f"{dial.whole} of {layers} layers are recomputed")
     if dial.feed_forward:
         parts.append(f"{dial.feed_forward} of {layers} layers recompute their feed-forward")
-    if dial.offload:
-        parts.append(f"{dial.offload} wait in {plan.host_bytes / 1e9:.1f} GB of the host's memory")
-    if dial.host_embeddings:
-        parts.append("the input embeddings stay on the host")
+    if dial.offload or dial.host_embeddings:
+        parts.append(_on_the_host(dial, plan.host_bytes))
     if dial.dense:
         parts.append(f"the 4-bit weights of {dial.dense} of {layers} layers lie unpacked in what is left")
     if dial.micro_tokens:
         parts.append(f"micro-batches have up to {dial.micro_tokens:,} tokens")
     return ", ".join(parts)
+
+
+def _on_the_host(dial: Dial, size_bytes: int) -> str:
+    kept = f"what {dial.offload} layers keep" if dial.offload > 1 else "what one layer keeps" if dial.offload else ""
+    waiting = [*([kept] if kept else []), *(["the input embeddings"] if dial.host_embeddings else [])]
+    many = dial.host_embeddings
+    return f"{' and '.join(waiting)} {'wait' if many else 'waits'} in {size_in_words(size_bytes)} of the host's memory"

@@ -31,6 +31,8 @@ recomputation) lay within it on an H200; CPUs and families without a gated feed-
 STEP_S = 0.0095
 """Seconds of each optimizer step on a card beside its micro-batches: clipping, the optimizer, what the Trainer does
 before the next one starts. Of an H200 (8B, 2026-11-22): a step less its kernels."""
+WORTH_UNPACKING = 0.005
+"""Predicted gain in speed below which spare memory is left alone."""
 LEAST_TOKENS = 128
 """The smallest micro-batch worth its kernel starts."""
 
@@ -141,7 +143,11 @@ def _fitting(
     longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
     dial = _fastest(costs, room, shape, hardware, batch.tokens, longest)
     if execution is None and dial.keeps_everything and dial.micro_tokens is None:
-        dial = replace(dial, dense=_dense_layers(costs, room, shape, config, hardware))
+        dense = _dense_layers(costs, room, shape, config, hardware)
+        faster = _costs(shape, config, hardware, facts, batch, execution, dense)
+        # steps that wait for the processor gain by all layers, and by fewer nothing
+        if Split(costs, 0, 0).work_s > Split(faster, 0, 0).work_s * (1 + WORTH_UNPACKING):
+            dial = replace(dial, dense=dense)
     return dial.sized(most, config.max_tokens)
 
 

@@ -60,7 +60,7 @@ def _option(
         quantization=rule.quantization,
         when=rule.when,
         peak_bytes=run.memory.needed_bytes,
-        fits=run.memory.fits(run.hardware),
+        fits=run.memory.needed_bytes <= run.hardware.memory_bytes,
         hardware=run.hardware.name,
         gpus=run.gpus,
         time_s=run.duration.time_s,

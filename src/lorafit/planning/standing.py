@@ -120,7 +120,7 @@ def _dense_copies(
         return []
     if hardware.kind != "cpu":
         size = dense_bytes(shape, config, hardware, layers)
-        why = f"the weights of {layers} of {shape.layers} layers unpacked, in room to spare"
+        why = f"the weights of {layers} of {shape.layers} layers lie there unpacked too, for speed"
         return [Component("dequantised copies", size, why, spare=True)] if size else []
     left = hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
     dense = shape.linear_parameters * WIDTH[compute_of(config, hardware)]

@@ -12,6 +12,7 @@ from lorafit.backbone import load_backbone, require_same_base
 from lorafit.config import RunConfig, RunDir, base_folder, require_trained_adapter
 from lorafit.data import Template, TextTokenizer
 from lorafit.engine import generate
+from lorafit.errors import UsageError
 
 
 class Session:
@@ -37,7 +38,7 @@ class Session:
 
     def answer(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         *,
         tuned: bool = True,
         max_new_tokens: int = 256,
@@ -45,10 +46,19 @@ class Session:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to a conversation; with `tuned=False` the base's own, through the same prompt.
+        """The answer to a conversation, or to a text as its only turn; with `tuned=False` the base's own, through the
+        same prompt.
 
-        `on_text` receives the answer piece by piece as it is generated.
+        `on_text` receives the answer piece by piece as it is generated. Raises UsageError for what is no conversation.
         """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise UsageError(
+                "there is no conversation to answer", where="messages", fix='pass [{"role": "user", "content": "…"}]'
+            )
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}", where="answer", fix="ask for at least one token")
         prompt = self.template.prompt_ids([dict(message) for message in messages])
         stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
         with contextlib.nullcontext() if tuned else self.model.disable_adapter():
