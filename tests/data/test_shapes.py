@@ -108,6 +108,34 @@ def test_rows_of_no_known_shape_are_one_sentence_with_their_fields() -> None:
         detect([{"question": "a", "answer_text": "b"}], {}, "data.jsonl")
 
 
+def test_a_prompt_and_a_completion_may_be_turns() -> None:
+    ask, say = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
+    assert turns({"prompt": [ask], "completion": [say]}) == ASKED
+    system = {"role": "system", "content": "be brief"}
+    assert record({"prompt": [system, ask], "completion": [say]}).system == "be brief"
+    # of a conversation every answer is learnt, and here only the last one is to be
+    fault = reject({"prompt": [ask], "completion": [say]}, {"prompt": [ask, say, ask], "completion": [say]})
+    assert fault.code == "D012" and "the prompt has an assistant turn" in fault.reason
+    assert reject({"prompt": "a", "completion": "b"}, {"prompt": [ask], "completion": "b"}).code == "D012"
+    assert reject({"prompt": "a", "completion": "b"}, {"prompt": [ask], "completion": [3]}).code == "D012"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (
+            {"messages": '[{"role": "user", "content": "a"}]'},
+            "'messages' is a text, not a list of turns; write the list",
+        ),
+        ({"conversations": "[]"}, "'conversations' is a text, not a list of turns; write the list"),
+        ({"text": "### Q: a ### A: b", "id": 3}, "do not say what of it is asked .* write prompt and completion"),
+    ],
+)
+def test_rows_that_people_often_have_and_that_say_too_little_are_told_what_to_write(row, what) -> None:
+    with pytest.raises(DataError, match=what):
+        detect([row], {}, "x")
+
+
 def test_the_shape_is_that_of_most_rows() -> None:
     odd, usual = {"messages": []}, {"instruction": "a", "output": "b"}
     assert detect([odd, usual, usual], {}, "x").title == "instruction/input/output"

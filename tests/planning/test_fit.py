@@ -140,3 +140,10 @@ def test_an_8_bit_optimizer_without_cuda_stops_the_run(optimizer):
     assert codes(CPU, optimizer=optimizer) == [("P0", "error")]
     assert codes(H100, optimizer=optimizer) == []
     assert codes(CPU) == []
+
+
+def test_who_set_a_budget_is_told_the_one_that_does_and_not_another_card():
+    [finding] = found(H100.with_memory(4 * GIB), LLAMA_8B, vram="4GiB")
+    advised = re.search(r"or vram: ([\d.]+)GiB$", finding.fix)[1]
+    enough = H100.with_memory(int(float(advised) * GIB))
+    assert found(enough, LLAMA_8B, vram=f"{advised}GiB") == []

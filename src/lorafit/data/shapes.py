@@ -71,6 +71,9 @@ class Shape:
         return _exchange(row, asked, row[self.answer], source)
 
     def _prompt(self, row: Fields, source: str) -> Record | Reject:
+        asked, answered = row.get("prompt"), row.get(self.answer)
+        if isinstance(asked, list) and isinstance(answered, list):
+            return _asked_in_turns(row, asked, answered, source)
         fault = _text_fault(row, "prompt") or _text_fault(row, self.answer)
         return fault or _exchange(row, row["prompt"], row[self.answer], source)
 
@@ -102,6 +105,8 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
     check_map(mapped)
     votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped))))
     if not votes:
+        if known := _known_trouble(rows):
+            raise DataError(known[0], where=where, fix=known[1])
         names = ", ".join(sorted({excerpt(str(name), 30) for row in rows[:100] for name in row})[:12]) or "none"
         raise DataError(
             f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations",
@@ -110,6 +115,21 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
         )
     kind, answer = votes.most_common(1)[0][0]
     return Shape(kind, answer, dict(mapped))
+
+
+def _known_trouble(rows: Sequence[Fields]) -> tuple[str, str] | None:
+    """What is wrong, and what to do, with rows of a kind that people often have; None for others."""
+    for name in ("messages", "conversations"):
+        if any(isinstance(row.get(name), str) for row in rows):
+            return f"the field '{name}' is a text, not a list of turns", "write the list itself, not its JSON in quotes"
+    if (
+        rows
+        and all("text" in row for row in rows)
+        and not any({*ANSWERS, "prompt", "instruction"} & {*row} for row in rows)
+    ):
+        what = "the rows have a 'text' and do not say what of it is asked and what is answered"
+        return what, "write prompt and completion, or messages: the template and the loss go by them"
+    return None
 
 
 def _shape_of(row: Fields) -> tuple[str, str] | None:
@@ -149,6 +169,16 @@ def _exchange(row: Fields, asked: str, answered: str, source: str) -> Record | R
     if fault := _optional_fault(row, "system"):
         return fault
     return Record((Turn("user", asked), Turn("assistant", answered)), source, row.get("system") or None)
+
+
+def _asked_in_turns(row: Fields, asked: list[Any], answered: list[Any], source: str) -> Record | Reject:
+    """TRL's conversational prompt and completion: turns on both sides."""
+    if any(isinstance(message, dict) and message.get("role") == "assistant" for message in asked):
+        # only the completion is to be learnt, and of a conversation every answer is
+        return Reject(
+            "D012", "the prompt has an assistant turn; where that is to be learnt too, make 'messages' of all"
+        )
+    return _conversation({**row, "messages": [*asked, *answered]}, "messages", _openai_turn, source)
 
 
 def _conversation(row: Fields, name: str, read: Callable[[Any], Turn | Reject], source: str) -> Record | Reject:

@@ -181,6 +181,9 @@ def _more_memory(
     card = _smallest_card(enough, compute_of(config, hardware)) if hardware.kind == "cuda" else None
     hint = f", as a card like '{card.name}' has" if card else ""
     with_changes = f" with {_settings(changes)}" if changes else ""
+    if config.vram and parse_bytes(config.vram, "vram") <= hardware.memory_bytes:
+        budget = at_least(enough).replace(" ", "").replace(",", "")
+        return f"choose a smaller base, shorter rows, or vram: {budget}{with_changes}"
     return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"
 
 
