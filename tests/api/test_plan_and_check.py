@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import lorafit
@@ -78,7 +79,9 @@ def test_an_array_on_one_line_holds_out_what_its_rows_in_lines_do(data, tmp_path
     assert array.train_rows == in_lines.train_rows
 
 
-@pytest.mark.parametrize("data", [3, b"rows.jsonl", [{"prompt": "a", "completion": "b"}], {"rows.jsonl"}])
+@pytest.mark.parametrize(
+    "data", [3, 0, b"rows.jsonl", np.zeros(2), [{"prompt": "a", "completion": "b"}], {"rows.jsonl"}]
+)
 def test_what_are_no_data_are_refused_in_one_sentence(data):
     with pytest.raises(UsageError, match="no data that can be read"):
         lorafit.check(data, BASE)

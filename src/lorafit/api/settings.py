@@ -16,7 +16,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> Resolved:
     """Resolve `data` (files, or one recipe YAML) and `settings`; relative data paths in a recipe stand beside it."""
-    sources = [data] if isinstance(data, str | Path) else data or ()
+    sources = [data] if isinstance(data, str | Path) else () if data is None else data
     if not isinstance(sources, list | tuple) or not all(isinstance(source, str | Path) for source in sources):
         raise UsageError(
             f"{type(data).__name__} is no data that can be read", where="data", fix="pass paths of files, or a recipe's"
