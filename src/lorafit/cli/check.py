@@ -55,5 +55,8 @@ def check(
     if show and report.template:
         show_rows_coloured(show_rows(report.prepared, report.template, show))
     if fixed:
-        say(f"[bold]fixed[/bold] {fixed.written:,} of {fixed.read:,} rows written to {escape(fixed.out)}")
+        written = f"{fixed.written:,} of {fixed.read:,} rows written to {escape(fixed.out)}"
+        say(f"[bold]fixed[/bold] {fixed.changes}: {written}")
+        if report.prepared.summary.rejected > fixed.rejected:
+            say("  [dim]what takes a person's judgement is in it as it was: see the findings[/dim]")
     raise typer.Exit(0 if report.ok else 1)

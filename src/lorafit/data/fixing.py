@@ -35,6 +35,18 @@ class FixReport:
     rejected: int = 0
     rejected_file: str | None = None
 
+    @property
+    def changes(self) -> str:
+        """What was changed, in words."""
+        counts = {
+            "rows trimmed": self.trimmed,
+            "with line ends mended": self.newlines,
+            "without control characters": self.controls,
+            "exact copies left out": self.duplicates,
+            "unreadable rows set aside": self.rejected,
+        }
+        return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return asdict(self)
