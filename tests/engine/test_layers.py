@@ -1,6 +1,7 @@
 """Decoder layers under the dial: the same gradients at every setting, and less saved."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,49 @@ def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
         assert len(set(seen)) == len(seen) < 20
         # embeddings and micro-batches as they were
         assert layers.dial == replace(start, whole=3, offload=3, dense=0)
+
+
+class OnCard:
+    """A frozen linear on a card with room for `room` copies, as far as keeping them goes."""
+
+    def __init__(self, name, log, room):
+        self.name, self.log, self.room = name, log, room
+        self.weight, self.copies, self.inlined = SimpleNamespace(is_cuda=True), (), True
+
+    def keep_dense(self, inlined):
+        if not self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.room.pop()
+        self.copies, self.inlined = (self.name,), inlined
+        self.log.append(f"keep {self.name}")
+
+    def drop_dense(self):
+        if self.copies:
+            self.copies = ()
+            self.room.append(1)
+            self.log.append(f"drop {self.name}")
+
+
+def test_copies_are_freed_before_others_are_taken_and_none_is_made_twice(adapted):
+    log, room = [], [1, 1, 1]
+    layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
+    layers.frozen = [[OnCard(name, log, room)] for name in "abc"]
+    with layers:
+        assert log == ["keep a", "keep b", "keep c"] and all(linears[0].inlined for linears in layers.frozen)
+        log.clear()
+        assert layers.tighten()  # with no room for a single copy more
+        assert log == ["drop b", "drop c"] and not layers.frozen[0][0].inlined
+    assert log == ["drop b", "drop c", "drop a"]
+
+
+def test_copies_that_do_not_fit_leave_none_behind(adapted):
+    log = []
+    layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
+    layers.frozen = [[OnCard(name, log, [1][: name < "c"])] for name in "abc"]
+    with pytest.raises(torch.OutOfMemoryError), layers:
+        pass
+    assert not any(linears[0].copies for linears in layers.frozen)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in adapted.modules())
 
 
 def test_the_feed_forwards_widths_are_the_configs():
