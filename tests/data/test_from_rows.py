@@ -22,7 +22,7 @@ def test_rows_become_records_numbered_from_one() -> None:
         ([{"prompt": "a", "completion": " "}], "row:1: the response is empty"),
         ([{"prompt": "a \ud800", "completion": "b"}], "row:1: holds half a surrogate pair"),
         (["text"], "row:1: is a str, not a mapping"),
-        ([{"text": "a"}], "the rows' fields"),
+        ([{"words": "a"}], "the rows' fields"),
     ],
 )
 def test_a_row_that_does_not_fit_is_one_sentence(rows: list[Any], what: str) -> None:
