@@ -11,6 +11,7 @@ from lorafit.engine.dial_problem import DialProblem, Work, dense_layers
 from lorafit.engine.measure import LevelCost, Products
 from lorafit.planning.dial_solver import Room
 from lorafit.planning.layer_costs import LayerCosts, Link
+from turned_layers import TurnedLayers
 
 MB = 1 << 20
 COSTS = LayerCosts(
@@ -20,22 +21,9 @@ COSTS = LayerCosts(
 )  # fmt: skip
 
 
-class Layers:
-    """What turning needs of the decoder layers."""
-
-    def __init__(self):
-        self.dial, self.schedule = Dial(), None
-
-    def __len__(self):
-        return COSTS.layers
-
-    def follow(self, schedule):
-        self.schedule = schedule
-
-
 def turned(room, costs=COSTS, max_tokens=1024):
     work = Work(None, None, max_tokens=max_tokens, longest=1024, step_tokens=1024.0, coming_bytes=0)
-    layers = Layers()
+    layers = TurnedLayers()
     DialProblem(costs, room, 1024, work).turn(layers)
     return layers
 
@@ -88,7 +76,7 @@ def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(m
 
     monkeypatch.setattr(dial_problem, "measure_level", measure)
     monkeypatch.setattr(dial_problem, "release_memory", lambda: None)
-    layers = Layers()
+    layers = TurnedLayers()
     layers.dial = Dial(dense=32)
     work = Work(lambda tokens: tokens, print, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     assert dial_problem._measured(None, layers, work, "keep") == (1024, cost)
@@ -98,7 +86,7 @@ def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(m
 def test_less_room_is_a_tighter_dial():
     work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     loose = DialProblem(COSTS, Room(4 << 30), 1024, work)
-    first, second = Layers(), Layers()
+    first, second = TurnedLayers(), TurnedLayers()
     loose.turn(first)
     loose.less(3 << 30).turn(second)
     assert first.dial == Dial() and second.dial.feed_forward + second.dial.whole > 0

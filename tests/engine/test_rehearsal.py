@@ -2,11 +2,11 @@
 
 import pytest
 
-from lorafit.config.dial import Dial
 from lorafit.engine import rehearsal
 from lorafit.engine.dial_problem import DialProblem, Work
 from lorafit.planning.dial_solver import Room
 from lorafit.planning.layer_costs import LayerCosts, Link
+from turned_layers import TurnedLayers
 
 MB = 1 << 20
 COSTS = LayerCosts(
@@ -17,19 +17,6 @@ COSTS = LayerCosts(
 TIGHTEST = "whole=32,offload=32,embeddings=host,micro_tokens=2048"
 WORK = Work(None, None, max_tokens=2048, longest=2048, step_tokens=2048.0, coming_bytes=80 * MB)
 BUDGET = 6144 * MB
-
-
-class Layers:
-    """What attempts turn."""
-
-    def __init__(self):
-        self.dial, self.schedule = Dial(), None
-
-    def __len__(self):
-        return COSTS.layers
-
-    def follow(self, schedule):
-        self.schedule = schedule
 
 
 @pytest.fixture
@@ -43,7 +30,7 @@ def attempts(monkeypatch):
             return rehearsal.Attempt(str(layers.dial), problem.room.device_bytes, peak, peak, (0, 0), 0.0, fits)
 
         monkeypatch.setattr(rehearsal, "_attempt", attempt)
-        layers = Layers()
+        layers = TurnedLayers()
         problem = DialProblem(COSTS, Room(room_mb * MB, 64 << 30, Link(50e9, 50e9)), 2048, WORK)
         return list(rehearsal._attempts(None, layers, WORK, BUDGET, problem)), layers
 

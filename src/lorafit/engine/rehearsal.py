@@ -105,7 +105,7 @@ def _attempts(
     # the room is reckoned with something to spare: where that left no dial, the tightest shows how much there is
     spare = budget_bytes - work.coming_bytes - attempt.peak_bytes - SLACK_BYTES // 4
     roomier = problem.after_tightest(spare, failed) if problem else None
-    if roomier is None or str(layers.dial) != str(tightest_dial(layers, work.longest)):
+    if roomier is None:
         return
     roomier.turn(layers)
     faster = _attempt(model, layers, work, budget_bytes, roomier)

@@ -1,0 +1,16 @@
+"""What turning a dial needs of the decoder layers, without a model."""
+
+from lorafit.config.dial import Dial
+
+
+class TurnedLayers:
+    """`count` layers that remember the dial and the schedule they were given."""
+
+    def __init__(self, count: int = 32) -> None:
+        self.dial, self.schedule, self.count = Dial(), None, count
+
+    def __len__(self):
+        return self.count
+
+    def follow(self, schedule):
+        self.schedule = schedule
