@@ -39,7 +39,7 @@ def test_the_rehearsal_computes_under_the_autocast_of_training(tmp_path, monkeyp
 
     handle = model.get_base_model().get_decoder().layers[0].register_forward_pre_hook(note)
     work = _work(trainer)
-    work.loss_of(work.batch_of(config.max_tokens))
+    work.loss_of(work.batch_of(config.max_tokens), 1.0)
     trainer.train()
     handle.remove()
     assert len(seen) == 2 and seen[0] == seen[1] == (True, torch.bfloat16, True)

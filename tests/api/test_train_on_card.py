@@ -18,6 +18,8 @@ DIALS = [
     "recompute,offload=4,embeddings=host,micro_tokens=64",
     "dense=2",
     "weights=dense",
+    "keep,graphs=1024",
+    "feed_forward=4,graphs=1024",
     "auto",
 ]
 
@@ -44,5 +46,5 @@ def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, dial, 
     found, engine = losses(place, f"run-{request.node.name}", activations=dial)
     assert found == pytest.approx(wanted, rel=5e-3)  # bf16; kernels are fused differently
     assert engine["notes"] == []
-    if dial == "auto":
-        assert engine["dial"] == f"dense={LAYERS}"
+    if dial == "auto":  # so small a model waits for the processor
+        assert engine["dial"].startswith("dense=") and ",graphs=" in engine["dial"]

@@ -83,6 +83,32 @@ def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(m
     assert tried == [32, 0] and layers.dial.dense == 0
 
 
+KEPT = LevelCost(saved_bytes=92 * MB, working_bytes=100 * MB, forward_s=0.0015, backward_s=0.0017, launch_s=0.0014)
+
+
+@pytest.mark.parametrize(
+    ("cost", "mean", "spare_mb", "graphs"),
+    [
+        (KEPT, 900.0, 4000, 1024),
+        (KEPT, 900.0, 3000, 0),  # a second micro-batch's memory is not there
+        (replace(KEPT, backward_s=0.0051), 500.0, 4000, 521),  # the largest waits for the card, the mean one does not
+        (replace(KEPT, backward_s=0.0051), 700.0, 4000, 0),
+    ],
+)
+def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, cost, mean, spare_mb, graphs):
+    batch = SimpleNamespace(tokens=1024)
+    layers = TurnedLayers()
+    layers.frozen, layers.compiled, layers.dial = [], True, Dial()
+    monkeypatch.setattr(dial_problem, "_levels", lambda *unused: (batch, cost, cost))
+    monkeypatch.setattr(dial_problem, "_loss_bytes", lambda *unused: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    everything = 32 * cost.saved_bytes + cost.working_bytes
+    budget = round((everything + spare_mb * MB + dial_problem.SLACK_BYTES) / (1 - dial_problem.LOST_SHARE))
+    work = Work(lambda tokens: batch, None, max_tokens=1024, longest=256, step_tokens=mean, coming_bytes=0)
+    assert dial_problem.pose(None, layers, work, budget) is None
+    assert layers.dial == Dial(graphs=graphs)
+
+
 def test_less_room_is_a_tighter_dial():
     work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     loose = DialProblem(COSTS, Room(4 << 30), 1024, work)

@@ -229,9 +229,9 @@ def test_offloading_changes_no_bit_and_leaves_less_on_the_card(on_card):
 
 @pytest.mark.gpu
 def test_the_rehearsal_finds_a_dial_within_the_budget(on_card):
-    def loss_of(batch):
+    def loss_of(batch, share):
         with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
-            return summed_loss(on_card, batch)
+            return summed_loss(on_card, batch) * share
 
     work = Work(
         batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),

@@ -76,6 +76,22 @@ def test_the_arena_hands_out_the_same_memory_again_after_a_restart():
     assert arena.reserved_bytes >= 4 * 6000
 
 
+def test_the_arena_gives_back_what_the_last_micro_batch_did_not_need():
+    arena = PinnedArena()
+    arena.pin_ahead(5 * 4096)
+    for sizes in ((4000, 4000, 4000), (4000, 100)):
+        pieces = [arena.take(torch.empty(size, dtype=torch.uint8)) for size in sizes]
+        arena.restart()
+    arena.trim()
+    assert arena.reserved_bytes == 2 * 4096
+    again = [arena.take(torch.empty(size, dtype=torch.uint8)) for size in (4000, 100)]
+    assert [piece.data_ptr() for piece in again] == [piece.data_ptr() for piece in pieces]
+    arena.restart()
+    arena.restart()  # a micro-batch that sends nothing away
+    arena.trim()
+    assert arena.reserved_bytes == 0
+
+
 def test_pieces_of_the_arena_do_not_overlap():
     arena = PinnedArena()
     pieces = [arena.take(torch.empty(size, dtype=torch.float64)) for size in (7, 65, 300, 3)]

@@ -27,7 +27,7 @@ def attempts(monkeypatch):
         def attempt(model, layers, work, budget, problem):
             peak = (standing_mb + needs_mb(layers.dial)) * MB
             fits = peak + work.coming_bytes <= budget
-            return rehearsal.Attempt(str(layers.dial), problem.room.device_bytes, peak, peak, (0, 0), 0.0, fits)
+            return rehearsal.Attempt(str(layers.dial), problem.room.device_bytes, peak, peak, 0, (0, 0), 0.0, fits)
 
         monkeypatch.setattr(rehearsal, "_attempt", attempt)
         layers = TurnedLayers()

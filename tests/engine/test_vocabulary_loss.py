@@ -13,6 +13,7 @@ from lorafit.engine.families import LogitSteps
 from lorafit.engine.loss_kernel import HAS_TRITON, losses_to_gradient
 from lorafit.engine.vocabulary_loss import (
     CHUNK_BYTES,
+    IGNORED,
     apply_steps,
     chunked_loss,
     losses_and_gradient_in_torch,
@@ -224,6 +225,27 @@ def test_nothing_larger_than_a_chunks_logits_is_ever_made(steps, train):
     assert seen.elements == 160 * VOCABULARY > hidden.numel()
 
 
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+def test_rows_whose_target_is_ignored_have_neither_loss_nor_gradient(steps):
+    hidden, targets, head = some(31)
+    counts = torch.arange(31) % 3 > 0
+    loss = chunked_loss(hidden, targets.where(counts, IGNORED), head, steps, 8)
+    wanted = whole_loss(hidden[counts], targets[counts], head, steps)
+    assert abs(float(loss.detach() / wanted.detach()) - 1) < 1e-6
+    (got,), (want,) = gradients(loss, hidden), gradients(wanted, hidden)
+    assert distance(got, want) < 1e-5 and not got[~counts].any()
+
+
+@pytest.mark.parametrize("share", [1.0, 1 / 3, 1 / 4096, 0.75, 1 / 65_537])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_share_in_a_tensor_is_the_share_as_a_number(share, dtype):
+    hidden, targets, head = some(20, dtype)
+    number, tensor = (chunked_loss(hidden, targets, head, STEPS["both"], 8, s) for s in (share, torch.tensor(share)))
+    assert torch.equal(number, tensor)
+    (got,), (want,) = gradients(tensor, hidden), gradients(number, hidden)
+    assert distance(got, want) < (1e-6 if dtype is torch.float32 else 1e-3)
+
+
 def test_evaluation_makes_no_gradient_even_of_a_head_that_trains(monkeypatch):
     hidden, targets, head = some(20)
     head.requires_grad_(True)
@@ -271,7 +293,7 @@ def kernel_matches(logits, targets, steps, limit, weight=1.37):
 def test_the_kernel_interpreted_is_the_torch_code(steps, dtype, monkeypatch):
     monkeypatch.setattr("lorafit.engine.loss_kernel.BLOCK", 64)
     logits = (torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
-    targets = torch.tensor([0, VOCABULARY - 1, 63, 64, 5, 100])
+    targets = torch.tensor([0, VOCABULARY - 1, 63, 64, IGNORED, 100])
     # the interpreter cuts bf16 off where a card rounds
     kernel_matches(logits, targets, steps, 1e-6 if dtype is torch.float32 else 8e-3)
 
@@ -293,7 +315,9 @@ def test_the_kernel_on_a_card_is_the_torch_code(dtype, vocabulary, steps):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = (torch.randn(33, vocabulary, generator=generator, device="cuda") * 4).to(dtype)
     targets = torch.randint(0, vocabulary, (33,), generator=generator, device="cuda")
-    kernel_matches(logits, targets, steps, 1e-5 if dtype is torch.float32 else 4e-3)
+    targets[7:9] = IGNORED
+    for weight in (1.37, torch.tensor(1.37, device="cuda")):
+        kernel_matches(logits, targets, steps, 1e-5 if dtype is torch.float32 else 4e-3, weight)
 
 
 @pytest.mark.gpu

@@ -74,10 +74,10 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
 
 def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
     outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["activations"]
-    assert outcome.value == "dense=16,micro_tokens=3600"
+    assert outcome.value == "dense=16,micro_tokens=3600,graphs=3600"
     words = (
         "every activation stays on the device, the 4-bit weights of 16 of 16 layers lie unpacked in what is left, "
-        "micro-batches have up to 3,600 tokens: "
+        "micro-batches of up to 3,600 tokens run as CUDA graphs, micro-batches have up to 3,600 tokens: "
     )
     assert outcome.reason.startswith(words)
 

@@ -103,7 +103,10 @@ def test_compiled_layers_take_what_the_dial_was_solved_with(dial):
 
 def test_few_tokens_take_what_starting_the_kernels_takes():
     few, none = (DataFacts(16, 16 * tokens, 16 * tokens, tokens, float(tokens)) for tokens in (8, 1))
-    run = RunConfig(examples_per_step=1, max_steps=1000, epochs=1000)
-    times = [duration(LLAMA_8B, run, hardware_named("H200"), rows).time_s[0] for rows in (few, none)]
+    kept, graphs = (
+        RunConfig(examples_per_step=1, max_steps=1000, epochs=1000, activations=dial) for dial in ("keep", "graphs=64")
+    )
+    times = [duration(LLAMA_8B, kept, hardware_named("H200"), rows).time_s[0] for rows in (few, none)]
     assert times[0] == pytest.approx(times[1], rel=0.05)
     assert times[1] > 1000 * 32 * 2 * 0.8e-3
+    assert duration(LLAMA_8B, graphs, hardware_named("H200"), few).time_s[0] < times[0] / 3

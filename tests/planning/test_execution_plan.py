@@ -46,7 +46,12 @@ def plan_of(rows=ROWS, gib=None, hardware=H200, config=LLAMA_8B, **settings):
 
 def test_a_micro_batch_grows_to_the_whole_step_where_that_fits():
     plan = plan_of()
-    assert (plan.tokens, plan.micro_batches, plan.dial) == (3_840, 1, Dial(micro_tokens=3_840, dense=32))
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (
+        3_840,
+        1,
+        Dial(micro_tokens=3_840, dense=32, graphs=plan.dial.graphs),
+    )
+    assert 2_400 <= plan.dial.graphs < 3_840
     assert plan_of(MANY, examples_per_step=64).dial == Dial(micro_tokens=14_000, dense=32)
 
 
@@ -86,7 +91,7 @@ def test_the_dial_as_it_is_written_is_planned_as_it_was_chosen(rows, gib):
 def test_a_step_within_max_tokens_needs_no_word_about_its_micro_batch():
     short = DataFacts(2000, 40_000, 20_000, 90, 20.0, largest_step=600)
     plan = plan_of(short)
-    assert (plan.tokens, plan.micro_batches, plan.dial) == (600, 1, Dial(dense=32))
+    assert (plan.tokens, plan.micro_batches, plan.dial) == (600, 1, Dial(dense=32, graphs=600))
 
 
 def test_a_dial_by_hand_has_the_micro_batch_that_it_says_else_max_tokens():
@@ -209,10 +214,34 @@ def test_weights_are_unpacked_into_what_keeping_everything_leaves_and_never_for_
     assert (plan.dial.dense == 32) == (budget_gib >= 60)
 
 
+SMALL = DataFacts(2000, 400_000, 200_000, 200, 200.0, largest_step=1600)
+
+
 @pytest.mark.parametrize("compute", ["bf16", "fp8"])
-def test_steps_that_wait_for_the_processor_take_no_room_for_copies_of_some_layers(compute):
-    small = DataFacts(2000, 400_000, 200_000, 200, 200.0, largest_step=1600)
-    card = H200.with_memory(16 * GIB)
-    assert planned(hardware=card, rows=small, compute=compute)[0].dial.dense == 0
-    roomy = planned(rows=small, compute=compute)[0]
-    assert roomy.dial.dense == (32 if compute == "bf16" else 0)  # fp8 calls its operator all the same
+def test_steps_that_wait_for_the_processor_run_as_graphs_before_room_goes_to_copies(compute):
+    roomy, mid, tight = (
+        planned(hardware=H200.with_memory(gib * GIB), rows=SMALL, compute=compute) for gib in (141, 24, 16)
+    )
+    assert roomy[0].dial == Dial(dense=32, graphs=1600)
+    assert mid[0].dial.graphs == 1600 and 0 < mid[0].dial.dense < 32
+    assert tight[0].dial == Dial()  # copies of some layers gain nothing where the processor is waited for
+    assert roomy[0].step_s < mid[0].step_s < tight[0].step_s / 2
+    for plan, memory, card in (roomy, mid):
+        assert memory.peak_bytes * (1 + memory.uncertainty) <= card.memory_bytes
+        assert plan.graph_bytes == next(part.size_bytes for part in memory.components if part.name == "CUDA graphs")
+        assert memory.needed_bytes == tight[1].needed_bytes
+
+
+def test_large_steps_run_without_graphs_and_take_no_memory_for_them():
+    plan = planned()[0]
+    assert plan.dial.graphs == plan.graph_bytes == 0
+
+
+@pytest.mark.parametrize("settings", [{"compile": "off"}, {"compute": "fp16"}, {"compute": "fp32"}])
+def test_layers_that_cannot_be_recorded_are_planned_without_graphs(settings):
+    assert planned(rows=SMALL, **settings)[0].dial.graphs == 0
+
+
+def test_capped_scores_are_planned_without_graphs():
+    capped = {**LLAMA_8B, "model_type": "gemma2", "attn_logit_softcapping": 50.0}
+    assert planned(rows=SMALL, config=capped)[0].dial.graphs == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
 from lorafit.config.dial import Dial
 from lorafit.data import largest_step
-from lorafit.engine import DecoderLayers, MicroBatch, Rehearsal, Work, packed, rehearse
+from lorafit.engine import DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, without_checkpointing
@@ -53,7 +53,7 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
-    _drive(trainer, layers, found.dial)
+    _drive(trainer, layers, found)
     run.write_json(
         run.engine, {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
     )
@@ -98,11 +98,15 @@ def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
     return _Wish(known["asked"], known["planned"], known["vram"]) if "planned" in known else wish
 
 
-def _drive(trainer: LorafitTrainer, layers: DecoderLayers, dial: Dial) -> None:
-    """Have `trainer` lay steps out as `dial` says, and turn `layers` when its memory is short."""
-    layers.dial = dial
+def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal) -> None:
+    """Have `trainer` lay steps out as the dial says that was found, and turn `layers` when its memory is short."""
+    dial = layers.dial = found.dial
     trainer.layout.micro_tokens = dial.micro_tokens or trainer.config.max_tokens
     trainer.memory.layers = layers
+    if dial.graphs:
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        longest = int(trainer.train_rows.lengths.max())
+        trainer.graphs = Graphs(layers, longest, trained, arena_bytes=found.graph_bytes)
     if not trainer.config.deterministic:  # when it acts depends on what the allocator went through
         trainer.add_callback(AllocatorWatch(layers, trainer.events))
 
@@ -136,12 +140,12 @@ def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
     def batch_of(micro_tokens: int) -> MicroBatch:
         return largest_micro_batch(rows, config, micro_tokens, step).to(trainer.args.device)
 
-    def loss_of(batch: MicroBatch) -> Tensor:
+    def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:
         trainer.model.train()
         # the Trainer's model computes under accelerate's autocast once it trains; other layers would be compiled, and
         # other bytes measured, without it
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            loss: Tensor = trainer.compute_loss(trainer.model, batch)
+            loss: Tensor = trainer.compute_loss(trainer.model, batch, share=share)
         return loss
 
     return Work(

@@ -9,12 +9,13 @@ from typing import Any
 from lorafit.errors import UsageError
 
 SHORT_FORMS = ("keep", "recompute", "offload")
-COUNTS = ("feed_forward", "whole", "offload", "dense", "micro_tokens")
+LAYER_COUNTS = ("feed_forward", "whole", "offload", "dense")
+TOKEN_COUNTS = ("micro_tokens", "graphs")
 ON_HOST = "embeddings=host"
 ALL_DENSE = "weights=dense"
 FIX = (
     "write keep, recompute, offload, or counts such as feed_forward=20,offload=32,embeddings=host,micro_tokens=4096, "
-    "whole=8 or dense=16"
+    "whole=8, dense=16 or graphs=2048"
 )
 STEPS_DOWN = 4
 """`tighter` changes a quarter of the layers at a time: enough to see, few enough retries."""
@@ -28,7 +29,8 @@ class Dial:
     inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
     pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: the most
     tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`. `dense`: so many layers' 4-bit
-    weights lie on the card unpacked too, ready to be multiplied by.
+    weights lie on the card unpacked too, ready to be multiplied by. `graphs`: micro-batches of at most so many tokens
+    run as CUDA graphs, where nothing is recomputed entirely or sent to the host.
     """
 
     feed_forward: int = 0
@@ -37,9 +39,10 @@ class Dial:
     host_embeddings: bool = False
     micro_tokens: int | None = None
     dense: int = 0
+    graphs: int = 0
 
     def __post_init__(self) -> None:
-        assert min(self.feed_forward, self.whole, self.offload, self.dense) >= 0, self
+        assert min(self.feed_forward, self.whole, self.offload, self.dense, self.graphs) >= 0, self
         assert self.micro_tokens is None or self.micro_tokens > 0, self
 
     @classmethod
@@ -57,15 +60,21 @@ class Dial:
         return replace(dial, **given).clamped(layers)
 
     def __str__(self) -> str:
-        counts = [f"{key}={value}" for key in COUNTS[:4] if (value := getattr(self, key))]
+        counts, tokens = (
+            [f"{key}={value}" for key in keys if (value := getattr(self, key))] for keys in (LAYER_COUNTS, TOKEN_COUNTS)
+        )
         host = [ON_HOST] if self.host_embeddings else []
-        tokens = [f"micro_tokens={self.micro_tokens}"] if self.micro_tokens is not None else []
         return ",".join(counts + host + tokens) or "keep"
 
     @property
     def keeps_everything(self) -> bool:
         """True when nothing is recomputed and nothing waits on the host."""
         return not (self.whole or self.feed_forward or self.offload or self.host_embeddings)
+
+    @property
+    def takes_graphs(self) -> bool:
+        """True when a micro-batch runs alike each time, so that it may be recorded."""
+        return not (self.whole or self.offload or self.host_embeddings)
 
     def clamped(self, layers: int) -> Dial:
         """The same for a model with `layers` layers: no count beyond them, whole layers first."""
@@ -89,13 +98,16 @@ class Dial:
     def tighter(self, layers: int, tokens: int | None = None, longest: int = 1) -> Dial | None:
         """The next setting with clearly less memory on the device, or None at the end.
 
-        Unpacked weights go first, half of them at a time. What is still on the device is recomputed in part, then
-        entirely, then sent to the host; then the embeddings are; then the micro-batch is halved, down to the
-        `longest` row. `tokens`: the micro-batch while `micro_tokens` is None; without either it is left alone.
+        Unpacked weights go first, half of them at a time, then graphs, which have a memory of their own. What is still
+        on the device is recomputed in part, then entirely, then sent to the host; then the embeddings are; then the
+        micro-batch is halved, down to the `longest` row. `tokens`: the micro-batch while `micro_tokens` is None;
+        without either it is left alone.
         """
         dial = self.clamped(layers)
         if dial.dense:
             return replace(dial, dense=dial.dense // 2)
+        if dial.graphs:
+            return replace(dial, graphs=0)
         step = -(-layers // STEPS_DOWN)
         light = dial.whole + dial.feed_forward
         if max(light, dial.offload) < layers:
@@ -127,6 +139,10 @@ def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
         return "host_embeddings", True
     if f"{key}={value}" == ALL_DENSE:
         return "dense", layers
-    if key not in COUNTS or not re.fullmatch(r"[0-9]{1,9}", value) or (key == "micro_tokens" and not int(value)):
+    if (
+        key not in LAYER_COUNTS + TOKEN_COUNTS
+        or not re.fullmatch(r"[0-9]{1,9}", value)
+        or (key == "micro_tokens" and not int(value))
+    ):
         raise UsageError(f"'{text:.80}' is no setting of the activations", where="activations", fix=FIX)
     return key, int(value)

@@ -5,6 +5,7 @@ from lorafit.engine.attention import packed, unpacked, use_packed_attention, use
 from lorafit.engine.batch import MicroBatch, Step, collate
 from lorafit.engine.dial_problem import Work
 from lorafit.engine.generate import generate
+from lorafit.engine.graphs import Graphs
 from lorafit.engine.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.isolation import Isolation, assert_isolated
 from lorafit.engine.layers import DecoderLayers
@@ -17,6 +18,7 @@ __all__ = [
     "allocator_retries",
     "release_memory",
     "DecoderLayers",
+    "Graphs",
     "Rehearsal",
     "Work",
     "rehearse",

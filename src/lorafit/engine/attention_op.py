@@ -57,6 +57,7 @@ def _forward(
     query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`.
     """
     if not takes_flash(query, softcap):
+        assert int(layout[-1]), "rows in a graph have lengths that groups cannot be told from"
         mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
         return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
     if _is_even(query, layout, window):

@@ -28,6 +28,7 @@ from lorafit.engine.measure import (
 from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 from lorafit.errors import TrainingError
 from lorafit.planning.dial_solver import Room, Solution, solve_micro
+from lorafit.planning.graphs import FILLED, WAITING, graph_tokens
 from lorafit.planning.layer_costs import LayerCosts, Link, Split
 from lorafit.planning.timeline import offload_schedule
 
@@ -37,8 +38,6 @@ LOST_SHARE = 0.03
 """Of the budget: what the allocator loses between blocks that come and go in another order than they came."""
 HOST_SHARE = 0.5
 """Of the host's free memory that may be page-locked."""
-WAITING = 0.2
-"""By so much a layer's seconds on the card must exceed the processor's."""
 WORTH_COMPILING = 0.015
 """Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
 
@@ -48,14 +47,15 @@ BatchOf = Callable[[int], MicroBatch]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be fitted: the largest micro-batches and their loss, as training runs them, and what they are cut by.
+    """What is to be fitted: the largest micro-batches, their loss times a share, as training runs them, and what they
+    are cut by.
 
     `max_tokens` of the largest micro-batch worth trying, `longest` row and mean step, in tokens; `coming_bytes`:
     adapter gradients and optimizer state, which are not there yet.
     """
 
     batch_of: BatchOf
-    loss_of: Callable[[MicroBatch], Tensor]
+    loss_of: Callable[[MicroBatch, Tensor | float], Tensor]
     max_tokens: int
     longest: int
     step_tokens: float
@@ -150,8 +150,12 @@ def pose(
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
     if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
         spare = free - everything - round(LOST_SHARE * budget_bytes)
-        most = len(layers) if layers.dial.dense else len(layers) - 1 if _waits_for_card(keep) else 0
-        layers.dial = Dial(dense=min(dense_layers(layers, spare), most))
+        graphs = graph_tokens(batch.tokens, keep.forward_s + keep.backward_s, keep.launch_s, work.step_tokens)
+        again = round(everything * FILLED * min(graphs / batch.tokens, 1.0))
+        if not layers.compiled or again > spare:
+            graphs = again = 0
+        most = len(layers) if layers.dial.dense else len(layers) - 1 if _waits_for_card(keep) or graphs else 0
+        layers.dial = Dial(dense=min(dense_layers(layers, spare - again), most), graphs=graphs)
         return None
     if layers.dial.dense:  # what was planned with does not fit: weights are unpacked on each call then
         layers.dial = replace(layers.dial, dense=0)
@@ -223,7 +227,7 @@ def _measured(
     tokens = work.max_tokens
     while True:
         tried = batch or work.batch_of(tokens)
-        cost = measure_level(layers, partial(work.loss_of, tried), level, meanwhile)
+        cost = measure_level(layers, partial(work.loss_of, tried, 1.0), level, meanwhile)
         release_memory()
         if cost is not None:
             return tried, cost

@@ -57,6 +57,7 @@ class DecoderLayers:
         self.offload = HostOffload()
         self.notes: list[str] = []
         self.compile_s = 0.0
+        self.turned = 0  # how often weights were unpacked or packed again, and so lie elsewhere
         self.observe: Call | None = None
         self.tell: Callable[[str], object] | None = None
         self._bodies: dict[str, Call] = {}
@@ -93,7 +94,7 @@ class DecoderLayers:
         """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
         tighter = self.dial.tighter(len(self.layers))
         # embeddings and micro-batches are the end of the dial, and not for the layers to change
-        least = (len(self), len(self), 0)
+        least = (len(self), len(self), 0, 0)
         if tighter is None or _of_layers(tighter) == _of_layers(self.dial) == least:
             return False
         self.dial = tighter
@@ -117,12 +118,14 @@ class DecoderLayers:
             else:
                 module.keep_dense(inlined)
         self._weights = [_storages(layer) for layer in self.layers]
+        self.turned += 1
 
     def follow(self, schedule: Sequence[int]) -> None:
         """Offload by this schedule (see HostOffload) for as long as the dial stays as it is."""
         self.offload.schedule = schedule
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Have `text` stand in the run's engine.json, and told."""
         self.notes.append(text)
         if self.tell is not None:
             self.tell(text)
@@ -163,7 +166,7 @@ class DecoderLayers:
             self.compiled = False
             # what a backend raised stands below a line that only says so
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-            self._note(f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time")
+            self.note(f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time")
             return self._at_level(layer, forward, options, level, *inputs)
         if (type(layer), level) not in self._warm:
             self._warm.add((type(layer), level))
@@ -190,9 +193,9 @@ class DecoderLayers:
         return self._bodies[level]
 
 
-def _of_layers(dial: Dial) -> tuple[int, int, int]:
+def _of_layers(dial: Dial) -> tuple[int, int, int, int]:
     """What of the dial can be turned in the middle of a run, as far as it ends."""
-    return dial.whole, dial.offload, dial.dense
+    return dial.whole, dial.offload, dial.dense, dial.graphs
 
 
 def _kept_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:

@@ -46,8 +46,9 @@ class VocabularyLoss:
             return cls(None, f"{name} has no head that lorafit can call")
         return cls(steps)
 
-    def summed(self, model: Any, batch: MicroBatch, share: float = 1.0) -> Tensor:
-        """`share` times the sum (not mean) of the token losses, in fp32.
+    def summed(self, model: Any, batch: MicroBatch, share: float | Tensor = 1.0) -> Tensor:
+        """`share` (a tensor () in fp32, where it changes under a recorded graph) times the sum (not mean) of the token
+        losses, in fp32.
 
         `share` is one over the whole step's supervised tokens: a mean over each micro-batch, averaged over the step,
         would weigh tokens by their neighbours. Multiplying the result by it would round the gradient once more.

@@ -25,16 +25,20 @@ except ImportError:  # CPU builds of torch come without it
 BLOCK, WARPS = 4096, 8
 
 
-def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0) -> Tensor:
+def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float | Tensor = 1.0) -> Tensor:
     """Losses (rows,) in fp32; `logits` (rows, vocabulary) becomes `weight` times the gradient of their sum, in place.
 
-    A target outside the vocabulary gives an infinite loss.
+    `weight` may be a tensor () in fp32 on the same device. A target of -100 has neither loss nor gradient; any other
+    outside the vocabulary gives an infinite loss.
     """
     assert logits.stride(-1) == 1 and logits.shape[0] == targets.shape[0], (logits.stride(), targets.shape)
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        capped, cap, slope = steps.cap is not None, steps.cap or 1.0, steps.scale * weight
+        capped, cap = steps.cap is not None, steps.cap or 1.0
+        slope = steps.scale * weight
+        if not isinstance(slope, Tensor):
+            slope = torch.full((), slope, dtype=torch.float32, device=logits.device)
         block = min(BLOCK, triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(logits):
             _cross_entropy[(rows,)](
@@ -66,6 +70,7 @@ if HAS_TRITON:
         row = tl.program_id(0).to(tl.int64)
         place = logits + row * stride
         target = tl.load(targets + row)
+        steepness = tl.where(target == -100, 0.0, tl.load(slope))
         lanes = tl.arange(0, BLOCK)
         # a running maximum and sum for each lane: one reduction over lanes at the end, not one a block
         top = tl.full((BLOCK,), -3.0e38, tl.float32)
@@ -81,11 +86,12 @@ if HAS_TRITON:
             own = tl.where(at == target, z, own)
         highest = tl.max(top, 0)
         normaliser = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-        tl.store(losses + row, normaliser - tl.max(own, 0))
+        loss = normaliser - tl.max(own, 0)
+        tl.store(losses + row, tl.where(target == -100, 0.0, loss))
         for start in range(0, VOCABULARY, BLOCK):
             at = start + lanes
             z, t = _adjusted(tl.load(place + at, mask=at < VOCABULARY, other=0.0), scale, cap, CAPPED)
-            gradient = (tl.exp(z - normaliser) - tl.where(at == target, 1.0, 0.0)) * slope
+            gradient = (tl.exp(z - normaliser) - tl.where(at == target, 1.0, 0.0)) * steepness
             if CAPPED:
                 gradient = gradient * (1.0 - t * t)
             tl.store(place + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)

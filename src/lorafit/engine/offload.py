@@ -30,6 +30,7 @@ class PinnedArena:
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
         self.chunk, self.used = 0, 0
+        self.filled = 0  # chunks that the last micro-batch needed
         self.ahead: Thread | None = None
 
     def pin_ahead(self, size_bytes: int) -> None:
@@ -63,7 +64,17 @@ class PinnedArena:
 
     def restart(self) -> None:
         """Everything handed out so far is free again."""
+        self.filled = self.chunk + (self.used > 0)
         self.chunk, self.used = 0, 0
+
+    def trim(self) -> None:
+        """Give back the chunks that the micro-batch before the last restart did not need."""
+        self._wait()
+        if len(self.chunks) > self.filled:
+            del self.chunks[self.filled :]
+            # older torch keeps them for whoever asks next
+            if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+                torch.accelerator.empty_host_cache()
 
     def take(self, like: Tensor) -> Tensor:
         """A flat pinned tensor of the size and dtype of `like`."""

@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch import Tensor
 
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import allocator_retries, release_memory
+from lorafit.engine.batch import MicroBatch
 from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose, tightest_dial
+from lorafit.engine.graphs import Graphs
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 
@@ -31,13 +34,15 @@ STEP_SHARE = 0.04
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One rehearsed dial, the room it was solved for (0: it was not), the peak it took of reserved and of allocated
-    memory, how often the allocator had to give back and ask again in either micro-batch, and seconds; `fits` says
-    whether that was within the budget, and the second micro-batch without asking again."""
+    memory, what of that came and went with a micro-batch, how often the allocator had to give back and ask again in
+    either micro-batch, and seconds; `fits` says whether that was within the budget, and the second micro-batch without
+    asking again."""
 
     dial: str
     room_bytes: int
     peak_bytes: int
     allocated_bytes: int
+    passing_bytes: int
     retries: tuple[int, ...]
     elapsed_s: float
     fits: bool
@@ -45,13 +50,15 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """How it went: the dial that fits and its offload schedule, the peak it took of the budget, the seconds of
-    compiling (forward alone; part of the others), of measuring and of all, and every attempt."""
+    """How it went: the dial that fits and its offload schedule, the peak it took of the budget, what a micro-batch took
+    of that which may be recorded, the seconds of compiling (forward alone; part of the others), of measuring and of
+    all, and every attempt."""
 
     dial: Dial
     schedule: tuple[int, ...]
     peak_bytes: int
     budget_bytes: int
+    graph_bytes: int
     compile_s: float
     measure_s: float
     elapsed_s: float
@@ -67,16 +74,18 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
     """
     started = time.perf_counter()
     with _young_garbage(), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        ahead = partial(layers.offload.arena.pin_ahead, _least_pinned_bytes(layers, work))
+        ahead = partial(layers.offload.arena.pin_ahead, _pinned_bytes_ahead(layers, work))
         problem = pose(model, layers, work, budget_bytes, ahead) if solves else None
         measured = time.perf_counter()
         attempts = tuple(_attempts(model, layers, work, budget_bytes, problem))
+        layers.offload.arena.trim()
     layers.dial = replace(layers.dial, host_embeddings=isinstance(model.get_input_embeddings(), HostEmbedding))
     return Rehearsal(
         dial=layers.dial,
         schedule=tuple(layers.offload.schedule),
         peak_bytes=attempts[-1].peak_bytes,
         budget_bytes=budget_bytes,
+        graph_bytes=_graph_bytes(layers.dial, work, attempts[-1]),
         compile_s=layers.compile_s,
         measure_s=measured - started,
         elapsed_s=time.perf_counter() - started,
@@ -126,11 +135,12 @@ def _young_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _least_pinned_bytes(layers: DecoderLayers, work: Work) -> int:
-    """What the dial as planned will surely send to the host, and no more than half of what is free there."""
+def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
+    """What the dial as planned will surely send to the host, with the largest micro-batch that may come of it, and no
+    more than half of what is free there. What turns out to be too much is given back."""
     dial, config = layers.dial, layers.core.config.get_text_config()
     streams = sum(LEAST_STREAMS[dial.level(index)] for index in range(dial.offload))
-    size = streams * (dial.micro_tokens or work.max_tokens) * int(config.hidden_size) * 2
+    size = streams * max(dial.micro_tokens or 0, work.max_tokens) * int(config.hidden_size) * 2
     return min(size, round(psutil.virtual_memory().available * HOST_SHARE))
 
 
@@ -159,7 +169,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         keep_embeddings_on_host(model)
     release_memory()
     torch.cuda.reset_peak_memory_stats()
-    retries = _retries_of_two(layers, work)
+    retries, stood = _retries_of_two(model, layers, work)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     for weight in model.parameters():
         weight.grad = None
@@ -170,6 +180,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         room_bytes=problem.room.device_bytes if problem else 0,
         peak_bytes=reserved,
         allocated_bytes=allocated,
+        passing_bytes=allocated - stood,
         retries=retries,
         elapsed_s=time.perf_counter() - started,
         # an allocator that has to give back and ask again stops the card each time: it fits, but crawls
@@ -177,16 +188,37 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
     )
 
 
-def _retries_of_two(layers: DecoderLayers, work: Work) -> tuple[int, ...]:
-    """How often the allocator asked again in each of two micro-batches; fewer where the memory ran out."""
-    batch = work.batch_of(layers.dial.micro_tokens or work.max_tokens)
-    seen = [allocator_retries()]
+def _graph_bytes(dial: Dial, work: Work, last: Attempt) -> int:
+    """What the largest micro-batch that is recorded takes of what the largest of all took."""
+    largest = min(dial.micro_tokens or work.max_tokens, work.max_tokens)
+    return round(last.passing_bytes * min(dial.graphs / largest, 1.0))
+
+
+def _retries_of_two(model: Any, layers: DecoderLayers, work: Work) -> tuple[tuple[int, ...], int]:
+    """How often the allocator asked again in each of two micro-batches, fewer where the memory ran out; and what stood
+    there before them."""
+    most = layers.dial.micro_tokens or work.max_tokens
+    # beside the largest that runs as it is, the largest that is recorded: its memory comes on top
+    sizes = [most, layers.dial.graphs] if 0 < layers.dial.graphs < most else [most]
+    graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
+    seen, stood = [allocator_retries()], torch.cuda.memory_allocated()
     try:
         with layers:
-            for _ in range(2):
-                (work.loss_of(batch) / max(batch.supervised, 1)).backward()
+            stood = torch.cuda.memory_allocated()
+            for batch in [work.batch_of(size) for size in sizes for _ in range(2)]:
+                graphs.run(batch, 1 / max(batch.supervised, 1), partial(_there_and_back, work))
                 torch.cuda.synchronize()
                 seen.append(allocator_retries())
     except torch.OutOfMemoryError:
         pass
-    return tuple(after - before for before, after in pairwise(seen))
+    if graphs.failed:
+        layers.dial = replace(layers.dial, graphs=0)
+    graphs.forget()
+    asked = [after - before for before, after in pairwise(seen)]
+    return (max(asked[::2]), max(asked[1::2])) if len(asked) == 2 * len(sizes) else tuple(asked[:1]), stood
+
+
+def _there_and_back(work: Work, batch: MicroBatch, share: Tensor | float) -> Tensor:
+    loss = work.loss_of(batch, share)
+    loss.backward()
+    return loss.detach()

@@ -28,7 +28,9 @@ class Segments:
 
     `boundaries` (rows + 1,) int32 as variable-length kernels want them; `gather` (padded tokens,) the groups' token
     indices, one group after another; `scatter` (tokens,) for each packed token its place in `gather`; `layout`
-    (2 × groups,) int64, always on the CPU: each group's rows and their width, by falling width.
+    (2 × groups,) int64, always on the CPU: each group's rows and their width, by falling width. Where a graph fixes all
+    but `boundaries` (`buckets.py`), `layout` is the most rows and their largest width, then an empty group, and
+    `gather` and `scatter` mean nothing.
     """
 
     boundaries: torch.Tensor

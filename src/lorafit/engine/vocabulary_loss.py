@@ -20,6 +20,9 @@ from lorafit.engine.loss_kernel import HAS_TRITON, losses_to_gradient
 CHUNK_BYTES = 256 << 20
 """Largest size of one chunk's logits."""
 
+IGNORED = -100
+"""A target that has no loss and no gradient, as in torch."""
+
 ROW_MULTIPLE = 16
 """Chunks have a multiple of so many rows, which is what matrix units want."""
 
@@ -36,14 +39,14 @@ def chunked_loss(
     head: nn.Module,
     steps: LogitSteps,
     chunk_rows: int | None = None,
-    share: float = 1.0,
+    share: float | Tensor = 1.0,
 ) -> Tensor:
     """`share` times the sum over rows of the cross entropy of `steps(head(hidden))` against `targets`, in fp32.
 
-    hidden (rows, hidden), targets (rows,) int64, `head` maps (n, hidden) to (n, vocabulary). The gradient reaches
-    `hidden` and the parameters of `head` that train; under no_grad only the loss is computed. `chunk_rows` is by
-    default what CHUNK_BYTES allow. A `share` given here and not multiplied by afterwards costs the gradient in half
-    precision no rounding of its own.
+    hidden (rows, hidden), targets (rows,) int64, IGNORED for rows that do not count, `head` maps (n, hidden) to
+    (n, vocabulary). The gradient reaches `hidden` and the parameters of `head` that train; under no_grad only the loss
+    is computed. `chunk_rows` is by default what CHUNK_BYTES allow. A `share` given here, not multiplied by afterwards,
+    costs the gradient in half precision no rounding of its own; as a tensor () in fp32 it may change under a graph.
     """
     if chunk_rows is None:
         with torch.no_grad():
@@ -64,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: nn.Module,
         steps: LogitSteps,
         chunk_rows: int,
-        share: float,
+        share: float | Tensor,
         differentiable: bool,
         *trained: Tensor,
     ) -> Tensor:
@@ -97,18 +100,24 @@ class _ChunkedLoss(torch.autograd.Function):
         return (grad_hidden * factor, None, None, None, None, None, None, *scaled)
 
 
-def _weight_and_power(share: float) -> tuple[float, float]:
+Weight = float | Tensor
+
+
+def _weight_and_power(share: Weight) -> tuple[Weight, Weight]:
     """`share` as a weight of 1 to 2 and a power of two.
 
     The gradient's logits take the weight in fp32 before they are rounded; the power, which rounds nothing, is left
     for the end, since fp16 would lose the logits of unlikely tokens below it.
     """
+    if isinstance(share, Tensor):
+        mantissas, exponents = torch.frexp(share)
+        return 2.0 * mantissas, torch.ldexp(torch.ones_like(share), exponents - 1)
     mantissa, exponent = math.frexp(share)
     return 2.0 * mantissa, 2.0 ** (exponent - 1)
 
 
 def _chunk(
-    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, weight: float, trained: tuple[Tensor, ...]
+    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, weight: Weight, trained: tuple[Tensor, ...]
 ) -> list[Tensor]:
     """Losses (rows,) of a chunk, and `weight` times their sum's gradient in `hidden` and in each of `trained`."""
     with torch.enable_grad():
@@ -127,11 +136,11 @@ def apply_steps(logits: Tensor, steps: LogitSteps) -> Tensor:
 
 
 def losses_and_gradient(
-    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Losses (rows,) in fp32, and `weight` times the gradient of their sum in `logits`, in its dtype.
 
-    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale. `logits` is overwritten.
+    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale; 0 for IGNORED. `logits` is overwritten.
     """
     if HAS_TRITON and logits.is_cuda:
         return losses_to_gradient(logits, targets, steps, weight), logits
@@ -139,18 +148,19 @@ def losses_and_gradient(
 
 
 def losses_and_gradient_in_torch(
-    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float = 1.0
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The same, without a kernel of its own."""
     z = logits.float().mul_(steps.scale) if logits.dtype is not torch.float32 else logits.mul_(steps.scale)
-    slope: Tensor | float = steps.scale * weight
+    counts = targets[:, None] != IGNORED
+    slope = torch.where(counts, steps.scale * weight, 0.0).to(z.dtype)
     if steps.cap is not None:
         z = z.div_(steps.cap).tanh_()
         slope = (1 - z * z).mul_(slope)
         z = z.mul_(steps.cap)
     normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
-    own = targets[:, None]
-    losses = (normaliser - z.gather(1, own))[:, 0]
+    own = targets[:, None].where(counts, 0)
+    losses = (normaliser - z.gather(1, own)).where(counts, 0.0)[:, 0]
     gradient = z.sub_(normaliser).exp_()
     gradient.scatter_add_(1, own, torch.full_like(normaliser, -1.0))
     return losses, gradient.mul_(slope).to(logits.dtype)

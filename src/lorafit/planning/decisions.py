@@ -176,6 +176,8 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
         parts.append(_on_the_host(dial, plan.host_bytes))
     if dial.dense:
         parts.append(f"the 4-bit weights of {dial.dense} of {layers} layers lie unpacked in what is left")
+    if plan.graph_bytes:
+        parts.append(f"micro-batches of up to {dial.graphs:,} tokens run as CUDA graphs")
     if dial.micro_tokens:
         parts.append(f"micro-batches have up to {dial.micro_tokens:,} tokens")
     return ", ".join(parts)

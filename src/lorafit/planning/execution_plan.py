@@ -14,6 +14,7 @@ from lorafit.planning.activations import Execution, activations, execution_of
 from lorafit.planning.dial import Dial, dial_of
 from lorafit.planning.dial_solver import Room, solve, solve_micro
 from lorafit.planning.facts import DataFacts
+from lorafit.planning.graphs import FILLED, graph_tokens
 from lorafit.planning.hardware import Hardware
 from lorafit.planning.layer_costs import LayerCosts, Link, Moment, Split
 from lorafit.planning.micro_batch import MicroBatch, largest_step_tokens, micro_batch, most_tokens_on
@@ -31,6 +32,9 @@ recomputation) lay within it on an H200; CPUs and families without a gated feed-
 STEP_S = 0.0095
 """Seconds of each optimizer step on a card beside its micro-batches: clipping, the optimizer, what the Trainer does
 before the next one starts. Of an H200 (8B, 2026-11-22): a step less its kernels."""
+GRAPH_STEP_S = 0.0015
+"""The same where micro-batches are CUDA graphs: the processor does the rest while the card computes. Of the same card:
+a step of 1,024 tokens of 1B, 11.7 ms, less its kernels."""
 WORTH_UNPACKING = 0.005
 """Predicted gain in speed below which spare memory is left alone."""
 LEAST_TOKENS = 128
@@ -41,7 +45,7 @@ LEAST_TOKENS = 128
 class ExecutionPlan:
     """How a run goes: its dial, the largest micro-batch's size and costs, the device's fullest moment, and the
     predicted seconds of the mean step, of `step_tokens` in `micro_batches`. `kept` and `recomputed`: the fullest
-    moments with nothing and everything recomputed, at the same micro-batch."""
+    moments with nothing and everything recomputed, at the same micro-batch. `graph_bytes`: what CUDA graphs hold."""
 
     dial: Dial
     tokens: int
@@ -53,6 +57,7 @@ class ExecutionPlan:
     step_tokens: float
     kept: Moment
     recomputed: Moment
+    graph_bytes: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -72,9 +77,9 @@ def plan_execution(
     """
     dial = dial_of(config, shape.layers) or _fitting(shape, config, hardware, facts, execution)
     batch = micro_batch(config, facts, dial.micro_tokens or config.max_tokens)
-    costs = _costs(shape, config, hardware, facts, batch, execution, dial.dense)
+    costs = _costs(shape, config, hardware, facts, batch, execution, dial)
     room = room_of(shape, config, hardware, batch.tokens, execution, dial.dense)
-    beside_s = STEP_S if hardware.kind == "cuda" else 0.0
+    beside_s = (GRAPH_STEP_S if dial.graphs and dial.takes_graphs else STEP_S) if hardware.kind == "cuda" else 0.0
     return _plan(dial, costs, room, batch, config, facts, beside_s)
 
 
@@ -115,14 +120,15 @@ def _costs(
     facts: DataFacts,
     batch: MicroBatch,
     execution: Execution | None,
-    dense: int = 0,
+    dial: Dial = Dial(),  # noqa: B008 (frozen)
 ) -> LayerCosts:
     execution = execution or execution_of(config, hardware)
     targets = resolve_targets(config.targets, shape)
     width = WIDTH[compute_of(config, hardware)]
     masks = _mask_bytes(config, hardware, width)
     live = activations(shape, targets, batch, width=width, mask_bytes=masks, execution=execution)
-    return layer_costs(shape, targets, config, hardware, batch, facts.mean_tokens, live, execution, dense)
+    graphs = dial.graphs > 0 and dial.takes_graphs
+    return layer_costs(shape, targets, config, hardware, batch, facts.mean_tokens, live, execution, dial.dense, graphs)
 
 
 def _mask_bytes(config: RunConfig, hardware: Hardware, width: int) -> int:
@@ -143,21 +149,59 @@ def _fitting(
     longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
     dial = _fastest(costs, room, shape, hardware, batch.tokens, longest)
     if execution is None and dial.keeps_everything and dial.micro_tokens is None:
-        dense = _dense_layers(costs, room, shape, config, hardware)
-        faster = _costs(shape, config, hardware, facts, batch, execution, dense)
-        # steps that wait for the processor gain by all layers, and by fewer nothing
-        if Split(costs, 0, 0).work_s > Split(faster, 0, 0).work_s * (1 + WORTH_UNPACKING):
-            dial = replace(dial, dense=dense)
+        dial = _filling(costs, room, shape, config, hardware, facts, batch)
     return dial.sized(most, config.max_tokens)
 
 
-def _dense_layers(costs: LayerCosts, room: Room, shape: ModelShape, config: RunConfig, hardware: Hardware) -> int:
-    """Of how many layers the unpacked weights fit beside everything kept, with the estimate's error to spare: it is
-    what memory that is left over is good for, and nothing is given up for it."""
+def _filling(
+    costs: LayerCosts,
+    room: Room,
+    shape: ModelShape,
+    config: RunConfig,
+    hardware: Hardware,
+    facts: DataFacts,
+    batch: MicroBatch,
+) -> Dial:
+    """What memory that is left over is good for, once everything is kept; nothing is given up for it. Graphs, where
+    micro-batches wait for the processor; then unpacked weights."""
     taken = Split(costs, 0, 0).device_bytes(0) * (1 + FRAGMENTATION)
     spared = hardware.memory_bytes * (1 - 1 / (1 + uncertainty_of(shape, hardware)))
+    spare = room.device_bytes - spared - taken
+    dial = Dial(graphs=_graph_tokens(costs, shape, config, hardware, facts, batch))
+    if (again := graph_bytes(costs, dial, batch.tokens)) > spare:
+        dial, again = Dial(), 0
     each = dense_bytes(shape, config, hardware, 1)
-    return max(0, min(shape.layers, int((room.device_bytes - spared - taken) // each))) if each else 0
+    filled = replace(dial, dense=max(0, min(shape.layers, int((spare - again) // each))) if each else 0)
+    packed, unpacked = (_costs(shape, config, hardware, facts, batch, None, found) for found in (dial, filled))
+    # steps that wait for the processor gain by all layers, and by fewer nothing
+    worth = Split(packed, 0, 0).work_s > Split(unpacked, 0, 0).work_s * (1 + WORTH_UNPACKING)
+    return filled if worth else dial
+
+
+def _graph_tokens(
+    costs: LayerCosts,
+    shape: ModelShape,
+    config: RunConfig,
+    hardware: Hardware,
+    facts: DataFacts,
+    batch: MicroBatch,
+) -> int:
+    """Up to how many tokens micro-batches run as CUDA graphs: compiled ones in bf16, without capped scores."""
+    compiled = execution_of(config, hardware).fused and hardware.kind == "cuda"
+    if not compiled or compute_of(config, hardware) not in ("bf16", "fp8") or shape.capped_scores:
+        return 0
+    bare = _costs(shape, config, hardware, facts, batch, None, Dial(graphs=batch.tokens))
+    card_s = bare.forward_s + bare.backward_s
+    return graph_tokens(batch.tokens, card_s, costs.launch_s, _step_tokens(config, facts))
+
+
+def graph_bytes(costs: LayerCosts, dial: Dial, tokens: int) -> int:
+    """Memory of the graphs that `dial` asks for: a second micro-batch, for what runs without them keeps its own.
+    `costs` are of a micro-batch of `tokens`."""
+    if not (dial.graphs and dial.takes_graphs):
+        return 0
+    size = Split(costs, 0, dial.feed_forward).device_bytes(0) * (1 + FRAGMENTATION)
+    return round(size * FILLED * min(1.0, dial.graphs / tokens))
 
 
 def _fastest(costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardware, tokens: int, longest: int) -> Dial:
@@ -212,6 +256,7 @@ def _plan(
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).fullest(0),
         recomputed=Split(costs, costs.layers, costs.layers).fullest(0),
+        graph_bytes=graph_bytes(costs, dial, batch.tokens),
     )
 
 

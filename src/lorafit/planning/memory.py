@@ -87,7 +87,7 @@ def memory_of(
     )
     everything = total_bytes(standing(shape, targets, config, hardware, wide=wide))
     return MemoryEstimate(
-        components=(*stays, *_passing(plan.moment, dial, plan.tokens, shape.layers)),
+        components=(*stays, *_passing(plan.moment, dial, plan.tokens, shape.layers), *_of_graphs(plan)),
         kept_bytes=everything + _passing_bytes(plan.kept),
         recomputed_bytes=everything + _passing_bytes(plan.recomputed),
         uncertainty=uncertainty_of(shape, hardware),
@@ -110,6 +110,13 @@ def _passing(moment: Moment, dial: Dial, tokens: int, layers: int) -> list[Compo
         Component("fragmentation", round(FRAGMENTATION * size), f"{FRAGMENTATION:.0%} of what comes and goes"),
     ]
     return [part for part in parts if part.size_bytes or part.name != "activations in flight"]
+
+
+def _of_graphs(plan: ExecutionPlan) -> list[Component]:
+    if not plan.graph_bytes:
+        return []
+    why = "the activations of micro-batches that are recorded, beside those of others"
+    return [Component("CUDA graphs", plan.graph_bytes, why, spare=True)]
 
 
 def _passing_bytes(moment: Moment) -> int:

@@ -44,6 +44,8 @@ FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
 DENSE_LAUNCH_S = 1.4e-3
 """The same where the weights lie unpacked, or are in 16 bits anyway: at 1.7 ms a pass the card, and no longer the
 processor, sets the pace (2,048 tokens of 8B on such a host); a profile of the processor, which slows it, had 1.4."""
+GRAPH_LAUNCH_S = 1.0e-4
+"""The same within a CUDA graph: some 30 kernels a pass, each of at least 3 µs (arithmetic)."""
 CORE_GFLOPS = 40.0
 """fp32 GFLOP/s of one processor core in training."""
 EMULATED = 0.25
@@ -60,14 +62,17 @@ def layer_costs(
     live: Activations,
     execution: Execution,
     dense: int = 0,
+    graphs: bool = False,
 ) -> LayerCosts:
     """Bytes and seconds of one layer for a micro-batch whose rows have `row_tokens` tokens on average; `dense`: so many
-    layers' weights lie unpacked, and what the mean layer saves by that is counted."""
+    layers' weights lie unpacked, and what the mean layer saves by that is counted; `graphs`: a single call starts all
+    kernels."""
     matmuls = _matmuls(shape, targets, config, hardware, batch.tokens)
     attention = _attention_s(shape, config, hardware, batch.tokens, row_tokens)
     out, home = _traffic_s(shape, targets, config, hardware, batch.tokens, live, execution)
     fixed = matmuls.tail_s + _unpack_s(shape, config, hardware) * (1 - dense / shape.layers)
-    launch = _launch_s(config, hardware, execution, inlined=config.quantization != "nf4" or dense == shape.layers)
+    inlined = config.quantization != "nf4" or dense == shape.layers
+    launch = GRAPH_LAUNCH_S if graphs else _launch_s(config, hardware, execution, inlined=inlined)
     forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
     return LayerCosts(
         layers=shape.layers,

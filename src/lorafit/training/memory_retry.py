@@ -142,10 +142,10 @@ class MemoryRetry:
 
     def _make_room(self, number: int, step: Step, failed: _Failed) -> None:
         layout, batch = self.steps.layout, failed.batch
-        if self.layers is not None and self.layers.dial.dense and self.layers.tighten():
-            kept = self.layers.dial.dense
-            what = f"a micro-batch of {batch.tokens} tokens; the weights of {kept} layers stay unpacked from here on"
-            self._note(number, failed.reason, what)
+        dial = self.layers.dial if self.layers is not None else Dial()
+        if self.layers is not None and (dial.dense or dial.graphs) and self.layers.tighten():
+            kept = f"the weights of {self.layers.dial.dense} layers stay unpacked" if dial.dense else "no CUDA graphs"
+            self._note(number, failed.reason, f"a micro-batch of {batch.tokens} tokens; {kept} from here on")
         elif row_count(batch) > 1:
             before, layout.micro_tokens = layout.micro_tokens, min(layout.micro_tokens, batch.tokens) // 2
             self._note(

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from lorafit.adapters import restore_adapter
 from lorafit.config import RunConfig
 from lorafit.data import Rows
-from lorafit.engine import MicroBatch, Step, VocabularyLoss, packed
+from lorafit.engine import Graphs, MicroBatch, Step, VocabularyLoss, packed
 from lorafit.errors import CheckpointError, LorafitError
 from lorafit.training.arguments import training_arguments
 from lorafit.training.checkpoint import Checkpoint
@@ -106,6 +106,7 @@ class LorafitTrainer(Trainer):
         self.model.train()  # every module: PEFT's wrapper says that it trains while the base below it does not
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._measured = torch.zeros(2)
+        self.graphs: Graphs | None = None
         self.events, self.clock, self.step_log = events, TrainingClock(), StepLog()
         self.memory = MemoryRetry(self._steps(), events, self.args.device)
         where, allowance = str(events.path or self.args.output_dir), FP16_ALLOWANCE if self.args.fp16 else 0
@@ -166,12 +167,17 @@ class LorafitTrainer(Trainer):
             return self._loss
         share = max(self.args.world_size, 1) / inputs.supervised
 
-        def forward(batch: MicroBatch, last: bool) -> torch.Tensor:
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, batch, share=share)
-                self.accelerator.backward(loss)
+        def through(batch: MicroBatch, share: torch.Tensor | float) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch, share=share)
+            self.accelerator.backward(loss)
             return loss.detach()
+
+        def forward(batch: MicroBatch, last: bool) -> torch.Tensor:
+            if self.graphs is not None:
+                return self.graphs.run(batch, share, through)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+                return through(batch, share)
 
         self._loss = self.memory.run(self.state.global_step + 1, inputs, forward, model.zero_grad)
         return self._loss
@@ -182,7 +188,12 @@ class LorafitTrainer(Trainer):
         return torch.full((), float("nan"), device=self.args.device)
 
     def compute_loss(
-        self, model: Any, inputs: MicroBatch, return_outputs: bool = False, share: float = 1.0, **unused: Any
+        self,
+        model: Any,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        share: float | torch.Tensor = 1.0,
+        **unused: Any,
     ) -> Any:
         """The summed loss of one micro-batch times `share`: one over the step's supervised tokens."""
         assert not return_outputs, "packed micro-batches have no per-row outputs"
