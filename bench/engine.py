@@ -30,7 +30,7 @@ TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 GIB = 1 << 30
-EXAMPLES = 64  # in one step of the instruction-shaped work, as 4 × 16 or as one
+EXAMPLES = 64  # in one step of the instruction-shaped work, as 4 × 16 or as one, unless lorafit is told otherwise
 
 
 def main() -> None:
@@ -46,6 +46,7 @@ def main() -> None:
     run.add_argument("--targets", default="qv", choices=tuple(TARGETS))
     run.add_argument("--rows", type=int, default=4, help="rows of one step (dense), or of the whole file (real)")
     run.add_argument("--length", type=int, default=2048, help="tokens of a dense row")
+    run.add_argument("--examples", type=int, default=EXAMPLES, help="of lorafit: instruction rows in one step (real)")
     run.add_argument("--vram", type=float, default=0, help="budget in GiB")
     run.add_argument("--checkpointing", default="none", choices=("none", "full", "unsloth"), help="of the peers")
     run.add_argument("--compute", default="bf16", choices=("bf16", "fp8"), help="of lorafit")
@@ -140,8 +141,8 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     warm = options.warm
     watch, timed = Watch(), Marks()
     with tempfile.TemporaryDirectory() as folder:
-        examples = options.rows if options.work == "dense" else EXAMPLES
-        steps = options.steps + options.warm if options.work == "dense" else -(-options.rows // EXAMPLES)
+        examples = options.rows if options.work == "dense" else options.examples
+        steps = options.steps + options.warm if options.work == "dense" else -(-options.rows // examples)
         data = write_rows(Path(folder) / "rows.jsonl", options, examples * steps)
         settings = {"vram": f"{options.vram}GiB"} if options.vram else {}
         if options.activations != "auto":

@@ -242,6 +242,13 @@ def test_layers_that_cannot_be_recorded_are_planned_without_graphs(settings):
     assert planned(rows=SMALL, **settings)[0].dial.graphs == 0
 
 
+def test_graphs_by_hand_take_nothing_where_there_are_none():
+    for settings in ({"hardware": CPU}, {"compile": "off"}, {"activations": "whole=32,graphs=2048"}):
+        given = {"activations": "graphs=2048", **settings}
+        plan, memory, _ = planned(rows=SMALL, **given)
+        assert plan.graph_bytes == 0 and "CUDA graphs" not in [part.name for part in memory.components]
+
+
 def test_capped_scores_are_planned_without_graphs():
     capped = {**LLAMA_8B, "model_type": "gemma2", "attn_logit_softcapping": 50.0}
     assert planned(rows=SMALL, config=capped)[0].dial.graphs == 0

@@ -67,7 +67,7 @@ def test_the_reference_imports_nothing_of_lorafit():
 def test_a_task_trained_in_two_precisions_is_compared_where_it_ends(parity, tmp_path):
     arms = parity.Arm("fp32"), parity.Arm("fp32", (parity.EmulatedFp8(),))
     settings = {"rows": (12, 4), "max_steps": 2, "examples_per_step": 4, "lr": 5e-3}
-    exact, fp8 = parity.endings(tmp_path, "dates", 0, arms, **settings)
+    exact, fp8 = parity.endings(tmp_path, parity.ENDING_TASKS["dates"], 0, arms, **settings)
     assert exact.kl == 0.0, "it is served in the precision that it was trained in"
     assert exact.served_loss == pytest.approx(exact.trained_loss, rel=1e-5)
     # hardly trained, the base is far from sure of the first answers, and rounding moves it the more

@@ -79,8 +79,10 @@ def plan_execution(
     batch = micro_batch(config, facts, dial.micro_tokens or config.max_tokens)
     costs = _costs(shape, config, hardware, facts, batch, execution, dial)
     room = room_of(shape, config, hardware, batch.tokens, execution, dial.dense)
-    beside_s = (GRAPH_STEP_S if dial.graphs and dial.takes_graphs else STEP_S) if hardware.kind == "cuda" else 0.0
-    return _plan(dial, costs, room, batch, config, facts, beside_s)
+    records = _records(dial, shape, config, hardware)
+    beside_s = (GRAPH_STEP_S if records else STEP_S) if hardware.kind == "cuda" else 0.0
+    plan = _plan(dial, costs, room, batch, config, facts, beside_s)
+    return replace(plan, graph_bytes=graph_bytes(costs, dial, batch.tokens)) if records else plan
 
 
 def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
@@ -127,7 +129,7 @@ def _costs(
     width = WIDTH[compute_of(config, hardware)]
     masks = _mask_bytes(config, hardware, width)
     live = activations(shape, targets, batch, width=width, mask_bytes=masks, execution=execution)
-    graphs = dial.graphs > 0 and dial.takes_graphs
+    graphs = _records(dial, shape, config, hardware)
     return layer_costs(shape, targets, config, hardware, batch, facts.mean_tokens, live, execution, dial.dense, graphs)
 
 
@@ -186,20 +188,25 @@ def _graph_tokens(
     facts: DataFacts,
     batch: MicroBatch,
 ) -> int:
-    """Up to how many tokens micro-batches run as CUDA graphs: compiled ones in bf16, without capped scores."""
-    compiled = execution_of(config, hardware).fused and hardware.kind == "cuda"
-    if not compiled or compute_of(config, hardware) not in ("bf16", "fp8") or shape.capped_scores:
+    """Up to how many tokens micro-batches run as CUDA graphs."""
+    every = Dial(graphs=batch.tokens)
+    if not _records(every, shape, config, hardware):
         return 0
-    bare = _costs(shape, config, hardware, facts, batch, None, Dial(graphs=batch.tokens))
+    bare = _costs(shape, config, hardware, facts, batch, None, every)
     card_s = bare.forward_s + bare.backward_s
     return graph_tokens(batch.tokens, card_s, costs.launch_s, _step_tokens(config, facts))
+
+
+def _records(dial: Dial, shape: ModelShape, config: RunConfig, hardware: Hardware) -> bool:
+    """Whether micro-batches run as CUDA graphs where `dial` asks for it: compiled ones in bf16, scores not capped."""
+    compiled = execution_of(config, hardware).fused and hardware.kind == "cuda"
+    in_half = compute_of(config, hardware) in ("bf16", "fp8")
+    return dial.graphs > 0 and dial.takes_graphs and compiled and in_half and not shape.capped_scores
 
 
 def graph_bytes(costs: LayerCosts, dial: Dial, tokens: int) -> int:
     """Memory of the graphs that `dial` asks for: a second micro-batch, for what runs without them keeps its own.
     `costs` are of a micro-batch of `tokens`."""
-    if not (dial.graphs and dial.takes_graphs):
-        return 0
     size = Split(costs, 0, dial.feed_forward).device_bytes(0) * (1 + FRAGMENTATION)
     return round(size * FILLED * min(1.0, dial.graphs / tokens))
 
@@ -256,7 +263,6 @@ def _plan(
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).fullest(0),
         recomputed=Split(costs, costs.layers, costs.layers).fullest(0),
-        graph_bytes=graph_bytes(costs, dial, batch.tokens),
     )
 
 
