@@ -87,18 +87,21 @@ KEPT = LevelCost(saved_bytes=92 * MB, working_bytes=100 * MB, forward_s=0.0015, 
 
 
 @pytest.mark.parametrize(
-    ("cost", "mean", "spare_mb", "graphs"),
+    ("cost", "mean", "spare_mb", "records", "graphs"),
     [
-        (KEPT, 900.0, 4000, 1024),
-        (KEPT, 900.0, 3000, 0),  # a second micro-batch's memory is not there
-        (replace(KEPT, backward_s=0.0051), 500.0, 4000, 521),  # the largest waits for the card, the mean one does not
-        (replace(KEPT, backward_s=0.0051), 700.0, 4000, 0),
+        (KEPT, 900.0, 4000, True, 1024),
+        (KEPT, 900.0, 4000, False, 0),
+        (KEPT, 900.0, 3000, True, 0),  # a second micro-batch's memory is not there
+        # the largest waits for the card, the mean one does not
+        (replace(KEPT, backward_s=0.0051), 500.0, 4000, True, 521),
+        (replace(KEPT, backward_s=0.0051), 700.0, 4000, True, 0),
     ],
 )
-def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, cost, mean, spare_mb, graphs):
+def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, cost, mean, spare_mb, records, graphs):
     batch = SimpleNamespace(tokens=1024)
     layers = TurnedLayers()
     layers.frozen, layers.compiled, layers.dial = [], True, Dial()
+    monkeypatch.setattr(dial_problem, "recordable", lambda layers: records)
     monkeypatch.setattr(dial_problem, "_levels", lambda *unused: (batch, cost, cost))
     monkeypatch.setattr(dial_problem, "_loss_bytes", lambda *unused: 0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)

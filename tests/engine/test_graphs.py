@@ -123,6 +123,33 @@ def test_buckets_that_were_not_used_for_long_are_let_go(small, recorded, monkeyp
     assert len(small._frames) == 2 and recorded.made == 1 and small.replays == 2
 
 
+def test_a_dial_without_graphs_lets_go_of_them(small, recorded):
+    batch = batch_of((20, 12))
+    for _ in range(3):
+        small.run(batch, 1.0, work)
+    small._arena = object()
+    small.layers.dial, before = Dial(), small.replays
+    WEIGHT.grad = None
+    small.run(batch, 1.0, work)
+    assert not small._frames and small._arena is None and not small._gradients and before == small.replays == 2
+    assert float(WEIGHT.grad) == expected(batch, 1.0)
+
+
+def test_memory_that_runs_out_while_recording_is_the_callers_to_make_room_for(small, monkeypatch):
+    def record(self, work):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Graphs, "_recorded", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    batch = batch_of((20, 12))
+    small.run(batch, 1.0, work)
+    for _ in range(2):  # later ones find as little room
+        with pytest.raises(torch.OutOfMemoryError):
+            small.run(batch, 1.0, work)
+        assert not small.failed and not small._frames and small.layers.notes == []
+        small.run(batch, 1.0, work)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -146,11 +173,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(layers, recorded):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, where recording works")
 def test_where_recording_fails_training_goes_on_and_says_so(small):
     batch = batch_of((20, 12))
+    seen = []
     for _ in range(4):
         WEIGHT.grad = None
-        loss = small.run(batch, 1.0, work)
+        loss = small.run(batch, 1.0, lambda found, share: seen.append(found.tokens) or work(found, share))
         assert float(loss) == 2 * float(WEIGHT.grad) == 2 * expected(batch, 1.0)
     assert small.failed and small.replays == 0
+    assert set(seen) == {64}  # filled up as before: a run that goes on and can record has the same bits
     assert len(small.layers.notes) == 1 and "cannot be recorded as CUDA graphs (" in small.layers.notes[0]
 
 
@@ -216,21 +245,51 @@ def test_a_filled_micro_batch_has_the_gradient_of_the_plain_one(on_card):
         assert float((got - want).norm() / want.norm()) < 2e-2
 
 
+@pytest.mark.gpu
+def test_a_recording_that_breaks_leaves_training_as_it_was(on_card):
+    found, layers, made = steps_on_card(on_card, Dial(graphs=512), spoil=torch.cuda.synchronize)
+    assert made.failed and made.replays == 0 and len(layers.notes) == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    plain, _, _ = steps_on_card(on_card, Dial(graphs=512), records=False)
+    # filled up in either, and dropout goes on where it stood
+    assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
+    assert all(bool(got.isfinite().all()) and float(got.norm()) > 0 for got in found)
+    again, _, _ = steps_on_card(on_card, Dial())  # a card that is left unharmed
+    assert all(bool(got.isfinite().all()) for got in again)
+
+
 def no_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spoil", [torch.cuda.synchronize, no_memory])
-def test_a_recording_that_breaks_leaves_training_as_it_was(on_card, spoil):
-    found, layers, made = steps_on_card(on_card, Dial(graphs=512), spoil=spoil)
-    assert made.failed and made.replays == 0 and len(layers.notes) == 1
-    plain, _, _ = steps_on_card(on_card, Dial(graphs=512), records=False)
-    # the second bucket's first two steps are filled up in either; dropout goes on where it stood
-    assert torch.equal(found[0], plain[0])
-    assert all(bool(got.isfinite().all()) and float(got.norm()) > 0 for got in found)
-    again, _, _ = steps_on_card(on_card, Dial())  # a card that is left unharmed
-    assert all(bool(got.isfinite().all()) for got in again)
+def test_after_memory_ran_out_while_recording_the_same_graphs_can_be_made_again(on_card):
+    with pytest.raises(torch.OutOfMemoryError):
+        steps_on_card(on_card, Dial(graphs=512), spoil=no_memory)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    found, _, made = steps_on_card(on_card, Dial(graphs=512))
+    wanted, _, _ = steps_on_card(on_card, Dial(graphs=512), records=False)
+    assert made.replays >= 6
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_graphs_that_were_let_go_are_recorded_again(on_card):
+    loss = VocabularyLoss.expected(on_card)
+
+    def there_and_back(batch, share):
+        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
+            value = loss.summed(on_card, batch, share)
+        value.backward()
+        return value.detach()
+
+    with DecoderLayers(on_card, Dial(graphs=512)) as layers:
+        made = Graphs(layers, longest=40, trained=trained_weights(on_card), arena_bytes=1 << 26)
+        for _ in range(2):
+            for _ in range(3):
+                made.run(batch_of(LENGTHS[0]), 1.0, there_and_back)
+            made.forget()
+    assert made.replays == 4 and not made.failed and layers.notes == []
 
 
 @pytest.mark.gpu

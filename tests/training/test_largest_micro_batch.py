@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from little_run import encoded_rows, settings
 from lorafit.data import largest_step
-from lorafit.training import largest_micro_batch
+from lorafit.training import largest_micro_batch, largest_within
 from lorafit.training.layout import Layout
 from lorafit.training.steps import StepDataset
 
@@ -45,3 +45,13 @@ def test_a_step_too_large_is_cut_as_training_cuts_it():
     config, rows = settings(examples_per_step=4), encoded_rows(*LENGTHS)
     batch = largest_micro_batch(rows, config, 50, np.arange(len(rows)))
     assert max(LENGTHS) < batch.tokens <= 50
+
+
+@pytest.mark.parametrize("limit", [4, 5, 17, 31, 32, 50, 64, 4096])
+@pytest.mark.parametrize("micro_tokens", [10, 64])
+def test_the_largest_within_a_limit_is_one_of_those_that_training_cuts(micro_tokens, limit):
+    config, rows = settings(examples_per_step=4, epochs=1), encoded_rows(*LENGTHS)
+    steps = StepDataset(rows, config, Layout(micro_tokens))
+    sizes = [max(LENGTHS), *(batch.tokens for step in steps for batch in step.micro_batches)]
+    found = largest_within(rows, config, micro_tokens, limit)
+    assert (found.tokens if found else None) == max((size for size in sizes if size <= limit), default=None)

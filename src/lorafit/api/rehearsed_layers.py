@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lorafit.data import largest_step
 from lorafit.engine import DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
-from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, without_checkpointing
+from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
 
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2.1
 GRADIENT_BYTES = 4
@@ -107,8 +108,13 @@ def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal) -> 
         trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         longest = int(trainer.train_rows.lengths.max())
         trainer.graphs = Graphs(layers, longest, trained, arena_bytes=found.graph_bytes)
+        trainer.graphs.tell = partial(_note_graphs, trainer)
     if not trainer.config.deterministic:  # when it acts depends on what the allocator went through
         trainer.add_callback(AllocatorWatch(layers, trainer.events))
+
+
+def _note_graphs(trainer: LorafitTrainer, text: str) -> None:
+    trainer.events.record("no_graphs", trainer.state.global_step, text)
 
 
 def enforce_budget(config: RunConfig) -> None:
@@ -140,6 +146,10 @@ def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
     def batch_of(micro_tokens: int) -> MicroBatch:
         return largest_micro_batch(rows, config, micro_tokens, step).to(trainer.args.device)
 
+    def within(micro_tokens: int, limit: int) -> MicroBatch | None:
+        batch = largest_within(rows, config, micro_tokens, limit, step)
+        return batch and batch.to(trainer.args.device)
+
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:
         trainer.model.train()
         # the Trainer's model computes under accelerate's autocast once it trains; other layers would be compiled, and
@@ -154,5 +164,6 @@ def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
         max_tokens=most_tokens(step_tokens, config.max_tokens) if grows else config.max_tokens,
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
+        within=within,
         coming_bytes=round(trained * (GRADIENT_BYTES + state)),
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import release_memory
 from lorafit.engine.batch import MicroBatch
+from lorafit.engine.graphs import recordable
 from lorafit.engine.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
 from lorafit.engine.measure import (
@@ -51,7 +52,8 @@ class Work:
     are cut by.
 
     `max_tokens` of the largest micro-batch worth trying, `longest` row and mean step, in tokens; `coming_bytes`:
-    adapter gradients and optimizer state, which are not there yet.
+    adapter gradients and optimizer state, which are not there yet. `within`: of the micro-batches that have at most
+    its first argument's tokens, the largest that has at most its second's, or None.
     """
 
     batch_of: BatchOf
@@ -60,6 +62,7 @@ class Work:
     longest: int
     step_tokens: float
     coming_bytes: int
+    within: Callable[[int, int], MicroBatch | None] = lambda micro_tokens, limit: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def pose(
         spare = free - everything - round(LOST_SHARE * budget_bytes)
         graphs = graph_tokens(batch.tokens, keep.forward_s + keep.backward_s, keep.launch_s, work.step_tokens)
         again = round(everything * FILLED * min(graphs / batch.tokens, 1.0))
-        if not layers.compiled or again > spare:
+        if not recordable(layers) or again > spare:
             graphs = again = 0
         most = len(layers) if layers.dial.dense else len(layers) - 1 if _waits_for_card(keep) or graphs else 0
         layers.dial = Dial(dense=min(dense_layers(layers, spare - again), most), graphs=graphs)

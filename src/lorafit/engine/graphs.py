@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config.dial import Dial
+from lorafit.engine.allocator import release_memory
 from lorafit.engine.batch import MicroBatch
 from lorafit.engine.buckets import Bucket
 from lorafit.engine.layers import DecoderLayers
@@ -31,6 +32,13 @@ Pass = Callable[[MicroBatch, Tensor | float], Tensor]
 """Forward and backward of a micro-batch on the card, and its loss (), detached, times the share given."""
 
 
+def recordable(layers: DecoderLayers) -> bool:
+    """Whether micro-batches of such layers can be recorded: compiled, in bf16, and without capped scores, for other
+    kernels than flash attention's are started by the lengths of rows."""
+    capped = getattr(layers.core.config.get_text_config(), "attn_logit_softcapping", None)
+    return bool(layers.compiled and layers.core.dtype is torch.bfloat16 and not capped)
+
+
 class Graphs:
     """Runs micro-batches of at most `layers.dial.graphs` tokens as CUDA graphs, others as they are.
 
@@ -38,7 +46,8 @@ class Graphs:
     two run at once, and add to gradients that stay where they are. The pool begins with one block of `arena_bytes`:
     torch's allocator has the blocks of such a pool neither grow nor go, so that each new size would take more. What
     graphs refer to is watched: when `layers` are turned, or adapters move, they are made anew. Where recording fails,
-    training goes on without, and says why.
+    training goes on without, still filled up, so that a run that goes on and can record has the same bits; `tell` is
+    told why. Memory that runs out while recording is the caller's to make room for, like any other.
     """
 
     def __init__(
@@ -46,27 +55,30 @@ class Graphs:
     ) -> None:
         self.layers, self.longest, self.trained = layers, longest, list(trained)
         self.device, self.arena_bytes = self.trained[0].device, arena_bytes
+        self.tell: Callable[[str], object] = layers.note
         self.failed = False
         self.replays = 0
         self._frames: OrderedDict[Bucket, _Frame] = OrderedDict()
         self._gradients: list[Tensor] = []
         self._arena: torch.cuda.CUDAGraph | None = None
         self._of: tuple[Dial, int, list[int]] | None = None
-        on_card = self.device.type == "cuda"
-        self._pool: Any = torch.cuda.graph_pool_handle() if on_card else None
-        self._generator = torch.cuda.default_generators[self.device.index or 0] if on_card else None
+        self._pool: Any = None
 
     @property
     def records(self) -> bool:
-        """Whether micro-batches that are small enough are recorded."""
-        dial, config = self.layers.dial, self.layers.core.config.get_text_config()
-        # other kernels than flash attention's are started by the lengths of rows
-        flash = self.layers.core.dtype is torch.bfloat16 and not getattr(config, "attn_logit_softcapping", None)
-        return dial.graphs > 0 and dial.takes_graphs and flash and self.layers.compiled and not self.failed
+        """Whether micro-batches that are small enough are filled up and recorded."""
+        dial = self.layers.dial
+        return dial.graphs > 0 and dial.takes_graphs and recordable(self.layers)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients take that graphs add to."""
+        return sum(gradient.nbytes for gradient in self._gradients)
 
     def run(self, batch: MicroBatch, share: float, work: Pass) -> Tensor:
-        """`work(batch, share)`; its gradients are added to the trained weights' `grad`."""
+        """`work(batch, share)`; its gradients are added to the trained weights' `grad`. Raises OutOfMemoryError."""
         if not self.records:
+            self.forget()
             return work(batch.to(self.device, non_blocking=True), share)
         now = self.layers.dial, self.layers.turned, [weight.data_ptr() for weight in self.trained]
         if now != self._of:
@@ -77,7 +89,7 @@ class Graphs:
             return work(batch.to(self.device, non_blocking=True), share)
         frame = self._frame(Bucket.of(batch, self.layers.dial.graphs, self.longest))
         frame.take(batch, share)
-        if frame.seen and frame.graph is None:
+        if frame.seen and frame.graph is None and not self.failed:
             self._record(frame, work)
         frame.seen = True
         if frame.graph is None:  # not yet, or never: it runs filled up all the same
@@ -88,9 +100,13 @@ class Graphs:
 
     def forget(self) -> None:
         """Let go of all graphs and of their memory."""
-        self._finish()
-        self._frames.clear()
-        self._gradients, self._arena = [], None
+        self._gradients = []
+        if self._frames:
+            self._finish()
+            self._frames.clear()
+            self._arena = None
+            self._pool = None  # a pool that nothing uses any more cannot be used again while a block of it is alive
+            release_memory()
 
     def _frame(self, bucket: Bucket) -> _Frame:
         if bucket not in self._frames:
@@ -123,20 +139,22 @@ class Graphs:
             torch._foreach_zero_(fresh)
 
     def _record(self, frame: _Frame, work: Pass) -> None:
-        """Record `frame`; where that fails, nothing will be from then on."""
-        before = self._generator.clone_state() if self._generator is not None else None
+        """Record `frame`; where that fails, nothing will be from then on. Raises torch.OutOfMemoryError."""
         try:
-            if self._arena is None and self.arena_bytes:
-                self._arena, _ = self._recorded(self._take_arena)
-            graph, loss = self._recorded(partial(frame.through, work))
+            with _mended_if_broken(self.device, lambda: self._pool):
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                if self._arena is None and self.arena_bytes:
+                    self._arena, _ = self._recorded(self._take_arena)
+                frame.graph, frame.loss = self._recorded(partial(frame.through, work))
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise
         except RuntimeError as error:
             self.failed = True
-            self._end_recording(before)
             self.forget()
             reason = str(error).strip().partition("\n")[0]
-            self.layers.note(f"micro-batches cannot be recorded as CUDA graphs ({reason}); they run without")
-            return
-        frame.graph, frame.loss = graph, loss
+            self.tell(f"micro-batches cannot be recorded as CUDA graphs ({reason}); they run without")
 
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph of `work`, and what that returned."""
@@ -150,13 +168,24 @@ class Graphs:
         block = torch.empty(round(self.arena_bytes * ROOM), dtype=torch.uint8, device=self.device)
         return block[:1].zero_().clone()
 
-    def _end_recording(self, before: torch.Generator | None) -> None:
-        """Put right what torch leaves as it is when a recording breaks: random numbers and memory go on counting as
-        part of it (`CUDAGraph::capture_end` says so of itself)."""
-        if self._generator is not None and before is not None:
-            self._generator.graphsafe_set_state(before)
-            with contextlib.suppress(RuntimeError):  # it had ended after all
-                torch._C._cuda_endAllocateToPool(self._generator.device.index, self._pool)
+
+@contextlib.contextmanager
+def _mended_if_broken(device: torch.device, pool: Callable[[], Any]) -> Iterator[None]:
+    """When a recording within breaks, put right what torch leaves as it is (`CUDAGraph::capture_end` says so itself):
+    random numbers and memory that go on counting as part of it, and the stream."""
+    if device.type != "cuda":
+        yield
+        return
+    generator, stream = torch.cuda.default_generators[device.index or 0], torch.cuda.current_stream(device)
+    before = generator.clone_state()
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(before)
+        with contextlib.suppress(RuntimeError):  # it had ended after all
+            torch._C._cuda_endAllocateToPool(device.index or 0, pool())
+        raise
 
 
 class _Frame:

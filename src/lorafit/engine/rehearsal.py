@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -34,15 +34,15 @@ STEP_SHARE = 0.04
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One rehearsed dial, the room it was solved for (0: it was not), the peak it took of reserved and of allocated
-    memory, what of that came and went with a micro-batch, how often the allocator had to give back and ask again in
-    either micro-batch, and seconds; `fits` says whether that was within the budget, and the second micro-batch without
-    asking again."""
+    memory, what the largest micro-batch took that is recorded, how often the allocator had to give back and ask again
+    in each micro-batch, and seconds; `fits` says whether that was within the budget, and all but the first micro-batch
+    without asking again."""
 
     dial: str
     room_bytes: int
     peak_bytes: int
     allocated_bytes: int
-    passing_bytes: int
+    graph_bytes: int
     retries: tuple[int, ...]
     elapsed_s: float
     fits: bool
@@ -85,7 +85,7 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
         schedule=tuple(layers.offload.schedule),
         peak_bytes=attempts[-1].peak_bytes,
         budget_bytes=budget_bytes,
-        graph_bytes=_graph_bytes(layers.dial, work, attempts[-1]),
+        graph_bytes=attempts[-1].graph_bytes,
         compile_s=layers.compile_s,
         measure_s=measured - started,
         elapsed_s=time.perf_counter() - started,
@@ -163,13 +163,13 @@ def _tighten(layers: DecoderLayers, work: Work) -> bool:
 
 
 def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: DialProblem | None) -> Attempt:
-    """Two micro-batches, forward and backward, under the dial as it stands: the second meets what the first left."""
+    """The largest micro-batches, forward and backward, under the dial as it stands: each meets what others left."""
     started = time.perf_counter()
     if layers.dial.host_embeddings:
         keep_embeddings_on_host(model)
     release_memory()
     torch.cuda.reset_peak_memory_stats()
-    retries, stood = _retries_of_two(model, layers, work)
+    passes = _run_all(model, layers, work)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     for weight in model.parameters():
         weight.grad = None
@@ -180,42 +180,61 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         room_bytes=problem.room.device_bytes if problem else 0,
         peak_bytes=reserved,
         allocated_bytes=allocated,
-        passing_bytes=allocated - stood,
-        retries=retries,
+        graph_bytes=passes.graph_bytes,
+        retries=tuple(passes.retries),
         elapsed_s=time.perf_counter() - started,
         # an allocator that has to give back and ask again stops the card each time: it fits, but crawls
-        fits=reserved + work.coming_bytes <= budget_bytes and retries[1:] == (0,),
+        fits=reserved + work.coming_bytes <= budget_bytes and passes.ended and not any(passes.retries[1:]),
     )
 
 
-def _graph_bytes(dial: Dial, work: Work, last: Attempt) -> int:
-    """What the largest micro-batch that is recorded takes of what the largest of all took."""
-    largest = min(dial.micro_tokens or work.max_tokens, work.max_tokens)
-    return round(last.passing_bytes * min(dial.graphs / largest, 1.0))
+@dataclass(slots=True)
+class _Passes:
+    """How often the allocator asked again in each of an attempt's micro-batches, whether all of them ended, and what
+    the largest one took that is recorded."""
+
+    retries: list[int] = field(default_factory=list)
+    ended: bool = False
+    graph_bytes: int = 0
+
+    def run(self, there_and_back: Callable[[], object]) -> None:
+        before = allocator_retries()
+        there_and_back()
+        torch.cuda.synchronize()
+        self.retries.append(allocator_retries() - before)
 
 
-def _retries_of_two(model: Any, layers: DecoderLayers, work: Work) -> tuple[tuple[int, ...], int]:
-    """How often the allocator asked again in each of two micro-batches, fewer where the memory ran out; and what stood
-    there before them."""
-    most = layers.dial.micro_tokens or work.max_tokens
-    # beside the largest that runs as it is, the largest that is recorded: its memory comes on top
-    sizes = [most, layers.dial.graphs] if 0 < layers.dial.graphs < most else [most]
+def _run_all(model: Any, layers: DecoderLayers, work: Work) -> _Passes:
+    """The largest micro-batch twice. Where the dial has graphs, the largest that is recorded before that, as it is and
+    recorded: what runs without meets the graphs' memory then."""
+    micro_tokens = layers.dial.micro_tokens or work.max_tokens
+    largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
     graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
-    seen, stood = [allocator_retries()], torch.cuda.memory_allocated()
+    if layers.dial.graphs:
+        most = min(layers.dial.graphs, largest.tokens)
+        recorded = work.within(micro_tokens, most) if graphs.records else None
+        layers.dial = replace(layers.dial, graphs=most if recorded is not None else 0)
     try:
         with layers:
-            stood = torch.cuda.memory_allocated()
-            for batch in [work.batch_of(size) for size in sizes for _ in range(2)]:
-                graphs.run(batch, 1 / max(batch.supervised, 1), partial(_there_and_back, work))
-                torch.cuda.synchronize()
-                seen.append(allocator_retries())
+            if recorded is not None:
+                stood = torch.cuda.memory_allocated()
+                for _ in range(2):
+                    passes.run(partial(graphs.run, recorded, _share(recorded), partial(_there_and_back, work)))
+                    taken = torch.cuda.max_memory_allocated() - stood - graphs.gradient_bytes
+                    passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
+            for _ in range(2):
+                passes.run(partial(_there_and_back, work, largest, _share(largest)))
+        passes.ended = True
     except torch.OutOfMemoryError:
         pass
     if graphs.failed:
         layers.dial = replace(layers.dial, graphs=0)
     graphs.forget()
-    asked = [after - before for before, after in pairwise(seen)]
-    return (max(asked[::2]), max(asked[1::2])) if len(asked) == 2 * len(sizes) else tuple(asked[:1]), stood
+    return passes
+
+
+def _share(batch: MicroBatch) -> float:
+    return 1 / max(batch.supervised, 1)
 
 
 def _there_and_back(work: Work, batch: MicroBatch, share: Tensor | float) -> Tensor:

@@ -7,7 +7,7 @@ from lorafit.training.checkpoint import Checkpoint
 from lorafit.training.checkpoint_snapshot import ADAPTER
 from lorafit.training.deterministic import deterministic
 from lorafit.training.events import EventLog, RunEvent
-from lorafit.training.largest_micro_batch import largest_micro_batch
+from lorafit.training.largest_micro_batch import largest_micro_batch, largest_within
 from lorafit.training.resume import clear_unfinished, newest_whole, set_aside
 from lorafit.training.steps import StepDataset, pack_rows
 from lorafit.training.stop_signals import StopSignals
@@ -28,6 +28,7 @@ __all__ = [
     "clear_unfinished",
     "deterministic",
     "largest_micro_batch",
+    "largest_within",
     "newest_whole",
     "pack_rows",
     "set_aside",

@@ -33,9 +33,10 @@ class AllocatorWatch(TrainerCallback):
         if self.in_a_row < IN_A_ROW:
             return
         self.in_a_row = 0
-        unpacked = self.layers.dial.dense
+        before = self.layers.dial
         if self.layers.tighten():
-            now = "fewer weights lie unpacked now" if unpacked else "more is recomputed now"
+            less = "no CUDA graphs are recorded now" if before.graphs else "more is recomputed now"
+            now = "fewer weights lie unpacked now" if before.dense else less
             self.events.record(
                 "tight_memory",
                 state.global_step,
