@@ -315,6 +315,7 @@ def compare_fp8(options: argparse.Namespace) -> bool:
     task = ENDING_TASKS[options.task]
     settings: dict[str, Any] = {"base": folder_of(options.base)}
     settings |= {"lr": options.lr} if options.lr else {}
+    settings |= {"rows": (TRAIN_ROWS, options.held_out)}
     how = f"{machine()}{'; FP8 emulated, bf16 is fp32' if options.emulate else ''}"
     print(f"{how}\n\n{endings_head(task)}", flush=True)
     within = []
@@ -392,6 +393,7 @@ def main() -> None:
     ends = parser.add_argument_group("fp8")
     ends.add_argument("--task", default="orders", choices=tuple(ENDING_TASKS))
     ends.add_argument("--seeds", default="0,1,2", help="of gradients too")
+    ends.add_argument("--held-out", type=int, default=HELD_OUT_ROWS, help="rows that exact match and loss are of")
     ends.add_argument("--emulate", action="store_true", help="FP8's rounding on a CPU, beside fp32")
     options = parser.parse_args()
     options.compute = options.compute or ("bf16" if options.mode == "gradients" else "fp32")
