@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,27 @@ def trainer(tmp_path):
 
 
 GIVEN = {"max_tokens": 64, "examples_per_step": 8, "max_steps": 1}
+
+
+def test_graphs_last_as_long_as_training(trainer, tmp_path, on_a_card):
+    resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
+    trainer.config, on_a_card.dial = resolved.config, Dial(graphs=64)
+    with rehearsed_layers(trainer, resolved, RunDir(tmp_path)):
+        graphs = trainer.graphs
+        assert (graphs.longest, graphs.arena_bytes) == (32, 0)
+        assert {id(weight) for weight in graphs.trained} == {id(weight) for weight in trainer._trained}
+        graphs._frames["bucket"] = SimpleNamespace(graph=None)
+        graphs.tell("why")
+    assert trainer.graphs is None and not graphs._frames
+    assert [event.kind for event in trainer.events.seen] == ["no_graphs"]
+
+
+@pytest.mark.parametrize("dial", [Dial(), Dial(whole=2)])
+def test_without_graphs_none_are_made(trainer, tmp_path, on_a_card, dial):
+    resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
+    trainer.config, on_a_card.dial = resolved.config, dial
+    with rehearsed_layers(trainer, resolved, RunDir(tmp_path)):
+        assert trainer.graphs is None
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,13 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     run.write_json(
         run.engine, {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
     )
-    with layers:
-        yield found
+    try:
+        with layers:
+            yield found
+    finally:  # whatever comes after training needs the memory
+        if trainer.graphs is not None:
+            trainer.graphs.forget()
+            trainer.graphs = None
 
 
 @dataclass(frozen=True, slots=True)
