@@ -94,6 +94,14 @@ def test_gradients_add_up_over_a_step_whoever_made_them(small, recorded):
         assert float(WEIGHT.grad) == pytest.approx(sum(expected(batch, 1.0) for batch in order), rel=1e-6)
 
 
+def test_gradients_of_a_step_outlive_the_graphs_that_made_them(small, recorded):
+    batch = batch_of((20, 12))
+    for number in range(1, 4):
+        small.run(batch, 1.0, work)
+        small.forget()
+        assert float(WEIGHT.grad) == pytest.approx(number * expected(batch, 1.0), rel=1e-6)
+
+
 def test_a_loss_that_was_returned_is_not_overwritten_by_the_next(small, recorded):
     first, second = batch_of((20, 12), 1), batch_of((20, 12), 2)
     losses = [small.run(batch, 1.0, work) for batch in (first, first, second)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -124,9 +123,8 @@ def _note_graphs(trainer: LorafitTrainer, text: str) -> None:
 
 def enforce_budget(config: RunConfig) -> None:
     """Nothing of this process takes more of the card than `vram`, from here on; before anything is loaded."""
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():
-        # before the allocator starts: blocks that grow lose less between them than blocks that do not
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # blocks that grow (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) lose less between them where sizes vary. To be
+    # set here it is too late: importing bitsandbytes has started CUDA. Unmeasured, so whoever runs lorafit sets it.
     if torch.cuda.is_available() and config.vram is not None:
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.vram, "vram") / total))

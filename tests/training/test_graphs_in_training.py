@@ -1,0 +1,111 @@
+"""Training with graphs, on a CPU that replays by doing the same again: the trainer's part of it.
+
+What a graph is on a card stands in tests/engine/test_graphs.py.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from little_run import encoded_rows, settings
+from lorafit.adapters import attach
+from lorafit.backbone import load_backbone
+from lorafit.config.dial import Dial
+from lorafit.engine import Graphs, Segments, graphs
+from lorafit.engine.buckets import Bucket
+from lorafit.training import EventLog, LorafitTrainer
+from tiny_models import save_base
+
+ROWS = encoded_rows(9, 12, 15, 30, 31, 32, 20, 8, 11, 26, 5, 17, 40, 22, 6, 28)
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_base(tmp_path_factory.mktemp("base")))
+
+
+class Layers:
+    """What graphs and the retry after an out-of-memory need of the decoder layers."""
+
+    def __init__(self, dial):
+        self.dial, self.turned, self.notes = dial, 0, []
+        self.note = self.notes.append
+
+    def tighten(self):
+        tighter = self.dial.tighter(2)
+        self.dial = tighter or self.dial
+        return tighter is not None
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """Graphs on a CPU, whose attention needs the rows in groups; a replay is the same work again."""
+    batch_of = Bucket.batch_of
+
+    def grouped(self, filled):
+        batch = batch_of(self, filled)
+        lengths = np.diff(batch.segments.boundaries.numpy())
+        return replace(batch, segments=Segments.of_lengths(lengths[lengths > 0].tolist()))
+
+    def record(self, frame, work):
+        def replay():
+            frame.loss = frame.through(work)
+
+        frame.graph = SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(Bucket, "batch_of", grouped)
+    monkeypatch.setattr(graphs, "recordable", lambda layers: True)
+    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(Graphs, "_finish", lambda self: None)
+
+
+def trained(base, folder, dial=None, when=lambda: False, **given):
+    """Losses, gradient norms and final adapters of a short run; and its trainer."""
+    sizes = {"max_tokens": 4096, "examples_per_step": 4, "max_steps": STEPS, "save_steps": 100, "lr": 1e-2}
+    config = settings(base=base, **sizes | given)
+    model = attach(load_backbone(config, device="cpu"), config)
+    trainer = LorafitTrainer(model, config, ROWS, None, folder, events=EventLog(folder / "events.jsonl"))
+    if dial is not None:
+        trainer.memory.layers = Layers(dial)
+        trainer.graphs = Graphs(trainer.memory.layers, int(ROWS.lengths.max()), trainer._trained)
+
+    def full(*unused):
+        if when():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.get_base_model().model.layers[-1].register_forward_hook(full)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    numbers = [number for entry in logged for number in (entry["loss"], entry["grad_norm"])]
+    return numbers, torch.cat([weight.detach().flatten() for weight in trainer._trained]), trainer
+
+
+@pytest.mark.parametrize("micro_tokens", [4096, 64])
+def test_losses_gradients_and_adapters_are_those_of_training_without(base, tmp_path, replaying, micro_tokens):
+    wanted, weights, _ = trained(base, tmp_path / "plain", max_tokens=micro_tokens)
+    # some micro-batches are too large for a graph, and add to the same gradients
+    found, got, trainer = trained(base, tmp_path / "graphs", Dial(graphs=80), max_tokens=micro_tokens)
+    assert trainer.graphs.replays >= 4
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert float((got - weights).norm() / weights.norm()) < 1e-4
+
+
+def test_a_run_that_runs_out_of_memory_gives_graphs_up_and_goes_on(base, tmp_path, replaying):
+    wanted, weights, _ = trained(base, tmp_path / "plain")
+    calls = iter(range(10**6))
+    found, got, trainer = trained(base, tmp_path / "short", Dial(graphs=512), when=lambda: next(calls) == 7)
+    assert trainer.graphs.layers.dial == Dial() and not trainer.graphs._frames
+    assert [event.kind for event in trainer.events.seen] == ["out_of_memory"]
+    assert "no CUDA graphs from here on" in trainer.events.seen[0].message
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert float((got - weights).norm() / weights.norm()) < 1e-4
+
+
+def test_dropout_draws_for_every_micro_batch(base, tmp_path, replaying):
+    found, _, trainer = trained(base, tmp_path, Dial(graphs=512), dropout=0.5, lr=1e-9)
+    assert trainer.graphs.replays >= 4
+    assert len(set(found[::2])) == len(found[::2])
