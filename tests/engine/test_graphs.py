@@ -131,6 +131,16 @@ def test_buckets_that_were_not_used_for_long_are_let_go(small, recorded, monkeyp
     assert len(small._frames) == 2 and recorded.made == 1 and small.replays == 2
 
 
+def test_graphs_give_their_memory_back_once_and_are_recorded_again(small, recorded):
+    batch = batch_of((20, 12))
+    assert not small.give_back()
+    for made in (1, 2):
+        for _ in range(3):
+            small.run(batch, 1.0, work)
+        assert recorded.made == made
+        assert small.give_back() and not small.give_back()
+
+
 def test_a_dial_without_graphs_lets_go_of_them(small, recorded):
     batch = batch_of((20, 12))
     for _ in range(3):

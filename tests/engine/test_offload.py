@@ -92,6 +92,17 @@ def test_the_arena_gives_back_what_the_last_micro_batch_did_not_need():
     assert arena.reserved_bytes == 0
 
 
+def test_a_tensor_larger_than_chunks_that_are_there_gets_one_of_its_own():
+    arena = PinnedArena()
+    arena.pin_ahead(2 * 4096)
+    large = torch.arange(6000, dtype=torch.uint8)
+    for _ in range(2):
+        pieces = [arena.take(torch.empty(100, dtype=torch.uint8)), arena.take(large)]
+        pieces[1].copy_(large)
+        assert pieces[1].numel() == 6000
+        arena.restart()
+
+
 def test_pieces_of_the_arena_do_not_overlap():
     arena = PinnedArena()
     pieces = [arena.take(torch.empty(size, dtype=torch.float64)) for size in (7, 65, 300, 3)]

@@ -109,3 +109,22 @@ def test_dropout_draws_for_every_micro_batch(base, tmp_path, replaying):
     found, _, trainer = trained(base, tmp_path, Dial(graphs=512), dropout=0.5, lr=1e-9)
     assert trainer.graphs.replays >= 4
     assert len(set(found[::2])) == len(found[::2])
+
+
+def test_evaluation_and_saving_that_run_out_of_memory_have_the_graphs_memory(base, tmp_path, replaying):
+    _, _, trainer = trained(base, tmp_path, Dial(graphs=512))
+    for short_of in (
+        lambda work: trainer.memory.evaluate(STEPS, ROWS, lambda batch: work() or torch.zeros(())),
+        lambda work: trainer.memory.save(STEPS, work),
+    ):
+        trainer.memory.give_back, given = trainer.graphs.give_back, []
+
+        def work(given=given):
+            given.append(bool(trainer.graphs._frames))
+            if given[-1]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        trainer.train()
+        assert trainer.graphs._frames
+        short_of(work)
+        assert given[:2] == [True, False] and trainer.graphs.layers.dial == Dial(graphs=512)

@@ -113,6 +113,7 @@ def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal) -> 
         longest = int(trainer.train_rows.lengths.max())
         trainer.graphs = Graphs(layers, longest, trained, arena_bytes=found.graph_bytes)
         trainer.graphs.tell = partial(_note_graphs, trainer)
+        trainer.memory.give_back = trainer.graphs.give_back
     if not trainer.config.deterministic:  # when it acts depends on what the allocator went through
         trainer.add_callback(AllocatorWatch(layers, trainer.events))
 

@@ -108,6 +108,13 @@ class Graphs:
             self._pool = None  # a pool that nothing uses any more cannot be used again while a block of it is alive
             release_memory()
 
+    def give_back(self) -> bool:
+        """Let go of all graphs for something that is short of memory; they are recorded again when they come up.
+        False where there was none."""
+        held = any(frame.graph is not None for frame in self._frames.values())
+        self.forget()
+        return held
+
     def _frame(self, bucket: Bucket) -> _Frame:
         if bucket not in self._frames:
             self._frames[bucket] = _Frame(bucket, self.device)
@@ -140,6 +147,7 @@ class Graphs:
 
     def _record(self, frame: _Frame, work: Pass) -> None:
         """Record `frame`; where that fails, nothing will be from then on. Raises torch.OutOfMemoryError."""
+        reason = ""
         try:
             with _mended_if_broken(self.device, lambda: self._pool):
                 if self._pool is None:
@@ -151,9 +159,10 @@ class Graphs:
             self.forget()
             raise
         except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if reason:  # outside of the handler, whose error holds on to what was recorded so far
             self.failed = True
             self.forget()
-            reason = str(error).strip().partition("\n")[0]
             self.tell(f"micro-batches cannot be recorded as CUDA graphs ({reason}); they run without")
 
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -172,7 +181,8 @@ class Graphs:
 @contextlib.contextmanager
 def _mended_if_broken(device: torch.device, pool: Callable[[], Any]) -> Iterator[None]:
     """When a recording within breaks, put right what torch leaves as it is (`CUDAGraph::capture_end` says so itself):
-    random numbers and memory that go on counting as part of it, and the stream."""
+    random numbers and memory that go on counting as part of it, and the stream. What the broken recording had taken
+    stays taken until the process ends, in torch up to 2.13 at least (pytorch/pytorch#190348)."""
     if device.type != "cuda":
         yield
         return

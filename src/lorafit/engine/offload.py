@@ -80,7 +80,7 @@ class PinnedArena:
         """A flat pinned tensor of the size and dtype of `like`."""
         size = like.numel() * like.element_size()
         self._wait()
-        if self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
+        while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
             self.chunk, self.used = self.chunk + 1, 0
         if self.chunk == len(self.chunks):
             self.chunks.append(_pinned(max(CHUNK_BYTES, size)))

@@ -58,6 +58,7 @@ class MemoryRetry:
     def __init__(self, steps: StepDataset, events: EventLog, device: torch.device) -> None:
         self.steps, self.events, self.device = steps, events, device
         self.layers: Layers | None = None
+        self.give_back: Callable[[], bool] = lambda: False  # memory of steps that evaluation and saving can do without
         self.times, self.tightened = 0, 0
 
     def run(self, number: int, step: Step, forward: Forward, undo: Callable[[], object]) -> torch.Tensor:
@@ -89,7 +90,10 @@ class MemoryRetry:
                 total += outcome
                 continue
             release_memory()
-            if len(members) > 1:
+            if self.give_back():
+                self._note(number, outcome, "evaluating; the memory of CUDA graphs is given back")
+                waiting.append(members)
+            elif len(members) > 1:
                 half = (len(members) + 1) // 2
                 self._note(number, outcome, f"evaluating {len(members)} rows at once; they are halved")
                 waiting += [members[half:], members[:half]]
@@ -104,6 +108,7 @@ class MemoryRetry:
         outcome = self._once(write)
         if isinstance(outcome, OutOfMemory):
             release_memory()
+            self.give_back()
             self._note(number, outcome, "saving; it is tried once more")
             write()
 
