@@ -1,8 +1,8 @@
 """Graphs: micro-batches that would wait for the processor run as CUDA graphs, recorded once and started in one call.
 
-Starting a layer's kernels takes the processor some 3 ms, forward and backward, however few the tokens of the
-micro-batch: longer than the kernels themselves for small steps and small models. A graph fixes shapes, so micro-batches are filled
-up to a bucket's size (`buckets.py`), from the first one on: whether one is replayed or not changes no bit.
+Starting a layer's kernels takes the processor some 3 ms, forward and backward, however few the tokens: longer than
+the kernels themselves for small steps and small models. A graph fixes shapes, so micro-batches are filled up to a
+bucket's size (`buckets.py`), from the first one on: whether one is replayed or not changes no bit.
 """
 
 from __future__ import annotations
