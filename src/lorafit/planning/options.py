@@ -17,7 +17,7 @@ from lorafit.planning.shape import ModelShape
 class Option:
     """One row of the matrix with what it would take here; ranges are (low, high), `rank` 0 means every weight.
 
-    `peak_bytes` are those that it needs: unpacked weights, which take what is left over, are not among them.
+    `peak_bytes` are those that it needs: graphs and unpacked weights, which take what is left over, are not among them.
     """
 
     method: str
