@@ -53,6 +53,7 @@ def main() -> None:
     run.add_argument("--activations", default="auto", help="of lorafit")
     run.add_argument("--deterministic", action="store_true", help="of lorafit")
     run.add_argument("--dropout", type=float, default=0.0)
+    run.add_argument("--profile", default="", help="of lorafit: write its kernels' seconds after the warm-up here")
     run.add_argument("--steps", type=int, default=8)
     run.add_argument("--warm", type=int, default=3)
     table = verbs.add_parser("table")
@@ -118,6 +119,11 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
 
     class Marks(TrainerCallback):
         ended = save_ms = 0.0
+        kernels: object = None
+
+        def on_step_begin(self, args: object, state: object, *_: object, **__: object) -> None:
+            if options.profile and state.global_step == warm:  # type: ignore[attr-defined]
+                self.kernels = start_profile()
 
         def on_save(self, *_: object, **__: object) -> None:
             self.save_ms = (time.perf_counter() - self.ended) * 1e3
@@ -126,6 +132,8 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             if state.global_step in (1, warm, state.max_steps):  # type: ignore[attr-defined]
                 torch.cuda.synchronize()
                 marks.append(time.perf_counter())
+                if self.kernels and state.global_step == state.max_steps:  # type: ignore[attr-defined]
+                    write_profile(self.kernels, options.profile, state.max_steps - warm)  # type: ignore[attr-defined]
             self.ended = time.perf_counter()
 
     class Watch(Observer):
@@ -178,6 +186,28 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "deterministic": options.deterministic,
         "loss": round(run.loss, 4),
     }
+
+
+def start_profile() -> object:
+    from torch.profiler import ProfilerActivity, profile
+
+    kernels = profile(activities=[ProfilerActivity.CUDA])
+    kernels.start()
+    return kernels
+
+
+def write_profile(kernels: object, path: str, steps: int) -> None:
+    """A line for each kernel, the longest first: milliseconds and calls of one step, microseconds a call, name."""
+    kernels.stop()  # type: ignore[attr-defined]
+    found = [event for event in kernels.key_averages() if event.self_device_time_total > 0]  # type: ignore[attr-defined]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    lines = [f"{sum(event.self_device_time_total for event in found) / steps / 1e3:9.3f} ms of kernels a step"]
+    for event in found:
+        spent = event.self_device_time_total
+        lines.append(
+            f"{spent / steps / 1e3:9.3f} {event.count / steps:8.1f} {spent / event.count:9.1f}  {event.key[:160]}"
+        )
+    Path(path).write_text("\n".join(lines) + "\n")
 
 
 def write_rows(path: Path, options: argparse.Namespace, count: int) -> Path:
