@@ -6,6 +6,8 @@ from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
 from lorafit.backbone.frozen_features import frozen_features
 from lorafit.backbone.frozen_linear import FrozenLinear4bit, freeze_linears
+from lorafit.backbone.frozen_linear_op import frozen_product
+from lorafit.backbone.frozen_products import frozen_products, keep_dense_together, siblings
 from lorafit.backbone.load import load_backbone, nf4_config
 from lorafit.backbone.packed_weight import dequantise, quantise, true_numel
 from lorafit.backbone.precision import compute_dtype, default_device
@@ -26,6 +28,9 @@ __all__ = [
     "forget_quantisation",
     "fresh_weights",
     "frozen_features",
+    "frozen_product",
+    "frozen_products",
+    "keep_dense_together",
     "load_backbone",
     "nf4_config",
     "output_head",
@@ -33,6 +38,7 @@ __all__ = [
     "quiet_libraries",
     "require_same_base",
     "rounding_activations",
+    "siblings",
     "text_decoder",
     "thaw_linear",
     "thaw_linears",

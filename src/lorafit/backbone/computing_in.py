@@ -67,4 +67,4 @@ def rounding_activations(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Mo
 def _compute_in(linear: FrozenLinear4bit, dtype: torch.dtype, weights: torch.dtype | None, *, fp8: bool) -> None:
     linear.compute_dtype, linear.weight_dtype, linear.fp8 = dtype, weights, fp8
     if linear.dense is not None:
-        linear.keep_dense(linear.inlined)
+        linear.keep_dense()

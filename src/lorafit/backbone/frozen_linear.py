@@ -26,7 +26,7 @@ DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
 
 
-DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8", "_kept", "inlined"})
+DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8"})
 """What is set of a layer that decides how it multiplies."""
 
 
@@ -36,8 +36,6 @@ class FrozenLinear4bit(Linear4bit):
     # dense copies, and the packed weight that they were made from (PEFT's merge puts another in its place); in a
     # tuple, for a module registers any Parameter that is assigned to it
     _kept: tuple[tuple[Tensor, ...], Params4bit] | None = None
-    inlined: bool = True
-    """Whether compiled code multiplies by the dense copy itself, where there is one."""
     weight_dtype: torch.dtype | None = None
     """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
     fp8: bool = False
@@ -61,13 +59,13 @@ class FrozenLinear4bit(Linear4bit):
         if row_scales is not None:
             y = fp8_linear(x, row_scales, self._ticket, self.out_features, self.in_features)
             return y if self.bias is None else y + self.bias
+        if self.weight_dtype is None and torch.compiler.is_compiling():
+            return self._traced(x, self.compute_dtype)
         dense = self.dense
-        if dense is not None and (self.inlined or not torch.compiler.is_compiling()):
+        if dense is not None:
             return F.linear(x, dense, self.bias)
         if self.weight_dtype is not None:
             return F.linear(x, self.unpacked(), self.bias)
-        if torch.compiler.is_compiling():
-            return self._traced(x, self.compute_dtype)
         y = frozen_linear(x, *self.packed(), False)
         return y if self.bias is None else y + self.bias
 
@@ -78,7 +76,7 @@ class FrozenLinear4bit(Linear4bit):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in DECIDES:
-            plain = not (self._kept and self.inlined) and self.weight_dtype is None and not self.fp8
+            plain = self.weight_dtype is None and not self.fp8
             names = (word for word, dtype in DTYPES.items() if dtype is self.compute_dtype)
             super().__setattr__("_lean", next(names, None) if plain else None)
 
@@ -99,10 +97,12 @@ class FrozenLinear4bit(Linear4bit):
         """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
         return (*self.packed(), self.row_scales, *self.copies)
 
-    def unpacked(self) -> Tensor:
-        """The weight (out, in) as the layer uses it, made afresh."""
-        weight = unpack(self.weight.data, self.weight.quant_state, self.weight_dtype or self.compute_dtype)
-        return weight.to(self.compute_dtype)
+    def unpacked(self, place: Tensor | None = None) -> Tensor:
+        """The weight (out, in) as the layer uses it, made afresh; in `place`, where that is given."""
+        rounding = self.weight_dtype or self.compute_dtype
+        direct = place if rounding is self.compute_dtype else None
+        weight = unpack(self.weight.data, self.weight.quant_state, rounding, direct)
+        return weight.to(self.compute_dtype) if place is None or direct is not None else place.copy_(weight)
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
@@ -117,20 +117,18 @@ class FrozenLinear4bit(Linear4bit):
         copies = self.copies
         return copies[0] if len(copies) == 1 else None
 
-    def keep_dense(self, inlined: bool = True) -> None:
-        """Unpack the weight once and keep that, `dense_bytes` large.
+    def keep_dense(self, place: Tensor | None = None) -> None:
+        """Unpack the weight once and keep that, `dense_bytes` large; in `place` (out, in), where that is given.
 
-        `inlined`: compiled code multiplies by it like by any dense weight. Else it goes on calling the operator, which
-        then finds the copy: layers with a copy and without one share their code.
+        Compiled code goes on calling the operator, which then finds the copy: whether there is one changes no code.
         """
         scales = self.row_scales
         if scales is None:
-            self._kept = (self.unpacked(),), self.weight
+            self._kept = (self.unpacked(place),), self.weight
         else:
             packed, *rest, _, in_features, block, _ = self.packed()
             both = (unpack_e4m3(packed, tuple(rest), block, scales[1], in_features, way) for way in (False, True))
             self._kept = tuple(both), self.weight
-        self.inlined = inlined
 
     def drop_dense(self) -> None:
         """Forget what `keep_dense` made; the weight is unpacked on each call from now on."""
@@ -161,13 +159,13 @@ class FrozenLinear4bit(Linear4bit):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
         # `.to("cpu")` on models that are there already, and must not cost them their copies.
-        kept, inlined, place = self._kept is not None, self.inlined, self.weight.device
+        kept, place = self._kept is not None, self.weight.device
         self.drop_dense()
         self._packed = None
         moved = super()._apply(fn, recurse)
         self.scale_rows()
         if kept and self.weight.device in (place, torch.device("cpu")):
-            self.keep_dense(inlined)
+            self.keep_dense()
         return moved
 
 

@@ -29,7 +29,7 @@ from lorafit.engine.measure import (
 from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 from lorafit.errors import TrainingError
 from lorafit.planning.dial_solver import Room, Solution, solve_micro
-from lorafit.planning.graphs import FILLED, WAITING, graph_tokens
+from lorafit.planning.graphs import FILLED, graph_tokens
 from lorafit.planning.layer_costs import LayerCosts, Link, Split
 from lorafit.planning.timeline import offload_schedule
 
@@ -157,8 +157,7 @@ def pose(
         again = round(everything * FILLED * min(graphs / batch.tokens, 1.0))
         if not recordable(layers) or again > spare:
             graphs = again = 0
-        most = len(layers) if layers.dial.dense else len(layers) - 1 if _waits_for_card(keep) or graphs else 0
-        layers.dial = Dial(dense=min(dense_layers(layers, spare - again), most), graphs=graphs)
+        layers.dial = Dial(dense=dense_layers(layers, spare - again), graphs=graphs)
         return None
     if layers.dial.dense:  # what was planned with does not fit: weights are unpacked on each call then
         layers.dial = replace(layers.dial, dense=0)
@@ -173,12 +172,6 @@ def pose(
         embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
     )
     return DialProblem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
-
-
-def _waits_for_card(cost: LevelCost) -> bool:
-    """Whether a layer takes longer than the processor needs to start its kernels: only then do copies that the
-    operator finds, of some layers, save time."""
-    return cost.forward_s + cost.backward_s > 2 * cost.launch_s * (1 + WAITING)
 
 
 def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:

@@ -18,8 +18,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit
+from lorafit.backbone import FrozenLinear4bit, keep_dense_together, siblings
 from lorafit.config.dial import Dial
+from lorafit.engine.joined_products import JOINED_PRODUCTS
 from lorafit.engine.offload import HostOffload
 from lorafit.engine.recompute import feed_forward_widths, recompute_contexts
 from lorafit.engine.segments import Segments
@@ -48,9 +49,8 @@ class DecoderLayers:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = core.get_decoder()
         self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-        self.frozen = [
-            [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
-        ]
+        self.siblings = [siblings(layer) for layer in self.layers]
+        self.frozen = [list(chain(*groups)) for groups in self.siblings]
         self.core, self.dial = core, (dial or Dial()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
@@ -103,20 +103,15 @@ class DecoderLayers:
         return True
 
     def _unpack_weights(self, keep: bool = True) -> None:
-        """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading.
-
-        Only where all layers have them are they compiled into the layers' code: else it would differ by layer.
-        """
+        """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading."""
         dense = self.dial.dense if keep else 0
-        inlined = dense == len(self.layers)
-        on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
-        for module in chain(*on_card[dense:]):  # before anything is taken
+        on_card = [
+            [[module for module in group if module.weight.is_cuda] for group in groups] for groups in self.siblings
+        ]
+        for module in chain(*chain(*on_card[dense:])):  # before anything is taken
             module.drop_dense()
-        for module in chain(*on_card[:dense]):
-            if module.copies:
-                module.inlined = inlined
-            else:
-                module.keep_dense(inlined)
+        for group in chain(*on_card[:dense]):
+            keep_dense_together(group)
         self._weights = [_storages(layer) for layer in self.layers]
         self.turned += 1
 
@@ -187,7 +182,8 @@ class DecoderLayers:
         if level not in self._bodies:
             contexts = recompute_contexts(self.widths if level == "feed_forward" else frozenset())
             body = _light_body if level == "feed_forward" else _kept_body
-            options: dict[str, Any] | None = {"size_asserts": SIZE_ASSERTS} if self.backend == "inductor" else None
+            inductor = {"size_asserts": SIZE_ASSERTS, "post_grad_custom_pre_pass": JOINED_PRODUCTS}
+            options: dict[str, Any] | None = inductor if self.backend == "inductor" else None
             compiled = torch.compile(body, fullgraph=True, backend=self.backend, options=options)
             self._bodies[level] = partial(compiled, contexts)
         return self._bodies[level]

@@ -1,0 +1,150 @@
+"""Products joined in compiled layers: the same gradient, by fewer products."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import select_decomp_table
+
+from engine.test_families_compiled import adapted, gradient
+from lorafit.backbone import keep_dense_together, siblings
+from lorafit.config.dial import Dial
+from lorafit.engine import DecoderLayers
+from lorafit.engine.joined_products import JOINED_PRODUCTS
+
+LENGTHS = (40, 21, 9)
+
+
+class Joining:
+    """A backend that joins products as inductor would, and runs the graph; it counts calls in `before` and `after`."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+        joined = partial(aot_autograd, decompositions=select_decomp_table())
+        self.backend = joined(
+            fw_compiler=self.compiled,
+            bw_compiler=self.compiled,
+            partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        )
+
+    def compiled(self, module, inputs):
+        self.before.append(calls(module.graph))
+        JOINED_PRODUCTS(module.graph)
+        module.graph.lint()
+        self.after.append(calls(module.graph))
+        module.recompile()
+        return make_boxed_func(module.forward)
+
+
+def calls(graph):
+    return Counter(node.target.__name__ for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+
+
+def difference(model, level="keep", autocast=False):
+    """How far joined layers' gradient is from eager ones', and what was counted."""
+    joining = Joining()
+    layers = len(DecoderLayers(model, compiled=False))
+    spec = "keep" if level == "keep" else f"{level}={layers}"
+    wanted = gradient(model, LENGTHS, "cpu", autocast)
+    with DecoderLayers(model, Dial.parse(spec, layers), backend=joining.backend) as driven:
+        got = gradient(model, LENGTHS, "cpu", autocast)
+    assert driven.compiled, driven.notes
+    return float((got - wanted).norm() / wanted.norm()), joining
+
+
+@pytest.mark.parametrize(
+    ("family", "level"), [("llama", "feed_forward"), ("gemma2", "keep"), ("phi3", "keep"), ("qwen3_moe", "keep")]
+)
+def test_joined_products_have_the_gradient_of_layers_as_written(family, level, tmp_path):
+    apart, joining = difference(adapted(family, tmp_path), level)
+    assert apart < 1e-4
+    joined = sum(count["frozen_products.default"] for count in joining.after)
+    separate = sum(count["frozen_product.default"] for count in joining.after)
+    before = sum(count["frozen_product.default"] for count in joining.before)
+    if family == "phi3":  # whose projections of one input are one to begin with
+        assert not joined and separate == before
+    else:
+        assert joined > 0 and separate + joined < before
+
+
+def test_a_layer_of_seven_projections_makes_five_products_and_sends_four_back(tmp_path):
+    apart, joining = difference(adapted("llama", tmp_path))
+    assert apart < 1e-4
+    forward, backward = joining.after
+    assert forward["frozen_product.default"] + forward["frozen_products.default"] == 5
+    assert backward["frozen_product.default"] + backward["frozen_products.default"] == 4
+    # adapters: A of q, k, v and of gate, up in one each, B apart; back, B apart, A and its input's gradient in one each
+    was_forward, was_backward = (count["mm.default"] for count in joining.before)
+    assert forward["mm.default"] == was_forward - 2 - 1
+    assert backward["mm.default"] == was_backward - 2 * (2 + 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": "qv", "dropout": 0.0},
+        {"targets": "attention", "alpha": 6.5},
+        {"targets": "all-linear", "rank": 3},
+    ],
+    ids=str,
+)
+def test_so_they_have_with_any_adapter(settings, tmp_path):
+    assert difference(adapted("llama", tmp_path, **settings))[0] < 1e-4
+
+
+def test_dropout_draws_the_same_numbers_and_has_the_same_gradient(tmp_path):
+    model = adapted("llama", tmp_path, dropout=0.3)
+    layers = len(DecoderLayers(model, compiled=False))
+    found = []
+    for backend in ("aot_eager_decomp_partition", Joining().backend):
+        torch._dynamo.reset()
+        with DecoderLayers(model, Dial.parse("keep", layers), backend=backend):
+            torch.manual_seed(3)
+            found.append(gradient(model, LENGTHS, "cpu", autocast=False))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-5
+
+
+def test_in_bf16_joined_sums_are_no_farther_from_fp32_than_separate_ones(tmp_path):
+    model = adapted("llama", tmp_path, compute="bf16")
+    layers = len(DecoderLayers(model, compiled=False))
+    exact = gradient(adapted("llama", tmp_path, compute="fp32"), LENGTHS, "cpu", autocast=False)
+    far = []
+    for backend in ("aot_eager_decomp_partition", Joining().backend):
+        torch._dynamo.reset()
+        with DecoderLayers(model, Dial.parse("keep", layers), backend=backend):
+            found = gradient(model, LENGTHS, "cpu", autocast=True)
+        far.append(float((found - exact).norm() / exact.norm()))
+    assert far[1] < 1.1 * far[0]
+
+
+def test_weights_kept_together_packed_or_apart_give_the_same_bits(tmp_path):
+    model = adapted("llama", tmp_path)
+    driven = DecoderLayers(model, Dial(), backend=Joining().backend)
+    found = []
+    linears = [linear for group in driven.siblings for linear in group]
+    for keep in (lambda: None, lambda: [linear.keep_dense() for linear in sum(linears, [])], lambda: together(driven)):
+        for linear in sum(linears, []):
+            linear.drop_dense()
+        keep()
+        with driven:
+            found.append(gradient(model, LENGTHS, "cpu", autocast=False))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def together(driven):
+    for layer in driven.layers:
+        for group in siblings(layer):
+            keep_dense_together(group)
+
+
+@pytest.mark.slow
+def test_the_compiler_itself_makes_the_joined_gradient(tmp_path):
+    model = adapted("llama", tmp_path)
+    wanted = gradient(model, LENGTHS, "cpu", autocast=False)
+    with DecoderLayers(model, Dial(), backend="inductor") as driven:
+        got = gradient(model, LENGTHS, "cpu", autocast=False)
+    assert driven.compiled, driven.notes
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
