@@ -11,11 +11,11 @@ from transformers import TrainingArguments
 from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.api import rehearsed_layers as module
-from lorafit.api.rehearsed_layers import _work, rehearsed_layers
+from lorafit.api.rehearsed_layers import _work, enforce_budget, rehearsed_layers
 from lorafit.backbone import load_backbone
 from lorafit.config import RunDir, resolve
 from lorafit.config.dial import Dial
-from lorafit.engine import Rehearsal
+from lorafit.engine import PAGE_BYTES, Rehearsal
 from lorafit.engine.attention import PACKED
 from lorafit.training import LorafitTrainer
 from lorafit.training import trainer as trainer_module
@@ -44,6 +44,16 @@ def test_the_rehearsal_computes_under_the_autocast_of_training(tmp_path, monkeyp
     trainer.train()
     handle.remove()
     assert len(seen) == 2 and seen[0] == seen[1] == (True, torch.bfloat16, True)
+
+
+def test_a_budget_leaves_room_for_what_a_growing_block_takes_beyond_torchs_limit(monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    enforce_budget(resolve(flags={"base": "any", "vram": "8GiB"}).config)
+    enforce_budget(resolve(flags={"base": "any"}).config)
+    assert [round(fraction * (80 << 30)) for fraction in fractions] == [(8 << 30) - PAGE_BYTES]
 
 
 def test_the_largest_micro_batch_is_rehearsed(tmp_path):

@@ -10,7 +10,7 @@ from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
-from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, collate, graphs, packed
+from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, allocator, collate, graphs, packed
 from tiny_models import save_base, stir
 
 LENGTHS = ((5, 9, 17), (8, 3, 20), (33, 12), (9, 9, 9), (40,))
@@ -291,8 +291,16 @@ def test_after_memory_ran_out_while_recording_the_same_graphs_can_be_made_again(
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
 
 
+@pytest.fixture(params=[allocator.FIXED, allocator.GROWING])
+def blocks(request):
+    """What other blocks than those of recordings are: as before, and as `let_blocks_grow` has them."""
+    allocator._set(request.param)
+    yield
+    allocator._set(allocator.FIXED)
+
+
 @pytest.mark.gpu
-def test_graphs_that_were_let_go_are_recorded_again(on_card):
+def test_graphs_that_were_let_go_are_recorded_again(on_card, blocks):
     loss = VocabularyLoss.expected(on_card)
 
     def there_and_back(batch, share):
@@ -311,7 +319,7 @@ def test_graphs_that_were_let_go_are_recorded_again(on_card):
 
 
 @pytest.mark.gpu
-def test_graphs_give_their_memory_back(on_card):
+def test_graphs_give_their_memory_back(on_card, blocks):
     torch.cuda.synchronize()
     _, _, made = steps_on_card(on_card, Dial(graphs=512))
     before = torch.cuda.memory_reserved()

@@ -13,7 +13,7 @@ from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config.dial import Dial
-from lorafit.engine import packed, release_memory
+from lorafit.engine import PAGE_BYTES, packed, release_memory
 from lorafit.errors import TrainingError
 from lorafit.training import EventLog, LorafitTrainer
 from lorafit.training.memory_retry import is_out_of_memory, row_count
@@ -325,5 +325,5 @@ def test_on_a_card_that_is_really_too_small_the_step_is_done_in_pieces(base, tmp
     trainer, got, used = step(room_bytes // 2)
     assert trainer.memory.times >= 1
     assert {event.kind for event in trainer.events.seen} == {"out_of_memory"}
-    assert used <= room_bytes // 2
+    assert used <= room_bytes // 2 + PAGE_BYTES  # a block that grows may take a page beyond torch's limit
     assert float((got - wanted).norm() / wanted.norm()) <= 1e-3

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
 from lorafit.config.dial import Dial
 from lorafit.data import largest_step
-from lorafit.engine import DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
+from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
@@ -124,11 +124,10 @@ def _note_graphs(trainer: LorafitTrainer, text: str) -> None:
 
 def enforce_budget(config: RunConfig) -> None:
     """Nothing of this process takes more of the card than `vram`, from here on; before anything is loaded."""
-    # blocks that grow (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) lose less between them where sizes vary. To be
-    # set here it is too late: importing bitsandbytes has started CUDA. Unmeasured, so whoever runs lorafit sets it.
     if torch.cuda.is_available() and config.vram is not None:
         _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.vram, "vram") / total))
+        limit = max(0, parse_bytes(config.vram, "vram") - PAGE_BYTES)  # what a block that grows may take beyond it
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def budget_bytes(config: RunConfig) -> int:

@@ -1,6 +1,6 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
-from lorafit.engine.allocator import allocator_retries, release_memory
+from lorafit.engine.allocator import PAGE_BYTES, allocator_retries, let_blocks_grow, release_memory
 from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.batch import MicroBatch, Step, collate
 from lorafit.engine.dial_problem import Work
@@ -15,7 +15,9 @@ from lorafit.engine.segments import Segments
 from lorafit.engine.warm_compiler import warm_compiler
 
 __all__ = [
+    "PAGE_BYTES",
     "allocator_retries",
+    "let_blocks_grow",
     "release_memory",
     "DecoderLayers",
     "Graphs",

@@ -1,10 +1,64 @@
-"""The CUDA allocator: giving memory back, and how often it had to give back and ask again."""
+"""The CUDA allocator: blocks that grow, giving memory back, and how often it had to give back and ask again."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+import platform
+import sys
+from collections.abc import Iterator
 
 import torch
+
+OPTION = "expandable_segments"
+GROWING, FIXED = f"{OPTION}:True", f"{OPTION}:False"
+VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Where a user says how torch's allocator is to work; which of two torch prefers depends on its release."""
+
+PAGE_BYTES = 20 << 20
+"""What a block grows by. Torch holds against its limit what is asked for, and may then take up to a page more."""
+
+_set_here: list[str] = []
+"""The settings that this module made last: not every torch has something that reads them back."""
+
+
+def let_blocks_grow() -> None:
+    """Have torch's blocks on the card grow from here on: where sizes vary, far less is lost between them.
+
+    The variable that asks for this is read when CUDA starts, which importing bitsandbytes does; torch also takes it
+    later, and blocks that are there already stay as they are. Whoever set it, to whichever value, is left alone.
+    """
+    said = _settings()
+    spoken_for = any(OPTION in text for text in (said, *(os.environ.get(name, "") for name in VARIABLES)))
+    if spoken_for or "MallocAsync" in said or not torch.cuda.is_available() or not _known_to_work():
+        return
+    # a block that grows is refused by the driver, where it is, and not by the setting: better now than while loading
+    with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+        try:
+            _set(_with(said, GROWING))
+            torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cuda")
+        except (RuntimeError, ValueError):
+            _set(_with(said, FIXED))
+
+
+@contextlib.contextmanager
+def fixed_blocks() -> Iterator[None]:
+    """Within it new blocks do not grow, where `let_blocks_grow` had them grow.
+
+    For pools of CUDA graphs: torch counts how often such a pool's blocks grew and how many pieces it gives back, and
+    takes the pool for empty where the two agree. A pool of which something is still in use can be dropped under it,
+    or the count fall below zero, which is an error.
+    """
+    said = _settings()
+    if not _set_here or said != _set_here[-1] or not said.endswith(GROWING):
+        yield
+        return
+    _set(said.removesuffix(GROWING) + FIXED)
+    try:
+        yield
+    finally:
+        _set(said)
 
 
 def release_memory() -> None:
@@ -17,3 +71,28 @@ def release_memory() -> None:
 def allocator_retries() -> int:
     """How often the allocator found no room, gave back what it kept and asked again, since the process began."""
     return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+def _known_to_work() -> bool:
+    """Elsewhere torch warns that it cannot; under WSL drivers fail, not always at once (pytorch/pytorch#192330)."""
+    return sys.platform == "linux" and torch.version.hip is None and "microsoft" not in platform.release().lower()
+
+
+def _settings() -> str:
+    """The allocator's settings in force, as torch would be given them."""
+    read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if read is not None:
+        return str(read())
+    asked = (os.environ[name] for name in VARIABLES if name in os.environ)
+    return _set_here[-1] if _set_here else next(asked, "")
+
+
+def _with(said: str, option: str) -> str:
+    """`said` and `option`: torch takes settings as a whole, and what they leave out goes back to its default."""
+    return ",".join(filter(None, (said.strip(" ,"), option)))
+
+
+def _set(settings: str) -> None:
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (newer or torch.cuda.memory._set_allocator_settings)(settings)
+    _set_here[:] = [settings]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config.dial import Dial
-from lorafit.engine.allocator import release_memory
+from lorafit.engine.allocator import fixed_blocks, release_memory
 from lorafit.engine.batch import MicroBatch
 from lorafit.engine.buckets import Bucket
 from lorafit.engine.layers import DecoderLayers
@@ -44,7 +44,7 @@ class Graphs:
 
     A bucket's first micro-batch runs as it is, its second is recorded. All graphs share one pool of memory, since no
     two run at once, and add to gradients that stay where they are. The pool begins with one block of `arena_bytes`:
-    torch's allocator has the blocks of such a pool neither grow nor go, so that each new size would take more. What
+    the blocks of such a pool neither grow (`fixed_blocks`) nor go, so that each new size would take more. What
     graphs refer to is watched: when `layers` are turned, or adapters move, they are made anew. Where recording fails,
     training goes on without, still filled up, so that a run that goes on and can record has the same bits; `tell` is
     told why. Memory that runs out while recording is the caller's to make room for, like any other.
@@ -149,7 +149,7 @@ class Graphs:
         """Record `frame`; where that fails, nothing will be from then on. Raises torch.OutOfMemoryError."""
         reason = ""
         try:
-            with _mended_if_broken(self.device, lambda: self._pool):
+            with fixed_blocks(), _mended_if_broken(self.device, lambda: self._pool):
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
                 if self._arena is None and self.arena_bytes:

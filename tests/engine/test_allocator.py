@@ -1,0 +1,207 @@
+"""Blocks that grow: when lorafit asks torch's allocator for them, and what else it leaves alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorafit.engine import PAGE_BYTES, allocator, let_blocks_grow
+from lorafit.engine.allocator import VARIABLES, fixed_blocks
+
+GETTER, SETTER = "_accelerator_getAllocatorSettings", "_accelerator_setAllocatorSettings"
+GROWING = "expandable_segments:True"
+KNOWN_TO_WORK = allocator._known_to_work
+
+
+class Torch:
+    """A card's allocator: what it is told, and what a first block does."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.settings, self.taken, self.refuses = [], "", [], None
+        self.patch = monkeypatch
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(allocator, "_set_here", [])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(allocator, "_known_to_work", lambda: True)
+        monkeypatch.setattr(torch._C, GETTER, lambda: self.settings, raising=False)
+        monkeypatch.setattr(torch._C, SETTER, self.tell, raising=False)
+        monkeypatch.setattr(torch, "empty", self.take)
+
+    def start_with(self, variable, settings):
+        self.patch.setenv(variable, settings)
+        self.settings = settings
+
+    def tell(self, settings):
+        self.settings = settings
+        self.told.append(settings)
+
+    def take(self, size, **_):
+        self.taken.append((size, self.settings))
+        if self.refuses:
+            raise self.refuses
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return Torch(monkeypatch)
+
+
+def test_blocks_grow_where_nobody_said_otherwise(card):
+    let_blocks_grow()
+    assert card.told == [GROWING]
+    assert card.taken == [(PAGE_BYTES, GROWING)]  # and one has been seen to
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("word", ["True", "False"])
+def test_what_the_user_set_stays_whichever_variable_says_it(card, variable, word):
+    card.start_with(variable, f"max_split_size_mb:64,expandable_segments:{word}")
+    let_blocks_grow()
+    with fixed_blocks():
+        pass
+    assert card.told == [] and card.taken == []
+
+
+def test_what_was_set_while_running_stays_too(card):
+    card.settings = "expandable_segments:False"
+    let_blocks_grow()
+    assert card.told == []
+
+
+@pytest.mark.parametrize("reads_back", [True, False])
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_the_users_other_settings_are_kept(card, monkeypatch, variable, reads_back):
+    card.start_with(variable, "garbage_collection_threshold:0.8,roundup_power2_divisions:[256:1,>:2],")
+    if not reads_back:
+        monkeypatch.delattr(torch._C, GETTER)
+    let_blocks_grow()
+    kept = "garbage_collection_threshold:0.8,roundup_power2_divisions:[256:1,>:2]"
+    assert card.told == [f"{kept},{GROWING}"]
+
+
+def test_another_allocator_is_left_alone(card):
+    card.start_with(VARIABLES[0], "backend:cudaMallocAsync")
+    let_blocks_grow()
+    assert card.told == []
+
+
+def test_without_a_card_nothing_is_set(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    let_blocks_grow()
+    assert card.told == [] and card.taken == []
+
+
+@pytest.mark.parametrize(
+    ("system", "kernel", "hip"),
+    [("win32", "10", None), ("linux", "6.6.87-microsoft-standard-WSL2", None), ("linux", "6.8.0-generic", "6.4")],
+)
+def test_where_growing_blocks_are_not_known_to_work_nothing_is_set(card, monkeypatch, system, kernel, hip):
+    monkeypatch.setattr(allocator, "_known_to_work", KNOWN_TO_WORK)
+    monkeypatch.setattr(allocator.sys, "platform", system)
+    monkeypatch.setattr(allocator.platform, "release", lambda: kernel)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    let_blocks_grow()
+    assert card.told == []
+
+
+def test_a_setter_that_raises_breaks_no_run(card, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("Unrecognized key")
+
+    monkeypatch.setattr(torch._C, SETTER, refuse)
+    let_blocks_grow()
+    assert card.taken == []
+
+
+def test_a_setter_that_is_missing_breaks_no_run(card, monkeypatch):
+    monkeypatch.delattr(torch._C, SETTER)
+    monkeypatch.delattr(torch.cuda.memory, "_set_allocator_settings")
+    let_blocks_grow()
+    assert card.taken == []
+
+
+def test_a_torch_with_the_older_setter_alone_is_told_as_well(card, monkeypatch):
+    monkeypatch.delattr(torch._C, SETTER)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", card.tell)
+    let_blocks_grow()
+    assert card.told == [GROWING]
+
+
+def test_a_driver_that_refuses_growing_blocks_gets_none(card):
+    card.start_with(VARIABLES[0], "max_split_size_mb:64")
+    card.refuses = RuntimeError("CUDA driver error: operation not supported")
+    let_blocks_grow()
+    assert card.settings == "max_split_size_mb:64,expandable_segments:False"
+    let_blocks_grow()  # not asked for again
+    assert len(card.taken) == 1
+
+
+@pytest.mark.parametrize("reads_back", [True, False])
+def test_blocks_of_a_recording_do_not_grow_and_later_ones_do(card, monkeypatch, reads_back):
+    if not reads_back:
+        monkeypatch.delattr(torch._C, GETTER)
+    card.start_with(VARIABLES[1], "max_split_size_mb:64")
+    let_blocks_grow()
+    with pytest.raises(torch.OutOfMemoryError), fixed_blocks():
+        assert card.settings == "max_split_size_mb:64,expandable_segments:False"
+        raise torch.OutOfMemoryError
+    assert card.settings == f"max_split_size_mb:64,{GROWING}"
+
+
+def test_a_recording_changes_nothing_where_blocks_do_not_grow(card):
+    with fixed_blocks():
+        assert card.told == []
+    assert card.told == []
+
+
+TORCH_ITSELF = """
+import torch
+from lorafit.engine import allocator
+torch.cuda.is_available, allocator._known_to_work, torch.empty = (lambda: True), (lambda: True), (lambda *_, **__: None)
+allocator.let_blocks_grow()
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, GETTER), reason="this torch does not say how its allocator is set")
+def test_torch_itself_takes_the_setting_beside_the_users():
+    given = {**os.environ, VARIABLES[0]: "max_split_size_mb:64"}
+    ran = subprocess.run([sys.executable, "-c", TORCH_ITSELF], env=given, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"max_split_size_mb:64,{GROWING}"
+
+
+ON_CARD = """
+import bitsandbytes, json, torch
+from lorafit.engine import let_blocks_grow
+from lorafit.engine.allocator import fixed_blocks
+before = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+let_blocks_grow()
+torch.cuda.set_per_process_memory_fraction((1 << 30) / torch.cuda.mem_get_info()[1])
+after = torch.ones(256 << 20, dtype=torch.uint8, device="cuda")
+with fixed_blocks():
+    fixed = torch.ones(512 << 20, dtype=torch.uint8, device="cuda")
+try:
+    torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    held = False
+except torch.OutOfMemoryError:
+    held = True
+
+def grows(tensor):
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= tensor.data_ptr() < segment["address"] + segment["total_size"]:
+            return segment["is_expandable"]
+
+print(json.dumps([grows(before), grows(after), grows(fixed), held, int(before.max()), int(after.min())]))
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_card_blocks_grow_from_then_on_and_the_limit_holds():
+    """In a process of its own, since the setting is one of the process, and bitsandbytes has started CUDA in it."""
+    given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    ran = subprocess.run([sys.executable, "-c", ON_CARD], env=given, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[false, true, false, true, 0, 1]"
+    assert "not supported on this platform" not in ran.stderr
