@@ -11,7 +11,7 @@ def test_a_frozen_forward_is_known_by_its_widths_and_nothing_else_is():
     packed = op_arguments(linear.weight.data, linear.weight.quant_state)
     narrow = (*quantised_rows(torch.randn(2, 64)), fp8_row_scales(linear.weight.data, linear.weight.quant_state))
     assert frozen_features(frozen_linear, (torch.randn(2, 64), *packed, False)) == (64, 96)
-    ticket = (ticket_for(linear), 96, 64)
+    ticket = (ticket_for(linear, torch.device("cpu")), 96, 64)
     assert frozen_features(frozen_linear_fp8, (*narrow, *ticket, False)) == (64, 96)
     assert frozen_features(frozen_product, (torch.randn(2, 64), *ticket, False)) == (64, 96)
     assert frozen_features(frozen_product, (torch.randn(2, 96), *ticket, True)) is None

@@ -46,6 +46,9 @@ def test_copies_made_together_adjoin_and_are_not_copied_again(linears):
     before = [module.dense.data_ptr() for module in linears]
     keep_dense_together(linears)
     assert [module.dense.data_ptr() for module in linears] == before
+    torch.nn.ModuleList(linears).to("cpu")  # the Trainer moves models to where they are
+    assert [module.dense.data_ptr() for module in linears] == before
+    assert all(torch.equal(module.dense, module.unpacked()) for module in linears)
 
 
 def test_siblings_are_linears_of_one_parent_that_take_inputs_of_one_width():

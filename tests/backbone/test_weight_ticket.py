@@ -152,7 +152,22 @@ def test_a_ticket_of_a_layer_that_is_gone_says_so():
 
 def test_tickets_are_read_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
-        assert ticket_for(linear()).device.type == "cpu"
+        assert ticket_for(linear(), torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_ticket_lies_there_and_is_known_without_being_read():
+    layer = linear(dtype=torch.bfloat16).cuda()
+    assert layer._ticket.is_cuda and holder_of(layer._ticket) is layer
+    assert holder_of(layer._ticket.clone()) is layer  # a copy is read
+    call, _ = compiled(layer)
+    graph, x = torch.cuda.CUDAGraph(), torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    wanted = call(x)
+    with torch.cuda.graph(graph):  # which nothing may be waited for in
+        out = call(x)
+    graph.replay()
+    assert torch.equal(out, wanted)
+    assert not layer.cpu()._ticket.is_cuda
 
 
 def test_the_product_passes_pytorchs_own_checks():

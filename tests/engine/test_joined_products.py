@@ -120,18 +120,20 @@ def test_in_bf16_joined_sums_are_no_farther_from_fp32_than_separate_ones(tmp_pat
     assert far[1] < 1.1 * far[0]
 
 
-def test_weights_kept_together_packed_or_apart_give_the_same_bits(tmp_path):
+def test_weights_kept_together_and_packed_ones_give_the_same_bits_and_kept_apart_the_same_gradient(tmp_path):
     model = adapted("llama", tmp_path)
     driven = DecoderLayers(model, Dial(), backend=Joining().backend)
     found = []
-    linears = [linear for group in driven.siblings for linear in group]
-    for keep in (lambda: None, lambda: [linear.keep_dense() for linear in sum(linears, [])], lambda: together(driven)):
-        for linear in sum(linears, []):
+    linears = [linear for layer in driven.frozen for linear in layer]
+    for keep in (lambda: None, lambda: together(driven), lambda: [linear.keep_dense() for linear in linears]):
+        for linear in linears:
             linear.drop_dense()
         keep()
+        model.to("cpu")  # the Trainer does so
         with driven:
             found.append(gradient(model, LENGTHS, "cpu", autocast=False))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1])
+    assert float((found[2] - found[0]).norm() / found[0].norm()) < 1e-5
 
 
 def together(driven):

@@ -154,17 +154,21 @@ class FrozenLinear4bit(Linear4bit):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copy is a layer of its own: the ticket that came with it is the original's
         super().__setstate__(state)
-        self._packed, self._ticket = None, ticket_for(self)
+        self._packed, self._ticket = None, ticket_for(self, self.weight.device)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
-        # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls
-        # `.to("cpu")` on models that are there already, and must not cost them their copies.
-        kept, place = self._kept is not None, self.weight.device
+        # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls `.to`
+        # on models that are there already, and must cost them neither their copies nor these their place beside others
+        kept, device = self._kept, self.weight.device
         self.drop_dense()
         self._packed = None
         moved = super()._apply(fn, recurse)
         self.scale_rows()
-        if kept and self.weight.device in (place, torch.device("cpu")):
+        if self._ticket.is_cuda != self.weight.is_cuda:
+            self._ticket = ticket_for(self, self.weight.device)
+        if kept is not None and self.weight.device == device:
+            self.keep_dense(kept[0][0] if len(kept[0]) == 1 and kept[0][0].dtype is self.compute_dtype else None)
+        elif kept is not None and self.weight.device.type == "cpu":
             self.keep_dense()
         return moved
 
@@ -211,7 +215,7 @@ def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) ->
     if linear.bias is not None:
         linear.bias.data = linear.bias.data.to(linear.compute_dtype)
     linear.drop_dense()
-    linear._packed, linear._ticket = None, ticket_for(linear)
+    linear._packed, linear._ticket = None, ticket_for(linear, linear.weight.device)
     assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 products come in bf16"
     linear.fp8 = fp8
     linear.scale_rows()

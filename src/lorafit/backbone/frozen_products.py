@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.backbone.frozen_linear import FrozenLinear4bit
-from lorafit.backbone.frozen_linear_op import LIBRARY, TENSORS
+from lorafit.backbone.frozen_linear_op import LIBRARY
 from lorafit.backbone.nf4_unpack import unpack_weight
 from lorafit.backbone.weight_ticket import Holder, holder_of
 
@@ -26,7 +26,17 @@ LIBRARY.define(
 def _frozen_products(
     x: Tensor, tickets: Sequence[Tensor], out_features: Sequence[int], in_features: int, transposed: bool
 ) -> Tensor:
-    weight = _joint_weight([holder_of(ticket) for ticket in tickets], sum(out_features), in_features, x)
+    holders = [holder_of(ticket) for ticket in tickets]
+    kept = [weight for weight in (holder.dense for holder in holders) if weight is not None]
+    if len(kept) < len(holders):
+        weight = _unpacked(holders, sum(out_features), in_features, x)
+    elif _adjoin(kept):
+        weight = kept[0].as_strided((sum(out_features), in_features), (in_features, 1))
+    elif transposed:  # each for itself, for putting weights together would take longer than what it saves
+        parts = x.split(list(out_features), -1)
+        return torch.stack([part @ weight for part, weight in zip(parts, kept, strict=True)]).sum(0)
+    else:
+        return torch.cat([x @ weight.t() for weight in kept], -1)
     return x @ (weight if transposed else weight.t())
 
 
@@ -44,20 +54,15 @@ frozen_products = torch.ops.lorafit.frozen_products.default
 in the dtype of `x`."""
 
 
-def _joint_weight(holders: Sequence[Holder], rows: int, columns: int, like: Tensor) -> Tensor:
-    """The dense weights (rows, columns) one below another: where they lie if they lie so, else put together."""
-    kept = [holder.dense for holder in holders]
-    dense = [weight for weight in kept if weight is not None]
-    if len(dense) == len(kept) and _adjoin(dense):
-        return dense[0].as_strided((rows, columns), (columns, 1))
+def _unpacked(holders: Sequence[Holder], rows: int, columns: int, like: Tensor) -> Tensor:
+    """The weights (rows, columns) of `holders` one below another, unpacked for this once."""
     joint = like.new_empty(rows, columns)
-    places = joint.split([holder.packed()[TENSORS] for holder in holders])
-    for holder, weight, place in zip(holders, kept, places, strict=True):
-        if weight is not None:
-            place.copy_(weight)
-        else:
-            packed, *scales, out_features, in_features, block, quant_type = holder.packed()
-            unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, like.dtype, place)
+    place = 0
+    for holder in holders:
+        packed, *scales, out_features, in_features, block, quant_type = holder.packed()
+        part = joint[place : place + out_features]
+        unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, like.dtype, part)
+        place += out_features
     return joint
 
 

@@ -34,16 +34,26 @@ _NUMBERS = count()
 _HOLDERS: WeakValueDictionary[int, Holder] = WeakValueDictionary()
 
 
-def ticket_for(holder: Holder) -> Tensor:
-    """A new ticket (1,) int64 on the CPU, where it is read without waiting for a card; good while `holder` lives."""
+def ticket_for(holder: Holder, device: torch.device) -> Tensor:
+    """A new ticket (1,) int64 for the weight of `holder`, which lies on `device`; good while `holder` lives.
+
+    It lies there too, if that is a card: where one input of an operator is no tensor of the card's, the compiler takes
+    the operator's output for unaligned, and what reads it for unable to load 16 bytes at a time (`has_unaligned_input`
+    in torch/_inductor/ir.py). There it is known by its address, since reading it would wait for the card.
+    """
     number = next(_NUMBERS)
-    _HOLDERS[number] = holder
     # not on the device that a loader may have made the default one
-    return torch.tensor([number], device="cpu")
+    ticket = torch.tensor([number], device=device if device.type == "cuda" else "cpu")
+    _HOLDERS[number] = holder
+    if ticket.is_cuda:
+        _HOLDERS[ticket.data_ptr()] = holder
+    return ticket
 
 
 def holder_of(ticket: Tensor) -> Holder:
     """What has the weight that `ticket` stands for."""
-    holder = _HOLDERS.get(int(ticket.item()))
+    holder = _HOLDERS.get(ticket.data_ptr()) if ticket.is_cuda else None
+    if holder is None:
+        holder = _HOLDERS.get(int(ticket.item()))
     assert holder is not None, "the layer of a frozen weight is gone before its backward ran"
     return holder
