@@ -1,11 +1,10 @@
 """What a training step costs the processor: the Python of 32 decoder layers whose arithmetic is next to nothing.
 
-    python bench/overhead.py [--targets qv|all-linear] [--dense none|inlined|found] [--steps 30] [--profile]
+    python bench/overhead.py [--targets qv|all-linear] [--steps 30] [--profile]
 
 A random Llama of hidden size 64 in NF4, driven as `lorafit.train` drives a model on a card: compiled layers, packed
 attention, autocast, chunked loss. Frozen linears and attention are hollow here, for their kernels on a CPU are not
-those of a card: what an operator's own Python and its launches cost there comes on top. `--dense`: weights lie
-unpacked, in the compiled code or found by the hollow operator; small matmuls are real then. Prints one JSON line;
+those of a card: what an operator's own Python and its launches cost there comes on top. Prints one JSON line;
 `--profile` adds where the time goes, by function.
 """
 
@@ -39,7 +38,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="qv", choices=("qv", "all-linear"))
     parser.add_argument("--dial", default="keep")
-    parser.add_argument("--dense", default="none", choices=("none", "inlined", "found"))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
@@ -50,9 +48,6 @@ def main() -> None:
     rows = [(random.integers(4, 250, length), np.arange(length) > 0) for length in (7, 9)]
     hollow = hollow_operators()
     layers = DecoderLayers(model, Dial.parse(options.dial, LAYERS))
-    if options.dense != "none":
-        for linear in (linear for linears in layers.frozen for linear in linears):
-            linear.keep_dense(options.dense == "inlined")
     with layers, packed(model):
         found = timed(layers, model, collate(rows), options.steps)
         if options.profile:
@@ -89,9 +84,12 @@ def hollow_operators() -> torch.library.Library:
     def attention_backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
 
+    def linears(x: Tensor, tickets: Any, out_features: Any, in_features: int, transposed: bool) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], in_features if transposed else sum(out_features))
+
     library = torch.library.Library("lorafit", "IMPL")
     for name, hollow in (
-        ("frozen_product", linear),
+        ("frozen_product", linear), ("frozen_products", linears),
         ("packed_attention", attention), ("packed_attention_backward", attention_backward),
     ):  # fmt: skip
         library.impl(name, hollow, "CPU")

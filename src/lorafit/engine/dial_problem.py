@@ -25,6 +25,7 @@ from lorafit.engine.measure import (
     link_rates,
     measure_level,
     unpack_s,
+    unpacked_bytes,
 )
 from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 from lorafit.errors import TrainingError
@@ -176,7 +177,7 @@ def pose(
 
 def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:
     """What a layer costs whose weights are packed, from that of one whose weights lay unpacked."""
-    again_s, weight = unpack_s(layers), max(module.dense_bytes() for module in frozen_linears(layers))
+    again_s, weight = unpack_s(layers), unpacked_bytes(layers)
     return replace(
         cost,
         forward_s=cost.forward_s + again_s,
@@ -257,7 +258,7 @@ def _costs(
         whole_working_bytes=keep.working_bytes + keep.saved_bytes - stream,
         fixed_s=unpack_s(layers),
         launch_s=keep.launch_s,
-        fixed_working_bytes=max((module.dense_bytes() for module in frozen), default=0),
+        fixed_working_bytes=unpacked_bytes(layers),
         loss_bytes=loss_bytes,
         fixed_loss_bytes=min(CHUNK_BYTES, loss_bytes),
         loss_s=_loss_s(layers, batch, keep.forward_s, frozen),

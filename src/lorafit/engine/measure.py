@@ -120,6 +120,15 @@ def frozen_linears(layers: DecoderLayers) -> list[FrozenLinear4bit]:
     return [module for module in layers.layers[0].modules() if isinstance(module, FrozenLinear4bit)]
 
 
+def unpacked_bytes(layers: DecoderLayers) -> int:
+    """The most that the first layer's packed weights take while they are unpacked for one product: compiled code
+    multiplies by those of one input together (`joined_products.py`), but in FP8."""
+    groups = layers.siblings[0] if layers.siblings else []
+    joined = [group if layers.compiled and group[0].row_scales is None else group[:1] for group in groups]
+    largest = max((module.dense_bytes() for module in frozen_linears(layers)), default=0)
+    return max([largest, *(sum(module.dense_bytes() for module in group) for group in joined)])
+
+
 def unpack_s(layers: DecoderLayers) -> float:
     """Seconds that unpacking one layer's frozen weights takes, however few the tokens."""
     frozen = frozen_linears(layers)

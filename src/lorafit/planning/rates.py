@@ -71,8 +71,8 @@ def layer_costs(
     attention = _attention_s(shape, config, hardware, batch.tokens, row_tokens)
     out, home = _traffic_s(shape, targets, config, hardware, batch.tokens, live, execution)
     fixed = matmuls.tail_s + _unpack_s(shape, config, hardware) * (1 - dense / shape.layers)
-    inlined = config.quantization != "nf4" or dense == shape.layers
-    launch = GRAPH_LAUNCH_S if graphs else _launch_s(config, hardware, execution, inlined=inlined)
+    unpacked = config.quantization != "nf4" or dense == shape.layers
+    launch = GRAPH_LAUNCH_S if graphs else _launch_s(config, hardware, execution, unpacked=unpacked)
     forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
     return LayerCosts(
         layers=shape.layers,
@@ -182,14 +182,13 @@ def _unpack_s(shape: ModelShape, config: RunConfig, hardware: Hardware) -> float
     return _moving_s(shape.linear_parameters / shape.layers * (NF4_BYTES + written), hardware)
 
 
-def _launch_s(config: RunConfig, hardware: Hardware, execution: Execution, *, inlined: bool) -> float:
-    """The least that a layer's pass in one direction takes; `inlined`: its weights are dense, and no operator of
-    Python's is called for them."""
+def _launch_s(config: RunConfig, hardware: Hardware, execution: Execution, *, unpacked: bool) -> float:
+    """The least that a layer's pass in one direction takes; `unpacked`: no kernels unpack its weights."""
     if hardware.kind != "cuda":
         return 0.0
     if not execution.fused:
         return EAGER_LAUNCH_S
-    return DENSE_LAUNCH_S if inlined and compute_of(config, hardware) != "fp8" else FUSED_LAUNCH_S
+    return DENSE_LAUNCH_S if unpacked and compute_of(config, hardware) != "fp8" else FUSED_LAUNCH_S
 
 
 def _loss_s(shape: ModelShape, config: RunConfig, hardware: Hardware, batch: MicroBatch) -> float:
