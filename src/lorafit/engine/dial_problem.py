@@ -145,7 +145,7 @@ def pose(
     None when everything can be kept: `layers` are turned to that, with what room is left given to unpacked weights,
     and nothing needs solving. Raises TrainingError when a single layer does not fit.
     """
-    # unpacked weights of all layers are compiled into their code, so that has to be settled before
+    # a layer is measured with all weights unpacked or with none, whichever is likelier to be what it comes to
     if layers.dial.dense < len(layers):
         layers.dial = replace(layers.dial, dense=0)
     batch, keep, cheaper = _levels(model, layers, work, meanwhile)
