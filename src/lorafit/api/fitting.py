@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from lorafit.adapters import count_parameters
 from lorafit.api.going_on import go_on_from, layout_of, refuse_stopped, save_result
@@ -25,6 +24,7 @@ from lorafit.config import RunIdentity
 from lorafit.engine import VocabularyLoss
 from lorafit.errors import TrainingError
 from lorafit.training import Checkpoint, EventLog, LorafitTrainer, MetricsLog, StopSignals, TrainingProgress
+from lorafit.training.trainer_library import TrainerCallback
 
 
 def fit(ready: ReadyRun, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
 
 from lorafit.api.describe_run import fingerprint_of, mend, new_run_id
 from lorafit.api.early_signals import EarlySignals
@@ -31,6 +29,7 @@ from lorafit.errors import RunDirError, UsageError
 from lorafit.findings import Finding
 from lorafit.planning import hardware_here
 from lorafit.training import EventLog, deterministic
+from lorafit.training.trainer_library import TrainerCallback, get_available_reporting_integrations
 
 
 def train(

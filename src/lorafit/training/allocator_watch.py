@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
-
 from lorafit.engine import allocator_retries
 from lorafit.training.events import EventLog
 from lorafit.training.memory_retry import Layers
+from lorafit.training.trainer_library import TrainerCallback
 
 IN_A_ROW = 3
 """Steps with such retries, one after another: a step of a new shape may need one, a step that fits does not."""

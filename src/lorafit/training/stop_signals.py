@@ -7,14 +7,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from lorafit.config import RunConfig
 from lorafit.config.signal_handlers import STOPPING, SignalHandlers
 from lorafit.errors import StoppedAtOnce
 from lorafit.training.checkpoint_writer import CheckpointWriter
 from lorafit.training.numbers import MIN_SEEN
 from lorafit.training.save_timer import SaveTimer
+from lorafit.training.trainer_library import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class EvaluationStopped(Exception):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
 from lorafit.adapters import restore_adapter
 from lorafit.config import RunConfig
@@ -40,6 +39,7 @@ from lorafit.training.save_timer import SaveTimer
 from lorafit.training.step_log import StepLog, StepNumbers
 from lorafit.training.steps import StepDataset
 from lorafit.training.stop_signals import EvaluationStopped, ObeySignals, StopSignals
+from lorafit.training.trainer_library import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from lorafit.training.update_gate import withhold_unless_finite
 
 FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves with every step that overflows

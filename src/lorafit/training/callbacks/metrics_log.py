@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from lorafit.training.line_file import LineFile
+from lorafit.training.trainer_library import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
 

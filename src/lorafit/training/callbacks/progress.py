@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.training.clock import TrainingClock
 from lorafit.training.step_log import StepNumbers
+from lorafit.training.trainer_library import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True, slots=True)
