@@ -1,17 +1,20 @@
 """Decoder layers under the dial: the same gradients at every setting, and less saved."""
 
 from dataclasses import replace
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._functorch._aot_autograd.autograd_cache import autograd_cache_key
+from torch._functorch._aot_autograd.schemas import AOTConfig
 
 from lorafit.adapters import attach
-from lorafit.backbone import load_backbone
+from lorafit.backbone import frozen_linear_op, load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
-from lorafit.engine import DecoderLayers, Work, collate, offload, packed, rehearse, summed_loss
+from lorafit.engine import DecoderLayers, Work, collate, offload, packed, recompute, rehearse, summed_loss
 from lorafit.engine.measure import feed_forward_products, measure_level
 from lorafit.engine.recompute import feed_forward_widths
 from tiny_models import save_base, stir
@@ -102,6 +105,41 @@ def test_recomputing_the_feed_forward_saves_neither_gate_nor_up_and_keeping_save
     assert light <= tokens * (stream + few)
     assert kept <= tokens * (stream + few + 2 * text.intermediate_size)
     assert kept - light == tokens * 2 * text.intermediate_size
+
+
+def trace_keys(model, spec):
+    """What torch finds a layer's trace by on disk; it raises where it would not keep it."""
+    found = []
+
+    def backend(graph, inputs):
+        makers = dict.fromkeys(("fw_compiler", "bw_compiler", "partition_fn", "decompositions"))
+        config = AOTConfig(**makers, num_params_buffers=0, aot_id=0, keep_inference_input_mutations=False)
+        takes_options = "fx_config" in signature(autograd_cache_key).parameters  # until torch 2.11
+        found.append(autograd_cache_key(graph, inputs, config, {} if takes_options else None)[0])
+        return graph.forward
+
+    torch._dynamo.reset()
+    with DecoderLayers(model, Dial.parse(spec, 3), backend=backend) as layers:
+        gradient(model, LAYOUTS[0])
+        assert layers.compiled
+    return found
+
+
+def test_a_layers_trace_is_kept_on_disk_and_found_by_all_that_it_depends_on(adapted, monkeypatch):
+    keep = trace_keys(adapted, "keep")
+    assert len(keep) == 1
+    assert trace_keys(adapted, "keep") == keep
+    assert trace_keys(adapted, "feed_forward=3") != keep  # the policy
+    layer = adapted.get_base_model().model.layers
+    with monkeypatch.context() as changed:
+        for block in layer:
+            changed.setattr(block.input_layernorm, "variance_epsilon", 0.5)
+        assert trace_keys(adapted, "keep") != keep  # within the checkpointed graph
+    with monkeypatch.context() as changed:
+        changed.setattr(frozen_linear_op._TracedLinear, "backward", staticmethod(lambda ctx, *grads: (None,) * 4))
+        assert trace_keys(adapted, "keep") != keep  # within an autograd.Function
+    monkeypatch.setattr(recompute, "_source_hash", lambda: "another release")
+    assert trace_keys(adapted, "keep") != keep
 
 
 def test_a_layer_that_does_not_compile_goes_on_eager_and_says_why(adapted):

@@ -73,6 +73,8 @@ class DecoderLayers:
         if not self.layers:
             raise BackboneError("the base has no decoder layers that lorafit knows", where=type(self.core).__name__)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        # what a trace holds of ours stands in its graph whole: it may be kept on disk (see recompute_contexts)
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         try:
             self._unpack_weights()
         except torch.OutOfMemoryError:

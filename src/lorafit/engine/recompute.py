@@ -10,7 +10,10 @@ Selective activation checkpointing (torch.utils.checkpoint), decided operation b
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +35,23 @@ def feed_forward_widths(config: Any) -> frozenset[int]:
 
 
 def recompute_contexts(widths: frozenset[int]) -> Callable[[], Any]:
-    """The `context_fn` of a checkpoint that makes again what is cheap, and products of these output widths."""
-    return partial(create_selective_checkpoint_contexts, partial(_policy, widths))
+    """The `context_fn` of a checkpoint that makes again what is cheap, and products of these output widths.
+
+    `cache_hash` says to torch what it does. Without, no layer's trace is cached on disk, only its kernels: every
+    process would trace and partition it anew.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, widths))
+    contexts.cache_hash = f"{_source_hash()} {sorted(widths)}"  # type: ignore[attr-defined]
+    return contexts
+
+
+@cache
+def _source_hash() -> str:
+    """Of all that a cached trace depends on beside the graph: this policy, and what lorafit's operators say of their
+    outputs and gradients."""
+    here = Path(__file__).parent
+    files = sorted(chain(here.glob("*.py"), (here.parent / "backbone").glob("*.py")))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _policy(widths: frozenset[int], context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:

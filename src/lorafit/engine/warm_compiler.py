@@ -1,12 +1,39 @@
-"""warm_compiler: the compiler's imports and its worker processes, made ready while the base is being loaded."""
+"""warm_compiler: what the compiler does once a process, done while the base is being loaded.
+
+Imports, workers and hashes alone. No function is compiled here, though that would warm more: Dynamo puts random states
+and the default dtype back as they were when it began, and AOTAutograd patches `nn.Module.__getattr__` while it traces,
+whichever thread loads a model meanwhile.
+"""
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from importlib import import_module
+
+IMPORTS = (
+    "torch._dynamo.backends.inductor",
+    "torch._export.db.logging",
+    "torch._functorch._aot_autograd.subclass_codegen",
+    "torch._higher_order_ops.passes.inline_invoke_subgraph",
+    "torch._inductor.choices",
+    "torch._inductor.codegen.wrapper_fxir",
+    "torch._inductor.fx_passes.efficient_conv_bn_eval",
+    "torch._inductor.fx_passes.freezing_patterns",
+    "torch._inductor.kernel_template_choice",
+    "torch._inductor.runtime.caching",
+    "torch._inductor.tiling_utils",
+    "torch._subclasses.schema_check_mode",
+    "torch.distributed.tensor.experimental",
+    "torch.export._unlift",
+    "torch.fx.experimental.validator",
+    "sympy.physics.units",
+)
+"""What the first compile imports on its way (torch 2.11 and 2.13); one that a release lacks is passed over."""
 
 
 def warm_compiler() -> threading.Thread:
-    """Start importing torch's compiler and starting its workers, in the background; the first compile waits less."""
+    """Do in the background what the first compile would have to; it waits less."""
     thread = threading.Thread(target=_warm, name="warm-compiler", daemon=True)
     thread.start()
     return thread
@@ -15,8 +42,20 @@ def warm_compiler() -> threading.Thread:
 def _warm() -> None:
     import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.codecache import torch_key
 
     AsyncCompile.warm_pool()
     AsyncCompile.wakeup()  # else the workers start with the first kernel
-    torch_key()  # a hash of torch's own source, part of every cache key: 1.2 s, once a process
+    _hash_sources()
+    for name in IMPORTS:
+        with suppress(ImportError):
+            import_module(name)
+
+
+def _hash_sources() -> None:
+    """Of torch (1.2 s) and of Triton (0.6 s), once a process: part of every cache key."""
+    from torch._inductor.codecache import torch_key
+    from torch.utils._triton import has_triton, triton_hash_with_backend
+
+    torch_key()
+    if has_triton():
+        triton_hash_with_backend()
