@@ -8,6 +8,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engine.test_families_compiled import adapted, gradient
 from lorafit.backbone import keep_dense_together, siblings
@@ -140,6 +141,55 @@ def together(driven):
     for layer in driven.layers:
         for group in siblings(layer):
             keep_dense_together(group)
+
+
+def traced(function, *inputs):
+    return make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*inputs)
+
+
+def joined(function, *inputs):
+    """The graph of `function` before and after the pass, and that both give the same."""
+    graph = traced(function, *inputs)
+    before, wanted = calls(graph.graph), graph(*inputs)
+    JOINED_PRODUCTS(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    torch.testing.assert_close(graph(*inputs), wanted, rtol=1e-5, atol=1e-5)
+    return before, calls(graph.graph)
+
+
+X, A, B = torch.randn(7, 32), torch.randn(4, 32), torch.randn(5, 32)
+
+
+def test_narrow_products_of_one_input_become_one_and_products_made_of_each_other_stay():
+    before, after = joined(lambda x, a, b: (x @ a.t(), x @ b.t()), X, A, B)
+    assert (before["mm.default"], after["mm.default"]) == (2, 1)
+
+    def chained(x, a):
+        first = x @ a.t()
+        return first, x @ (first.t() @ x).t()
+
+    before, after = joined(chained, X, A)
+    assert before["mm.default"] == after["mm.default"] == 3
+
+
+def test_a_scale_moves_to_the_narrower_side_and_not_to_the_wider():
+    def scaled(x, a):
+        return (x * 0.3) @ a.t()
+
+    def widened(x, a):
+        return (x[:, :3] * 0.3) @ a[:3]
+
+    for function in (scaled, widened):
+        joined(function, X, A)
+    graph = traced(scaled, X, A).graph
+    JOINED_PRODUCTS(graph)
+    (scale,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert scale.meta["val"].shape == (7, 4)
+    graph = traced(widened, X, A).graph
+    JOINED_PRODUCTS(graph)
+    (scale,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert scale.meta["val"].shape == (7, 3)
 
 
 @pytest.mark.slow

@@ -112,7 +112,9 @@ def _move_scales(edit: _Edit) -> None:
         if not isinstance(source, Node) or not isinstance(scale, (int, float)):
             continue
         products = _products_of(scaled)
-        if not products or not all(_is_narrower(product, scaled) for product in products):
+        if not products or _dtype(source) is not _dtype(scaled):
+            continue
+        if not all(_is_narrower(product, scaled) for product in products):
             continue
         scaled.replace_all_uses_with(source)
         for product in products:
@@ -185,8 +187,9 @@ def _join_matmuls(edit: _Edit, whole: Any, nodes: list[Node], shared: int) -> No
     """One matmul with the node `whole`, which is operand `shared` of all of `nodes`."""
     other, at = 1 - shared, nodes[0]
     sources = [_given(_given(node, other), 0) for node in nodes]  # of the permuted operands
-    if len(set(sources)) < len(sources):
-        return
+    before = _ancestors(sources)
+    if len(set(sources)) < len(sources) or any(user in before for source in sources for user in source.users):
+        return  # one is made of another, and cannot wait for it
     side_by_side = edit.cat(sources, shared, at)
     narrow = edit.call(PERMUTE, side_by_side, [1, 0], at=at)
     operands = (whole, narrow) if shared == 0 else (narrow, whole)
