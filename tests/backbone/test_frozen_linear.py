@@ -190,10 +190,11 @@ def test_a_new_weight_makes_the_dense_copy_stale_and_it_is_not_used():
 def test_moving_the_layer_makes_a_fresh_dense_copy_of_what_was_moved():
     linear = quantise(weight(), dense_budget_bytes=ALL)
     x = torch.randn(3, 64)
-    expected = linear(x)
-    linear.dense.zero_()
+    expected, before = linear(x), linear.dense
     linear.to("cpu")
-    assert linear.dense is not None
+    assert linear.dense is before  # for nothing was moved
+    linear._apply(torch.clone)
+    assert linear.dense is not None and linear.dense is not before
     torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-5)
 
 

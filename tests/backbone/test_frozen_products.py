@@ -5,7 +5,7 @@ import torch
 
 from backbone.test_weight_ticket import linear
 from lorafit.backbone import frozen_products, keep_dense_together, siblings
-from lorafit.backbone.frozen_products import _adjoin
+from lorafit.backbone.frozen_products import _adjoin, _runs
 
 WIDTHS = [96, 32, 160]
 
@@ -38,8 +38,11 @@ def test_the_product_is_that_of_each_and_back_it_is_their_sum(linears, keep):
 
 def test_copies_made_together_adjoin_and_are_not_copied_again(linears):
     keep_dense_together(linears)
-    assert _adjoin([module.dense for module in linears])
-    assert not _adjoin([module.dense for module in (linears[0], linears[2])])
+    first, second, third = (module.dense for module in linears)
+    assert _adjoin(first, second) and _adjoin(second, third) and not _adjoin(first, third)
+    assert [len(run) for run in _runs([first, second, third])] == [sum(WIDTHS)]
+    assert [len(run) for run in _runs([first, third, linear(7).unpacked()])] == [96, 160, 96]
+    assert torch.equal(_runs([second, third])[0], torch.cat([second, third]))
     assert len({module.dense.untyped_storage().data_ptr() for module in linears}) == 1
     for module in linears:
         assert torch.equal(module.dense, module.unpacked())

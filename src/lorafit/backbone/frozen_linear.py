@@ -20,7 +20,7 @@ from lorafit.backbone.frozen_linear_fp8 import fp8_linear, fp8_row_scales
 from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, traced_linear, unpack
 from lorafit.backbone.nf4_unpack import unpack_e4m3
 from lorafit.backbone.precision import DTYPES
-from lorafit.backbone.weight_ticket import ticket_for
+from lorafit.backbone.weight_ticket import ticket_device, ticket_for
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
@@ -157,18 +157,19 @@ class FrozenLinear4bit(Linear4bit):
         self._packed, self._ticket = None, ticket_for(self, self.weight.device)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
-        # `.to(device)` moves the packed weight; a copy left behind would be in the wrong place. The Trainer calls `.to`
-        # on models that are there already, and must cost them neither their copies nor these their place beside others
-        kept, device = self._kept, self.weight.device
+        # The Trainer calls `.to` on models that are there already: what was not moved costs no copy its place
+        place = self.weight.device, self.weight.data_ptr()
+        moved = super()._apply(fn, recurse)
+        if (self.weight.device, self.weight.data_ptr()) == place:
+            return moved
+        # a copy left behind would be in the wrong place, and so would a ticket
+        kept = self._kept is not None
         self.drop_dense()
         self._packed = None
-        moved = super()._apply(fn, recurse)
         self.scale_rows()
-        if self._ticket.is_cuda != self.weight.is_cuda:
+        if self._ticket.device != ticket_device(self.weight.device):
             self._ticket = ticket_for(self, self.weight.device)
-        if kept is not None and self.weight.device == device:
-            self.keep_dense(kept[0][0] if len(kept[0]) == 1 and kept[0][0].dtype is self.compute_dtype else None)
-        elif kept is not None and self.weight.device.type == "cpu":
+        if kept and self.weight.device in (place[0], torch.device("cpu")):
             self.keep_dense()
         return moved
 

@@ -29,15 +29,17 @@ def _frozen_products(
     holders = [holder_of(ticket) for ticket in tickets]
     kept = [weight for weight in (holder.dense for holder in holders) if weight is not None]
     if len(kept) < len(holders):
-        weight = _unpacked(holders, sum(out_features), in_features, x)
-    elif _adjoin(kept):
-        weight = kept[0].as_strided((sum(out_features), in_features), (in_features, 1))
-    elif transposed:  # each for itself, for putting weights together would take longer than what it saves
-        parts = x.split(list(out_features), -1)
-        return torch.stack([part @ weight for part, weight in zip(parts, kept, strict=True)]).sum(0)
+        weights = [_unpacked(holders, sum(out_features), in_features, x)]
     else:
-        return torch.cat([x @ weight.t() for weight in kept], -1)
-    return x @ (weight if transposed else weight.t())
+        weights = _runs(kept)
+    if not transposed:
+        parts = [x @ weight.t() for weight in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    gradients = x.split([len(weight) for weight in weights], -1)
+    total = gradients[0] @ weights[0]
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        total += gradient @ weight
+    return total
 
 
 def _shape_only(
@@ -66,15 +68,21 @@ def _unpacked(holders: Sequence[Holder], rows: int, columns: int, like: Tensor) 
     return joint
 
 
-def _adjoin(weights: Sequence[Tensor]) -> bool:
-    """Whether each begins in one storage where the one before it ends."""
-    storage = weights[0].untyped_storage().data_ptr()
-    place = weights[0].storage_offset()
+def _runs(weights: Sequence[Tensor]) -> list[Tensor]:
+    """`weights`, those that adjoin as one: putting others together would take longer than what that saves."""
+    runs: list[list[Tensor]] = []
     for weight in weights:
-        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:
-            return False
-        place += weight.numel()
-    return True
+        if runs and _adjoin(runs[-1][-1], weight):
+            runs[-1].append(weight)
+        else:
+            runs.append([weight])
+    return [run[0].as_strided((sum(map(len, run)), run[0].shape[1]), (run[0].shape[1], 1)) for run in runs]
+
+
+def _adjoin(first: Tensor, second: Tensor) -> bool:
+    """Whether `second` begins in one storage where `first` ends."""
+    one_storage = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return one_storage and first.storage_offset() + first.numel() == second.storage_offset()
 
 
 def siblings(layer: nn.Module) -> list[list[FrozenLinear4bit]]:

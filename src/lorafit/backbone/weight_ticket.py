@@ -18,6 +18,8 @@ from torch import Tensor
 class Holder(Protocol):
     """What has a packed weight."""
 
+    _ticket: Tensor
+
     def packed(self) -> tuple[Any, ...]:
         """The arguments of `frozen_linear` between `x` and `transposed`, as they are now, in plain tensors."""
 
@@ -42,18 +44,23 @@ def ticket_for(holder: Holder, device: torch.device) -> Tensor:
     in torch/_inductor/ir.py). There it is known by its address, since reading it would wait for the card.
     """
     number = next(_NUMBERS)
-    # not on the device that a loader may have made the default one
-    ticket = torch.tensor([number], device=device if device.type == "cuda" else "cpu")
+    ticket = torch.tensor([number], device=ticket_device(device))
     _HOLDERS[number] = holder
     if ticket.is_cuda:
         _HOLDERS[ticket.data_ptr()] = holder
     return ticket
 
 
+def ticket_device(weight: torch.device) -> torch.device:
+    """Where the ticket of a weight lies: on the weight's card, else where a loader may not have it, on the CPU."""
+    return weight if weight.type == "cuda" else torch.device("cpu")
+
+
 def holder_of(ticket: Tensor) -> Holder:
     """What has the weight that `ticket` stands for."""
     holder = _HOLDERS.get(ticket.data_ptr()) if ticket.is_cuda else None
-    if holder is None:
+    # at an address may lie another ticket than the one that was entered there, if that was replaced since
+    if holder is None or holder._ticket.data_ptr() != ticket.data_ptr():
         holder = _HOLDERS.get(int(ticket.item()))
     assert holder is not None, "the layer of a frozen weight is gone before its backward ran"
     return holder

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ class JoinedProducts(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What the compiler's cache knows this pass by."""
-        return get_hash_for_files((__file__,))
+        backbone = Path(__file__).parent.parent / "backbone"
+        operators = [str(backbone / name) for name in ("frozen_linear_op.py", "frozen_products.py")]
+        return get_hash_for_files((__file__, *operators))  # cached code calls those as they are declared
 
 
 JOINED_PRODUCTS = JoinedProducts()
@@ -194,7 +197,8 @@ def _join_matmuls(edit: _Edit, whole: Any, nodes: list[Node], shared: int) -> No
     narrow = edit.call(PERMUTE, side_by_side, [1, 0], at=at)
     operands = (whole, narrow) if shared == 0 else (narrow, whole)
     edit.split(edit.call(MM, *operands, at=at), nodes, other, at)
-    if shared == 0:  # weights, cast for this: whatever else wants them takes them from here, and they are cast once
+    if shared == 0 and all(source.op == "call_function" for source in sources):
+        # weights, cast for this: whatever else wants them takes them from here, and they are cast once
         edit.split(side_by_side, sources, 0, at)
 
 
@@ -291,8 +295,10 @@ def _join_low(edit: _Edit, terms: list[Node], at: Node) -> Node:
     left = edit.cat([_given(product, 0) for product in products], 1, at)
     right = edit.cat([_given(product, 1) for product in products], 0, at)
     joined = edit.call(MM, left, right, at=at)
-    shape = next((user.args[1] for user in products[0].users if user.target in RESHAPES), None)
-    return joined if shape is None else edit.call(RESHAPE, joined, shape, at=at)
+    view = terms[0]
+    while view.target is CONVERT:
+        view = _given(view, 0)
+    return edit.call(RESHAPE, joined, view.args[1], at=at) if view.target in RESHAPES else joined
 
 
 def _given(node: Node, place: int) -> Any:
