@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -414,6 +415,9 @@ def test_a_run_that_the_minutes_save_ends_in_the_same_bits(made, whole, tmp_path
 def test_a_second_signal_names_a_checkpoint_only_where_there_is_one(made, tmp_path, step, said):
     class Twice(Send):
         def on_step_begin(self, args, state, control, **given):
+            # a second signal waits for nothing, so not for the thread that writes the checkpoint of step 2 either
+            while state.global_step > 2 and not RunDir(tmp_path / "run").has_checkpoint:
+                time.sleep(0.01)
             super().on_step_begin(args, state, control, **given)
             super().on_step_begin(args, state, control, **given)
 
