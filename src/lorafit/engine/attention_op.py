@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafit.engine.grouped_attention import grouped_attention, grouped_gradients
+from lorafit.engine.segments import on_host
 
 HALF = (torch.bfloat16, torch.float16)
 CUDNN_WIDEST_HEAD = 128
@@ -56,6 +57,7 @@ def _forward(
 
     query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`.
     """
+    layout = on_host(layout)
     if not takes_flash(query, softcap):
         assert int(layout[-1]), "rows in a graph have lengths that groups cannot be told from"
         mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
@@ -87,6 +89,7 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes, laid out token by token."""
+    layout = on_host(layout)
     if not takes_flash(query, softcap):
         return grouped_gradients(grad, query, key, value, gather, scatter, layout, scale, window, softcap)
     if _is_even(query, layout, window):

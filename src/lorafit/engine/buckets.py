@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lorafit.engine.attention_op import ROUND_WIDTH
 from lorafit.engine.batch import MicroBatch
-from lorafit.engine.segments import Segments
+from lorafit.engine.segments import Segments, layout_on, on_host
 from lorafit.engine.vocabulary_loss import IGNORED
 
 SIZES = 16
@@ -41,7 +41,7 @@ class Bucket:
         Rows of one round length, which fixed-length data has, make a bucket of their own: cuDNN takes them.
         """
         step = _rounded(-(-most // SIZES), LEAST_STEP)
-        rows, width, *others = batch.segments.layout.tolist()
+        rows, width, *others = on_host(batch.segments.layout).tolist()
         if not others and rows * width == batch.tokens and width % ROUND_WIDTH == 0:
             return cls(batch.tokens, rows, width, _supervised(batch, batch.tokens, step), even=True)
         tokens = _rounded(batch.tokens, step)
@@ -80,7 +80,7 @@ class Bucket:
         gather, scatter = (torch.arange(self.tokens, device=filled.device) for _ in range(2))
         # a second, empty group says that the rows' lengths are known to `boundaries` alone
         layout = torch.tensor([self.rows, self.longest, *([] if self.even else [0, 0])])
-        segments = Segments(boundaries.to(torch.int32), gather, scatter, layout)
+        segments = Segments(boundaries.to(torch.int32), gather, scatter, layout_on(filled.device, layout))
         return MicroBatch(ids[None], positions[None], predictors, targets, segments)
 
 

@@ -28,9 +28,9 @@ class Segments:
 
     `boundaries` (rows + 1,) int32 as variable-length kernels want them; `gather` (padded tokens,) the groups' token
     indices, one group after another; `scatter` (tokens,) for each packed token its place in `gather`; `layout`
-    (2 × groups,) int64, always on the CPU: each group's rows and their width, by falling width. Where a graph fixes all
-    but `boundaries` (`buckets.py`), `layout` is the most rows and their largest width, then an empty group, and
-    `gather` and `scatter` mean nothing.
+    (2 × groups,) int64: each group's rows and their width, by falling width; on a card, only what `on_host` knows it
+    by. Where a graph fixes all but `boundaries` (`buckets.py`), `layout` is the most rows and their largest width, then
+    an empty group, and `gather` and `scatter` mean nothing.
     """
 
     boundaries: torch.Tensor
@@ -65,7 +65,7 @@ class Segments:
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(self.layout[1])
+        return int(on_host(self.layout)[1])
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -73,22 +73,47 @@ class Segments:
         return groups_of(self.gather, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments with their tensors on `device`; `layout` stays where it can be read without waiting."""
+        """The same segments with their tensors on `device`."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return Segments(moved(self.boundaries), moved(self.gather), moved(self.scatter), self.layout)
+        layout = layout_on(device, self.layout)
+        return Segments(moved(self.boundaries), moved(self.gather), moved(self.scatter), layout)
 
     def pin_memory(self) -> Segments:
         """The same segments in page-locked memory, from which copies to a card need no wait."""
         return Segments(self.boundaries.pin_memory(), self.gather.pin_memory(), self.scatter.pin_memory(), self.layout)
 
 
+def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
+    """`layout` for operators that run on `device`: where that is a card, an empty tensor there that stands for it.
+
+    One input on the CPU would have the compiler take an operator's outputs for unaligned, and what reads them for
+    unable to load 16 bytes at a time (`backbone/weight_ticket.py` has more).
+    """
+    host = on_host(layout)
+    if torch.device(device).type != "cuda":
+        return host
+    stand_in = torch.empty_like(host, device=device)
+    _ON_HOST[stand_in.data_ptr()] = host
+    return stand_in
+
+
+def on_host(layout: torch.Tensor) -> torch.Tensor:
+    """The layout (2 × groups,) that can be read without waiting for a card."""
+    return _ON_HOST[layout.data_ptr()] if layout.is_cuda else layout
+
+
+_ON_HOST: dict[int, torch.Tensor] = {}
+"""Layouts by the address of what stands for them on a card. Addresses come round again, so this stays small; what lies
+at one of them now was entered last."""
+
+
 def groups_of(gather: torch.Tensor, layout: torch.Tensor) -> tuple[Group, ...]:
     """The groups that `gather` and `layout` describe."""
     groups, start = [], 0
-    for rows, width in layout.view(-1, 2).tolist():
+    for rows, width in on_host(layout).view(-1, 2).tolist():
         groups.append(Group(gather[start : start + rows * width].view(rows, width)))
         start += rows * width
     return tuple(groups)
