@@ -11,8 +11,8 @@ through their own trainers. A budget (--vram GiB) is enforced with `torch.cuda.s
 peak quoted is `max_memory_reserved`. Speed is that of all steps after the warm-up, between two synchronisations.
 
 The first step is timed from the model's being ready. For one that finds nothing cached give each arm its own
-TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR; Python's bytecode should be there all the same, as `pip install` leaves it.
-Where packages came without (an archive, a folder that cannot be written), set PYTHONPYCACHEPREFIX and run
+TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR; Python's bytecode should be there all the same, as `pip install` leaves
+it. Where packages came without (an archive, a folder that cannot be written), set PYTHONPYCACHEPREFIX and run
 `python -m compileall` over them, else every process and every worker of the compiler compiles 2,900 files first.
 """
 
