@@ -31,6 +31,18 @@ def test_a_text_is_a_conversation_of_one_turn_and_what_is_none_is_refused(tiny_r
         session.answer(QUESTION, max_new_tokens=0)
 
 
+def test_an_answer_ends_where_the_models_positions_do(tiny_run, monkeypatch):
+    session = load(tiny_run.run.path)
+    whole = session.answer(QUESTION, max_new_tokens=8)
+    prompt = session.template.prompt_ids(QUESTION)
+    config = session.model.config.get_text_config()
+    monkeypatch.setattr(config, "max_position_embeddings", len(prompt) + 3)
+    assert session.answer(QUESTION, max_new_tokens=8) == session.answer(QUESTION, max_new_tokens=3) != whole
+    monkeypatch.setattr(config, "max_position_embeddings", len(prompt))
+    with pytest.raises(UsageError, match=f"takes {len(prompt)} tokens, and the base was made for {len(prompt)}"):
+        session.answer(QUESTION)
+
+
 def test_a_loaded_run_answers_as_the_live_model_did(tiny_run):
     from lorafit.engine import generate
 

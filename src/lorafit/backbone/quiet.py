@@ -29,6 +29,8 @@ class LibraryLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        # torch's tracing logger hands on whatever it is given: hundreds of empty lines a compiled layer
+        self.setLevel(logging.INFO)
         self.pending: list[str] = []
         self.path: Path | None = None
 

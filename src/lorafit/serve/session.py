@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Session:
         """The answer to a conversation, or to a text as its only turn; with `tuned=False` the base's own, through the
         same prompt.
 
-        `on_text` receives the answer piece by piece as it is generated. Raises UsageError for what is no conversation.
+        `on_text` receives the answer piece by piece as it is generated. It ends where the model's positions do. Raises
+        UsageError for what is no conversation, and for one that leaves no position for an answer.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -60,6 +62,7 @@ class Session:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="answer", fix="ask for at least one token")
         prompt = self.template.prompt_ids([dict(message) for message in messages])
+        max_new_tokens = min(max_new_tokens, self._room_after(prompt))
         stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
         with contextlib.nullcontext() if tuned else self.model.disable_adapter():
             (ids,) = generate(
@@ -72,6 +75,17 @@ class Session:
                 on_token=stream.add if stream else None,
             )
         return self.template.tokenizer.decode(ids)
+
+    def _room_after(self, prompt: Sequence[int]) -> int:
+        """Positions that the model was made for and `prompt` leaves free. Raises UsageError where there is none."""
+        made_for = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        if len(prompt) >= made_for:
+            raise UsageError(
+                f"the conversation takes {len(prompt):,} tokens, and the base was made for {made_for:,}",
+                where="messages",
+                fix="shorten it, or begin a new one",
+            )
+        return int(made_for - len(prompt))
 
 
 class _TextStream:
