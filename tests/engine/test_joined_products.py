@@ -14,7 +14,7 @@ from engine.test_families_compiled import adapted, gradient
 from lorafit.backbone import keep_dense_together, siblings
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers
-from lorafit.engine.joined_products import JOINED_PRODUCTS
+from lorafit.engine.joined_products import JOINED_PRODUCTS, join_products
 
 LENGTHS = (40, 21, 9)
 
@@ -33,7 +33,7 @@ class Joining:
 
     def compiled(self, module, inputs):
         self.before.append(calls(module.graph))
-        JOINED_PRODUCTS(module.graph)
+        join_products(module.graph)
         module.graph.lint()
         self.after.append(calls(module.graph))
         module.recompile()
@@ -151,7 +151,7 @@ def joined(function, *inputs):
     """The graph of `function` before and after the pass, and that both give the same."""
     graph = traced(function, *inputs)
     before, wanted = calls(graph.graph), graph(*inputs)
-    JOINED_PRODUCTS(graph.graph)
+    join_products(graph.graph)
     graph.graph.lint()
     graph.recompile()
     torch.testing.assert_close(graph(*inputs), wanted, rtol=1e-5, atol=1e-5)
@@ -183,13 +183,59 @@ def test_a_scale_moves_to_the_narrower_side_and_not_to_the_wider():
     for function in (scaled, widened):
         joined(function, X, A)
     graph = traced(scaled, X, A).graph
-    JOINED_PRODUCTS(graph)
+    join_products(graph)
     (scale,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     assert scale.meta["val"].shape == (7, 4)
     graph = traced(widened, X, A).graph
-    JOINED_PRODUCTS(graph)
+    join_products(graph)
     (scale,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     assert scale.meta["val"].shape == (7, 3)
+
+
+def test_a_product_that_reads_scaled_values_by_both_operands_stays_scaled_by_both():
+    def gram(x):
+        scaled = x * 0.3
+        return scaled @ scaled.t()
+
+    joined(gram, X)
+    joined(lambda x, a: (x * 0.3) @ (a * 0.5).t(), X, A)
+    joined(lambda x, a: (x * 0.3) @ (a * 0.3).t(), X, A)
+    joined(lambda x: (x * 0.3) @ (x * 0.5).t(), X)
+
+
+def test_in_fp16_a_product_is_not_made_of_what_was_to_be_scaled_down():
+    def down(x, a):
+        return (x * 0.3) @ a.t()
+
+    def up(x, a):
+        return (x * 2.0) @ a.t()
+
+    for function, shape in ((down, (7, 32)), (up, (7, 4))):
+        graph = traced(function, X.half(), A.half()).graph
+        join_products(graph)
+        (scaled,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+        assert scaled.meta["val"].shape == shape
+
+
+def test_narrow_products_of_other_shapes_are_added_as_they_are():
+    def heads(x, a, p):
+        return (x @ a.t()) @ a + (x.view(28, 8) @ p).view(7, 32) + (x.view(28, 8) @ p.t()).view(7, 32)
+
+    before, after = joined(heads, X, A, torch.randn(8, 8))
+    assert (before["mm.default"], after["mm.default"]) == (4, 3)
+
+
+def test_a_graph_that_cannot_be_joined_is_compiled_as_it_was(monkeypatch, caplog):
+    graph = traced(lambda x, a, b: (x @ a.t(), x @ b.t()), X, A, B).graph
+    before = str(graph)
+
+    def fails(edit):
+        raise AssertionError("no such shape")
+
+    monkeypatch.setattr("lorafit.engine.joined_products._join_sums", fails)
+    JOINED_PRODUCTS(graph)
+    assert str(graph) == before
+    assert "products of a layer are not joined" in caplog.text
 
 
 @pytest.mark.slow

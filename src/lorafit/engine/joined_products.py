@@ -8,12 +8,17 @@ and backward apart. It knows operators and no names of modules, so that any fami
 - gradients of A matrices over one input become one product;
 - an adapter's scale moves from its wide gradient to the narrow products made of it.
 A sum made inside a product is rounded once, from fp32, where it was rounded part by part.
+A graph that the pass cannot cope with is compiled as it was.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from functools import partial
+from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,9 @@ CONVERT = torch.ops.prims.convert_element_type.default
 RESHAPE = torch.ops.aten.reshape.default
 RESHAPES = (RESHAPE, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
+LOG = logging.getLogger("torch.lorafit")
+"""Beside the compiler's own, which go to a run's log."""
+
 NARROW = 256
 """Columns up to which a product is an adapter's: its time goes into reading its input, so that sharing one pays."""
 
@@ -44,13 +52,12 @@ class JoinedProducts(CustomGraphPass):
     """The pass; see the module."""
 
     def __call__(self, graph: Graph) -> None:
-        from torch._inductor.pattern_matcher import stable_topological_sort  # brings all of inductor along
-
-        edit = _Edit(graph)
-        for change in (_move_scales, _join_frozen, _join_narrow, _join_sums):
-            change(edit)
-            stable_topological_sort(graph)
-            graph.eliminate_dead_code()  # else what was replaced counts as a use
+        try:
+            join_products(copy.deepcopy(graph))
+        except Exception:  # a backward graph is made in the middle of one, where nobody could go on without it
+            LOG.warning("products of a layer are not joined", exc_info=True)
+            return
+        join_products(graph)
 
     def uuid(self) -> Any:
         """What the compiler's cache knows this pass by."""
@@ -60,6 +67,18 @@ class JoinedProducts(CustomGraphPass):
 
 
 JOINED_PRODUCTS = JoinedProducts()
+
+
+def join_products(graph: Graph) -> None:
+    """Change `graph` as the module says."""
+    from torch._inductor.pattern_matcher import stable_topological_sort  # brings all of inductor along
+
+    edit = _Edit(graph)
+    for change in (_move_scales, _join_frozen, _join_narrow, _join_sums):
+        graph.eliminate_dead_code()  # else what nobody wants any more counts as a use
+        change(edit)
+        stable_topological_sort(graph)
+    graph.eliminate_dead_code()
 
 
 class _Edit:
@@ -82,12 +101,16 @@ class _Edit:
         """A call of `target` before `at`; the same one for the same arguments."""
         key = (target, _hashable(arguments))
         if key not in self._made:
-            with self.graph.inserting_before(at):
-                node = self.graph.call_function(target, arguments)
-            # its shape, which lowering and later passes ask for
-            node.meta["val"] = target(*torch.fx.map_arg(arguments, lambda given: given.meta["val"]))
-            self._made[key] = node
+            self._made[key] = self.new(target, *arguments, at=at)
         return self._made[key]
+
+    def new(self, target: Any, *arguments: Any, at: Node) -> Node:
+        """A call of its own of `target` before `at`."""
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(target, arguments)
+        # its shape, which lowering and later passes ask for
+        node.meta["val"] = target(*torch.fx.map_arg(arguments, lambda given: given.meta["val"]))
+        return node
 
     def cat(self, nodes: Sequence[Node], axis: int, at: Node) -> Node:
         """`nodes` one after another along `axis`."""
@@ -117,12 +140,16 @@ def _move_scales(edit: _Edit) -> None:
         products = _products_of(scaled)
         if not products or _dtype(source) is not _dtype(scaled):
             continue
+        if len(set(products)) < len(products):
+            continue  # one reads it by both operands
+        if _dtype(source) is torch.float16 and abs(scale) < 1:
+            continue  # a product of what is not scaled down yet may be too large for it
         if not all(_is_narrower(product, scaled) for product in products):
             continue
         scaled.replace_all_uses_with(source)
         for product in products:
-            again = edit.call(MM, *product.args, at=product)
-            product.replace_all_uses_with(edit.call(MUL, again, scale, at=product))
+            moved = edit.new(MUL, product, scale, at=product)
+            product.replace_all_uses_with(moved, delete_user_cb=partial(is_not, moved))
 
 
 def _is_narrower(product: Node, than: Node) -> bool:
@@ -209,8 +236,8 @@ def _join_sums(edit: _Edit) -> None:
             continue
         terms = _terms(root)
         frozen = [term for term in terms if _sends_back(term)]
-        narrow = [term for term in terms if _narrow_product(term) is not None]
-        joins = [(join, part) for join, part in ((_join_back, frozen), (_join_low, narrow)) if len(part) > 1]
+        found = [(_join_back, frozen), *((_join_low, part) for part in _narrow_alike(terms))]
+        joins = [(join, part) for join, part in found if len(part) > 1]
         if joins:
             gone = {term for _, part in joins for term in part}
             total, *rest = [join(edit, part, root) for join, part in joins] + [t for t in terms if t not in gone]
@@ -286,6 +313,16 @@ def _narrow_product(term: Node) -> Node | None:
     if node.target is not MM or len(node.users) != 1 or _dtype(node) is not _dtype(term):
         return None
     return node if _is_narrow(_size(_given(node, 0), 1)) else None
+
+
+def _narrow_alike(terms: Sequence[Node]) -> list[list[Node]]:
+    """Those that are adapters' products, by the shape of the product: only equal ones can be made together."""
+    groups = defaultdict(list)
+    for term in terms:
+        product = _narrow_product(term)
+        if product is not None:
+            groups[str(product.meta["val"].shape)].append(term)
+    return list(groups.values())
 
 
 def _join_low(edit: _Edit, terms: list[Node], at: Node) -> Node:

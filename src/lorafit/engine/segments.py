@@ -102,7 +102,11 @@ def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
 
 def on_host(layout: torch.Tensor) -> torch.Tensor:
     """The layout (2 × groups,) that can be read without waiting for a card."""
-    return _ON_HOST[layout.data_ptr()] if layout.is_cuda else layout
+    if not layout.is_cuda:
+        return layout
+    host = _ON_HOST.get(layout.data_ptr())
+    assert host is not None and host.numel() == layout.numel(), "a copy of what stands for a layout stands for none"
+    return host
 
 
 _ON_HOST: dict[int, torch.Tensor] = {}
