@@ -54,7 +54,7 @@ class JoinedProducts(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         try:
             join_products(copy.deepcopy(graph))
-        except Exception:  # a backward graph is made in the middle of one, where nobody could go on without it
+        except Exception:  # a backward graph is compiled while the pass runs that needs it: too late to do without
             LOG.warning("products of a layer are not joined", exc_info=True)
             return
         join_products(graph)

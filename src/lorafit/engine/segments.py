@@ -81,10 +81,6 @@ class Segments:
         layout = layout_on(device, self.layout)
         return Segments(moved(self.boundaries), moved(self.gather), moved(self.scatter), layout)
 
-    def pin_memory(self) -> Segments:
-        """The same segments in page-locked memory, from which copies to a card need no wait."""
-        return Segments(self.boundaries.pin_memory(), self.gather.pin_memory(), self.scatter.pin_memory(), self.layout)
-
 
 def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
     """`layout` for operators that run on `device`: where that is a card, an empty tensor there that stands for it.
