@@ -144,6 +144,10 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     class Watch(Observer):
         attached_at = 0.0
         rehearsal: object = None
+        events: tuple[str, ...] = ()
+
+        def happened(self, event: object) -> None:
+            self.events += (f"{event.kind}, step {event.step}",)  # type: ignore[attr-defined]
 
         def attached(self, counts: object, base: str) -> None:
             self.attached_at = time.perf_counter()
@@ -184,6 +188,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts]
         if rehearsal
         else [],
+        "events": watch.events,
         "measure_s": round(rehearsal.measure_s, 1) if rehearsal else 0,
         "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
         "save_ms": round(timed.save_ms, 1),  # of the training thread, for the last step's checkpoint

@@ -7,10 +7,10 @@ class TurnedLayers:
     """`count` layers that remember the dial and the schedule they were given."""
 
     def __init__(self, count: int = 32) -> None:
-        self.dial, self.schedule, self.count = Dial(), None, count
+        self.dial, self.schedule, self.less, self.count = Dial(), None, None, count
 
     def __len__(self):
         return self.count
 
-    def follow(self, schedule):
-        self.schedule = schedule
+    def follow(self, schedule, less=None):
+        self.schedule, self.less = schedule, less

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lorafit.engine import PAGE_BYTES, allocator, let_blocks_grow
+from lorafit.engine import PAGE_BYTES, allocator, let_blocks_grow, lock_pages_by_threads
 from lorafit.engine.allocator import VARIABLES, fixed_blocks
 
 GETTER, SETTER = "_accelerator_getAllocatorSettings", "_accelerator_setAllocatorSettings"
@@ -38,7 +38,7 @@ class Torch:
         self.settings = settings
         self.told.append(settings)
 
-    def take(self, size, **_):
+    def take(self, size, **_):  # of the card, or of the host where it is pinned
         self.taken.append((size, self.settings))
         if self.refuses:
             raise self.refuses
@@ -155,6 +155,53 @@ def test_a_recording_changes_nothing_where_blocks_do_not_grow(card):
     with fixed_blocks():
         assert card.told == []
     assert card.told == []
+
+
+BY_THREADS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:{}"
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(4, 2), (7, 2), (16, 8), (128, 8)])
+def test_pages_are_locked_by_threads_and_blocks_still_grow(card, monkeypatch, processors, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    lock_pages_by_threads()
+    assert card.settings == BY_THREADS.format(threads)
+    assert card.taken == [(PAGE_BYTES, card.settings)]
+    let_blocks_grow()
+    assert card.settings == f"{BY_THREADS.format(threads)},{GROWING}"
+    with fixed_blocks():
+        assert card.settings == f"{BY_THREADS.format(threads)},expandable_segments:False"
+    told = list(card.told)
+    lock_pages_by_threads()  # a second run of one process
+    let_blocks_grow()
+    assert card.told == told
+
+
+def test_two_processors_lock_pages_as_torch_does(card, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    lock_pages_by_threads()
+    assert card.told == []
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_what_a_user_set_about_page_locking_stays_and_other_settings_do_too(card, monkeypatch, variable):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    card.start_with(variable, "pinned_use_background_threads:True")
+    lock_pages_by_threads()
+    assert card.told == []
+    card.start_with(variable, "expandable_segments:True")
+    lock_pages_by_threads()
+    assert card.settings == f"expandable_segments:True,{BY_THREADS.format(8)}"
+    let_blocks_grow()
+    with fixed_blocks():
+        pass
+    assert card.settings == f"expandable_segments:True,{BY_THREADS.format(8)}"
+
+
+def test_a_driver_that_locks_no_pages_so_is_asked_as_before(card, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    card.refuses = RuntimeError("CUDA error: operation not supported")
+    lock_pages_by_threads()
+    assert card.settings == "pinned_use_cuda_host_register:False"
 
 
 TORCH_ITSELF = """

@@ -8,7 +8,7 @@ import torch
 
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
+from lorafit.engine import assert_isolated, attention_op, collate, supervised_logits, unpacked, use_packed_attention
 from lorafit.engine import grouped_attention as grouped_module
 from lorafit.engine.attention import packed_attention
 from lorafit.engine.attention_op import packed_attention_op
@@ -165,6 +165,33 @@ def test_scores_are_written_out_in_pieces_and_come_to_the_same(scores, lengths, 
     assert all(math.prod(shape) <= scores or shape[:2] == (1, 2) for shape in seen)
     assert len(seen) == 2 * len(segments.groups) or scores < 1 << 26
     assert len(seen) > 2 * len(segments.groups) or scores > 2 * 81
+
+
+def assert_laid_out_as_compiled_code_takes_them_to_be(device, lengths, dtype):
+    """Outputs and gradients of the operator, of inputs that lie head by head, as its shapes for the compiler say."""
+    segments = Segments.of_lengths(lengths).to(device)
+    rows = (segments.boundaries, segments.gather, segments.scatter, segments.layout, 0.125, None, None)
+    tokens = sum(lengths)
+    inputs = [torch.randn(1, heads, tokens, 64, device=device, dtype=dtype) for heads in (4, 2, 2)]
+    grad = torch.randn(1, tokens, 4, 64, device=device, dtype=dtype)
+    found = packed_attention_op(*inputs, *rows)
+    told = attention_op._forward_shapes(*inputs, *rows)
+    found_back = attention_op._backward(grad, *inputs, *found, *rows)
+    told_back = attention_op._backward_shapes(grad, *inputs)
+    for piece, shape in zip((*found, *found_back), (*told, *told_back), strict=True):
+        assert piece.shape == shape.shape
+        wide = [axis for axis, size in enumerate(piece.shape) if size > 1]  # of the others no stride is ever used
+        assert [piece.stride(axis) for axis in wide] == [shape.stride(axis) for axis in wide]
+
+
+def test_what_attention_returns_lies_as_compiled_code_takes_it_to():
+    assert_laid_out_as_compiled_code_takes_them_to_be("cpu", [5, 3, 3], torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256] * 4, [100, 300, 7, 1]])
+def test_on_a_card_too_with_every_kernel(lengths):
+    assert_laid_out_as_compiled_code_takes_them_to_be("cuda", lengths, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -57,6 +57,26 @@ def test_where_nothing_fits_everything_is_recomputed_and_sent_away():
     assert layers.dial == Dial(whole=32, offload=32, host_embeddings=True, micro_tokens=1024)
 
 
+def test_a_run_that_barely_fits_gives_up_as_little_as_its_dial_was_solved_for():
+    link = Link(6e9, 6e9)
+    layers = turned(Room(COSTS.layers * COSTS.kept_bytes - 200 * MB, link=link))
+    solved, schedule = layers.dial, layers.schedule
+    layers.dial = replace(solved, host_embeddings=True, micro_tokens=2048)  # as the rehearsal left them
+    assert layers.less()
+    relieved = layers.dial
+    assert relieved.host_embeddings and relieved.micro_tokens == 2048
+    assert solved.offload < relieved.offload <= solved.offload + 4 and layers.schedule != schedule
+    assert layers.less() and layers.dial.offload > relieved.offload  # and again
+
+
+def test_a_run_is_not_turned_to_other_micro_batches_or_embeddings_in_its_middle():
+    room = Room(COSTS.layers * COSTS.whole_bytes + 200 * MB, link=None, embedding_bytes=500 * MB, embedding_s=0.1)
+    layers = turned(room, max_tokens=1024)
+    before, schedule = layers.dial, layers.schedule
+    assert before.whole and not before.host_embeddings
+    assert not layers.less() and (layers.dial, layers.schedule) == (before, schedule)
+
+
 def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():
     linears = [quantise(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
     each = 64 * 64 * 2

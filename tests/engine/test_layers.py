@@ -172,6 +172,24 @@ def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
         assert layers.dial == replace(start, whole=3, offload=3, dense=0)
 
 
+def test_relief_is_what_the_dial_was_solved_for_and_else_tightening(adapted):
+    layers = DecoderLayers(adapted, Dial(offload=1), compiled=False)
+
+    def less():
+        layers.dial = Dial(offload=2)
+        return can_give
+
+    layers.follow((0, 0, 1, 1), less)
+    can_give = True
+    assert layers.relieve() and layers.dial == Dial(offload=2)
+    can_give = False
+    assert layers.relieve() and layers.dial == Dial(offload=2).tighter(len(layers))
+    assert not layers.offload.schedule  # nor what was solved: both were made for the dial before
+    while layers.relieve():
+        assert layers.dial.whole or layers.dial.feed_forward
+    assert layers.dial == Dial(whole=3, offload=3)
+
+
 class OnCard:
     """A frozen linear on a card with room for `room` copies, as far as keeping them goes."""
 

@@ -9,7 +9,7 @@ class Layers:
     def __init__(self, steps_left):
         self.dial, self.steps_left = Dial(), steps_left
 
-    def tighten(self):
+    def relieve(self):
         self.steps_left -= 1
         return self.steps_left >= 0
 

@@ -13,7 +13,15 @@ from lorafit.api.rehearsed_layers import enforce_budget
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig, parse_bytes
 from lorafit.data import Rows
-from lorafit.engine import VocabularyLoss, assert_isolated, let_blocks_grow, packed, vocabulary_loss_for, warm_compiler
+from lorafit.engine import (
+    VocabularyLoss,
+    assert_isolated,
+    let_blocks_grow,
+    lock_pages_by_threads,
+    packed,
+    vocabulary_loss_for,
+    warm_compiler,
+)
 
 PROOF_ROWS, PROOF_TOKENS = 4, 256
 
@@ -21,6 +29,7 @@ PROOF_ROWS, PROOF_TOKENS = 4, 256
 def proved_model(planned: PlannedRun) -> tuple[Any, VocabularyLoss]:
     """The adapted base on packed attention, rows proved isolated, and the loss that is proved to be its own."""
     config = planned.resolved.config
+    lock_pages_by_threads()
     let_blocks_grow()
     enforce_budget(config)
     if torch.cuda.is_available() and config.compile != "off":

@@ -1,6 +1,12 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
-from lorafit.engine.allocator import PAGE_BYTES, allocator_retries, let_blocks_grow, release_memory
+from lorafit.engine.allocator import (
+    PAGE_BYTES,
+    allocator_retries,
+    let_blocks_grow,
+    lock_pages_by_threads,
+    release_memory,
+)
 from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.batch import MicroBatch, Step, collate
 from lorafit.engine.dial_problem import Work
@@ -18,6 +24,7 @@ __all__ = [
     "PAGE_BYTES",
     "allocator_retries",
     "let_blocks_grow",
+    "lock_pages_by_threads",
     "release_memory",
     "DecoderLayers",
     "Graphs",

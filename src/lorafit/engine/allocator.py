@@ -1,4 +1,5 @@
-"""The CUDA allocator: blocks that grow, giving memory back, and how often it had to give back and ask again."""
+"""Torch's allocators: blocks on the card that grow, page-locking by threads, giving memory back, and how often the
+card's had to give back and ask again."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 PAGE_BYTES = 20 << 20
 """What a block grows by. Torch holds against its limit what is asked for, and may then take up to a page more."""
 
+PINNED = "pinned_"
+"""Begins all settings of page-locked memory."""
+MOST_THREADS = 8
+
 _set_here: list[str] = []
 """The settings that this module made last: not every torch has something that reads them back."""
 
@@ -30,8 +35,7 @@ def let_blocks_grow() -> None:
     later, and blocks that are there already stay as they are. Whoever set it, to whichever value, is left alone.
     """
     said = _settings()
-    spoken_for = any(OPTION in text for text in (said, *(os.environ.get(name, "") for name in VARIABLES)))
-    if spoken_for or "MallocAsync" in said or not torch.cuda.is_available() or not _known_to_work():
+    if _spoken_for(OPTION, said) or "MallocAsync" in said or not torch.cuda.is_available() or not _known_to_work():
         return
     # a block that grows is refused by the driver, where it is, and not by the setting: better now than while loading
     with contextlib.suppress(AttributeError, RuntimeError, ValueError):
@@ -40,6 +44,28 @@ def let_blocks_grow() -> None:
             torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cuda")
         except (RuntimeError, ValueError):
             _set(_with(said, FIXED))
+
+
+def lock_pages_by_threads() -> None:
+    """Have torch fault host memory in by several threads before CUDA locks it, from here on; to be called before
+    `let_blocks_grow`.
+
+    One call for a GiB faults its pages in one after another and keeps the process's other threads from mapping memory
+    meanwhile, a compiler's among them: at 8 GiB the first step came after 16.3 s so, and by eight threads after 12.6
+    (docs/performance.md). Whoever set anything about page-locked memory is left alone.
+    """
+    said = _settings()
+    share = min(MOST_THREADS, (os.cpu_count() or 1) // 2)
+    threads = 1 << max(0, share.bit_length() - 1)  # torch wants a power of two
+    if threads == 1 or _spoken_for(PINNED, said) or not torch.cuda.is_available() or not _known_to_work():
+        return
+    by_threads = f"{PINNED}use_cuda_host_register:True,{PINNED}num_register_threads:{threads}"
+    with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # a torch that has no such setting
+        try:
+            _set(_with(said, by_threads))
+            torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+        except (RuntimeError, ValueError):
+            _set(_with(said, f"{PINNED}use_cuda_host_register:False"))
 
 
 @contextlib.contextmanager
@@ -71,6 +97,11 @@ def release_memory() -> None:
 def allocator_retries() -> int:
     """How often the allocator found no room, gave back what it kept and asked again, since the process began."""
     return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+def _spoken_for(option: str, said: str) -> bool:
+    """Whether a user set anything that `option` begins, which the settings in force or a variable say."""
+    return any(option in text for text in (said, *(os.environ.get(name, "") for name in VARIABLES)))
 
 
 def _known_to_work() -> bool:

@@ -63,8 +63,10 @@ def _forward(
         mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
         return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
     if _is_even(query, layout, window):
-        return _even_forward(query, key, value, layout, scale)
-    return _uneven_forward(query, key, value, boundaries, int(layout[1]), scale, window)
+        out, sums = _even_forward(query, key, value, layout, scale)
+    else:
+        out, sums = _uneven_forward(query, key, value, boundaries, int(layout[1]), scale, window)
+    return out.contiguous(), sums  # kernels lay it out as the queries lie, token by token nearly always
 
 
 def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -212,4 +214,4 @@ def _flat(tensor: Tensor) -> Tensor:
 def _unflat(grad: Tensor, tokens: int) -> Tensor:
     """(tokens, heads, dim) → (1, heads, tokens, dim), a token's heads beside each other."""
     assert grad.shape[0] == tokens, grad.shape
-    return grad.transpose(0, 1).unsqueeze(0)
+    return grad.contiguous().transpose(0, 1).unsqueeze(0)

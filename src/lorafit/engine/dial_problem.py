@@ -43,6 +43,10 @@ HOST_SHARE = 0.5
 WORTH_COMPILING = 0.015
 """Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
 
+RELIEF_SHARE = 0.04
+"""Of the room: what a run gives up that turned out to fill its memory."""
+RELIEF_TRIES = 5
+
 BatchOf = Callable[[int], MicroBatch]
 """The largest micro-batch of the run when none may exceed so many tokens, on the device."""
 
@@ -103,12 +107,34 @@ class DialProblem:
         if found is None:
             layers.dial = tightest_dial(layers, self.work.longest)
             layers.follow(())
-            return
+        else:
+            self._turn(layers, found)
+
+    def _turn(self, layers: DecoderLayers, found: Dial) -> None:
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.dial = found.sized(self.tokens, self.work.max_tokens)
         costs = self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
         size = self.room.device_bytes + (self.room.embedding_bytes if found.host_embeddings else 0)
-        layers.follow(offload_schedule(costs, found, size, by_bytes=True).on_device_from)
+        schedule = offload_schedule(costs, found, size, by_bytes=True).on_device_from
+        layers.follow(schedule, partial(self._relieve, layers, found))
+
+    def _relieve(self, layers: DecoderLayers, turned: Dial) -> bool:
+        """In the middle of a run, turn `layers` from the dial `turned` to the fastest one for a little less room; False
+        where that asks for other micro-batches or for the embeddings to move."""
+        problem = self
+        for _ in range(RELIEF_TRIES):
+            problem = problem.less(round(RELIEF_SHARE * self.room.device_bytes))
+            found = problem._dial()
+            if found is None or _between_layers(found) != _between_layers(turned):
+                return False
+            if found != turned:
+                standing = layers.dial  # says of micro-batches and embeddings how they are
+                problem._turn(layers, found)
+                layers.dial = replace(
+                    layers.dial, micro_tokens=standing.micro_tokens, host_embeddings=standing.host_embeddings
+                )
+                return True
+        return False
 
     def _dial(self) -> Dial | None:
         """The fastest dial that fits; one whose layers are all at one level, if that is hardly slower."""
@@ -128,6 +154,11 @@ class DialProblem:
     def _step_share(self) -> float:
         """The mean step in micro-batches as large as the measured one; at least one."""
         return max(self.work.step_tokens / self.tokens, 1.0)
+
+
+def _between_layers(dial: Dial) -> tuple[int | None, bool]:
+    """What of the dial cannot be turned in the middle of a run."""
+    return dial.micro_tokens, dial.host_embeddings
 
 
 def tightest_dial(layers: DecoderLayers, longest: int) -> Dial:

@@ -60,6 +60,7 @@ class DecoderLayers:
         self.turned = 0  # how often weights were unpacked or packed again, and so lie elsewhere
         self.observe: Call | None = None
         self.tell: Callable[[str], object] | None = None
+        self._less: Callable[[], bool] | None = None
         self._bodies: dict[str, Call] = {}
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
@@ -100,9 +101,14 @@ class DecoderLayers:
         if tighter is None or _of_layers(tighter) == _of_layers(self.dial) == least:
             return False
         self.dial = tighter
-        self.offload.schedule = ()  # it was made for the dial before
+        self.follow(())  # the schedule was made for the dial before
         self._unpack_weights()
         return True
+
+    def relieve(self) -> bool:
+        """Take a little less memory, in the middle of a run that fits but barely: as little as the dial was solved for,
+        where it was, else as `tighten` does. False when nothing can be done."""
+        return (self._less is not None and self._less()) or self.tighten()
 
     def _unpack_weights(self, keep: bool = True) -> None:
         """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading."""
@@ -117,9 +123,10 @@ class DecoderLayers:
         self._weights = [_storages(layer) for layer in self.layers]
         self.turned += 1
 
-    def follow(self, schedule: Sequence[int]) -> None:
-        """Offload by this schedule (see HostOffload) for as long as the dial stays as it is."""
-        self.offload.schedule = schedule
+    def follow(self, schedule: Sequence[int], less: Callable[[], bool] | None = None) -> None:
+        """Offload by this schedule (see HostOffload) for as long as the dial stays as it is. `less` turns that a little
+        tighter, and says whether it could (see `relieve`)."""
+        self.offload.schedule, self._less = schedule, less
 
     def note(self, text: str) -> None:
         """Have `text` stand in the run's engine.json, and told."""

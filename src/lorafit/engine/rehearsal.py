@@ -1,5 +1,6 @@
 """The rehearsal: before the first step, the dial is solved with this card's own figures and the largest micro-batch is
-run twice, forward and backward, within the budget. What could not finish shows here, not at hour three."""
+run until it takes no more than before, forward and backward, within the budget. What could not finish shows here, not
+at hour three."""
 
 from __future__ import annotations
 
@@ -27,6 +28,10 @@ from lorafit.engine.layers import DecoderLayers
 LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
 """What a layer saves of each level, in widths of its residual stream, and in families that save little."""
 SOLVED_TRIES = 6
+MOST_PASSES = 5
+"""Of one micro-batch, forward and backward, until the allocator has come to rest."""
+REST_SHARE = 0.25
+"""Of what is left of the budget: what a pass may add to the reserved memory when it is the last. Growth slows down."""
 STEP_SHARE = 0.04
 """Of the budget: the most that the first solving after a misfit takes away; the next takes twice that, and so on."""
 
@@ -35,8 +40,8 @@ STEP_SHARE = 0.04
 class Attempt:
     """One rehearsed dial, the room it was solved for (0: it was not), the peak it took of reserved and of allocated
     memory, what the largest micro-batch took that is recorded, how often the allocator had to give back and ask again
-    in each micro-batch, and seconds; `fits` says whether that was within the budget, and each micro-batch, the
-    second time, without asking again."""
+    in each pass, and seconds; `fits` says whether that was within the budget, and each micro-batch, the last time,
+    without asking again."""
 
     dial: str
     room_bytes: int
@@ -112,7 +117,7 @@ def _attempts(
         elif not _tighten(layers, work):
             raise does_not_fit()
     # the room is reckoned with something to spare: where that left no dial, the tightest shows how much there is
-    spare = budget_bytes - work.coming_bytes - attempt.peak_bytes - SLACK_BYTES // 4
+    spare = budget_bytes - attempt.peak_bytes - SLACK_BYTES // 4
     roomier = problem.after_tightest(spare, failed) if problem else None
     if roomier is None:
         return
@@ -169,8 +174,9 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         keep_embeddings_on_host(model)
     release_memory()
     torch.cuda.reset_peak_memory_stats()
-    passes = _run_all(model, layers, work)
+    passes = _run_all(model, layers, work, budget_bytes)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    passes.state = []
     for weight in model.parameters():
         weight.grad = None
     layers.offload.begin()
@@ -184,18 +190,21 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         retries=tuple(passes.retries),
         elapsed_s=time.perf_counter() - started,
         # an allocator that has to give back and ask again stops the card each time: it fits, but crawls
-        fits=reserved + work.coming_bytes <= budget_bytes and passes.ended and not any(passes.retries[1::2]),
+        fits=reserved <= budget_bytes and passes.ended and passes.at_rest,
     )
 
 
 @dataclass(slots=True)
 class _Passes:
-    """How often the allocator asked again in each of an attempt's micro-batches, each of them run twice, whether all
-    ended, and what the largest one took that is recorded."""
+    """How often the allocator asked again in each of an attempt's passes, whether each micro-batch came to go
+    without, whether all ended, what the largest one took that is recorded, and what stands where the optimizer's state
+    will."""
 
     retries: list[int] = field(default_factory=list)
+    at_rest: bool = True
     ended: bool = False
     graph_bytes: int = 0
+    state: list[Tensor] = field(default_factory=list)
 
     def run(self, there_and_back: Callable[[], object]) -> None:
         before = allocator_retries()
@@ -203,10 +212,33 @@ class _Passes:
         torch.cuda.synchronize()
         self.retries.append(allocator_retries() - before)
 
+    def settle(self, there_and_back: Callable[[], object], model: Any, work: Work, budget_bytes: int) -> None:
+        """Run until a pass takes hardly more than the one before: each finds free what the last left, between other
+        blocks. The first leaves gradients, and the optimizer its state, upon which the second has less room."""
+        self.run(there_and_back)
+        self.state = _optimizer_state(model, work)
+        for _ in range(MOST_PASSES - 1):
+            stood = torch.cuda.memory_reserved()
+            self.run(there_and_back)
+            now = torch.cuda.memory_reserved()
+            if not self.retries[-1] and now - stood <= REST_SHARE * (budget_bytes - now):
+                return
+        self.at_rest = False
 
-def _run_all(model: Any, layers: DecoderLayers, work: Work) -> _Passes:
-    """The largest micro-batch twice. Where the dial has graphs, the largest that is recorded before that, as it is and
-    recorded: what runs without meets the graphs' memory then."""
+
+def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
+    """What the optimizer will keep: two tensors for each weight that is trained, of what is coming but the gradients,
+    which are there."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gradient_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
+    share = max(0, work.coming_bytes - gradient_bytes) / max(1, sum(weight.numel() for weight in trained))
+    sizes = [round(weight.numel() * share / 2) for weight in trained for _ in range(2)]
+    return [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+
+
+def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> _Passes:
+    """The largest micro-batch, until it has settled. Where the dial has graphs, the largest that is recorded before
+    that, as it is and recorded: what runs without meets the graphs' memory then."""
     micro_tokens = layers.dial.micro_tokens or work.max_tokens
     largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
     graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
@@ -222,8 +254,8 @@ def _run_all(model: Any, layers: DecoderLayers, work: Work) -> _Passes:
                     passes.run(partial(graphs.run, recorded, _share(recorded), partial(_there_and_back, work)))
                     taken = torch.cuda.max_memory_allocated() - stood - graphs.gradient_bytes
                     passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
-            for _ in range(2):
-                passes.run(partial(_there_and_back, work, largest, _share(largest)))
+                passes.at_rest = not passes.retries[-1]
+            passes.settle(partial(_there_and_back, work, largest, _share(largest)), model, work, budget_bytes)
         passes.ended = True
     except torch.OutOfMemoryError:
         pass

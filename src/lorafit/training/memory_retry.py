@@ -44,6 +44,9 @@ class Layers(Protocol):
     def tighten(self) -> bool:
         """Recompute more than before; False when everything is recomputed already."""
 
+    def relieve(self) -> bool:
+        """Take a little less memory; False when everything is recomputed already."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
