@@ -166,5 +166,14 @@ def test_fp8_is_never_planned_and_keeps_the_base_in_4_bits_where_it_was_asked_fo
     assert "fp8" in outcome["quantization"].reason
 
 
+@pytest.mark.parametrize(
+    ("card", "rows", "settings", "offered"),
+    [("H100", 2_000, {}, True), ("A100 40GB", 2_000, {}, False), ("H100", 20_000, {"quantization": "none"}, False)],
+)
+def test_fp8_is_offered_where_the_card_has_it_and_the_base_is_in_4_bits(card, rows, settings, offered):
+    reason = decided(hardware_named(card), rows=rows, config=LLAMA_8B, **settings)["compute"].reason
+    assert ("compute=fp8" in reason) is offered
+
+
 def test_a_cpu_keeps_everything_in_whole_micro_batches_where_that_fits():
     assert values(CPU)["activations"] == "keep"
