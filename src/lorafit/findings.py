@@ -1,7 +1,7 @@
 """Finding: one judgement with a code, like a linter's rule. Every code has a section in docs/findings.md.
 
-`P1`..`P7` are the classic pitfalls of a LoRA run, `D0xx` judge the data, `V0xx` the merged artefact. Rooms
-return findings; only `cli/` prints them.
+`P0` is what cannot finish, `P1`..`P7` are the classic pitfalls of a LoRA run, `D0xx` judge the data, `V0xx` the merged
+artefact. Rooms return findings; only `cli/` prints them.
 """
 
 from __future__ import annotations
@@ -53,10 +53,15 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 
 
 def chosen(findings: Iterable[Finding], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Finding]:
-    """The findings whose code starts with one of `select` (all, when empty) and with none of `ignore`."""
+    """The findings that `is_chosen` leaves."""
     wanted, unwanted = tuple(select), tuple(ignore)
-    return [
-        finding
-        for finding in findings
-        if (not wanted or finding.code.startswith(wanted)) and not (unwanted and finding.code.startswith(unwanted))
-    ]
+    return [finding for finding in findings if is_chosen(finding.code, finding.severity, wanted, unwanted)]
+
+
+def is_chosen(code: str, severity: Severity, select: Iterable[str], ignore: Iterable[str]) -> bool:
+    """Whether a finding is to be reported. Of warnings and notes those whose code starts with one of `select` (all,
+    when empty) and with none of `ignore`; an error always, unless `ignore` has its whole code."""
+    if severity is Severity.ERROR:
+        return code not in ignore
+    wanted, unwanted = tuple(select), tuple(ignore)
+    return (not wanted or code.startswith(wanted)) and not code.startswith(unwanted or ("-",))

@@ -218,3 +218,10 @@ def test_the_names_others_use_lead_to_ours():
     for theirs, ours in {"learning_rate": "lr", "lora_r": "rank", "output_dir": "out", "r": "rank"}.items():
         with pytest.raises(UsageError, match=f"did you mean '{ours}'"):
             resolve(flags={theirs: 1})
+
+
+def test_what_begins_no_code_of_a_finding_is_refused():
+    assert resolve(flags={"ignore": "D04, P,S001"}).config.ignore == ("D04", "P", "S001")
+    for wrong in ("ZZ", "d044", "D04x", "D0445", "044"):
+        with pytest.raises(UsageError, match=f"'{wrong}' begins no code of a finding"):
+            resolve(flags={"select": wrong})

@@ -360,6 +360,16 @@ def test_an_empty_response_can_be_allowed(tmp_path: Path) -> None:
     path = made.write(tmp_path / "rows.jsonl", [*ROWS, made.row(60, response="")])
     assert made.prepared(path).summary.kept == 30
     assert made.prepared(path, ignore=("D013",)).summary.kept == 31
+    by_prefix = made.prepared(path, ignore=("D01",))
+    assert by_prefix.summary.kept == 30 and made.codes(by_prefix) == {"D013"}
+
+
+def test_rejected_rows_of_an_attempt_before_do_not_stay_once_they_are_mended(tmp_path: Path) -> None:
+    path, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    refused = made.prepared(made.write(path, [*ROWS, made.row(60, response="")]), run_dir=run)
+    assert refused.rejected == run / "rejected.jsonl" and refused.rejected.exists()
+    mended = made.prepared(made.write(path, [*ROWS, made.row(60)]), run_dir=run)
+    assert mended.rejected is None and not (run / "rejected.jsonl").exists()
 
 
 def test_without_near_copies_wanted_none_are_looked_for(tmp_path: Path) -> None:

@@ -98,6 +98,23 @@ def test_a_map_names_fields_of_any_kind() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("mapped", "says"),
+    [
+        ({"response": "nosuch"}, r"--map: no row has the field 'nosuch' that 'response' is to be.*the rows have a, q"),
+        ({"completion": "aa"}, r"no row has the field 'aa'.*did you mean 'a'"),
+        ({"prompt": "q", "completion": "a", "messages": "turns"}, "no row has the field 'turns'"),
+    ],
+)
+def test_a_map_from_a_field_that_no_row_has_is_refused(mapped: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        detect([{"q": "ask", "a": "say"}], mapped, "x")
+
+
+def test_a_field_that_not_every_row_needs_may_come_later() -> None:
+    assert record({"prompt": "ask", "completion": "say"}, {"system": "persona", "input": "context"}).system is None
+
+
 def test_a_map_to_a_field_that_lorafit_does_not_know_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'response'"):
         detect([{"a": 1}], {"respons": "a"}, "x")

@@ -31,6 +31,17 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
     assert codes(targets=targets) == ([("P1", "warning")] if bad else [])
 
 
+@pytest.mark.parametrize(
+    ("activations", "named"),
+    [("offload", "offload"), ("keep,dense=2,graphs=64,embeddings=host", "dense, graphs, embeddings=host"), ("keep", "")],
+)
+def test_p2_a_dial_of_which_a_cpu_has_no_use(activations, named):
+    settings = {"activations": activations, "gradient_checkpointing": "auto", "compute": "fp32"}
+    messages = [finding.message for finding in found(CPU, **settings) if finding.code == "P2"]
+    assert messages == ([f"activations ask for {named}, of which a CPU has no use"] if named else [])
+    assert "P2" not in [code for code, _ in codes(H100, **(settings | {"compute": "bf16"}))]
+
+
 def test_p2_checkpointing_off_where_activations_do_not_fit():
     assert codes(gradient_checkpointing="off") == []
     tight = H100.with_memory(round(0.9 * GIB))

@@ -19,9 +19,10 @@ BAR = 32
 def show_summary(summary: Summary) -> None:
     """Counts that add up, then what they mean for training."""
     shape = f"row shape [bold]{summary.shape}[/bold]"
-    say(f"  {len(summary.files)} file(s), {shape}, {duration(summary.seconds)}{_where(summary)}")
+    files = f"{len(summary.files)} file{'' if len(summary.files) == 1 else 's'}"
+    say(f"  {files}, {shape}, {duration(summary.seconds)}{_where(summary)}")
     say(
-        f"  {summary.read:,} rows read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
+        f"  {summary.read:,} row{'' if summary.read == 1 else 's'} read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
         f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates"
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from lorafit.config.dial import Dial
 from lorafit.config.size import parse_bytes
@@ -40,8 +41,8 @@ class RunConfig(BaseModel):
     holdout: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.05, description="held-out share of the rows, or a file"
     )
-    select: tuple[str, ...] = Field((), description="findings to run, by code prefix; empty means all")
-    ignore: tuple[str, ...] = Field((), description="findings to leave out, by code prefix")
+    select: tuple[str, ...] = Field((), description="warnings and notes to show, by code prefix; empty means all")
+    ignore: tuple[str, ...] = Field((), description="findings to leave out: warnings by code prefix, errors by their whole code")
     max_tokens: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
     # the method
@@ -101,6 +102,15 @@ class RunConfig(BaseModel):
     @classmethod
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("select", "ignore")
+    @classmethod
+    def _are_codes(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for code in value:
+            if not re.fullmatch(r"[DPRSV][0-9]{0,3}", code):
+                fix = "write D01 or D044, as docs/findings.md has them; several with commas between"
+                raise UsageError(f"'{code:.20}' begins no code of a finding", where=info.field_name or "", fix=fix)
+        return value
 
     @field_validator("targets", mode="before")
     @classmethod

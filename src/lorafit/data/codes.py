@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -109,9 +108,3 @@ CODES: dict[str, Code] = {
     ),
 }
 """Every code this room reports, with its text."""
-
-
-def is_chosen(code: str, select: Iterable[str], ignore: Iterable[str]) -> bool:
-    """Whether findings of `code` are wanted; the rule is that of `findings.chosen`."""
-    wanted, unwanted = tuple(select), tuple(ignore)
-    return (not wanted or code.startswith(wanted)) and not code.startswith(unwanted or ("-",))

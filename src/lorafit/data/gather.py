@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config import RunConfig
-from lorafit.data.codes import CODES, is_chosen
+from lorafit.data.codes import CODES
 from lorafit.data.conversations import split_at_turns, up_to_last_answer
 from lorafit.data.fingerprints import Compared, hash64
 from lorafit.data.judgements import Judgement, judged
@@ -31,6 +31,7 @@ from lorafit.data.rows import record_to_json
 from lorafit.data.shapes import Shape, detect
 from lorafit.data.store_writer import LEADER, StoreWriter
 from lorafit.data.token_checks import SpecialTokens, Tokenised, judged_tokens
+from lorafit.findings import Severity, is_chosen
 
 if TYPE_CHECKING:
     from lorafit.data.template import Template
@@ -218,13 +219,14 @@ class Gatherer:
 
 
 def ignored_codes(config: RunConfig) -> tuple[str, ...]:
-    """The codes in IGNORABLE that the user wants ignored. `--select` does not count: it chooses what is shown."""
-    return tuple(code for code in IGNORABLE if not is_chosen(code, (), config.ignore))
+    """The codes in IGNORABLE that the user ignores by name, as every error has to be. `--select` does not count: it
+    chooses what is shown."""
+    return tuple(code for code in IGNORABLE if code in config.ignore)
 
 
 def compares(config: RunConfig) -> bool:
     """Whether near copies are looked for: not when all findings that need them are ignored."""
-    return any(is_chosen(code, (), config.ignore) for code in ("D031", "D032"))
+    return any(is_chosen(code, Severity.WARNING, (), config.ignore) for code in ("D031", "D032"))
 
 
 def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lorafit.config import RunConfig, base_folder
 from lorafit.data.cache import default_folder, key_of, stored
-from lorafit.data.codes import CODES, is_chosen
+from lorafit.data.codes import CODES
 from lorafit.data.gather import Gatherer
 from lorafit.data.groups import group_of
 from lorafit.data.pack import packed_fill, steps_per_epoch
@@ -29,7 +29,7 @@ from lorafit.data.tally import Tally
 from lorafit.data.untrained_tokens import untrained_special_tokens
 from lorafit.data.whole_set import WholeSet
 from lorafit.errors import DataError, RunDirError
-from lorafit.findings import Finding, Severity
+from lorafit.findings import Finding, Severity, chosen
 
 if TYPE_CHECKING:
     from lorafit.data.template import Template
@@ -74,7 +74,7 @@ def prepare(
     whole = WholeSet(rows, held, config.holdout)
     train, holdout = whole.rows.select(np.flatnonzero(~held)), whole.rows.select(np.flatnonzero(held))
     findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template)]
-    findings = [one for one in sorted(findings, key=lambda one: one.code) if _is_wanted(one, config)]
+    findings = chosen(sorted(findings, key=lambda one: one.code), config.select, config.ignore)
     summary = _summary(config, template, whole, train, holdout, time.monotonic() - started, cached)
     return Prepared(train, holdout, findings, summary, _recorded(rows, run_dir, train, holdout))
 
@@ -110,12 +110,6 @@ def _base_findings(config: RunConfig, template: Template | None) -> list[Finding
     rule = CODES["D050"]
     message = f"{rule.title}: {', '.join(tokens[:8])}{', …' if len(tokens) > 8 else ''}"
     return [Finding("D050", Severity.WARNING, message, str(folder), rule.why, rule.fix, len(tokens))]
-
-
-def _is_wanted(finding: Finding, config: RunConfig) -> bool:
-    """`--select` chooses among warnings and notes; an error is only hidden by `--ignore`."""
-    select = () if finding.severity is Severity.ERROR else config.select
-    return is_chosen(finding.code, select, config.ignore)
 
 
 def _summary(
@@ -159,8 +153,11 @@ def _recorded(rows: Stored, run_dir: Path | None, train: Rows, holdout: Rows) ->
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_split(run_dir / "split.tsv", train, holdout)
-        source = rows.folder / "rejected.jsonl"
-        return Path(shutil.copyfile(source, run_dir / "rejected.jsonl")) if source.stat().st_size else None
+        source, place = rows.folder / "rejected.jsonl", run_dir / "rejected.jsonl"
+        if source.stat().st_size:
+            return Path(shutil.copyfile(source, place))
+        place.unlink(missing_ok=True)  # of an attempt before the rows were mended
+        return None
     except OSError as error:
         reason = error.strerror or str(error)
         raise RunDirError(f"cannot be written ({reason})", where=str(run_dir), fix="check the folder") from error

@@ -16,6 +16,7 @@ from lorafit.errors import DataError, UsageError
 Fields = Mapping[str, Any]
 ANSWERS = ("response", "output", "completion", "answer")
 MAPPABLE = ("system", "instruction", "input", "prompt", *ANSWERS, "messages", "conversations", "tools")
+OPTIONAL = ("system", "input", "tools")
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 SHAREGPT_ROLES = {
     "human": "user",
@@ -103,11 +104,12 @@ def check_map(mapped: Mapping[str, str]) -> None:
 def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Shape:
     """The shape most of `rows` have. Raises DataError naming the fields there are when it is none of ours."""
     check_map(mapped)
+    _check_mapped_names(rows, mapped)
     votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped))))
     if not votes:
         if known := _known_trouble(rows):
             raise DataError(known[0], where=where, fix=known[1])
-        names = ", ".join(sorted({excerpt(str(name), 30) for row in rows[:100] for name in row})[:12]) or "none"
+        names = _listed(str(name) for row in rows[:100] for name in row)
         raise DataError(
             f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations",
             where=where,
@@ -115,6 +117,20 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
         )
     kind, answer = votes.most_common(1)[0][0]
     return Shape(kind, answer, dict(mapped))
+
+
+def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> None:
+    """Raises UsageError when a field that every row needs is mapped to one that none of `rows` has."""
+    names = {str(name) for row in rows for name in row}
+    for ours, theirs in mapped.items():
+        if rows and theirs not in names and ours not in OPTIONAL:
+            near = difflib.get_close_matches(theirs, names, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"the rows have {_listed(names)}"
+            raise UsageError(f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be", where="--map", fix=fix)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted({excerpt(name, 30) for name in names})[:12]) or "none"
 
 
 def _known_trouble(rows: Sequence[Fields]) -> tuple[str, str] | None:

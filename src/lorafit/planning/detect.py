@@ -55,7 +55,8 @@ def hardware_for(config: RunConfig) -> Hardware:
         return device
     budget = parse_bytes(config.vram, "vram")
     if device.kind == "cpu" and config.gpu is None:
-        return generic_card(budget)
+        note = "no card is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
+        return replace(generic_card(budget), notes=(note,))
     return device.with_memory(min(device.memory_bytes, budget))
 
 

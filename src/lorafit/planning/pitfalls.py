@@ -66,6 +66,16 @@ def _checkpointing(
             why="the run would end in out-of-memory at its first full micro-batch",
             fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
         )
+    idle = _idle(dial_of(config, shape.layers) or Dial()) if hardware.kind == "cpu" else []
+    if idle:
+        yield Finding(
+            "P2",
+            Severity.WARNING,
+            f"activations ask for {', '.join(idle)}, of which a CPU has no use",
+            where="activations",
+            why="all lies in the one memory there is, and CUDA graphs need CUDA",
+            fix="set activations: auto, keep or recompute",
+        )
     if config.gradient_checkpointing == "reentrant":
         yield Finding(
             "P2",
@@ -76,6 +86,12 @@ def _checkpointing(
             "is made to require one, and it breaks with several GPUs",
             fix="set gradient_checkpointing: on, which is the non-reentrant kind",
         )
+
+
+def _idle(dial: Dial) -> list[str]:
+    """What of `dial` bears on a card alone."""
+    of_a_card = {"offload": dial.offload, "dense": dial.dense, "graphs": dial.graphs}
+    return [key for key, value in of_a_card.items() if value] + (["embeddings=host"] if dial.host_embeddings else [])
 
 
 def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
