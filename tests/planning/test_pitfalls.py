@@ -33,7 +33,7 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
 
 @pytest.mark.parametrize(
     ("activations", "named"),
-    [("offload", "offload"), ("keep,dense=2,graphs=64,embeddings=host", "dense, graphs, embeddings=host"), ("keep", "")],
+    [("offload", "offload"), ("dense=2,graphs=64,embeddings=host", "dense, graphs, embeddings=host"), ("keep", "")],
 )
 def test_p2_a_dial_of_which_a_cpu_has_no_use(activations, named):
     settings = {"activations": activations, "gradient_checkpointing": "auto", "compute": "fp32"}

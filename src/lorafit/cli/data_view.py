@@ -22,7 +22,8 @@ def show_summary(summary: Summary) -> None:
     files = f"{len(summary.files)} file{'' if len(summary.files) == 1 else 's'}"
     say(f"  {files}, {shape}, {duration(summary.seconds)}{_where(summary)}")
     say(
-        f"  {summary.read:,} row{'' if summary.read == 1 else 's'} read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
+        f"  {summary.read:,} row{'' if summary.read == 1 else 's'} read = "
+        f"{summary.kept:,} kept + {summary.rejected:,} rejected + "
         f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates"
     )

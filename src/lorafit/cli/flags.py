@@ -42,7 +42,8 @@ Select = Annotated[
     str | None, typer.Option("--select", help="Only these findings, by code prefix: D01,P5.", show_default=False)
 ]
 Ignore = Annotated[
-    str | None, typer.Option("--ignore", help="Without these: warnings by code prefix, errors by whole code.", show_default=False)
+    str | None,
+    typer.Option("--ignore", help="Without these: warnings by code prefix, errors by whole code.", show_default=False),
 ]
 
 

@@ -42,7 +42,9 @@ class RunConfig(BaseModel):
         0.05, description="held-out share of the rows, or a file"
     )
     select: tuple[str, ...] = Field((), description="warnings and notes to show, by code prefix; empty means all")
-    ignore: tuple[str, ...] = Field((), description="findings to leave out: warnings by code prefix, errors by their whole code")
+    ignore: tuple[str, ...] = Field(
+        (), description="findings to leave out: warnings by code prefix, errors by their whole code"
+    )
     max_tokens: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
     # the method

@@ -126,7 +126,8 @@ def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> No
         if rows and theirs not in names and ours not in OPTIONAL:
             near = difflib.get_close_matches(theirs, names, n=1)
             fix = f"did you mean '{near[0]}'?" if near else f"the rows have {_listed(names)}"
-            raise UsageError(f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be", where="--map", fix=fix)
+            message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"
+            raise UsageError(message, where="--map", fix=fix)
 
 
 def _listed(names: Iterable[str]) -> str:
