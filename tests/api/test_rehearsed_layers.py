@@ -1,5 +1,6 @@
 """What the rehearsal runs is what training runs."""
 
+import itertools
 import json
 from dataclasses import fields
 from types import SimpleNamespace
@@ -116,6 +117,22 @@ def test_graphs_last_as_long_as_training(trainer, tmp_path, on_a_card):
         graphs.tell("why")
     assert trainer.graphs is None and not graphs._frames
     assert [event.kind for event in trainer.events.seen] == ["no_graphs"]
+
+
+def test_a_run_that_was_tight_goes_on_with_the_dial_that_it_was_turned_to(trainer, tmp_path, on_a_card):
+    retries = itertools.count()
+    resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
+    trainer.config, on_a_card.dial, run = resolved.config, Dial(offload=1), RunDir(tmp_path)
+    with rehearsed_layers(trainer, resolved, run):
+        watch = trainer.callback_handler.callbacks[-1]
+        watch.layers.follow((0, 0, 1), lambda: watch.layers.follow((0, 1, 1)) or True)
+        watch.retries = lambda: next(retries)
+        for step in range(1, 4):
+            watch.on_step_begin(None, None, None)
+            watch.on_step_end(None, SimpleNamespace(global_step=step), None)
+    assert [event.kind for event in trainer.events.seen] == ["tight_memory"]
+    known = json.loads(run.engine.read_text())
+    assert known["schedule"] == [0, 1, 1] and known["dial"].startswith("offload=1")
 
 
 @pytest.mark.parametrize("dial", [Dial(), Dial(whole=2)])

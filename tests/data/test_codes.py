@@ -8,6 +8,8 @@ import pytest
 from lorafit.data.codes import CODES
 
 DOCS = Path(__file__).parents[2] / "docs" / "findings.md"
+
+
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_every_code_has_a_section_in_the_docs(code: str) -> None:
     assert re.search(rf"^## {code}: \S", DOCS.read_text(encoding="utf-8"), re.MULTILINE)

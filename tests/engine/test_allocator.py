@@ -29,6 +29,7 @@ class Torch:
         monkeypatch.setattr(torch._C, GETTER, lambda: self.settings, raising=False)
         monkeypatch.setattr(torch._C, SETTER, self.tell, raising=False)
         monkeypatch.setattr(torch, "empty", self.take)
+        monkeypatch.setattr(allocator.platform, "release", lambda: "6.8.0-generic")
 
     def start_with(self, variable, settings):
         self.patch.setenv(variable, settings)
@@ -82,8 +83,10 @@ def test_the_users_other_settings_are_kept(card, monkeypatch, variable, reads_ba
     assert card.told == [f"{kept},{GROWING}"]
 
 
-def test_another_allocator_is_left_alone(card):
+def test_another_allocator_is_left_alone(card, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     card.start_with(VARIABLES[0], "backend:cudaMallocAsync")
+    lock_pages_by_threads()
     let_blocks_grow()
     assert card.told == []
 
@@ -174,6 +177,14 @@ def test_pages_are_locked_by_threads_and_blocks_still_grow(card, monkeypatch, pr
     lock_pages_by_threads()  # a second run of one process
     let_blocks_grow()
     assert card.told == told
+
+
+@pytest.mark.parametrize(("kernel", "locks"), [("4.18.0-553.el8_10.x86_64", False), ("5.11", False), ("5.12.0", True)])
+def test_kernels_whose_locked_pages_move_when_a_process_forks_lock_none_so(card, monkeypatch, kernel, locks):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(allocator.platform, "release", lambda: kernel)
+    lock_pages_by_threads()
+    assert bool(card.told) is locks
 
 
 def test_two_processors_lock_pages_as_torch_does(card, monkeypatch):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lorafit.config.dial import Dial
 from lorafit.engine import rehearsal
 from lorafit.engine.dial_problem import DialProblem, Work
 from lorafit.planning.dial_solver import Room
@@ -90,21 +91,53 @@ class Card:
 
 
 @pytest.mark.parametrize(
-    ("after_passes", "passes", "at_rest"),
+    ("after_passes", "passes", "asked_again", "grew"),
     [
-        ([3000, 3000], 2, True),
-        ([3000, 3020], 2, True),  # a little more, and far from the end
-        ([5600, 5900, 6000, 6000], 4, True),
-        ([None, 5600, 5900, 5900], 4, True),  # once, before it knew what to keep
-        ([5600, 5900, None, 5900, None], 5, False),  # as a run did at 24 GiB that asked again in each of its steps
-        ([2000, 3500, 4600, 5400, 5900], 5, False),
+        ([3000, 3000], 2, False, False),
+        ([3000, 3020], 2, False, False),  # a little more, and far from the end
+        ([5600, 5900, 6000, 6000], 4, False, False),
+        ([None, 5600, 5900, 5900], 4, False, False),  # once, before it knew what to keep
+        (
+            [5600, 5900, None, 5900, None],
+            5,
+            True,
+            False,
+        ),  # as a run did at 24 GiB that asked again in each of its steps
+        ([2000, 3500, 4600, 5400, 5900], 5, False, True),
+        ([5600, 6200], 2, False, False),  # beyond the budget, whatever comes then
     ],
 )
-def test_a_micro_batch_fits_once_the_allocator_came_to_rest(monkeypatch, after_passes, passes, at_rest):
-    card, tried = Card(monkeypatch, after_passes), rehearsal._Passes()
-    tried.settle(card.run, None, WORK, BUDGET)
-    assert (card.passes, tried.at_rest) == (passes, at_rest)
+def test_a_micro_batch_runs_until_the_allocator_rests(monkeypatch, after_passes, passes, asked_again, grew):
+    card, tried, model = Card(monkeypatch, after_passes), rehearsal._Passes(), torch.nn.Linear(2, 2)
+    model.weight.grad = torch.ones(2, 2)
+    tried.settle(card.run, model, WORK, BUDGET)
+    assert (card.passes, tried.asked_again, tried.grew) == (passes, asked_again, grew)
     assert tried.state, "the optimizer's state lies between what passes leave"
+    assert model.weight.grad is None  # as after a step
+
+
+@pytest.mark.parametrize(
+    ("asked_again", "grew", "solved", "tightest", "fits"),
+    [
+        (False, False, True, False, True),
+        (True, False, False, True, False),
+        (False, True, True, False, False),  # another dial may rest
+        (False, True, False, False, True),  # set by hand, or a resumed run's: not to be changed for that
+        (False, True, True, True, True),  # there is no other
+    ],
+)
+def test_growth_is_no_misfit_where_nothing_else_can_be_had(monkeypatch, asked_again, grew, solved, tightest, fits):
+    found = rehearsal._Passes(asked_again=asked_again, grew=grew, ended=True)
+    monkeypatch.setattr(rehearsal, "_run_all", lambda *_: found)
+    for name in ("reset_peak_memory_stats", "max_memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: BUDGET)
+    layers = TurnedLayers()
+    layers.offload = SimpleNamespace(begin=lambda: None)
+    layers.dial = Dial.parse(TIGHTEST, 32) if tightest else Dial(offload=8)
+    monkeypatch.setattr(rehearsal, "keep_embeddings_on_host", lambda model: None)
+    problem = DialProblem(COSTS, Room(MB), 2048, WORK) if solved else None
+    attempt = rehearsal._attempt(torch.nn.Linear(2, 2), layers, WORK, BUDGET, problem)
+    assert attempt.fits is fits
 
 
 def test_the_optimizers_state_stands_where_it_will_in_two_tensors_a_weight(monkeypatch):

@@ -104,6 +104,24 @@ def test_a_container_s_limits_are_the_machine_s(monkeypatch):
     assert device.cores == 1
 
 
+@pytest.mark.parametrize(
+    ("root", "limit", "used", "key"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_files_that_a_container_has_read_give_way(monkeypatch, root, limit, used, key):
+    files = {
+        "/proc/meminfo": ["MemAvailable: 60000000 kB"],
+        f"/sys/fs/cgroup/{root}{limit}": [str(8 * GIB)],
+        f"/sys/fs/cgroup/{root}{used}": [str(7 * GIB)],
+        f"/sys/fs/cgroup/{root}memory.stat": ["anon 1", f"{key} {5 * GIB}", "total_rss 3"],
+    }
+    monkeypatch.setattr(detect, "_lines", lambda path: files.get(path, []))
+    assert detect.available_bytes() == 6 * GIB
+
+
 def test_an_unlimited_container_is_no_limit(monkeypatch):
     files = {
         "/proc/meminfo": ["MemAvailable: 1048576 kB"],

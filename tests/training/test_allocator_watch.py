@@ -1,5 +1,7 @@
 from types import SimpleNamespace
 
+import pytest
+
 from lorafit.config.dial import Dial
 from lorafit.training.allocator_watch import IN_A_ROW, AllocatorWatch
 from lorafit.training.events import EventLog
@@ -40,3 +42,29 @@ def test_what_happens_between_steps_does_not_count():
 
 def test_it_gives_the_new_setting_its_time_and_stops_at_the_tightest():
     assert run([1] * IN_A_ROW * 4, steps_left=2) == [("tight_memory", IN_A_ROW), ("tight_memory", 2 * IN_A_ROW)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (Dial(dense=8), Dial(dense=4), "fewer weights lie unpacked now"),
+        (Dial(graphs=64), Dial(), "no CUDA graphs are recorded now"),
+        (Dial(offload=8), Dial(offload=11), "11 layers keep theirs on the host now, where 8 did"),
+        (Dial(offload=8), Dial(offload=2, feed_forward=9), "more is recomputed now"),
+        (
+            Dial(feed_forward=60),
+            Dial(feed_forward=50, offload=56),
+            "56 layers keep theirs on the host now, where 0 did",
+        ),
+        (Dial(offload=8), Dial(offload=8), "less stays on the card now"),  # by a tighter schedule
+    ],
+)
+def test_what_gave_way_is_said(before, after, said):
+    layers, events, turned = Layers(1), EventLog(), []
+    layers.dial, layers.relieve = before, lambda: setattr(layers, "dial", after) or True
+    watch = AllocatorWatch(layers, events, retries=iter(range(99)).__next__, turned=lambda: turned.append(layers.dial))
+    for step in range(1, IN_A_ROW + 1):
+        watch.on_step_begin(None, None, None)
+        watch.on_step_end(None, SimpleNamespace(global_step=step), None)
+    (event,) = events.seen
+    assert event.message.endswith(said) and turned == [after]

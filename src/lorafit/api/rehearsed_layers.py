@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
 from lorafit.config.dial import Dial
 from lorafit.data import largest_step
 from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
+from lorafit.errors import RunDirError
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
@@ -53,10 +54,17 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
-    _drive(trainer, layers, found)
-    run.write_json(
-        run.engine, {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
-    )
+    engine = {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
+
+    def write() -> None:
+        run.write_json(run.engine, {**engine, "dial": str(layers.dial), "schedule": list(layers.offload.schedule)})
+
+    def write_if_possible() -> None:
+        with contextlib.suppress(RunDirError):  # a full disk is no reason to stop here
+            write()
+
+    _drive(trainer, layers, found, write_if_possible)
+    write()
     try:
         with layers:
             yield found
@@ -103,8 +111,9 @@ def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
     return _Wish(known["asked"], known["planned"], known["vram"]) if "planned" in known else wish
 
 
-def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal) -> None:
-    """Have `trainer` lay steps out as the dial says that was found, and turn `layers` when its memory is short."""
+def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal, turned: Callable[[], object]) -> None:
+    """Have `trainer` lay steps out as the dial says that was found, and turn `layers` when its memory is short, upon
+    which `turned` is called: a run that goes on begins with the dial that it ended with."""
     dial = layers.dial = found.dial
     trainer.layout.micro_tokens = dial.micro_tokens or trainer.config.max_tokens
     trainer.memory.layers = layers
@@ -115,7 +124,7 @@ def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal) -> 
         trainer.graphs.tell = partial(_note_graphs, trainer)
         trainer.memory.give_back = trainer.graphs.give_back
     if not trainer.config.deterministic:  # when it acts depends on what the allocator went through
-        trainer.add_callback(AllocatorWatch(layers, trainer.events))
+        trainer.add_callback(AllocatorWatch(layers, trainer.events, turned=turned))
 
 
 def _note_graphs(trainer: LorafitTrainer, text: str) -> None:

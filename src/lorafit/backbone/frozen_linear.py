@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lorafit.backbone.frozen_linear_op import frozen_linear, op_arguments, trace
 from lorafit.backbone.nf4_unpack import unpack_e4m3
 from lorafit.backbone.precision import DTYPES
 from lorafit.backbone.weight_ticket import ticket_device, ticket_for
+from lorafit.planning.detect import available_bytes
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
@@ -187,7 +187,7 @@ def freeze_linears(
     (in and out features multiples of 16) and exactly elsewhere. Those on a CPU, if not in FP8, keep a dense copy,
     first layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
     """
-    budget = int(psutil.virtual_memory().available * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
+    budget = int(available_bytes() * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
     for linear in [module for module in model.modules() if isinstance(module, Linear4bit)]:
         _freeze(linear, compute_dtype, fp8)
         size = linear.dense_bytes()

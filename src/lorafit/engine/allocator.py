@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,9 @@ PAGE_BYTES = 20 << 20
 PINNED = "pinned_"
 """Begins all settings of page-locked memory."""
 MOST_THREADS = 8
+PINNED_PAGES_STAY = (5, 12)
+"""Linux: since this release a page that was locked stays its process's own when that forks. Before, what the process
+then wrote could go to a new page, and the card read the old one; memory of CUDA's own is left out of forks."""
 
 _set_here: list[str] = []
 """The settings that this module made last: not every torch has something that reads them back."""
@@ -57,7 +61,9 @@ def lock_pages_by_threads() -> None:
     said = _settings()
     share = min(MOST_THREADS, (os.cpu_count() or 1) // 2)
     threads = 1 << max(0, share.bit_length() - 1)  # torch wants a power of two
-    if threads == 1 or _spoken_for(PINNED, said) or not torch.cuda.is_available() or not _known_to_work():
+    if threads == 1 or _spoken_for(PINNED, said) or "MallocAsync" in said or not torch.cuda.is_available():
+        return
+    if not _known_to_work() or _kernel() < PINNED_PAGES_STAY:
         return
     by_threads = f"{PINNED}use_cuda_host_register:True,{PINNED}num_register_threads:{threads}"
     with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # a torch that has no such setting
@@ -107,6 +113,10 @@ def _spoken_for(option: str, said: str) -> bool:
 def _known_to_work() -> bool:
     """Elsewhere torch warns that it cannot; under WSL drivers fail, not always at once (pytorch/pytorch#192330)."""
     return sys.platform == "linux" and torch.version.hip is None and "microsoft" not in platform.release().lower()
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"[0-9]+", platform.release())[:2])
 
 
 def _settings() -> str:

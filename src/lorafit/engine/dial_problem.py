@@ -8,7 +8,6 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,8 @@ from lorafit.engine.measure import (
 )
 from lorafit.engine.vocabulary_loss import CHUNK_BYTES
 from lorafit.errors import TrainingError
-from lorafit.planning.dial_solver import Room, Solution, solve_micro
+from lorafit.planning.detect import available_bytes
+from lorafit.planning.dial_solver import Room, Solution, solve, solve_micro
 from lorafit.planning.graphs import FILLED, graph_tokens
 from lorafit.planning.layer_costs import LayerCosts, Link, Split
 from lorafit.planning.timeline import offload_schedule
@@ -46,6 +46,9 @@ WORTH_COMPILING = 0.015
 RELIEF_SHARE = 0.04
 """Of the room: what a run gives up that turned out to fill its memory."""
 RELIEF_TRIES = 5
+UNWANTED_S = 1e6
+"""What recomputing is said to take at a level that no layer is compiled at."""
+NEVER_BYTES = 1 << 50
 
 BatchOf = Callable[[int], MicroBatch]
 """The largest micro-batch of the run when none may exceed so many tokens, on the device."""
@@ -113,21 +116,38 @@ class DialProblem:
     def _turn(self, layers: DecoderLayers, found: Dial) -> None:
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.dial = found.sized(self.tokens, self.work.max_tokens)
-        costs = self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
-        size = self.room.device_bytes + (self.room.embedding_bytes if found.host_embeddings else 0)
-        schedule = offload_schedule(costs, found, size, by_bytes=True).on_device_from
-        layers.follow(schedule, partial(self._relieve, layers, found))
+        schedule = self._schedule(found)
+        layers.follow(schedule, partial(self._relieve, layers, found, schedule))
 
-    def _relieve(self, layers: DecoderLayers, turned: Dial) -> bool:
-        """In the middle of a run, turn `layers` from the dial `turned` to the fastest one for a little less room; False
-        where that asks for other micro-batches or for the embeddings to move."""
-        problem = self
-        for _ in range(RELIEF_TRIES):
-            problem = problem.less(round(RELIEF_SHARE * self.room.device_bytes))
-            found = problem._dial()
-            if found is None or _between_layers(found) != _between_layers(turned):
+    def _schedule(self, found: Dial) -> tuple[int, ...]:
+        room = self._room_with(found)
+        return tuple(offload_schedule(self._costs_with(found), found, room.device_bytes, by_bytes=True).on_device_from)
+
+    def _costs_with(self, found: Dial) -> LayerCosts:
+        """The costs of its micro-batch."""
+        return self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
+
+    def _room_with(self, found: Dial) -> Room:
+        """The room with the embeddings where it has them, to stay there."""
+        return self.room.without_embeddings() if found.host_embeddings else replace(self.room, embedding_bytes=0)
+
+    def _relieve(self, layers: DecoderLayers, turned: Dial, schedule: tuple[int, ...]) -> bool:
+        """In the middle of a run, turn `layers` from the dial `turned` and its schedule to the fastest that need a
+        little less room, with micro-batches and embeddings as they are, and where possible at the levels that layers
+        are compiled at; False where there are none."""
+        costs, room = _at_levels_of(turned, self._costs_with(turned)), self._room_with(turned).device_bytes
+        # copies on their way fill the room; what has none may leave more of it than anyone will use
+        unused = 0 if turned.offload else max(0, room - _split(costs, turned).device_bytes(0))
+        share = max(0, round(RELIEF_SHARE * room))
+        for tried in range(RELIEF_TRIES):
+            problem = self.less(unused + share * (tried + 1))
+            solved = solve(costs, problem._room_with(turned))
+            if solved is None:
                 return False
-            if found != turned:
+            found = replace(solved.dial, micro_tokens=turned.micro_tokens, host_embeddings=turned.host_embeddings)
+            if turned.whole + turned.feed_forward == costs.layers:  # its costs know of no other level
+                found = replace(found, feed_forward=costs.layers - found.whole)
+            if (found, problem._schedule(found)) != (turned, schedule):
                 standing = layers.dial  # says of micro-batches and embeddings how they are
                 problem._turn(layers, found)
                 layers.dial = replace(
@@ -156,9 +176,19 @@ class DialProblem:
         return max(self.work.step_tokens / self.tokens, 1.0)
 
 
-def _between_layers(dial: Dial) -> tuple[int | None, bool]:
-    """What of the dial cannot be turned in the middle of a run."""
-    return dial.micro_tokens, dial.host_embeddings
+def _at_levels_of(dial: Dial, costs: LayerCosts) -> LayerCosts:
+    """`costs` that lead to the levels of `dial` alone, as long as anything fits at them."""
+    if dial.whole == costs.layers:
+        return replace(costs, kept_bytes=NEVER_BYTES, feed_forward_bytes=NEVER_BYTES)
+    if dial.whole + dial.feed_forward == costs.layers:
+        costs = costs.without_keeping()
+    elif not dial.feed_forward:
+        costs = replace(costs, recompute_feed_forward_s=UNWANTED_S)
+    return costs if dial.whole else replace(costs, recompute_layer_s=UNWANTED_S)
+
+
+def _split(costs: LayerCosts, dial: Dial) -> Split:
+    return Split(costs, dial.whole, dial.whole + dial.feed_forward)
 
 
 def tightest_dial(layers: DecoderLayers, longest: int) -> Dial:
@@ -197,7 +227,7 @@ def pose(
     rates = link_rates()
     room = Room(
         device_bytes=free - round(LOST_SHARE * budget_bytes),
-        host_bytes=round(psutil.virtual_memory().available * HOST_SHARE),
+        host_bytes=round(available_bytes() * HOST_SHARE),
         link=Link(*rates),
         by_bytes=True,
         embedding_bytes=_movable_bytes(model),

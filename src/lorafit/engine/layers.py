@@ -108,7 +108,10 @@ class DecoderLayers:
     def relieve(self) -> bool:
         """Take a little less memory, in the middle of a run that fits but barely: as little as the dial was solved for,
         where it was, else as `tighten` does. False when nothing can be done."""
-        return (self._less is not None and self._less()) or self.tighten()
+        if self._less is not None and self._less():
+            self.offload.begin()  # what was kept of the last micro-batch is not this dial's
+            return True
+        return self.tighten()
 
     def _unpack_weights(self, keep: bool = True) -> None:
         """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading."""

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Wo
 from lorafit.engine.graphs import Graphs
 from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.layers import DecoderLayers
+from lorafit.planning.detect import available_bytes
 
 LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
 """What a layer saves of each level, in widths of its residual stream, and in families that save little."""
@@ -146,7 +146,7 @@ def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
     dial, config = layers.dial, layers.core.config.get_text_config()
     streams = sum(LEAST_STREAMS[dial.level(index)] for index in range(dial.offload))
     size = streams * max(dial.micro_tokens or 0, work.max_tokens) * int(config.hidden_size) * 2
-    return min(size, round(psutil.virtual_memory().available * HOST_SHARE))
+    return min(size, round(available_bytes() * HOST_SHARE))
 
 
 def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
@@ -177,8 +177,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
     passes = _run_all(model, layers, work, budget_bytes)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     passes.state = []
-    for weight in model.parameters():
-        weight.grad = None
+    _drop_gradients(model)
     layers.offload.begin()
     release_memory()
     return Attempt(
@@ -189,19 +188,24 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         graph_bytes=passes.graph_bytes,
         retries=tuple(passes.retries),
         elapsed_s=time.perf_counter() - started,
-        # an allocator that has to give back and ask again stops the card each time: it fits, but crawls
-        fits=reserved <= budget_bytes and passes.ended and passes.at_rest,
+        # an allocator that has to give back and ask again stops the card each time: it fits, but crawls. One that still
+        # grows may come to that: reason enough to solve again, none to change what somebody set, or to end the run
+        fits=reserved <= budget_bytes
+        and passes.ended
+        and not passes.asked_again
+        and not (passes.grew and problem is not None and layers.dial != tightest_dial(layers, work.longest)),
     )
 
 
 @dataclass(slots=True)
 class _Passes:
-    """How often the allocator asked again in each of an attempt's passes, whether each micro-batch came to go
-    without, whether all ended, what the largest one took that is recorded, and what stands where the optimizer's state
-    will."""
+    """How often the allocator asked again in each of an attempt's passes, whether it did to the last of a micro-batch,
+    whether the last pass of all still took clearly more than the one before, whether all ended, what the largest one
+    took that is recorded, and what stands where the optimizer's state will."""
 
     retries: list[int] = field(default_factory=list)
-    at_rest: bool = True
+    asked_again: bool = False
+    grew: bool = False
     ended: bool = False
     graph_bytes: int = 0
     state: list[Tensor] = field(default_factory=list)
@@ -218,12 +222,22 @@ class _Passes:
         self.run(there_and_back)
         self.state = _optimizer_state(model, work)
         for _ in range(MOST_PASSES - 1):
+            if not self.graph_bytes:  # graphs add to gradients that stay
+                _drop_gradients(model)
             stood = torch.cuda.memory_reserved()
             self.run(there_and_back)
             now = torch.cuda.memory_reserved()
-            if not self.retries[-1] and now - stood <= REST_SHARE * (budget_bytes - now):
+            if now > budget_bytes:
                 return
-        self.at_rest = False
+            self.grew = now - stood > REST_SHARE * (budget_bytes - now)
+            if not self.retries[-1] and not self.grew:
+                return
+        self.asked_again = self.asked_again or bool(self.retries[-1])
+
+
+def _drop_gradients(model: Any) -> None:
+    for weight in model.parameters():
+        weight.grad = None
 
 
 def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
@@ -254,7 +268,7 @@ def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -
                     passes.run(partial(graphs.run, recorded, _share(recorded), partial(_there_and_back, work)))
                     taken = torch.cuda.max_memory_allocated() - stood - graphs.gradient_bytes
                     passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
-                passes.at_rest = not passes.retries[-1]
+                passes.asked_again = bool(passes.retries[-1])
             passes.settle(partial(_there_and_back, work, largest, _share(largest)), model, work, budget_bytes)
         passes.ended = True
     except torch.OutOfMemoryError:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from lorafit.config import RunConfig, parse_bytes
 from lorafit.planning.hardware import Hardware, find_card, from_card, generic_card, hardware_named
 
@@ -23,10 +25,11 @@ PINNED_SHARE = 0.5
 CORE_GFLOPS = 100.0
 """ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz."""
 CGROUP_MEMORY = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Limit and use of a container's memory, in cgroup v2 and v1."""
+"""Of a container's memory, in cgroup v2 and v1: limit, use, and where the part of that stands which files take that
+were read and are not in use: it gives way to whoever asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def detect_processor() -> Hardware:
     return Hardware(
         name=_cpu_field("model name") or platform.processor() or platform.machine(),
         kind="cpu",
-        memory_bytes=_available_bytes(),
+        memory_bytes=available_bytes(),
         bf16="avx512_bf16" in flags or "amx_bf16" in flags,
         tflops_bf16=cores * gflops / 1000,
         usd_per_hour=(cores * CORE_USD_PER_HOUR[0], cores * CORE_USD_PER_HOUR[1]),
@@ -159,7 +162,7 @@ def _hardware(seen: Seen) -> Hardware:
         bf16=capability >= (8, 0),
         fp8=capability >= (8, 9),
         cores=_cores(),
-        host_bytes=round(_available_bytes() * PINNED_SHARE),
+        host_bytes=round(available_bytes() * PINNED_SHARE),
         notes=notes,
     )
 
@@ -185,28 +188,21 @@ def _cores() -> int:
     return cores
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory this process can still take: the system's, cut to what its container leaves."""
     info = _meminfo(_lines("/proc/meminfo"))
-    available = info.get("MemAvailable") or _page_memory()
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    available = info.get("MemAvailable") or int(psutil.virtual_memory().available)
+    for limit, used, stat, key in CGROUP_MEMORY:
         limit_bytes, used_bytes = (_number(f"/sys/fs/cgroup/{name}") for name in (limit, used))
         if limit_bytes is not None:
-            available = min(available, max(0, limit_bytes - (used_bytes or 0)))
+            idle_bytes = dict(line.split()[:2] for line in _lines(f"/sys/fs/cgroup/{stat}")).get(key, "0")
+            available = min(available, max(0, limit_bytes - max(0, (used_bytes or 0) - int(idle_bytes))))
     return available
 
 
 def _meminfo(lines: list[str]) -> Mapping[str, int]:
     fields = (line.split() for line in lines)
     return {words[0].rstrip(":"): int(words[1]) << 10 for words in fields if len(words) == 3 and words[1].isdigit()}
-
-
-def _page_memory() -> int:
-    # no /proc on this system (macOS): all of the memory, as nothing says what is free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _number(path: str) -> int | None:
