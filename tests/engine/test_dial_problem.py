@@ -3,6 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorafit.backbone import quantise
 from lorafit.config.dial import Dial
@@ -10,7 +12,7 @@ from lorafit.engine import dial_problem
 from lorafit.engine.dial_problem import DialProblem, Work, dense_layers
 from lorafit.engine.measure import LevelCost, Products
 from lorafit.planning.dial_solver import Room
-from lorafit.planning.layer_costs import LayerCosts, Link
+from lorafit.planning.layer_costs import LayerCosts, Link, Split
 from turned_layers import TurnedLayers
 
 MB = 1 << 20
@@ -108,6 +110,58 @@ def test_a_run_is_not_turned_to_other_micro_batches_or_embeddings_in_its_middle(
     assert seen[0][0].whole and len(seen) == 1  # only the embeddings could go
     link = relieved(replace(room, link=Link(6e9, 6e9)))
     assert len(link) > 1 and not any(dial.host_embeddings or dial.micro_tokens for dial, _ in link)
+
+
+def peak_of(costs, dial, schedule):
+    """The fullest moment of a micro-batch whose offloaded layers are on the card when `schedule` says so."""
+    split = Split(costs, dial.whole, dial.whole + dial.feed_forward)
+    saved = [costs.saved[split.level(layer)] for layer in range(costs.layers)]
+    there = (
+        sum(size for index, size in enumerate(saved[: layer + 1]) if index >= min(dial.offload, first))
+        for layer, first in enumerate(schedule)
+    )
+    return max(size + split.beside(layer) for layer, size in enumerate(there))
+
+
+@st.composite
+def problems(draw):
+    mb, some = st.integers(0, 400), st.floats(0.1, 1.0)
+    layers, kept = draw(st.sampled_from([1, 2, 8, 32, 60])), draw(st.integers(4, 200))
+    light = draw(st.integers(2, kept))
+    forward = draw(st.floats(0.001, 0.02))
+    costs = LayerCosts(
+        layers=layers, kept_bytes=kept * MB, feed_forward_bytes=light * MB,
+        whole_bytes=draw(st.integers(1, light)) * MB,
+        forward_s=forward, backward_s=2 * forward, recompute_feed_forward_s=draw(some) * forward,
+        recompute_layer_s=forward, kept_working_bytes=draw(mb) * MB, feed_forward_working_bytes=draw(mb) * MB,
+        whole_working_bytes=draw(mb) * MB, loss_bytes=draw(mb) * MB, loss_s=0.01,
+    )  # fmt: skip
+    room = Room(
+        round(draw(st.floats(-0.1, 1.2)) * layers * kept + draw(st.integers(-300, 300))) * MB,
+        link=draw(st.sampled_from([None, Link(6e9, 6e9), Link(50e9, 40e9)])),
+        embedding_bytes=draw(st.sampled_from([0, 1050])) * MB, embedding_s=0.002,
+    )  # fmt: skip
+    longest, mean = draw(st.sampled_from([256, 2048])), draw(st.sampled_from([1024.0, 6000.0]))
+    work = Work(None, None, max_tokens=2048, longest=longest, step_tokens=mean, coming_bytes=0)
+    return DialProblem(costs, room, 2048, work)
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_relief_after_relief_a_run_needs_less_until_there_is_none(problem):
+    layers = TurnedLayers(problem.costs.layers)
+    problem.turn(layers)
+    for _ in range(400):
+        before, schedule = layers.dial, layers.schedule
+        if layers.less is None or not layers.less():
+            assert (layers.dial, layers.schedule) == (before, schedule)
+            return
+        dial, now = layers.dial, layers.less.func.__self__
+        assert (dial.micro_tokens, dial.host_embeddings) == (before.micro_tokens, before.host_embeddings)
+        costs = now._costs_with(dial)
+        peak = peak_of(costs, dial, layers.schedule)
+        assert peak <= min(now._room_with(dial).device_bytes, peak_of(costs, before, schedule))
+    raise AssertionError("it never ends")
 
 
 def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():

@@ -32,7 +32,7 @@ from lorafit.planning.detect import available_bytes
 from lorafit.planning.dial_solver import Room, Solution, solve, solve_micro
 from lorafit.planning.graphs import FILLED, graph_tokens
 from lorafit.planning.layer_costs import LayerCosts, Link, Split
-from lorafit.planning.timeline import offload_schedule
+from lorafit.planning.timeline import OffloadSchedule, fullest_bytes, offload_schedule
 
 SLACK_BYTES = 192 << 20
 """Left free: what cuBLAS and cuDNN take for themselves."""
@@ -136,8 +136,8 @@ class DialProblem:
         little less room, with micro-batches and embeddings as they are, and where possible at the levels that layers
         are compiled at; False where there are none."""
         costs, room = _at_levels_of(turned, self._costs_with(turned)), self._room_with(turned).device_bytes
-        # copies on their way fill the room; what has none may leave more of it than anyone will use
-        unused = 0 if turned.offload else max(0, room - _split(costs, turned).device_bytes(0))
+        # what the reckoning leaves unused is not what the run has too little of
+        unused = max(0, room - fullest_bytes(self._costs_with(turned), turned, OffloadSchedule(schedule)))
         share = max(0, round(RELIEF_SHARE * room))
         for tried in range(RELIEF_TRIES):
             problem = self.less(unused + share * (tried + 1))
@@ -185,10 +185,6 @@ def _at_levels_of(dial: Dial, costs: LayerCosts) -> LayerCosts:
     elif not dial.feed_forward:
         costs = replace(costs, recompute_feed_forward_s=UNWANTED_S)
     return costs if dial.whole else replace(costs, recompute_layer_s=UNWANTED_S)
-
-
-def _split(costs: LayerCosts, dial: Dial) -> Split:
-    return Split(costs, dial.whole, dial.whole + dial.feed_forward)
 
 
 def tightest_dial(layers: DecoderLayers, longest: int) -> Dial:

@@ -55,6 +55,16 @@ def offload_schedule(costs: LayerCosts, dial: Dial, room_bytes: int, by_bytes: b
     return OffloadSchedule(tuple(firsts))
 
 
+def fullest_bytes(costs: LayerCosts, dial: Dial, schedule: OffloadSchedule) -> int:
+    """The most that the device holds under `dial` and its schedule, of what is saved and what works beside it."""
+    split = Split(costs, dial.whole, dial.whole + dial.feed_forward)
+    firsts = schedule.on_device_from
+    return max(
+        split.saved_by(min(layer + 1, costs.layers)) - split.saved_by(min(dial.offload, first)) + split.beside(layer)
+        for layer, first in enumerate(firsts)
+    )
+
+
 def timeline_s(costs: LayerCosts, dial: Dial, link: Link, room_bytes: int, by_bytes: bool = True) -> float:
     """Seconds of one micro-batch under that schedule: two copy streams beside the one that computes.
 
