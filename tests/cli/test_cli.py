@@ -94,6 +94,39 @@ def test_check_with_errors_has_exit_code_one_and_names_each_line(run, data):
     assert "rows.jsonl:62" in out
 
 
+def test_plan_says_to_machines_what_stops_it(run, data):
+    with data.open("a") as file:
+        file.write("{broken\n")
+    code, out, _ = run("plan", data, "--base", BASE, "--json")
+    planned = json.loads(out)
+    errors = [finding["code"] for finding in planned["findings"] if finding["severity"] == "error"]
+    assert (code, planned["ok"], errors) == (1, False, ["D001"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "where"),
+    [
+        (["check", "nosuch.jsonl"], 1, "nosuch.jsonl"),
+        (["plan", "{data}", "--base", "{base}", "--set", "rnk=3"], 2, "rnk"),
+        (["train", "{data}", "--base", "/nope"], 1, "/nope"),
+    ],
+)
+def test_with_json_an_error_is_an_object_too(run, data, arguments, code, where):
+    filled = [argument.format(data=data, base=BASE) for argument in arguments]
+    found, out, told = run(*filled, "--json")
+    error = json.loads(out)
+    assert (found, error["ok"], error["exit_code"]) == (code, False, code)
+    assert where in json.dumps(error["error"]) and error["error"]["what"] and error["error"]["fix"]
+    assert where in told, "the sentence stands on standard error as ever"
+
+
+def test_further_places_of_a_fault_are_named(run, data):
+    with data.open("a") as file:
+        file.write("{broken\n" * 7)
+    _, out, _ = run("check", data)
+    assert "×7" in out and out.count("rows.jsonl:6") >= 5 and ", …" in out
+
+
 def test_show_prints_the_rows_text_with_its_stop_token(run, data):
     code, out, _ = run("check", data, "--base", BASE, "--show", 2)
     assert code == 0

@@ -34,6 +34,13 @@ def test_a_file_without_mechanical_faults_is_said_to_have_none(tmp_path: Path) -
     assert len(rows) == 2 and report.changes == "nothing"
 
 
+def test_what_was_read_past_in_the_file_is_among_what_was_fixed(tmp_path: Path) -> None:
+    line = json.dumps(made.row(1)).encode()
+    rows, report = fixed(tmp_path, b"\xef\xbb\xbf" + line + b"\r\n\r\n")
+    assert rows == [made.row(1)]
+    assert report.changes == "1 × byte order mark, 2 × CRLF line end, 1 × blank line"
+
+
 def test_raw_control_characters_that_break_the_json_are_removed(tmp_path: Path) -> None:
     rows, report = fixed(tmp_path, b'{"instruction": "a\0b", "response": "c\x01"}\n')
     assert rows == [{"instruction": "ab", "response": "c"}]

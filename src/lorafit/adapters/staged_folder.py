@@ -22,7 +22,9 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     a RunDirError, as are a full disk and a place that cannot be written.
     """
     if folder.exists() and not replace:
-        raise RunDirError("something is already there", where=str(folder), fix="remove it, or choose another folder")
+        raise RunDirError(
+            "something is already there", where=str(folder), fix="remove it, or choose another with --out"
+        )
     staged = folder.with_name(f".{folder.name}.staged")  # one left by a killed process is replaced
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -82,10 +82,16 @@ def demo(
     return DemoResult(task, seed, before, after, trained, merged, time.perf_counter() - started)
 
 
+def usual_path(task: str, seed: int) -> Path:
+    """Where a demo's run lies if nobody says otherwise."""
+    return Path("runs") / f"demo-{task}-seed{seed}"
+
+
 def _free_path(task: str, seed: int) -> Path:
-    """runs/demo-TASK-seedN, with -2, -3, … behind it while the name is taken."""
-    path, number = Path("runs") / f"demo-{task}-seed{seed}", 1
+    """The usual path, with -2, -3, … behind it while the name is taken."""
+    usual = path = usual_path(task, seed)
+    number = 1
     while path.exists():
         number += 1
-        path = Path("runs") / f"demo-{task}-seed{seed}-{number}"
+        path = usual.with_name(f"{usual.name}-{number}")
     return path

@@ -11,6 +11,7 @@ from lorafit.api.settings import require_base, require_data, settle, template_fo
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, largest_step, prepare
 from lorafit.data.progress import Progress
+from lorafit.findings import has_errors
 from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
 from lorafit.planning.duration import steps_of
 
@@ -31,7 +32,10 @@ class PlannedRun:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         settings = {key: {"value": value, "source": source} for key, value, source in self.resolved.table()}
+        findings = [*self.prepared.findings, *self.plan.findings]
         return {
+            "ok": not has_errors(findings),
+            "findings": [finding.to_dict() for finding in findings],
             "plan": self.plan.to_dict(),
             "settings": settings,
             "data": self.prepared.summary.to_dict(),

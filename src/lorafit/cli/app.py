@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -11,14 +12,14 @@ from typer.core import TyperGroup
 from lorafit import __version__
 from lorafit.cli.chat import chat
 from lorafit.cli.check import check
-from lorafit.cli.console import piped, show_error
+from lorafit.cli.console import piped, show_error, show_json
 from lorafit.cli.demo import demo
 from lorafit.cli.merge import merge
 from lorafit.cli.plan import plan
 from lorafit.cli.train import train
 from lorafit.errors import LorafitError
 
-DEBUG_FLAG = "--debug"
+DEBUG_FLAG, JSON_FLAG = "--debug", "--json"
 INTERRUPTED = 130
 INTERNAL = 70
 
@@ -68,7 +69,10 @@ def _top(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A user's mistake ends in one sentence and exit code 1 or 2; --debug shows the trace."""
+    """Run the command line. A user's mistake ends in one sentence and exit code 1 or 2; --debug shows the trace.
+
+    With --json standard output has an object for errors too; the sentence stands on standard error either way.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_FLAG in given
     given = [argument for argument in given if argument != DEBUG_FLAG]
@@ -78,18 +82,27 @@ def main(arguments: list[str] | None = None) -> None:
     except LorafitError as error:
         if debug:
             raise
-        show_error(error.sentence, error.label)
-        sys.exit(error.exit_code)
+        _end(given, error.sentence, error.exit_code, error.label, error.what, error.where, error.fix)
     except OSError as error:
         if debug:
             raise
+        what, fix = error.strerror or str(error), "check the disk and the path"
         place = f"{error.filename}: " if error.filename else ""
-        show_error(f"{place}{error.strerror or error}; check the disk and the path")
-        sys.exit(1)
+        _end(given, f"{place}{what}; {fix}", 1, "error", what, error.filename and str(error.filename), fix)
     except Exception as error:
         if debug:
             raise
         # ours to mend: say so, and how to show us
         first = (str(error).strip().splitlines() or [""])[0]
-        show_error(f"internal error ({type(error).__name__}: {first}); run it with --debug and report the trace")
-        sys.exit(INTERNAL)
+        what, fix = f"internal error ({type(error).__name__}: {first})", "run it with --debug and report the trace"
+        _end(given, f"{what}; {fix}", INTERNAL, "error", what, None, fix)
+
+
+def _end(
+    given: list[str], sentence: str, exit_code: int, label: str, what: str, where: str | None, fix: str | None
+) -> NoReturn:
+    if JSON_FLAG in given:
+        with contextlib.suppress(BrokenPipeError):
+            show_json({"ok": exit_code == 0, "exit_code": exit_code, label: {"what": what, "where": where, "fix": fix}})
+    show_error(sentence, label)
+    sys.exit(exit_code)

@@ -57,6 +57,9 @@ def check(
     if fixed:
         written = f"{fixed.written:,} of {fixed.read:,} rows written to {escape(fixed.out)}"
         say(f"[bold]fixed[/bold] {fixed.changes}: {written}")
-        if report.prepared.summary.rejected > fixed.rejected:
-            say("  [dim]what takes a person's judgement is in it as it was: see the findings[/dim]")
+        if fixed.rejected_file:
+            say(f"  [dim]the unreadable ones are in {escape(fixed.rejected_file)}[/dim]")
+        left = report.prepared.summary.rejected - fixed.rejected
+        if left > 0:
+            say(f"  [dim]{left:,} of them are rejected still, for a person to judge: see the findings[/dim]")
     raise typer.Exit(0 if report.ok else 1)

@@ -118,6 +118,11 @@ def heading(title: str, detail: str = "") -> None:
     PEOPLE.print(f"[bold]{title:<9}[/bold] {detail}")
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def show_error(sentence: str, label: str = "error") -> None:
     """One sentence on stderr, where there is somebody to read it: the exit code holds without."""
     colour = "bold red" if label == "error" else "bold yellow"
@@ -147,6 +152,9 @@ def show_findings(findings: Sequence[Finding]) -> None:
         times = f" ×{finding.count:,}" if finding.count > 1 else ""
         place = f" [dim]{escape(finding.where)}[/dim]" if finding.where else ""
         say(f"  [{colour}]{finding.code:<5}{finding.severity.value}[/{colour}]{times}{place} {escape(finding.message)}")
+        if others := finding.examples[1:]:
+            more = ", …" if finding.count > len(finding.examples) else ""
+            _note(f"[dim]also[/dim] {escape(', '.join(others))}{more}")
         if finding.why:
             _note(f"[dim]why[/dim] {escape(finding.why)}")
         if finding.fix:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from lorafit.cli.console import PEOPLE, duration, say
+from lorafit.cli.console import PEOPLE, counted, duration, say
 
 if TYPE_CHECKING:
     from lorafit.data import Progress, ShownRow, Summary
@@ -19,11 +19,9 @@ BAR = 32
 def show_summary(summary: Summary) -> None:
     """Counts that add up, then what they mean for training."""
     shape = f"row shape [bold]{summary.shape}[/bold]"
-    files = f"{len(summary.files)} file{'' if len(summary.files) == 1 else 's'}"
-    say(f"  {files}, {shape}, {duration(summary.seconds)}{_where(summary)}")
+    say(f"  {counted(len(summary.files), 'file')}, {shape}, {duration(summary.seconds)}{_where(summary)}")
     say(
-        f"  {summary.read:,} row{'' if summary.read == 1 else 's'} read = "
-        f"{summary.kept:,} kept + {summary.rejected:,} rejected + "
+        f"  {counted(summary.read, 'row')} read = {summary.kept:,} kept + {summary.rejected:,} rejected + "
         f"{summary.dropped:,} dropped; {summary.truncated} truncated; "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates"
     )
@@ -34,7 +32,7 @@ def show_summary(summary: Summary) -> None:
         return
     say(
         f"  {summary.tokens:,} tokens, {summary.supervised_share:.0%} supervised, longest row {summary.longest:,}; "
-        f"packed fill {summary.packed_fill:.0%}, {summary.steps_per_epoch:,} steps an epoch"
+        f"packed fill {summary.packed_fill:.0%}, {counted(summary.steps_per_epoch, 'step')} an epoch"
     )
     show_histogram(summary)
 

@@ -21,17 +21,26 @@ def demo(
     task: Annotated[str, typer.Option("--task", help="orders, dates or tickets.")] = "orders",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of everything random.")] = 0,
     out: Annotated[
-        str | None, typer.Option("--out", help="Run directory; default runs/demo-TASK-seedN.", show_default=False)
+        str | None,
+        typer.Option(
+            "--out",
+            help="Run directory; default runs/demo-TASK-seedN, with -2, -3, … where that is taken.",
+            show_default=False,
+        ),
     ] = None,
     json: flags.Json = False,
 ) -> None:
     """A real run, small: a bundled base learns a task in minutes on two cores, and the result is proved."""
+    from lorafit.api.demo import usual_path
     from lorafit.cli.demo_watch import run_demo
 
     task_named(task)
     if not json:
         what = f"teaches a base of 3.5 M parameters the task '{escape(task)}', as your own run would go"
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")
+        usual = usual_path(task, seed)
+        if out is None and usual.exists():
+            say(f"  [dim]{usual} is there already and stays as it is: this one begins anew beside it[/dim]")
     with steady():
         result = run_demo(task, seed, out, quiet=json)
     if json:

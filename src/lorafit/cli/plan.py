@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.cli import flags
-from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_json, show_settings
+from lorafit.cli.console import PEOPLE, counted, duration, gib, heading, say, show_findings, show_json, show_settings
 from lorafit.cli.data_view import ReadingBar, show_summary
 from lorafit.findings import has_errors
 
@@ -73,7 +73,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
         note = "pinned meanwhile: what layers send away, and embeddings that stay there"
         parts.add_row("host memory", f"[bold]{gib(memory.host_bytes)}[/bold]", f"[dim]{note}[/dim]")
     _show_grid(parts)
-    heading("time", f"{plan.steps:,} steps, {_span(plan.time_s, plan.cost_usd)}")
+    heading("time", f"{counted(plan.steps, 'step')}, {_span(plan.time_s, plan.cost_usd)}")
     if options:
         _show_options(plan)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli import flags
-from lorafit.cli.console import duration, heading, loss, show_findings, show_json, steady
+from lorafit.cli.console import counted, duration, heading, loss, show_findings, show_json, steady
 from lorafit.errors import RunFinished
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def _say_done(trained: TrainedRun) -> None:
     from lorafit.cli.watch import say_next
 
     held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
-    heading("done", f"{trained.steps} steps in {duration(trained.train_s)}, loss {loss(trained.loss)}{held_out}")
+    took = f"{counted(trained.steps, 'step')} in {duration(trained.train_s)}"
+    heading("done", f"{took}, loss {loss(trained.loss)}{held_out}")
     show_findings([finding for finding in trained.findings if finding.code.startswith("R")])
     run = str(trained.run.path)
     say_next(

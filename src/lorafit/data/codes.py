@@ -29,7 +29,9 @@ CODES: dict[str, Code] = {
     "D002": _bad("no JSON object", "a row needs named fields", "write one {...} object per row"),
     "D003": _bad("a field named twice", "one of the two values would be lost", "keep one of the two"),
     "D004": _bad(
-        "bytes that are not UTF-8", "its letters would be guessed", "convert the file: iconv -f LATIN1 -t UTF-8"
+        "bytes that are not UTF-8",
+        "its letters would be guessed",
+        "convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
     ),
     "D005": _bad("raw control characters", "JSON forbids it unescaped", "lorafit check --fix removes it"),
     "D006": _bad("a line too long to be a row", "it is longer than 16 MiB", "check that the file has line ends"),
@@ -43,7 +45,9 @@ CODES: dict[str, Code] = {
     # the fields
     "D010": _bad("a missing field", "there is nothing to train on", "fill it in, or name it with --map"),
     "D011": _bad("a null field", "a null would be trained as an empty text", "fill it in, or drop the row"),
-    "D012": _bad("a field of the wrong kind", "only text is trained on", "write the field as a string"),
+    "D012": _bad(
+        "a field of the wrong kind", "only text is trained on", "write it as text; a role is one of those named"
+    ),
     "D013": _bad("an empty response", "the model would learn to say nothing", "fill it in, or drop the row"),
     "D014": Code("an empty prompt", "the model would learn to answer nothing in particular", "fill the prompt in"),
     "D015": Code("a response equal to its prompt", "the model would learn to echo", "check how the rows were made"),
@@ -54,7 +58,11 @@ CODES: dict[str, Code] = {
         "turns after the last answer", "what follows the last answer is not trained on", "end with the assistant"
     ),
     # the tokens
-    "D020": _bad("longer than max_tokens", "lorafit never cuts a row in silence", "raise max_tokens, or set --long"),
+    "D020": _bad(
+        "longer than max_tokens",
+        "lorafit never cuts a row in silence",
+        "--set max_tokens=N, or --long drop or split-turns",
+    ),
     "D021": _bad("no supervised token", "it would cost time and teach nothing", "check the template and the row"),
     "D022": _bad("stop token missing or masked", "the model would not learn to stop", "check the template's end"),
     "D023": _bad("BOS doubled", "serving sends it once: the prompts would differ", "take BOS out of the text"),
@@ -76,7 +84,9 @@ CODES: dict[str, Code] = {
     "D032": Code("near copies on both sides of the split", "held-out results would flatter", "take it out of one side"),
     "D033": Code("conflicting answers to one prompt", "the model is pulled both ways", "keep one answer"),
     "D034": Code("one response over and over", "the model may always answer that", "balance the responses"),
-    "D035": Code("no row left to train on", "there is nothing to learn", "mend the rows named above"),
+    "D035": Code(
+        "no row left to train on", "there is nothing to learn", "bring rows, or mend those that were rejected"
+    ),
     "D036": Code("no row held out", "nothing will measure the result", "add rows, or name a file with --holdout"),
     # the text
     "D040": Code(

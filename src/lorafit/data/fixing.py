@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ CONTROLS = re.compile("[" + "".join(f"\\x{code:02x}" for code in CONTROL_BYTES) 
 
 @dataclass
 class FixReport:
-    """`read = written + duplicates + rejected`; the others count rows that were changed in that way."""
+    """`read = written + duplicates + rejected`; the others count rows that were changed in that way. `oddities` are
+    of the files: byte order marks, line ends, blank lines, other encodings."""
 
     out: str
     read: int = 0
@@ -33,6 +35,7 @@ class FixReport:
     controls: int = 0
     duplicates: int = 0
     rejected: int = 0
+    oddities: dict[str, int] = field(default_factory=dict)
     rejected_file: str | None = None
 
     @property
@@ -45,7 +48,8 @@ class FixReport:
             "exact copies left out": self.duplicates,
             "unreadable rows set aside": self.rejected,
         }
-        return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing"
+        odd = {f"× {what}": count for what, count in self.oddities.items()}
+        return ", ".join(f"{count:,} {what}" for what, count in (odd | counts).items() if count) or "nothing"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
@@ -69,7 +73,8 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
     try:
         with partial.open("wb") as clean, rejected.open("wb") as refused:
             seen: set[int] = set()
-            for row in RowReader(files):
+            reader = RowReader(files)
+            for row in reader:
                 report.read += 1
                 line = _fixed_line(row, seen, report)
                 if isinstance(line, Reject):
@@ -86,6 +91,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
         partial.unlink(missing_ok=True)
         if not report.rejected:
             rejected.unlink(missing_ok=True)
+    report.oddities = dict(sum(reader.oddities.values(), Counter()))
     report.rejected_file = str(rejected) if report.rejected else None
     return report
 
