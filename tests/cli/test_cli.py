@@ -11,7 +11,7 @@ import time
 import pytest
 
 from little_run import write_rows
-from lorafit.cli import main
+from lorafit.cli import console, main
 from lorafit.demo import BASE
 
 
@@ -92,6 +92,16 @@ def test_check_with_errors_has_exit_code_one_and_names_each_line(run, data):
     assert code == 1
     assert "rows.jsonl:61" in out
     assert "rows.jsonl:62" in out
+
+
+def test_on_a_narrow_screen_nothing_of_a_setting_is_left_out(run, data, monkeypatch):
+    monkeypatch.setattr(console.PEOPLE, "width", 80)
+    dial = "feed_forward=1,whole=1,micro_tokens=12345"
+    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "H100", "--set", f"activations={dial}")
+    assert "…" not in out.partition("matrix")[0]
+    assert all(len(line) <= 80 for line in out.splitlines())
+    told = out.partition("data")[2].partition("plan")[0].splitlines()
+    assert told and all(line.startswith("  ") for line in told if line.strip())
 
 
 def test_plan_says_to_machines_what_stops_it(run, data):

@@ -138,6 +138,8 @@ def test_a_named_card_and_a_budget_are_planned_for_instead_of_the_machine(smi):
     assert detect.hardware_for(RunConfig(gpu="RTX 4090", vram="8GiB")).memory_bytes == 8 * GIB
     assert detect.hardware_for(RunConfig(vram="8GiB")).name == "NVIDIA H200"
     assert detect.hardware_for(RunConfig(gpu="cpu")).kind == "cpu"
+    with pytest.raises(UsageError, match="no card ''"):
+        detect.hardware_for(RunConfig(gpu=""))
     with pytest.raises(UsageError, match="no card"):
         detect.hardware_for(RunConfig(gpu="abacus"))
 

@@ -109,8 +109,10 @@ def piped() -> Iterator[None]:
 
 
 def say(line: str = "") -> None:
-    """One line of rich markup."""
-    PEOPLE.print(line)
+    """One line of rich markup; where it is longer than the screen is wide, it goes on as far in as it began."""
+    text = line.lstrip(" ")
+    indent = len(line) - len(text)
+    PEOPLE.print(Padding(text, (0, 0, 0, indent), expand=False) if indent else text)
 
 
 def heading(title: str, detail: str = "") -> None:
@@ -173,6 +175,8 @@ def show_settings(rows: Iterable[tuple[str, Any, str]]) -> None:
             defaults.append(f"{key} {_shown(value)}")
         else:
             given.add_row(key, Text(_shown(value), style="bold"), Text(source, style="dim"))
+    for column in given.columns:
+        column.overflow = "fold"  # a path is one long word
     PEOPLE.print(Padding(given, (0, 0, 0, 2)))
     PEOPLE.print(Padding(Text(f"default: {' · '.join(defaults)}", style="dim"), (0, 0, 0, 2)))
 

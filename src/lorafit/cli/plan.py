@@ -79,7 +79,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
 
 
 def _show_options(plan: Plan) -> None:
-    heading("matrix", "what each method would take")
+    heading("matrix", "what each method needs, without unpacked weights and CUDA graphs")
     table = _grid()
     for option in plan.options:
         style = "bold" if option.chosen else "dim"
@@ -102,4 +102,6 @@ def _grid() -> Table:
 
 
 def _show_grid(grid: Table) -> None:
+    for column in grid.columns:
+        column.overflow = "fold"  # a dial is one long word, and no part of it may be left out
     PEOPLE.print(Padding(grid, (0, 0, 0, 2)))

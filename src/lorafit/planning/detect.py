@@ -53,7 +53,7 @@ def hardware_for(config: RunConfig) -> Hardware:
     if config.gpu == "cpu":
         device = detect_processor()
     else:
-        device = hardware_named(config.gpu) if config.gpu else detect_hardware()
+        device = hardware_named(config.gpu) if config.gpu is not None else detect_hardware()
     if config.vram is None:
         return device
     budget = parse_bytes(config.vram, "vram")
