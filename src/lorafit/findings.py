@@ -58,10 +58,9 @@ def chosen(findings: Iterable[Finding], select: Iterable[str] = (), ignore: Iter
     return [finding for finding in findings if is_chosen(finding.code, finding.severity, wanted, unwanted)]
 
 
-def is_chosen(code: str, severity: Severity, select: Iterable[str], ignore: Iterable[str]) -> bool:
+def is_chosen(code: str, severity: Severity, select: tuple[str, ...], ignore: tuple[str, ...]) -> bool:
     """Whether a finding is to be reported. Of warnings and notes those whose code starts with one of `select` (all,
     when empty) and with none of `ignore`; an error always, unless `ignore` has its whole code."""
     if severity is Severity.ERROR:
         return code not in ignore
-    wanted, unwanted = tuple(select), tuple(ignore)
-    return (not wanted or code.startswith(wanted)) and not code.startswith(unwanted or ("-",))
+    return (not select or code.startswith(select)) and not code.startswith(ignore)

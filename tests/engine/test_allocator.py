@@ -84,7 +84,7 @@ def test_the_users_other_settings_are_kept(card, monkeypatch, variable, reads_ba
 
 
 def test_another_allocator_is_left_alone(card, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(allocator, "available_cores", lambda: 16)
     card.start_with(VARIABLES[0], "backend:cudaMallocAsync")
     lock_pages_by_threads()
     let_blocks_grow()
@@ -165,7 +165,7 @@ BY_THREADS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:{}"
 
 @pytest.mark.parametrize(("processors", "threads"), [(4, 2), (7, 2), (16, 8), (128, 8)])
 def test_pages_are_locked_by_threads_and_blocks_still_grow(card, monkeypatch, processors, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    monkeypatch.setattr(allocator, "available_cores", lambda: processors)
     lock_pages_by_threads()
     assert card.settings == BY_THREADS.format(threads)
     assert card.taken == [(PAGE_BYTES, card.settings)]
@@ -181,21 +181,21 @@ def test_pages_are_locked_by_threads_and_blocks_still_grow(card, monkeypatch, pr
 
 @pytest.mark.parametrize(("kernel", "locks"), [("4.18.0-553.el8_10.x86_64", False), ("5.11", False), ("5.12.0", True)])
 def test_kernels_whose_locked_pages_move_when_a_process_forks_lock_none_so(card, monkeypatch, kernel, locks):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(allocator, "available_cores", lambda: 16)
     monkeypatch.setattr(allocator.platform, "release", lambda: kernel)
     lock_pages_by_threads()
     assert bool(card.told) is locks
 
 
 def test_two_processors_lock_pages_as_torch_does(card, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(allocator, "available_cores", lambda: 3)
     lock_pages_by_threads()
     assert card.told == []
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_what_a_user_set_about_page_locking_stays_and_other_settings_do_too(card, monkeypatch, variable):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(allocator, "available_cores", lambda: 16)
     card.start_with(variable, "pinned_use_background_threads:True")
     lock_pages_by_threads()
     assert card.told == []
@@ -209,7 +209,7 @@ def test_what_a_user_set_about_page_locking_stays_and_other_settings_do_too(card
 
 
 def test_a_driver_that_locks_no_pages_so_is_asked_as_before(card, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(allocator, "available_cores", lambda: 16)
     card.refuses = RuntimeError("CUDA error: operation not supported")
     lock_pages_by_threads()
     assert card.settings == "pinned_use_cuda_host_register:False"

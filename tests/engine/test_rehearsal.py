@@ -97,12 +97,7 @@ class Card:
         ([3000, 3020], 2, False, False),  # a little more, and far from the end
         ([5600, 5900, 6000, 6000], 4, False, False),
         ([None, 5600, 5900, 5900], 4, False, False),  # once, before it knew what to keep
-        (
-            [5600, 5900, None, 5900, None],
-            5,
-            True,
-            False,
-        ),  # as a run did at 24 GiB that asked again in each of its steps
+        ([5600, 5900, None, 5900, None], 5, True, False),  # each step of a run at 24 GiB asked again
         ([2000, 3500, 4600, 5400, 5900], 5, False, True),
         ([5600, 6200], 2, False, False),  # beyond the budget, whatever comes then
     ],

@@ -54,10 +54,10 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
-    engine = {**asdict(found), "dial": str(found.dial), **asdict(before or wish), "notes": layers.notes}
 
     def write() -> None:
-        run.write_json(run.engine, {**engine, "dial": str(layers.dial), "schedule": list(layers.offload.schedule)})
+        now = {"dial": str(layers.dial), "schedule": layers.offload.schedule, "notes": layers.notes}
+        run.write_json(run.engine, {**asdict(found), **now, **asdict(before or wish)})
 
     def write_if_possible() -> None:
         with contextlib.suppress(RunDirError):  # a full disk is no reason to stop here

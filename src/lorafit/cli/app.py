@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -79,30 +78,31 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with piped():
             app(given, prog_name="lorafit")
-    except LorafitError as error:
-        if debug:
-            raise
-        _end(given, error.sentence, error.exit_code, error.label, error.what, error.where, error.fix)
-    except OSError as error:
-        if debug:
-            raise
-        what, fix = error.strerror or str(error), "check the disk and the path"
-        place = f"{error.filename}: " if error.filename else ""
-        _end(given, f"{place}{what}; {fix}", 1, "error", what, error.filename and str(error.filename), fix)
     except Exception as error:
         if debug:
             raise
-        # ours to mend: say so, and how to show us
-        first = (str(error).strip().splitlines() or [""])[0]
-        what, fix = f"internal error ({type(error).__name__}: {first})", "run it with --debug and report the trace"
-        _end(given, f"{what}; {fix}", INTERNAL, "error", what, None, fix)
+        _end(_told(error), as_json=JSON_FLAG in given)
 
 
-def _end(
-    given: list[str], sentence: str, exit_code: int, label: str, what: str, where: str | None, fix: str | None
-) -> NoReturn:
-    if JSON_FLAG in given:
-        with contextlib.suppress(BrokenPipeError):
-            show_json({"ok": exit_code == 0, "exit_code": exit_code, label: {"what": what, "where": where, "fix": fix}})
-    show_error(sentence, label)
-    sys.exit(exit_code)
+def _told(error: Exception) -> LorafitError:
+    """`error` as a sentence and an exit code."""
+    if isinstance(error, LorafitError):
+        return error
+    if isinstance(error, OSError):
+        place = str(error.filename) if error.filename else None
+        return LorafitError(error.strerror or str(error), where=place, fix="check the disk and the path")
+    # ours to mend: say so, and how to show us
+    first = (str(error).strip().splitlines() or [""])[0]
+    what = f"internal error ({type(error).__name__}: {first})"
+    told = LorafitError(what, fix="run it with --debug and report the trace")
+    told.exit_code = INTERNAL
+    return told
+
+
+def _end(error: LorafitError, *, as_json: bool) -> NoReturn:
+    if as_json:
+        said = {"what": error.what, "where": error.where, "fix": error.fix}
+        with piped():
+            show_json({"ok": error.exit_code == 0, "exit_code": error.exit_code, "error": said})
+    show_error(error.sentence, error.label)
+    sys.exit(error.exit_code)

@@ -39,7 +39,8 @@ Holdout = Annotated[
     str | None, typer.Option("--holdout", help="Held-out share of the rows, or a file.", show_default=False)
 ]
 Select = Annotated[
-    str | None, typer.Option("--select", help="Only these findings, by code prefix: D01,P5.", show_default=False)
+    str | None,
+    typer.Option("--select", help="Of warnings and notes only these, by code prefix: D01,P5.", show_default=False),
 ]
 Ignore = Annotated[
     str | None,

@@ -121,9 +121,9 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
 
 def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> None:
     """Raises UsageError when a field that every row needs is mapped to one that none of `rows` has."""
-    names = {str(name) for row in rows for name in row}
+    names = {str(name) for row in rows for name in row} if mapped else set()
     for ours, theirs in mapped.items():
-        if rows and theirs not in names and ours not in OPTIONAL:
+        if names and theirs not in names and ours not in OPTIONAL:
             near = difflib.get_close_matches(theirs, names, n=1)
             fix = f"did you mean '{near[0]}'?" if near else f"the rows have {_listed(names)}"
             message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+from lorafit.planning.detect import available_cores
+
 OPTION = "expandable_segments"
 GROWING, FIXED = f"{OPTION}:True", f"{OPTION}:False"
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -59,7 +61,7 @@ def lock_pages_by_threads() -> None:
     (docs/performance.md). Whoever set anything about page-locked memory is left alone.
     """
     said = _settings()
-    share = min(MOST_THREADS, (os.cpu_count() or 1) // 2)
+    share = min(MOST_THREADS, available_cores() // 2)
     threads = 1 << max(0, share.bit_length() - 1)  # torch wants a power of two
     if threads == 1 or _spoken_for(PINNED, said) or "MallocAsync" in said or not torch.cuda.is_available():
         return

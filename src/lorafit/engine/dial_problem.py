@@ -42,13 +42,10 @@ HOST_SHARE = 0.5
 """Of the host's free memory that may be page-locked."""
 WORTH_COMPILING = 0.015
 """Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
-
-RELIEF_SHARE = 0.04
-"""Of the room: what a run gives up that turned out to fill its memory."""
-RELIEF_TRIES = 5
-UNWANTED_S = 1e6
-"""What recomputing is said to take at a level that no layer is compiled at."""
-NEVER_BYTES = 1 << 50
+RELIEF_SHARE, RELIEF_TRIES = 0.04, 5
+"""Of the room: what a run gives up that turned out to fill its memory; as often again while that changes nothing."""
+UNWANTED_S, NEVER_BYTES = 1e6, 1 << 50
+"""What recomputing is said to take at a level that no layer is compiled at, and a level to weigh that is ruled out."""
 
 BatchOf = Callable[[int], MicroBatch]
 """The largest micro-batch of the run when none may exceed so many tokens, on the device."""
@@ -117,11 +114,10 @@ class DialProblem:
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.dial = found.sized(self.tokens, self.work.max_tokens)
         schedule = self._schedule(found)
-        layers.follow(schedule, partial(self._relieve, layers, found, schedule))
+        layers.follow(schedule.on_device_from, partial(self._relieve, layers, found, schedule))
 
-    def _schedule(self, found: Dial) -> tuple[int, ...]:
-        room = self._room_with(found)
-        return tuple(offload_schedule(self._costs_with(found), found, room.device_bytes, by_bytes=True).on_device_from)
+    def _schedule(self, found: Dial) -> OffloadSchedule:
+        return offload_schedule(self._costs_with(found), found, self._room_with(found).device_bytes, by_bytes=True)
 
     def _costs_with(self, found: Dial) -> LayerCosts:
         """The costs of its micro-batch."""
@@ -131,14 +127,14 @@ class DialProblem:
         """The room with the embeddings where it has them, to stay there."""
         return self.room.without_embeddings() if found.host_embeddings else replace(self.room, embedding_bytes=0)
 
-    def _relieve(self, layers: DecoderLayers, turned: Dial, schedule: tuple[int, ...]) -> bool:
+    def _relieve(self, layers: DecoderLayers, turned: Dial, schedule: OffloadSchedule) -> bool:
         """In the middle of a run, turn `layers` from the dial `turned` and its schedule to the fastest that need a
         little less room, with micro-batches and embeddings as they are, and where possible at the levels that layers
         are compiled at; False where there are none."""
         costs, room = _at_levels_of(turned, self._costs_with(turned)), self._room_with(turned).device_bytes
         # what the reckoning leaves unused is not what the run has too little of
-        unused = max(0, room - fullest_bytes(self._costs_with(turned), turned, OffloadSchedule(schedule)))
-        share = max(0, round(RELIEF_SHARE * room))
+        unused = max(0, room - fullest_bytes(self._costs_with(turned), turned, schedule))
+        share = round(RELIEF_SHARE * room)
         for tried in range(RELIEF_TRIES):
             problem = self.less(unused + share * (tried + 1))
             solved = solve(costs, problem._room_with(turned))

@@ -97,7 +97,7 @@ def visible_cards(seen: list[Seen], visible: str | None) -> list[Seen]:
 
 def detect_processor() -> Hardware:
     """This machine's processor: its name, the cores and the memory a run may use, container limits included."""
-    cores = _cores()
+    cores = available_cores()
     flags = _cpu_field("flags") or ""
     gflops = CORE_GFLOPS * (2 if "avx512f" in flags else 1)
     return Hardware(
@@ -161,7 +161,7 @@ def _hardware(seen: Seen) -> Hardware:
         capability=capability,
         bf16=capability >= (8, 0),
         fp8=capability >= (8, 9),
-        cores=_cores(),
+        cores=available_cores(),
         host_bytes=round(available_bytes() * PINNED_SHARE),
         notes=notes,
     )
@@ -179,7 +179,7 @@ def _cpu_field(key: str) -> str | None:
     return None
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores this process may run on: its affinity, and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = next(iter(_lines("/sys/fs/cgroup/cpu.max")), "").partition(" ")

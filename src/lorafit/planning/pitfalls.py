@@ -55,7 +55,8 @@ def _checkpointing(
 ) -> Iterator[Finding]:
     room = hardware.memory_bytes
     said = "gradient checkpointing is off" if config.gradient_checkpointing == "off" else "activations are kept"
-    if dial_of(config, shape.layers) == Dial() and memory.kept_bytes > room:
+    dial = dial_of(config, shape.layers)
+    if dial == Dial() and memory.kept_bytes > room:
         where = "gradient_checkpointing" if config.gradient_checkpointing == "off" else "activations"
         yield Finding(
             "P2",
@@ -66,7 +67,7 @@ def _checkpointing(
             why="the run would end in out-of-memory at its first full micro-batch",
             fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
         )
-    idle = _idle(dial_of(config, shape.layers) or Dial()) if hardware.kind == "cpu" else []
+    idle = _idle(dial) if dial and hardware.kind == "cpu" else []
     if idle:
         yield Finding(
             "P2",
