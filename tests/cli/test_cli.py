@@ -130,6 +130,23 @@ def test_with_json_an_error_is_an_object_too(run, data, arguments, code, where):
     assert where in told, "the sentence stands on standard error as ever"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize(("name", "says"), [("nosuch.jsonl", "no such file"), ("rows.jsonl", "No space left")])
+def test_an_object_that_finds_no_room_leaves_the_sentence_and_the_exit_code(data, name, says):
+    command = [
+        sys.executable,
+        "-c",
+        "from lorafit.cli import main; main()",
+        "check",
+        str(data.with_name(name)),
+        "--json",
+    ]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert says in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_further_places_of_a_fault_are_named(run, data):
     with data.open("a") as file:
         file.write("{broken\n" * 7)

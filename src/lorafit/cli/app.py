@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -102,7 +103,8 @@ def _told(error: Exception) -> LorafitError:
 def _end(error: LorafitError, *, as_json: bool) -> NoReturn:
     if as_json:
         said = {"what": error.what, "where": error.where, "fix": error.fix}
-        with piped():
+        # where even this cannot be written, the sentence and the exit code hold
+        with contextlib.suppress(OSError), piped():
             show_json({"ok": error.exit_code == 0, "exit_code": error.exit_code, "error": said})
     show_error(error.sentence, error.label)
     sys.exit(error.exit_code)
