@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lorafit.api.observer import Observer
-from lorafit.cli.console import PEOPLE, duration, gib, heading, loss, say, show_findings, show_settings
+from lorafit.cli.console import PEOPLE, duration, gib, heading, loss, show_findings, show_settings
 from lorafit.cli.data_view import ReadingBar, show_summary
 from lorafit.cli.plan import show_plan
 
@@ -135,4 +135,5 @@ def say_next(run: str, commands: list[tuple[str, str]]) -> None:
     """Where the run is, and what one would type next."""
     heading("run", f"[bold]{escape(run)}[/bold]")
     for command, purpose in commands:
-        say(f"  [cyan]{escape(command)}[/cyan]  [dim]{purpose}[/dim]")
+        # left to the terminal to wrap: a command is there to be copied
+        PEOPLE.print(f"  [cyan]{escape(command)}[/cyan]  [dim]{purpose}[/dim]", soft_wrap=True)
