@@ -7,7 +7,7 @@ import pytest
 
 from little_run import write_rows
 from lorafit.config import RunConfig
-from lorafit.data.codes import CODES
+from lorafit.data.checks.findings import CODES
 
 ROOT = Path(__file__).parents[1]
 

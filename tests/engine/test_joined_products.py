@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from engine.test_families_compiled import adapted, gradient
+from engine.layers.test_families_compiled import adapted, gradient
 from lorafit.backbone import keep_dense_together, siblings
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.engine import grouped_attention
+from lorafit.engine.attention import grouped as grouped_attention
 from lorafit.planning import ModelShape
 from lorafit.planning.activations import LOSS_CHUNK_BYTES, SCORES, Execution, activations
 from lorafit.planning.micro_batch import MicroBatch
@@ -133,6 +133,6 @@ def test_logits_in_chunks_never_grow_beyond_one(supervised, width, chunk):
 
 
 def test_the_engine_s_chunks_are_the_plan_s():
-    from lorafit.engine.vocabulary_loss import CHUNK_BYTES
+    from lorafit.engine.loss.vocabulary import CHUNK_BYTES
 
     assert CHUNK_BYTES == LOSS_CHUNK_BYTES

@@ -185,8 +185,8 @@ def _join_frozen(edit: _Edit) -> None:
     for (x, in_features), nodes in groups.items():
         if len(nodes) > 1:
             nodes = _as_weights_lie(edit, nodes)
-            tickets, widths = [_given(node, 1) for node in nodes], [_given(node, 2) for node in nodes]
-            joined = edit.call(frozen_products, x, tickets, widths, in_features, False, at=nodes[0])
+            handles, widths = [_given(node, 1) for node in nodes], [_given(node, 2) for node in nodes]
+            joined = edit.call(frozen_products, x, handles, widths, in_features, False, at=nodes[0])
             edit.split(joined, nodes, -1, nodes[0])
 
 
@@ -279,8 +279,8 @@ def _join_back(edit: _Edit, terms: list[Node], at: Node) -> Node:
     gradients = [_given(term, 0) for term in terms]
     joined = edit.cat(gradients, -1, at)
     _read_from(edit, joined, gradients, at)
-    tickets, widths = [_given(term, 1) for term in terms], [_given(term, 2) for term in terms]
-    return edit.call(frozen_products, joined, tickets, widths, terms[0].args[3], True, at=at)
+    handles, widths = [_given(term, 1) for term in terms], [_given(term, 2) for term in terms]
+    return edit.call(frozen_products, joined, handles, widths, terms[0].args[3], True, at=at)
 
 
 def _read_from(edit: _Edit, joined: Node, gradients: Sequence[Node], at: Node) -> None:

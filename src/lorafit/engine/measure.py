@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorafit.backbone import FrozenLinear4bit
-from lorafit.engine.layers import DecoderLayers
+from lorafit.engine.layers.decoder import DecoderLayers
 
 REPEATS = 3
 COPY_BYTES = 1 << 27
