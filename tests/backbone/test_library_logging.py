@@ -62,17 +62,6 @@ def test_an_inner_block_writes_to_the_outer_ones_file(tmp_path):
     assert [line.rsplit(" ", 1)[1] for line in log.read_text().splitlines()] == ["inner", "outer"]
 
 
-def test_blocks_of_several_threads_may_end_in_any_order(tmp_path):
-    before = warnings.showwarning
-    first, second = redirect_library_logs(tmp_path / "log.txt"), redirect_library_logs()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert warnings.showwarning != before  # the second block is still open
-    second.__exit__(None, None, None)
-    assert warnings.showwarning is before
-
-
 def test_a_library_that_joins_inside_a_block_is_caught_by_the_next_one(tmp_path, capfd):
     with redirect_library_logs(tmp_path / "log.txt"):
         logger = logging.getLogger("kernels")
