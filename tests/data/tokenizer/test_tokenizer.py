@@ -133,13 +133,13 @@ def _specials(backend: Tokenizer) -> Tokenizer:
 PLAIN = (
     bare,
     with_bos,
-    with_legacy_flags,
     with_strip_flags,
     with_padding_and_truncation,
     sentencepiece_like,
     word_piece,
 )
 REBUILT = (
+    with_legacy_flags,
     with_tokens_only_in_config,
     with_special_tokens_split,
     rebuilt_llama,
@@ -227,7 +227,7 @@ def test_a_session_without_a_home_converts_all_the_same(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("make", [with_flags_at_odds, with_added_tokens_file])
-def test_tokens_that_tokenizer_json_lacks_or_flags_otherwise_are_left_to_transformers(make, tmp_path: Path) -> None:
+def test_tokens_that_other_files_declare_are_left_to_transformers(make, tmp_path: Path) -> None:
     backend = Tokenizer.from_file(str(make(tmp_path) / "tokenizer.json"))
     assert not TokenizerFiles.read(tmp_path).is_whole_in(backend)
 
@@ -239,9 +239,10 @@ def test_tokens_that_tokenizer_json_lacks_or_flags_otherwise_are_left_to_transfo
         {"added_tokens_decoder": {"1": {"odd": 1}}},
         {"additional_special_tokens": 5},
         {"eos_token": {"lstrip": True}},
+        {"pad_token": "<|none|>"},
     ],
 )
-def test_settings_that_make_no_sense_are_left_to_transformers_to_explain(settings: dict, tmp_path: Path) -> None:
+def test_settings_beyond_plain_ones_are_left_to_transformers(settings: dict, tmp_path: Path) -> None:
     files = TokenizerFiles.read(made.save(tmp_path, _specials(made.byte_level()), **settings))
     assert not files.is_whole_in(_specials(made.byte_level()))
 

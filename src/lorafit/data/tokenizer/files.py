@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from lorafit.config import read_json
 from lorafit.errors import BackboneError, TemplateError
@@ -28,36 +28,11 @@ MAX_FILE_BYTES = 256 << 20
 GENERIC_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 # transformers swaps the declared class of these for one that rebuilds the pipeline from vocabulary and merges
 REBUILT_MODEL_TYPES = ("qwen", "hyperclovax", "siglip", "mistral", "ministral", "mixtral", "pixtral", "voxtral")
-# settings of tokenizer_config.json that say nothing about how text becomes ids
-PASSIVE_KEYS = {
+# settings of tokenizer_config.json that a plain folder may hold: none changes how text becomes ids
+PLAIN_SETTINGS = {
     *NAMED_TOKENS,
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "backend",
-    "chat_template",
-    "clean_up_tokenization_spaces",
-    "errors",
-    "is_local",
-    "legacy",
-    "local_files_only",
-    "max_length",
-    "model_input_names",
-    "model_max_length",
-    "name_or_path",
-    "pad_to_multiple_of",
-    "pad_token_type_id",
-    "padding_side",
-    "processor_class",
-    "special_tokens_map_file",
-    "stride",
-    "tokenizer_class",
-    "truncation_side",
-    "truncation_strategy",
-    "use_fast",
+    *("tokenizer_class", "backend", "chat_template", "clean_up_tokenization_spaces", "model_input_names"),
+    *("model_max_length", "padding_side", "name_or_path", "is_local", "local_files_only"),
 }
 
 
@@ -98,33 +73,22 @@ class TokenizerFiles:
         return _default_template(found, self.folder)
 
     def named_tokens(self) -> dict[str, str]:
-        """`bos_token`, `eos_token` and the like, as text."""
-        # special_tokens_map.json is the older file: transformers reads it only without added_tokens_decoder
-        older = {} if "added_tokens_decoder" in self.config else self.special_map
-        named = {key: older.get(key, self.config.get(key)) for key in NAMED_TOKENS}
-        return {key: _token_text(value) for key, value in named.items() if value is not None}
+        """`bos_token`, `eos_token` and the like of a plain folder (see `is_whole_in`)."""
+        return {key: str(self.config[key]) for key in NAMED_TOKENS if self.config.get(key) is not None}
 
     def is_whole_in(self, backend: Tokenizer) -> bool:
-        """True when transformers would use `backend` (the loaded tokenizer.json) just as it stands.
+        """True for a folder that says nothing of the tokenizer beside `backend`, its loaded tokenizer.json.
 
-        It would not when the declared class rebuilds the pipeline, or when the other files name tokens
-        that tokenizer.json lacks or flags otherwise.
+        Every other folder is transformers' to read: a class may rebuild the pipeline, a setting change a token.
         """
-        if not self._has_generic_class() or self._active_settings() or (self.folder / ADDED).is_file():
-            return False
-        try:
-            return self._names_nothing_new(backend)
-        except (TypeError, AttributeError, KeyError):
-            return False  # settings that make no sense: transformers says which
-
-    def _names_nothing_new(self, backend: Tokenizer) -> bool:
-        present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        if not all(_same(token, present.get(_token_text(token))) for token in self._declared_tokens()):
+        kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
+        is_generic = kind in GENERIC_CLASSES and not str(self.model.get("model_type")).startswith(REBUILT_MODEL_TYPES)
+        if not is_generic or self.config.keys() - PLAIN_SETTINGS or self.special_map or (self.folder / ADDED).is_file():
             return False
         # transformers makes every named token a special one
-        padding = [backend.padding["pad_token"]] if backend.padding else []
-        named = [_token_text(token) for token in [*self._special_tokens(), *padding]]
-        return all(token in present and present[token].special for token in named)
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        padding = backend.padding["pad_token"] if backend.padding else None
+        return all(token is None or token in special for token in (*map(self.config.get, NAMED_TOKENS), padding))
 
     def digest(self) -> str:
         """A hash of everything that transformers reads to build the tokenizer; the chat template is not part of it."""
@@ -139,40 +103,6 @@ class TokenizerFiles:
     def _vocabularies(self) -> Iterator[Path]:
         for pattern in VOCABULARY_PATTERNS:
             yield from (path for path in self.folder.glob(pattern) if path.is_file())
-
-    def _active_settings(self) -> set[str]:
-        return {key for key in self.config if key not in PASSIVE_KEYS and self.config[key] not in (None, False)}
-
-    def _has_generic_class(self) -> bool:
-        kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
-        model_type = str(self.model.get("model_type") or "")
-        return kind in GENERIC_CLASSES and not model_type.startswith(REBUILT_MODEL_TYPES)
-
-    def _declared_tokens(self) -> Iterator[Any]:
-        yield from self.config.get("added_tokens_decoder", {}).values()
-        yield from self._special_tokens()
-
-    def _special_tokens(self) -> Iterator[Any]:
-        for source in (self.config, self.special_map):
-            yield from (source[key] for key in NAMED_TOKENS if source.get(key) is not None)
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                extra = source.get(key) or []
-                yield from extra.values() if isinstance(extra, dict) else extra
-
-
-def _same(declared: Any, present: AddedToken | None) -> bool:
-    if present is None or not isinstance(declared, dict):
-        return present is not None
-    wanted = AddedToken(**{"special": True, **{key: value for key, value in declared.items() if key != "__type"}})
-    return _flags_of(wanted) == _flags_of(present)
-
-
-def _flags_of(token: AddedToken) -> tuple[bool, ...]:
-    return (token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
-
-
-def _token_text(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
 def _default_template(found: Any, folder: Path) -> str | None:
