@@ -11,25 +11,8 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 
-IMPORTS = (
-    "torch._dynamo.backends.inductor",
-    "torch._export.db.logging",
-    "torch._functorch._aot_autograd.subclass_codegen",
-    "torch._higher_order_ops.passes.inline_invoke_subgraph",
-    "torch._inductor.choices",
-    "torch._inductor.codegen.wrapper_fxir",
-    "torch._inductor.fx_passes.efficient_conv_bn_eval",
-    "torch._inductor.fx_passes.freezing_patterns",
-    "torch._inductor.kernel_template_choice",
-    "torch._inductor.runtime.caching",
-    "torch._inductor.tiling_utils",
-    "torch._subclasses.schema_check_mode",
-    "torch.distributed.tensor.experimental",
-    "torch.export._unlift",
-    "torch.fx.experimental.validator",
-    "sympy.physics.units",
-)
-"""What the first compile imports on its way (torch 2.11 and 2.13); one that a release lacks is passed over."""
+IMPORTS = ("torch.distributed.tensor.experimental", "sympy.physics.units")
+"""The slow ones of what the first compile imports (torch 2.11 and 2.13); one that a release lacks is passed over."""
 
 
 def warm_compiler() -> threading.Thread:

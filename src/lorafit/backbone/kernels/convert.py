@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lorafit.backbone.bitsandbytes_import import Linear4bit, Params4bit
 from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit, freeze_linears
-from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_linear_fp8
-from lorafit.backbone.kernels.frozen_linear_op import frozen_linear, frozen_product, unpack
+from lorafit.backbone.kernels.frozen_linear_op import unpack
 
 QUANT_TYPE = "nf4"
 BLOCK = 64
@@ -58,50 +54,3 @@ def true_numel(parameter: nn.Parameter) -> int:
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return int(parameter.quant_state.shape.numel())
     return parameter.numel()
-
-
-def dequantize_linear(linear: nn.Module) -> nn.Linear:
-    """A plain linear with the dequantised weight (out, in) in the layer's compute dtype; `linear` if it is plain."""
-    if not isinstance(linear, Linear4bit):
-        assert isinstance(linear, nn.Linear), type(linear)
-        return linear
-    weight = dequantise(linear, linear.compute_dtype)
-    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    if linear.bias is not None:
-        plain.bias = nn.Parameter(linear.bias.detach().to(weight.dtype), requires_grad=False)
-    return plain.train(linear.training)
-
-
-def dequantize_linears(model: nn.Module) -> nn.Module:
-    """Replace every 4-bit linear of `model`, in place, and return `model`."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, dequantize_linear(module))
-    return model
-
-
-def forget_quantisation(model: Any) -> Any:
-    """Take off `model` what transformers put there for a 4-bit base, so that it saves and moves as a plain one."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_loaded_in_4bit = model.is_quantized = False
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    return model
-
-
-def frozen_features(op: Any, arguments: Sequence[Any]) -> tuple[int, int] | None:
-    """(in_features, out_features) of a frozen linear's forward, given the operator called and its arguments.
-
-    None for any other operator, and for a frozen linear's backward. For policies of recomputation.
-    """
-    if op in (frozen_product, frozen_linear_fp8):
-        *_, out_features, in_features, transposed = arguments
-    elif op is frozen_linear:
-        *_, out_features, in_features, _, _, transposed = arguments
-    else:
-        return None
-    return None if transposed else (in_features, out_features)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine.layers.gather_kernel import HAS_TRITON, gathered
+from lorafit.engine.layers.gather_kernel import gathered
+from lorafit.engine.loss.kernel import HAS_TRITON
 from lorafit.engine.loss.logit_rules import SCALED_EMBEDDINGS
 
 
