@@ -28,7 +28,8 @@ NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
-"""Capped scores written out at a time, as in engine/grouped_attention.py; scores, capped, softmaxed, two gradients."""
+"""Scores (of rows, heads, queries, keys) that grouped attention writes out at a time: 256 MiB in fp32, five times over:
+scores, capped, softmaxed, two gradients."""
 
 
 @dataclass(frozen=True, slots=True)

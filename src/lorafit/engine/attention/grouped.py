@@ -8,9 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorafit.engine.packing import Group, groups_of
-
-SCORES = 1 << 26
-"""Scores (of rows, heads, queries and keys) that are written out at a time: 256 MiB in fp32, about five times over."""
+from lorafit.planning.activations import SCORES
 
 
 def grouped_attention(
