@@ -9,11 +9,11 @@ from lorafit.backbone.kernels.convert import (
     dequantize_linear,
     dequantize_linears,
     forget_quantisation,
-    frozen_features,
     quantise,
     true_numel,
 )
 from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit, freeze_linears
+from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.kernels.frozen_products import frozen_products, keep_dense_together, siblings
 from lorafit.backbone.library_logging import redirect_library_logs

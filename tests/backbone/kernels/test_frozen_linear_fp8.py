@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from lorafit.backbone import FrozenLinear4bit, computing_in, dequantise, freeze_linears, quantise
-from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_linear_fp8, quantised_rows
+from lorafit.backbone import FrozenLinear4bit, computing_in, dequantise, freeze_linears, frozen_features, quantise
+from lorafit.backbone.kernels.frozen_linear_fp8 import fp8_row_scales, frozen_linear_fp8, quantised_rows
+from lorafit.backbone.kernels.frozen_linear_op import frozen_linear, frozen_product, handle_for, op_arguments
 
 BOUND = 0.05
 """Stated: by so much at most the output and the gradient may differ from the exact op's, in norm."""
@@ -245,3 +246,22 @@ def test_on_a_card_it_compiles_whole_for_any_length():
         x, g = normal(1, tokens, 128, device="cuda"), normal(1, tokens, 128, seed=9, device="cuda")
         for a, b in zip(output_and_gradient(compiled, x, g), output_and_gradient(layer, x, g)):
             assert difference(a, b) < BOUND  # fused neighbours round less often, and e4m3 rounds coarsely
+
+
+def test_a_frozen_forward_is_known_by_its_widths_and_nothing_else_is():
+    linear = quantise(torch.randn(96, 64))
+    packed = op_arguments(linear.weight.data, linear.weight.quant_state)
+    narrow = (*quantised_rows(torch.randn(2, 64)), fp8_row_scales(linear.weight.data, linear.weight.quant_state))
+    assert frozen_features(frozen_linear, (torch.randn(2, 64), *packed, False)) == (64, 96)
+    handle = (handle_for(linear, torch.device("cpu")), 96, 64)
+    assert frozen_features(frozen_linear_fp8, (*narrow, *handle, False)) == (64, 96)
+    assert frozen_features(frozen_product, (torch.randn(2, 64), *handle, False)) == (64, 96)
+    assert frozen_features(frozen_product, (torch.randn(2, 96), *handle, True)) is None
+    assert frozen_features(frozen_linear, (torch.randn(2, 96), *packed, True)) is None
+    assert frozen_features(torch.ops.aten.mm.default, (torch.randn(2, 64), torch.randn(64, 96))) is None
+
+
+def test_the_operators_are_those_that_a_trace_shows():
+    assert frozen_linear is torch.ops.lorafit.frozen_linear.default
+    assert frozen_product is torch.ops.lorafit.frozen_product.default
+    assert frozen_linear_fp8 is torch.ops.lorafit.frozen_linear_fp8.default

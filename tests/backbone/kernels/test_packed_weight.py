@@ -2,7 +2,17 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from lorafit.backbone import dequantise, quantise, true_numel
+from lorafit.backbone import (
+    FrozenLinear4bit,
+    dequantise,
+    dequantize_linears,
+    forget_quantisation,
+    load_backbone,
+    quantise,
+    true_numel,
+)
+from lorafit.config import resolve
+from tiny_models import save_base, some_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -51,3 +61,15 @@ def test_4_bit_weights_are_counted_one_by_one():
     linear = quantise(torch.randn(33, 10), torch.zeros(33))
     assert true_numel(linear.weight) == 330
     assert true_numel(linear.bias) == 33
+
+
+def test_a_dequantized_model_answers_as_the_frozen_one_and_saves_as_a_plain_one(tmp_path):
+    model = load_backbone(resolve(flags={"base": str(save_base(tmp_path / "base"))}).config)
+    frozen = model(some_ids()).logits
+    dequantized = forget_quantisation(dequantize_linears(model))
+    assert torch.allclose(dequantized(some_ids()).logits, frozen, atol=1e-5)
+    assert not any(isinstance(module, FrozenLinear4bit) for module in dequantized.modules())
+    dequantized.save_pretrained(tmp_path / "plain")
+    again = type(dequantized).from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert torch.equal(again(some_ids()).logits, dequantized(some_ids()).logits)
+    assert not hasattr(again.config, "quantization_config")

@@ -1,11 +1,14 @@
 """Sources: what a path, a glob, a folder or a hub id stands for, and one sentence when it stands for nothing."""
 
+import io
 import os
+import random
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from lorafit.data.sources.files import ByteStream, find_files, reading
+from lorafit.data.sources.files import ByteStream, ZstdStream, find_files, reading
 from lorafit.errors import DataError
 
 ONE_ROW = b'{"instruction": "a", "response": "b"}\n'
@@ -91,3 +94,39 @@ def test_a_damaged_archive_is_one_sentence(tmp_path: Path, name: str, content: b
     file = find_files([str(put(tmp_path / name, content))])[0]
     with pytest.raises(DataError, match="damaged or cut off"), reading(file):
         ByteStream(file).read(1 << 16)
+
+
+ROWS = b"".join(b'{"n": %d}\n' % random.Random(0).randrange(10**9) for _ in range(1)) + bytes(
+    random.Random(1).choices(b"abcdefgh\n", k=400_000)
+)
+
+
+def read_all(packed: bytes, size: int = 5000) -> bytes:
+    stream = ZstdStream(io.BytesIO(packed))
+    return b"".join(iter(lambda: stream.read(size), b""))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_frames_come_back_as_they_were_packed(parts: int) -> None:
+    step = -(-len(ROWS) // parts)
+    packed = b"".join(zstandard.compress(ROWS[i : i + step]) for i in range(0, len(ROWS), step))
+    assert read_all(packed) == ROWS
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999])
+def test_a_cut_stream_is_an_error_wherever_it_was_cut(share: float) -> None:
+    packed = zstandard.compress(ROWS)
+    with pytest.raises(EOFError, match="never ends"):
+        read_all(packed[: int(len(packed) * share)])
+
+
+def test_a_stream_cut_between_blocks_is_an_error() -> None:
+    packer = zstandard.ZstdCompressor().compressobj()
+    head = packer.compress(ROWS) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    with pytest.raises(EOFError):
+        read_all(head)
+
+
+def test_nothing_is_nothing() -> None:
+    assert read_all(b"") == b""
+    assert read_all(zstandard.compress(b"")) == b""

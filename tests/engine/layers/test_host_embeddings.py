@@ -6,7 +6,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from lorafit.engine.layers.gather_kernel import gathered
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +13,7 @@ from lorafit.adapters import attach, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import collate, generate, packed, summed_loss
-from lorafit.engine.layers.host_embeddings import HostEmbedding, keep_embeddings_on_host
+from lorafit.engine.layers.host_embeddings import HostEmbedding, gathered, keep_embeddings_on_host
 from lorafit.engine.loss.kernel import HAS_TRITON
 from tiny_models import VOCABULARY, save_base, some_ids, stir
 

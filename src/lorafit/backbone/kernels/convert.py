@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,3 +56,36 @@ def true_numel(parameter: nn.Parameter) -> int:
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return int(parameter.quant_state.shape.numel())
     return parameter.numel()
+
+
+def dequantize_linear(linear: nn.Module) -> nn.Linear:
+    """A plain linear with the dequantised weight (out, in) in the layer's compute dtype; `linear` if it is plain."""
+    if not isinstance(linear, Linear4bit):
+        assert isinstance(linear, nn.Linear), type(linear)
+        return linear
+    weight = dequantise(linear, linear.compute_dtype)
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        plain.bias = nn.Parameter(linear.bias.detach().to(weight.dtype), requires_grad=False)
+    return plain.train(linear.training)
+
+
+def dequantize_linears(model: nn.Module) -> nn.Module:
+    """Replace every 4-bit linear of `model`, in place, and return `model`."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, dequantize_linear(module))
+    return model
+
+
+def forget_quantisation(model: Any) -> Any:
+    """Take off `model` what transformers put there for a 4-bit base, so that it saves and moves as a plain one."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_loaded_in_4bit = model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    return model

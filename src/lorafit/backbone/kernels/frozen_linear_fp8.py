@@ -9,6 +9,7 @@ keeps W8 but the layer itself, where there is room to spare.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafit.backbone.bitsandbytes_import import QuantState
-from lorafit.backbone.kernels.frozen_linear_op import LIBRARY, holder_of, op_arguments
+from lorafit.backbone.kernels.frozen_linear_op import LIBRARY, frozen_linear, frozen_product, holder_of, op_arguments
 from lorafit.backbone.kernels.nf4 import E4M3, block_scales, unpack_e4m3
 
 MULTIPLE = 16
@@ -127,3 +128,17 @@ torch.library.register_fake("lorafit::frozen_linear_fp8", _shape_only, lib=LIBRA
 frozen_linear_fp8 = torch.ops.lorafit.frozen_linear_fp8.default
 """`x (…, in)` e4m3 with `x_scale (…, 1)` -> `(…, out)` bf16, or with `transposed` `x (…, out) -> (…, in)` where the
 rows' scales are left out. `row_scales` are those of `fp8_row_scales`; the weight is the one behind `handle`."""
+
+
+def frozen_features(op: Any, arguments: Sequence[Any]) -> tuple[int, int] | None:
+    """(in_features, out_features) of a frozen linear's forward, given the operator called and its arguments.
+
+    None for any other operator, and for a frozen linear's backward. For policies of recomputation.
+    """
+    if op in (frozen_product, frozen_linear_fp8):
+        *_, out_features, in_features, transposed = arguments
+    elif op is frozen_linear:
+        *_, out_features, in_features, _, _, transposed = arguments
+    else:
+        return None
+    return None if transposed else (in_features, out_features)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import zstandard
 
@@ -110,6 +110,7 @@ def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PACKED_BLOCK = 1 << 14  # of zstd; small, so that what one block unpacks to stays small too
 KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv and .parquet, each also as .gz or .zst"
 
 
@@ -261,3 +262,34 @@ def unpacked(file: DataFile) -> IO[bytes]:
     stream.close()
     spool.seek(0, io.SEEK_SET)
     return spool
+
+
+class ZstdStream:
+    """Reads decompressed bytes from `disk`, zstd frames one after another.
+
+    Raises EOFError for a stream that was cut off.
+
+    `zstandard`'s own reader takes a stream cut between two blocks for a whole one: half of the rows would be missing
+    in silence.
+    """
+
+    def __init__(self, disk: IO[bytes]) -> None:
+        self.disk = disk
+        self.frame: Any = None  # the open frame's decompressor
+        self.packed = self.plain = b""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; empty at the end."""
+        while not self.plain:
+            self.packed = self.packed or self.disk.read(PACKED_BLOCK)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("its last frame never ends")
+                return b""
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.plain = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = None
+        block, self.plain = self.plain[:size], self.plain[size:]
+        return block

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine.layers.gather_kernel import gathered
-from lorafit.engine.loss.kernel import HAS_TRITON
+from lorafit.engine.loss.kernel import HAS_TRITON, tl, triton
 from lorafit.engine.loss.logit_rules import SCALED_EMBEDDINGS
+
+BLOCK = 1024
 
 
 class HostEmbedding(nn.Embedding):
@@ -77,3 +78,29 @@ def _may_move(embedding: Any, head: Any) -> bool:
     weight, own = embedding.weight, getattr(head, "weight", None)
     tied = own is not None and own.data_ptr() == weight.data_ptr()
     return not (tied or weight.requires_grad or weight.is_meta or embedding.max_norm is not None)
+
+
+def gathered(table: Tensor, ids: Tensor) -> Tensor:
+    """`table[ids]` on the device of `ids`: table (entries, width), pinned; ids (...) int64; returns (..., width).
+
+    An id outside the table gives NaN, as reading there would be reading the host's other memory.
+    """
+    entries, width = table.shape
+    assert table.is_contiguous() and ids.is_contiguous(), "rows must lie one after another"
+    out = torch.empty((*ids.shape, width), dtype=table.dtype, device=ids.device)
+    if ids.numel():
+        with torch.cuda.device_of(ids):
+            _gather[(ids.numel(), triton.cdiv(width, BLOCK))](table, ids, out, entries, WIDTH=width, BLOCK=BLOCK)
+    return out
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _gather(table, ids, out, entries, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        token = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        entry = tl.load(ids + token)
+        inside = (entry >= 0) & (entry < entries)
+        row = tl.load(table + entry * WIDTH + columns, mask=inside & (columns < WIDTH), other=float("nan"))
+        tl.store(out + token * WIDTH + columns, row, mask=columns < WIDTH)

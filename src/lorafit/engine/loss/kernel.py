@@ -20,6 +20,7 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # CPU builds of torch come without it
+    triton = tl = None
     HAS_TRITON = False
 
 BLOCK, WARPS = 4096, 8
