@@ -15,7 +15,6 @@ from lorafit.backbone.kernels.convert import (
 from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit, freeze_linears
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
-from lorafit.backbone.kernels.frozen_products import frozen_products, keep_dense_together, siblings
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config
 from lorafit.backbone.precision import compute_dtype, default_device
@@ -35,8 +34,6 @@ __all__ = [
     "fresh_weights",
     "frozen_features",
     "frozen_product",
-    "frozen_products",
-    "keep_dense_together",
     "load_backbone",
     "nf4_config",
     "output_head",
@@ -44,7 +41,6 @@ __all__ = [
     "redirect_library_logs",
     "require_same_base",
     "rounding_activations",
-    "siblings",
     "text_decoder",
     "dequantize_linear",
     "dequantize_linears",

@@ -216,7 +216,7 @@ class OnCard:
 def test_copies_are_freed_before_others_are_taken_and_none_is_made_twice(adapted):
     log, room = [], [1, 1, 1]
     layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
-    layers.siblings = [[[OnCard(name, log, room)]] for name in "abc"]
+    layers.frozen = [[OnCard(name, log, room)] for name in "abc"]
     with layers:
         assert log == ["keep a", "keep b", "keep c"]
         log.clear()
@@ -228,7 +228,7 @@ def test_copies_are_freed_before_others_are_taken_and_none_is_made_twice(adapted
 def test_copies_that_do_not_fit_leave_none_behind(adapted):
     log = []
     layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
-    layers.siblings = [[[OnCard(name, log, [1][: name < "c"])]] for name in "abc"]
+    layers.frozen = [[OnCard(name, log, [1][: name < "c"])] for name in "abc"]
     with pytest.raises(torch.OutOfMemoryError), layers:
         pass
     assert not any(linears[0].copies for linears in layers.frozen)

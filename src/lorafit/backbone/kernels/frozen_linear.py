@@ -103,12 +103,10 @@ class FrozenLinear4bit(Linear4bit):
         """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
         return (*self.packed(), self.row_scales, *self.copies)
 
-    def unpacked(self, place: Tensor | None = None) -> Tensor:
-        """The weight (out, in) as the layer uses it, made afresh; in `place`, where that is given."""
+    def unpacked(self) -> Tensor:
+        """The weight (out, in) as the layer uses it, made afresh."""
         rounding = self.weight_dtype or self.compute_dtype
-        direct = place if rounding is self.compute_dtype else None
-        weight = unpack(self.weight.data, self.weight.quant_state, rounding, direct)
-        return weight.to(self.compute_dtype) if place is None or direct is not None else place.copy_(weight)
+        return unpack(self.weight.data, self.weight.quant_state, rounding).to(self.compute_dtype)
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
@@ -123,14 +121,14 @@ class FrozenLinear4bit(Linear4bit):
         copies = self.copies
         return copies[0] if len(copies) == 1 else None
 
-    def keep_dense(self, place: Tensor | None = None) -> None:
-        """Unpack the weight once and keep that, `dense_bytes` large; in `place` (out, in), where that is given.
+    def keep_dense(self) -> None:
+        """Unpack the weight once and keep that, `dense_bytes` large.
 
         Compiled code goes on calling the operator, which then finds the copy: whether there is one changes no code.
         """
         scales = self.row_scales
         if scales is None:
-            self._kept = (self.unpacked(place),), self.weight
+            self._kept = (self.unpacked(),), self.weight
         else:
             packed, *rest, _, in_features, block, _ = self.packed()
             both = (unpack_e4m3(packed, tuple(rest), block, scales[1], in_features, way) for way in (False, True))

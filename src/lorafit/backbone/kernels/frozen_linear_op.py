@@ -212,7 +212,7 @@ def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
     return (packed, state.absmax, *nested, *state.shape, state.blocksize, state.quant_type)
 
 
-def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight (out, in) in `dtype`: what the op multiplies by; in `out`, where that is given."""
+def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """The dense weight (out, in) in `dtype`: what the op multiplies by."""
     _, *scales, out_features, in_features, block, quant_type = op_arguments(packed, state)
-    return unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, dtype, out)
+    return unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, dtype)

@@ -35,22 +35,13 @@ assert bitsandbytes.nn is not None  # importing it registers torch.ops.bitsandby
 
 
 def unpack_weight(
-    packed: Tensor,
-    scales: Scales,
-    block: int,
-    quant_type: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    packed: Tensor, scales: Scales, block: int, quant_type: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The dense weight (rows, columns) in `dtype`, bit-equal to `bitsandbytes.functional.dequantize_4bit`; in `out`,
-    contiguous and of that shape and dtype, where it is given."""
+    """The dense weight (rows, columns) in `dtype`, bit-equal to `bitsandbytes.functional.dequantize_4bit`."""
     if kernel_takes(packed, scales, quant_type, rows * columns):
-        target = packed.new_empty(rows, columns, dtype=dtype) if out is None else out
+        target = packed.new_empty(rows, columns, dtype=dtype)
         return nf4_kernels.unpack(packed, scales, code_values(packed.device), None, block, target)
-    weight = _unpack_by_bitsandbytes(packed, scales, block, quant_type, rows, columns, dtype)
-    return weight if out is None else out.copy_(weight)
+    return _unpack_by_bitsandbytes(packed, scales, block, quant_type, rows, columns, dtype)
 
 
 def unpack_e4m3(

@@ -18,9 +18,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit, keep_dense_together, siblings
+from lorafit.backbone import FrozenLinear4bit
 from lorafit.config.dial import Dial
-from lorafit.engine.joined_products import JOINED_PRODUCTS
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.layers.recompute import feed_forward_widths, recompute_contexts
 from lorafit.engine.packing import Segments
@@ -49,8 +48,9 @@ class DecoderLayers:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = core.get_decoder()
         self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-        self.siblings = [siblings(layer) for layer in self.layers]
-        self.frozen = [list(chain(*groups)) for groups in self.siblings]
+        self.frozen = [
+            [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
+        ]
         self.core, self.dial = core, (dial or Dial()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
@@ -116,13 +116,12 @@ class DecoderLayers:
     def _unpack_weights(self, keep: bool = True) -> None:
         """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading."""
         dense = self.dial.dense if keep else 0
-        on_card = [
-            [[module for module in group if module.weight.is_cuda] for group in groups] for groups in self.siblings
-        ]
-        for module in chain(*chain(*on_card[dense:])):  # before anything is taken
+        on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
+        for module in chain(*on_card[dense:]):  # before anything is taken
             module.drop_dense()
-        for group in chain(*on_card[:dense]):
-            keep_dense_together(group)
+        for module in chain(*on_card[:dense]):
+            if not module.copies:
+                module.keep_dense()
         self._weights = [_storages(layer) for layer in self.layers]
         self.turned += 1
 
@@ -194,8 +193,7 @@ class DecoderLayers:
         if level not in self._bodies:
             contexts = recompute_contexts(self.widths if level == "feed_forward" else frozenset())
             body = _light_body if level == "feed_forward" else _kept_body
-            inductor = {"size_asserts": SIZE_ASSERTS, "post_grad_custom_pre_pass": JOINED_PRODUCTS}
-            options: dict[str, Any] | None = inductor if self.backend == "inductor" else None
+            options: dict[str, Any] | None = {"size_asserts": SIZE_ASSERTS} if self.backend == "inductor" else None
             compiled = torch.compile(body, fullgraph=True, backend=self.backend, options=options)
             self._bodies[level] = partial(compiled, contexts)
         return self._bodies[level]
