@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lorafit.adapters import Delta, Deltas, merge_delta
+from lorafit.adapters import Delta, Deltas
 from lorafit.errors import VerificationError
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -18,7 +18,7 @@ def test_the_sum_is_exact_in_fp32_and_rounded_once(dtype):
     weight = torch.randn(16, 32).to(dtype)
     delta = deltas()[NAME]
     exact = weight.double() + 2.0 * delta.b.double() @ delta.a.double()
-    merged = merge_delta(NAME, weight, deltas())
+    merged = deltas().merged(NAME, weight)
     assert merged.dtype == dtype
     # half a unit in the last place, plus fp32's own error
     torch.testing.assert_close(merged.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-5)
@@ -26,12 +26,12 @@ def test_the_sum_is_exact_in_fp32_and_rounded_once(dtype):
 
 def test_other_weights_come_back_untouched():
     weight = torch.randn(3, 3)
-    assert merge_delta("model.norm.weight", weight, deltas()) is weight
+    assert deltas().merged("model.norm.weight", weight) is weight
 
 
 def test_a_delta_of_another_shape_is_an_error():
     with pytest.raises(VerificationError, match="does not fit"):
-        merge_delta(NAME, torch.randn(16, 16), deltas())
+        deltas().merged(NAME, torch.randn(16, 16))
 
 
 def test_a_target_that_the_base_lacks_is_an_error():

@@ -7,8 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit.adapters.peft_library import LoraLayer, PeftModelForCausalLM
-from lorafit.backbone import FrozenLinear4bit, dequantize_linear, dequantize_linears, forget_quantisation
+from lorafit.backbone import (
+    FrozenLinear4bit,
+    dequantize_linear,
+    dequantize_linears,
+    forget_quantisation,
+    redirect_library_logs,
+)
+
+with redirect_library_logs():  # peft imports bitsandbytes, which warns on some CPUs
+    from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import get_peft_model_state_dict
+
+__all__ = ["AdaptedModel", "LoraConfig", "LoraLayer", "PeftModel", "get_peft_model_state_dict"]
 
 
 class AdaptedModel(PeftModelForCausalLM):

@@ -1,24 +1,79 @@
-"""save_adapter and load_adapter: inverse of each other, in PEFT's format; AdapterSnapshot and restore_adapter too."""
+"""The adapter's folder: PEFT's format, safetensors only, and nothing in it trusted before it is checked.
+
+`save_adapter` and `load_adapter` are inverse of each other; so are `AdapterSnapshot` and `restore_adapter`.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from lorafit.adapters.adapter_files import WEIGHTS_FILE, AdapterFiles
+from lorafit.adapters.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
 from lorafit.adapters.attach import check_attached
-from lorafit.adapters.peft_library import LoraLayer, PeftModel, get_peft_model_state_dict
-from lorafit.adapters.staged_folder import staged_folder
 from lorafit.adapters.targets import linear_names, matching
-from lorafit.config import RunConfig
+from lorafit.config import MAX_SCALE, RunConfig, read_json, staged_folder
 from lorafit.errors import AdapterError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_RANK = 1024
+PREFIX = "base_model.model."
+# what a plain LoRA may set; every other key must have PEFT's default, for it would change what the adapter does
+FREE_KEYS = frozenset(
+    ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
+     "inference_mode", "peft_version", "use_rslora", "init_lora_weights")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A checked adapter folder: its rank, scale and targets, and the weights on demand."""
+
+    folder: Path
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> AdapterFiles:
+        """Check the folder at `folder`. Raises AdapterError, in one sentence, for whatever cannot be trusted."""
+        for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"):
+            for path in folder.glob(suffix):
+                raise AdapterError(
+                    f"{path.name} is a pickle, which can run code when it is loaded",
+                    where=str(folder),
+                    fix="keep adapters as safetensors",
+                )
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise AdapterError(f"there is no {name}", where=str(folder), fix="point at a LoRA adapter's folder")
+        raw = read_json(folder / CONFIG_FILE, AdapterError)
+        _check_plain(raw, folder)
+        return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))
+
+    def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module name in the base -> (A (r, in), B (out, r)), fp32. Raises AdapterError for odd or non-finite ones."""
+        pairs: dict[str, dict[str, Tensor]] = {}
+        path = self.folder / WEIGHTS_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    module, side = _parse_key(key, self.folder)
+                    pairs.setdefault(module, {})[side] = _checked(key, file.get_tensor(key), self.folder)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError("the adapter's weights are truncated or unreadable", where=str(path)) from error
+        if not pairs:
+            raise AdapterError("the adapter holds no weights", where=str(path))
+        return {module: _pair(module, sides, self.rank, self.folder) for module, sides in sorted(pairs.items())}
 
 
 @dataclass(frozen=True)
@@ -129,3 +184,65 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     check_attached(adapted, wanted)
     return adapted
+
+
+def _check_plain(raw: dict[str, Any], folder: Path) -> None:
+    where = str(folder / CONFIG_FILE)
+    defaults = LoraConfig().to_dict()
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"a {raw.get('peft_type')} adapter is no LoRA adapter", where=where)
+    for key, value in raw.items():
+        if key in FREE_KEYS or key == "peft_type" or not value or value == _jsonable(defaults.get(key)):
+            continue
+        raise AdapterError(f"the adapter sets {key}, which plain LoRA does not have", where=where)
+    targets = raw.get("target_modules")
+    if isinstance(targets, str):
+        raise AdapterError("target_modules is a regular expression, not a list of names", where=where)
+    if not isinstance(targets, list) or not targets or not all(_is_name(target) for target in targets):
+        raise AdapterError("target_modules is no list of module names", where=where)
+    if not isinstance(raw.get("r"), int) or isinstance(raw["r"], bool) or not 1 <= raw["r"] <= MAX_RANK:
+        raise AdapterError(f"rank {raw.get('r')} is not between 1 and {MAX_RANK}", where=where)
+
+
+def _scale(raw: dict[str, Any], folder: Path) -> float:
+    alpha = raw.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+        raise AdapterError(f"alpha {alpha} is no positive number", where=str(folder / CONFIG_FILE))
+    scale = alpha / (math.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"])
+    if scale > MAX_SCALE:
+        raise AdapterError(f"the scale alpha / r = {scale:g} is absurd", where=str(folder / CONFIG_FILE))
+    return scale
+
+
+def _is_name(target: Any) -> bool:
+    return isinstance(target, str) and all(part.isidentifier() or part.isdigit() for part in target.split("."))
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))
+
+
+def _parse_key(key: str, folder: Path) -> tuple[str, str]:
+    for side in ("A", "B"):
+        ending = f".lora_{side}.weight"
+        if key.startswith(PREFIX) and key.endswith(ending):
+            return key.removeprefix(PREFIX).removesuffix(ending), side
+    raise AdapterError(f"{key} is no LoRA weight", where=str(folder / WEIGHTS_FILE))
+
+
+def _checked(key: str, tensor: Tensor, folder: Path) -> Tensor:
+    where = str(folder / WEIGHTS_FILE)
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise AdapterError(f"{key} is no matrix of floats", where=where)
+    if not bool(torch.isfinite(tensor).all()):
+        raise AdapterError(f"{key} holds NaN or infinite values", where=where, fix="train again, or use a checkpoint")
+    return tensor.float()
+
+
+def _pair(module: str, sides: dict[str, Tensor], rank: int, folder: Path) -> tuple[Tensor, Tensor]:
+    where = str(folder / WEIGHTS_FILE)
+    if set(sides) != {"A", "B"}:
+        raise AdapterError(f"{module} lacks its A or its B", where=where)
+    if sides["A"].shape[0] != rank or sides["B"].shape[1] != rank:
+        raise AdapterError(f"{module}'s weights do not have rank {rank}", where=where)
+    return sides["A"], sides["B"]

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafit.adapters.adapted_model import AdaptedModel
-from lorafit.adapters.peft_library import LoraConfig, LoraLayer, PeftModel
+from lorafit.adapters.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
 from lorafit.adapters.targets import PRESETS, linear_names, matching, resolve_targets, unambiguous
 from lorafit.backbone import true_numel
 from lorafit.config import RunConfig
-from lorafit.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,6 @@ def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}: small updates would be lost"
         else:
             assert not parameter.requires_grad, f"{name} is part of the frozen base, yet it trains"
-
-
-def check_settings(adapted: PeftModel, config: RunConfig, where: str) -> None:
-    """AdapterError when the adapter's files give another rank or alpha than the run was trained with."""
-    lora = adapted.peft_config[adapted.active_adapter]
-    for name, found, trained in (("rank", lora.r, config.rank), ("alpha", lora.lora_alpha, config.alpha)):
-        if found != trained:
-            what = f"the adapter has {name} {found:g}, and the run was trained with {trained:g}"
-            raise AdapterError(what, where=where, fix="restore adapter_config.json")
 
 
 def count_parameters(model: nn.Module) -> Counts:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorafit.adapters.adapter_files import AdapterFiles
+from lorafit.adapters.adapter_folder import AdapterFiles
 from lorafit.errors import VerificationError
 
 EXPERTS = ".experts."
@@ -52,6 +52,19 @@ class Deltas(Mapping[str, Delta]):
         if lost:
             raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
 
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return `weight` (out, in) plus its delta, summed in fp32 and rounded once to the weight's dtype.
+
+        A weight without a delta comes back as it is. Raises VerificationError when the shapes differ.
+        """
+        delta = self.get(name)
+        if delta is None:
+            return weight
+        update, shape = delta.dense(), tuple(weight.shape)
+        if update.shape != weight.shape:
+            raise VerificationError(f"the adapter's delta {tuple(update.shape)} does not fit {name} {shape}")
+        return (weight.float() + update.to(weight.device)).to(weight.dtype)
+
     def __getitem__(self, name: str) -> Delta:
         return self._deltas[name]
 
@@ -60,17 +73,3 @@ class Deltas(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self._deltas)
-
-
-def merge_delta(name: str, weight: Tensor, adapter: Deltas) -> Tensor:
-    """`weight` (out, in) plus its delta, summed in fp32 and rounded once to the weight's dtype.
-
-    A weight without a delta comes back as it is. Raises VerificationError when the shapes differ.
-    """
-    delta = adapter.get(name)
-    if delta is None:
-        return weight
-    update = delta.dense()
-    if update.shape != weight.shape:
-        raise VerificationError(f"the adapter's delta {tuple(update.shape)} does not fit {name} {tuple(weight.shape)}")
-    return (weight.float() + update.to(weight.device)).to(weight.dtype)

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import numpy as np
 
 from lorafit.adapters import Deltas, load_adapter
-from lorafit.backbone import Onto, load_backbone, redirect_library_logs
-from lorafit.config import RunDir
+from lorafit.backbone import load_backbone, redirect_library_logs
+from lorafit.config import MergeBase, RunDir
 from lorafit.data import Record, Template, TextTokenizer, Turn
 from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.export import MergeReport, Verification, verify
@@ -49,7 +49,7 @@ class MergedRun:
         return {"passed": self.passed, "merge": self.report.to_dict(), "verification": self.verification.to_dict()}
 
 
-def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None = None) -> MergedRun:
+def merge(run: str | Path, *, onto: MergeBase = "quantized", out: str | Path | None = None) -> MergedRun:
     """Merge the adapter of `run` into its base and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" to the
@@ -57,8 +57,8 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
     look; a merge that is killed leaves at most a hidden folder, which the next one replaces.
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
-    if onto not in get_args(Onto):
-        names = " or ".join(get_args(Onto))
+    if onto not in get_args(MergeBase):
+        names = " or ".join(get_args(MergeBase))
         raise UsageError(f"'{onto!s:.40}' is nothing to merge onto", where="onto", fix=f"write {names}")
     folder = RunDir.open(Path(run))
     config = folder.config()
@@ -68,7 +68,7 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
         fingerprint = folder.base_fingerprint()
         verified: list[Verification] = []
 
-        def prove(staged: Path, onto: Onto) -> None:
+        def prove(staged: Path, onto: MergeBase) -> None:
             # before the folder has its name: one that looks finished and was never verified is worse than none
             live = load_adapter(load_backbone(config, exact=True), folder.adapter)
             verified.append(verify(live, staged, rows, onto))

@@ -1,9 +1,9 @@
 """The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
 
-from lorafit.backbone.architecture import output_head, text_decoder
+from lorafit.backbone.architecture import output_head, text_decoder, unwrapped
 from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
-from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
+from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
 from lorafit.backbone.kernels.convert import (
     dequantise,
     dequantize_linear,
@@ -22,7 +22,6 @@ from lorafit.backbone.precision import compute_dtype, default_device
 __all__ = [
     "FreshWeight",
     "FrozenLinear4bit",
-    "Onto",
     "base_damages",
     "base_fingerprint",
     "compute_dtype",
@@ -45,4 +44,5 @@ __all__ = [
     "dequantize_linear",
     "dequantize_linears",
     "true_numel",
+    "unwrapped",
 ]

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -90,6 +91,12 @@ def text_decoder(model: nn.Module) -> nn.Module:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The linear that makes logits: never quantised, never adapted."""
     return cast(PreTrainedModel, model).get_output_embeddings()
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model within DistributedDataParallel's and PEFT's wrappers, or the model itself."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _keep_in_fp32(model: nn.Module) -> list[str]:

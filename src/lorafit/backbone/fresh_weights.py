@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -23,10 +23,9 @@ from lorafit.backbone.bitsandbytes_import import QuantState
 from lorafit.backbone.kernels.convert import dequantise, quantise
 from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.backbone.precision import compute_dtype, default_device
-from lorafit.config import RunConfig, base_folder
+from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import BackboneError
 
-Onto = Literal["quantized", "original"]
 STATE_MARKS = (
     ".absmax",
     ".quant_map",
@@ -50,7 +49,9 @@ class FreshWeight(NamedTuple):
     tensor: Tensor
 
 
-def fresh_weights(config: RunConfig, onto: Onto, *, device: str | torch.device | None = None) -> Iterator[FreshWeight]:
+def fresh_weights(
+    config: RunConfig, onto: MergeBase, *, device: str | torch.device | None = None
+) -> Iterator[FreshWeight]:
     """Every tensor of the base, shard by shard, one in memory at a time.
 
     "original": as stored. "quantized": each weight that `load_backbone` quantises goes into 4 bits and back on

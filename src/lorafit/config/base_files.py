@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Literal
 
 from lorafit.errors import BackboneError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
+MergeBase = Literal["quantized", "original"]
+"""Base that a merge starts from: the dequantised 4-bit one that was trained, or the checkpoint as stored."""
 
 
 def base_folder(base: str, revision: str | None = None, *, weights: bool = False) -> Path:

@@ -48,6 +48,7 @@ class RunConfig(BaseModel):
     max_tokens: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
     # the method
+    method: Literal["lora"] = Field("lora", description="what is trained: lora, low-rank adapters on a frozen base")
     goal: Goal = Field("balanced", description="what the decision matrix optimises for")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")

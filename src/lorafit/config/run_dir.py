@@ -14,6 +14,7 @@ from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
 from lorafit.config.run_lock import LOCK, OWNER
+from lorafit.config.staged_folder import sync
 from lorafit.errors import RunDirError
 
 PLACES = ("base", "revision", "data", "holdout")
@@ -108,9 +109,14 @@ class RunDir:
         return any(self.checkpoints.glob("step-*[0-9]"))
 
     @property
+    def has_result(self) -> bool:
+        """True when trained weights are here. Their folder appears whole or not at all, by whatever method."""
+        return any(self.adapter.glob("*.safetensors"))
+
+    @property
     def is_finished(self) -> bool:
         """True when the run here has trained to its end."""
-        return self.holds_run and (self.adapter / "adapter_model.safetensors").is_file()
+        return self.holds_run and self.has_result
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
@@ -177,7 +183,7 @@ class RunDir:
             raise RunDirError(
                 "there is no run here (no run.yaml)", where=str(path), fix="pass the folder that train made"
             )
-        if not (run.adapter / "adapter_model.safetensors").is_file():
+        if not run.has_result:
             raise run._unfinished()
         base = Path(run.config().base)
         if base.is_absolute() and not base.exists():
@@ -241,18 +247,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         staged.unlink(missing_ok=True)
         raise RunDirError(
             f"cannot write the file ({error.strerror})", where=str(path), fix="free some space"
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

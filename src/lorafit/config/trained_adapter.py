@@ -13,14 +13,14 @@ from lorafit.errors import AdapterError
 
 def adapter_hashes(folder: Path) -> dict[str, str]:
     """File name -> sha256 (hex) of every file in `folder`. OSError when one cannot be read."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
     """The first file of `hashes` that is missing from `folder`, unreadable or another one; None when there is none."""
     for name, digest in hashes.items():
         try:
-            if _sha256(folder / name) != digest:
+            if file_hash(folder / name) != digest:
                 return name
         except OSError:
             return name
@@ -40,6 +40,7 @@ def require_trained_adapter(run: RunDir) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the sha256 (hex) of the file at `path`."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

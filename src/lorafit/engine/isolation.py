@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorafit.backbone import unwrapped
 from lorafit.engine.attention.packed import unpacked
 from lorafit.engine.loss.vocabulary import supervised_logits
 from lorafit.engine.packing import collate
@@ -112,7 +113,7 @@ def _assert_finite(model: Any, rows: Sequence[Row]) -> None:
 
 
 def _name(model: Any) -> str:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return type(unwrapped(model)).__name__
 
 
 def _leak(model: Any, seen: str) -> TrainingError:

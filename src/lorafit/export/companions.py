@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorafit.backbone import Onto
-from lorafit.config import RunConfig, base_folder, read_json
+from lorafit.config import MergeBase, RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
 from lorafit.export.finished_run import FinishedRun
 
@@ -20,7 +19,7 @@ MAX_COMPANION_BYTES = 64 << 20  # a tokenizer lists every added token
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def write_companions(run: FinishedRun, folder: Path, onto: Onto) -> None:
+def write_companions(run: FinishedRun, folder: Path, onto: MergeBase) -> None:
     """Write everything but the weights and the chat template to `folder`, for transformers and vLLM to serve it."""
     base = base_folder(run.config.base, run.config.revision)
     _write_json(folder / "config.json", merged_config(_read_json(base / "config.json")))
@@ -58,7 +57,7 @@ def _generation(base: Path, stop_ids: Iterable[int]) -> dict[str, Any]:
     return settings | {"eos_token_id": list(stop_ids)}
 
 
-def _card(config: RunConfig, onto: Onto) -> str:
+def _card(config: RunConfig, onto: MergeBase) -> str:
     base = Path(config.base).name if Path(config.base).is_dir() else config.base
     return f"""---
 base_model: {base}

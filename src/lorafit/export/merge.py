@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.adapters import Deltas, merge_delta, staged_folder
-from lorafit.backbone import Onto, fresh_weights, require_same_base
+from lorafit.adapters import Deltas
+from lorafit.backbone import fresh_weights, require_same_base
 from lorafit.backbone.base_checkpoint import Checkpoint
-from lorafit.config import RunConfig, RunDir, base_folder
+from lorafit.config import MergeBase, RunConfig, RunDir, base_folder, staged_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
@@ -32,7 +32,7 @@ class MergeReport:
     """What a merge wrote: the folder, onto what, shards, bytes, merged weights, and how long it took."""
 
     folder: Path
-    onto: Onto
+    onto: MergeBase
     shards: int
     total_bytes: int
     merged_weights: int
@@ -48,12 +48,12 @@ class MergeReport:
 def merge(
     run_dir: Path,
     *,
-    onto: Onto = "quantized",
+    onto: MergeBase = "quantized",
     out: Path | None = None,
     device: str | torch.device | None = None,
     fingerprint: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    prove: Callable[[Path, Onto], object] | None = None,
+    prove: Callable[[Path, MergeBase], object] | None = None,
 ) -> MergeReport:
     """Merge the adapter of `run_dir` into its base and write a model folder, whole or not at all.
 
@@ -84,7 +84,7 @@ def merge(
 
 
 def merged_weights(
-    config: RunConfig, onto: Onto, deltas: Deltas, device: str | torch.device | None = None
+    config: RunConfig, onto: MergeBase, deltas: Deltas, device: str | torch.device | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(stored name, tensor) of the merged model: base plus delta in fp32, rounded once, to bf16.
 
@@ -95,7 +95,7 @@ def merged_weights(
         met.add(fresh.parameter)
         tensor = fresh.tensor
         if tensor.is_floating_point():
-            tensor = merge_delta(fresh.parameter, tensor.float(), deltas).to(MERGED_DTYPE)
+            tensor = deltas.merged(fresh.parameter, tensor.float()).to(MERGED_DTYPE)
         yield fresh.stored, tensor
     deltas.check_found(met)
 

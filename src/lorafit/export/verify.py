@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorafit.backbone import Onto, computing_in, rounding_activations
-from lorafit.config import write_text
+from lorafit.backbone import computing_in, rounding_activations
+from lorafit.config import MergeBase, write_text
 from lorafit.errors import VerificationError
 from lorafit.export.comparison import Comparison, Reference, Row
 
@@ -38,7 +38,7 @@ class Verification:
     tokens of `rows` held-out rows; `live_loss` is the live model's own loss; the dtypes are the precisions.
     """
 
-    onto: Onto
+    onto: MergeBase
     passed: bool
     reason: str
     merged: Comparison
@@ -61,7 +61,7 @@ class Verification:
         return _finite(asdict(self) | {"floors": self.floors})
 
 
-def verify(live_model: nn.Module, merged_folder: Path, rows: Sequence[Row], onto: Onto) -> Verification:
+def verify(live_model: nn.Module, merged_folder: Path, rows: Sequence[Row], onto: MergeBase) -> Verification:
     """Reload `merged_folder` from disk and compare it with `live_model` (load_backbone + load_adapter) on `rows`.
 
     The noise floor is the live model against itself, with bf16 and without: the error that serving in bf16 costs
@@ -105,7 +105,9 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     return model.eval()
 
 
-def _judge(onto: Onto, live_loss: float, merged: Comparison, floor: Comparison, base: Comparison) -> tuple[bool, str]:
+def _judge(
+    onto: MergeBase, live_loss: float, merged: Comparison, floor: Comparison, base: Comparison
+) -> tuple[bool, str]:
     if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
         return False, "the merged model's output is not finite"
     if onto == "quantized":

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafit.config import RunConfig
 
 
 class MethodSnapshot(Protocol):
-    """Trained weights at one moment, copied to the host, so that training goes on while they are written."""
+    """Trained weights at one moment, copied to the host. Training goes on while they are written."""
 
     @property
     def size_bytes(self) -> int:
@@ -30,11 +29,34 @@ class MethodSnapshot(Protocol):
         ...
 
 
+class TrainedWeights(Protocol):
+    """The result of a run, opened once, as changes of the base's parameters."""
+
+    def __len__(self) -> int:
+        """Return how many of the base's parameters were trained."""
+        ...
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return the trained value of the base's parameter `name`, given its base value `weight`.
+
+        Sums are made in fp32 and rounded once, to the dtype of `weight`. An untrained parameter comes back as it is.
+        """
+        ...
+
+    def check_found(self, names: Iterable[str]) -> None:
+        """Raise VerificationError unless every trained parameter is among `names`."""
+        ...
+
+
 class Method(Protocol):
-    """What the training loop, checkpoints, chat, merge and the plan ask of a method. It holds no state of a run."""
+    """One way to train a base. A method is stateless: its functions get the model and the run's settings."""
 
     name: str
     """The value of the setting that chooses this method."""
+
+    def describe(self, config: RunConfig) -> str:
+        """Return the method with its settings, in a few words for a model card."""
+        ...
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
         """Return `model` with fresh trainable weights, drawn from `config.seed`; everything else is frozen."""
@@ -62,14 +84,21 @@ class Method(Protocol):
         """Return the base `model` with the weights in `folder`, frozen and checked against `config`."""
         ...
 
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Return the base within `model`, without trained weights: the inverse of `prepare` and of `load`."""
+        ...
+
     def without(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Within the block `model` answers as its base would."""
+        """Let `model` answer as its base would, within the block."""
+        ...
+
+    def trained_weights(self, folder: Path, config: RunConfig) -> TrainedWeights:
+        """Open the weights in `folder`, checked against `config`.
+
+        Raises AdapterError for files that cannot be trusted, VerificationError for weights that were not trained.
+        """
         ...
 
     def is_finished(self, folder: Path) -> bool:
-        """Tell whether `folder` holds the result of a finished run."""
-        ...
-
-    def merge(self, name: str, weight: torch.Tensor, folder: Path) -> torch.Tensor:
-        """Return the trained value of the base's parameter `name`, in fp32, given its base value `weight`."""
+        """Tell whether `folder` holds every file that `save` writes."""
         ...

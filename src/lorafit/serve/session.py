@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapters import check_settings, load_adapter
 from lorafit.backbone import load_backbone, require_same_base
 from lorafit.config import RunConfig, RunDir, base_folder, require_trained_adapter
 from lorafit.data import Template, TextTokenizer
 from lorafit.engine import generate
 from lorafit.errors import UsageError
+from lorafit.methods import method_of
 
 
 class Session:
@@ -32,8 +32,7 @@ class Session:
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())
-        model = load_adapter(load_backbone(config, device=device, exact=True), run.adapter)
-        check_settings(model, config, str(run.adapter))
+        model = method_of(config).load(load_backbone(config, device=device, exact=True), run.adapter, config)
         model.eval()
         return cls(run, config, model, template)
 

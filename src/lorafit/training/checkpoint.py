@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapters import follow_umask, sync
+from lorafit.config import file_hash, follow_umask, sync
 from lorafit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ def seal(folder: Path, *, run: str, step: int, eval_loss: float | None, last: bo
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     for inner in sorted({path.parent for path in folder.rglob("*")}):
         sync(inner)
     manifest = {"format": FORMAT, "run": run, "step": step, "eval_loss": eval_loss, "last": last, "files": files}
@@ -137,7 +137,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size:,} of {entry['bytes']:,} bytes", where=str(folder))
-        if _sha256(path) != entry["sha256"]:
+        if file_hash(path) != entry["sha256"]:
             raise CheckpointError(f"{name} is not what was written (its SHA-256 differs)", where=str(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing", where=str(folder)) from error
@@ -148,8 +148,3 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 def _sealed(manifest: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

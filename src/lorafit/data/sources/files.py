@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import hashlib
 import io
 import os
 import re
@@ -20,6 +19,7 @@ from typing import IO, Any, Protocol
 
 import zstandard
 
+from lorafit.config import file_hash
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.errors import DataError
 
@@ -135,8 +135,8 @@ class DataFile:
 
     def content_hash(self) -> str:
         """SHA-256 of the bytes on disk, in hex."""
-        with reading(self), self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        with reading(self):
+            return file_hash(self.path)
 
 
 def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from lorafit.backbone import unwrapped
 from lorafit.engine.attention.grouped import grouped_attention, grouped_gradients
 from lorafit.engine.packing import Segments, on_host
 from lorafit.errors import BackboneError
@@ -262,7 +263,7 @@ def packed(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _core(model).set_attn_implementation(before)
+        unwrapped(model).set_attn_implementation(before)
 
 
 @contextmanager
@@ -273,15 +274,15 @@ def unpacked(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _core(model).set_attn_implementation(before)
+        unwrapped(model).set_attn_implementation(before)
 
 
 def use_packed_attention(model: Any) -> None:
     """Switch `model` to packed attention. Raises BackboneError for a family that has its own fixed attention."""
-    _core(model).set_attn_implementation(PACKED)
+    unwrapped(model).set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
         raise BackboneError(
-            f"{type(_core(model)).__name__} does not take its attention from transformers' AttentionInterface",
+            f"{type(unwrapped(model)).__name__} does not take its attention from transformers' AttentionInterface",
             fix="lorafit cannot pack rows for this family",
         )
 
@@ -290,9 +291,4 @@ def use_plain_attention(model: Any) -> None:
     """Switch `model` to SDPA, or to eager attention where the family caps its scores, which SDPA cannot."""
     text = model.config.get_text_config()
     plain = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
-    _core(model).set_attn_implementation(plain)
-
-
-def _core(model: Any) -> Any:
-    """The transformers model under a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped(model).set_attn_implementation(plain)

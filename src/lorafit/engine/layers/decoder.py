@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit
+from lorafit.backbone import FrozenLinear4bit, unwrapped
 from lorafit.config.dial import Dial
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.layers.recompute import feed_forward_widths, recompute_contexts
@@ -45,7 +45,7 @@ class DecoderLayers:
     def __init__(
         self, model: Any, dial: Dial | None = None, *, compiled: bool = True, backend: str = "inductor"
     ) -> None:
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        core = unwrapped(model)
         decoder = core.get_decoder()
         self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.frozen = [

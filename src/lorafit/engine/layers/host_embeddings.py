@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.engine.loss.kernel import HAS_TRITON, tl, triton
+from lorafit.backbone import unwrapped
 from lorafit.engine.loss.logit_rules import SCALED_EMBEDDINGS
 
 BLOCK = 1024
@@ -53,7 +54,7 @@ def keep_embeddings_on_host(model: Any) -> bool:
     than look up and scale. Frees entries · width · itemsize bytes of the card; of the host's memory it takes up to
     twice that where there is a card, for torch rounds pinned blocks up to a power of two.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = unwrapped(model)
     embedding = core.get_input_embeddings()
     if isinstance(embedding, HostEmbedding):
         return True

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
+from lorafit.backbone import unwrapped
 from lorafit.engine.loss.kernel import HAS_TRITON, losses_to_gradient
 from lorafit.engine.loss.logit_rules import LogitSteps, logit_steps
 from lorafit.engine.packing import MicroBatch, collate
@@ -252,12 +252,6 @@ def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
         return VocabularyLoss(steps)
     name = type(unwrapped(model)).__name__
     return VocabularyLoss(None, f"{name}'s logits are made whole, which takes more memory: {difference}")
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model within PEFT's and DistributedDataParallel's wrappers."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _head(model: Any) -> nn.Module | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from lorafit.adapters import staged_folder
+from lorafit.config import staged_folder
 from lorafit.errors import RunDirError
 
 

@@ -1,0 +1,91 @@
+"""Lora: low-rank adapters as a training method (Hu et al., arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafit.adapters.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    AdapterSnapshot,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+)
+from lorafit.adapters.attach import attach
+from lorafit.adapters.deltas import Deltas
+from lorafit.config import RunConfig
+from lorafit.errors import AdapterError
+
+
+class Lora:
+    """The method that trains `scale · B @ A` beside frozen linears. It implements `lorafit.methods.Method`."""
+
+    name = "lora"
+
+    def describe(self, config: RunConfig) -> str:
+        """Return the method with rank and alpha, in a few words."""
+        return f"LoRA (rank {config.rank}, alpha {config.alpha:g})"
+
+    def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
+        """Return `model` with fresh adapters on `targets` (default: `config.targets`); the base is frozen."""
+        return attach(model, config, targets)
+
+    def trainable(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the adapters' weights, in the order of the model's modules."""
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def snapshot(self, model: Any, config: RunConfig) -> AdapterSnapshot:
+        """Copy the adapter of `model` to the host, in fp32."""
+        return AdapterSnapshot.of(model, config, base_name=config.base)
+
+    def restore(self, model: Any, folder: Path) -> None:
+        """Copy the adapter in `folder` into the one that `model` trains."""
+        restore_adapter(model, folder)
+
+    def save(
+        self, model: Any, folder: Path, config: RunConfig, *, written: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write the adapter to `folder` in PEFT's format, whole or not at all."""
+        save_adapter(model, folder, config, base_name=config.base, written=written)
+
+    def load(self, model: nn.Module, folder: Path, config: RunConfig) -> nn.Module:
+        """Return `model` with the adapter in `folder`, frozen. Raises AdapterError unless `config` describes it."""
+        _check_settings(folder, config)
+        return load_adapter(model, folder)
+
+    def detach(self, model: Any) -> nn.Module:
+        """Return the base within `model`, its linears as they were before the adapter."""
+        base: nn.Module = model.unload()
+        return base
+
+    def without(self, model: Any) -> AbstractContextManager[Any]:
+        """Switch the adapter of `model` off within the block."""
+        switched_off: AbstractContextManager[Any] = model.disable_adapter()
+        return switched_off
+
+    def trained_weights(self, folder: Path, config: RunConfig) -> Deltas:
+        """Open the deltas of the adapter in `folder`. Raises AdapterError unless `config` describes it."""
+        _check_settings(folder, config)
+        return Deltas.from_folder(folder)
+
+    def is_finished(self, folder: Path) -> bool:
+        """Tell whether `folder` holds an adapter's weights and their description."""
+        return all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _check_settings(folder: Path, config: RunConfig) -> None:
+    """Raise AdapterError when the files have another rank or scale than the run was trained with."""
+    files = AdapterFiles.open(folder)
+    trained = {"rank": config.rank, "scale": config.alpha / config.rank}
+    for name, found in (("rank", files.rank), ("scale", files.scale)):
+        if not math.isclose(found, trained[name], rel_tol=1e-6):
+            what = f"the adapter has {name} {found:g}, and the run was trained with {trained[name]:g}"
+            raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
