@@ -58,7 +58,7 @@ from lorafit.demo import BASE, RECIPE, TASKS, Task, write_split
 from lorafit.demo.tasks import rows as task_rows
 from lorafit.errors import LorafitError, UsageError
 from lorafit.evaluate import exact_match
-from lorafit.export.comparison import Reference
+from lorafit.export.verify.comparison import Reference
 from lorafit.training.steps import StepDataset
 
 LOSS_BOUND = 0.005

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
+from lorafit.export.comparison import Row as MaskedRow
 
 from lorafit.api.trained_run import TrainedRun
 from lorafit.data import TextTokenizer
@@ -17,8 +18,7 @@ from lorafit.demo import TASKS, Task
 from lorafit.demo.tasks import Row
 from lorafit.demo.text import FIELD_WORDS
 from lorafit.evaluate import Sample
-from lorafit.export.comparison import Reference
-from lorafit.export.comparison import Row as MaskedRow
+from lorafit.export.verify.comparison import Reference
 
 FIELDS = tuple(json.loads(TASKS["orders"].draw(Random(0))["response"]))
 FIELD_OF = {word: field for field, words in FIELD_WORDS.items() for word in words}

@@ -67,17 +67,19 @@ def test_a_damaged_artefact_does_not_pass(tiny_run, merged, tmp_path):
     """The check can fail: the base's own weights in the merged folder's place are found out."""
     import shutil
 
-    from lorafit.adapters import load_adapter
     from lorafit.api.merge import template_of, verification_rows
     from lorafit.backbone import load_backbone
-    from lorafit.export import verify
+    from lorafit.export import format_named, verify
+    from lorafit.methods import method_of
 
     wrong = tmp_path / "wrong"
     shutil.copytree(merged.folder, wrong)
     (wrong / "model.safetensors").write_bytes((BASE / "model.safetensors").read_bytes())
-    live = load_adapter(load_backbone(tiny_run.resolved.config), tiny_run.run.adapter)
+    config = tiny_run.resolved.config
+    method, form = method_of(config), format_named("safetensors")
+    live = method.load(load_backbone(config), tiny_run.run.adapter, config)
     rows = verification_rows(tiny_run.run, template_of(tiny_run.run))
-    assert not verify(live, wrong, rows, "quantized").passed
+    assert not verify(live, wrong, rows, "quantized", method=method, export_format=form).passed
 
 
 def test_damaged_rows_to_verify_on_are_one_sentence(tiny_run, tmp_path):
@@ -93,7 +95,7 @@ def test_damaged_rows_to_verify_on_are_one_sentence(tiny_run, tmp_path):
 def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_next_one_works(tiny_run, tmp_path):
     code = (
         "import os, signal, lorafit.api.merge as m\n"
-        "m.verify = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "m.verify = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"m.merge({str(tiny_run.run.path)!r}, out={str(tmp_path / 'model')!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

@@ -9,6 +9,7 @@ from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig, RunDir
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
+from lorafit.export import Row
 from tiny_models import save_base, stir
 
 JINJA = (
@@ -37,7 +38,7 @@ def some_rows(count=6, length=24):
     """Rows (ids, mask) whose last third is supervised."""
     generator = np.random.default_rng(0)
     mask = np.arange(length) >= 2 * length // 3
-    return [(generator.integers(4, 256, length).astype(np.int32), mask) for _ in range(count)]
+    return [Row(generator.integers(4, 256, length).astype(np.int32), mask) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import BackboneError, RunDirError, TemplateError, VerificationError
 from lorafit.export import merge
 from lorafit.export.companions import merged_config
+from lorafit.export.formats import Safetensors
 from tiny_models import some_ids
 
 SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "mixtral", "qwen3_moe"]
@@ -80,7 +81,7 @@ def test_biases_and_tied_heads_come_through(make_run, tmp_path):
 
 
 def test_shards_are_bounded_and_indexed(trained, tmp_path):
-    report = merge(trained.path, out=tmp_path / "out", max_shard_bytes=40_000)
+    report = merge(trained.path, out=tmp_path / "out", export_format=Safetensors(max_shard_bytes=40_000))
     files = sorted(report.folder.glob("*.safetensors"))
     assert len(files) == report.shards > 2
     index = json.loads((report.folder / "model.safetensors.index.json").read_text())
@@ -119,7 +120,7 @@ def test_nested_configs_lose_their_dtype_and_quantisation_too():
         "auto_map": {},
         "text_config": {"dtype": "float16", "a": 1},
     }
-    assert merged_config(nested) == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
+    assert merged_config(nested, torch.bfloat16) == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
 
 
 def test_generation_stops_where_training_stopped(trained, tmp_path):
@@ -216,7 +217,7 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(trained, tmp_path, monkeyp
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorafit.export.shards.save_file", disk_full)
+    monkeypatch.setattr("lorafit.export.formats.safetensors.save_file", disk_full)
     with pytest.raises(RunDirError, match="No space left"):
         merge(trained.path, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

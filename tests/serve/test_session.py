@@ -35,7 +35,7 @@ def test_an_answer_ends_where_the_models_positions_do(tiny_run, monkeypatch):
     session = load(tiny_run.run.path)
     whole = session.answer(QUESTION, max_new_tokens=8)
     prompt = session.template.prompt_ids(QUESTION)
-    config = session.model.config.get_text_config()
+    config = session.engine.model.config.get_text_config()
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt) + 3)
     assert session.answer(QUESTION, max_new_tokens=8) == session.answer(QUESTION, max_new_tokens=3) != whole
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt))

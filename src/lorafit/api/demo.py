@@ -14,6 +14,7 @@ from lorafit.api.trained_run import TrainedRun
 from lorafit.config import RunDir, load_recipe
 from lorafit.demo import BASE, RECIPE, task_named, write_split
 from lorafit.evaluate import ExactMatch, exact_match
+from lorafit.methods import method_of
 
 TRAIN_ROWS, HELD_OUT_ROWS = 1500, 200
 
@@ -74,7 +75,7 @@ def demo(
     settings = {**load_recipe(RECIPE), "seed": seed, "holdout": str(held_out_file)}
     trained = train([train_file], str(BASE), out=run.path, observer=watch, **settings)
     after = exact_match(trained.model, trained.held_out_rows, trained.template)
-    with trained.model.disable_adapter():
+    with method_of(trained.resolved.config).without(trained.model):
         before = exact_match(trained.model, trained.held_out_rows, trained.template)
     watch.matched(before, after)
     merged = merge(trained.run.path)

@@ -13,6 +13,7 @@ from lorafit.api.plan import PlannedRun
 from lorafit.backbone import base_damages
 from lorafit.config import RunConfig, RunDir, base_folder
 from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
+from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
 from lorafit.planning import Hardware
 from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
@@ -22,8 +23,6 @@ MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 CLOCK_SLACK_S = 86_400.0
 WEIGHT_BYTES = 4
 """Bytes of each trained weight in a checkpoint, beside its moments."""
-EXPORT_BYTES = 2
-"""Bytes of each weight of a merged model."""
 SPARE_BYTES = 16 << 20
 """For logs, metrics and JSON."""
 MIB = 1 << 20
@@ -124,15 +123,20 @@ def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
             why="a run that cannot save loses everything when it is interrupted",
             fix="free some space, choose another --out, or lower keep_last",
         )
-    elif free < needed + plan.shape.parameters * EXPORT_BYTES:
+    elif free < needed + _export_bytes(planned):
         yield Finding(
             "S004",
             Severity.WARNING,
-            f"a merged model needs {plan.shape.parameters * EXPORT_BYTES / MIB:,.0f} MiB more than is free here",
+            f"a merged model needs {_export_bytes(planned) / MIB:,.0f} MiB more than is free here",
             where=str(run.path),
             why="the run itself fits, its export would not",
             fix="free some space before merge, or merge to another disk",
         )
+
+
+def _export_bytes(planned: PlannedRun) -> float:
+    """Bytes of a merged model in the usual format."""
+    return planned.plan.shape.parameters * format_named(DEFAULT_FORMAT).bytes_per_weight
 
 
 def _card(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,24 +11,18 @@ from rich.table import Table
 
 from lorafit.cli import flags
 from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_json
+from lorafit.config import MergeBase
 
 if TYPE_CHECKING:
     from lorafit.api.merge import MergedRun
     from lorafit.export import Verification
 
 
-class Onto(StrEnum):
-    """What the delta is added to."""
-
-    quantized = "quantized"
-    original = "original"
-
-
 def merge(
     run: flags.Run,
     onto: Annotated[
-        Onto, typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored.")
-    ] = Onto.quantized,
+        MergeBase, typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored.")
+    ] = "quantized",
     out: Annotated[
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
     ] = None,
@@ -38,7 +31,7 @@ def merge(
     """Write merged safetensors, reload them, and measure them against the live adapter model."""
     from lorafit.api.merge import merge as run_merge
 
-    merged = run_merge(run, onto=onto.value, out=out)
+    merged = run_merge(run, onto=onto, out=out)
     if json:
         show_json(merged.to_dict())
     else:

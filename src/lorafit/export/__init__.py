@@ -1,6 +1,29 @@
-"""Merged weights, and the proof that they are the model that was trained."""
+"""Merged weights in the format they are served in, and the proof that they are the model that was trained."""
 
+from lorafit.export.formats import (
+    DEFAULT_FORMAT,
+    FORMATS,
+    ExportFormat,
+    OpenedModel,
+    Row,
+    TransformersModel,
+    Written,
+    format_named,
+)
 from lorafit.export.merge import MergeReport, merge
 from lorafit.export.verify import Verification, verify
 
-__all__ = ["MergeReport", "Verification", "merge", "verify"]
+__all__ = [
+    "DEFAULT_FORMAT",
+    "FORMATS",
+    "ExportFormat",
+    "MergeReport",
+    "OpenedModel",
+    "Row",
+    "TransformersModel",
+    "Verification",
+    "Written",
+    "format_named",
+    "merge",
+    "verify",
+]

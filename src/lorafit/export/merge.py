@@ -1,4 +1,4 @@
-"""merge: one run into one folder of 16-bit weights that any server loads."""
+"""merge: one run into one folder of plain weights that a server loads."""
 
 from __future__ import annotations
 
@@ -12,24 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.adapters import Deltas
 from lorafit.backbone import fresh_weights, require_same_base
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.config import MergeBase, RunConfig, RunDir, base_folder, staged_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.prompt_check import write_chat_template
-from lorafit.export.shards import MAX_SHARD_BYTES, write_shards
+from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, format_named
+from lorafit.export.model_card import model_card
+from lorafit.export.verify import write_chat_template
 from lorafit.findings import Finding
+from lorafit.methods import TrainedWeights, method_of
 
-MERGED_DTYPE = torch.bfloat16
 SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote: the folder, onto what, shards, bytes, merged weights, and how long it took."""
+    """What a merge wrote.
+
+    Attributes:
+        folder: The model folder.
+        onto: The base that the delta was added to.
+        shards: How many files hold the weights.
+        total_bytes: Bytes of all tensors.
+        merged_weights: How many weights had a delta.
+        elapsed_s: How long writing took.
+        findings: What the exported prompt was found to do.
+    """
 
     folder: Path
     onto: MergeBase
@@ -52,56 +62,66 @@ def merge(
     out: Path | None = None,
     device: str | torch.device | None = None,
     fingerprint: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    export_format: ExportFormat | None = None,
     prove: Callable[[Path, MergeBase], object] | None = None,
 ) -> MergeReport:
-    """Merge the adapter of `run_dir` into its base and write a model folder, whole or not at all.
+    """Merge the trained weights of `run_dir` into its base and write a model folder, whole or not at all.
 
     `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" adds it
     to the checkpoint as stored. A run over an unquantised base has the original only. `out` is by default
     `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, to refuse another one. `prove` is
     called with the written files' folder before it gets its name; when it raises, nothing is left.
-    Raises RunDirError (taken, disk full), VerificationError (untrained adapter, other base), AdapterError and
-    BackboneError.
+    Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
     started = time.monotonic()
+    form = export_format or format_named(DEFAULT_FORMAT)
     run = FinishedRun.open(run_dir)
     if run.config.quantization == "none":
         onto = "original"
-    folder = RunDir(run_dir).exports / f"merged-{onto}" if out is None else out
     base = base_folder(run.config.base, run.config.revision, weights=True)
     require_same_base(base, fingerprint)
-    deltas = Deltas.from_folder(run.adapter)
+    trained = method_of(run.config).trained_weights(run.adapter, run.config)
+    folder = RunDir(run_dir).exports / _folder_name(onto, form) if out is None else out
     with staged_folder(folder) as staged:
-        _check_space(base, staged)
-        shards = write_shards(merged_weights(run.config, onto, deltas, device), staged, max_shard_bytes)
-        write_companions(run, staged, onto)
-        findings = write_chat_template(run, staged)
+        _check_space(base, staged, form)
+        findings = _write_companions(run, staged, onto, form)
+        written = form.write(merged_weights(run.config, onto, trained, device), staged)
         elapsed = time.monotonic() - started
         if prove is not None:
             prove(staged, onto)
-    return MergeReport(folder, onto, len(shards.files), shards.total_bytes, len(deltas), elapsed, tuple(findings))
+    return MergeReport(folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings))
 
 
 def merged_weights(
-    config: RunConfig, onto: MergeBase, deltas: Deltas, device: str | torch.device | None = None
+    config: RunConfig, onto: MergeBase, trained: TrainedWeights, device: str | torch.device | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(stored name, tensor) of the merged model: base plus delta in fp32, rounded once, to bf16.
+    """Yield (stored name, tensor) of the merged model; floating-point tensors are in fp32, and the format rounds them.
 
-    Raises VerificationError at the end when a delta has met no weight.
+    Raises VerificationError at the end when a trained weight has met none of the base.
     """
     met: set[str] = set()
     for fresh in fresh_weights(config, onto, device=device):
         met.add(fresh.parameter)
         tensor = fresh.tensor
         if tensor.is_floating_point():
-            tensor = deltas.merged(fresh.parameter, tensor.float()).to(MERGED_DTYPE)
+            tensor = trained.merged(fresh.parameter, tensor.float())
         yield fresh.stored, tensor
-    deltas.check_found(met)
+    trained.check_found(met)
 
 
-def _check_space(base: Path, staged: Path) -> None:
-    needed = sum(_merged_bytes(entry) for _, _, entry in Checkpoint.open(base).entries()) + SPARE_BYTES
+def _write_companions(run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
+    write_companions(run, folder, form.dtype)
+    (folder / "README.md").write_text(model_card(run.config, onto, form.dtype), encoding="utf-8")
+    return write_chat_template(run, folder)
+
+
+def _folder_name(onto: MergeBase, form: ExportFormat) -> str:
+    return f"merged-{onto}" if form.name == DEFAULT_FORMAT else f"merged-{onto}-{form.name}"
+
+
+def _check_space(base: Path, staged: Path, form: ExportFormat) -> None:
+    entries = Checkpoint.open(base).entries()
+    needed = sum(_merged_bytes(entry, form.bytes_per_weight) for _, _, entry in entries) + SPARE_BYTES
     free = shutil.disk_usage(staged).free
     if free < needed:
         raise RunDirError(
@@ -111,8 +131,8 @@ def _check_space(base: Path, staged: Path) -> None:
         )
 
 
-def _merged_bytes(entry: Any) -> int:
+def _merged_bytes(entry: Any, bytes_per_weight: float) -> int:
     begin, end = entry["data_offsets"]
-    wide = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-    # two 4-bit weights in a byte become four bytes
-    return int((end - begin) * (4 if entry["dtype"] == "U8" else 2 / wide.get(entry["dtype"], 2)))
+    # two 4-bit weights lie in a byte
+    stored = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 0.5}
+    return int((end - begin) * bytes_per_weight / stored.get(entry["dtype"], bytes_per_weight))

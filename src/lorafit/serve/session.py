@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.backbone import load_backbone, require_same_base
+from lorafit.backbone import require_same_base
 from lorafit.config import RunConfig, RunDir, base_folder, require_trained_adapter
 from lorafit.data import Template, TextTokenizer
-from lorafit.engine import generate
 from lorafit.errors import UsageError
-from lorafit.methods import method_of
+from lorafit.serve.engine import Engine, InProcessEngine
+
+TUNED = "tuned"
+"""The name of the run's own adapter in the engine."""
 
 
 class Session:
-    """The frozen base with the run's adapter on it, and the template it was trained with."""
+    """An engine with the run's base and adapter, and the template that the run was trained with."""
 
-    def __init__(self, run: RunDir, config: RunConfig, model: Any, template: Template) -> None:
-        self.run, self.config, self.model, self.template = run, config, model, template
+    def __init__(self, run: RunDir, config: RunConfig, engine: Engine, template: Template) -> None:
+        self.run, self.config, self.engine, self.template = run, config, engine, template
 
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> Session:
@@ -32,9 +32,9 @@ class Session:
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())
-        model = method_of(config).load(load_backbone(config, device=device, exact=True), run.adapter, config)
-        model.eval()
-        return cls(run, config, model, template)
+        engine = InProcessEngine(config, device)
+        engine.add_adapter(TUNED, run.adapter)
+        return cls(run, config, engine, template)
 
     def answer(
         self,
@@ -63,28 +63,27 @@ class Session:
         prompt = self.template.prompt_ids([dict(message) for message in messages])
         max_new_tokens = min(max_new_tokens, self._room_after(prompt))
         stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
-        with contextlib.nullcontext() if tuned else self.model.disable_adapter():
-            (ids,) = generate(
-                self.model,
-                [prompt],
-                self.template.stop_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                on_token=stream.add if stream else None,
-            )
+        ids = self.engine.generate(
+            prompt,
+            adapter=TUNED if tuned else None,
+            stop_ids=self.template.stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_token=stream.add if stream else None,
+        )
         return self.template.tokenizer.decode(ids)
 
     def _room_after(self, prompt: Sequence[int]) -> int:
         """Positions that the model was made for and `prompt` leaves free. Raises UsageError where there is none."""
-        made_for = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        made_for = self.engine.max_positions
         if len(prompt) >= made_for:
             raise UsageError(
                 f"the conversation takes {len(prompt):,} tokens, and the base was made for {made_for:,}",
                 where="messages",
                 fix="shorten it, or begin a new one",
             )
-        return int(made_for - len(prompt))
+        return made_for - len(prompt)
 
 
 class _TextStream:

@@ -29,6 +29,19 @@ class Record:
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
 
+    @classmethod
+    def from_messages(
+        cls, messages: Sequence[Mapping[str, Any]], source: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Record:
+        """Return the record whose `messages()` are these: the inverse of it."""
+        named = ("role", "content")
+        turns = [
+            Turn(one["role"], one["content"], {key: value for key, value in one.items() if key not in named})
+            for one in messages
+        ]
+        system = turns.pop(0).content if turns[0].role == "system" else None
+        return cls(tuple(turns), source, system, tuple(tools))
+
     def messages(self) -> list[dict[str, Any]]:
         """Every turn, system first, as a list of messages."""
         head = [{"role": "system", "content": self.system}] if self.system else []

@@ -3,15 +3,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.export.comparison import Reference, log_probabilities
+from lorafit.export import TransformersModel
+from lorafit.export.verify.comparison import Reference
 from tiny_models import FAMILIES, save_base
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return AutoModelForCausalLM.from_pretrained(
-        save_base(tmp_path_factory.mktemp("base") / "llama"), dtype=torch.float32
-    )
+    base = save_base(tmp_path_factory.mktemp("base") / "llama")
+    return TransformersModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
 
 
 def test_a_model_compared_with_itself_is_at_zero(model, rows):
@@ -33,7 +33,7 @@ def test_rows_beyond_the_memory_limit_are_left_out_in_order(model, rows):
 def test_a_position_predicts_the_token_after_it_in_each_family(tmp_path, rows, family):
     model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", family), dtype=torch.float32).eval()
     ids, mask = rows[0]
-    found = log_probabilities(model, rows[0])
+    found = TransformersModel(model).log_probabilities(rows[0])
     with torch.no_grad():
         logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0].float()
     expected = logits[np.flatnonzero(mask) - 1].log_softmax(-1)

@@ -6,7 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafit.errors import VerificationError
-from lorafit.export import merge, verify
+from lorafit.export import format_named, merge
+from lorafit.export import verify as verify_export
+from lorafit.methods import METHODS
+
+
+def verify(live, folder, rows, onto):
+    form = format_named("safetensors")
+    return verify_export(live, folder, rows, onto, method=METHODS["lora"], export_format=form)
 
 
 @pytest.fixture(scope="module")

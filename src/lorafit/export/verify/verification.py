@@ -6,26 +6,25 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lorafit.backbone import computing_in, rounding_activations
 from lorafit.config import MergeBase, write_text
 from lorafit.errors import VerificationError
-from lorafit.export.comparison import Comparison, Reference, Row
+from lorafit.export.formats import ExportFormat, Row, TransformersModel
+from lorafit.export.verify.comparison import Comparison, Reference
+from lorafit.methods import Method
 
 FLOORS = 10.0
 """A faithful merge may be this many noise floors away from the live model."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose where the adapter itself moved the base little."""
-STORED = torch.bfloat16
-"""What merged weights are stored in."""
 FILE = "verification.json"
 
 
@@ -61,48 +60,45 @@ class Verification:
         return _finite(asdict(self) | {"floors": self.floors})
 
 
-def verify(live_model: nn.Module, merged_folder: Path, rows: Sequence[Row], onto: MergeBase) -> Verification:
-    """Reload `merged_folder` from disk and compare it with `live_model` (load_backbone + load_adapter) on `rows`.
+def verify(
+    live_model: nn.Module,
+    folder: Path,
+    rows: Sequence[Row],
+    onto: MergeBase,
+    *,
+    method: Method,
+    export_format: ExportFormat,
+) -> Verification:
+    """Open the artefact in `folder` from disk, and compare it with `live_model` (`method.load`) on `rows`.
 
-    The noise floor is the live model against itself, with bf16 and without: the error that serving in bf16 costs
-    any model, merged or not. The merged model runs in bf16 too, so that its distance is that same error plus what
-    merging added. (A live model in bf16 is compared with itself in fp32. One in fp32 or fp16 is compared with
-    itself rounded to bf16, weights and activations; so then is the merged one, as many a CPU is slow in real bf16.)
+    The noise floor is the live model against itself, with the format's precision and without: the error that serving
+    in it costs any model, merged or not. (A live model in that precision is compared with itself in fp32, another one
+    with itself rounded to it, weights and activations.) The artefact runs in that precision too, so that its distance
+    is the same error plus what merging added.
 
     `passed` is False for "quantized" when KL > 10 × floor; for "original", another model by design, only when it
-    is further from the live model than the base without adapter and does the task worse. Writes verification.json
+    is further from the live model than the base alone and does the task worse. Writes verification.json
     into the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
     """
     started = time.monotonic()
-    usable = [row for row in rows if len(row[0]) > 1 and row[1][1:].any()]
+    usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     if not usable:
         raise VerificationError("there is no held-out row to verify with", fix="train with holdout above 0")
-    dtype = _compute_dtype(live_model)
-    reference = Reference.of(live_model, usable)
-    with _in_the_other_precision(live_model, dtype):
-        floor = reference.compare(live_model)
-    with _without_adapter(live_model):
-        base = reference.compare(live_model)
-    place = next(live_model.parameters()).device
-    if dtype is STORED:
-        merged = reference.compare(load_merged(merged_folder, STORED, place))
-    else:
-        with rounding_activations(load_merged(merged_folder, torch.float32, place), STORED) as artefact:
-            merged = reference.compare(artefact)
+    live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
+    reference = Reference.of(live, usable)
+    with _in_the_other_precision(live_model, dtype, stored):
+        floor = reference.compare(live)
+    with method.without(live_model):
+        base = reference.compare(live)
+    with export_format.open(folder, next(live_model.parameters()).device, dtype) as artefact:
+        merged = reference.compare(artefact)
     passed, reason = _judge(onto, reference.loss, merged, floor, base)
     verification = Verification(
         onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
-        _name(dtype), _name(STORED), time.monotonic() - started,
+        _name(dtype), _name(stored), time.monotonic() - started,
     )  # fmt: skip
-    write_text(merged_folder / FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
+    write_text(folder / FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
-
-
-def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The merged model as its users load it; on CUDA, layers that do not fit beside the live model stay on the host."""
-    placement = "auto" if device.type == "cuda" else {"": device}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placement, trust_remote_code=False)
-    return model.eval()
 
 
 def _judge(
@@ -130,17 +126,13 @@ def _compute_dtype(model: Any) -> torch.dtype:
 
 
 @contextmanager
-def _in_the_other_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    if dtype is STORED:
+def _in_the_other_precision(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> Iterator[None]:
+    if dtype is stored:
         with computing_in(model, torch.float32):
             yield
     else:
-        with computing_in(model, torch.float32, STORED), rounding_activations(model, STORED):
+        with computing_in(model, torch.float32, stored), rounding_activations(model, stored):
             yield
-
-
-def _without_adapter(model: Any) -> Any:
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _finite(value: Any) -> Any:

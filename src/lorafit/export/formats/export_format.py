@@ -1,0 +1,130 @@
+"""ExportFormat: the door for files that a model is served from. Safetensors is one; GGUF is the next."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorafit.backbone import unwrapped
+
+
+class Row(NamedTuple):
+    """One tokenised row.
+
+    Attributes:
+        ids: Token ids (tokens,).
+        mask: Booleans (tokens,); True marks a supervised token.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+    @property
+    def predicting(self) -> np.ndarray:
+        """Positions whose logits predict a supervised token: the one before it."""
+        supervised = np.flatnonzero(np.asarray(self.mask, dtype=bool))
+        return supervised[supervised > 0] - 1
+
+    @property
+    def targets(self) -> Tensor:
+        """Supervised token ids (positions,), in the order of `predicting`."""
+        return torch.as_tensor(np.asarray(self.ids, dtype=np.int64)[self.predicting + 1])
+
+
+class OpenedModel(Protocol):
+    """A model in whatever program runs it, asked for nothing but probabilities."""
+
+    def log_probabilities(self, row: Row) -> Tensor:
+        """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of an export's weights.
+
+    Attributes:
+        files: Paths, in order.
+        total_bytes: Bytes of all tensors.
+    """
+
+    files: tuple[Path, ...]
+    total_bytes: int
+
+
+class ExportFormat(Protocol):
+    """One format of model files. `verify` measures every format by what `open` returns."""
+
+    @property
+    def name(self) -> str:
+        """The name that chooses this format."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision that the weights are served in."""
+        ...
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes on disk of each weight."""
+        ...
+
+    def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
+        """Write `weights` to `folder`, one in memory at a time.
+
+        Floating-point tensors come in fp32; the format rounds each once. `folder` already holds config.json, the
+        tokenizer and the chat template.
+        """
+        ...
+
+    def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> AbstractContextManager[OpenedModel]:
+        """Load what `write` left in `folder`, as it will be served, within the block.
+
+        The live model lies on `device` and computes in `compute`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """A transformers model, PEFT's wrapper or not, as an OpenedModel."""
+
+    model: nn.Module
+
+    def log_probabilities(self, row: Row) -> Tensor:
+        """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU.
+
+        The row runs alone and unpadded, so that nothing but the row itself decides the numbers.
+        """
+        device = next(self.model.parameters()).device
+        ids = torch.as_tensor(np.asarray(row.ids, dtype=np.int64), device=device)[None]
+        predicting = torch.as_tensor(row.predicting, device=device)
+        with _evaluating(self.model), torch.inference_mode():
+            if "logits_to_keep" in inspect.signature(unwrapped(self.model).forward).parameters:
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=predicting).logits[0]
+            else:
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, predicting]
+            log_probs: Tensor = logits.float().log_softmax(-1).cpu()
+            return log_probs
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    if not was_training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,70 @@
+"""Comparison: how far one model is from another on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafit.export.formats import OpenedModel, Row
+
+REFERENCE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over the supervised positions.
+
+    Attributes:
+        kl: KL divergence from the reference, in nats.
+        top1_agreement: Share of positions with the reference's most likely token.
+        loss: The model's own task loss, in nats.
+    """
+
+    kl: float
+    top1_agreement: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference model's log-probabilities, row by row: each (positions, vocabulary), fp32, on the CPU."""
+
+    rows: tuple[Row, ...]
+    log_probs: tuple[Tensor, ...]
+    loss: float
+
+    @property
+    def positions(self) -> int:
+        """Supervised positions in all rows."""
+        return sum(len(part) for part in self.log_probs)
+
+    @classmethod
+    def of(cls, model: OpenedModel, rows: Sequence[Row], max_bytes: int = REFERENCE_BYTES) -> Reference:
+        """Run `model` over `rows`, in their order, as long as the log-probabilities fit into `max_bytes`."""
+        used: list[Row] = []
+        kept: list[Tensor] = []
+        for row in rows:
+            log_probs = model.log_probabilities(row)
+            if kept and sum(part.nbytes for part in kept) + log_probs.nbytes > max_bytes:
+                break
+            used.append(row)
+            kept.append(log_probs)
+        return cls(tuple(used), tuple(kept), _mean_loss(used, kept))
+
+    def compare(self, model: OpenedModel) -> Comparison:
+        """Return KL(reference ‖ model), agreement, and the loss of `model` itself."""
+        kl = agree = nll = 0.0
+        for row, ours in zip(self.rows, self.log_probs):
+            theirs = model.log_probabilities(row)
+            kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
+            agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            nll += float(F.nll_loss(theirs, row.targets, reduction="sum"))
+        return Comparison(kl / self.positions, agree / self.positions, nll / self.positions)
+
+
+def _mean_loss(rows: Sequence[Row], log_probs: Sequence[Tensor]) -> float:
+    total = sum(float(F.nll_loss(part, row.targets, reduction="sum")) for row, part in zip(rows, log_probs))
+    return total / max(1, sum(len(part) for part in log_probs))

@@ -1,0 +1,108 @@
+"""Engine: the door for programs that answer from a base with adapters on it. Today's runs in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafit.backbone import load_backbone
+from lorafit.config import RunConfig
+from lorafit.engine import generate
+from lorafit.errors import UsageError
+from lorafit.methods import method_of
+
+
+class Engine(Protocol):
+    """One base in memory, adapters on it by name, and answers token by token."""
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base was made for."""
+        ...
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Put the trained weights in `folder` on the base, under `name`. Raises UsageError for a name in use."""
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Take the adapter called `name` off the base. Raises UsageError when there is none."""
+        ...
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids after `prompt`, without the stop token; `on_token` receives each as it comes.
+
+        `adapter` names the one that answers; None is the base itself. Raises UsageError for an unknown one.
+        """
+        ...
+
+
+class InProcessEngine:
+    """The engine in this process: one conversation at a time, and one adapter on the base."""
+
+    def __init__(self, config: RunConfig, device: str | None = None) -> None:
+        """Load the base of `config`. Raises BackboneError."""
+        self.config, self.method = config, method_of(config)
+        self.model: Any = load_backbone(config, device=device, exact=True).eval()
+        self.adapter: str | None = None
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Put the trained weights in `folder` on the base. Raises UsageError while another adapter is there."""
+        if self.adapter is not None:
+            fix = f"remove {self.adapter} first"
+            raise UsageError(f"this engine holds one adapter, and has {self.adapter}", where=name, fix=fix)
+        self.model = self.method.load(self.model, folder, self.config).eval()
+        self.adapter = name
+
+    def remove_adapter(self, name: str) -> None:
+        """Take the adapter called `name` off the base. Raises UsageError when there is none."""
+        self._require(name)
+        self.model, self.adapter = self.method.detach(self.model), None
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids after `prompt`, without the stop token."""
+        if adapter is not None:
+            self._require(adapter)
+        is_base = adapter is None and self.adapter is not None
+        with self.method.without(self.model) if is_base else nullcontext():
+            (ids,) = generate(
+                self.model,
+                [prompt],
+                stop_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                on_token=on_token,
+            )
+        return ids
+
+    def _require(self, name: str) -> None:
+        if name != self.adapter:
+            raise UsageError("no adapter of this name is loaded", where=name, fix="add it first")
