@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from little_run import write_rows
 from lorafit.config import RunConfig
 from lorafit.data.checks.findings import CODES
+from lorafit.export import FORMATS
+from lorafit.methods import METHODS
+from lorafit.planning.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +28,18 @@ def test_the_python_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     names: dict[str, object] = {}
     for example in examples:
         exec(compile(example, "docs/python.md", "exec"), names)
+
+
+def test_the_extending_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", 60)
+    examples = blocks("extending.md", "python")
+    assert len(examples) == 8
+    names: dict[str, object] = {}
+    with patch.dict(METHODS), patch.dict(FORMATS), patch.dict(FAMILIES):  # what the page adds is gone afterwards
+        for example in examples:
+            exec(compile(example, "docs/extending.md", "exec"), names)
+        assert METHODS["norms"] and FORMATS["text"] and FAMILIES["arcee"]
 
 
 def test_the_recipe_page_lists_every_setting_with_its_default():

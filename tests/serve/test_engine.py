@@ -5,22 +5,23 @@ import pytest
 from lorafit.errors import UsageError
 from lorafit.serve import InProcessEngine
 
-PROMPT = [5, 9, 40, 33]
+QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
 
 def test_an_adapter_is_added_used_and_removed(tiny_run):
     engine = InProcessEngine(tiny_run.resolved.config)
+    prompt = tiny_run.template.prompt_ids(QUESTION)
     asked = {"stop_ids": tiny_run.template.stop_ids, "max_new_tokens": 8}
-    base = engine.generate(PROMPT, adapter=None, **asked)
+    base = engine.generate(prompt, adapter=None, **asked)
     engine.add_adapter("mine", tiny_run.run.adapter)
     streamed = []
-    tuned = engine.generate(PROMPT, adapter="mine", on_token=streamed.append, **asked)
-    assert tuned == streamed[: len(tuned)] and tuned != base
-    assert engine.generate(PROMPT, adapter=None, **asked) == base
+    tuned = engine.generate(prompt, adapter="mine", on_token=streamed.append, **asked)
+    assert tuned and tuned == streamed[: len(tuned)] and tuned != base
+    assert engine.generate(prompt, adapter=None, **asked) == base
     engine.remove_adapter("mine")
-    assert engine.generate(PROMPT, adapter=None, **asked) == base
+    assert engine.generate(prompt, adapter=None, **asked) == base
     engine.add_adapter("again", tiny_run.run.adapter)
-    assert engine.generate(PROMPT, adapter="again", **asked) == tuned
+    assert engine.generate(prompt, adapter="again", **asked) == tuned
 
 
 def test_adapters_that_are_not_there_and_second_ones_are_refused(tiny_run):
