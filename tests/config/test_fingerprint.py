@@ -8,8 +8,8 @@ from lorafit.config import FREE, RunConfig, RunFingerprint, RunIdentity, held_se
 from lorafit.errors import RunDirError
 
 HELD = {
-    "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup", "weight_decay",
-    "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "on_spike", "seed",
+    "method", "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup",
+    "weight_decay", "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "on_spike", "seed",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,3 +62,11 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
     assert up_to_last_answer(record).response == "b"
     whole = conversation(3)
     assert up_to_last_answer(whole) is whole
+
+
+@pytest.mark.parametrize("system", [None, "be brief"])
+def test_a_record_is_made_again_of_its_messages(system):
+    call = {"tool_calls": [{"function": {"name": "f"}}]}
+    turns = (Turn("user", "hi"), Turn("assistant", "", call), Turn("tool", "4", {"name": "f"}), Turn("assistant", "4"))
+    record = Record(turns, "rows.jsonl:3", system, ({"name": "f"},))
+    assert Record.from_messages(record.messages(), "rows.jsonl:3", [{"name": "f"}]) == record
