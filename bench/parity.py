@@ -58,6 +58,7 @@ from lorafit.demo import BASE, RECIPE, TASKS, Task, write_split
 from lorafit.demo.tasks import rows as task_rows
 from lorafit.errors import LorafitError, UsageError
 from lorafit.evaluate import exact_match
+from lorafit.export import Row, TransformersModel
 from lorafit.export.verify.comparison import Reference
 from lorafit.training.steps import StepDataset
 
@@ -261,15 +262,16 @@ class Ending:
 
 def ending(run: TrainedRun, served: torch.dtype, worded: bool = False) -> Ending:
     """How `run` ended, its model in the precision it was trained in and in `served`, which is never FP8."""
-    rows = [(run.held_out_rows.ids(row), run.held_out_rows.mask(row)) for row in range(len(run.held_out_rows))]
+    rows = [Row(run.held_out_rows.ids(row), run.held_out_rows.mask(row)) for row in range(len(run.held_out_rows))]
+    model = TransformersModel(run.model)
     with computing_in(run.model, served):
-        exact = Reference.of(run.model, rows)
+        exact = Reference.of(model, rows)
         answers = exact_match(run.model, run.held_out_rows, run.template)
     assert len(exact.rows) == len(rows), "some rows were left out"
     assert run.eval_loss is not None, "the run ended without an evaluation"
     match = unknowable.knowable_share(answers.samples) if worded else answers.share
     parts = unknowable.Parts.of(run, rows) if worded else None
-    return Ending(run.eval_loss, exact.loss, exact.compare(run.model).kl, match, parts)
+    return Ending(run.eval_loss, exact.loss, exact.compare(model).kl, match, parts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
-from lorafit.export.comparison import Row as MaskedRow
 
 from lorafit.api.trained_run import TrainedRun
 from lorafit.data import TextTokenizer
@@ -18,6 +17,8 @@ from lorafit.demo import TASKS, Task
 from lorafit.demo.tasks import Row
 from lorafit.demo.text import FIELD_WORDS
 from lorafit.evaluate import Sample
+from lorafit.export import Row as MaskedRow
+from lorafit.export import TransformersModel
 from lorafit.export.verify.comparison import Reference
 
 FIELDS = tuple(json.loads(TASKS["orders"].draw(Random(0))["response"]))
@@ -71,9 +72,10 @@ class Parts:
     @classmethod
     def of(cls, run: TrainedRun, rows: Sequence[MaskedRow]) -> Parts:
         """Of `run`'s model as it computes now."""
+        model = TransformersModel(run.model)
         split = [split_mask(run.template.tokenizer, *row) for row in rows]
         knowable, wording = (
-            Reference.of(run.model, [(ids, parts[which]) for (ids, _), parts in zip(rows, split, strict=True)])
+            Reference.of(model, [MaskedRow(row.ids, parts[which]) for row, parts in zip(rows, split, strict=True)])
             for which in (0, 1)
         )
         return cls(knowable.loss, wording.loss * wording.positions / len(rows))
