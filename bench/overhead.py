@@ -25,11 +25,11 @@ from make_random_base import make_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers, MicroBatch, collate, packed, summed_loss
+from lorafit.methods.lora import attach
 
 LAYERS, HIDDEN = 32, 64
 

@@ -5,8 +5,8 @@ import os
 import torch
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
+from lorafit.methods.lora import attach
 from lorafit.training import LorafitTrainer
 
 LENGTHS = (23, 5, 40, 12, 31, 8, 17, 29, 3, 44)

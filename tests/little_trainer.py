@@ -3,8 +3,8 @@
 import torch
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
+from lorafit.methods.lora import attach
 from lorafit.training import LorafitTrainer
 from lorafit.training.checkpoint_snapshot import Snapshot
 

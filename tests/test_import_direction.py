@@ -11,10 +11,10 @@ LEVELS = [
     ["errors"],
     ["findings"],
     ["config"],
+    ["runs"],
     ["data"],
     ["planning"],
     ["backbone"],
-    ["adapters"],
     ["methods"],
     ["engine"],
     ["objectives"],
@@ -24,8 +24,8 @@ LEVELS = [
     ["cli"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-SEAMS = {"bitsandbytes": "backbone", "peft": "adapters"}
-NO_TORCH = {"errors", "findings", "config", "data", "planning"}
+SEAMS = {"bitsandbytes": "backbone", "peft": "methods"}
+NO_TORCH = {"errors", "findings", "config", "runs", "data", "planning"}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from lorafit.api.early_signals import EarlySignals
-from lorafit.config import RunDir
 from lorafit.errors import TrainingStopped
+from lorafit.runs import RunDir
 from lorafit.training import StopSignals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

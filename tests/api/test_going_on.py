@@ -20,9 +20,9 @@ from lorafit.api.going_on import go_on_from, layout_of
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
-from lorafit.config import RunDir, RunIdentity, RunLock
 from lorafit.config.dial import Dial
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
+from lorafit.runs import RunDir, RunIdentity, RunLock
 from lorafit.training import EventLog
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
@@ -126,7 +126,7 @@ def test_a_run_killed_while_it_describes_itself_begins_again(made, whole, tmp_pa
     """Everything that is written before run.yaml lies there then, and is no obstacle."""
     from lorafit.api import describe_run
     from lorafit.api import train as room
-    from lorafit.config import run_dir
+    from lorafit.runs import run_dir
 
     real = run_dir.write_text
 

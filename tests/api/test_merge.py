@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from lorafit.api.load import load
 from lorafit.api.merge import merge
-from lorafit.config import RunDir
 from lorafit.demo import BASE
 from lorafit.errors import RunDirError, UsageError, VerificationError
+from lorafit.runs import RunDir
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 

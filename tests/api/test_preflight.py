@@ -14,11 +14,11 @@ from lorafit.api.plan import plan
 from lorafit.api.preflight import before_loading, before_reading, require_ready
 from lorafit.api.train import train
 from lorafit.backbone import base_damages
-from lorafit.config import RunDir
 from lorafit.demo import BASE
 from lorafit.errors import BackboneError, PlanError, RunDirError
 from lorafit.findings import Finding, Severity
 from lorafit.planning import Hardware
+from lorafit.runs import RunDir
 from tiny_models import save_base
 
 Usage = namedtuple("Usage", "total used free")

@@ -10,14 +10,15 @@ import torch
 from transformers import TrainingArguments
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.api import rehearsed_layers as module
 from lorafit.api.rehearsed_layers import _work, enforce_budget, rehearsed_layers
 from lorafit.backbone import load_backbone
-from lorafit.config import RunDir, resolve
+from lorafit.config import resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import PAGE_BYTES, Rehearsal
 from lorafit.engine.attention.packed import PACKED
+from lorafit.methods.lora import attach
+from lorafit.runs import RunDir
 from lorafit.training import LorafitTrainer
 from lorafit.training import trainer as trainer_module
 

@@ -12,8 +12,8 @@ from lorafit.api import fitting
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
-from lorafit.config import RunDir, RunIdentity, RunLock, require_trained_adapter
 from lorafit.errors import RunDirError, RunFinished, TrainingStopped
+from lorafit.runs import RunDir, RunIdentity, RunLock, require_trained_adapter
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
 SAME = ("adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-000006/optimizer.safetensors")

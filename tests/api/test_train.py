@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from little_run import write_rows
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
-from lorafit.config import RunDir
 from lorafit.demo import BASE
 from lorafit.errors import (
     BackboneError,
@@ -25,6 +24,7 @@ from lorafit.errors import (
     TrainingStopped,
     UsageError,
 )
+from lorafit.runs import RunDir
 
 
 def test_the_run_directory_describes_itself(tiny_run):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lorafit.adapters import attach
 from lorafit.backbone import computing_in, fresh_weights, load_backbone, rounding_activations
 from lorafit.config import RunConfig
+from lorafit.methods.lora import attach
 from tiny_models import save_base, some_ids, stir
 
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorafit.adapters import attach, save_adapter
 from lorafit.backbone import load_backbone
-from lorafit.config import RunConfig, RunDir
+from lorafit.config import RunConfig
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.export import Row
+from lorafit.methods.lora import attach, save_adapter
+from lorafit.runs import RunDir
 from tiny_models import save_base, stir
 
 JINJA = (

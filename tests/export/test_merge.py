@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from lorafit.adapters import Deltas, load_adapter
 from lorafit.backbone import base_fingerprint, dequantise, load_backbone
 from lorafit.config import RunConfig
 from lorafit.data.template.template import Template
@@ -15,6 +14,7 @@ from lorafit.errors import BackboneError, RunDirError, TemplateError, Verificati
 from lorafit.export import merge
 from lorafit.export.companions import merged_config
 from lorafit.export.formats import Safetensors
+from lorafit.methods.lora import Deltas, load_adapter
 from tiny_models import some_ids
 
 SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "mixtral", "qwen3_moe"]

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.errors import CheckpointError
+from lorafit.methods.lora import attach
 from lorafit.training import Checkpoint, LorafitTrainer
 from lorafit.training.checkpoint import checkpoint_folders, prune, seal
 from tiny_models import save_base

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config.dial import Dial
 from lorafit.engine import Graphs, Segments
 from lorafit.engine import cuda_graphs as graphs
 from lorafit.engine.cuda_graphs import Bucket
+from lorafit.methods.lora import attach
 from lorafit.training import EventLog, LorafitTrainer
 from tiny_models import save_base
 

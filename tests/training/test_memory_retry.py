@@ -10,11 +10,11 @@ import torch
 
 from gloo_worker import LENGTHS, adapted
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config.dial import Dial
 from lorafit.engine import PAGE_BYTES, packed, release_memory
 from lorafit.errors import TrainingError
+from lorafit.methods.lora import attach
 from lorafit.training import EventLog, LorafitTrainer
 from lorafit.training.memory_retry import is_out_of_memory, row_count
 from tiny_models import save_base

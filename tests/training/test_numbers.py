@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.errors import AdapterError, TrainingError
+from lorafit.methods.lora import attach
 from lorafit.training import EventLog, LorafitTrainer, MetricsLog
 from lorafit.training.numbers import MIN_SEEN, WINDOW, NumbersJudge, SpikeRule
 from lorafit.training.step_log import StepNumbers
@@ -156,7 +156,7 @@ def test_every_checkpoint_of_a_bad_run_is_finite(base, folders):
 
 
 def test_a_non_finite_adapter_is_never_saved(base, folders):
-    from lorafit.adapters import save_adapter
+    from lorafit.methods.lora import save_adapter
 
     trainer = run(base, folders[0])
     with torch.no_grad():

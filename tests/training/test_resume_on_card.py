@@ -7,8 +7,8 @@ import torch
 
 from little_run import encoded_rows, settings
 from little_trainer import assert_same
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
+from lorafit.methods.lora import attach
 from lorafit.training import LorafitTrainer, deterministic
 from tiny_models import save_base
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
+from lorafit.methods.lora import attach
 from lorafit.training import LorafitTrainer, MetricsLog
 from lorafit.training.step_log import StepLog, StepNumbers
 from tiny_models import save_base

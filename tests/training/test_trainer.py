@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from gloo_worker import LENGTHS, adapted, train_in_a_process
 from little_run import encoded_rows, settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.engine import collate, packed, unpacked
+from lorafit.methods.lora import attach
 from lorafit.training import LorafitTrainer
 from tiny_models import save_base
 

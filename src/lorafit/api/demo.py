@@ -11,10 +11,11 @@ from lorafit.api.merge import MergedRun, merge
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.api.trained_run import TrainedRun
-from lorafit.config import RunDir, load_recipe
+from lorafit.config import load_recipe
 from lorafit.demo import BASE, RECIPE, task_named, write_split
 from lorafit.evaluate import ExactMatch, exact_match
 from lorafit.methods import method_of
+from lorafit.runs import RunDir
 
 TRAIN_ROWS, HELD_OUT_ROWS = 1500, 200
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-from lorafit.config.run_dir import RunDir
 from lorafit.config.signal_handlers import STOPPING, SignalHandlers
 from lorafit.errors import StoppedAtOnce, TrainingStopped
+from lorafit.runs import RunDir
 
 
 class _Stopped(BaseException):

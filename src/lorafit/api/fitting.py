@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lorafit.adapters import count_parameters
 from lorafit.api.going_on import go_on_from, layout_of, refuse_stopped, save_result
 from lorafit.api.observer import Observer
 from lorafit.api.proved_model import proved_model
@@ -20,9 +19,10 @@ from lorafit.api.ready_run import ReadyRun
 from lorafit.api.rehearsed_layers import rehearsed_layers
 from lorafit.api.standing_folder import StandingFolder
 from lorafit.api.trained_run import TrainedRun
-from lorafit.config import RunIdentity
 from lorafit.engine import VocabularyLoss
 from lorafit.errors import TrainingError
+from lorafit.methods.lora import count_parameters
+from lorafit.runs import RunIdentity
 from lorafit.training import Checkpoint, EventLog, LorafitTrainer, MetricsLog, StopSignals, TrainingProgress
 from lorafit.training.trainer_library import TrainerCallback
 

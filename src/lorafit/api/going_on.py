@@ -10,21 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapters import save_adapter
 from lorafit.api.describe_run import environment
-from lorafit.api.existing_run import OtherRows, Place, refuse_finished, refuse_other_content
-from lorafit.config import (
-    LAYOUT,
-    RunConfig,
-    RunDir,
-    RunFingerprint,
-    RunIdentity,
-    adapter_hashes,
-    changed_file,
-    differing_settings,
-)
+from lorafit.config import RunConfig
 from lorafit.engine import Rehearsal
 from lorafit.errors import RunDirError, TrainingStopped
+from lorafit.methods.lora import save_adapter
+from lorafit.runs import LAYOUT, RunDir, RunFingerprint, RunIdentity, adapter_hashes, changed_file, differing_settings
+from lorafit.runs.lookup import OtherRows, Place, refuse_finished, refuse_other_content
 from lorafit.training import ADAPTER, Checkpoint, EventLog, LorafitTrainer, clear_unfinished, newest_whole, set_aside
 
 HELD_OUT_TOKENS = "micro_tokens of evaluations"

@@ -10,13 +10,14 @@ from typing import Any, get_args
 import numpy as np
 
 from lorafit.backbone import load_backbone, redirect_library_logs
-from lorafit.config import MergeBase, RunDir
+from lorafit.config import MergeBase
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, MergeReport, Row, Verification, format_named, verify
 from lorafit.export import merge as write_merged
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
+from lorafit.runs import RunDir
 
 VERIFIED_ROWS = 64
 

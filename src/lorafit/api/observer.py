@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorafit.adapters import Counts
-    from lorafit.config import Resolved, RunDir
+    from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
     from lorafit.engine import Rehearsal
     from lorafit.findings import Finding
+    from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
+    from lorafit.runs import RunDir
     from lorafit.training import RunEvent, StepProgress
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lorafit.adapters import attach, lora_config
 from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
 from lorafit.config import RunConfig, resolve
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, Turn, parse_rows
 from lorafit.errors import DataError, UsageError
+from lorafit.methods.lora import attach, lora_config
 from lorafit.training import EventLog, LorafitTrainer
 
 IGNORED = -100

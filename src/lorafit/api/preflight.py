@@ -11,12 +11,13 @@ from pathlib import Path
 
 from lorafit.api.plan import PlannedRun
 from lorafit.backbone import base_damages
-from lorafit.config import RunConfig, RunDir, base_folder
+from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
 from lorafit.planning import Hardware
 from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
+from lorafit.runs import RunDir
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No run of this code is older than this."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorafit.adapters import attach
 from lorafit.api.plan import PlannedRun
 from lorafit.api.rehearsed_layers import enforce_budget
 from lorafit.backbone import load_backbone
@@ -22,6 +21,7 @@ from lorafit.engine import (
     vocabulary_loss_for,
     warm_compiler,
 )
+from lorafit.methods.lora import attach
 
 PROOF_ROWS, PROOF_TOKENS = 4, 256
 

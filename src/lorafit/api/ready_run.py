@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from lorafit.api.describe_run import describe, describe_again, new_identity
 from lorafit.api.plan import PlannedRun
-from lorafit.config import Resolved, RunDir, RunIdentity, RunLock
+from lorafit.config import Resolved
 from lorafit.data import Template
 from lorafit.findings import Finding
+from lorafit.runs import RunDir, RunIdentity, RunLock
 
 
 @dataclass(frozen=True)

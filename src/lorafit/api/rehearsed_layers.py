@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.config import Resolved, RunConfig, RunDir, Source, parse_bytes
+from lorafit.config import Resolved, RunConfig, Source, parse_bytes
 from lorafit.config.dial import Dial
 from lorafit.data import largest_step
 from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
@@ -20,6 +20,7 @@ from lorafit.errors import RunDirError
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
 from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
+from lorafit.runs import RunDir
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
 
 GRADIENT_BYTES = 4

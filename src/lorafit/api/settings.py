@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.api.existing_run import find_place
-from lorafit.config import Resolved, RunDir, base_folder, load_recipe, resolve
+from lorafit.config import Resolved, base_folder, load_recipe, resolve
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
+from lorafit.runs import RunDir
+from lorafit.runs.lookup import find_place
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 

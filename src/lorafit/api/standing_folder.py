@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.api.ready_run import ReadyRun
-from lorafit.config import RunIdentity, write_text
 from lorafit.errors import RunDirError
+from lorafit.runs import RunIdentity, write_text
 from lorafit.training import LorafitTrainer, MetricsLog
 from lorafit.training.trainer_library import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 

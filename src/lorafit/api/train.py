@@ -13,7 +13,6 @@ import torch
 
 from lorafit.api.describe_run import fingerprint_of, mend, new_run_id
 from lorafit.api.early_signals import EarlySignals
-from lorafit.api.existing_run import OtherRows, Place, begin_anew, find_place, next_free, put_back
 from lorafit.api.fitting import fit
 from lorafit.api.going_on import known_identity, refuse_at_end
 from lorafit.api.observer import Observer
@@ -23,11 +22,13 @@ from lorafit.api.ready_run import ReadyRun
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.api.trained_run import TrainedRun
 from lorafit.backbone import redirect_library_logs
-from lorafit.config import Resolved, RunConfig, RunDir, RunIdentity, RunLock
+from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
 from lorafit.findings import Finding
 from lorafit.planning import hardware_here
+from lorafit.runs import RunDir, RunIdentity, RunLock
+from lorafit.runs.lookup import OtherRows, Place, begin_anew, find_place, next_free, put_back
 from lorafit.training import EventLog, deterministic
 from lorafit.training.trainer_library import TrainerCallback, get_available_reporting_integrations
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.adapters import Counts
-from lorafit.config import Resolved, RunDir
+from lorafit.config import Resolved
 from lorafit.data import Rows, Template
 from lorafit.findings import Finding
+from lorafit.methods.lora import Counts
+from lorafit.runs import RunDir
 
 
 @dataclass(frozen=True)

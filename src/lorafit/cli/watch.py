@@ -17,13 +17,14 @@ from lorafit.cli.data_view import ReadingBar, show_summary
 from lorafit.cli.plan import show_plan
 
 if TYPE_CHECKING:
-    from lorafit.adapters import Counts
-    from lorafit.config import Resolved, RunDir
+    from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
     from lorafit.engine import Rehearsal
     from lorafit.findings import Finding
+    from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
+    from lorafit.runs import RunDir
     from lorafit.training import RunEvent, StepProgress
 
 PLAIN_LINES = 10  # lines of progress a whole run prints where there is no terminal

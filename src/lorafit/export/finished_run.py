@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafit.config import RunConfig, RunDir, read_json, require_trained_adapter
+from lorafit.config import RunConfig, read_json
 from lorafit.data.template.template import MAX_TEMPLATE_BYTES, Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
+from lorafit.runs import RunDir, require_trained_adapter
 
 
 class Golden(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafit.backbone import fresh_weights, require_same_base
 from lorafit.backbone.base_checkpoint import Checkpoint
-from lorafit.config import MergeBase, RunConfig, RunDir, base_folder, staged_folder
+from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
@@ -23,6 +23,7 @@ from lorafit.export.model_card import model_card
 from lorafit.export.verify import write_chat_template
 from lorafit.findings import Finding
 from lorafit.methods import TrainedWeights, method_of
+from lorafit.runs import RunDir, staged_folder
 
 SPARE_BYTES = 64 << 20
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorafit.adapters.lora import Lora
 from lorafit.config import RunConfig
+from lorafit.methods.lora.lora import Lora
 from lorafit.methods.method import Method
 
 METHODS: dict[str, Method] = {"lora": Lora()}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.backbone import require_same_base
-from lorafit.config import RunConfig, RunDir, base_folder, require_trained_adapter
+from lorafit.config import RunConfig, base_folder
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
+from lorafit.runs import RunDir, require_trained_adapter
 from lorafit.serve.engine import Engine, InProcessEngine
 
 TUNED = "tuned"

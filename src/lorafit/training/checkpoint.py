@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import file_hash, follow_umask, sync
 from lorafit.errors import CheckpointError
+from lorafit.runs import file_hash, follow_umask, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1

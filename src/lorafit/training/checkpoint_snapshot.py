@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafit.adapters import AdapterSnapshot
+from lorafit.methods.lora import AdapterSnapshot
 from lorafit.training.generators import generators_state, restore_generators
 from lorafit.training.optimizer_state import optimizer_state, restore_optimizer
 

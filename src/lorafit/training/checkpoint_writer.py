@@ -9,8 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lorafit.config import RunConfig, sync
+from lorafit.config import RunConfig
 from lorafit.errors import LorafitError, RunDirError
+from lorafit.runs import sync
 from lorafit.training.checkpoint import Checkpoint, checkpoint_folders, folder_name, prune, remove_folder, seal
 from lorafit.training.checkpoint_snapshot import Snapshot
 

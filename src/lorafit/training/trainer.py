@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lorafit.adapters import restore_adapter
 from lorafit.config import RunConfig
 from lorafit.data import Rows
 from lorafit.engine import Graphs, MicroBatch, Step, VocabularyLoss, packed
 from lorafit.errors import CheckpointError, LorafitError
+from lorafit.methods.lora import restore_adapter
 from lorafit.training.arguments import training_arguments
 from lorafit.training.checkpoint import Checkpoint
 from lorafit.training.checkpoint_snapshot import (

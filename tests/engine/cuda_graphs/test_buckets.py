@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from little_run import settings
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.engine import Segments, collate, packed, summed_loss
 from lorafit.engine.cuda_graphs import Bucket
 from lorafit.engine.loss.vocabulary import IGNORED
+from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 
 LAYOUTS = ((5, 9, 17), (8, 3, 2, 4), (33,), (100, 60, 7), (1,))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, allocator, collate, packed
 from lorafit.engine import cuda_graphs as graphs
+from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 
 LENGTHS = ((5, 9, 17), (8, 3, 20), (33, 12), (9, 9, 9), (40,))

@@ -10,7 +10,6 @@ import torch
 from torch._functorch._aot_autograd.autograd_cache import autograd_cache_key
 from torch._functorch._aot_autograd.schemas import AOTConfig
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.backbone.kernels import frozen_linear_op
 from lorafit.config import resolve
@@ -19,6 +18,7 @@ from lorafit.engine import DecoderLayers, Work, collate, packed, rehearse, summe
 from lorafit.engine.layers import offload, recompute
 from lorafit.engine.layers.recompute import feed_forward_widths
 from lorafit.engine.measure import feed_forward_products, measure_level
+from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 
 LAYOUTS = ((5, 9, 17), (8, 3, 2, 4), (33,), (5, 9, 17, 4, 4, 4, 4, 4))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import DecoderLayers, collate, packed, summed_loss
+from lorafit.methods.lora import attach
 from tiny_models import FAMILIES, save_base, stir
 
 # where two of four experts are chosen, rounding in bf16 sends tokens to others: all four take part here

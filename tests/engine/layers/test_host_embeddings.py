@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorafit.adapters import attach, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import collate, generate, packed, summed_loss
 from lorafit.engine.layers.host_embeddings import HostEmbedding, gathered, keep_embeddings_on_host
 from lorafit.engine.loss.kernel import HAS_TRITON
+from lorafit.methods.lora import attach, save_adapter
 from tiny_models import VOCABULARY, save_base, some_ids, stir
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone, nf4_config
 from lorafit.config import resolve
 from lorafit.engine import collate, packed, summed_loss
 from lorafit.engine.loss.vocabulary import rows_per_chunk
+from lorafit.methods.lora import attach
 from tiny_models import VOCABULARY, save_base, stir
 
 # windows shorter than the rows, and caps that bite, so that leaving one out would show

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import VocabularyLoss, collate, packed, summed_loss, supervised_logits, vocabulary_loss_for
 from lorafit.engine.loss.logit_rules import RULES, LogitSteps, logit_steps
+from lorafit.methods.lora import attach
 from tiny_models import FAMILIES, SIZES, save_base, stir
 
 WHOLE = VocabularyLoss(None)

@@ -81,7 +81,7 @@ def test_a_damaged_artefact_fails(trained, merged, rows, tmp_path, change):
 
 
 def test_the_base_without_the_delta_fails_and_so_does_a_double_delta(trained, merged, rows, tmp_path):
-    from lorafit.adapters import Deltas
+    from lorafit.methods.lora import Deltas
 
     deltas = Deltas.from_folder(trained.run.adapter)
     for sign in (-1, 1):

@@ -19,9 +19,9 @@ from typing import IO, Any, Protocol
 
 import zstandard
 
-from lorafit.config import file_hash
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.errors import DataError
+from lorafit.runs import file_hash
 
 BLOCK_BYTES = 1 << 20
 LINE_LIMIT_BYTES = 16 << 20

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine.loss.kernel import HAS_TRITON, tl, triton
 from lorafit.backbone import unwrapped
+from lorafit.engine.loss.kernel import HAS_TRITON, tl, triton
 from lorafit.engine.loss.logit_rules import SCALED_EMBEDDINGS
 
 BLOCK = 1024

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from lorafit.backbone import computing_in, rounding_activations
-from lorafit.config import MergeBase, write_text
+from lorafit.config import MergeBase
 from lorafit.errors import VerificationError
 from lorafit.export.formats import ExportFormat, Row, TransformersModel
 from lorafit.export.verify.comparison import Comparison, Reference
 from lorafit.methods import Method
+from lorafit.runs import write_text
 
 FLOORS = 10.0
 """A faithful merge may be this many noise floors away from the live model."""

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorafit.adapters.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
-from lorafit.adapters.attach import check_attached
-from lorafit.adapters.targets import linear_names, matching
-from lorafit.config import MAX_SCALE, RunConfig, read_json, staged_folder
+from lorafit.config import MAX_SCALE, RunConfig, read_json
 from lorafit.errors import AdapterError
+from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
+from lorafit.methods.lora.attach import check_attached
+from lorafit.methods.lora.targets import linear_names, matching
+from lorafit.runs import staged_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024

@@ -1,7 +1,7 @@
 import pytest
 
-from lorafit.config import staged_folder
 from lorafit.errors import RunDirError
+from lorafit.runs import staged_folder
 
 
 def test_the_folder_appears_whole_at_the_end_and_not_before(tmp_path):

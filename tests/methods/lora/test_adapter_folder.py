@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafit.adapters import AdapterSnapshot, Deltas, attach, load_adapter, restore_adapter, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, RunDirError, VerificationError
+from lorafit.methods.lora import AdapterSnapshot, Deltas, attach, load_adapter, restore_adapter, save_adapter
 from tiny_models import save_base, some_ids, stir
 
 
@@ -88,7 +88,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_whole(trained, saved, config, 
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorafit.adapters.adapter_folder.save_file", disk_full)
+    monkeypatch.setattr("lorafit.methods.lora.adapter_folder.save_file", disk_full)
     with pytest.raises(RunDirError, match="No space left on device"):
         save_adapter(trained, saved, config, base_name="org/base")
     assert (saved / "adapter_model.safetensors").read_bytes() == before

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from lorafit.adapters.adapter_folder import (
+from lorafit.config import RunConfig
+from lorafit.errors import AdapterError
+from lorafit.methods.lora.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterFiles,
@@ -19,10 +21,8 @@ from lorafit.adapters.adapter_folder import (
     restore_adapter,
     save_adapter,
 )
-from lorafit.adapters.attach import attach
-from lorafit.adapters.deltas import Deltas
-from lorafit.config import RunConfig
-from lorafit.errors import AdapterError
+from lorafit.methods.lora.attach import attach
+from lorafit.methods.lora.deltas import Deltas
 
 
 class Lora:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lorafit.adapters import Delta, Deltas
 from lorafit.errors import VerificationError
+from lorafit.methods.lora import Delta, Deltas
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lorafit.config import FREE, RunConfig, RunFingerprint, RunIdentity, held_settings, resolve
+from lorafit.config import RunConfig, resolve
 from lorafit.errors import RunDirError
+from lorafit.runs import FREE, RunFingerprint, RunIdentity, held_settings
 
 HELD = {
     "method", "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup",

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.api.existing_run import begin_anew, find_place, next_free, refuse_finished
-from lorafit.config import RunDir, RunFingerprint, RunIdentity, RunLock, held_settings, resolve
+from lorafit.config import resolve
 from lorafit.errors import RunDirError, RunFinished
+from lorafit.runs import RunDir, RunFingerprint, RunIdentity, RunLock, held_settings
+from lorafit.runs.lookup import begin_anew, find_place, next_free, refuse_finished
 
 
 def settled(**given):

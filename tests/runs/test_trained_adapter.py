@@ -2,8 +2,8 @@
 
 import pytest
 
-from lorafit.config import RunDir, RunFingerprint, RunIdentity, adapter_hashes, require_trained_adapter
 from lorafit.errors import AdapterError, RunDirError
+from lorafit.runs import RunDir, RunFingerprint, RunIdentity, adapter_hashes, require_trained_adapter
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafit.adapters.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
-from lorafit.adapters.targets import PRESETS, linear_names, matching, resolve_targets, unambiguous
 from lorafit.backbone import true_numel
 from lorafit.config import RunConfig
+from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
+from lorafit.methods.lora.targets import PRESETS, linear_names, matching, resolve_targets, unambiguous
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lorafit.adapters import attach, count_parameters
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
+from lorafit.methods.lora import attach, count_parameters
 from tiny_models import FAMILIES, save_base, some_ids
 
 

@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from lorafit.config import (
-    FREE,
-    PLANNED,
-    Resolved,
-    RunConfig,
-    RunDir,
-    RunFingerprint,
-    RunIdentity,
-    RunLock,
-    differing_settings,
-    held_settings,
-)
+from lorafit.config import PLANNED, Resolved, RunConfig
 from lorafit.errors import LorafitError, RunDirError, RunFinished
+from lorafit.runs.identity import FREE, RunFingerprint, RunIdentity, differing_settings, held_settings
+from lorafit.runs.lock import RunLock
+from lorafit.runs.run_dir import RunDir
 
 REJECTED = "rejected.jsonl"
 ANEW = "pass --restart to begin anew (the old run is moved aside), or choose another --out"

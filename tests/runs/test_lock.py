@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.config import RunLock
-from lorafit.config.run_lock import LOCK, OWNER, Owner
 from lorafit.errors import RunDirError
+from lorafit.runs import RunLock
+from lorafit.runs.lock import LOCK, OWNER, Owner
 
 CONTEXT = multiprocessing.get_context("fork")
 

@@ -1,7 +1,8 @@
-"""RunDir: the run directory and what lies where in it. Every verb after `train` takes just this folder."""
+"""RunDir: the run directory, what lies where in it, and whether its adapter is the one that was trained."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.config.fingerprint import RunIdentity
 from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
-from lorafit.config.run_lock import LOCK, OWNER
-from lorafit.config.staged_folder import sync
-from lorafit.errors import RunDirError
+from lorafit.errors import AdapterError, RunDirError
+from lorafit.runs.identity import RunIdentity
+from lorafit.runs.lock import LOCK, OWNER
+from lorafit.runs.staged_folder import sync
 
 PLACES = ("base", "revision", "data", "holdout")
 """Settings that name files: a run goes by what is in them."""
@@ -253,3 +254,38 @@ def write_text(path: Path, text: str) -> None:
         raise RunDirError(
             f"cannot write the file ({error.strerror})", where=str(path), fix="free some space"
         ) from error
+
+
+def adapter_hashes(folder: Path) -> dict[str, str]:
+    """File name -> sha256 (hex) of every file in `folder`. OSError when one cannot be read."""
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """The first file of `hashes` that is missing from `folder`, unreadable or another one; None when there is none."""
+    for name, digest in hashes.items():
+        try:
+            if file_hash(folder / name) != digest:
+                return name
+        except OSError:
+            return name
+    return None
+
+
+def require_trained_adapter(run: RunDir) -> None:
+    """AdapterError unless the adapter of `run` is the one that was saved; a run that kept no hashes is not checked."""
+    if not run.identity.is_file():
+        return
+    changed = changed_file(run.adapter, RunIdentity.read(run.identity).adapter)
+    if changed is not None:
+        raise AdapterError(
+            f"the adapter is not the one that was trained ({changed} has changed)",
+            where=str(run.adapter),
+            fix="give the same train command again, which restores it, or train anew with --restart",
+        )
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 (hex) of the file at `path`."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lorafit.config import RunDir, resolve
+from lorafit.config import resolve
 from lorafit.errors import RunDirError
+from lorafit.runs import RunDir
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
+from lorafit.methods.lora import attach
 from tiny_models import save_base
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorafit.adapters.adapter_folder import AdapterFiles
 from lorafit.errors import VerificationError
+from lorafit.methods.lora.adapter_folder import AdapterFiles
 
 EXPERTS = ".experts."
 
