@@ -184,8 +184,8 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "first_s": round(marks[0] - watch.attached_at, 1),
         "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
-        "dial": str(rehearsal.dial) if rehearsal else "",
-        "attempts": [f"{tried.dial}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts]
+        "policy": str(rehearsal.policy) if rehearsal else "",
+        "attempts": [f"{tried.policy}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts]
         if rehearsal
         else [],
         "events": watch.events,
@@ -295,7 +295,7 @@ def table_line(name: str, found: dict[str, object], best: float) -> str:
     if "error" in found:
         return f"| {name} | {arm} | {found['error']} | | | | |"
     ratio = f"{found['tokens_s'] / best:.2f}×" if best else ""
-    setting = found.get("dial") or found.get("checkpointing", "")
+    setting = found.get("policy") or found.get("checkpointing", "")
     numbers = f"{found['tokens_s']:,} | {ratio} | {found['peak_gib']} | {found.get('first_s', '')}"
     return f"| {name} | {arm} | {numbers} | {setting} |"
 

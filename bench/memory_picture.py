@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lorafit.config import RunConfig
-from lorafit.planning import DataFacts, ModelShape, hardware_named
-from lorafit.planning.activations import Execution
-from lorafit.planning.execution_plan import ExecutionPlan, plan_execution
-from lorafit.planning.memory import memory_of
+from lorafit.hardware import hardware_named
+from lorafit.memory import DataStats
+from lorafit.memory.activations import Execution
+from lorafit.memory.estimate import memory_of
+from lorafit.memory.execution_plan import ExecutionPlan, plan_execution
+from lorafit.shapes import ModelShape
 
 GIB = 1 << 30
 LLAMA_8B = {
@@ -34,27 +36,27 @@ LLAMA_8B = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
-ROWS = DataFacts(rows=256, tokens=256 * 2048, supervised_tokens=256 * 2048, longest=2048, mean_tokens=2048.0)
+ROWS = DataStats(rows=256, tokens=256 * 2048, supervised_tokens=256 * 2048, longest=2048, mean_tokens=2048.0)
 PEERS = Execution(fused=False, loss="all", wide_stream=True)
 OUTSIDE = "CUDA context"  # no budget of torch's allocator counts it
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One bar: a dial, and what one H200 showed with it: the peak, and the budget that it was held to (GiB)."""
+    """One bar: a policy, and what one H200 showed with it: the peak, and the budget that it was held to (GiB)."""
 
-    dial: str
+    policy: str
     measured: float | None = None
     budget: float | None = None
     peers: bool = False
 
     @property
     def label(self) -> str:
-        """The dial as it is written by hand, in two lines where it is long."""
+        """The policy as it is written by hand, in two lines where it is long."""
         if self.peers:
             return "transformers + peft + bitsandbytes,\ngradient checkpointing"
-        return self.dial.replace(",embeddings", ",\nembeddings").replace(
-            "feed_forward=32,micro", "feed_forward=32,\nmicro"
+        return self.policy.replace(",embeddings", ",\nembeddings").replace(
+            "recompute_mlp_layers=32,micro", "recompute_mlp_layers=32,\nmicro"
         )
 
 
@@ -62,14 +64,14 @@ class Setting:
 SETTINGS = (
     Setting("recompute", 24.5, peers=True),
     Setting("keep", 31.4),
-    Setting("offload=9,embeddings=host", 23.5, 24),
-    Setting("feed_forward=32", 17.9),
-    Setting("whole=32"),
-    Setting("feed_forward=30,offload=30,embeddings=host", 7.74, 8),
-    Setting("feed_forward=32,offload=32,embeddings=host"),
+    Setting("offloaded_layers=9,host_embeddings=on", 23.5, 24),
+    Setting("recompute_mlp_layers=32", 17.9),
+    Setting("recompute_layers=32"),
+    Setting("recompute_mlp_layers=30,offloaded_layers=30,host_embeddings=on", 7.74, 8),
+    Setting("recompute_mlp_layers=32,offloaded_layers=32,host_embeddings=on"),
     Setting("micro_tokens=2048"),
-    Setting("feed_forward=32,micro_tokens=2048"),
-    Setting("feed_forward=32,offload=32,embeddings=host,micro_tokens=2048"),
+    Setting("recompute_mlp_layers=32,micro_tokens=2048"),
+    Setting("recompute_mlp_layers=32,offloaded_layers=32,host_embeddings=on,micro_tokens=2048"),
 )
 GAPS = (1, 7)  # before these bars a little room: the peers, then 8,192 tokens at once, then 2,048
 
@@ -111,7 +113,7 @@ class Bar:
 def bar_of(setting: Setting) -> Bar:
     """The plan's estimate for `setting`, less the CUDA context."""
     shape, card = ModelShape.from_config(LLAMA_8B, "Llama-3.1-8B"), hardware_named("H200")
-    config = RunConfig(max_tokens=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", activations=setting.dial)
+    config = RunConfig(max_tokens=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", activations=setting.policy)
     execution = PEERS if setting.peers else None
     plan = plan_execution(shape, config, card, ROWS, execution)
     estimate = memory_of(plan, shape, config, card, execution)
@@ -201,7 +203,7 @@ def _legend(axes: Any) -> list[Any]:
 
 def save(bars: list[Bar], path: Path) -> None:
     """Write the picture, without the moment it was made; an SVG says its numbers in its description."""
-    numbers = "; ".join(f"{bar.setting.dial}: {bar.total:.2f} GiB, host {bar.host:.2f}" for bar in bars)
+    numbers = "; ".join(f"{bar.setting.policy}: {bar.total:.2f} GiB, host {bar.host:.2f}" for bar in bars)
     told = (
         {"Date": None, "Creator": None, "Title": "Where the memory goes", "Description": numbers}
         if path.suffix == ".svg"

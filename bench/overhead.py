@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import DecoderLayers, MicroBatch, collate, packed, summed_loss
 from lorafit.methods.lora import attach
 
@@ -37,7 +37,7 @@ LAYERS, HIDDEN = 32, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="qv", choices=("qv", "all-linear"))
-    parser.add_argument("--dial", default="keep")
+    parser.add_argument("--policy", default="keep")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     rows = [(random.integers(4, 250, length), np.arange(length) > 0) for length in (7, 9)]
     hollow = hollow_operators()
-    layers = DecoderLayers(model, Dial.parse(options.dial, LAYERS))
+    layers = DecoderLayers(model, MemoryPolicy.parse(options.policy, LAYERS))
     with layers, packed(model):
         found = timed(layers, model, collate(rows), options.steps)
         if options.profile:

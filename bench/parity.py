@@ -7,7 +7,7 @@
     python bench/parity.py fp8 --emulate                            # on a CPU: FP8's rounding, without its speed
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
-chunked loss, on a card compiled layers under the dial) and in bench/parity_reference.py (padded rows, no lorafit), and
+chunked loss, on a card compiled layers under the policy) and in bench/parity_reference.py (padded rows, no lorafit), and
 compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference lorafit's
 adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
 reference against itself with each row alone, shows how far; it also shows how far training came, for scale.
@@ -160,11 +160,11 @@ def lorafit_steps(
 
 
 def how_layers_ran(run: TrainedRun) -> str:
-    """The dial that the rehearsal settled on, and what it noted, such as a layer that does not compile."""
+    """The policy that the rehearsal settled on, and what it noted, such as a layer that does not compile."""
     if not run.run.engine.exists():
-        return f"one operation at a time, dial {run.resolved.config.activations}"
+        return f"one operation at a time, policy {run.resolved.config.activations}"
     known = json.loads(run.run.engine.read_text())
-    return "; ".join([f"compiled ({known['compile_s']:.0f} s), dial {known['dial']}", *known["notes"]])
+    return "; ".join([f"compiled ({known['compile_s']:.0f} s), policy {known['policy']}", *known["notes"]])
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
@@ -276,7 +276,7 @@ def ending(run: TrainedRun, served: torch.dtype, worded: bool = False) -> Ending
 
 @dataclass(frozen=True)
 class Arm:
-    """A precision to train in, and the one to serve in; `callbacks` see the training, `activations` are its dial."""
+    """A precision to train in, and the one to serve in; `callbacks` see the training, `activations` are its policy."""
 
     compute: str
     callbacks: tuple[TrainerCallback, ...] = ()
@@ -390,7 +390,7 @@ def main() -> None:
     steps.add_argument("--rows-per-forward", type=int, default=16, help="of the reference, padded")
     steps.add_argument("--targets", default="qv", choices=("qv", "attention", "all-linear"))
     steps.add_argument("--rank", type=int, default=16)
-    steps.add_argument("--activations", default="auto", help="lorafit's dial: keep, recompute, offload, …")
+    steps.add_argument("--activations", default="auto", help="lorafit's policy: keep, recompute, offload, …")
     steps.add_argument("--floor", action="store_true", help="also one side against itself: what rounding alone does")
     ends = parser.add_argument_group("fp8")
     ends.add_argument("--task", default="orders", choices=tuple(ENDING_TASKS))

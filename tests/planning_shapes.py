@@ -2,8 +2,9 @@
 
 import random
 
-from lorafit.planning import DataFacts, ModelShape
-from lorafit.planning.layer_costs import LayerCosts, Link
+from lorafit.memory import DataStats
+from lorafit.memory.layer_costs import LayerCosts, Link
+from lorafit.shapes import ModelShape
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -50,7 +51,7 @@ def shape(config=LLAMA_8B, **changes):
 
 def facts(rows=2_000, mean=150, longest=900, supervised=0.5, holdout_rows=0):
     tokens = rows * mean
-    return DataFacts(rows, tokens, int(tokens * supervised), longest, float(mean), holdout_rows)
+    return DataStats(rows, tokens, int(tokens * supervised), longest, float(mean), holdout_rows)
 
 
 def random_case(seed):

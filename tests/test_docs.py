@@ -11,7 +11,7 @@ from lorafit.config import RunConfig
 from lorafit.data.checks.findings import CODES
 from lorafit.export import FORMATS
 from lorafit.methods import METHODS
-from lorafit.planning.families import FAMILIES
+from lorafit.shapes.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorafit.config import RunConfig
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import Rehearsal
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def described(picture: Path) -> dict[str, tuple[float, float]]:
     """GiB on the card and on the host by setting, as the picture's description has them."""
     text = re.search(r"<dc:description>(.*?)</dc:description>", picture.read_text(), re.DOTALL)[1]
     found = re.findall(r"(\S+): ([\d.]+) GiB, host ([\d.]+)", text)
-    return {dial: (float(card), float(host)) for dial, card, host in found}
+    return {policy: (float(card), float(host)) for policy, card, host in found}
 
 
 def test_the_picture_is_drawn_alike_each_time_and_shows_todays_estimate(tmp_path):
@@ -33,22 +33,22 @@ def test_the_picture_is_drawn_alike_each_time_and_shows_todays_estimate(tmp_path
     assert drawn[0].read_bytes() == drawn[1].read_bytes()
     shown, today = described(PICTURE), described(drawn[0])
     assert len(today) == 10 and list(shown) == list(today), "draw it again: python bench/memory_picture.py PICTURE"
-    for dial, sizes in today.items():
-        assert shown[dial] == pytest.approx(sizes, rel=0.02, abs=0.02), f"draw it again: {dial} has changed"
+    for policy, sizes in today.items():
+        assert shown[policy] == pytest.approx(sizes, rel=0.02, abs=0.02), f"draw it again: {policy} has changed"
 
 
 def test_measured_peaks_lie_within_the_estimates_error():
     script = (
         "import json, memory_picture as m;"
-        "print(json.dumps([[s.dial, s.measured, m.bar_of(s).total] for s in m.SETTINGS if s.measured]))"
+        "print(json.dumps([[s.policy, s.measured, m.bar_of(s).total] for s in m.SETTINGS if s.measured]))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT / "bench", capture_output=True, text=True, check=True, timeout=100
     )
     measured = json.loads(ended.stdout)
     assert len(measured) == 5
-    for dial, peak, estimate in measured:
-        assert estimate == pytest.approx(peak, rel=0.10), dial
+    for policy, peak, estimate in measured:
+        assert estimate == pytest.approx(peak, rel=0.10), policy
 
 
 def test_every_file_that_the_page_names_exists():
@@ -66,7 +66,7 @@ def test_every_setting_that_the_page_writes_is_one():
     for key, value in written:
         config = RunConfig(**{key: value})
         if key == "activations":
-            assert Dial.parse(config.activations, layers=32) != Dial() or value == "keep"
+            assert MemoryPolicy.parse(config.activations, layers=32) != MemoryPolicy() or value == "keep"
 
 
 def test_every_key_of_engine_json_that_the_page_names_is_written():

@@ -1,16 +1,16 @@
-"""What turning a dial needs of the decoder layers, without a model."""
+"""What turning a policy needs of the decoder layers, without a model."""
 
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 
 
 class TurnedLayers:
-    """`count` layers that remember the dial and the schedule they were given."""
+    """`count` layers that remember the policy and the schedule they were given."""
 
     def __init__(self, count: int = 32) -> None:
-        self.dial, self.schedule, self.less, self.count = Dial(), None, None, count
+        self.policy, self.schedule, self.less, self.count = MemoryPolicy(), None, None, count
 
     def __len__(self):
         return self.count
 
-    def follow(self, schedule, less=None):
+    def set_schedule(self, schedule, less=None):
         self.schedule, self.less = schedule, less

@@ -20,7 +20,7 @@ from lorafit.api.going_on import go_on_from, layout_of
 from lorafit.api.observer import Observer
 from lorafit.api.train import train
 from lorafit.cli import main
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
 from lorafit.runs import RunDir, RunIdentity, RunLock
 from lorafit.training import EventLog
@@ -350,11 +350,11 @@ def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):
     assert_same(whole, stopped)
 
 
-def on_a_card(max_tokens, micro_tokens, dial="keep"):
-    """What a trainer on a card, whose dial was rehearsed, runs in."""
+def on_a_card(max_tokens, micro_tokens, policy="keep"):
+    """What a trainer on a card, whose policy was rehearsed, runs in."""
     config = settings(max_tokens=max_tokens, activations="recompute")
     trainer = SimpleNamespace(config=config, layout=SimpleNamespace(micro_tokens=micro_tokens))
-    return layout_of(trainer, SimpleNamespace(dial=Dial.parse(dial, 8)))
+    return layout_of(trainer, SimpleNamespace(policy=MemoryPolicy.parse(policy, 8)))
 
 
 @pytest.mark.parametrize(
@@ -363,10 +363,10 @@ def on_a_card(max_tokens, micro_tokens, dial="keep"):
         (on_a_card(2048, 9000), None),
         (on_a_card(1024, 9000), "differ: micro_tokens of evaluations was 2048 and is 1024"),
         (on_a_card(2048, 4096), "differ: micro_tokens was 9000 and is 4096"),
-        (on_a_card(2048, 9000, "recompute"), "differ: dial was keep and is whole=8"),
+        (on_a_card(2048, 9000, "recompute"), "differ: policy was keep and is recompute_layers=8"),
     ],
 )
-def test_on_a_card_the_rehearsed_dial_counts_and_max_tokens_bears_on_evaluations_alone(stopped, now, said):
+def test_on_a_card_the_rehearsed_policy_counts_and_max_tokens_bears_on_evaluations_alone(stopped, now, said):
     run, events = RunDir(stopped), EventLog()
     identity = RunIdentity.read(run.identity)
     began = {**environment(), "compile": "auto", "deterministic": False, **on_a_card(2048, 9000)}

@@ -49,7 +49,7 @@ def test_the_plan_knows_the_largest_step_that_train_will_run(data):
         steps.set_epoch(epoch)
         found += [step.tokens for step in steps]
     assert planned.plan.facts.largest_step == max(found) > 256
-    assert planned.resolved.config.activations == f"micro_tokens={max(found)},graphs={max(found)}"
+    assert planned.resolved.config.activations == f"micro_tokens={max(found)},cuda_graph_max_tokens={max(found)}"
     assert planned.to_dict()["plan"]["data"]["largest_step"] == max(found)
 
 

@@ -17,7 +17,7 @@ from lorafit.backbone import base_damages
 from lorafit.demo import BASE
 from lorafit.errors import BackboneError, PlanError, RunDirError
 from lorafit.findings import Finding, Severity
-from lorafit.planning import Hardware
+from lorafit.hardware import Hardware
 from lorafit.runs import RunDir
 from tiny_models import save_base
 

@@ -14,7 +14,7 @@ from lorafit.api import rehearsed_layers as module
 from lorafit.api.rehearsed_layers import _work, enforce_budget, rehearsed_layers
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import PAGE_BYTES, Rehearsal
 from lorafit.engine.attention.packed import PACKED
 from lorafit.methods.lora import attach
@@ -74,17 +74,17 @@ LARGEST = sum((9, 12, 15, 30, 31, 32, 20, 8))  # all eight are one step
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """A CPU passes for a card whose rehearsal finds `dial`; what it was asked to fit stands in `works`."""
+    """A CPU passes for a card whose rehearsal finds `policy`; what it was asked to fit stands in `works`."""
     works = []
 
     def found(model, layers, work, budget, *, solves):
         assert model.config._attn_implementation == PACKED  # of its backward passes too
-        works.append((work, solves, layers.dial))
-        dial = on_a_card.dial if solves else layers.dial
+        works.append((work, solves, layers.policy))
+        policy = on_a_card.policy if solves else layers.policy
         figures = {field.name: 0 for field in fields(Rehearsal)}
-        return Rehearsal(**figures | {"dial": dial, "schedule": ()})
+        return Rehearsal(**figures | {"policy": policy, "schedule": ()})
 
-    on_a_card.dial, on_a_card.works = Dial(), works
+    on_a_card.policy, on_a_card.works = MemoryPolicy(), works
     monkeypatch.setattr(module, "rehearse", found)
     monkeypatch.setattr(module, "budget_bytes", lambda config: 2)
     monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda")))
@@ -109,7 +109,7 @@ GIVEN = {"max_tokens": 64, "examples_per_step": 8, "max_steps": 1}
 
 def test_graphs_last_as_long_as_training(trainer, tmp_path, on_a_card):
     resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
-    trainer.config, on_a_card.dial = resolved.config, Dial(graphs=64)
+    trainer.config, on_a_card.policy = resolved.config, MemoryPolicy(cuda_graph_max_tokens=64)
     with rehearsed_layers(trainer, resolved, RunDir(tmp_path)):
         graphs = trainer.graphs
         assert (graphs.longest, graphs.arena_bytes) == (32, 0)
@@ -120,26 +120,26 @@ def test_graphs_last_as_long_as_training(trainer, tmp_path, on_a_card):
     assert [event.kind for event in trainer.events.seen] == ["no_graphs"]
 
 
-def test_a_run_that_was_tight_goes_on_with_the_dial_that_it_was_turned_to(trainer, tmp_path, on_a_card):
+def test_a_run_that_was_tight_goes_on_with_the_policy_that_it_was_turned_to(trainer, tmp_path, on_a_card):
     retries = itertools.count()
     resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
-    trainer.config, on_a_card.dial, run = resolved.config, Dial(offload=1), RunDir(tmp_path)
+    trainer.config, on_a_card.policy, run = resolved.config, MemoryPolicy(offloaded_layers=1), RunDir(tmp_path)
     with rehearsed_layers(trainer, resolved, run):
         watch = trainer.callback_handler.callbacks[-1]
-        watch.layers.follow((0, 0, 1), lambda: watch.layers.follow((0, 1, 1)) or True)
+        watch.layers.set_schedule((0, 0, 1), lambda: watch.layers.set_schedule((0, 1, 1)) or True)
         watch.retries = lambda: next(retries)
         for step in range(1, 4):
             watch.on_step_begin(None, None, None)
             watch.on_step_end(None, SimpleNamespace(global_step=step), None)
     assert [event.kind for event in trainer.events.seen] == ["tight_memory"]
     known = json.loads(run.engine.read_text())
-    assert known["schedule"] == [0, 1, 1] and known["dial"].startswith("offload=1")
+    assert known["schedule"] == [0, 1, 1] and known["policy"].startswith("offloaded_layers=1")
 
 
-@pytest.mark.parametrize("dial", [Dial(), Dial(whole=2)])
-def test_without_graphs_none_are_made(trainer, tmp_path, on_a_card, dial):
+@pytest.mark.parametrize("policy", [MemoryPolicy(), MemoryPolicy(recompute_layers=2)])
+def test_without_graphs_none_are_made(trainer, tmp_path, on_a_card, policy):
     resolved = resolve(flags={"base": trainer.config.base, "compile": "off", **GIVEN})
-    trainer.config, on_a_card.dial = resolved.config, dial
+    trainer.config, on_a_card.policy = resolved.config, policy
     with rehearsed_layers(trainer, resolved, RunDir(tmp_path)):
         assert trainer.graphs is None
 
@@ -147,22 +147,22 @@ def test_without_graphs_none_are_made(trainer, tmp_path, on_a_card, dial):
 @pytest.mark.parametrize(
     ("found", "written", "micro_tokens"),
     [
-        (Dial(), f"micro_tokens={LARGEST}", LARGEST),
-        (Dial(whole=2, micro_tokens=78), "whole=2,micro_tokens=78", 78),
-        (Dial(whole=2, micro_tokens=64), "whole=2", 64),
+        (MemoryPolicy(), f"micro_tokens={LARGEST}", LARGEST),
+        (MemoryPolicy(recompute_layers=2, micro_tokens=78), "recompute_layers=2,micro_tokens=78", 78),
+        (MemoryPolicy(recompute_layers=2, micro_tokens=64), "recompute_layers=2", 64),
     ],
 )
-def test_the_dial_that_is_written_says_the_micro_batch_and_a_resumed_run_has_it_again(
+def test_the_policy_that_is_written_says_the_micro_batch_and_a_resumed_run_has_it_again(
     trainer, tmp_path, on_a_card, found, written, micro_tokens
 ):
-    run, on_a_card.dial = RunDir(tmp_path), found
+    run, on_a_card.policy = RunDir(tmp_path), found
     rehearsal = rehearsed(trainer, run, **GIVEN)
-    assert json.loads(run.engine.read_text())["dial"] == str(rehearsal.dial) == written
+    assert json.loads(run.engine.read_text())["policy"] == str(rehearsal.policy) == written
     assert trainer.layout.micro_tokens == micro_tokens
     assert on_a_card.works[0][0].max_tokens == LARGEST
     run.settings.write_text("")
-    trainer.layout.micro_tokens, on_a_card.dial = 64, Dial(whole=1)
-    assert rehearsed(trainer, run, **GIVEN).dial == rehearsal.dial
+    trainer.layout.micro_tokens, on_a_card.policy = 64, MemoryPolicy(recompute_layers=1)
+    assert rehearsed(trainer, run, **GIVEN).policy == rehearsal.policy
     assert trainer.layout.micro_tokens == micro_tokens
     assert not on_a_card.works[1][1]
 
@@ -170,21 +170,21 @@ def test_the_dial_that_is_written_says_the_micro_batch_and_a_resumed_run_has_it_
 def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(trainer, tmp_path, on_a_card):
     run = RunDir(tmp_path)
     run.settings.write_text("")
-    run.write_json(run.engine, {"dial": "whole=1", "schedule": []})
-    assert rehearsed(trainer, run, **GIVEN).dial == Dial(whole=1)
+    run.write_json(run.engine, {"policy": "recompute_layers=1", "schedule": []})
+    assert rehearsed(trainer, run, **GIVEN).policy == MemoryPolicy(recompute_layers=1)
     assert trainer.layout.micro_tokens == on_a_card.works[0][0].max_tokens == 64
 
 
 @pytest.mark.parametrize(
     ("wish", "micro_tokens"),
     [
-        ({"activations": "whole=1"}, 64),
-        ({"activations": "whole=1,micro_tokens=100"}, 100),
+        ({"activations": "recompute_layers=1"}, 64),
+        ({"activations": "recompute_layers=1,micro_tokens=100"}, 100),
         ({"activations": "micro_tokens=20"}, 20),
         ({"gradient_checkpointing": "on"}, 64),
     ],
 )
-def test_a_dial_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
+def test_a_policy_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
     trainer, tmp_path, on_a_card, wish, micro_tokens
 ):
     run = RunDir(tmp_path)
@@ -210,39 +210,51 @@ def test_a_whole_step_is_rehearsed_where_it_is_to_run(trainer):
 @pytest.mark.parametrize(
     ("then", "now", "taken_up"),
     [
-        # the plan's dial moves with the memory that is free: no wish of anybody's
-        ({"asked": "auto", "planned": "dense=3", "vram": None}, {}, True),
-        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"vram": "8GiB"}, False),
-        ({"asked": "auto", "planned": "dense=3", "vram": "8GiB"}, {"vram": "8GiB"}, True),
-        ({"asked": "whole=1", "planned": "whole=1", "vram": None}, {}, False),
-        ({"asked": "whole=1", "planned": "whole=1", "vram": None}, {"activations": "whole=1"}, True),
+        # the plan's policy moves with the memory that is free: no wish of anybody's
+        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": None}, {}, True),
+        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": None}, {"vram": "8GiB"}, False),
+        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": "8GiB"}, {"vram": "8GiB"}, True),
+        ({"asked": "recompute_layers=1", "planned": "recompute_layers=1", "vram": None}, {}, False),
+        (
+            {"asked": "recompute_layers=1", "planned": "recompute_layers=1", "vram": None},
+            {"activations": "recompute_layers=1"},
+            True,
+        ),
         # the run's own recipe has what the plan chose
-        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"activations": "dense=3"}, True),
-        ({"asked": "auto", "planned": "dense=3", "vram": None}, {"activations": "dense=2"}, False),
+        (
+            {"asked": "auto", "planned": "dequantized_layers=3", "vram": None},
+            {"activations": "dequantized_layers=3"},
+            True,
+        ),
+        (
+            {"asked": "auto", "planned": "dequantized_layers=3", "vram": None},
+            {"activations": "dequantized_layers=2"},
+            False,
+        ),
         # older releases
         ({"asked": "keep"}, {}, True),
         ({}, {"activations": "keep"}, True),
-        ({"asked": "keep"}, {"activations": "whole=1"}, False),
+        ({"asked": "keep"}, {"activations": "recompute_layers=1"}, False),
     ],
 )
-def test_a_run_that_goes_on_keeps_its_dial_unless_another_or_another_budget_is_asked_for(
+def test_a_run_that_goes_on_keeps_its_policy_unless_another_or_another_budget_is_asked_for(
     trainer, tmp_path, on_a_card, then, now, taken_up
 ):
-    run, on_a_card.dial = RunDir(tmp_path), Dial(feed_forward=1)
+    run, on_a_card.policy = RunDir(tmp_path), MemoryPolicy(recompute_mlp_layers=1)
     run.settings.write_text("")
-    run.write_json(run.engine, {"dial": "whole=2,micro_tokens=78", "schedule": [], **then})
+    run.write_json(run.engine, {"policy": "recompute_layers=2,micro_tokens=78", "schedule": [], **then})
     found = rehearsed(trainer, run, **GIVEN, **now)
-    assert (found.dial == Dial(whole=2, micro_tokens=78)) == taken_up
+    assert (found.policy == MemoryPolicy(recompute_layers=2, micro_tokens=78)) == taken_up
     assert not (taken_up and on_a_card.works[-1][1])
     if taken_up and "planned" in then:  # whichever way it was called
         assert then.items() <= json.loads(run.engine.read_text()).items()
 
 
-def test_another_dial_given_on_the_way_is_the_one_that_runs(trainer, tmp_path, on_a_card):
+def test_another_policy_given_on_the_way_is_the_one_that_runs(trainer, tmp_path, on_a_card):
     run = RunDir(tmp_path)
     rehearsed(trainer, run, **GIVEN)
     run.settings.write_text("")
-    wish = {"activations": "whole=1,micro_tokens=40"}
+    wish = {"activations": "recompute_layers=1,micro_tokens=40"}
     for _ in range(2):  # and from then on it is the run's
-        assert rehearsed(trainer, run, **GIVEN, **wish).dial == Dial(whole=1, micro_tokens=40)
+        assert rehearsed(trainer, run, **GIVEN, **wish).policy == MemoryPolicy(recompute_layers=1, micro_tokens=40)
         assert json.loads(run.engine.read_text())["asked"] == wish["activations"]

@@ -1,4 +1,4 @@
-"""train on a card: whatever the dial, the same losses, and the run says what it did."""
+"""train on a card: whatever the policy, the same losses, and the run says what it did."""
 
 import json
 
@@ -14,12 +14,12 @@ LAYERS = 4
 DIALS = [
     "keep",
     "recompute",
-    "whole=2,feed_forward=1,offload=4,embeddings=host",
-    "recompute,offload=4,embeddings=host,micro_tokens=64",
-    "dense=2",
+    "recompute_layers=2,recompute_mlp_layers=1,offloaded_layers=4,host_embeddings=on",
+    "recompute,offloaded_layers=4,host_embeddings=on,micro_tokens=64",
+    "dequantized_layers=2",
     "weights=dense",
-    "keep,graphs=1024",
-    "feed_forward=4,graphs=1024",
+    "keep,cuda_graph_max_tokens=1024",
+    "recompute_mlp_layers=4,cuda_graph_max_tokens=1024",
     "auto",
 ]
 
@@ -40,11 +40,11 @@ def losses(place, name, **given):
     return [line["loss"] for line in lines if "loss" in line], json.loads(done.run.engine.read_text())
 
 
-@pytest.mark.parametrize("dial", DIALS)
-def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, dial, request):
+@pytest.mark.parametrize("policy", DIALS)
+def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, policy, request):
     wanted, _ = losses(place, f"plain-{request.node.name}", activations="keep", compile="off")
-    found, engine = losses(place, f"run-{request.node.name}", activations=dial)
+    found, engine = losses(place, f"run-{request.node.name}", activations=policy)
     assert found == pytest.approx(wanted, rel=5e-3)  # bf16; kernels are fused differently
     assert engine["notes"] == []
-    if dial == "auto":  # so small a model waits for the processor
-        assert engine["dial"].startswith("dense=") and ",graphs=" in engine["dial"]
+    if policy == "auto":  # so small a model waits for the processor
+        assert engine["policy"].startswith("dequantized_layers=") and ",cuda_graph_max_tokens=" in engine["policy"]

@@ -96,8 +96,8 @@ def test_check_with_errors_has_exit_code_one_and_names_each_line(run, data):
 
 def test_on_a_narrow_screen_nothing_of_a_setting_is_left_out(run, data, monkeypatch):
     monkeypatch.setattr(console.PEOPLE, "width", 80)
-    dial = "feed_forward=1,whole=1,micro_tokens=12345"
-    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "H100", "--set", f"activations={dial}")
+    policy = "recompute_mlp_layers=1,recompute_layers=1,micro_tokens=12345"
+    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "H100", "--set", f"activations={policy}")
     assert "…" not in out.partition("matrix")[0]
     assert all(len(line) <= 80 for line in out.splitlines())
     told = out.partition("data")[2].partition("plan")[0].splitlines()

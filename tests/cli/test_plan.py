@@ -2,15 +2,17 @@ import pytest
 
 from lorafit.cli.plan import show_plan
 from lorafit.config import resolve
-from lorafit.planning import DataFacts, hardware_named, make_plan
-from lorafit.planning.hardware import GIB
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB
+from lorafit.memory import DataStats
+from lorafit.planning import make_plan
 from planning_shapes import shape
 
 
 @pytest.fixture
 def shown(capsys):
     def show(gib):
-        rows = DataFacts(640, 640 * 500, 640 * 500, 2048, 500.0)
+        rows = DataStats(640, 640 * 500, 640 * 500, 2048, 500.0)
         card = hardware_named("H200").with_memory(gib * GIB)
         show_plan(make_plan(resolve({}, {"max_tokens": 8192}), rows, shape(), card))
         captured = capsys.readouterr()
@@ -19,7 +21,7 @@ def shown(capsys):
     return show
 
 
-def test_the_plan_says_what_the_dial_does_and_what_the_host_holds(shown):
+def test_the_plan_says_what_the_policy_does_and_what_the_host_holds(shown):
     text = shown(8)
     assert "layers recompute their feed-forward" in text
     assert "tok/s predicted" in text

@@ -3,11 +3,11 @@ import re
 import pytest
 
 from lorafit.config import resolve
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.config.run_config import PLANNED
-from lorafit.planning import hardware_named
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
 from lorafit.planning.decisions import decide, speed_in_words
-from lorafit.planning.dial import Dial
-from lorafit.planning.hardware import GIB, Hardware
 from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
@@ -56,25 +56,26 @@ def test_the_base_stays_in_16_bits_only_where_it_fits():
 def test_activations_are_recomputed_only_where_they_do_not_fit():
     card = hardware_named("H100")
     roomy, tight = (
-        Dial.parse(values(room, config=LLAMA_1B)["activations"], 16) for room in (card, card.with_memory(3 * GIB))
+        MemoryPolicy.parse(values(room, config=LLAMA_1B)["activations"], 16)
+        for room in (card, card.with_memory(3 * GIB))
     )
-    assert (roomy.whole, roomy.feed_forward, roomy.offload) == (0, 0, 0)
-    assert tight.whole + tight.feed_forward + tight.offload > 0
+    assert (roomy.recompute_layers, roomy.recompute_mlp_layers, roomy.offloaded_layers) == (0, 0, 0)
+    assert tight.recompute_layers + tight.recompute_mlp_layers + tight.offloaded_layers > 0
     assert values(CPU)["activations"] == "keep"
     assert "offload" not in values(CPU.with_memory(7 * GIB), config=LLAMA_1B)["activations"]
 
 
 def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
     outcome = decided(hardware_named("H100").with_memory(8 * GIB), config=LLAMA_8B, max_tokens=8192)["activations"]
-    dial = Dial.parse(outcome.value, 32)
-    assert f"{dial.feed_forward} of 32 layers recompute their feed-forward" in outcome.reason
-    assert f"what {dial.offload} layers keep" in outcome.reason
+    policy = MemoryPolicy.parse(outcome.value, 32)
+    assert f"{policy.recompute_mlp_layers} of 32 layers recompute their feed-forward" in outcome.reason
+    assert f"what {policy.offloaded_layers} layers keep" in outcome.reason
     assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d GiB ± 10% of 8\.0 GiB$", outcome.reason)
 
 
 def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
     outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["activations"]
-    assert outcome.value == "dense=16,micro_tokens=3600,graphs=3600"
+    assert outcome.value == "dequantized_layers=16,micro_tokens=3600,cuda_graph_max_tokens=3600"
     words = (
         "every activation stays on the device, the 4-bit weights of 16 of 16 layers lie unpacked in what is left, "
         "micro-batches of up to 3,600 tokens run as CUDA graphs, micro-batches have up to 3,600 tokens: "
@@ -82,10 +83,12 @@ def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
     assert outcome.reason.startswith(words)
 
 
-@pytest.mark.parametrize(("asked", "dial"), [("on", "whole=4"), ("off", "keep"), ("reentrant", "whole=4")])
-def test_gradient_checkpointing_decides_about_activations_where_it_is_set(asked, dial):
+@pytest.mark.parametrize(
+    ("asked", "policy"), [("on", "recompute_layers=4"), ("off", "keep"), ("reentrant", "recompute_layers=4")]
+)
+def test_gradient_checkpointing_decides_about_activations_where_it_is_set(asked, policy):
     outcome = decided(gradient_checkpointing=asked)["activations"]
-    assert (outcome.value, outcome.source) == (dial, "plan")
+    assert (outcome.value, outcome.source) == (policy, "plan")
     assert outcome.reason.startswith(f"gradient_checkpointing is {asked}")
 
 

@@ -1,10 +1,11 @@
 import pytest
 
 from lorafit.config import RunConfig
-from lorafit.planning import DataFacts, hardware_named
-from lorafit.planning.duration import estimate_duration, steps_of, token_flops
-from lorafit.planning.execution_plan import plan_execution
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory import DataStats
+from lorafit.memory.execution_plan import plan_execution
+from lorafit.planning.forecast import estimate_duration, steps_of, token_flops
 from planning_shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
@@ -51,7 +52,7 @@ def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, tar
         max_steps=1000, epochs=1000, compile="off",
     )  # fmt: skip
     low, high = duration(
-        config, run, hardware_named("H200"), DataFacts(examples, tokens, tokens // 2, 512, 512.0)
+        config, run, hardware_named("H200"), DataStats(examples, tokens, tokens // 2, 512, 512.0)
     ).time_s
     assert low < measured_ms < high
 
@@ -92,19 +93,20 @@ def test_a_precision_the_device_lacks_is_slower(settings):
     assert lacking.time_s[1] > fitting.time_s[1]
 
 
-@pytest.mark.parametrize("dial", ["keep", "recompute", "feed_forward=16,offload=8"])
-def test_compiled_layers_take_what_the_dial_was_solved_with(dial):
-    rows = DataFacts(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
-    run = RunConfig(max_tokens=8192, examples_per_step=4, activations=dial, max_steps=1000, epochs=1000)
+@pytest.mark.parametrize("policy", ["keep", "recompute", "recompute_mlp_layers=16,offloaded_layers=8"])
+def test_compiled_layers_take_what_the_policy_was_solved_with(policy):
+    rows = DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
+    run = RunConfig(max_tokens=8192, examples_per_step=4, activations=policy, max_steps=1000, epochs=1000)
     plan = plan_execution(shape(), run, hardware_named("H200"), rows)
     low, high = estimate_duration(shape(), run, hardware_named("H200"), rows, plan).time_s
     assert low < 1000 * plan.step_s < high < 2.2 * low
 
 
 def test_few_tokens_take_what_starting_the_kernels_takes():
-    few, none = (DataFacts(16, 16 * tokens, 16 * tokens, tokens, float(tokens)) for tokens in (8, 1))
+    few, none = (DataStats(16, 16 * tokens, 16 * tokens, tokens, float(tokens)) for tokens in (8, 1))
     kept, graphs = (
-        RunConfig(examples_per_step=1, max_steps=1000, epochs=1000, activations=dial) for dial in ("keep", "graphs=64")
+        RunConfig(examples_per_step=1, max_steps=1000, epochs=1000, activations=policy)
+        for policy in ("keep", "cuda_graph_max_tokens=64")
     )
     times = [duration(LLAMA_8B, kept, hardware_named("H200"), rows).time_s[0] for rows in (few, none)]
     assert times[0] == pytest.approx(times[1], rel=0.05)

@@ -4,9 +4,10 @@ import pytest
 import yaml
 
 from lorafit.config import RunConfig
-from lorafit.planning import DataFacts, estimate_memory, hardware_named
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory import DataStats, estimate_memory
 from lorafit.planning.fit import obstacles
-from lorafit.planning.hardware import GIB, Hardware
 from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 H100 = hardware_named("H100")
@@ -34,7 +35,7 @@ def test_a_run_that_fits_has_no_obstacle():
         (LLAMA_1B, 3, {"gradient_checkpointing": "off"}),
         (LLAMA_8B, 12, {"quantization": "none"}),
         (LLAMA_8B, 8, {"activations": "keep"}),
-        (LLAMA_8B, 8, {"activations": "feed_forward=4", "max_tokens": 8192}),
+        (LLAMA_8B, 8, {"activations": "recompute_mlp_layers=4", "max_tokens": 8192}),
         (LLAMA_8B, 10, {"quantization": "none", "gradient_checkpointing": "off"}),
     ],
 )
@@ -130,7 +131,7 @@ def test_conv1d_is_said_not_to_be_supported_in_4_bits():
 
 
 def test_rows_beyond_learned_positions_stop_the_run_and_others_warn():
-    long_rows = DataFacts(100, 200_000, 100_000, 2_000, 2_000.0)
+    long_rows = DataStats(100, 200_000, 100_000, 2_000, 2_000.0)
     assert codes(config=GPT2, data=long_rows, targets=("c_attn",), quantization="none") == [("P0", "error")]
     assert codes(data=long_rows, changes={"max_position_embeddings": 1_024}) == [("P0", "warning")]
 

@@ -1,5 +1,6 @@
 from lorafit.config import RunConfig
-from lorafit.planning import estimate_memory, hardware_named
+from lorafit.hardware import hardware_named
+from lorafit.memory import estimate_memory
 from lorafit.planning.forecast import forecast
 from planning_shapes import facts, shape
 

@@ -1,8 +1,8 @@
 import pytest
 
 from lorafit.config import RunConfig
-from lorafit.planning import hardware_named
-from lorafit.planning.full import full_duration, full_memory, gpus_needed
+from lorafit.hardware import hardware_named
+from lorafit.planning.forecast import full_duration, full_memory, gpus_needed
 from planning_shapes import TINY, facts, shape
 
 H100 = hardware_named("H100")

@@ -1,6 +1,7 @@
 from lorafit.config import resolve
-from lorafit.planning import hardware_named, make_plan
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.planning import make_plan
 from lorafit.planning.matrix import MATRIX
 from planning_shapes import TINY, facts, shape
 
@@ -27,8 +28,10 @@ def test_the_chosen_row_is_the_plan_itself():
 
 def test_what_unpacked_weights_take_of_a_large_card_is_nothing_that_a_method_needs():
     small, large = (
-        make_plan(resolve(flags={"activations": dial, "quantization": "nf4"}), facts(), shape(), hardware_named("H200"))
-        for dial in ("keep", "weights=dense")
+        make_plan(
+            resolve(flags={"activations": policy, "quantization": "nf4"}), facts(), shape(), hardware_named("H200")
+        )
+        for policy in ("keep", "weights=dense")
     )
     assert large.memory.peak_bytes > small.memory.peak_bytes == large.memory.needed_bytes
     peaks = [next(option.peak_bytes for option in plan.options if option.chosen) for plan in (small, large)]

@@ -1,8 +1,11 @@
 import pytest
 
 from lorafit.config import RunConfig
-from lorafit.planning import estimate_memory, hardware_named, pitfalls, resolve_targets
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory import estimate_memory
+from lorafit.planning import pitfalls
+from lorafit.shapes import resolve_targets
 from planning_shapes import TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
@@ -33,9 +36,13 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
 
 @pytest.mark.parametrize(
     ("activations", "named"),
-    [("offload", "offload"), ("dense=2,graphs=64,embeddings=host", "dense, graphs, embeddings=host"), ("keep", "")],
+    [
+        ("offload", "offload"),
+        ("dequantized_layers=2,cuda_graph_max_tokens=64,host_embeddings=on", "dense, graphs, host_embeddings=on"),
+        ("keep", ""),
+    ],
 )
-def test_p2_a_dial_of_which_a_cpu_has_no_use(activations, named):
+def test_p2_a_policy_of_which_a_cpu_has_no_use(activations, named):
     settings = {"activations": activations, "gradient_checkpointing": "auto", "compute": "fp32"}
     messages = [finding.message for finding in found(CPU, **settings) if finding.code == "P2"]
     assert messages == ([f"activations ask for {named}, of which a CPU has no use"] if named else [])

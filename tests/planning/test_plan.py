@@ -8,8 +8,10 @@ from lorafit.config import resolve
 from lorafit.config.run_config import PLANNED
 from lorafit.errors import AdapterError
 from lorafit.findings import Finding
-from lorafit.planning import DataFacts, hardware_named, make_plan
-from lorafit.planning.hardware import GIB, Hardware
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory import DataStats
+from lorafit.planning import make_plan
 from planning_shapes import LLAMA_8B, PHI3, TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2, usd_per_hour=(0.04, 0.10))
@@ -107,7 +109,7 @@ def test_the_same_input_gives_the_same_plan():
 
 
 def test_no_rows_at_all_is_planned_without_a_crash():
-    _, plan = planned(data=DataFacts(0, 0, 0, 0, 0.0))
+    _, plan = planned(data=DataStats(0, 0, 0, 0, 0.0))
     assert plan.method == "QLoRA"
 
 

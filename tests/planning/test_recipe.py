@@ -2,7 +2,8 @@ import pytest
 import yaml
 
 from lorafit.config import load_recipe, resolve
-from lorafit.planning import hardware_named, make_plan, plan_recipe
+from lorafit.hardware import hardware_named
+from lorafit.planning import make_plan, plan_recipe
 from planning_shapes import TINY, facts, shape
 
 FLAGS = {"base": "models/a base", "data": ("a.jsonl", "b: c.jsonl"), "out": "runs/#1", "map": {"response": "text"}}

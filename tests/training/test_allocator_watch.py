@@ -2,16 +2,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.training.allocator_watch import IN_A_ROW, AllocatorWatch
 from lorafit.training.events import EventLog
 
 
 class Layers:
     def __init__(self, steps_left):
-        self.dial, self.steps_left = Dial(), steps_left
+        self.policy, self.steps_left = MemoryPolicy(), steps_left
 
-    def relieve(self):
+    def reduce_slightly(self):
         self.steps_left -= 1
         return self.steps_left >= 0
 
@@ -28,7 +28,7 @@ def run(retries_of_steps, steps_left=9, between=0):
     return [(event.kind, event.step) for event in events.seen]
 
 
-def test_steps_in_a_row_that_wait_for_memory_turn_the_dial():
+def test_steps_in_a_row_that_wait_for_memory_turn_the_policy():
     assert run([1] * IN_A_ROW) == [("tight_memory", IN_A_ROW)]
 
 
@@ -47,18 +47,36 @@ def test_it_gives_the_new_setting_its_time_and_stops_at_the_tightest():
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (Dial(dense=8), Dial(dense=4), "fewer weights lie unpacked now"),
-        (Dial(graphs=64), Dial(), "no CUDA graphs are recorded now"),
-        (Dial(offload=8), Dial(offload=11), "11 layers keep theirs on the host now, where 8 did"),
-        (Dial(offload=8), Dial(offload=2, feed_forward=9), "more is recomputed now"),
-        (Dial(feed_forward=6), Dial(feed_forward=5, offload=9), "9 layers keep theirs on the host now, where 0 did"),
-        (Dial(offload=8), Dial(offload=8), "less stays on the card now"),  # by a tighter schedule
+        (MemoryPolicy(dequantized_layers=8), MemoryPolicy(dequantized_layers=4), "fewer weights lie unpacked now"),
+        (MemoryPolicy(cuda_graph_max_tokens=64), MemoryPolicy(), "no CUDA graphs are recorded now"),
+        (
+            MemoryPolicy(offloaded_layers=8),
+            MemoryPolicy(offloaded_layers=11),
+            "11 layers keep theirs on the host now, where 8 did",
+        ),
+        (
+            MemoryPolicy(offloaded_layers=8),
+            MemoryPolicy(offloaded_layers=2, recompute_mlp_layers=9),
+            "more is recomputed now",
+        ),
+        (
+            MemoryPolicy(recompute_mlp_layers=6),
+            MemoryPolicy(recompute_mlp_layers=5, offloaded_layers=9),
+            "9 layers keep theirs on the host now, where 0 did",
+        ),
+        (
+            MemoryPolicy(offloaded_layers=8),
+            MemoryPolicy(offloaded_layers=8),
+            "less stays on the card now",
+        ),  # by a tighter schedule
     ],
 )
 def test_what_gave_way_is_said(before, after, said):
     layers, events, turned = Layers(1), EventLog(), []
-    layers.dial, layers.relieve = before, lambda: setattr(layers, "dial", after) or True
-    watch = AllocatorWatch(layers, events, retries=iter(range(99)).__next__, turned=lambda: turned.append(layers.dial))
+    layers.policy, layers.reduce_slightly = before, lambda: setattr(layers, "policy", after) or True
+    watch = AllocatorWatch(
+        layers, events, retries=iter(range(99)).__next__, turned=lambda: turned.append(layers.policy)
+    )
     for step in range(1, IN_A_ROW + 1):
         watch.on_step_begin(None, None, None)
         watch.on_step_end(None, SimpleNamespace(global_step=step), None)

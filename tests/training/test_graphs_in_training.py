@@ -12,7 +12,7 @@ import torch
 
 from little_run import encoded_rows, settings
 from lorafit.backbone import load_backbone
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import Graphs, Segments
 from lorafit.engine import cuda_graphs as graphs
 from lorafit.engine.cuda_graphs import Bucket
@@ -32,13 +32,13 @@ def base(tmp_path_factory):
 class Layers:
     """What graphs and the retry after an out-of-memory need of the decoder layers."""
 
-    def __init__(self, dial):
-        self.dial, self.turned, self.notes = dial, 0, []
+    def __init__(self, policy):
+        self.policy, self.turned, self.notes = policy, 0, []
         self.note = self.notes.append
 
-    def tighten(self):
-        tighter = self.dial.tighter(2)
-        self.dial = tighter or self.dial
+    def reduce_memory(self):
+        tighter = self.policy.next_smaller(2)
+        self.policy = tighter or self.policy
         return tighter is not None
 
 
@@ -64,14 +64,14 @@ def replaying(monkeypatch):
     monkeypatch.setattr(Graphs, "_finish", lambda self: None)
 
 
-def trained(base, folder, dial=None, when=lambda: False, **given):
+def trained(base, folder, policy=None, when=lambda: False, **given):
     """Losses, gradient norms and final adapters of a short run; and its trainer."""
     sizes = {"max_tokens": 4096, "examples_per_step": 4, "max_steps": STEPS, "save_steps": 100, "lr": 1e-2}
     config = settings(base=base, **sizes | given)
     model = attach(load_backbone(config, device="cpu"), config)
     trainer = LorafitTrainer(model, config, ROWS, None, folder, events=EventLog(folder / "events.jsonl"))
-    if dial is not None:
-        trainer.memory.layers = Layers(dial)
+    if policy is not None:
+        trainer.memory.layers = Layers(policy)
         trainer.graphs = Graphs(trainer.memory.layers, int(ROWS.lengths.max()), trainer._trained)
 
     def full(*unused):
@@ -89,7 +89,9 @@ def trained(base, folder, dial=None, when=lambda: False, **given):
 def test_losses_gradients_and_adapters_are_those_of_training_without(base, tmp_path, replaying, micro_tokens):
     wanted, weights, _ = trained(base, tmp_path / "plain", max_tokens=micro_tokens)
     # some micro-batches are too large for a graph, and add to the same gradients
-    found, got, trainer = trained(base, tmp_path / "graphs", Dial(graphs=80), max_tokens=micro_tokens)
+    found, got, trainer = trained(
+        base, tmp_path / "graphs", MemoryPolicy(cuda_graph_max_tokens=80), max_tokens=micro_tokens
+    )
     assert trainer.graphs.replays >= 4
     assert found == pytest.approx(wanted, rel=1e-4)
     assert float((got - weights).norm() / weights.norm()) < 1e-4
@@ -98,8 +100,10 @@ def test_losses_gradients_and_adapters_are_those_of_training_without(base, tmp_p
 def test_a_run_that_runs_out_of_memory_gives_graphs_up_and_goes_on(base, tmp_path, replaying):
     wanted, weights, _ = trained(base, tmp_path / "plain")
     calls = iter(range(10**6))
-    found, got, trainer = trained(base, tmp_path / "short", Dial(graphs=512), when=lambda: next(calls) == 7)
-    assert trainer.graphs.layers.dial == Dial() and not trainer.graphs._frames
+    found, got, trainer = trained(
+        base, tmp_path / "short", MemoryPolicy(cuda_graph_max_tokens=512), when=lambda: next(calls) == 7
+    )
+    assert trainer.graphs.layers.policy == MemoryPolicy() and not trainer.graphs._frames
     assert [event.kind for event in trainer.events.seen] == ["out_of_memory"]
     assert "no CUDA graphs from here on" in trainer.events.seen[0].message
     assert found == pytest.approx(wanted, rel=1e-4)
@@ -107,13 +111,13 @@ def test_a_run_that_runs_out_of_memory_gives_graphs_up_and_goes_on(base, tmp_pat
 
 
 def test_dropout_draws_for_every_micro_batch(base, tmp_path, replaying):
-    found, _, trainer = trained(base, tmp_path, Dial(graphs=512), dropout=0.5, lr=1e-9)
+    found, _, trainer = trained(base, tmp_path, MemoryPolicy(cuda_graph_max_tokens=512), dropout=0.5, lr=1e-9)
     assert trainer.graphs.replays >= 4
     assert len(set(found[::2])) == len(found[::2])
 
 
 def test_evaluation_and_saving_that_run_out_of_memory_have_the_graphs_memory(base, tmp_path, replaying):
-    _, _, trainer = trained(base, tmp_path, Dial(graphs=512))
+    _, _, trainer = trained(base, tmp_path, MemoryPolicy(cuda_graph_max_tokens=512))
     for short_of in (
         lambda work: trainer.memory.evaluate(STEPS, ROWS, lambda batch: work() or torch.zeros(())),
         lambda work: trainer.memory.save(STEPS, work),
@@ -128,4 +132,4 @@ def test_evaluation_and_saving_that_run_out_of_memory_have_the_graphs_memory(bas
         trainer.train()
         assert trainer.graphs._frames
         short_of(work)
-        assert given[:2] == [True, False] and trainer.graphs.layers.dial == Dial(graphs=512)
+        assert given[:2] == [True, False] and trainer.graphs.layers.policy == MemoryPolicy(cuda_graph_max_tokens=512)

@@ -11,7 +11,7 @@ import torch
 from gloo_worker import LENGTHS, adapted
 from little_run import encoded_rows, settings
 from lorafit.backbone import load_backbone
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import PAGE_BYTES, packed, release_memory
 from lorafit.errors import TrainingError
 from lorafit.methods.lora import attach
@@ -83,12 +83,12 @@ def test_dropout_draws_again_from_the_same_stream(base, tmp_path):
     """A failure that changes no layout (a single row, then more recompute) leaves the very same bits."""
 
     class Recompute:
-        dial = Dial()
+        policy = MemoryPolicy()
 
         def __init__(self):
             self.left = 1
 
-        def tighten(self):
+        def reduce_memory(self):
             self.left -= 1
             return self.left >= 0
 
@@ -135,9 +135,9 @@ def test_recompute_comes_after_single_rows_and_is_asked_until_it_helps(base, tmp
     asked = []
 
     class Layers:
-        dial = Dial()
+        policy = MemoryPolicy()
 
-        def tighten(self):
+        def reduce_memory(self):
             asked.append(memory_of[0].tokens)
             memory_of[0].tokens += 20
             return True
@@ -156,15 +156,17 @@ def test_recompute_comes_after_single_rows_and_is_asked_until_it_helps(base, tmp
 
 def test_unpacked_weights_are_given_up_before_a_micro_batch_is_halved(base, tmp_path):
     class Layers:
-        dial, memory = Dial(dense=5), None
+        policy, memory = MemoryPolicy(dequantized_layers=5), None
 
-        def tighten(self):
-            self.dial = self.dial.tighter(2)
+        def reduce_memory(self):
+            self.policy = self.policy.next_smaller(2)
             return True
 
     layers = Layers()
-    trainer, _, got, loss = trained_step(base, tmp_path, when=lambda: layers.dial.dense > 1, layers=layers)
-    assert str(layers.dial) == "dense=1" and trainer.layout.micro_tokens == 4096
+    trainer, _, got, loss = trained_step(
+        base, tmp_path, when=lambda: layers.policy.dequantized_layers > 1, layers=layers
+    )
+    assert str(layers.policy) == "dequantized_layers=1" and trainer.layout.micro_tokens == 4096
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert ["stay unpacked" in event["message"] for event in events] == [True]
     whole = trained_step(base, tmp_path / "whole")

@@ -14,7 +14,7 @@ from lorafit.data import Prepared, Template, prepare
 from lorafit.data.summary import Progress
 from lorafit.errors import AdapterError, BackboneError
 from lorafit.findings import Finding, Severity, has_errors
-from lorafit.planning import hardware_here
+from lorafit.hardware import hardware_here
 
 PITFALLS = tuple(f"P{number}" for number in range(1, 8))
 

@@ -68,13 +68,13 @@ def go_on_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], ev
 def layout_of(trainer: LorafitTrainer, rehearsal: Rehearsal | None) -> dict[str, Any]:
     """What of a run's layout its last bits depend on, as JSON values.
 
-    On a card the dial that was rehearsed counts, whatever the settings say: a run that goes on keeps it.
+    On a card the policy that was rehearsed counts, whatever the settings say: a run that goes on keeps it.
     """
     config, tokens = trainer.config, trainer.layout.micro_tokens
     layout = {key: getattr(config, key) for key in LAYOUT if key != "max_tokens"}
     if rehearsal is not None:
         del layout["activations"], layout["gradient_checkpointing"]
-        layout["dial"] = str(replace(rehearsal.dial, micro_tokens=None))
+        layout["policy"] = str(replace(rehearsal.policy, micro_tokens=None))
     return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_tokens)}
 
 

@@ -12,8 +12,11 @@ from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, largest_step, prepare
 from lorafit.data.summary import Progress
 from lorafit.findings import has_errors
-from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
-from lorafit.planning.duration import steps_of
+from lorafit.hardware import Hardware, hardware_for
+from lorafit.memory import DataStats
+from lorafit.planning import Plan, make_plan, plan_recipe
+from lorafit.planning.forecast import steps_of
+from lorafit.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) ->
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 
 
-def facts_of(prepared: Prepared, config: RunConfig) -> DataFacts:
+def facts_of(prepared: Prepared, config: RunConfig) -> DataStats:
     """What the plan needs to know of the data, and of how `config` walks through them."""
     train = prepared.train
     tokens = int(train.lengths.sum())
-    facts = DataFacts(
+    facts = DataStats(
         rows=len(train),
         tokens=tokens,
         supervised_tokens=int(train.supervised.sum()),

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from lorafit.config import Resolved, RunConfig, Source, parse_bytes
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import largest_step
 from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.errors import RunDirError
-from lorafit.planning.dial import dial_of
-from lorafit.planning.micro_batch import most_tokens
-from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
+from lorafit.memory.inputs import most_tokens, policy_of
+from lorafit.memory.static_memory import ADAM_8BIT_BYTES, ADAM_BYTES
 from lorafit.runs import RunDir
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
 
@@ -31,9 +30,9 @@ CARD_SHARE = 0.97
 
 @contextlib.contextmanager
 def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -> Iterator[Rehearsal | None]:
-    """Within it the model's layers run as the dial says: solved and proved on a card, as it is written on a CPU.
+    """Within it the model's layers run as the policy says: solved and proved on a card, as it is written on a CPU.
 
-    A run that goes on keeps the dial it had, so that its bits stay the same, unless it is asked for another. Yields
+    A run that goes on keeps the policy it had, so that its bits stay the same, unless it is asked for another. Yields
     what the rehearsal found.
     """
     config = resolved.config
@@ -41,10 +40,10 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     on_card = trainer.args.device.type == "cuda"
     layers = DecoderLayers(trainer.model, compiled=config.compile == "on" or (config.compile == "auto" and on_card))
     layers.tell = lambda text: trainer.events.record("eager_layers", trainer.state.global_step, text)
-    layers.dial = dial_of(config, len(layers)) or Dial()
+    layers.policy = policy_of(config, len(layers)) or MemoryPolicy()
     if not on_card:
-        trainer.layout.micro_tokens = layers.dial.micro_tokens or config.max_tokens
-        with contextlib.nullcontext() if layers.dial == Dial() and not layers.compiled else layers:
+        trainer.layout.micro_tokens = layers.policy.micro_tokens or config.max_tokens
+        with contextlib.nullcontext() if layers.policy == MemoryPolicy() and not layers.compiled else layers:
             yield None
         return
     by_hand = resolved.sources.get("activations", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
@@ -54,10 +53,10 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     work = _work(trainer, grows=solves)
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
-    found = replace(found, dial=found.dial.sized(work.max_tokens, config.max_tokens))
+    found = replace(found, policy=found.policy.sized(work.max_tokens, config.max_tokens))
 
     def write() -> None:
-        now = {"dial": str(layers.dial), "schedule": layers.offload.schedule, "notes": layers.notes}
+        now = {"policy": str(layers.policy), "schedule": layers.offload.schedule, "notes": layers.notes}
         run.write_json(run.engine, {**asdict(found), **now, **asdict(before or wish)})
 
     def write_if_possible() -> None:
@@ -77,7 +76,7 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What was asked of the dial: nothing (`auto`) or a setting by hand; the setting in force, the plan's where it is
+    """What was asked of the policy: nothing (`auto`) or a setting by hand; the setting in force, the plan's where it is
     nobody else's; and the budget. Stands in engine.json, so that a run which goes on knows whether that changed."""
 
     asked: str
@@ -101,24 +100,24 @@ class _Wish:
 
 
 def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
-    """Turn `layers` to the dial that a run which goes on has had, and return what was asked for then; None when it had
+    """Turn `layers` to the policy that a run which goes on has had, and return what was asked for then; None when it had
     none, or another is asked for now."""
     # one that a run left which never began is not this run's
     known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
     if known is None or not wish.is_that_of(known):
         return None
-    layers.dial = Dial.parse(known["dial"], len(layers))
-    layers.follow(known["schedule"])
+    layers.policy = MemoryPolicy.parse(known["policy"], len(layers))
+    layers.set_schedule(known["schedule"])
     return _Wish(known["asked"], known["planned"], known["vram"]) if "planned" in known else wish
 
 
 def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal, turned: Callable[[], object]) -> None:
-    """Have `trainer` lay steps out as the dial says that was found, and turn `layers` when its memory is short, upon
-    which `turned` is called: a run that goes on begins with the dial that it ended with."""
-    dial = layers.dial = found.dial
-    trainer.layout.micro_tokens = dial.micro_tokens or trainer.config.max_tokens
+    """Have `trainer` lay steps out as the policy says that was found, and turn `layers` when its memory is short, upon
+    which `turned` is called: a run that goes on begins with the policy that it ended with."""
+    policy = layers.policy = found.policy
+    trainer.layout.micro_tokens = policy.micro_tokens or trainer.config.max_tokens
     trainer.memory.layers = layers
-    if dial.graphs:
+    if policy.cuda_graph_max_tokens:
         trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         longest = int(trainer.train_rows.lengths.max())
         trainer.graphs = Graphs(layers, longest, trained, arena_bytes=found.graph_bytes)
@@ -149,7 +148,7 @@ def budget_bytes(config: RunConfig) -> int:
 
 
 def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
-    """The run's micro-batches, of at most `max_tokens` where the dial does not say; `grows`: of up to a whole step."""
+    """The run's micro-batches, of at most `max_tokens` where the policy does not say; `grows`: of up to a whole step."""
     config, rows = trainer.config, trainer.train_rows
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, trainer.args.max_steps)
     step_tokens = int(rows.lengths[step].sum())

@@ -26,7 +26,7 @@ from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
 from lorafit.findings import Finding
-from lorafit.planning import hardware_here
+from lorafit.hardware import hardware_here
 from lorafit.runs import RunDir, RunIdentity, RunLock
 from lorafit.runs.lookup import OtherRows, Place, begin_anew, find_place, next_free, put_back
 from lorafit.training import EventLog, deterministic

@@ -103,5 +103,5 @@ def _grid() -> Table:
 
 def _show_grid(grid: Table) -> None:
     for column in grid.columns:
-        column.overflow = "fold"  # a dial is one long word, and no part of it may be left out
+        column.overflow = "fold"  # a policy is one long word, and no part of it may be left out
     PEOPLE.print(Padding(grid, (0, 0, 0, 2)))

@@ -104,7 +104,7 @@ class ConsoleObserver(Observer):
             heading(
                 "rehearse",
                 f"[bold]{gib(rehearsal.peak_bytes)}[/bold] of {gib(rehearsal.budget_bytes)} on the largest "
-                f"micro-batch, activations {rehearsal.dial}; {duration(rehearsal.elapsed_s)}, "
+                f"micro-batch, activations {rehearsal.policy}; {duration(rehearsal.elapsed_s)}, "
                 f"{duration(rehearsal.compile_s)} of them compiling",
             )
         self.progress.start()

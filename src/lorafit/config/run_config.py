@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from lorafit.config.dial import Dial
-from lorafit.config.size import parse_bytes
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.config.units import parse_bytes
 from lorafit.errors import UsageError
 
 MANY = 1 << 20
@@ -141,17 +141,17 @@ class RunConfig(BaseModel):
 
     @field_validator("activations")
     @classmethod
-    def _is_a_dial(cls, value: str) -> str:
+    def _is_a_policy(cls, value: str) -> str:
         if value != "auto":
-            Dial.parse(value, layers=1)
+            MemoryPolicy.parse(value, layers=1)
         return value
 
     @model_validator(mode="after")
     def _one_wish_about_activations(self) -> RunConfig:
         if self.activations == "auto" or self.gradient_checkpointing == "auto":
             return self
-        dial, wants = Dial.parse(self.activations, layers=MANY), self.gradient_checkpointing != "off"
-        if dial.feed_forward or (dial.whole > 0) != wants:
+        policy, wants = MemoryPolicy.parse(self.activations, layers=MANY), self.gradient_checkpointing != "off"
+        if policy.recompute_mlp_layers or (policy.recompute_layers > 0) != wants:
             raise UsageError(
                 f"gradient_checkpointing is {self.gradient_checkpointing}, and '{self.activations}' says otherwise",
                 where="activations",

@@ -28,7 +28,7 @@ SETTING_ALIASES = {
     "target_modules": "targets",
     "lora_target_modules": "targets",
     "torch_compile": "compile",
-    "dial": "activations",
+    "policy": "activations",
     "dense": "activations",
     "weights": "activations",
     "offload": "activations",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lorafit.planning.detect import available_cores
+from lorafit.hardware.detect import available_cores
 
 OPTION = "expandable_segments"
 GROWING, FIXED = f"{OPTION}:True", f"{OPTION}:False"

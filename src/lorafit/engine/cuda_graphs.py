@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.allocator import fixed_blocks, release_memory
 from lorafit.engine.attention.packed import ROUND_WIDTH
 from lorafit.engine.layers.decoder import DecoderLayers
@@ -121,7 +121,7 @@ def recordable(layers: DecoderLayers) -> bool:
 
 
 class Graphs:
-    """Runs micro-batches of at most `layers.dial.graphs` tokens as CUDA graphs, others as they are.
+    """Runs micro-batches of at most `layers.policy.cuda_graph_max_tokens` tokens as CUDA graphs, others as they are.
 
     A bucket's first micro-batch runs as it is, its second is recorded. All graphs share one pool of memory, since no
     two run at once, and add to gradients that stay where they are. The pool begins with one block of `arena_bytes`:
@@ -142,14 +142,14 @@ class Graphs:
         self._frames: OrderedDict[Bucket, _Frame] = OrderedDict()
         self._gradients: list[Tensor] = []
         self._arena: torch.cuda.CUDAGraph | None = None
-        self._of: tuple[Dial, int, list[int]] | None = None
+        self._of: tuple[MemoryPolicy, int, list[int]] | None = None
         self._pool: Any = None
 
     @property
     def records(self) -> bool:
         """Whether micro-batches that are small enough are filled up and recorded."""
-        dial = self.layers.dial
-        return dial.graphs > 0 and dial.takes_graphs and recordable(self.layers)
+        policy = self.layers.policy
+        return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and recordable(self.layers)
 
     @property
     def gradient_bytes(self) -> int:
@@ -161,14 +161,14 @@ class Graphs:
         if not self.records:
             self.forget()
             return work(batch.to(self.device, non_blocking=True), share)
-        now = self.layers.dial, self.layers.turned, [weight.data_ptr() for weight in self.trained]
+        now = self.layers.policy, self.layers.turned, [weight.data_ptr() for weight in self.trained]
         if now != self._of:
             self.forget()
             self._of = now
         self._own_gradients()
-        if batch.tokens > self.layers.dial.graphs:
+        if batch.tokens > self.layers.policy.cuda_graph_max_tokens:
             return work(batch.to(self.device, non_blocking=True), share)
-        frame = self._frame(Bucket.of(batch, self.layers.dial.graphs, self.longest))
+        frame = self._frame(Bucket.of(batch, self.layers.policy.cuda_graph_max_tokens, self.longest))
         frame.take(batch, share)
         if frame.seen and frame.graph is None and not self.failed:
             self._record(frame, work)

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.config import Resolved, RunConfig
-from lorafit.planning.dial import Dial
-from lorafit.planning.execution_plan import ExecutionPlan, plan_execution
-from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import Hardware
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.config.units import size_in_words
+from lorafit.hardware.device import Hardware
+from lorafit.memory.estimate import estimate_memory, memory_of
+from lorafit.memory.execution_plan import ExecutionPlan, plan_execution
+from lorafit.memory.inputs import DataStats
+from lorafit.memory.static_memory import adapter_parameters, compute_of, optimizer_of
 from lorafit.planning.matrix import DEFAULT_SERVING, HUGE, SERVING, Case, Rule, choose
-from lorafit.planning.memory import estimate_memory, memory_of
-from lorafit.planning.shape import ModelShape
-from lorafit.planning.size import size_in_words
-from lorafit.planning.standing import adapter_parameters, compute_of, optimizer_of
-from lorafit.planning.targets import resolve_targets
+from lorafit.shapes.shape import ModelShape, resolve_targets
 
 ADAPTER_KEYS = ("rank", "alpha", "quantization", "targets")
 """Who sets one of these wants an adapter, whatever the matrix says."""
@@ -57,7 +56,7 @@ class Decided:
         return "QLoRA" if quantization == "nf4" else "LoRA"
 
 
-def decide(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> Decided:
+def decide(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Decided:
     """The matrix's row for this data, and each planned setting; what a recipe or flag set is kept."""
     rule = _rule(resolved, facts, shape, hardware)
     config = resolved.config
@@ -84,7 +83,7 @@ def decide(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Ha
     return Decided(rule, tuple(decisions))
 
 
-def _rule(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> Rule:
+def _rule(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Rule:
     config = resolved.config
     rows = facts.rows
     if any(resolved.is_set(key) for key in ADAPTER_KEYS) and config.goal == "accuracy":
@@ -92,7 +91,7 @@ def _rule(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Har
     return choose(Case(rows, config.goal, fits_16bit(config, facts, shape, hardware)))
 
 
-def fits_16bit(config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> bool:
+def fits_16bit(config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware) -> bool:
     """Whether the base fits unquantised, with room for the estimate's error and activations recomputed."""
     if shape.quantized or config.compute == "fp8":
         return False
@@ -150,7 +149,7 @@ def _optimizer(config: RunConfig, shape: ModelShape, hardware: Hardware, rule: R
 
 
 def _activations(
-    config: RunConfig, facts: DataFacts, shape: ModelShape, hardware: Hardware, rule: Rule
+    config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware, rule: Rule
 ) -> tuple[str, str]:
     if not rule.rank:
         return "recompute", "activations of every weight's gradient would not fit"
@@ -161,7 +160,7 @@ def _activations(
     speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if hardware.kind == "cuda" else ""
     there = size_in_words(hardware.memory_bytes)
     room = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {there}"
-    return str(plan.dial), f"{why}: {speed}{room}" + ("" if memory.fits(hardware) else ", and nothing needs less")
+    return str(plan.policy), f"{why}: {speed}{room}" + ("" if memory.fits(hardware) else ", and nothing needs less")
 
 
 def speed_in_words(tokens_per_s: float) -> str:
@@ -172,26 +171,38 @@ def speed_in_words(tokens_per_s: float) -> str:
 
 
 def in_words(plan: ExecutionPlan, layers: int) -> str:
-    """What a person should know of the plan's dial."""
-    dial = plan.dial
-    parts = ["every activation stays on the device"] if not (dial.whole or dial.feed_forward or dial.offload) else []
-    if dial.whole:
-        parts.append(f"{dial.whole} of {layers} layers are recomputed")
-    if dial.feed_forward:
-        parts.append(f"{dial.feed_forward} of {layers} layers recompute their feed-forward")
-    if dial.offload or dial.host_embeddings:
-        parts.append(_on_the_host(dial, plan.host_bytes))
-    if dial.dense:
-        parts.append(f"the 4-bit weights of {dial.dense} of {layers} layers lie unpacked in what is left")
+    """What a person should know of the plan's policy."""
+    policy = plan.policy
+    parts = (
+        ["every activation stays on the device"]
+        if not (policy.recompute_layers or policy.recompute_mlp_layers or policy.offloaded_layers)
+        else []
+    )
+    if policy.recompute_layers:
+        parts.append(f"{policy.recompute_layers} of {layers} layers are recomputed")
+    if policy.recompute_mlp_layers:
+        parts.append(f"{policy.recompute_mlp_layers} of {layers} layers recompute their feed-forward")
+    if policy.offloaded_layers or policy.host_embeddings:
+        parts.append(_on_the_host(policy, plan.host_bytes))
+    if policy.dequantized_layers:
+        parts.append(
+            f"the 4-bit weights of {policy.dequantized_layers} of {layers} layers lie unpacked in what is left"
+        )
     if plan.graph_bytes:
-        parts.append(f"micro-batches of up to {dial.graphs:,} tokens run as CUDA graphs")
-    if dial.micro_tokens:
-        parts.append(f"micro-batches have up to {dial.micro_tokens:,} tokens")
+        parts.append(f"micro-batches of up to {policy.cuda_graph_max_tokens:,} tokens run as CUDA graphs")
+    if policy.micro_tokens:
+        parts.append(f"micro-batches have up to {policy.micro_tokens:,} tokens")
     return ", ".join(parts)
 
 
-def _on_the_host(dial: Dial, size_bytes: int) -> str:
-    kept = f"what {dial.offload} layers keep" if dial.offload > 1 else "what one layer keeps" if dial.offload else ""
-    waiting = [*([kept] if kept else []), *(["the input embeddings"] if dial.host_embeddings else [])]
-    many = dial.host_embeddings
+def _on_the_host(policy: MemoryPolicy, size_bytes: int) -> str:
+    kept = (
+        f"what {policy.offloaded_layers} layers keep"
+        if policy.offloaded_layers > 1
+        else "what one layer keeps"
+        if policy.offloaded_layers
+        else ""
+    )
+    waiting = [*([kept] if kept else []), *(["the input embeddings"] if policy.host_embeddings else [])]
+    many = policy.host_embeddings
     return f"{' and '.join(waiting)} {'wait' if many else 'waits'} in {size_in_words(size_bytes)} of the host's memory"

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorafit.config import RunConfig, parse_bytes
+from lorafit.config.units import at_least, at_most
 from lorafit.findings import Finding, Severity
-from lorafit.planning.cards import CARDS
-from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import GIB, Hardware, from_card
-from lorafit.planning.memory import MemoryEstimate, estimate_memory
-from lorafit.planning.shape import ModelShape
-from lorafit.planning.size import at_least, at_most
-from lorafit.planning.standing import compute_of
+from lorafit.hardware.catalogue import CARDS
+from lorafit.hardware.device import GIB, Hardware, from_card
+from lorafit.memory.estimate import MemoryEstimate, estimate_memory
+from lorafit.memory.inputs import DataStats
+from lorafit.memory.static_memory import compute_of
+from lorafit.shapes.shape import ModelShape
 
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10
@@ -22,7 +22,7 @@ TENTH = GIB // 10
 
 
 def obstacles(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataStats
 ) -> Iterator[Finding]:
     """Everything that would stop the run: memory, a base of the wrong kind, rows beyond its positions."""
     yield from _kind(config, shape)
@@ -61,7 +61,7 @@ def _kind(config: RunConfig, shape: ModelShape) -> Iterator[Finding]:
         )
 
 
-def _positions(shape: ModelShape, facts: DataFacts) -> Iterator[Finding]:
+def _positions(shape: ModelShape, facts: DataStats) -> Iterator[Finding]:
     if shape.max_positions and facts.longest > shape.max_positions:
         learned = shape.learned_positions
         yield Finding(
@@ -109,7 +109,7 @@ def _there(config: RunConfig, hardware: Hardware) -> str:
 
 
 def _too_large(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataStats
 ) -> Finding:
     return Finding(
         "P0",
@@ -122,7 +122,7 @@ def _too_large(
 
 
 def _tight(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataFacts
+    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate, facts: DataStats
 ) -> Finding:
     return Finding(
         "P0",
@@ -135,7 +135,7 @@ def _tight(
 
 
 def what_would_fit(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, facts: DataFacts, margin: float = 0.0
+    config: RunConfig, shape: ModelShape, hardware: Hardware, facts: DataStats, margin: float = 0.0
 ) -> str:
     """The smallest change of settings that fits with the `margin` of the estimate to spare, else the memory, and the
     smallest card, that would do with all of them."""
@@ -166,7 +166,7 @@ def _remedies(config: RunConfig, shape: ModelShape) -> Iterator[dict[str, Any]]:
 
 
 def _more_memory(
-    config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts, margin: float
+    config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataStats, margin: float
 ) -> str:
     def fits(tenths: int) -> bool:
         device = hardware.with_memory(tenths * TENTH)
@@ -194,7 +194,7 @@ def _smallest_card(size_bytes: int, compute: str) -> Hardware | None:
     return next((card for card in able if card.memory_bytes >= size_bytes), None)
 
 
-def _peak(config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataFacts) -> int:
+def _peak(config: RunConfig, changes: dict[str, Any], shape: ModelShape, hardware: Hardware, facts: DataStats) -> int:
     changed = config.model_copy(update=changes)
     return estimate_memory(shape, changed, hardware, facts).peak_bytes
 

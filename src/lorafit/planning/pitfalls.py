@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafit.config import RunConfig
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.config.units import at_least, at_most
 from lorafit.findings import Finding, Severity
-from lorafit.planning.dial import Dial, dial_of
-from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import Hardware
+from lorafit.hardware.device import Hardware
+from lorafit.memory.estimate import MemoryEstimate
+from lorafit.memory.inputs import DataStats, policy_of
 from lorafit.planning.matrix import rank_limit
-from lorafit.planning.memory import MemoryEstimate
-from lorafit.planning.shape import ModelShape
-from lorafit.planning.size import at_least, at_most
+from lorafit.shapes.shape import ModelShape
 
 MAX_DROPOUT = 0.1
 
@@ -22,7 +22,7 @@ def pitfalls(
     shape: ModelShape,
     hardware: Hardware,
     memory: MemoryEstimate,
-    facts: DataFacts,
+    facts: DataStats,
     targets: tuple[str, ...],
 ) -> list[Finding]:
     """What a run with these settings would regret, in the order of the codes. `config` is the planned one."""
@@ -55,8 +55,8 @@ def _checkpointing(
 ) -> Iterator[Finding]:
     room = hardware.memory_bytes
     said = "gradient checkpointing is off" if config.gradient_checkpointing == "off" else "activations are kept"
-    dial = dial_of(config, shape.layers)
-    if dial == Dial() and memory.kept_bytes > room:
+    policy = policy_of(config, shape.layers)
+    if policy == MemoryPolicy() and memory.kept_bytes > room:
         where = "gradient_checkpointing" if config.gradient_checkpointing == "off" else "activations"
         yield Finding(
             "P2",
@@ -67,7 +67,7 @@ def _checkpointing(
             why="the run would end in out-of-memory at its first full micro-batch",
             fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
         )
-    idle = _idle(dial) if dial and hardware.kind == "cpu" else []
+    idle = _idle(policy) if policy and hardware.kind == "cpu" else []
     if idle:
         yield Finding(
             "P2",
@@ -89,10 +89,16 @@ def _checkpointing(
         )
 
 
-def _idle(dial: Dial) -> list[str]:
-    """What of `dial` bears on a card alone."""
-    of_a_card = {"offload": dial.offload, "dense": dial.dense, "graphs": dial.graphs}
-    return [key for key, value in of_a_card.items() if value] + (["embeddings=host"] if dial.host_embeddings else [])
+def _idle(policy: MemoryPolicy) -> list[str]:
+    """What of `policy` bears on a card alone."""
+    of_a_card = {
+        "offload": policy.offloaded_layers,
+        "dense": policy.dequantized_layers,
+        "graphs": policy.cuda_graph_max_tokens,
+    }
+    return [key for key, value in of_a_card.items() if value] + (
+        ["host_embeddings=on"] if policy.host_embeddings else []
+    )
 
 
 def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
@@ -158,7 +164,7 @@ def _serving(config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _rank(config: RunConfig, facts: DataFacts) -> Iterator[Finding]:
+def _rank(config: RunConfig, facts: DataStats) -> Iterator[Finding]:
     limit = rank_limit(facts.rows)
     if config.rank > limit:
         yield Finding(

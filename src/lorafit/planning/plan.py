@@ -7,18 +7,16 @@ from typing import Any
 
 from lorafit.config import Resolved, RunConfig
 from lorafit.findings import Finding, chosen, has_errors
+from lorafit.hardware.device import Hardware
+from lorafit.memory.estimate import MemoryEstimate
+from lorafit.memory.inputs import DataStats
+from lorafit.memory.static_memory import adapter_parameters
 from lorafit.planning.decisions import Decided, Decision, decide
-from lorafit.planning.facts import DataFacts
 from lorafit.planning.fit import obstacles
-from lorafit.planning.forecast import Forecast, forecast
-from lorafit.planning.full import REASON, not_built
-from lorafit.planning.hardware import Hardware
-from lorafit.planning.memory import MemoryEstimate
-from lorafit.planning.options import Option, price_options
+from lorafit.planning.forecast import REASON, Forecast, forecast, not_built
+from lorafit.planning.matrix import Option, price_options
 from lorafit.planning.pitfalls import pitfalls
-from lorafit.planning.shape import ModelShape
-from lorafit.planning.standing import adapter_parameters
-from lorafit.planning.targets import resolve_targets
+from lorafit.shapes.shape import ModelShape, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Plan:
     options: tuple[Option, ...]
     findings: tuple[Finding, ...]
     shape: ModelShape
-    facts: DataFacts
+    facts: DataStats
 
     @property
     def method(self) -> str:
@@ -132,7 +130,7 @@ class Plan:
         }
 
 
-def make_plan(resolved: Resolved, facts: DataFacts, shape: ModelShape, hardware: Hardware) -> Plan:
+def make_plan(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Plan:
     """Decide every planned setting that nobody set, estimate memory, time and cost, and judge the result.
 
     Raises AdapterError when the targets are not in the model.
@@ -165,7 +163,7 @@ def _findings(
     shape: ModelShape,
     hardware: Hardware,
     memory: MemoryEstimate,
-    facts: DataFacts,
+    facts: DataStats,
     targets: tuple[str, ...],
 ) -> list[Finding]:
     judged = pitfalls(config, shape, hardware, memory, facts, targets)

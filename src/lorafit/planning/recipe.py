@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lorafit.config import RunConfig
-from lorafit.planning.full import LEARNING_RATE
+from lorafit.planning.forecast import LEARNING_RATE
 from lorafit.planning.plan import Plan
 
 WIDTH = 1 << 20

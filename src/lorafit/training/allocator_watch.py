@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import allocator_retries
 from lorafit.training.events import EventLog
 from lorafit.training.memory_retry import Layers
@@ -18,7 +18,7 @@ IN_A_ROW = 3
 class AllocatorWatch(TrainerCallback):
     """Relieves `layers` when IN_A_ROW steps each made the allocator ask again: every time stops the card, and a run
     that lives so takes half as long again (10,661 tokens/s for 17,733 at 16 GiB). Reads a counter of the host.
-    `turned` is called when the dial has been."""
+    `turned` is called when the policy has been."""
 
     def __init__(
         self,
@@ -40,25 +40,28 @@ class AllocatorWatch(TrainerCallback):
         if self.in_a_row < IN_A_ROW:
             return
         self.in_a_row = 0
-        before = self.layers.dial
-        if self.layers.relieve():
+        before = self.layers.policy
+        if self.layers.reduce_slightly():
             self.events.record(
                 "tight_memory",
                 state.global_step,
                 f"the memory was so full that {IN_A_ROW} steps in a row waited for it; "
-                f"{_what_gave_way(before, self.layers.dial)}",
-                dial=str(self.layers.dial),
+                f"{_what_gave_way(before, self.layers.policy)}",
+                policy=str(self.layers.policy),
             )
             self.turned()
 
 
-def _what_gave_way(before: Dial, after: Dial) -> str:
-    if before.dense > after.dense:
+def _what_gave_way(before: MemoryPolicy, after: MemoryPolicy) -> str:
+    if before.dequantized_layers > after.dequantized_layers:
         return "fewer weights lie unpacked now"
-    if before.graphs > after.graphs:
+    if before.cuda_graph_max_tokens > after.cuda_graph_max_tokens:
         return "no CUDA graphs are recorded now"
-    if (after.whole, after.whole + after.feed_forward) > (before.whole, before.whole + before.feed_forward):
+    if (after.recompute_layers, after.recompute_layers + after.recompute_mlp_layers) > (
+        before.recompute_layers,
+        before.recompute_layers + before.recompute_mlp_layers,
+    ):
         return "more is recomputed now"
-    if after.offload > before.offload:
-        return f"{after.offload} layers keep theirs on the host now, where {before.offload} did"
+    if after.offloaded_layers > before.offloaded_layers:
+        return f"{after.offloaded_layers} layers keep theirs on the host now, where {before.offloaded_layers} did"
     return "less stays on the card now"

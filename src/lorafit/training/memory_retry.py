@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows
 from lorafit.engine import MicroBatch, Step, release_memory
 from lorafit.errors import TrainingError
@@ -39,12 +39,12 @@ T = TypeVar("T")
 class Layers(Protocol):
     """The engine's decoder layers, as far as this file needs them."""
 
-    dial: Dial
+    policy: MemoryPolicy
 
-    def tighten(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Recompute more than before; False when everything is recomputed already."""
 
-    def relieve(self) -> bool:
+    def reduce_slightly(self) -> bool:
         """Take a little less memory; False when everything is recomputed already."""
 
 
@@ -100,7 +100,7 @@ class MemoryRetry:
                 half = (len(members) + 1) // 2
                 self._note(number, outcome, f"evaluating {len(members)} rows at once; they are halved")
                 waiting += [members[half:], members[:half]]
-            elif self._tighten(number, outcome):
+            elif self._reduce_memory(number, outcome):
                 waiting.append(members)
             else:
                 raise _too_large(rows, int(members[0]), "evaluation")
@@ -119,14 +119,16 @@ class MemoryRetry:
         """What to set next time, where the memory ran out at all."""
         if not self.times:
             return None
-        dial = replace(self.layers.dial if self.layers else Dial(), micro_tokens=self.steps.layout.micro_tokens)
+        policy = replace(
+            self.layers.policy if self.layers else MemoryPolicy(), micro_tokens=self.steps.layout.micro_tokens
+        )
         return Finding(
             "R001",
             Severity.WARNING,
             f"the memory ran out {self.times} times; the run went on in a smaller layout",
             where="events.jsonl",
             why="each time costs the step that is done again",
-            fix=f"next time set activations: {dial}",
+            fix=f"next time set activations: {policy}",
         )
 
     def _whole(self, step: Step, forward: Forward) -> torch.Tensor | _Failed:
@@ -150,9 +152,17 @@ class MemoryRetry:
 
     def _make_room(self, number: int, step: Step, failed: _Failed) -> None:
         layout, batch = self.steps.layout, failed.batch
-        dial = self.layers.dial if self.layers is not None else Dial()
-        if self.layers is not None and (dial.dense or dial.graphs) and self.layers.tighten():
-            kept = f"the weights of {self.layers.dial.dense} layers stay unpacked" if dial.dense else "no CUDA graphs"
+        policy = self.layers.policy if self.layers is not None else MemoryPolicy()
+        if (
+            self.layers is not None
+            and (policy.dequantized_layers or policy.cuda_graph_max_tokens)
+            and self.layers.reduce_memory()
+        ):
+            kept = (
+                f"the weights of {self.layers.policy.dequantized_layers} layers stay unpacked"
+                if policy.dequantized_layers
+                else "no CUDA graphs"
+            )
             self._note(number, failed.reason, f"a micro-batch of {batch.tokens} tokens; {kept} from here on")
         elif row_count(batch) > 1:
             before, layout.micro_tokens = layout.micro_tokens, min(layout.micro_tokens, batch.tokens) // 2
@@ -163,11 +173,11 @@ class MemoryRetry:
                 f"{layout.micro_tokens}",
                 micro_tokens_before=before,
             )
-        elif not self._tighten(number, failed.reason):
+        elif not self._reduce_memory(number, failed.reason):
             raise _too_large(self.steps.rows, self._row_of(step, batch), f"step {number}")
 
-    def _tighten(self, number: int, reason: OutOfMemory) -> bool:
-        if self.layers is None or not self.layers.tighten():
+    def _reduce_memory(self, number: int, reason: OutOfMemory) -> bool:
+        if self.layers is None or not self.layers.reduce_memory():
             return False
         self.tightened += 1
         self._note(number, reason, "a single row; more of each layer is recomputed from here on")

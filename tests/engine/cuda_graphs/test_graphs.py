@@ -8,7 +8,7 @@ import torch
 
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, allocator, collate, packed
 from lorafit.engine import cuda_graphs as graphs
 from lorafit.methods.lora import attach
@@ -22,12 +22,12 @@ def batch_of(lengths, seed=0):
     return collate([(random.integers(4, 250, length), np.arange(length) > 2) for length in lengths])
 
 
-def layers_like(dial, **given):
+def layers_like(policy, **given):
     text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(attn_logit_softcapping=given.get("cap")))
     core = SimpleNamespace(dtype=given.get("dtype", torch.bfloat16), config=text)
     notes = []
     compiled = given.get("compiled", True)
-    return SimpleNamespace(dial=dial, core=core, compiled=compiled, turned=0, notes=notes, note=notes.append)
+    return SimpleNamespace(policy=policy, core=core, compiled=compiled, turned=0, notes=notes, note=notes.append)
 
 
 class Replay:
@@ -68,7 +68,7 @@ def work(batch, share):
 @pytest.fixture
 def small():
     WEIGHT.grad = None
-    return Graphs(layers_like(Dial(graphs=64)), longest=40, trained=[WEIGHT])
+    return Graphs(layers_like(MemoryPolicy(cuda_graph_max_tokens=64)), longest=40, trained=[WEIGHT])
 
 
 def expected(batch, share):
@@ -114,7 +114,7 @@ def test_graphs_are_made_anew_when_what_they_refer_to_has_moved(small, recorded)
     for change in (
         lambda: None,
         lambda: setattr(small.layers, "turned", 1),
-        lambda: setattr(small.layers, "dial", Dial(graphs=64, dense=1)),
+        lambda: setattr(small.layers, "policy", MemoryPolicy(cuda_graph_max_tokens=64, dequantized_layers=1)),
         lambda: setattr(WEIGHT, "data", WEIGHT.data.clone()),
     ):
         change()
@@ -126,7 +126,7 @@ def test_graphs_are_made_anew_when_what_they_refer_to_has_moved(small, recorded)
 
 def test_buckets_that_were_not_used_for_long_are_let_go(small, recorded, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 2)
-    small.layers.dial = Dial(graphs=4000)
+    small.layers.policy = MemoryPolicy(cuda_graph_max_tokens=4000)
     for tokens in (30, 300, 30, 900, 30):
         small.run(batch_of((tokens, tokens + 1)), 1.0, work)
     assert len(small._frames) == 2 and recorded.made == 1 and small.replays == 2
@@ -142,12 +142,12 @@ def test_graphs_give_their_memory_back_once_and_are_recorded_again(small, record
         assert small.give_back() and not small.give_back()
 
 
-def test_a_dial_without_graphs_lets_go_of_them(small, recorded):
+def test_a_policy_without_graphs_lets_go_of_them(small, recorded):
     batch = batch_of((20, 12))
     for _ in range(3):
         small.run(batch, 1.0, work)
     small._arena = object()
-    small.layers.dial, before = Dial(), small.replays
+    small.layers.policy, before = MemoryPolicy(), small.replays
     WEIGHT.grad = None
     small.run(batch, 1.0, work)
     assert not small._frames and small._arena is None and not small._gradients and before == small.replays == 2
@@ -172,13 +172,13 @@ def test_memory_that_runs_out_while_recording_is_the_callers_to_make_room_for(sm
 @pytest.mark.parametrize(
     "layers",
     [
-        layers_like(Dial()),
-        layers_like(Dial(graphs=8)),
-        layers_like(Dial(graphs=64, whole=1)),
-        layers_like(Dial(graphs=64, offload=1)),
-        layers_like(Dial(graphs=64), dtype=torch.float32),
-        layers_like(Dial(graphs=64), cap=50.0),
-        layers_like(Dial(graphs=64), compiled=False),
+        layers_like(MemoryPolicy()),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=8)),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=64, recompute_layers=1)),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=64, offloaded_layers=1)),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=64), dtype=torch.float32),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=64), cap=50.0),
+        layers_like(MemoryPolicy(cuda_graph_max_tokens=64), compiled=False),
     ],
 )
 def test_what_cannot_be_recorded_runs_as_it_is(layers, recorded):
@@ -215,7 +215,7 @@ def trained_weights(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def steps_on_card(model, dial, *, records=True, spoil=None):
+def steps_on_card(model, policy, *, records=True, spoil=None):
     """Losses and gradients of a few steps of two micro-batches, with dropout; and the layers and graphs afterwards."""
     loss, found = VocabularyLoss.expected(model), []
 
@@ -228,7 +228,7 @@ def steps_on_card(model, dial, *, records=True, spoil=None):
         return value.detach()
 
     torch.manual_seed(0)
-    with DecoderLayers(model, dial) as layers:
+    with DecoderLayers(model, policy) as layers:
         made = Graphs(layers, longest=40, trained=trained_weights(model))
         if not records:
             made._record = lambda frame, work: None
@@ -244,10 +244,17 @@ def steps_on_card(model, dial, *, records=True, spoil=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dial", [Dial(graphs=512), Dial(graphs=512, feed_forward=3), Dial(graphs=512, dense=3)])
-def test_a_replayed_micro_batch_has_the_bits_of_one_that_was_not_recorded(on_card, dial):
-    found, layers, made = steps_on_card(on_card, dial)
-    wanted, _, never = steps_on_card(on_card, dial, records=False)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MemoryPolicy(cuda_graph_max_tokens=512),
+        MemoryPolicy(cuda_graph_max_tokens=512, recompute_mlp_layers=3),
+        MemoryPolicy(cuda_graph_max_tokens=512, dequantized_layers=3),
+    ],
+)
+def test_a_replayed_micro_batch_has_the_bits_of_one_that_was_not_recorded(on_card, policy):
+    found, layers, made = steps_on_card(on_card, policy)
+    wanted, _, never = steps_on_card(on_card, policy, records=False)
     assert made.replays >= 6 and never.replays == 0 and layers.notes == []
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
     assert all(float(got.norm()) > 0 for got in found)
@@ -256,8 +263,8 @@ def test_a_replayed_micro_batch_has_the_bits_of_one_that_was_not_recorded(on_car
 @pytest.mark.gpu
 def test_a_filled_micro_batch_has_the_gradient_of_the_plain_one(on_card):
     on_card.eval()  # without dropout: masks are drawn over other shapes
-    found, _, made = steps_on_card(on_card, Dial(graphs=512))
-    wanted, _, _ = steps_on_card(on_card, Dial())
+    found, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
+    wanted, _, _ = steps_on_card(on_card, MemoryPolicy())
     on_card.train()
     assert made.replays >= 6
     for got, want in zip(found, wanted, strict=True):
@@ -266,14 +273,14 @@ def test_a_filled_micro_batch_has_the_gradient_of_the_plain_one(on_card):
 
 @pytest.mark.gpu
 def test_a_recording_that_breaks_leaves_training_as_it_was(on_card):
-    found, layers, made = steps_on_card(on_card, Dial(graphs=512), spoil=torch.cuda.synchronize)
+    found, layers, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), spoil=torch.cuda.synchronize)
     assert made.failed and made.replays == 0 and len(layers.notes) == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    plain, _, _ = steps_on_card(on_card, Dial(graphs=512), records=False)
+    plain, _, _ = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
     # filled up in either, and dropout goes on where it stood
     assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
     assert all(bool(got.isfinite().all()) and float(got.norm()) > 0 for got in found)
-    again, _, _ = steps_on_card(on_card, Dial())  # a card that is left unharmed
+    again, _, _ = steps_on_card(on_card, MemoryPolicy())  # a card that is left unharmed
     assert all(bool(got.isfinite().all()) for got in again)
 
 
@@ -284,10 +291,10 @@ def no_memory():
 @pytest.mark.gpu
 def test_after_memory_ran_out_while_recording_the_same_graphs_can_be_made_again(on_card):
     with pytest.raises(torch.OutOfMemoryError):
-        steps_on_card(on_card, Dial(graphs=512), spoil=no_memory)
+        steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), spoil=no_memory)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    found, _, made = steps_on_card(on_card, Dial(graphs=512))
-    wanted, _, _ = steps_on_card(on_card, Dial(graphs=512), records=False)
+    found, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
+    wanted, _, _ = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
     assert made.replays >= 6
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
 
@@ -310,7 +317,7 @@ def test_graphs_that_were_let_go_are_recorded_again(on_card, blocks):
         value.backward()
         return value.detach()
 
-    with DecoderLayers(on_card, Dial(graphs=512)) as layers:
+    with DecoderLayers(on_card, MemoryPolicy(cuda_graph_max_tokens=512)) as layers:
         made = Graphs(layers, longest=40, trained=trained_weights(on_card), arena_bytes=1 << 26)
         for _ in range(2):
             for _ in range(3):
@@ -322,7 +329,7 @@ def test_graphs_that_were_let_go_are_recorded_again(on_card, blocks):
 @pytest.mark.gpu
 def test_graphs_give_their_memory_back(on_card, blocks):
     torch.cuda.synchronize()
-    _, _, made = steps_on_card(on_card, Dial(graphs=512))
+    _, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
     before = torch.cuda.memory_reserved()
     made.forget()
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Decoder layers under the dial: the same gradients at every setting, and less saved."""
+"""Decoder layers under the policy: the same gradients at every setting, and less saved."""
 
 from dataclasses import replace
 from inspect import signature
@@ -13,11 +13,11 @@ from torch._functorch._aot_autograd.schemas import AOTConfig
 from lorafit.backbone import load_backbone
 from lorafit.backbone.kernels import frozen_linear_op
 from lorafit.config import resolve
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import DecoderLayers, Work, collate, packed, rehearse, summed_loss
+from lorafit.engine.autotune.measure import feed_forward_products, measure_level
 from lorafit.engine.layers import offload, recompute
 from lorafit.engine.layers.recompute import feed_forward_widths
-from lorafit.engine.measure import feed_forward_products, measure_level
 from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 
@@ -54,7 +54,7 @@ def gradient(model, lengths):
 
 
 def saved_elements(layers, model):
-    """Elements that one layer saves for its tokens: what the dial is about."""
+    """Elements that one layer saves for its tokens: what the policy is about."""
     found = []
 
     def observe(run, hidden, *rest):
@@ -62,7 +62,7 @@ def saved_elements(layers, model):
         held = layers._weights[0]
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-            run(layers.dial.level(0), hidden.detach().requires_grad_(), *rest)
+            run(layers.policy.level(0), hidden.detach().requires_grad_(), *rest)
         mine = [t for t in kept if t.untyped_storage().data_ptr() not in held and TOKENS in t.shape]
         found.append(sum(t.numel() for t in mine if t.is_floating_point()))
 
@@ -72,18 +72,26 @@ def saved_elements(layers, model):
     return found[0]
 
 
-@pytest.mark.parametrize("spec", ["feed_forward=3", "whole=3", "whole=1,feed_forward=1,offload=2", "offload=3"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "recompute_mlp_layers=3",
+        "recompute_layers=3",
+        "recompute_layers=1,recompute_mlp_layers=1,offloaded_layers=2",
+        "offloaded_layers=3",
+    ],
+)
 def test_every_setting_has_the_gradient_of_keeping_everything(adapted, spec):
     for lengths in LAYOUTS[:2]:
         wanted = gradient(adapted, lengths)
-        with DecoderLayers(adapted, Dial.parse(spec, 3), compiled=False):
+        with DecoderLayers(adapted, MemoryPolicy.parse(spec, 3), compiled=False):
             assert torch.equal(gradient(adapted, lengths), wanted)
 
 
 def test_compiled_layers_have_the_gradient_of_eager_ones_and_are_compiled_once_for_all_layouts(adapted):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for spec in ("keep", "feed_forward=3", "whole=1,feed_forward=2,offload=3"):
-        layers = DecoderLayers(adapted, Dial.parse(spec, 3), backend=BACKEND)
+    for spec in ("keep", "recompute_mlp_layers=3", "recompute_layers=1,recompute_mlp_layers=2,offloaded_layers=3"):
+        layers = DecoderLayers(adapted, MemoryPolicy.parse(spec, 3), backend=BACKEND)
         for lengths in LAYOUTS:
             wanted = gradient(adapted, lengths)
             with layers:
@@ -99,8 +107,8 @@ def test_recomputing_the_feed_forward_saves_neither_gate_nor_up_and_keeping_save
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     width = text.hidden_size // text.num_attention_heads
     stream = 2 * text.hidden_size + heads * width + text.num_attention_heads * width
-    light = saved_elements(DecoderLayers(adapted, Dial(feed_forward=3), backend=BACKEND), adapted)
-    kept = saved_elements(DecoderLayers(adapted, Dial(), backend=BACKEND), adapted)
+    light = saved_elements(DecoderLayers(adapted, MemoryPolicy(recompute_mlp_layers=3), backend=BACKEND), adapted)
+    kept = saved_elements(DecoderLayers(adapted, MemoryPolicy(), backend=BACKEND), adapted)
     if torch.__version__ < "2.13":
         stream += text.hidden_size  # older compilers keep one more stream in fp32; in bf16 they do not
     few = 7 * rank + 2 * width + text.num_attention_heads + 8  # adapters' narrow values, rotary tables, norms
@@ -121,7 +129,7 @@ def trace_keys(model, spec):
         return graph.forward
 
     torch._dynamo.reset()
-    with DecoderLayers(model, Dial.parse(spec, 3), backend=backend) as layers:
+    with DecoderLayers(model, MemoryPolicy.parse(spec, 3), backend=backend) as layers:
         gradient(model, LAYOUTS[0])
         assert layers.compiled
     return found
@@ -131,7 +139,7 @@ def test_a_layers_trace_is_kept_on_disk_and_found_by_all_that_it_depends_on(adap
     keep = trace_keys(adapted, "keep")
     assert len(keep) == 1
     assert trace_keys(adapted, "keep") == keep
-    assert trace_keys(adapted, "feed_forward=3") != keep  # the policy
+    assert trace_keys(adapted, "recompute_mlp_layers=3") != keep  # the policy
     layer = adapted.get_base_model().model.layers
     with monkeypatch.context() as changed:
         for block in layer:
@@ -149,7 +157,7 @@ def test_a_layer_that_does_not_compile_goes_on_eager_and_says_why(adapted):
         raise RuntimeError("no compiler here")
 
     wanted = gradient(adapted, LAYOUTS[0])
-    layers = DecoderLayers(adapted, Dial(), backend=broken)
+    layers = DecoderLayers(adapted, MemoryPolicy(), backend=broken)
     with layers:
         got = gradient(adapted, LAYOUTS[0])
     assert torch.equal(got, wanted)
@@ -158,38 +166,42 @@ def test_a_layer_that_does_not_compile_goes_on_eager_and_says_why(adapted):
 
 
 def test_the_model_is_as_it_was_afterwards(adapted):
-    with DecoderLayers(adapted, Dial(whole=3), compiled=False):
+    with DecoderLayers(adapted, MemoryPolicy(recompute_layers=3), compiled=False):
         pass
     assert not any(getattr(module, "gradient_checkpointing", False) for module in adapted.modules())
 
 
 def test_tightening_ends_where_nothing_more_can_be_freed_in_a_run(adapted):
-    for start in (Dial(), Dial(host_embeddings=True, micro_tokens=4096), Dial(dense=3)):
+    for start in (
+        MemoryPolicy(),
+        MemoryPolicy(host_embeddings=True, micro_tokens=4096),
+        MemoryPolicy(dequantized_layers=3),
+    ):
         layers = DecoderLayers(adapted, start, compiled=False)
-        seen = [layers.dial]
-        while layers.tighten():
-            seen.append(layers.dial)
+        seen = [layers.policy]
+        while layers.reduce_memory():
+            seen.append(layers.policy)
         assert len(set(seen)) == len(seen) < 20
         # embeddings and micro-batches as they were
-        assert layers.dial == replace(start, whole=3, offload=3, dense=0)
+        assert layers.policy == replace(start, recompute_layers=3, offloaded_layers=3, dequantized_layers=0)
 
 
-def test_relief_is_what_the_dial_was_solved_for_and_else_tightening(adapted):
-    layers = DecoderLayers(adapted, Dial(offload=1), compiled=False)
+def test_relief_is_what_the_policy_was_solved_for_and_else_tightening(adapted):
+    layers = DecoderLayers(adapted, MemoryPolicy(offloaded_layers=1), compiled=False)
 
     def less():
-        layers.dial = Dial(offload=2)
+        layers.policy = MemoryPolicy(offloaded_layers=2)
         return can_give
 
-    layers.follow((0, 0, 1, 1), less)
+    layers.set_schedule((0, 0, 1, 1), less)
     can_give = True
-    assert layers.relieve() and layers.dial == Dial(offload=2)
+    assert layers.reduce_slightly() and layers.policy == MemoryPolicy(offloaded_layers=2)
     can_give = False
-    assert layers.relieve() and layers.dial == Dial(offload=2).tighter(len(layers))
-    assert not layers.offload.schedule  # nor what was solved: both were made for the dial before
-    while layers.relieve():
-        assert layers.dial.whole or layers.dial.feed_forward
-    assert layers.dial == Dial(whole=3, offload=3)
+    assert layers.reduce_slightly() and layers.policy == MemoryPolicy(offloaded_layers=2).next_smaller(len(layers))
+    assert not layers.offload.schedule  # nor what was solved: both were made for the policy before
+    while layers.reduce_slightly():
+        assert layers.policy.recompute_layers or layers.policy.recompute_mlp_layers
+    assert layers.policy == MemoryPolicy(recompute_layers=3, offloaded_layers=3)
 
 
 class OnCard:
@@ -215,19 +227,19 @@ class OnCard:
 
 def test_copies_are_freed_before_others_are_taken_and_none_is_made_twice(adapted):
     log, room = [], [1, 1, 1]
-    layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
+    layers = DecoderLayers(adapted, MemoryPolicy(dequantized_layers=3), compiled=False)
     layers.frozen = [[OnCard(name, log, room)] for name in "abc"]
     with layers:
         assert log == ["keep a", "keep b", "keep c"]
         log.clear()
-        assert layers.tighten()  # with no room for a single copy more
+        assert layers.reduce_memory()  # with no room for a single copy more
         assert log == ["drop b", "drop c"]
     assert log == ["drop b", "drop c", "drop a"]
 
 
 def test_copies_that_do_not_fit_leave_none_behind(adapted):
     log = []
-    layers = DecoderLayers(adapted, Dial(dense=3), compiled=False)
+    layers = DecoderLayers(adapted, MemoryPolicy(dequantized_layers=3), compiled=False)
     layers.frozen = [[OnCard(name, log, [1][: name < "c"])] for name in "abc"]
     with pytest.raises(torch.OutOfMemoryError), layers:
         pass
@@ -262,12 +274,20 @@ def gradient_on_card(model, lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", ["feed_forward=3", "whole=3", "offload=3", "whole=1,feed_forward=1,offload=3"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "recompute_mlp_layers=3",
+        "recompute_layers=3",
+        "offloaded_layers=3",
+        "recompute_layers=1,recompute_mlp_layers=1,offloaded_layers=3",
+    ],
+)
 def test_on_a_card_every_setting_has_the_gradient_of_keeping_everything(on_card, spec):
     for lengths in ((64, 200, 33), (128, 128)):
-        with DecoderLayers(on_card, Dial()):
+        with DecoderLayers(on_card, MemoryPolicy()):
             wanted = gradient_on_card(on_card, lengths)
-        with DecoderLayers(on_card, Dial.parse(spec, 3)) as layers:
+        with DecoderLayers(on_card, MemoryPolicy.parse(spec, 3)) as layers:
             got = gradient_on_card(on_card, lengths)
         assert layers.notes == []
         assert float((got - wanted).norm() / wanted.norm()) < 2e-2  # bf16; kernels are fused differently
@@ -276,17 +296,17 @@ def test_on_a_card_every_setting_has_the_gradient_of_keeping_everything(on_card,
 @pytest.mark.gpu
 def test_offloading_changes_no_bit_and_leaves_less_on_the_card(on_card):
     found = {}
-    for spec in ("keep", "offload=3"):
-        with DecoderLayers(on_card, Dial.parse(spec, 3)) as layers:
+    for spec in ("keep", "offloaded_layers=3"):
+        with DecoderLayers(on_card, MemoryPolicy.parse(spec, 3)) as layers:
             gradient_on_card(on_card, (300, 200))
             torch.cuda.reset_peak_memory_stats()
             found[spec] = gradient_on_card(on_card, (300, 200)), layers.offload.sent_bytes
-    assert torch.equal(found["keep"][0], found["offload=3"][0])
-    assert found["offload=3"][1] > 0
+    assert torch.equal(found["keep"][0], found["offloaded_layers=3"][0])
+    assert found["offloaded_layers=3"][1] > 0
 
 
 @pytest.mark.gpu
-def test_the_rehearsal_finds_a_dial_within_the_budget(on_card):
+def test_the_rehearsal_finds_a_policy_within_the_budget(on_card):
     def loss_of(batch, share):
         with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
             return summed_loss(on_card, batch) * share
@@ -295,7 +315,7 @@ def test_the_rehearsal_finds_a_dial_within_the_budget(on_card):
         batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),
         loss_of=loss_of, max_tokens=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
     )  # fmt: skip
-    layers = DecoderLayers(on_card, Dial())
+    layers = DecoderLayers(on_card, MemoryPolicy())
     budget = torch.cuda.memory_reserved() + (1 << 30)
     found = rehearse(on_card, layers, work, budget, solves=True)
     assert found.peak_bytes <= budget and found.attempts[-1].fits
@@ -310,7 +330,7 @@ def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_ca
         with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
             return summed_loss(on_card, batch)
 
-    layers = DecoderLayers(on_card, Dial())
+    layers = DecoderLayers(on_card, MemoryPolicy())
     products = feed_forward_products(layers, batch.tokens)
     keep, light = (measure_level(layers, run_model, level) for level in ("keep", "feed_forward"))
     assert products.size_bytes == keep.saved_bytes - light.saved_bytes > 0
@@ -325,19 +345,19 @@ def test_dense_weights_have_the_same_gradient_and_go_when_memory_is_short(on_car
     def kept(layers):
         return [sum(linear.dense is not None for linear in linears) for linears in layers.frozen]
 
-    with DecoderLayers(on_card, Dial()) as layers:
+    with DecoderLayers(on_card, MemoryPolicy()) as layers:
         assert kept(layers) == [0, 0, 0]
         wanted = gradient_on_card(on_card, lengths)
-    with DecoderLayers(on_card, Dial(dense=3)) as layers:
+    with DecoderLayers(on_card, MemoryPolicy(dequantized_layers=3)) as layers:
         assert kept(layers) == [7, 7, 7]
         on_card.to("cuda")  # the Trainer does so
         assert kept(layers) == [7, 7, 7]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         every = gradient_on_card(on_card, lengths)
-        assert layers.notes == [] and layers.tighten()
+        assert layers.notes == [] and layers.reduce_memory()
         assert kept(layers) == [7, 0, 0]
         some = gradient_on_card(on_card, lengths)
-        assert layers.tighten() and kept(layers) == [0, 0, 0]
+        assert layers.reduce_memory() and kept(layers) == [0, 0, 0]
         # layers with a copy and without one share their code
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert torch.equal(every, wanted) and torch.equal(some, wanted)

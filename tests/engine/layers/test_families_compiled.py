@@ -1,4 +1,4 @@
-"""Every family's layers under the dial: compiled whole, and with the gradient of layers that run as written."""
+"""Every family's layers under the policy: compiled whole, and with the gradient of layers that run as written."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import DecoderLayers, collate, packed, summed_loss
 from lorafit.methods.lora import attach
 from tiny_models import FAMILIES, save_base, stir
@@ -36,7 +36,7 @@ def gradient(model, lengths, device, autocast):
 def compare(model, level, device, backend, bound, autocast=False):
     layers = len(DecoderLayers(model, compiled=False))
     spec = "keep" if level == "keep" else f"{level}={layers}"
-    driven = DecoderLayers(model, Dial.parse(spec, layers), backend=backend)
+    driven = DecoderLayers(model, MemoryPolicy.parse(spec, layers), backend=backend)
     for lengths in ((40, 21, 9), (64,)):
         wanted = gradient(model, lengths, device, autocast)
         with driven:

@@ -26,7 +26,7 @@ from lorafit.backbone.kernels.frozen_linear_op import (
 )
 from lorafit.backbone.kernels.nf4 import unpack_e4m3
 from lorafit.backbone.precision import DTYPES
-from lorafit.planning.detect import available_bytes
+from lorafit.hardware.detect import available_bytes
 
 DENSE_SHARE = 0.5
 """Share of the free memory that dense copies may take on a CPU, when nobody says how much."""

@@ -1,4 +1,4 @@
-"""DecoderLayers: how a model's decoder layers run in training: compiled once for all, recomputed and offloaded by dial.
+"""DecoderLayers: how a model's decoder layers run in training: compiled once for all, recomputed and offloaded by policy.
 
 Installed through the seam that transformers has for gradient checkpointing (`GradientCheckpointingLayer`): each layer
 hands its call to a function that lorafit sets. Nothing of the model is replaced, and evaluation and generation,
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit.backbone import FrozenLinear4bit, unwrapped
-from lorafit.config.dial import Dial
+from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.layers.recompute import feed_forward_widths, recompute_contexts
 from lorafit.engine.packing import Segments
@@ -36,14 +36,14 @@ Call = Callable[..., Any]
 
 
 class DecoderLayers:
-    """The decoder layers of `model`, run as `dial` says; `with layers:` around training installs them.
+    """The decoder layers of `model`, run as `policy` says; `with layers:` around training installs them.
 
     `compiled` says whether layers are compiled at present; a family whose layer does not compile whole goes on
     eager, and `notes` say why, as `tell` is told. `compile_s` is what compiling took so far.
     """
 
     def __init__(
-        self, model: Any, dial: Dial | None = None, *, compiled: bool = True, backend: str = "inductor"
+        self, model: Any, policy: MemoryPolicy | None = None, *, compiled: bool = True, backend: str = "inductor"
     ) -> None:
         core = unwrapped(model)
         decoder = core.get_decoder()
@@ -51,7 +51,7 @@ class DecoderLayers:
         self.frozen = [
             [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
         ]
-        self.core, self.dial = core, (dial or Dial()).clamped(len(self.layers))
+        self.core, self.policy = core, (policy or MemoryPolicy()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
         self.offload = HostOffload()
@@ -93,29 +93,29 @@ class DecoderLayers:
             layer.gradient_checkpointing = False
         self.core.disable_input_require_grads()
 
-    def tighten(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
-        tighter = self.dial.tighter(len(self.layers))
-        # embeddings and micro-batches are the end of the dial, and not for the layers to change
+        tighter = self.policy.next_smaller(len(self.layers))
+        # embeddings and micro-batches are the end of the policy, and not for the layers to change
         least = (len(self), len(self), 0, 0)
-        if tighter is None or _of_layers(tighter) == _of_layers(self.dial) == least:
+        if tighter is None or _of_layers(tighter) == _of_layers(self.policy) == least:
             return False
-        self.dial = tighter
-        self.follow(())  # the schedule was made for the dial before
+        self.policy = tighter
+        self.set_schedule(())  # the schedule was made for the policy before
         self._unpack_weights()
         return True
 
-    def relieve(self) -> bool:
-        """Take a little less memory, in the middle of a run that fits but barely: as little as the dial was solved for,
-        where it was, else as `tighten` does. False when nothing can be done."""
+    def reduce_slightly(self) -> bool:
+        """Take a little less memory, in the middle of a run that fits but barely: as little as the policy was solved for,
+        where it was, else as `reduce_memory` does. False when nothing can be done."""
         if self._less is not None and self._less():
-            self.offload.begin()  # what was kept of the last micro-batch is not this dial's
+            self.offload.begin()  # what was kept of the last micro-batch is not this policy's
             return True
-        return self.tighten()
+        return self.reduce_memory()
 
     def _unpack_weights(self, keep: bool = True) -> None:
-        """Keep the weights of `dial.dense` layers unpacked on the card; a CPU has had its own copies since loading."""
-        dense = self.dial.dense if keep else 0
+        """Keep the weights of `policy.dequantized_layers` layers unpacked on the card; a CPU has had its own copies since loading."""
+        dense = self.policy.dequantized_layers if keep else 0
         on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
         for module in chain(*on_card[dense:]):  # before anything is taken
             module.drop_dense()
@@ -125,9 +125,9 @@ class DecoderLayers:
         self._weights = [_storages(layer) for layer in self.layers]
         self.turned += 1
 
-    def follow(self, schedule: Sequence[int], less: Callable[[], bool] | None = None) -> None:
-        """Offload by this schedule (see HostOffload) for as long as the dial stays as it is. `less` turns that a little
-        tighter, and says whether it could (see `relieve`)."""
+    def set_schedule(self, schedule: Sequence[int], less: Callable[[], bool] | None = None) -> None:
+        """Offload by this schedule (see HostOffload) for as long as the policy stays as it is. `less` turns that a little
+        tighter, and says whether it could (see `reduce_slightly`)."""
         self.offload.schedule, self._less = schedule, less
 
     def note(self, text: str) -> None:
@@ -144,19 +144,19 @@ class DecoderLayers:
             self._varying.clear()
         if self.observe is not None:
             self.observe(partial(self._at_level, layer, forward, call.keywords), *inputs)
-        if not self.dial.offload:
-            return self._at_level(layer, forward, call.keywords, self.dial.level(index), *inputs)
+        if not self.policy.offloaded_layers:
+            return self._at_level(layer, forward, call.keywords, self.policy.level(index), *inputs)
         if index == 0:
             self.offload.begin()
         keep = self._weights[index] | _shared(call.keywords)
-        with self.offload.around(index, index < self.dial.offload, keep):
-            out = self._at_level(layer, forward, call.keywords, self.dial.level(index), *inputs)
+        with self.offload.around(index, index < self.policy.offloaded_layers, keep):
+            out = self._at_level(layer, forward, call.keywords, self.policy.level(index), *inputs)
         if index == len(self.layers) - 1:
             self.offload.end_forward(len(self.layers))
         return out
 
     def _at_level(self, layer: Any, forward: Call, options: dict[str, Any], level: str, *inputs: Any) -> Any:
-        """One layer's forward at a level of the dial."""
+        """One layer's forward at a level of the policy."""
         if level == "feed_forward" and not (self.compiled and self.widths):
             level = "whole"
         if level == "whole":
@@ -199,9 +199,9 @@ class DecoderLayers:
         return self._bodies[level]
 
 
-def _of_layers(dial: Dial) -> tuple[int, int, int, int]:
-    """What of the dial can be turned in the middle of a run, as far as it ends."""
-    return dial.whole, dial.offload, dial.dense, dial.graphs
+def _of_layers(policy: MemoryPolicy) -> tuple[int, int, int, int]:
+    """What of the policy can be turned in the middle of a run, as far as it ends."""
+    return policy.recompute_layers, policy.offloaded_layers, policy.dequantized_layers, policy.cuda_graph_max_tokens
 
 
 def _kept_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Sizes as people write them: `8GiB`, `24 GB`, `512M`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from lorafit.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_MOST = 1e18
+_LEAST_BARE = 2**20  # who writes 8 means GiB, not bytes
+
+
+def parse_bytes(text: str, where: str = "size") -> int:
+    """Bytes in `text`; `GiB` is 2**30 and `GB` is 10**9. Raises UsageError when it is no size,
+    or a small number without a unit."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not match or match[2] == "i" or not 0 < float(match[1]) <= _MOST:
+        raise UsageError(f"'{text[:40]}' is not a size", where=where, fix="write it like 8GiB, 24GB or 80GiB")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if not match[2] and size < _LEAST_BARE:
+        raise UsageError(f"'{text}' has no unit", where=where, fix=f"write it like {match[1]}GiB")
+    return size
+
+
+UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+TINY = 1e-6
+"""Of a tenth: what truncating `6.2GiB` to whole bytes takes away is no tenth less."""
+
+
+def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -> str:
+    """`5.9 GiB`, `1.0 KiB`. What is needed is rounded up (`at_least`) and what is there down (`at_most`), so that a
+    sentence never sets two equal numbers against each other."""
+    unit, size = next(((unit, size) for unit, size in UNITS if size_bytes >= size), ("B", 1))
+    if unit == "B":
+        return f"{size_bytes:.0f} B"
+    return f"{rounding(10 * size_bytes / size) / 10:,.1f} {unit}"
+
+
+def at_least(size_bytes: float) -> str:
+    """The size in words, rounded up."""
+    return size_in_words(size_bytes, lambda tenths: math.ceil(tenths - TINY))
+
+
+def at_most(size_bytes: float) -> str:
+    """The size in words, rounded down."""
+    return size_in_words(size_bytes, lambda tenths: math.floor(tenths + TINY))

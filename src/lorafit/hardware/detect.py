@@ -1,0 +1,215 @@
+"""detect_hardware: the card or the processor of this machine, found without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from lorafit.config import RunConfig, parse_bytes
+from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_card, from_card, generic_card, hardware_named
+
+QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
+TIMEOUT_S = 20
+CORE_USD_PER_HOUR = (0.02, 0.05)
+"""ASSUMED price of one processor core on a public cloud, low and high."""
+PINNED_SHARE = 0.5
+"""Share of the host's free memory that activations may pin: it cannot be paged out while they do."""
+CGROUP_MEMORY = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of a container's memory, in cgroup v2 and v1: limit, use, and where the part of that stands which files take that
+were read and are not in use: it gives way to whoever asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One line of nvidia-smi; memory in MiB, None where the driver does not say."""
+
+    index: str
+    uuid: str
+    name: str
+    total_mib: int | None
+    free_mib: int | None
+    capability: tuple[int, int] | None
+
+
+def hardware_for(config: RunConfig) -> Hardware:
+    """What to plan for: the card `config.gpu` names, else the one found, with `config.vram` as its budget, as far as
+    its memory goes.
+
+    A budget where there is no card means a card of that size. Raises UsageError for an unknown card.
+    """
+    if config.gpu == "cpu":
+        device = detect_processor()
+    else:
+        device = hardware_named(config.gpu) if config.gpu is not None else detect_hardware()
+    if config.vram is None:
+        return device
+    budget = parse_bytes(config.vram, "vram")
+    if device.kind == "cpu" and config.gpu is None:
+        note = "no card is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
+        return replace(generic_card(budget), notes=(note,))
+    return device.with_memory(min(device.memory_bytes, budget))
+
+
+def hardware_here(config: RunConfig) -> Hardware:
+    """What a run on this machine has, whatever card is planned for: the device found, at most `config.vram` of it."""
+    device = detect_hardware()
+    if config.vram is None:
+        return device
+    return device.with_memory(min(device.memory_bytes, parse_bytes(config.vram, "vram")))
+
+
+def detect_hardware() -> Hardware:
+    """The first CUDA card that CUDA_VISIBLE_DEVICES leaves, with the memory free on it; else the processor."""
+    cards = visible_cards(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not cards:
+        return detect_processor()
+    if _torch_version().endswith("+cpu"):
+        note = f"{cards[0].name} is here, but the installed torch is built without CUDA"
+        return replace(detect_processor(), notes=(note,))
+    return replace(_hardware(cards[0]), count=len(cards))
+
+
+def visible_cards(seen: list[Seen], visible: str | None) -> list[Seen]:
+    """The cards that `CUDA_VISIBLE_DEVICES` leaves, in its order: indices or UUIDs, up to the first unknown one."""
+    if visible is None:
+        return seen
+    chosen: list[Seen] = []
+    for token in (part.strip() for part in visible.split(",")):
+        match = next((card for card in seen if token and (token == card.index or card.uuid.startswith(token))), None)
+        if match is None:
+            break  # CUDA ignores everything from the first invalid entry on
+        chosen.append(match)
+    return chosen
+
+
+def detect_processor() -> Hardware:
+    """This machine's processor: its name, the cores and the memory a run may use, container limits included."""
+    cores = available_cores()
+    flags = _cpu_field("flags") or ""
+    gflops = CORE_PEAK_GFLOPS * (2 if "avx512f" in flags else 1)
+    return Hardware(
+        name=_cpu_field("model name") or platform.processor() or platform.machine(),
+        kind="cpu",
+        memory_bytes=available_bytes(),
+        bf16="avx512_bf16" in flags or "amx_bf16" in flags,
+        tflops_bf16=cores * gflops / 1000,
+        usd_per_hour=(cores * CORE_USD_PER_HOUR[0], cores * CORE_USD_PER_HOUR[1]),
+        cores=cores,
+    )
+
+
+def parse_nvidia_smi(text: str) -> list[Seen]:
+    """The cards in the CSV that `nvidia-smi --query-gpu` prints for QUERY; lines it cannot read are left out."""
+    cards = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(QUERY.split(",")) and cells[0].isdigit():
+            index, uuid, name, total, free, capability = cells
+            major, _, minor = capability.partition(".")
+            known = major.isdigit() and minor.isdigit()
+            cards.append(Seen(index, uuid, name, _mib(total), _mib(free), (int(major), int(minor)) if known else None))
+    return cards
+
+
+def _torch_version() -> str:
+    """The installed torch's version, read from its metadata: importing it takes seconds."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return ""
+
+
+def _nvidia_smi() -> list[Seen]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
+
+
+def _hardware(seen: Seen) -> Hardware:
+    card = find_card(seen.name)
+    base = from_card(card) if card else generic_card((seen.total_mib or 0) << 20, seen.capability)
+    capability = seen.capability or base.capability
+    assert capability is not None
+    free = seen.free_mib << 20 if seen.free_mib is not None else base.memory_bytes
+    notes = base.notes
+    if seen.free_mib is not None and seen.total_mib and seen.free_mib < 0.9 * seen.total_mib:
+        taken = (seen.total_mib - seen.free_mib) / 1024
+        notes += (f"{taken:.1f} GiB of the card are taken by other programs or its driver",)
+    return replace(
+        base,
+        name=seen.name,
+        memory_bytes=free,
+        capability=capability,
+        bf16=capability >= (8, 0),
+        fp8=capability >= (8, 9),
+        cores=available_cores(),
+        host_bytes=round(available_bytes() * PINNED_SHARE),
+        notes=notes,
+    )
+
+
+def _mib(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+
+def _cpu_field(key: str) -> str | None:
+    for line in _lines("/proc/cpuinfo"):
+        name, colon, value = line.partition(":")
+        if colon and name.strip() == key:
+            return value.strip()
+    return None
+
+
+def available_cores() -> int:
+    """Cores this process may run on: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = next(iter(_lines("/sys/fs/cgroup/cpu.max")), "").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def available_bytes() -> int:
+    """Memory this process can still take: the system's, cut to what its container leaves."""
+    info = _meminfo(_lines("/proc/meminfo"))
+    available = info.get("MemAvailable") or int(psutil.virtual_memory().available)
+    for limit, used, stat, key in CGROUP_MEMORY:
+        limit_bytes, used_bytes = (_number(f"/sys/fs/cgroup/{name}") for name in (limit, used))
+        if limit_bytes is not None:
+            idle_bytes = dict(line.split()[:2] for line in _lines(f"/sys/fs/cgroup/{stat}")).get(key, "0")
+            available = min(available, max(0, limit_bytes - max(0, (used_bytes or 0) - int(idle_bytes))))
+    return available
+
+
+def _meminfo(lines: list[str]) -> Mapping[str, int]:
+    fields = (line.split() for line in lines)
+    return {words[0].rstrip(":"): int(words[1]) << 10 for words in fields if len(words) == 3 and words[1].isdigit()}
+
+
+def _number(path: str) -> int | None:
+    text = next(iter(_lines(path)), "").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,193 @@
+"""Dimensions: the sizes of a model, read from config.json under whichever key its family uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.config import read_json
+from lorafit.errors import BackboneError
+from lorafit.shapes.families import Family, Place
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "vocab": ("vocab_size",),
+    "ffn": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"),
+    "positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "experts_per_token": ("num_experts_per_tok", "moe_topk"),
+    "sparse_step": ("decoder_sparse_step", "interleave_moe_layer_step"),
+}
+LARGEST = 1 << 40
+MOST_LAYERS = 512
+"""Far beyond any decoder: a larger count is a slip, and nothing can be reckoned with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """The letters of `families` with their values, and how many layers, heads and experts there are."""
+
+    letters: Mapping[str, int]
+    layers: int
+    sparse_layers: int
+    heads: int
+    kv_heads: int
+    experts_per_token: int
+
+    def __getitem__(self, letter: str) -> int:
+        return self.letters[letter]
+
+    def get(self, letter: str) -> int | None:
+        """The value of a letter, or None when config.json does not say."""
+        return self.letters.get(letter) or None
+
+    def layers_of(self, place: Place) -> int:
+        """How many layers are of this kind."""
+        sparse = self.sparse_layers
+        return {"all": self.layers, "sparse": sparse, "dense": self.layers - sparse}[place]
+
+
+def size(text: str, sizes: Dimensions) -> int:
+    """The value of a size such as `q+2*kv`; an empty one is 0."""
+    if not text:
+        return 0
+    return sum(math.prod(_factor(factor, sizes) for factor in term.split("*")) for term in text.split("+"))
+
+
+def holds(condition: str, config: Mapping[str, Any]) -> bool:
+    """Whether a condition such as `multi_query&!bias` is true of a config.json; an empty one is false."""
+
+    def literal(key: str) -> bool:
+        if key.startswith("!"):
+            return not literal(key[1:])
+        return key == "true" or bool(key and config.get(key))
+
+    return any(all(literal(key) for key in clause.split("&")) for clause in condition.split("|"))
+
+
+def read_dimensions(config: Mapping[str, Any], family: Family, name: str) -> Dimensions:
+    """The sizes in `config`. Raises BackboneError for a key that is missing or no count."""
+    layers, hidden, heads, vocab = (_required(config, key, name) for key in ("layers", "hidden", "heads", "vocab"))
+    if layers > MOST_LAYERS:
+        fix = f"check config.json: no decoder has more than {MOST_LAYERS:,}"
+        raise BackboneError(f"config.json says that there are {layers:,} layers", where=name, fix=fix)
+    head_dim = _count(config, ("head_dim",), name) or hidden // heads
+    if not head_dim:
+        raise BackboneError(f"{heads:,} heads in a width of {hidden:,}", where=name, fix="check config.json")
+    kv_heads = 1 if holds(family.one_kv_head, config) else _optional(config, "kv_heads", name) or heads
+    ffn = _optional(config, "ffn", name) or (_count(config, ("expansion_ratio",), name) or 4) * hidden
+    experts = _optional(config, "experts", name) or 0
+    letters = {
+        "h": hidden, "d": head_dim, "q": heads * head_dim, "kv": kv_heads * head_dim, "f": ffn, "v": vocab,
+        "w": _count(config, ("word_embed_proj_dim",), name) or hidden,
+        "p": _optional(config, "positions", name) or 0,
+        "n": experts, "a": heads,
+        "x": _count(config, ("moe_intermediate_size",), name) or ffn,
+        "s": _count(config, ("shared_expert_intermediate_size",), name) or ffn,
+        "m": _count(config, ("intermediate_size_mlp",), name) or ffn,
+    }  # fmt: skip
+    sparse = _sparse_layers(config, layers, experts, name)
+    return Dimensions(letters, layers, sparse, heads, kv_heads, _optional(config, "experts_per_token", name) or 1)
+
+
+def _sparse_layers(config: Mapping[str, Any], layers: int, experts: int, name: str) -> int:
+    """How many layers route to experts: every `sparse_step`-th, but for those listed as dense."""
+    if not experts:
+        return 0
+    listed = config.get("moe_layers")
+    if isinstance(listed, list):
+        return len(listed)
+    step = _optional(config, "sparse_step", name) or 1
+    dense = config.get("mlp_only_layers")
+    chosen = range(step - 1, layers, step)
+    return len(chosen) - (sum(layer in chosen for layer in dense) if isinstance(dense, list) else 0)
+
+
+def _factor(factor: str, sizes: Dimensions) -> int:
+    return int(factor) if factor.isdigit() else sizes[factor]
+
+
+def _required(config: Mapping[str, Any], key: str, name: str) -> int:
+    value = _optional(config, key, name)
+    if not value:
+        raise BackboneError(
+            f"config.json does not say '{KEYS[key][0]}'", where=name, fix="choose a causal LM of transformers"
+        )
+    return value
+
+
+def _optional(config: Mapping[str, Any], key: str, name: str) -> int | None:
+    return _count(config, KEYS[key], name)
+
+
+def _count(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int | None:
+    key = next((key for key in keys if config.get(key) is not None), None)
+    if key is None:
+        return None
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
+        raise BackboneError(f"config.json says {key} = {value!r:.40}", where=name, fix="it must be a whole number")
+    return value
+
+
+NESTED = ("text_config", "llm_config", "language_config")
+TOWERS = ("vision_config", "audio_config")
+OTHER_TASKS = ("MaskedLM", "Classification", "QuestionAnswering", "ForPreTraining")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json in `folder`. Raises BackboneError when it is none."""
+    return read_json(folder / "config.json", BackboneError, fix="download the base again")
+
+
+def require_causal(config: Mapping[str, Any], name: str) -> None:
+    """BackboneError for what plainly is no causal language model."""
+    fix = "choose a causal language model"
+    if config.get("is_encoder_decoder"):
+        raise BackboneError("an encoder-decoder, and lorafit trains decoder-only models", where=name, fix=fix)
+    listed = config.get("architectures")
+    architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
+    if architectures and all(architecture.endswith(OTHER_TASKS) for architecture in architectures):
+        raise BackboneError(f"{architectures[0]} is no causal language model", where=name, fix=fix)
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the text decoder, without empty ones: a nested text_config, or the whole."""
+    nested = next((config[key] for key in NESTED if isinstance(config.get(key), Mapping)), config)
+    outer = {key: config.get(key) for key in ("model_type", "tie_word_embeddings")}
+    return {key: value for key, value in {**outer, **nested}.items() if value is not None}
+
+
+def tower_parameters(config: Mapping[str, Any]) -> int:
+    """An estimate of an image or audio tower: the matrices of its layers; 0 where there is none."""
+    return sum(_tower(config[key]) for key in TOWERS if isinstance(config.get(key), Mapping))
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """`nf4` or `fp4` of bitsandbytes, else the method's own name; None for a plain checkpoint."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or not settings:
+        return None
+    method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+    if method != "bitsandbytes":
+        return method
+    if not settings.get("load_in_4bit") and not settings.get("_load_in_4bit"):
+        return "int8"
+    return str(settings.get("bnb_4bit_quant_type") or "fp4")
+
+
+def _tower(config: Mapping[str, Any]) -> int:
+    hidden, layers = _count(config, "hidden_size"), _count(config, "num_hidden_layers")
+    inner = _count(config, "intermediate_size") or 4 * hidden
+    return layers * hidden * (4 * hidden + 2 * inner)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) and 0 <= value < 1 << 30 else 0

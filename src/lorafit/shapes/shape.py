@@ -1,0 +1,324 @@
+"""ModelShape: what a model is made of, read from its config.json alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.config import base_folder
+from lorafit.errors import AdapterError
+from lorafit.shapes.dimensions import (
+    Dimensions,
+    holds,
+    quantization_of,
+    read_config,
+    read_dimensions,
+    require_causal,
+    size,
+    text_part,
+    tower_parameters,
+)
+from lorafit.shapes.families import ALIASES, ATTENTION_ROLES, FAMILIES, Family, Part, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One kind of projection of the decoder: `count` matrices (outputs, inputs), `name` the module's own name.
+
+    `stacked` ones are 3-D parameters of experts, not modules. `active` is the share that one token passes.
+    """
+
+    name: str
+    path: str
+    role: Role
+    inputs: int
+    outputs: int
+    count: int
+    stacked: bool = False
+    active: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all `count` matrices."""
+        return self.inputs * self.outputs * self.count
+
+    @property
+    def is_attention(self) -> bool:
+        """True for what makes queries, keys, values, or mixes the heads."""
+        return self.role in ATTENTION_ROLES
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder-only model; lengths in values, counts in parameters.
+
+    `normed_width` is what norms see per token and layer; `capped_scores` says that attention caps its scores, and
+    so holds them (Gemma 2). `quantized` names how the checkpoint is already quantised (`nf4`, `gptq`, …), if it is.
+    `notes` say what is assumed where the shape is not exact.
+    """
+
+    name: str
+    family: str
+    sizes: Dimensions
+    projections: tuple[Projection, ...]
+    tied_embeddings: bool
+    embedding_parameters: int
+    head_parameters: int
+    norm_parameters: int
+    tower_parameters: int
+    normed_width: int
+    learned_positions: bool
+    capped_scores: bool
+    linear_class: str
+    quantized: str | None
+    known: bool
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
+        """The shape of a local folder or hub id; only config.json is read. Raises BackboneError."""
+        return cls.from_config(read_config(base_folder(base, revision)), base)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
+        """The shape that a config.json describes. Raises BackboneError when it describes no decoder."""
+        require_causal(config, name)
+        model_type, known, family, text = _family_of(config)
+        sizes = read_dimensions(text, family, name)
+        tied = bool(text.get("tie_word_embeddings", family.tied))
+        tower = tower_parameters(config)
+        return cls(
+            name=name,
+            family=model_type,
+            sizes=sizes,
+            projections=tuple(_projections(family, text, sizes)),
+            tied_embeddings=tied,
+            embedding_parameters=sizes["v"] * sizes["w"] + size(family.positions, sizes) * sizes["h"],
+            head_parameters=0 if tied else sizes["v"] * sizes["w"],
+            norm_parameters=_small_parameters(family, text, sizes),
+            tower_parameters=tower,
+            normed_width=size(family.norms, sizes),
+            learned_positions=bool(family.positions),
+            capped_scores=bool(text.get("attn_logit_softcapping")),
+            linear_class=family.linear_class,
+            quantized=quantization_of(config),
+            known=known,
+            notes=tuple(_notes(known, model_type, tower)),
+        )
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.sizes.layers
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.sizes["h"]
+
+    @property
+    def intermediate(self) -> int:
+        """Width of a feed-forward layer."""
+        return self.sizes["f"]
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.sizes.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.sizes.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.sizes["d"]
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the vocabulary."""
+        return self.sizes["v"]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens the model was made for, where config.json says."""
+        return self.sizes.get("p")
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that one token visits; 1 without experts."""
+        return self.sizes.experts_per_token
+
+    @property
+    def exact(self) -> bool:
+        """False when the family is unknown, or a tower is only estimated."""
+        return self.known and not self.tower_parameters
+
+    @property
+    def linears(self) -> tuple[Projection, ...]:
+        """The decoder's linear modules, without the stacked experts and lm_head."""
+        return tuple(projection for projection in self.projections if not projection.stacked)
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """The names of the decoder's linear modules, each once, in the order of the layer."""
+        return tuple(dict.fromkeys(linear.name for linear in self.linears))
+
+    @property
+    def is_gated(self) -> bool:
+        """True when the feed-forward layers are gated (SwiGLU and its kin)."""
+        return any(projection.role in ("gate", "gate_up") for projection in self.projections)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the decoder's linear modules: what 4-bit quantisation compresses."""
+        return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of stacked experts, which are no modules: they stay in 16 bits."""
+        return sum(projection.parameters for projection in self.projections if projection.stacked)
+
+    @property
+    def parameters(self) -> int:
+        """Every parameter of the model."""
+        return (
+            self.linear_parameters
+            + self.expert_parameters
+            + self.embedding_parameters
+            + self.head_parameters
+            + self.norm_parameters
+            + self.tower_parameters
+        )
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that one token is multiplied with, lm_head included."""
+        decoder = sum(projection.parameters * projection.active for projection in self.projections)
+        return round(decoder) + self.vocab * self.hidden
+
+    def to_dict(self) -> dict[str, Any]:
+        """The main sizes, JSON-ready."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "layers": self.layers,
+            "hidden": self.hidden,
+            "vocab": self.vocab,
+            "parameters": self.parameters,
+            "exact": self.exact,
+            "notes": list(self.notes),
+        }
+
+    def named(self, names: tuple[str, ...]) -> tuple[Projection, ...]:
+        """The linear modules that have one of `names`."""
+        return tuple(linear for linear in self.linears if linear.name in names)
+
+
+def _family_of(config: Mapping[str, Any]) -> tuple[str, bool, Family, dict[str, Any]]:
+    """The model type, whether it is known, its family (Llama's for an unknown one), its settings with defaults."""
+    text = text_part(config)
+    named = str(text.get("model_type", "unknown"))
+    model_type = ALIASES.get(named, named)
+    family = FAMILIES.get(model_type, FAMILIES["llama"])
+    return model_type, model_type in FAMILIES, family, {**family.defaults, **text}
+
+
+def _projections(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> Iterator[Projection]:
+    for part in family.parts:
+        count = sizes.layers_of(part.place)
+        if count and holds(part.when, config):
+            yield _projection(part, count, sizes)
+
+
+def _projection(part: Part, count: int, sizes: Dimensions) -> Projection:
+    name = part.path.rpartition(".")[2]
+    inputs, outputs = size(part.inputs, sizes), size(part.outputs, sizes)
+    if not part.stacked:
+        return Projection(name, part.path, part.role, inputs, outputs, count)
+    share = sizes.experts_per_token / max(sizes["n"], 1)
+    return Projection(name, part.path, part.role, inputs, outputs, count * sizes["n"], True, share)
+
+
+def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> int:
+    """Norms, biases, routers: everything that is neither a matrix nor an embedding."""
+    total = size(family.final, sizes)
+    for text, condition in family.small:
+        if condition == "sparse":
+            total += size(text, sizes) * sizes.layers_of("sparse")
+        elif holds(condition, config):
+            total += size(text, sizes) * sizes.layers
+    for part in family.parts:
+        if holds(part.when, config) and holds(part.bias, config):
+            total += size(part.outputs, sizes) * sizes.layers_of(part.place)
+    return total
+
+
+def _notes(known: bool, model_type: str, tower: int) -> Iterator[str]:
+    if not known:
+        yield f"'{model_type:.40}' is not a family lorafit knows: its shape is read as if it were built like Llama"
+    if tower:
+        yield f"the image or audio tower is estimated at {tower / 1e6:,.0f} M parameters"
+
+
+PRESETS: Mapping[str, tuple[Role, ...]] = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
+
+
+def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
+    """The names of the linear modules that `targets` means in this model, in the order of the layer.
+
+    `qv` and `attention` are found by what a projection does, so `o` may be called `dense` or `out_proj`;
+    `all-linear` is every linear of the decoder but routers, never lm_head; names must exist. Raises AdapterError
+    with the names the model has when a projection is fused, when a name is wrong, or when nothing is named.
+    """
+    if targets == "all-linear":
+        return tuple(dict.fromkeys(linear.name for linear in shape.linears if linear.role != "other"))
+    if isinstance(targets, str) and targets in PRESETS:
+        return _preset(targets, shape)
+    names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
+    if not names:
+        raise AdapterError("no module is named", where="targets", fix=_advice(shape))
+    if not shape.known:
+        return names  # what an unknown family calls its modules is checked when the adapter is attached
+    for name in names:
+        _check(name, shape)
+    return names
+
+
+def _preset(preset: str, shape: ModelShape) -> tuple[str, ...]:
+    by_role = {linear.role: linear.name for linear in shape.linears}
+    wanted = PRESETS[preset]
+    if all(role in by_role for role in wanted):
+        return tuple(by_role[role] for role in wanted)
+    fused = by_role.get("qkv")
+    why = f"fuses queries, keys and values into '{fused}'" if fused else "has no such projections"
+    raise AdapterError(
+        f"'{preset}' needs separate attention projections, and {shape.family} {why}",
+        where="targets",
+        fix=_advice(shape),
+    )
+
+
+def _check(name: str, shape: ModelShape) -> None:
+    leaf = name.rpartition(".")[2]
+    if leaf in shape.module_names:
+        return
+    if leaf in ("lm_head", "embed_tokens", "embed_out"):
+        raise AdapterError(
+            f"'{name}' is not part of the decoder, and stays frozen without an adapter",
+            where="targets",
+            fix=_advice(shape),
+        )
+    near = difflib.get_close_matches(leaf, shape.module_names, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise AdapterError(f"{shape.family} has no linear module '{name}'", where="targets", fix=hint + _advice(shape))
+
+
+def _advice(shape: ModelShape) -> str:
+    attention = [linear.name for linear in shape.linears if linear.is_attention]
+    names = ", ".join(shape.module_names)
+    return f"write targets: [{', '.join(dict.fromkeys(attention))}], or all-linear; it has {names}"

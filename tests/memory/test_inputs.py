@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lorafit.config import RunConfig
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.errors import UsageError
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory import DataStats
+from lorafit.memory.inputs import LARGEST_TOKENS, micro_batch, most_tokens, most_tokens_on, policy_of
+from planning_shapes import facts
+
+CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
+
+
+def test_a_micro_batch_is_never_larger_than_a_step_or_the_data():
+    assert micro_batch(RunConfig(), facts(longest=900), 2048).tokens == 2048
+    assert micro_batch(RunConfig(examples_per_step=2), facts(longest=100), 2048).tokens == 200
+    assert micro_batch(RunConfig(), facts(rows=3, mean=20, longest=30), 2048).tokens == 60
+    assert micro_batch(RunConfig(), DataStats(0, 0, 0, 0, 0.0), 2048).tokens == 1
+
+
+def test_a_step_that_was_counted_is_as_large_as_it_was_counted():
+    counted = DataStats(2000, 300_000, 150_000, 900, 150.0, largest_step=3_600)
+    assert micro_batch(RunConfig(), counted, 16_384).tokens == 3_600
+    assert micro_batch(RunConfig(), facts(longest=900), 16_384).tokens == 16 * 900
+
+
+def test_a_row_longer_than_the_limit_goes_alone_and_whole():
+    assert micro_batch(RunConfig(), facts(longest=900), 100).tokens == 900
+
+
+def test_more_of_the_largest_micro_batch_is_supervised_than_of_the_mean_one():
+    batch = micro_batch(RunConfig(), facts(supervised=0.5), 2048)
+    assert (batch.tokens, batch.supervised, batch.longest) == (2048, 1280, 900)
+    assert micro_batch(RunConfig(), facts(supervised=0.9), 2048).supervised == 2048
+
+
+@pytest.mark.parametrize(
+    ("step", "max_tokens", "most"),
+    [
+        (600, 2048, 2048),  # it holds the step anyway
+        (3_600, 2048, 3_600),
+        (LARGEST_TOKENS, 2048, LARGEST_TOKENS),
+        (100_000, 2048, LARGEST_TOKENS),
+        (100_000, 32_768, 32_768),
+    ],
+)
+def test_a_micro_batch_may_grow_to_the_step_until_nothing_is_gained(step, max_tokens, most):
+    assert most_tokens(step, max_tokens) == most
+
+
+def test_only_a_card_gains_by_larger_micro_batches():
+    counted = DataStats(2000, 300_000, 150_000, 900, 150.0, largest_step=3_600)
+    assert most_tokens_on(hardware_named("H200"), RunConfig(), counted) == 3_600
+    assert most_tokens_on(CPU, RunConfig(), counted) == 2048
+
+
+def test_facts_are_frozen_and_default_to_no_held_out_rows():
+    facts = DataStats(rows=2, tokens=10, supervised_tokens=4, longest=6, mean_tokens=5.0)
+    assert facts.holdout_rows == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        facts.rows = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({}, None),
+        ({"gradient_checkpointing": "on"}, MemoryPolicy(recompute_layers=32)),
+        ({"gradient_checkpointing": "reentrant"}, MemoryPolicy(recompute_layers=32)),
+        ({"gradient_checkpointing": "off"}, MemoryPolicy()),
+        ({"activations": "recompute"}, MemoryPolicy(recompute_layers=32)),
+        ({"activations": "offload", "gradient_checkpointing": "off"}, MemoryPolicy(offloaded_layers=32)),
+        (
+            {"activations": "recompute_layers=99,offloaded_layers=99", "gradient_checkpointing": "on"},
+            MemoryPolicy(recompute_layers=32, offloaded_layers=32),
+        ),
+    ],
+)
+def test_a_config_asks_for_one_policy_or_leaves_it_to_the_plan(settings, policy):
+    assert policy_of(RunConfig(**settings), 32) == policy
+
+
+def test_checkpointing_on_means_every_layer():
+    with pytest.raises(UsageError, match="set one of the two"):
+        policy_of(RunConfig(gradient_checkpointing="on", activations="recompute_layers=8"), 32)

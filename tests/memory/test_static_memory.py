@@ -1,0 +1,72 @@
+import pytest
+
+from lorafit.config import RunConfig
+from lorafit.hardware import hardware_named
+from lorafit.hardware.device import GIB, Hardware
+from lorafit.memory.static_memory import NF4_BYTES, adapter_parameters, movable_embedding_bytes, optimizer_of, standing
+from planning_shapes import LLAMA_1B, TINY, shape
+
+H200 = hardware_named("H200")
+CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
+QV = ("q_proj", "v_proj")
+
+
+def parts(hardware=H200, model=None, **settings):
+    listed = standing(model or shape(), QV, RunConfig(**settings), hardware)
+    return {component.name: component.size_bytes for component in listed}
+
+
+def test_the_base_is_counted_in_its_own_bits():
+    nf4 = parts()
+    full = parts(quantization="none")
+    linear = 6_979_321_856
+    assert full["base, linear layers"] == 2 * linear
+    assert nf4["base, linear layers"] == pytest.approx(NF4_BYTES * linear, rel=1e-3)
+    assert nf4["base, linear layers"] / 32 == pytest.approx(113e6, rel=0.01)  # DESIGN: 113 MB a layer
+    assert nf4["embeddings and lm_head"] == 2 * 2 * 128256 * 4096
+
+
+def test_stacked_experts_stay_in_16_bits():
+    moe = shape(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    memory = parts(model=moe)
+    assert memory["norms, biases, stacked experts"] > 2 * moe.expert_parameters
+
+
+def test_adapters_gradients_and_optimizer_are_counted_from_the_targets():
+    weights = 32 * 16 * ((4096 + 4096) + (4096 + 1024))
+    assert adapter_parameters(shape(), QV, 16) == weights
+    paged = parts(optimizer="paged_adamw_8bit")
+    plain = parts(optimizer="adamw")
+    assert paged["adapters"] == paged["adapter gradients"] == 4 * weights
+    assert plain["optimizer state"] == 8 * weights
+    assert paged["optimizer state"] == pytest.approx(2 * weights, rel=0.02)
+
+
+def test_a_cpu_computes_in_fp32_and_keeps_dense_copies_in_half_of_what_is_left():
+    memory = parts(CPU, shape(TINY))
+    assert memory["dequantised copies"] == 4 * shape(TINY).linear_parameters
+    large = parts(CPU)
+    assert 0 < large["dequantised copies"] < 8 * GIB
+    assert large["embeddings and lm_head"] == 4 * 2 * 128256 * 4096
+
+
+def test_moments_are_in_32_bits_where_they_are_small():
+    weights = adapter_parameters(shape(), QV, 16)
+    assert optimizer_of(RunConfig(), H200, weights) == "adamw"
+    assert optimizer_of(RunConfig(), H200.with_memory(GIB), weights) == "paged_adamw_8bit"
+    assert optimizer_of(RunConfig(), CPU.with_memory(GIB // 64), weights) == "adamw"
+    assert optimizer_of(RunConfig(optimizer="adamw_8bit"), H200, weights) == "adamw_8bit"
+
+
+def test_input_embeddings_may_move_unless_the_head_shares_them():
+    size = 2 * 128256 * 4096
+    assert movable_embedding_bytes(shape(), RunConfig(), H200) == size
+    assert movable_embedding_bytes(shape(LLAMA_1B), RunConfig(), H200) == 0
+    assert movable_embedding_bytes(shape(), RunConfig(), CPU) == 0
+    there = standing(shape(), QV, RunConfig(), H200)
+    moved = standing(shape(), QV, RunConfig(), H200, host_embeddings=True)
+    assert sum(part.size_bytes for part in there) - sum(part.size_bytes for part in moved) == size
+
+
+def test_fp8_keeps_activations_and_embeddings_in_16_bits():
+    assert parts(compute="fp8") == parts(compute="bf16")
