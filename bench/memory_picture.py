@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
-from lorafit.memory import DataStats
+from lorafit.memory import DataStats, PlanInputs
 from lorafit.memory.activations import Execution
 from lorafit.memory.estimate import memory_of
 from lorafit.memory.execution_plan import ExecutionPlan, plan_execution
@@ -115,8 +115,9 @@ def bar_of(setting: Setting) -> Bar:
     shape, card = ModelShape.from_config(LLAMA_8B, "Llama-3.1-8B"), hardware_named("H200")
     config = RunConfig(max_tokens=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", activations=setting.policy)
     execution = PEERS if setting.peers else None
-    plan = plan_execution(shape, config, card, ROWS, execution)
-    estimate = memory_of(plan, shape, config, card, execution)
+    inputs = PlanInputs(config, ROWS, shape, card)
+    plan = plan_execution(inputs, execution)
+    estimate = memory_of(plan, inputs, execution)
     sizes = {part.name: part.size_bytes for part in estimate.components if part.name != OUTSIDE}
     head = shape.head_parameters * (4 if setting.peers else 2)
     parts = _parts(sizes, head, plan)

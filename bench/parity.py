@@ -7,10 +7,11 @@
     python bench/parity.py fp8 --emulate                            # on a CPU: FP8's rounding, without its speed
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
-chunked loss, on a card compiled layers under the policy) and in bench/parity_reference.py (padded rows, no lorafit), and
-compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference lorafit's
-adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and `--floor`, the
-reference against itself with each row alone, shows how far; it also shows how far training came, for scale.
+chunked loss, on a card compiled layers under the policy) and in bench/parity_reference.py (padded rows, no lorafit),
+and compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference
+lorafit's adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and
+`--floor`, the reference against itself with each row alone, shows how far; it also shows how far training came, for
+scale.
 
 The second takes one step from adapters whose B is not zero, through the same two sides, and compares both gradients
 with that of the same rows in fp32: two sides that round alike still differ, so what matters is which of them is nearer

@@ -2,7 +2,9 @@
 
 import random
 
-from lorafit.memory import DataStats
+from lorafit.config import RunConfig
+from lorafit.hardware import hardware_named
+from lorafit.memory import DataStats, PlanInputs
 from lorafit.memory.layer_costs import LayerCosts, Link
 from lorafit.shapes import ModelShape
 
@@ -52,6 +54,12 @@ def shape(config=LLAMA_8B, **changes):
 def facts(rows=2_000, mean=150, longest=900, supervised=0.5, holdout_rows=0):
     tokens = rows * mean
     return DataStats(rows, tokens, int(tokens * supervised), longest, float(mean), holdout_rows)
+
+
+def inputs(config=None, stats=None, model=None, hardware="H200"):
+    """The inputs of a plan; of an 8B on an H200 unless something else is said."""
+    device = hardware_named(hardware) if isinstance(hardware, str) else hardware
+    return PlanInputs(config or RunConfig(), stats or facts(), model or shape(), device)
 
 
 def random_case(seed):

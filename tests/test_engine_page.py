@@ -52,7 +52,7 @@ def test_measured_peaks_lie_within_the_estimates_error():
 
 
 def test_every_file_that_the_page_names_exists():
-    named = re.findall(r"`((?:api|backbone|config|engine|planning)/\w+\.py)`", PAGE)
+    named = re.findall(r"`((?:api|backbone|config|engine|hardware|memory|planning|shapes)/(?:\w+/)?\w+\.py)`", PAGE)
     assert len(set(named)) >= 20
     for path in named:
         assert (ROOT / "src" / "lorafit" / path).exists(), path

@@ -13,6 +13,8 @@ LEVELS = [
     ["config"],
     ["runs"],
     ["data"],
+    ["hardware", "shapes"],
+    ["memory"],
     ["planning"],
     ["backbone"],
     ["methods"],
@@ -25,7 +27,7 @@ LEVELS = [
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SEAMS = {"bitsandbytes": "backbone", "peft": "methods"}
-NO_TORCH = {"errors", "findings", "config", "runs", "data", "planning"}
+NO_TORCH = {"errors", "findings", "config", "runs", "data", "hardware", "shapes", "memory", "planning"}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -52,9 +52,13 @@ def test_policies_are_read_as_people_write_them(text, policy):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "kept", "feed_forward", "recompute_mlp_layers=", "recompute_mlp_layers=-1", "recompute_mlp_layers=1.5", "offloaded_layers=all", "recompute_layers=1,keep",
-     "micro_tokens=0", "embeddings=card", "recompute_layers=1,recompute_layers=2", "recompute_layers=1,,", "layers=3", "recompute_layers=1e3", "recompute_layers=9999999999",
-     "host_embeddings=on,host_embeddings=on", "weights=4bit", "weights=dense,dequantized_layers=3", "recompute_layers=²"],
+    [
+        "", "kept", "feed_forward", "recompute_mlp_layers=", "recompute_mlp_layers=-1", "recompute_mlp_layers=1.5",
+        "offloaded_layers=all", "recompute_layers=1,keep", "micro_tokens=0", "embeddings=card",
+        "recompute_layers=1,recompute_layers=2", "recompute_layers=1,,", "layers=3", "recompute_layers=1e3",
+        "recompute_layers=9999999999", "host_embeddings=on,host_embeddings=on", "weights=4bit",
+        "weights=dense,dequantized_layers=3", "recompute_layers=²",
+    ],
 )  # fmt: skip
 def test_nonsense_is_a_usage_error_in_one_sentence(text):
     with pytest.raises(UsageError, match=r"^activations: '.*recompute_mlp_layers=20,offloaded_layers=32") as caught:
@@ -63,7 +67,7 @@ def test_nonsense_is_a_usage_error_in_one_sentence(text):
 
 
 def test_the_setting_is_judged_before_anything_is_read():
-    with pytest.raises(UsageError, match="no setting of the activations"):
+    with pytest.raises(UsageError, match="is no memory policy"):
         resolve(flags={"activations": "everything"})
     with pytest.raises(UsageError, match="activations is: keep, recompute, offload"):
         resolve(flags={"activations": False})
@@ -125,7 +129,8 @@ def test_the_cheapest_memory_goes_first():
         seen.append(str(policy))
     assert seen == [
         "recompute_mlp_layers=8", "recompute_mlp_layers=16", "recompute_mlp_layers=24", "recompute_mlp_layers=32",
-        "recompute_mlp_layers=24,recompute_layers=8", "recompute_mlp_layers=16,recompute_layers=16", "recompute_mlp_layers=8,recompute_layers=24", "recompute_layers=32",
+        "recompute_mlp_layers=24,recompute_layers=8", "recompute_mlp_layers=16,recompute_layers=16",
+        "recompute_mlp_layers=8,recompute_layers=24", "recompute_layers=32",
         "recompute_layers=32,offloaded_layers=32", "recompute_layers=32,offloaded_layers=32,host_embeddings=on",
         "recompute_layers=32,offloaded_layers=32,host_embeddings=on,micro_tokens=2048",
         "recompute_layers=32,offloaded_layers=32,host_embeddings=on,micro_tokens=1500",
@@ -154,3 +159,25 @@ def test_what_is_away_already_is_not_recomputed_for_nothing():
 @pytest.mark.parametrize(("layer", "level"), [(0, "whole"), (1, "feed_forward"), (3, "keep")])
 def test_the_first_layers_are_recomputed_entirely_the_next_in_part(layer, level):
     assert MemoryPolicy(recompute_mlp_layers=2, recompute_layers=1).level(layer) == level
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "recompute_layers=8,recompute_mlp_layers=4,offloaded_layers=12",
+            "recompute_mlp_layers=4,recompute_layers=8,offloaded_layers=12",
+        ),
+        ("keep,dequantized_layers=16,cuda_graph_max_tokens=2048", "dequantized_layers=16,cuda_graph_max_tokens=2048"),
+        ("host_embeddings=on", "host_embeddings=on"),
+        ("weights=dense", f"dequantized_layers={LAYERS}"),
+        ("dequantized_layers=all", f"dequantized_layers={LAYERS}"),
+    ],
+)
+def test_shorter_words_are_read_and_the_field_names_are_written(old, new):
+    assert str(MemoryPolicy.parse(old, LAYERS)) == new
+
+
+def test_one_field_under_two_names_is_said_twice():
+    with pytest.raises(UsageError, match="twice"):
+        MemoryPolicy.parse("recompute_layers=1,recompute_layers=2", LAYERS)

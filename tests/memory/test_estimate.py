@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory import DataStats, estimate_memory
+from lorafit.memory import DataStats, PlanInputs, estimate_memory
 from lorafit.memory.activations import Execution
 from lorafit.memory.estimate import kept_in_words
 from planning_shapes import LLAMA_1B, LLAMA_8B, PHI3, facts, shape
@@ -55,7 +57,7 @@ def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
         optimizer="paged_adamw_8bit",
     )  # fmt: skip
     rows = DataStats(16, 16 * 512, 8 * 512, 512, 512.0)
-    memory = estimate_memory(shape(config), run, H200, rows, Execution(loss="supervised"))
+    memory = estimate_memory(PlanInputs(run, rows, shape(config), H200), Execution(loss="supervised"))
     assert memory.peak_bytes / GIB == pytest.approx(measured_gib, rel=memory.uncertainty)
 
 
@@ -71,7 +73,9 @@ def test_the_count_explains_the_peers_and_the_probe(execution, dropout, checkpoi
     """Llama-3.1-8B shape, NF4, r = 16 on q and v, 4 × 2,048 dense tokens: peak of allocated memory on an H200."""
     policy = {"on": "recompute", "off": "keep"}[checkpointing]
     run = RunConfig(activations=f"{policy},micro_tokens=8192", dropout=dropout)
-    memory = estimate_memory(shape(), run, H200, DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0), execution)
+    memory = estimate_memory(
+        PlanInputs(run, DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0), shape(), H200), execution
+    )
     allocated = sum(part.size_bytes for part in memory.components if part.name not in ("CUDA context", "fragmentation"))
     assert allocated / GIB == pytest.approx(measured_gib, rel=0.03)
 
@@ -98,47 +102,54 @@ def part(memory, name):
 )
 def test_more_of_anything_needs_more_memory(changes, name):
     recomputed = {} if {"activations", "gradient_checkpointing"} & set(changes) else {"activations": "recompute"}
-    less = estimate_memory(shape(), RunConfig(activations="recompute"), H200, facts())
-    more = estimate_memory(shape(), RunConfig(**recomputed, **changes), H200, facts())
+    less = estimate_memory(PlanInputs(RunConfig(activations="recompute"), facts(), shape(), H200))
+    more = estimate_memory(PlanInputs(RunConfig(**recomputed, **changes), facts(), shape(), H200))
     assert part(more, name) > part(less, name)
     assert more.peak_bytes > less.peak_bytes
 
 
 def test_kept_and_recomputed_peaks_are_those_of_checkpointing_off_and_on():
-    kept = estimate_memory(shape(), RunConfig(gradient_checkpointing="off"), H200, facts())
-    recomputed = estimate_memory(shape(), RunConfig(gradient_checkpointing="on"), H200, facts())
+    kept = estimate_memory(PlanInputs(RunConfig(gradient_checkpointing="off"), facts(), shape(), H200))
+    recomputed = estimate_memory(PlanInputs(RunConfig(gradient_checkpointing="on"), facts(), shape(), H200))
     assert kept.peak_bytes == kept.kept_bytes == recomputed.kept_bytes
     assert recomputed.peak_bytes == recomputed.recomputed_bytes == kept.recomputed_bytes
 
 
 def test_what_was_never_measured_is_less_certain():
-    assert estimate_memory(shape(), RunConfig(), H200, facts()).uncertainty == 0.10
-    assert estimate_memory(shape(), RunConfig(), CPU, facts()).uncertainty == 0.30
-    for config in ({"model_type": "brand_new"}, {"model_type": "phi"}):
-        assert estimate_memory(shape(**config), RunConfig(), H200, facts()).uncertainty == 0.30
+    assert estimate_memory(PlanInputs(RunConfig(), facts(), shape(), H200)).uncertainty == 0.10
+    assert estimate_memory(PlanInputs(RunConfig(), facts(), shape(), CPU)).uncertainty == 0.30
+    for model in (replace(shape(), counted=True), shape(model_type="phi")):
+        assert estimate_memory(PlanInputs(RunConfig(), facts(), model, H200)).uncertainty == 0.30
 
 
 def test_fits_compares_the_peak_with_the_budget():
-    memory = estimate_memory(shape(), RunConfig(), H200, facts())
+    memory = estimate_memory(PlanInputs(RunConfig(), facts(), shape(), H200))
     assert memory.fits(H200.with_memory(memory.peak_bytes))
     assert not memory.fits(H200.with_memory(memory.peak_bytes - 1))
 
 
 def test_the_estimate_is_json_ready_and_adds_up():
-    fields = estimate_memory(shape(), RunConfig(), H200, facts()).to_dict()
+    fields = estimate_memory(PlanInputs(RunConfig(), facts(), shape(), H200)).to_dict()
     assert fields["peak_bytes"] == sum(component["bytes"] for component in fields["components"])
     assert all(component["assumes"] for component in fields["components"])
 
 
-@pytest.mark.parametrize("start", [{}, {"offload": 8}, {"whole": 8, "feed_forward": 8}, {"feed_forward": 32}])
-@pytest.mark.parametrize("component", ["feed_forward", "whole", "offload"])
+@pytest.mark.parametrize(
+    "start",
+    [{}, {"offloaded_layers": 8}, {"recompute_layers": 8, "recompute_mlp_layers": 8}, {"recompute_mlp_layers": 32}],
+)
+@pytest.mark.parametrize("component", ["recompute_mlp_layers", "recompute_layers", "offloaded_layers"])
 def test_turning_the_policy_further_never_needs_more(start, component):
     def peak(count):
         policy = MemoryPolicy(**{**start, component: count}).clamped(32)
-        return estimate_memory(shape(), RunConfig(activations=str(policy), max_tokens=8192), H200, LONG).peak_bytes
+        return estimate_memory(
+            PlanInputs(RunConfig(activations=str(policy), max_tokens=8192), LONG, shape(), H200)
+        ).peak_bytes
 
     # the first offloaded layer is still in flight, and the last one recomputed is at work as it would be kept
-    counts = [count for count in range(33) if (component, count) not in (("offload", 1), ("whole", 32))]
+    counts = [
+        count for count in range(33) if (component, count) not in (("offloaded_layers", 1), ("recompute_layers", 32))
+    ]
     peaks = [peak(count) for count in counts]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < peaks[0]
@@ -146,7 +157,7 @@ def test_turning_the_policy_further_never_needs_more(start, component):
 
 def test_embeddings_on_the_host_and_fewer_tokens_need_less_too():
     def estimate(policy):
-        return estimate_memory(shape(), RunConfig(activations=policy, max_tokens=8192), H200, LONG)
+        return estimate_memory(PlanInputs(RunConfig(activations=policy, max_tokens=8192), LONG, shape(), H200))
 
     here, moved, fewer = estimate("keep"), estimate("host_embeddings=on"), estimate("micro_tokens=4096")
     assert here.peak_bytes - moved.peak_bytes == moved.host_bytes == 2 * 128256 * 4096
@@ -155,15 +166,15 @@ def test_embeddings_on_the_host_and_fewer_tokens_need_less_too():
 
 
 def test_what_is_offloaded_is_in_host_memory_and_two_layers_of_it_in_flight():
-    kept = estimate_memory(shape(), RunConfig(activations="keep", max_tokens=8192), H200, LONG)
-    away = estimate_memory(shape(), RunConfig(activations="offload", max_tokens=8192), H200, LONG)
+    kept = estimate_memory(PlanInputs(RunConfig(activations="keep", max_tokens=8192), LONG, shape(), H200))
+    away = estimate_memory(PlanInputs(RunConfig(activations="offload", max_tokens=8192), LONG, shape(), H200))
     assert away.host_bytes == part(kept, "activations")
     assert part(away, "activations") == 0
     assert part(away, "activations in flight") == pytest.approx(away.host_bytes / 16)
 
 
 def test_shared_embeddings_stay_where_lm_head_needs_them():
-    memory = estimate_memory(shape(LLAMA_1B), RunConfig(activations="host_embeddings=on"), H200, facts())
+    memory = estimate_memory(PlanInputs(RunConfig(activations="host_embeddings=on"), facts(), shape(LLAMA_1B), H200))
     assert memory.host_bytes == 0
 
 

@@ -6,7 +6,7 @@ from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory import DataStats, estimate_memory
+from lorafit.memory import DataStats, PlanInputs, estimate_memory
 from lorafit.memory.execution_plan import STEP_S, plan_execution, room_of
 from planning_shapes import LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
@@ -19,7 +19,11 @@ BUDGETS = (6.5, 7, 8, 10, 12, 16, 24, 40)
 def planned(gib=None, config=LLAMA_8B, rows=DENSE, hardware=H200, **settings):
     device = hardware.with_memory(int(gib * GIB)) if gib else hardware
     run = RunConfig(max_tokens=8192, examples_per_step=4, **settings)
-    return plan_execution(shape(config), run, device, rows), estimate_memory(shape(config), run, device, rows), device
+    return (
+        plan_execution(PlanInputs(run, rows, shape(config), device)),
+        estimate_memory(PlanInputs(run, rows, shape(config), device)),
+        device,
+    )
 
 
 @pytest.mark.parametrize("gib", BUDGETS)
@@ -42,7 +46,7 @@ MANY = DataStats(20_000, 3_000_000, 1_500_000, 900, 150.0, largest_step=14_000)
 
 def plan_of(rows=ROWS, gib=None, hardware=H200, config=LLAMA_8B, **settings):
     device = hardware.with_memory(int(gib * GIB)) if gib else hardware
-    return plan_execution(shape(config), RunConfig(**settings), device, rows)
+    return plan_execution(PlanInputs(RunConfig(**settings), rows, shape(config), device))
 
 
 def test_a_micro_batch_grows_to_the_whole_step_where_that_fits():
@@ -69,7 +73,10 @@ def test_it_grows_no_further_than_is_worth_it():
 def test_where_the_whole_step_does_not_fit_it_is_cut_until_it_does(gib, rows):
     examples = 64 if rows is MANY else 16
     run, device = RunConfig(examples_per_step=examples), H200.with_memory(gib * GIB)
-    plan, memory = plan_execution(shape(), run, device, rows), estimate_memory(shape(), run, device, rows)
+    plan, memory = (
+        plan_execution(PlanInputs(run, rows, shape(), device)),
+        estimate_memory(PlanInputs(run, rows, shape(), device)),
+    )
     assert memory.fits(device)
     assert rows.longest <= plan.tokens <= rows.largest_step
     whole = plan_of(rows, activations=f"micro_tokens={plan.tokens}", examples_per_step=examples)
@@ -172,11 +179,11 @@ def test_host_memory_bounds_what_leaves():
 
 def test_the_room_is_what_stays_on_the_device_leaves():
     run = RunConfig(max_tokens=8192, activations="keep")
-    memory = estimate_memory(shape(), run, H200, DENSE)
+    memory = estimate_memory(PlanInputs(run, DENSE, shape(), H200))
     passing = {"activations", "loss or one layer's backward", "fragmentation"}
     stays = sum(part.size_bytes for part in memory.components if part.name not in passing)
-    assert room_of(shape(), run, H200, 8192).device_bytes == H200.memory_bytes - stays
-    assert room_of(shape(), run, CPU, 8192).link is None
+    assert room_of(PlanInputs(run, facts(), shape(), H200), 8192).device_bytes == H200.memory_bytes - stays
+    assert room_of(PlanInputs(run, facts(), shape(), CPU), 8192).link is None
 
 
 def test_a_step_is_as_long_as_its_tokens():

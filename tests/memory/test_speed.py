@@ -3,7 +3,7 @@ import pytest
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory import DataStats
+from lorafit.memory import DataStats, PlanInputs
 from lorafit.memory.execution_plan import plan_execution
 from planning_shapes import LLAMA_1B, TINY, facts, shape
 
@@ -13,7 +13,7 @@ DENSE = DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
 
 def costs(model=None, hardware=H200, rows=DENSE, **settings):
     run = RunConfig(max_tokens=8192, examples_per_step=4, activations="keep", dropout=0.0, **settings)
-    return plan_execution(model or shape(), run, hardware, rows).costs
+    return plan_execution(PlanInputs(run, rows, model or shape(), hardware)).costs
 
 
 def test_a_feed_forward_costs_about_half_a_layer_to_make_again():

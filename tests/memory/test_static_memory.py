@@ -3,16 +3,19 @@ import pytest
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory.static_memory import NF4_BYTES, adapter_parameters, movable_embedding_bytes, optimizer_of, standing
-from planning_shapes import LLAMA_1B, TINY, shape
+from lorafit.memory.static_memory import (
+    NF4_BYTES,
+    movable_embedding_bytes,
+    static_memory,
+)
+from planning_shapes import LLAMA_1B, TINY, inputs, shape
 
 H200 = hardware_named("H200")
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
-QV = ("q_proj", "v_proj")
 
 
 def parts(hardware=H200, model=None, **settings):
-    listed = standing(model or shape(), QV, RunConfig(**settings), hardware)
+    listed = static_memory(inputs(RunConfig(**settings), model=model, hardware=hardware))
     return {component.name: component.size_bytes for component in listed}
 
 
@@ -34,7 +37,7 @@ def test_stacked_experts_stay_in_16_bits():
 
 def test_adapters_gradients_and_optimizer_are_counted_from_the_targets():
     weights = 32 * 16 * ((4096 + 4096) + (4096 + 1024))
-    assert adapter_parameters(shape(), QV, 16) == weights
+    assert inputs(RunConfig(rank=16, targets="qv")).adapter_parameters == weights
     paged = parts(optimizer="paged_adamw_8bit")
     plain = parts(optimizer="adamw")
     assert paged["adapters"] == paged["adapter gradients"] == 4 * weights
@@ -51,20 +54,19 @@ def test_a_cpu_computes_in_fp32_and_keeps_dense_copies_in_half_of_what_is_left()
 
 
 def test_moments_are_in_32_bits_where_they_are_small():
-    weights = adapter_parameters(shape(), QV, 16)
-    assert optimizer_of(RunConfig(), H200, weights) == "adamw"
-    assert optimizer_of(RunConfig(), H200.with_memory(GIB), weights) == "paged_adamw_8bit"
-    assert optimizer_of(RunConfig(), CPU.with_memory(GIB // 64), weights) == "adamw"
-    assert optimizer_of(RunConfig(optimizer="adamw_8bit"), H200, weights) == "adamw_8bit"
+    assert inputs().optimizer == "adamw"
+    assert inputs(hardware=H200.with_memory(GIB)).optimizer == "paged_adamw_8bit"
+    assert inputs(hardware=CPU.with_memory(GIB // 64)).optimizer == "adamw"
+    assert inputs(RunConfig(optimizer="adamw_8bit")).optimizer == "adamw_8bit"
 
 
 def test_input_embeddings_may_move_unless_the_head_shares_them():
     size = 2 * 128256 * 4096
-    assert movable_embedding_bytes(shape(), RunConfig(), H200) == size
-    assert movable_embedding_bytes(shape(LLAMA_1B), RunConfig(), H200) == 0
-    assert movable_embedding_bytes(shape(), RunConfig(), CPU) == 0
-    there = standing(shape(), QV, RunConfig(), H200)
-    moved = standing(shape(), QV, RunConfig(), H200, host_embeddings=True)
+    assert movable_embedding_bytes(inputs()) == size
+    assert movable_embedding_bytes(inputs(model=shape(LLAMA_1B))) == 0
+    assert movable_embedding_bytes(inputs(hardware=CPU)) == 0
+    there = static_memory(inputs())
+    moved = static_memory(inputs(), host_embeddings=True)
     assert sum(part.size_bytes for part in there) - sum(part.size_bytes for part in moved) == size
 
 

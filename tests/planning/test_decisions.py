@@ -8,14 +8,15 @@ from lorafit.config.run_config import PLANNED
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
 from lorafit.planning.decisions import decide, speed_in_words
-from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
+from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, inputs, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
 LAPTOP = hardware_named("RTX 4060 Laptop")
 
 
 def decided(hardware=LAPTOP, rows=2_000, config=TINY, changes=None, **flags):
-    outcome = decide(resolve({}, flags), facts(rows=rows), shape(config, **(changes or {})), hardware)
+    resolved = resolve({}, flags)
+    outcome = decide(resolved, inputs(resolved.config, facts(rows=rows), shape(config, **(changes or {})), hardware))
     return {decision.key: decision for decision in outcome.decisions}
 
 
@@ -148,7 +149,7 @@ def test_conv1d_layers_are_not_quantised():
 @pytest.mark.parametrize("setting", [{"rank": 64}, {"alpha": 16}, {"quantization": "nf4"}, {"targets": "qv"}])
 def test_who_sets_an_adapter_s_key_gets_an_adapter(setting):
     resolved = resolve({}, {"goal": "accuracy", **setting})
-    outcome = decide(resolved, facts(rows=200_000), shape(TINY), LAPTOP)
+    outcome = decide(resolved, inputs(resolved.config, facts(rows=200_000), shape(TINY), LAPTOP))
     assert outcome.method in ("LoRA", "QLoRA")
 
 

@@ -6,7 +6,7 @@ import yaml
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory import DataStats, estimate_memory
+from lorafit.memory import DataStats, PlanInputs, estimate_memory
 from lorafit.planning.fit import obstacles
 from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
@@ -17,8 +17,8 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 
 def found(hardware=H100, config=TINY, data=None, changes=None, **settings):
     run, model, data = RunConfig(**settings), shape(config, **(changes or {})), data or facts()
-    memory = estimate_memory(model, run, hardware, data)
-    return list(obstacles(run, model, hardware, memory, data))
+    memory = estimate_memory(PlanInputs(run, data, model, hardware))
+    return list(obstacles(PlanInputs(run, data, model, hardware), memory))
 
 
 def codes(*arguments, **keywords):
@@ -106,7 +106,7 @@ def test_a_base_that_cannot_fit_names_the_memory_and_a_card_that_has_it():
 
 
 def test_a_run_that_may_not_fit_is_a_warning_with_a_way_out():
-    needs = estimate_memory(shape(), RunConfig(activations="keep"), H100, facts()).peak_bytes
+    needs = estimate_memory(PlanInputs(RunConfig(activations="keep"), facts(), shape(), H100)).peak_bytes
     [finding] = found(H100.with_memory(round(1.05 * needs)), LLAMA_8B, activations="keep")
     assert (finding.code, finding.severity.value) == ("P0", "warning")
     assert "±10%" in finding.message.replace(" ", "")

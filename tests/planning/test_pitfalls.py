@@ -3,9 +3,8 @@ import pytest
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory import estimate_memory
+from lorafit.memory import PlanInputs, estimate_memory
 from lorafit.planning import pitfalls
-from lorafit.shapes import resolve_targets
 from planning_shapes import TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
@@ -15,8 +14,8 @@ GOOD = {"rank": 8, "alpha": 16.0, "gradient_checkpointing": "on", "compute": "bf
 
 def found(hardware=H100, rows=2_000, config=TINY, **settings):
     run, model, data = RunConfig(**{**GOOD, **settings}), shape(config), facts(rows=rows)
-    memory = estimate_memory(model, run, hardware, data)
-    return pitfalls(run, model, hardware, memory, data, resolve_targets(run.targets, model))
+    memory = estimate_memory(PlanInputs(run, data, model, hardware))
+    return pitfalls(PlanInputs(run, data, model, hardware), memory)
 
 
 def codes(*arguments, **keywords):
@@ -37,15 +36,18 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
 @pytest.mark.parametrize(
     ("activations", "named"),
     [
-        ("offload", "offload"),
-        ("dequantized_layers=2,cuda_graph_max_tokens=64,host_embeddings=on", "dense, graphs, host_embeddings=on"),
+        ("offload", "offloaded_layers"),
+        (
+            "dequantized_layers=2,cuda_graph_max_tokens=64,host_embeddings=on",
+            "dequantized_layers, cuda_graph_max_tokens, host_embeddings",
+        ),
         ("keep", ""),
     ],
 )
 def test_p2_a_policy_of_which_a_cpu_has_no_use(activations, named):
     settings = {"activations": activations, "gradient_checkpointing": "auto", "compute": "fp32"}
     messages = [finding.message for finding in found(CPU, **settings) if finding.code == "P2"]
-    assert messages == ([f"activations ask for {named}, of which a CPU has no use"] if named else [])
+    assert messages == ([f"activations ask for {named}, and a CPU has no use for them"] if named else [])
     assert "P2" not in [code for code, _ in codes(H100, **(settings | {"compute": "bf16"}))]
 
 

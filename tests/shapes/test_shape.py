@@ -20,13 +20,6 @@ def test_a_shape_is_read_from_a_folder(tmp_path):
     assert ModelShape.from_base(str(tmp_path)).parameters == shape().parameters
 
 
-def test_an_unknown_family_is_read_from_the_common_keys_and_says_so():
-    model = shape(model_type="brand_new")
-    assert not model.exact
-    assert "brand_new" in model.notes[0]
-    assert model.parameters == shape().parameters
-
-
 def test_a_nested_text_config_is_the_decoder_and_the_tower_is_estimated():
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}

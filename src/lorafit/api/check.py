@@ -66,6 +66,8 @@ def check(
 
 
 def _pitfalls(resolved: Resolved, prepared: Prepared) -> tuple[Finding, ...]:
+    if not len(prepared.train):
+        return ()  # the findings of the rows say why
     try:
         planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
     except (AdapterError, BackboneError) as error:

@@ -11,6 +11,7 @@ from lorafit.api.settings import require_base, require_data, settle, template_fo
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, largest_step, prepare
 from lorafit.data.summary import Progress
+from lorafit.errors import DataError
 from lorafit.findings import has_errors
 from lorafit.hardware import Hardware, hardware_for
 from lorafit.memory import DataStats
@@ -18,10 +19,12 @@ from lorafit.planning import Plan, make_plan, plan_recipe
 from lorafit.planning.forecast import steps_of
 from lorafit.shapes import ModelShape
 
+TOO_LONG = "D020"
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The plan, the settings it leads to, and the data it was made for."""
+    """Hold the plan, the settings it leads to, and the data it was made for."""
 
     plan: Plan
     resolved: Resolved
@@ -29,7 +32,7 @@ class PlannedRun:
 
     @property
     def recipe(self) -> str:
-        """The YAML recipe that runs this plan; of a method lorafit cannot run yet, what the run would be."""
+        """The YAML recipe that runs this plan, or that describes a method which lorafit cannot run yet."""
         return plan_recipe(self.plan, self.resolved.config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,18 +66,33 @@ def plan(
 
 
 def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) -> PlannedRun:
-    """The plan for data that are already read, on `hardware`."""
+    """Return the plan for data that are already read. Raises DataError when no row is left to train on."""
     config = resolved.config
+    require_rows(prepared, config)
     shape = ModelShape.from_base(config.base, config.revision)
-    made = make_plan(resolved, facts_of(prepared, config), shape, hardware)
+    made = make_plan(resolved, stats_of(prepared, config), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 
 
-def facts_of(prepared: Prepared, config: RunConfig) -> DataStats:
-    """What the plan needs to know of the data, and of how `config` walks through them."""
+def require_rows(prepared: Prepared, config: RunConfig) -> None:
+    """Raise DataError in one sentence when no row is left to train on."""
+    if len(prepared.train):
+        return
+    first = next((finding for finding in prepared.findings if finding.code == TOO_LONG), None)
+    if first is not None:
+        why = f"rows are longer than max_tokens ({config.max_tokens:,}) [{TOO_LONG}]"
+        fix = "raise max_tokens, or set long: split-turns"
+    else:
+        first = next(iter(prepared.findings), None)
+        why, fix = f"{prepared.summary.read:,} were read", "'lorafit check' lists what is wrong with them"
+    raise DataError(f"no row is left to train on: {why}", where=first.where if first else None, fix=fix)
+
+
+def stats_of(prepared: Prepared, config: RunConfig) -> DataStats:
+    """Return the size of the data, and of the largest step that `config` makes of them."""
     train = prepared.train
     tokens = int(train.lengths.sum())
-    facts = DataStats(
+    stats = DataStats(
         rows=len(train),
         tokens=tokens,
         supervised_tokens=int(train.supervised.sum()),
@@ -82,5 +100,5 @@ def facts_of(prepared: Prepared, config: RunConfig) -> DataStats:
         mean_tokens=tokens / max(len(train), 1),
         holdout_rows=len(prepared.holdout),
     )
-    largest = largest_step(train.lengths, config.examples_per_step, config.seed, steps_of(config, facts))
-    return replace(facts, largest_step=int(train.lengths[largest].sum()))
+    largest = largest_step(train.lengths, config.examples_per_step, config.seed, steps_of(config, stats))
+    return replace(stats, largest_step=int(train.lengths[largest].sum()))

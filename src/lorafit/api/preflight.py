@@ -16,7 +16,7 @@ from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
 from lorafit.hardware import Hardware
-from lorafit.memory.static_memory import ADAM_8BIT_BYTES, ADAM_BYTES
+from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES
 from lorafit.runs import RunDir
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()

@@ -17,8 +17,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import largest_step
 from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehearsal, Work, packed, rehearse
 from lorafit.errors import RunDirError
-from lorafit.memory.inputs import most_tokens, policy_of
-from lorafit.memory.static_memory import ADAM_8BIT_BYTES, ADAM_BYTES
+from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, most_tokens, policy_of
 from lorafit.runs import RunDir
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
 
@@ -100,8 +99,10 @@ class _Wish:
 
 
 def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
-    """Turn `layers` to the policy that a run which goes on has had, and return what was asked for then; None when it had
-    none, or another is asked for now."""
+    """Set `layers` to the policy that a resumed run has had, and return the wish behind it.
+
+    None when it had none, or another is asked for now.
+    """
     # one that a run left which never began is not this run's
     known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
     if known is None or not wish.is_that_of(known):
@@ -148,7 +149,7 @@ def budget_bytes(config: RunConfig) -> int:
 
 
 def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
-    """The run's micro-batches, of at most `max_tokens` where the policy does not say; `grows`: of up to a whole step."""
+    """Return the run's micro-batches, of at most `max_tokens` unless the policy says; with `grows`, of a whole step."""
     config, rows = trainer.config, trainer.train_rows
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, trainer.args.max_steps)
     step_tokens = int(rows.lengths[step].sum())

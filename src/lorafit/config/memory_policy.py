@@ -1,4 +1,4 @@
-"""MemoryPolicy: where the activations of each layer wait for their backward pass, as one setting that can be written down."""
+"""MemoryPolicy: what each layer keeps, recomputes or sends to host memory, as one setting that can be written down."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 from lorafit.errors import UsageError
 
 SHORT_FORMS = ("keep", "recompute", "offload")
-LAYER_COUNTS = ("feed_forward", "whole", "offload", "dense")
-TOKEN_COUNTS = ("micro_tokens", "graphs")
+LAYER_COUNTS = ("recompute_mlp_layers", "recompute_layers", "offloaded_layers", "dequantized_layers")
+TOKEN_COUNTS = ("micro_tokens", "cuda_graph_max_tokens")
+OLD_WORDS = {
+    "whole": "recompute_layers",
+    "feed_forward": "recompute_mlp_layers",
+    "offload": "offloaded_layers",
+    "dense": "dequantized_layers",
+    "graphs": "cuda_graph_max_tokens",
+    "host_embeddings=on": "host_embeddings=on",
+    "weights=dense": "dequantized_layers=all",
+}
+"""Shorter words for the fields, accepted wherever a policy is parsed."""
 ON_HOST = "host_embeddings=on"
-ALL_DENSE = "weights=dense"
+ALL_DEQUANTIZED = "dequantized_layers=all"
 FIX = (
-    "write keep, recompute, offload, or counts such as recompute_mlp_layers=20,offloaded_layers=32,host_embeddings=on,micro_tokens=4096, "
-    "recompute_layers=8, dequantized_layers=16 or cuda_graph_max_tokens=2048"
+    "write keep, recompute, offload, or counts such as recompute_mlp_layers=20,offloaded_layers=32,"
+    "host_embeddings=on,micro_tokens=4096, recompute_layers=8, dequantized_layers=16 or cuda_graph_max_tokens=2048"
 )
 STEPS_DOWN = 4
 """`next_smaller` changes a quarter of the layers at a time: enough to see, few enough retries."""
@@ -23,43 +33,46 @@ STEPS_DOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """How the decoder layers' activations survive until their backward pass, and how large a micro-batch is.
+    """Say how activations survive until their backward pass, and how large a micro-batch is.
 
-    The first `whole` layers keep their input alone and are recomputed; the next `feed_forward` ones recompute the
-    inner values of their feed-forward; the rest keep everything. What the first `offload` layers keep waits in
-    pinned host memory. `host_embeddings`: the frozen input embeddings stay in host memory. `micro_tokens`: the most
-    tokens of one micro-batch, more or fewer than `max_tokens`; None for `max_tokens`. `dense`: so many layers' 4-bit
-    weights lie on the card unpacked too, ready to be multiplied by. `graphs`: micro-batches of at most so many tokens
-    run as CUDA graphs, where nothing is recomputed entirely or sent to the host.
+    Attributes:
+        recompute_mlp_layers: Layers, after the recomputed ones, that recompute only the inner values of their MLP.
+        recompute_layers: First layers that keep their input alone and are recomputed.
+        offloaded_layers: First layers whose kept tensors wait in pinned host memory.
+        host_embeddings: Whether the frozen input embeddings stay in host memory.
+        micro_tokens: The most tokens of one micro-batch; None for the setting `max_tokens`.
+        dequantized_layers: First layers whose 4-bit weights lie dequantized on the GPU too.
+        cuda_graph_max_tokens: The most tokens of a micro-batch that runs as a CUDA graph. Policies that recompute
+            layers or use host memory run none.
     """
 
-    feed_forward: int = 0
-    whole: int = 0
-    offload: int = 0
+    recompute_mlp_layers: int = 0
+    recompute_layers: int = 0
+    offloaded_layers: int = 0
     host_embeddings: bool = False
     micro_tokens: int | None = None
-    dense: int = 0
-    graphs: int = 0
+    dequantized_layers: int = 0
+    cuda_graph_max_tokens: int = 0
 
     def __post_init__(self) -> None:
-        assert min(self.feed_forward, self.whole, self.offload, self.dense, self.graphs) >= 0, self
+        assert min(getattr(self, key) for key in (*LAYER_COUNTS, "cuda_graph_max_tokens")) >= 0, self
         assert self.micro_tokens is None or self.micro_tokens > 0, self
 
     @classmethod
     def parse(cls, text: str, layers: int) -> MemoryPolicy:
-        """The policy that `text` means for a model with `layers` layers, clamped to them: a short form (`keep`,
-        `recompute`: every layer, `offload`: every layer), then counts; the inverse of `str`. Raises UsageError."""
+        """Return the policy that `text` writes, clamped to a model with `layers` layers; the inverse of `str`.
+
+        A short form (`keep`, `recompute` and `offload`: every layer) may stand before the counts. Raises UsageError.
+        """
         words = [word.strip() for word in text.split(",")]
-        policy = {"recompute": cls(recompute_layers=layers), "offload": cls(offloaded_layers=layers)}.get(
-            words[0], cls()
-        )
+        short = {"recompute": cls(recompute_layers=layers), "offload": cls(offloaded_layers=layers)}
         given: dict[str, Any] = {}
         for word in words[words[0] in SHORT_FORMS :]:
             key, value = _assignment(word, text, layers)
             if key in given:
                 raise UsageError(f"'{text:.80}' says {key} twice", where="activations", fix=FIX)
             given[key] = value
-        return replace(policy, **given).clamped(layers)
+        return replace(short.get(words[0], cls()), **given).clamped(layers)
 
     def __str__(self) -> str:
         counts, tokens = (
@@ -70,61 +83,66 @@ class MemoryPolicy:
 
     @property
     def keeps_everything(self) -> bool:
-        """True when nothing is recomputed and nothing waits on the host."""
-        return not (self.whole or self.feed_forward or self.offload or self.host_embeddings)
+        """True when nothing is recomputed and nothing waits in host memory."""
+        return not (self.recompute_mlp_layers or self.recompute_layers or self.offloaded_layers or self.host_embeddings)
 
     @property
     def takes_graphs(self) -> bool:
-        """True when a micro-batch runs alike each time, so that it may be recorded."""
-        return not (self.whole or self.offload or self.host_embeddings)
+        """True when every micro-batch runs the same operations, so that CUDA graphs can record it."""
+        return not (self.recompute_layers or self.offloaded_layers or self.host_embeddings)
 
     def clamped(self, layers: int) -> MemoryPolicy:
-        """The same for a model with `layers` layers: no count beyond them, whole layers first."""
-        whole = min(self.whole, layers)
-        feed_forward = min(self.feed_forward, layers - whole)
-        offload, dense = min(self.offload, layers), min(self.dense, layers)
-        return replace(self, whole=whole, recompute_mlp_layers=feed_forward, offloaded_layers=offload, dense=dense)
+        """Return the policy with no count beyond `layers`; recomputed layers take precedence over MLPs."""
+        recomputed = min(self.recompute_layers, layers)
+        return replace(
+            self,
+            recompute_layers=recomputed,
+            recompute_mlp_layers=min(self.recompute_mlp_layers, layers - recomputed),
+            offloaded_layers=min(self.offloaded_layers, layers),
+            dequantized_layers=min(self.dequantized_layers, layers),
+        )
 
     def sized(self, tokens: int, max_tokens: int) -> MemoryPolicy:
-        """The same with its micro-batch said, which is `tokens` where it was not; left unsaid where it is
-        `max_tokens`, as every reader takes it."""
+        """Return the policy with its micro-batch of `tokens` written down.
+
+        A size already set stays; a size equal to `max_tokens` is left out, since that is the default.
+        """
         size = self.micro_tokens or tokens
         return replace(self, micro_tokens=None if size == max_tokens else size)
 
     def level(self, layer: int) -> str:
-        """`whole`, `feed_forward` or `keep`: what is recomputed of the layer with this index."""
-        if layer < self.whole:
+        """Return what the layer with this index recomputes: `whole`, `feed_forward`, or `keep` for nothing."""
+        if layer < self.recompute_layers:
             return "whole"
-        return "feed_forward" if layer < self.whole + self.feed_forward else "keep"
+        return "feed_forward" if layer < self.recompute_layers + self.recompute_mlp_layers else "keep"
 
     def next_smaller(self, layers: int, tokens: int | None = None, longest: int = 1) -> MemoryPolicy | None:
-        """The next setting with clearly less memory on the device, or None at the end.
+        """Return the next policy with clearly less GPU memory, or None at the end.
 
-        Unpacked weights go first, half of them at a time, then graphs, which have a memory of their own. What is still
-        on the device is recomputed in part, then entirely, then sent to the host; then the embeddings are; then the
-        micro-batch is halved, down to the `longest` row. `tokens`: the micro-batch while `micro_tokens` is None;
-        without either it is left alone.
+        The order: half of the dequantized weights at a time, CUDA graphs, MLPs recomputed, layers recomputed, layers
+        offloaded, embeddings moved, micro-batches halved down to the `longest` row. `tokens` is the micro-batch while
+        `micro_tokens` is None; without either its size stays.
         """
         policy = self.clamped(layers)
         if policy.dequantized_layers:
-            return replace(policy, dense=policy.dequantized_layers // 2)
+            return replace(policy, dequantized_layers=policy.dequantized_layers // 2)
         if policy.cuda_graph_max_tokens:
             return replace(policy, cuda_graph_max_tokens=0)
         step = -(-layers // STEPS_DOWN)
-        light = policy.recompute_layers + policy.recompute_mlp_layers
-        if max(light, policy.offloaded_layers) < layers:
-            most = min(layers, max(light, policy.offloaded_layers) + step)
+        lighter = policy.recompute_layers + policy.recompute_mlp_layers
+        if max(lighter, policy.offloaded_layers) < layers:
+            most = min(layers, max(lighter, policy.offloaded_layers) + step)
             return replace(policy, recompute_mlp_layers=most - policy.recompute_layers)
         if max(policy.recompute_layers, policy.offloaded_layers) < layers:
-            whole = min(layers, max(policy.recompute_layers, policy.offloaded_layers) + step)
-            return replace(policy, whole=whole, recompute_mlp_layers=layers - whole)
+            most = min(layers, max(policy.recompute_layers, policy.offloaded_layers) + step)
+            return replace(policy, recompute_layers=most, recompute_mlp_layers=layers - most)
         if policy.offloaded_layers < layers:
             return replace(policy, offloaded_layers=layers)
-        return policy._lighter_everywhere(layers, tokens, longest)
+        return policy._smaller_everywhere(layers, tokens, longest)
 
-    def _lighter_everywhere(self, layers: int, tokens: int | None, longest: int) -> MemoryPolicy | None:
-        """`next_smaller` once every layer waits in host memory: less in flight, no embeddings, fewer tokens."""
-        if self.whole < layers:
+    def _smaller_everywhere(self, layers: int, tokens: int | None, longest: int) -> MemoryPolicy | None:
+        """Continue `next_smaller` once every layer is offloaded."""
+        if self.recompute_layers < layers:
             return replace(self, recompute_layers=layers, recompute_mlp_layers=0)
         if not self.host_embeddings:
             return replace(self, host_embeddings=True)
@@ -135,16 +153,18 @@ class MemoryPolicy:
 
 
 def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
-    """`key=value` of a policy. Raises UsageError for what is none."""
-    key, _, value = (part.strip() for part in word.partition("="))
-    if f"{key}={value}" == ON_HOST:
+    """Return one `key=value` of a policy. Raises UsageError for anything else."""
+    key, equals, value = (part.strip() for part in word.partition("="))
+    pair = OLD_WORDS.get(f"{key}={value}", f"{OLD_WORDS.get(key, key)}{equals}{value}")
+    if pair == ON_HOST:
         return "host_embeddings", True
-    if f"{key}={value}" == ALL_DENSE:
-        return "dense", layers
+    if pair == ALL_DEQUANTIZED:
+        return "dequantized_layers", layers
+    key, _, value = pair.partition("=")
     if (
         key not in LAYER_COUNTS + TOKEN_COUNTS
         or not re.fullmatch(r"[0-9]{1,9}", value)
         or (key == "micro_tokens" and not int(value))
     ):
-        raise UsageError(f"'{text:.80}' is no setting of the activations", where="activations", fix=FIX)
+        raise UsageError(f"'{text:.80}' is no memory policy", where="activations", fix=FIX)
     return key, int(value)

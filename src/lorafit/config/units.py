@@ -14,8 +14,10 @@ _LEAST_BARE = 2**20  # who writes 8 means GiB, not bytes
 
 
 def parse_bytes(text: str, where: str = "size") -> int:
-    """Bytes in `text`; `GiB` is 2**30 and `GB` is 10**9. Raises UsageError when it is no size,
-    or a small number without a unit."""
+    """Return the bytes in `text`; `GiB` is 2**30 and `GB` is 10**9.
+
+    Raises UsageError when it is no size, or a small number without a unit.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or match[2] == "i" or not 0 < float(match[1]) <= _MOST:
         raise UsageError(f"'{text[:40]}' is not a size", where=where, fix="write it like 8GiB, 24GB or 80GiB")
@@ -27,12 +29,14 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 TINY = 1e-6
-"""Of a tenth: what truncating `6.2GiB` to whole bytes takes away is no tenth less."""
+"""Share of a tenth that rounding ignores: `6.2GiB` truncated to whole bytes is still 6.2."""
 
 
 def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -> str:
-    """`5.9 GiB`, `1.0 KiB`. What is needed is rounded up (`at_least`) and what is there down (`at_most`), so that a
-    sentence never sets two equal numbers against each other."""
+    """Return bytes as people read them: `5.9 GiB`, `1.0 KiB`.
+
+    Needs are rounded up (`at_least`) and limits down (`at_most`), so that a sentence never compares equal numbers.
+    """
     unit, size = next(((unit, size) for unit, size in UNITS if size_bytes >= size), ("B", 1))
     if unit == "B":
         return f"{size_bytes:.0f} B"
@@ -40,10 +44,10 @@ def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -
 
 
 def at_least(size_bytes: float) -> str:
-    """The size in words, rounded up."""
+    """Return the size in words, rounded up."""
     return size_in_words(size_bytes, lambda tenths: math.ceil(tenths - TINY))
 
 
 def at_most(size_bytes: float) -> str:
-    """The size in words, rounded down."""
+    """Return the size in words, rounded down."""
     return size_in_words(size_bytes, lambda tenths: math.floor(tenths + TINY))

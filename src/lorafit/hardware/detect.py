@@ -26,8 +26,7 @@ CGROUP_MEMORY = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Of a container's memory, in cgroup v2 and v1: limit, use, and where the part of that stands which files take that
-were read and are not in use: it gives way to whoever asks."""
+"""Files of a container's memory in cgroup v2 and v1: limit, use, and the field of idle file cache, which gives way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,9 @@ class Seen:
 
 
 def hardware_for(config: RunConfig) -> Hardware:
-    """What to plan for: the card `config.gpu` names, else the one found, with `config.vram` as its budget, as far as
-    its memory goes.
+    """Return the device to plan for: the GPU named by `config.gpu`, else the one found, within `config.vram`.
 
-    A budget where there is no card means a card of that size. Raises UsageError for an unknown card.
+    A budget where there is no GPU means one of that size. Raises UsageError for an unknown GPU.
     """
     if config.gpu == "cpu":
         device = detect_processor()
@@ -62,7 +60,7 @@ def hardware_for(config: RunConfig) -> Hardware:
 
 
 def hardware_here(config: RunConfig) -> Hardware:
-    """What a run on this machine has, whatever card is planned for: the device found, at most `config.vram` of it."""
+    """Return the device of this machine, within `config.vram`; another GPU may be planned for."""
     device = detect_hardware()
     if config.vram is None:
         return device

@@ -1,4 +1,4 @@
-"""What a micro-batch leaves in memory between its forward and its backward pass, per layer and per loss.
+"""Activations: the bytes that a micro-batch keeps between its forward and its backward pass, per layer and loss.
 
 Counted from what autograd saves in transformers' layers (`torch.autograd.graph.saved_tensors_hooks`), in bytes:
 - a norm keeps its input in fp32;
@@ -16,9 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafit.config import RunConfig
-from lorafit.hardware.device import Hardware
-from lorafit.memory.inputs import MicroBatch
+from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.shapes.shape import ModelShape, Projection
 
 LOSS_CHUNK_BYTES = 256 << 20
@@ -34,11 +32,12 @@ scores, capped, softmaxed, two gradients."""
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How the layers and the loss are run, as far as memory can tell.
+    """Say how the layers and the loss are run, as far as memory can tell.
 
-    `fused`: compiled layers, where a norm and an activation are recomputed inside the kernel. `loss`: logits of
-    `all` positions at once, of the `supervised` ones, or in `chunks`. `wide_stream`: embeddings, and so the
-    residual stream, in fp32, as peft's `prepare_model_for_kbit_training` leaves them.
+    Attributes:
+        fused: Whether layers are compiled, and recompute norms and activations inside a kernel.
+        loss: Logits of `all` positions at once, of the `supervised` ones, or in `chunks`.
+        wide_stream: Whether the residual stream is in fp32, as peft's `prepare_model_for_kbit_training` leaves it.
     """
 
     fused: bool = False
@@ -46,16 +45,25 @@ class Execution:
     wide_stream: bool = False
 
 
-def execution_of(config: RunConfig, hardware: Hardware) -> Execution:
-    """How lorafit runs `config` there: layers compiled on CUDA unless `compile` is off, the loss in chunks."""
-    return Execution(fused=config.compile == "on" or (hardware.kind == "cuda" and config.compile != "off"))
+def execution_of(inputs: PlanInputs) -> Execution:
+    """Return how lorafit runs the layers: compiled on CUDA unless `compile` is off, the loss in chunks."""
+    compiled = inputs.config.compile
+    return Execution(fused=compiled == "on" or (inputs.on_cuda and compiled != "off"))
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes of one micro-batch, of one layer: kept whole, kept when its feed-forward is recomputed, its input; what
-    its backward works with, the largest weight of it dequantised; and what the loss works with, a chunk of logits
-    of it."""
+    """Hold the bytes of one layer, and of the loss, for one micro-batch.
+
+    Attributes:
+        layer_bytes: Kept when nothing is recomputed.
+        feed_forward_bytes: Kept when the MLP is recomputed.
+        input_bytes: The layer's input.
+        backward_bytes: Working memory of its backward.
+        weight_bytes: Part of that: the largest dequantised weight.
+        loss_bytes: Working memory of the loss.
+        chunk_bytes: Part of that: a chunk of logits.
+    """
 
     layer_bytes: int
     feed_forward_bytes: int
@@ -75,7 +83,7 @@ def activations(
     mask_bytes: int = 0,
     execution: Execution,
 ) -> Activations:
-    """The activations of one micro-batch.
+    """Return the activations of one micro-batch.
 
     `width` is the compute dtype's size in bytes, `mask_bytes` that of one entry of a dropout mask (0: no dropout).
     """
@@ -102,7 +110,7 @@ def activations(
 
 
 def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:
-    """What norms and attention keep of a token in one layer."""
+    """Return the bytes that norms and attention keep of a token in one layer."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = width * (2 * queries + 2 * keys)
     if any(part.role == "qkv" for part in shape.projections):
@@ -114,8 +122,10 @@ def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stre
 
 
 def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:
-    """Capped scores that a compiled layer's attention writes out at a time (engine/grouped_attention.py), and what
-    becomes of them: those of one key head of the longest row at least."""
+    """Return the bytes of capped scores, and their copies, that a compiled layer's attention writes out at a time.
+
+    They are those of one key head of the longest row at least (engine/grouped_attention.py).
+    """
     if not shape.capped_scores or not execution.fused:
         return 0
     head = shape.heads // shape.kv_heads * batch.longest**2
@@ -124,21 +134,20 @@ def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) ->
 
 
 def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
-    """Values per token and (mean) layer that the activation after this projection keeps."""
+    """Return the values per token and mean layer that the activation after this projection keeps."""
     if part.role not in ("up", "gate_up") or part.inputs != shape.hidden:
         return 0.0
     inner = part.outputs // 2 if part.role == "gate_up" else part.outputs
     copies = (2 if fused else 3) if shape.is_gated else 1
     if not part.stacked:
-        return inner * copies * part.count / shape.layers
+        return inner * copies * part.count * part.active / shape.layers
     # each token visits a few experts, and is copied for each of them
     layers = part.count * part.active / max(shape.experts_per_token, 1)
     return shape.experts_per_token * (inner * copies + 2 * shape.hidden) * layers / shape.layers
 
 
 def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
-    """Bytes per token and (mean) layer that adapters of `parts` keep: each one's dropout mask, and its input where
-    layers are not fused."""
+    """Return the bytes per token and mean layer that adapters keep: dropout masks, and inputs unless fused."""
     return (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts) / shape.layers
 
 
@@ -150,8 +159,11 @@ def _passing_bytes(shape: ModelShape, tokens: int, width: int, execution: Execut
 
 
 def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:
-    """In chunks: one chunk, which becomes its own gradient; in fp32, without a kernel for it, twice. Else
-    log-probabilities, their gradient and the logits' gradient, each in fp32, as other tools' chunks hold them too."""
+    """Return the bytes of logits and their gradients.
+
+    A chunk becomes its own gradient; in fp32, without a kernel for it, it is there twice. Other tools hold
+    log-probabilities, their gradient and the logits' gradient, each in fp32.
+    """
     if execution.loss == "chunks" and not execution.wide_stream:
         return min(batch.supervised * shape.vocab * width, LOSS_CHUNK_BYTES) * (2 if width == 4 else 1)
     chunk = min(batch.supervised, OTHERS_CHUNK_TOKENS)

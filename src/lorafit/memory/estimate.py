@@ -1,24 +1,22 @@
-"""estimate_memory: the peak memory of a run, component by component, each with what it assumes."""
+"""Estimate: the peak memory of a run, component by component, each with its assumption."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.hardware.device import Hardware
+from lorafit.hardware import Hardware
 from lorafit.memory.activations import Execution
 from lorafit.memory.execution_plan import FRAGMENTATION, ExecutionPlan, plan_execution, uncertainty_of
-from lorafit.memory.inputs import DataStats
+from lorafit.memory.inputs import PlanInputs
 from lorafit.memory.layer_costs import Moment
-from lorafit.memory.static_memory import Component, standing, total_bytes
-from lorafit.shapes.shape import ModelShape, resolve_targets
+from lorafit.memory.static_memory import Component, static_memory, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """The peak and what it is made of; the true peak lies within ± `uncertainty` of it.
+    """Hold the peak and its components; the true peak lies within ± `uncertainty` of it.
 
     `kept_bytes` and `recomputed_bytes` are the peak with every activation kept and with all of them recomputed, at
     the same micro-batch. `host_bytes` are pinned in the host's memory meanwhile.
@@ -58,44 +56,28 @@ class MemoryEstimate:
         }
 
 
-def estimate_memory(
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
-    execution: Execution | None = None,
-) -> MemoryEstimate:
-    """The peak memory of training `config` on `hardware`, in packed micro-batches.
+def estimate_memory(inputs: PlanInputs, execution: Execution | None = None) -> MemoryEstimate:
+    """Return the peak memory of training in packed micro-batches.
 
-    Activations are where `activations` and `gradient_checkpointing` put them, micro-batches as large as they say
-    (else `max_tokens`); on auto, as the plan would have both.
-    `execution` stands for another way to run the layers than lorafit's. Raises AdapterError for wrong targets.
+    The memory policy is that of the settings; on auto, the plan's. `execution` stands for another way to run the
+    layers than lorafit's. Raises AdapterError for wrong targets.
     """
-    return memory_of(plan_execution(shape, config, hardware, facts, execution), shape, config, hardware, execution)
+    return memory_of(plan_execution(inputs, execution), inputs, execution)
 
 
-def memory_of(
-    plan: ExecutionPlan, shape: ModelShape, config: RunConfig, hardware: Hardware, execution: Execution | None = None
-) -> MemoryEstimate:
-    """The peak memory of a run that goes as `plan` says."""
-    targets = resolve_targets(config.targets, shape)
+def memory_of(plan: ExecutionPlan, inputs: PlanInputs, execution: Execution | None = None) -> MemoryEstimate:
+    """Return the peak memory of a run that goes as `plan` says."""
     wide = execution is not None and execution.wide_stream
     policy = plan.policy
-    stays = standing(
-        shape,
-        targets,
-        config,
-        hardware,
-        wide=wide,
-        host_embeddings=policy.host_embeddings,
-        dense=policy.dequantized_layers,
+    stays = static_memory(
+        inputs, wide=wide, host_embeddings=policy.host_embeddings, dequantized_layers=policy.dequantized_layers
     )
-    everything = total_bytes(standing(shape, targets, config, hardware, wide=wide))
+    everything = total_bytes(static_memory(inputs, wide=wide))
     return MemoryEstimate(
-        components=(*stays, *_passing(plan.moment, policy, plan.tokens, shape.layers), *_of_graphs(plan)),
+        components=(*stays, *_passing(plan.moment, policy, plan.tokens, inputs.shape.layers), *_of_graphs(plan)),
         kept_bytes=everything + _passing_bytes(plan.kept),
         recomputed_bytes=everything + _passing_bytes(plan.recomputed),
-        uncertainty=uncertainty_of(shape, hardware),
+        uncertainty=uncertainty_of(inputs),
         host_bytes=plan.host_bytes,
     )
 
@@ -111,7 +93,7 @@ def _passing(moment: Moment, policy: MemoryPolicy, tokens: int, layers: int) -> 
             moment.in_flight_bytes,
             "two layers on their way to or from the host; more where there is room",
         ),
-        Component("loss or one layer's backward", moment.working_bytes, "whichever is larger at the fullest moment"),
+        Component("loss or one layer's backward", moment.working_bytes, "the larger of the two, at the fullest moment"),
         Component("fragmentation", round(FRAGMENTATION * size), f"{FRAGMENTATION:.0%} of what comes and goes"),
     ]
     return [part for part in parts if part.size_bytes or part.name != "activations in flight"]
@@ -129,7 +111,7 @@ def _passing_bytes(moment: Moment) -> int:
 
 
 def kept_in_words(policy: MemoryPolicy, layers: int) -> str:
-    """What a policy keeps on the device of each layer."""
+    """Say what a policy keeps on the device of each layer."""
     if policy.offloaded_layers:
         return f"what {layers - policy.offloaded_layers} of {layers} layers keep there until their backward pass"
     if policy.recompute_layers == layers:

@@ -1,7 +1,7 @@
-"""ExecutionPlan: the policy a run goes with, its micro-batch, and what that takes in bytes and seconds.
+"""ExecutionPlan: the memory policy a run goes with, its micro-batch, and what both take in bytes and seconds.
 
-The engine measures bytes, seconds and the link's rates on the card at hand and solves once more; this is the answer
-from data sheets, before anything is loaded.
+This is the answer from data sheets, before anything is loaded. The engine measures bytes, seconds and the link's rates
+on the GPU itself and solves once more.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.hardware.device import Hardware
 from lorafit.memory.activations import Execution, activations, execution_of
-from lorafit.memory.inputs import DataStats, MicroBatch, largest_step_tokens, micro_batch, most_tokens_on, policy_of
+from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import FILLED, LayerCosts, Link, Moment, Split, graph_tokens
 from lorafit.memory.solver import Room, solve, solve_micro
 from lorafit.memory.speed import layer_costs
-from lorafit.memory.static_memory import WIDTH, compute_of, dense_bytes, movable_embedding_bytes, standing, total_bytes
+from lorafit.memory.static_memory import dense_bytes, movable_embedding_bytes, static_memory, total_bytes
 from lorafit.memory.timeline import timeline_s
-from lorafit.shapes.shape import ModelShape, resolve_targets
 
 FRAGMENTATION = 0.05
 """Share of what comes and goes that the allocator loses between blocks."""
@@ -40,9 +37,21 @@ LEAST_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPlan:
-    """How a run goes: its policy, the largest micro-batch's size and costs, the device's fullest moment, and the
-    predicted seconds of the mean step, of `step_tokens` in `micro_batches`. `kept` and `recomputed`: the fullest
-    moments with nothing and everything recomputed, at the same micro-batch. `graph_bytes`: what CUDA graphs hold."""
+    """Hold how a run goes.
+
+    Attributes:
+        policy: Memory policy.
+        tokens: Tokens of the largest micro-batch.
+        micro_batches: Micro-batches of the mean step.
+        costs: Bytes and seconds of one layer for the largest micro-batch.
+        moment: The device's fullest moment.
+        host_bytes: Bytes pinned in host memory.
+        step_s: Predicted seconds of the mean step.
+        step_tokens: Tokens of the mean step.
+        kept: The fullest moment with nothing recomputed, at the same micro-batch.
+        recomputed: The fullest moment with everything recomputed, at the same micro-batch.
+        graph_bytes: Bytes that CUDA graphs hold.
+    """
 
     policy: MemoryPolicy
     tokens: int
@@ -62,204 +71,175 @@ class ExecutionPlan:
         return self.step_tokens / self.step_s
 
 
-def plan_execution(
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
-    execution: Execution | None = None,
-) -> ExecutionPlan:
-    """The policy that `config` asks for; where it asks for none, the fastest one that fits `hardware` with the
-    estimate's error to spare, else without, else the one that needs least. Raises AdapterError for wrong targets.
+def plan_execution(inputs: PlanInputs, execution: Execution | None = None) -> ExecutionPlan:
+    """Return the plan of the policy that the settings ask for, else of the fastest one that fits.
+
+    It fits with the estimate's error to spare, else without. Where nothing fits, the plan is that of the smallest
+    policy. Raises AdapterError for wrong targets.
     """
-    policy = policy_of(config, shape.layers) or _fitting(shape, config, hardware, facts, execution)
-    batch = micro_batch(config, facts, policy.micro_tokens or config.max_tokens)
-    costs = _costs(shape, config, hardware, facts, batch, execution, policy)
-    room = room_of(shape, config, hardware, batch.tokens, execution, policy.dequantized_layers)
-    records = _records(policy, shape, config, hardware)
-    beside_s = (GRAPH_STEP_S if records else STEP_S) if hardware.kind == "cuda" else 0.0
-    plan = _plan(policy, costs, room, batch, config, facts, beside_s)
+    policy = inputs.policy or _fitting(inputs, execution)
+    batch = inputs.micro_batch(policy.micro_tokens or inputs.config.max_tokens)
+    costs = _costs(inputs, batch, execution, policy)
+    room = room_of(inputs, batch.tokens, execution, policy.dequantized_layers)
+    records = _records(policy, inputs)
+    beside_s = (GRAPH_STEP_S if records else STEP_S) if inputs.on_cuda else 0.0
+    plan = _plan(policy, costs, room, batch, inputs, beside_s)
     return replace(plan, graph_bytes=graph_bytes(costs, policy, batch.tokens)) if records else plan
 
 
-def uncertainty_of(shape: ModelShape, hardware: Hardware) -> float:
-    """Half-width of the memory estimate for such a model there."""
-    measured = shape.exact and shape.is_gated and hardware.kind == "cuda"
+def uncertainty_of(inputs: PlanInputs) -> float:
+    """Return the half-width of the memory estimate for such a model on such a device."""
+    shape = inputs.shape
+    measured = shape.exact and not shape.counted and shape.is_gated and inputs.on_cuda
     return UNCERTAINTY if measured else UNCERTAINTY_ELSEWHERE
 
 
-def room_of(
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    tokens: int,
-    execution: Execution | None = None,
-    dense: int = 0,
-) -> Room:
-    """What is left for activations beside everything that stays, on the device and in host memory; `tokens` of one
-    micro-batch are what embeddings on the host are read for, `dense` layers have their weights unpacked."""
-    targets = resolve_targets(config.targets, shape)
+def room_of(inputs: PlanInputs, tokens: int, execution: Execution | None = None, dequantized_layers: int = 0) -> Room:
+    """Return the room for activations beside static memory, on the device and in host memory.
+
+    Embeddings in host memory are read for micro-batches of `tokens`.
+    """
     wide = execution is not None and execution.wide_stream
-    stays = total_bytes(standing(shape, targets, config, hardware, wide=wide, dense=dense))
-    rate = hardware.link_gbs * 1e9
-    width = WIDTH[compute_of(config, hardware)]
+    stays = total_bytes(static_memory(inputs, wide=wide, dequantized_layers=dequantized_layers))
+    rate = inputs.hardware.link_gbs * 1e9
     return Room(
-        device_bytes=hardware.memory_bytes - stays,
-        host_bytes=hardware.host_bytes,
-        link=Link(rate, rate) if hardware.kind == "cuda" and rate else None,
-        embedding_bytes=movable_embedding_bytes(shape, config, hardware),
-        embedding_s=tokens * shape.hidden * width / rate if rate else 0.0,
+        device_bytes=inputs.hardware.memory_bytes - stays,
+        host_bytes=inputs.hardware.host_bytes,
+        link=Link(rate, rate) if inputs.on_cuda and rate else None,
+        embedding_bytes=movable_embedding_bytes(inputs),
+        embedding_s=tokens * inputs.shape.hidden * inputs.width / rate if rate else 0.0,
     )
 
 
 def _costs(
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
+    inputs: PlanInputs,
     batch: MicroBatch,
     execution: Execution | None,
     policy: MemoryPolicy = MemoryPolicy(),  # noqa: B008 (frozen)
 ) -> LayerCosts:
-    execution = execution or execution_of(config, hardware)
-    targets = resolve_targets(config.targets, shape)
-    width = WIDTH[compute_of(config, hardware)]
-    masks = _mask_bytes(config, hardware, width)
-    live = activations(shape, targets, batch, width=width, mask_bytes=masks, execution=execution)
-    graphs = _records(policy, shape, config, hardware)
-    return layer_costs(
-        shape, targets, config, hardware, batch, facts.mean_tokens, live, execution, policy.dequantized_layers, graphs
+    execution = execution or execution_of(inputs)
+    live = activations(
+        inputs.shape,
+        inputs.targets,
+        batch,
+        width=inputs.width,
+        mask_bytes=_mask_bytes(inputs),
+        execution=execution,
     )
+    return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 
 
-def _mask_bytes(config: RunConfig, hardware: Hardware, width: int) -> int:
-    """Bytes of one entry of a dropout mask: CUDA keeps a boolean, a CPU the scaled noise."""
-    if not config.dropout:
+def _mask_bytes(inputs: PlanInputs) -> int:
+    """Return the bytes of one entry of a dropout mask: CUDA keeps a boolean, a CPU the scaled noise."""
+    if not inputs.config.dropout:
         return 0
-    return width if hardware.kind == "cpu" else 1
+    return 1 if inputs.on_cuda else inputs.width
 
 
-def _fitting(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, facts: DataStats, execution: Execution | None
-) -> MemoryPolicy:
-    """The policy chosen automatically; it says its micro-batch unless that is `max_tokens`."""
-    most = most_tokens_on(hardware, config, facts)
-    batch = micro_batch(config, facts, most)
-    costs = _costs(shape, config, hardware, facts, batch, execution)
-    room = room_of(shape, config, hardware, batch.tokens, execution)
-    longest = max(facts.longest, min(LEAST_TOKENS, batch.tokens))
-    policy = _fastest(costs, room, shape, hardware, batch.tokens, longest)
+def _fitting(inputs: PlanInputs, execution: Execution | None) -> MemoryPolicy:
+    """Return the policy chosen automatically; it says its micro-batch unless that is `max_tokens`."""
+    most = inputs.most_tokens
+    batch = inputs.micro_batch(most)
+    costs = _costs(inputs, batch, execution)
+    room = room_of(inputs, batch.tokens, execution)
+    policy = _fastest(costs, room, inputs, batch.tokens)
     if execution is None and policy.keeps_everything and policy.micro_tokens is None:
-        policy = _filling(costs, room, shape, config, hardware, facts, batch)
-    return policy.sized(most, config.max_tokens)
+        policy = _filling(costs, room, inputs, batch)
+    return policy.sized(most, inputs.config.max_tokens)
 
 
-def _filling(
-    costs: LayerCosts,
-    room: Room,
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
-    batch: MicroBatch,
-) -> MemoryPolicy:
-    """What memory that is left over is good for, once everything is kept; nothing is given up for it. Graphs, where
-    micro-batches wait for the processor; then unpacked weights."""
+def _filling(costs: LayerCosts, room: Room, inputs: PlanInputs, batch: MicroBatch) -> MemoryPolicy:
+    """Return the policy that fills unused memory, once everything is kept, and gives up nothing for it.
+
+    CUDA graphs come first, where micro-batches wait for the processor; then dequantized weights.
+    """
     taken = Split(costs, 0, 0).device_bytes(0) * (1 + FRAGMENTATION)
-    spared = hardware.memory_bytes * (1 - 1 / (1 + uncertainty_of(shape, hardware)))
-    spare = room.device_bytes - spared - taken
-    policy = MemoryPolicy(cuda_graph_max_tokens=_graph_tokens(costs, shape, config, hardware, facts, batch))
+    spare = room.device_bytes - _spared_bytes(inputs, uncertainty_of(inputs)) - taken
+    policy = MemoryPolicy(cuda_graph_max_tokens=_graph_tokens(costs, inputs, batch))
     if (again := graph_bytes(costs, policy, batch.tokens)) > spare:
         policy, again = MemoryPolicy(), 0
-    each = dense_bytes(shape, config, hardware, 1)
-    filled = replace(policy, dequantized_layers=max(0, min(shape.layers, int((spare - again) // each))) if each else 0)
-    packed, unpacked = (_costs(shape, config, hardware, facts, batch, None, found) for found in (policy, filled))
+    each = dense_bytes(inputs, 1)
+    layers = max(0, min(inputs.shape.layers, int((spare - again) // each))) if each else 0
+    filled = replace(policy, dequantized_layers=layers)
+    packed, unpacked = (_costs(inputs, batch, None, found) for found in (policy, filled))
     # steps that wait for the processor gain by all layers, and by fewer nothing
     worth = Split(packed, 0, 0).work_s > Split(unpacked, 0, 0).work_s * (1 + WORTH_UNPACKING)
     return filled if worth else policy
 
 
-def _graph_tokens(
-    costs: LayerCosts,
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
-    batch: MicroBatch,
-) -> int:
-    """Up to how many tokens micro-batches run as CUDA graphs."""
+def _spared_bytes(inputs: PlanInputs, margin: float) -> float:
+    """Return the memory left free for an estimate that is wrong by `margin`."""
+    return inputs.hardware.memory_bytes * (1 - 1 / (1 + margin))
+
+
+def _graph_tokens(costs: LayerCosts, inputs: PlanInputs, batch: MicroBatch) -> int:
+    """Return up to how many tokens micro-batches run as CUDA graphs."""
     every = MemoryPolicy(cuda_graph_max_tokens=batch.tokens)
-    if not _records(every, shape, config, hardware):
+    if not _records(every, inputs):
         return 0
-    bare = _costs(shape, config, hardware, facts, batch, None, every)
-    card_s = bare.forward_s + bare.backward_s
-    return graph_tokens(batch.tokens, card_s, costs.launch_s, _step_tokens(config, facts))
+    bare = _costs(inputs, batch, None, every)
+    gpu_s = bare.forward_s + bare.backward_s
+    return graph_tokens(batch.tokens, gpu_s, costs.launch_s, inputs.mean_step_tokens)
 
 
-def _records(policy: MemoryPolicy, shape: ModelShape, config: RunConfig, hardware: Hardware) -> bool:
-    """Whether micro-batches run as CUDA graphs where `policy` asks for it: compiled ones in bf16, scores not capped."""
-    compiled = execution_of(config, hardware).fused and hardware.kind == "cuda"
-    in_half = compute_of(config, hardware) in ("bf16", "fp8")
-    return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and compiled and in_half and not shape.capped_scores
+def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
+    """True where `policy` asks for CUDA graphs and compiled layers in 16 bits without capped scores can run them."""
+    compiled = execution_of(inputs).fused and inputs.on_cuda
+    able = compiled and inputs.compute in ("bf16", "fp8") and not inputs.shape.capped_scores
+    return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 
 
 def graph_bytes(costs: LayerCosts, policy: MemoryPolicy, tokens: int) -> int:
-    """Memory of the graphs that `policy` asks for: a second micro-batch, for what runs without them keeps its own.
-    `costs` are of a micro-batch of `tokens`."""
+    """Return the memory of the CUDA graphs of `policy`, given the costs of a micro-batch of `tokens`.
+
+    It is a second micro-batch, because micro-batches that run without graphs keep their own.
+    """
     size = Split(costs, 0, policy.recompute_mlp_layers).device_bytes(0) * (1 + FRAGMENTATION)
     return round(size * FILLED * min(1.0, policy.cuda_graph_max_tokens / tokens))
 
 
-def _fastest(
-    costs: LayerCosts, room: Room, shape: ModelShape, hardware: Hardware, tokens: int, longest: int
-) -> MemoryPolicy:
-    """The fastest policy for micro-batches of `tokens` or fewer; `micro_tokens` None means `tokens`."""
-    for margin in (uncertainty_of(shape, hardware), 0.0):
-        spared = hardware.memory_bytes * (1 - 1 / (1 + margin))
+def _fastest(costs: LayerCosts, room: Room, inputs: PlanInputs, tokens: int) -> MemoryPolicy:
+    """Return the fastest policy for micro-batches of at most `tokens`; `micro_tokens` None means `tokens`."""
+    longest = max(inputs.stats.longest, min(LEAST_TOKENS, tokens))
+    for margin in (uncertainty_of(inputs), 0.0):
         embeddings = int(room.embedding_bytes / (1 + FRAGMENTATION))
         usable = replace(
             room,
-            device_bytes=int((room.device_bytes - spared) / (1 + FRAGMENTATION)),
+            device_bytes=int((room.device_bytes - _spared_bytes(inputs, margin)) / (1 + FRAGMENTATION)),
             embedding_bytes=embeddings,
             # on the host they are as large as they are: nothing is lost between blocks there
             host_bytes=room.host_bytes - (room.embedding_bytes - embeddings),
         )
-        found = solve(costs, usable) if hardware.kind == "cpu" else None
+        found = None if inputs.on_cuda else solve(costs, usable)
         if found is None or found.policy != MemoryPolicy():
             # on a CPU only where nothing else fits: what a small micro-batch costs there is not in the model
             found = solve_micro(costs, usable, tokens=tokens, longest=longest)
         if found:
             return found.policy
+    layers = inputs.shape.layers
     return MemoryPolicy(
-        recompute_layers=shape.layers,
-        offloaded_layers=shape.layers if room.link else 0,
+        recompute_layers=layers,
+        offloaded_layers=layers if room.link else 0,
         host_embeddings=bool(room.embedding_bytes),
         micro_tokens=longest if longest < tokens else None,
     )
 
 
 def _plan(
-    policy: MemoryPolicy,
-    costs: LayerCosts,
-    room: Room,
-    batch: MicroBatch,
-    config: RunConfig,
-    facts: DataStats,
-    beside_s: float,
+    policy: MemoryPolicy, costs: LayerCosts, room: Room, batch: MicroBatch, inputs: PlanInputs, beside_s: float
 ) -> ExecutionPlan:
-    split = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
-    offload = policy.offloaded_layers if room.link else 0  # on a CPU there is no other memory to go to
-    host = split.saved_by(offload) + (room.embedding_bytes if policy.host_embeddings else 0)
-    step_tokens = _step_tokens(config, facts)
-    fits_one = largest_step_tokens(config, facts) <= batch.tokens
+    split = Split.of(policy, costs)
+    offloaded = policy.offloaded_layers if room.link else 0  # on a CPU there is no other memory to go to
+    step_tokens = inputs.mean_step_tokens
+    fits_one = inputs.largest_step_tokens <= batch.tokens
     count = 1 if fits_one else math.ceil(step_tokens / batch.tokens)
     return ExecutionPlan(
         policy=policy,
         tokens=batch.tokens,
         micro_batches=count,
         costs=costs,
-        moment=split.fullest(offload),
-        host_bytes=host,
+        moment=split.fullest(offloaded),
+        host_bytes=split.saved_by(offloaded) + (room.embedding_bytes if policy.host_embeddings else 0),
         step_s=beside_s + count * _micro_batch_s(policy, costs, room, step_tokens / count / batch.tokens),
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).fullest(0),
@@ -268,14 +248,10 @@ def _plan(
 
 
 def _micro_batch_s(policy: MemoryPolicy, largest: LayerCosts, room: Room, share: float) -> float:
-    """Seconds of a micro-batch with this share of the tokens of the `largest` one, for which the room is."""
+    """Return the seconds of a micro-batch with this share of the tokens of the `largest` one; the room is for that."""
     costs = largest.scaled(share)
     if policy.offloaded_layers and room.link:
         taken = timeline_s(costs, policy, room.link, room.device_bytes)
     else:
-        taken = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers).work_s
+        taken = Split.of(policy, costs).work_s
     return taken + (room.embedding_s * share if policy.host_embeddings else 0.0)
-
-
-def _step_tokens(config: RunConfig, facts: DataStats) -> float:
-    return max(1.0, min(config.examples_per_step, max(facts.rows, 1)) * facts.mean_tokens)

@@ -1,68 +1,43 @@
-"""MicroBatch: how much goes through the model at once.
-
-How a step is cut changes no number of the training, only memory and speed. On a card, where the policy is chosen
-automatically, a micro-batch may grow to the whole step; elsewhere `max_tokens` bounds it.
-"""
+"""PlanInputs: the settings, data, model and device that a plan is made for, carried as one object."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.errors import UsageError
-from lorafit.hardware.device import Hardware
+from lorafit.hardware import Hardware
+from lorafit.shapes import ModelShape, resolve_targets
 
+WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
+"""Bytes of an activation. Under fp8 only the operands of frozen matmuls are narrower, and they do not stay."""
 LARGEST_TOKENS = 16_384
-"""Beyond so many tokens nothing is left to gain: what a micro-batch costs whatever its tokens is some 3 % of it."""
+"""Tokens beyond which a larger micro-batch gains nothing: its fixed costs are some 3 % there."""
 SUPERVISED_SPREAD = 1.25
 """How much more of a micro-batch is supervised than of the mean one."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The size of one micro-batch: its tokens, those in the loss, and the longest row's."""
-
-    tokens: int
-    supervised: int
-    longest: int
-
-
-def most_tokens(step_tokens: int, max_tokens: int) -> int:
-    """The most tokens that a micro-batch may have on a card, where the largest step has `step_tokens`: all of that
-    up to LARGEST_TOKENS, and never less than `max_tokens`."""
-    return max(max_tokens, min(step_tokens, LARGEST_TOKENS))
-
-
-def most_tokens_on(hardware: Hardware, config: RunConfig, facts: DataStats) -> int:
-    """The same on `hardware`, where the policy is chosen automatically: `max_tokens` on a CPU."""
-    if hardware.kind == "cpu":
-        return config.max_tokens
-    return most_tokens(largest_step_tokens(config, facts), config.max_tokens)
-
-
-def micro_batch(config: RunConfig, facts: DataStats, limit: int) -> MicroBatch:
-    """The largest micro-batch where none may have more than `limit` tokens, but for a longer row alone."""
-    tokens = min(max(limit, facts.longest), largest_step_tokens(config, facts))
-    share = facts.supervised_tokens / facts.tokens if facts.tokens else 1.0
-    supervised = min(tokens, round(tokens * share * SUPERVISED_SPREAD))
-    return MicroBatch(tokens, supervised, min(tokens, facts.longest))
-
-
-def largest_step_tokens(config: RunConfig, facts: DataStats) -> int:
-    """Tokens of the run's largest step: as counted, else what a step of the longest rows would have."""
-    step = facts.largest_step or config.examples_per_step * facts.longest
-    return max(1, min(step, facts.tokens or step))
+ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
+"""Bytes of AdamW's two moments for each trained weight: in fp32, or in 8 bits with an fp32 scale per 256 each."""
+OPTIMIZER_SHARE = 0.03
+"""Share of a card's memory that AdamW's 32-bit moments may take before 8-bit ones are chosen. Those are launched
+tensor by tensor, and the paged ones wait for the device every step."""
+RECOMPUTES = ("on", "reentrant")
 
 
 @dataclass(frozen=True, slots=True)
 class DataStats:
-    """The size of the training data after tokenising.
+    """Hold the size of the training data after tokenising.
 
-    `rows` are the training rows, without the `holdout_rows` kept for evaluation. `tokens` counts every token of
-    the training rows, `supervised_tokens` those in the loss, `longest` the tokens of the longest row and
-    `mean_tokens` the mean row. `largest_step`: tokens of the run's largest step; 0 where nobody counted them, and a
-    step of the longest rows is reckoned with.
+    Attributes:
+        rows: Training rows, without those held out.
+        tokens: Tokens of the training rows.
+        supervised_tokens: Tokens in the loss.
+        longest: Tokens of the longest row.
+        mean_tokens: Tokens of the mean row.
+        holdout_rows: Rows kept for evaluation.
+        largest_step: Tokens of the run's largest step; 0 where nobody counted them, for a step of the longest rows.
     """
 
     rows: int
@@ -73,15 +48,129 @@ class DataStats:
     holdout_rows: int = 0
     largest_step: int = 0
 
+    @property
+    def supervised_share(self) -> float:
+        """Share of the tokens that are in the loss."""
+        return self.supervised_tokens / self.tokens if self.tokens else 1.0
 
-RECOMPUTES = ("on", "reentrant")
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Hold the size of one micro-batch: its tokens, those in the loss, and the longest row's."""
+
+    tokens: int
+    supervised: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Hold everything that memory, time and method are derived from.
+
+    Attributes:
+        config: Settings of the run.
+        stats: Size of the training data.
+        shape: Sizes of the model.
+        hardware: Device that the run is planned for.
+    """
+
+    config: RunConfig
+    stats: DataStats
+    shape: ModelShape
+    hardware: Hardware
+
+    def with_settings(self, **changes: Any) -> PlanInputs:
+        """Return the same inputs with other settings."""
+        return replace(self, config=self.config.model_copy(update=changes))
+
+    def on(self, hardware: Hardware) -> PlanInputs:
+        """Return the same inputs for another device."""
+        return replace(self, hardware=hardware)
+
+    @property
+    def on_cuda(self) -> bool:
+        """True when the device runs CUDA."""
+        return self.hardware.kind == "cuda"
+
+    @cached_property
+    def compute(self) -> str:
+        """The matmul precision: the setting, else bf16 where the device has it, fp16 on other GPUs, fp32 on a CPU."""
+        if self.config.compute != "auto":
+            return self.config.compute
+        if not self.on_cuda:
+            return "fp32"
+        return "bf16" if self.hardware.bf16 else "fp16"
+
+    @property
+    def width(self) -> int:
+        """Bytes of one activation value."""
+        return WIDTH[self.compute]
+
+    @property
+    def in_4_bits(self) -> bool:
+        """True when the base's linear layers are held in NF4."""
+        return self.config.quantization == "nf4"
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the modules that get an adapter. Raises AdapterError for names that the model lacks."""
+        return resolve_targets(self.config.targets, self.shape)
+
+    @cached_property
+    def adapter_parameters(self) -> int:
+        """Weights in the adapters: rank × (inputs + outputs) for each target."""
+        parts = self.shape.named(self.targets)
+        return sum(self.config.rank * (part.inputs + part.outputs) * part.count for part in parts)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer: the setting, else AdamW in 32 bits while its moments fit OPTIMIZER_SHARE of the GPU."""
+        if self.config.optimizer != "auto":
+            return self.config.optimizer
+        small = self.adapter_parameters * ADAM_BYTES <= OPTIMIZER_SHARE * self.hardware.memory_bytes
+        return "adamw" if small or not self.on_cuda else "paged_adamw_8bit"
+
+    @cached_property
+    def policy(self) -> MemoryPolicy | None:
+        """The memory policy that the settings ask for; None while they leave it to the plan."""
+        return policy_of(self.config, self.shape.layers)
+
+    @property
+    def largest_step_tokens(self) -> int:
+        """Tokens of the run's largest step: as counted, else those of a step of the longest rows."""
+        step = self.stats.largest_step or self.config.examples_per_step * self.stats.longest
+        return max(1, min(step, self.stats.tokens or step))
+
+    @property
+    def mean_step_tokens(self) -> float:
+        """Tokens of the mean step."""
+        rows = min(self.config.examples_per_step, max(self.stats.rows, 1))
+        return max(1.0, rows * self.stats.mean_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that an automatically chosen micro-batch may have."""
+        if not self.on_cuda:
+            return self.config.max_tokens
+        return most_tokens(self.largest_step_tokens, self.config.max_tokens)
+
+    def micro_batch(self, limit: int) -> MicroBatch:
+        """Return the largest micro-batch of at most `limit` tokens; a longer row is one alone."""
+        tokens = min(max(limit, self.stats.longest), self.largest_step_tokens)
+        supervised = min(tokens, round(tokens * self.stats.supervised_share * SUPERVISED_SPREAD))
+        return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
+
+
+def most_tokens(step_tokens: int, max_tokens: int) -> int:
+    """Return the most tokens of a micro-batch on a GPU: a whole step, at most LARGEST_TOKENS, at least `max_tokens`."""
+    return max(max_tokens, min(step_tokens, LARGEST_TOKENS))
 
 
 def policy_of(config: RunConfig, layers: int) -> MemoryPolicy | None:
-    """What `activations` and `gradient_checkpointing` say together; None while both leave it to the plan.
+    """Return the policy that `activations` and `gradient_checkpointing` ask for; None while both are on auto.
 
-    `gradient_checkpointing` on means every layer recomputed, off that none is; where the plan or the user also set
-    `activations`, that decides and must agree. Raises UsageError when the two contradict each other.
+    `gradient_checkpointing` on recomputes every layer, off recomputes none. Where `activations` is set too, it decides
+    and must agree. Raises UsageError when the two contradict each other.
     """
     asked = config.gradient_checkpointing
     if config.activations == "auto":

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lorafit.config.memory_policy import MemoryPolicy
+
 LEVELS = (WHOLE, FEED_FORWARD, KEEP) = range(3)
 """What is recomputed of a layer, in the order of the layers; each saves no less than the one before."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCosts:
-    """One micro-batch in `layers` equal layers: bytes and seconds of one layer, and of the loss behind them.
+    """Hold the bytes and seconds of one of `layers` equal layers, and of the loss, for one micro-batch.
 
-    `kept_bytes`, `feed_forward_bytes`, `whole_bytes`: saved from forward to backward when nothing, the feed-forward,
-    or all but the layer's input is recomputed. `*_working_bytes`: what its backward needs beside that, recomputed
-    values included; `fixed_working_bytes` of it whatever the tokens (one dequantised weight). `fixed_s`: the part of
-    `forward_s`, and of `backward_s`, that fewer tokens do not shorten (dequantising); `launch_s`: the least that
-    either can take (kernel starts). `loss_bytes` and `loss_s`: of everything between the last layer's forward and its
-    backward; `fixed_loss_bytes` of it whatever the tokens (one chunk of logits).
+    Attributes:
+        layers: Decoder layers.
+        kept_bytes: Saved for the backward pass when nothing is recomputed.
+        feed_forward_bytes: Saved when the MLP is recomputed.
+        whole_bytes: Saved when the layer is recomputed: its input.
+        forward_s: Seconds of the forward pass.
+        backward_s: Seconds of the backward pass, without recomputing.
+        recompute_feed_forward_s: Seconds of recomputing the MLP.
+        recompute_layer_s: Seconds of recomputing the layer.
+        kept_working_bytes: Needed by the backward beside saved bytes, when nothing is recomputed.
+        feed_forward_working_bytes: The same with the MLP recomputed, recomputed values included.
+        whole_working_bytes: The same with the layer recomputed.
+        fixed_working_bytes: Part of the working bytes that does not depend on the tokens: a dequantised weight.
+        fixed_s: Part of either pass that does not depend on the tokens: dequantising.
+        launch_s: Least seconds of either pass: kernel starts.
+        loss_bytes: Needed between the last layer's forward and its backward.
+        fixed_loss_bytes: Part of `loss_bytes` that does not depend on the tokens: a chunk of logits.
+        loss_s: Seconds of the loss.
     """
 
     layers: int
@@ -84,8 +98,7 @@ class LayerCosts:
         )
 
     def without_keeping(self) -> LayerCosts:
-        """The same with the feed-forward recomputed in every layer that is not recomputed entirely: what is "kept"
-        then, is that."""
+        """Return the same with the MLP recomputed in every layer that would keep everything."""
         return replace(
             self,
             kept_bytes=self.feed_forward_bytes,
@@ -97,10 +110,10 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Bytes a second between device and pinned host memory, each way, while the device computes.
+    """Hold the bytes a second between device and pinned host memory, each way, while the device computes.
 
-    `drag`: what a copy costs the layers beside it, as a share of its own time: they share the device's memory, and
-    someone has to start it. The probe lost 11 ms by sending away 9.6 GB and fetching them again.
+    `drag` is the share of a copy's time that it costs the layers beside it: both use the device's memory. A probe lost
+    11 ms by sending 9.6 GB to the host and back.
     """
 
     to_host_bytes_s: float
@@ -110,7 +123,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Saved bytes that stay on the device, offloaded ones on their way, and working bytes, at one time."""
+    """Hold the bytes of one moment: saved ones that stay, offloaded ones on their way, and working ones."""
 
     stays_bytes: int
     in_flight_bytes: int
@@ -119,11 +132,16 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The layers by level: the first `whole`, up to `light` those with a recomputed feed-forward, then kept ones."""
+    """Hold the layers by level: the first `whole` are recomputed, up to `light` recompute their MLP, the rest keep."""
 
     costs: LayerCosts
     whole: int
     light: int
+
+    @classmethod
+    def of(cls, policy: MemoryPolicy, costs: LayerCosts) -> Split:
+        """Return the split that `policy` makes."""
+        return cls(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
 
     def level(self, layer: int) -> int:
         """The level of the layer with this index."""
@@ -144,7 +162,7 @@ class Split:
         return first * whole + light * feed_forward + (count - first - light) * keep
 
     def fewest(self, size_bytes: int) -> int:
-        """The fewest first layers that save at least this much; all of them where they do not."""
+        """Return the fewest first layers that save at least this much; all of them where they do not."""
         if size_bytes <= 0:
             return 0
         for level, end in ((WHOLE, self.whole), (FEED_FORWARD, self.light), (KEEP, self.costs.layers)):
@@ -169,39 +187,38 @@ class Split:
         return Moment(self.stays_bytes(layer, offload), self.in_flight_bytes(layer, offload), self.beside(layer))
 
     def _full_moments(self, offload: int) -> list[int]:
-        """When the device can be fullest: at the loss, or in the backward of a level's last layer, of the last
-        offloaded one, or of the one after that."""
+        """Return the layers in whose backward the device can be fullest: each level's last, and around the offload."""
         layers = self.costs.layers
         tops = (self.light - 1, self.whole - 1, offload - 1, offload)
         return [layers, layers - 1, *(top for top in tops if 0 <= top < layers - 1)]
 
     def size_bytes(self, layer: int, offload: int) -> int:
-        """What the device holds in the backward of the layer with this index; index `layers` is the loss."""
+        """Return the bytes on the device in the backward of the layer with this index; index `layers` is the loss."""
         return self.stays_bytes(layer, offload) + self.in_flight_bytes(layer, offload) + self.beside(layer)
 
     def stays_bytes(self, layer: int, offload: int) -> int:
-        """What layers up to this one have saved and keep on the device."""
+        """Return the bytes that layers up to this one have saved on the device."""
         top = min(layer + 1, self.costs.layers)
         return self.saved_by(top) - self.saved_by(offload) if offload < top else 0
 
     def in_flight_bytes(self, layer: int, offload: int) -> int:
-        """What this layer and the one before it have saved, as far as they are offloaded."""
+        """Return the bytes that this layer and the one before it have saved, if they are offloaded."""
         top = min(layer + 1, self.costs.layers)
         saved = self.costs.saved
         return sum(saved[self.level(index)] for index in range(max(top - 2, 0), min(top, offload)))
 
 
 WAITING = 0.2
-"""By so much a layer's seconds on the card must exceed the processor's, who else is waited for."""
+"""Share by which a layer's seconds on the GPU must exceed the processor's, or the GPU waits."""
 FILLED = 1.125
-"""A micro-batch filled up to its bucket's size against itself, at most."""
+"""The most that a micro-batch grows when it is padded to the size of its bucket."""
 
 
 def graph_tokens(tokens: int, card_s: float, launch_s: float, mean_tokens: float) -> int:
-    """The most tokens of a micro-batch that waits for the processor; 0 where the mean one, of `mean_tokens`, does not.
+    """Return the most tokens of a micro-batch that waits for the processor; 0 where the mean one does not wait.
 
-    `card_s`: a layer's forward and backward with `tokens` tokens, which none exceeds; `launch_s`: what starting the
-    kernels of either takes the processor, however few the tokens.
+    `card_s` is a layer's forward and backward on the GPU with `tokens` tokens, the most of any micro-batch. `launch_s`
+    is the processor's time to start the kernels of one direction.
     """
     waits_s = 2 * launch_s * (1 + WAITING)
     most = tokens if card_s <= waits_s else int(tokens * waits_s / card_s)

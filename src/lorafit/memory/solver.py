@@ -1,4 +1,4 @@
-"""solve: the fastest policy that fits the room, from bytes and seconds per layer and the rates of the link.
+"""Solver: the fastest memory policy that fits the room, from bytes and seconds per layer and the link's rates.
 
 Every split of the layers into recomputed, partly recomputed and kept ones is tried, with the fewest layers offloaded
 that makes it fit; its seconds are those of its timeline. A lower bound of them leaves most splits out.
@@ -27,9 +27,9 @@ FINE_LAYERS = 48
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The fastest policy: its predicted seconds, the least the device must hold at its fullest, and the host's share.
+    """Hold the fastest policy, its seconds, and the bytes that it needs on the device and the host.
 
-    `device_bytes` counts with the embeddings where the policy puts them: moved to the host, theirs are subtracted.
+    Embeddings that the policy moves to the host are subtracted from `device_bytes`.
     """
 
     policy: MemoryPolicy
@@ -40,12 +40,15 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where activations may be, and what getting them there takes.
+    """Hold the memory that activations may fill, and the price of moving them.
 
-    `device_bytes`: left on the device beside weights, optimizer and context, embeddings there. `host_bytes`: of
-    pinned memory. `link`: None where there is none, and nothing is offloaded. `by_bytes`: copies on their way may fill
-    the room; else they are two layers at a time. `embedding_bytes` move to the host if that helps, for `embedding_s`
-    a micro-batch.
+    Attributes:
+        device_bytes: Left on the device beside static memory, embeddings included in that.
+        host_bytes: Pinned host memory.
+        link: Rates of the link; None where nothing can be offloaded.
+        by_bytes: Whether copies on their way may fill the room; else they are two layers at a time.
+        embedding_bytes: Embeddings that may move to the host.
+        embedding_s: Seconds a micro-batch that this costs.
     """
 
     device_bytes: int
@@ -68,9 +71,9 @@ class Room:
 
 
 def solve(costs: LayerCosts, room: Room, bound_s: float = math.inf) -> Solution | None:
-    """The policy with the least predicted time that fits `room`; None when none does, or none is faster than `bound_s`.
+    """Return the fastest policy that fits `room`; None when none does, or none is faster than `bound_s`.
 
-    Among equally fast policies the one that does least wins. Same numbers, same answer.
+    Among equally fast policies the one that changes least wins. Same numbers, same answer.
     """
     found = _fastest(costs, room, bound_s)
     size = room.embedding_bytes
@@ -92,9 +95,11 @@ def solve(costs: LayerCosts, room: Room, bound_s: float = math.inf) -> Solution 
 def solve_micro(
     costs: LayerCosts, room: Room, *, tokens: int, longest: int, step_tokens: float | None = None
 ) -> Solution | None:
-    """`solve` over micro-batches too: `costs` are those of `tokens`; a half, a quarter, … of them, no fewer than the
-    `longest` row, are tried. `step_s` is that of a step of `step_tokens` (default `tokens`), at the speed of full
-    micro-batches. What leaves host memory alone wins against what is faster by less than WORTH_PINNING."""
+    """Return the fastest policy over micro-batches of `tokens`, a half, a quarter, …, down to the `longest` row.
+
+    `costs` are those of `tokens`. `step_s` is that of a step of `step_tokens` (default `tokens`), at the speed of full
+    micro-batches. A policy that needs no host memory wins against one that is faster by less than WORTH_PINNING.
+    """
     wanted = step_tokens or tokens
     best = _over_sizes(costs, room, tokens, longest, wanted)
     if best is None or not best.host_bytes:
@@ -125,8 +130,7 @@ def micro_sizes(tokens: int, longest: int) -> Iterator[int]:
 
 
 def _fastest(costs: LayerCosts, room: Room, bound_s: float) -> Solution | None:
-    """The best of all splits of up to FINE_LAYERS layers; of more, the best of evenly spread ones and then of those
-    around it."""
+    """Return the best of all splits; beyond FINE_LAYERS layers, of evenly spread ones and those around the best."""
     if room.device_bytes < min(size + max(work, costs.loss_bytes) for size, work in zip(costs.saved, costs.working)):
         return None
     last, step = costs.layers, -(-costs.layers // FINE_LAYERS)
@@ -142,7 +146,7 @@ def _fastest(costs: LayerCosts, room: Room, bound_s: float) -> Solution | None:
 def _best_of(
     costs: LayerCosts, room: Room, bound_s: float, wholes: Iterable[int], lights: Iterable[int]
 ) -> Solution | None:
-    """The best of these splits, the most promising first: a timeline is drawn only for those that could still win."""
+    """Return the best of these splits, the most promising first, drawing timelines only for those that can win."""
     best: Solution | None = None
     splits = [Split(costs, whole, light) for whole, light in product(wholes, lights) if whole <= light]
     for least_s, _, split in sorted((_least_s(split, room), order, split) for order, split in enumerate(splits)):
@@ -164,7 +168,7 @@ def _best_of(
 
 
 def _least_offload(split: Split, room: Room) -> int | None:
-    """The fewest layers whose offload makes the rest fit into the room; None when nothing does."""
+    """Return the fewest layers to offload so that the rest fits the room; None when nothing does."""
     layers, room_bytes = split.costs.layers, room.device_bytes
     at_loss = split.saved_by(layers) + split.beside(layers)
     if at_loss <= room_bytes and split.device_bytes(0) <= room_bytes:
@@ -182,8 +186,7 @@ def _least_offload(split: Split, room: Room) -> int | None:
 
 
 def _least_s(split: Split, room: Room) -> float:
-    """Seconds that no offload can beat: the work, and the excess over the room leaving no faster than the link
-    carries it while later layers run."""
+    """Return seconds that no offload can beat: the work, and the excess leaving at the link's rate."""
     costs = split.costs
     excess = split.saved_by(costs.layers) + split.beside(costs.layers) - room.device_bytes
     if excess <= 0 or room.link is None:
@@ -192,8 +195,7 @@ def _least_s(split: Split, room: Room) -> float:
 
 
 def _stall_s(split: Split, offload: int, room: Room) -> float:
-    """Seconds that the copies surely cost: what must have left before the loss cannot leave faster than the link
-    carries it, and what must be back before a layer's backward cannot be back sooner."""
+    """Return the least seconds that copies cost: the link bounds leaving before the loss, and being back in time."""
     costs, link = split.costs, room.link
     if not offload or link is None:
         return 0.0
@@ -216,7 +218,7 @@ def _stall_s(split: Split, offload: int, room: Room) -> float:
 
 
 def _gone(split: Split, offload: int, room: Room) -> int:
-    """How many of the first layers must have left before the loss."""
+    """Return how many of the first layers must have left before the loss."""
     layers = split.costs.layers
     if not room.by_bytes:
         return max(0, min(offload, layers - IN_FLIGHT))

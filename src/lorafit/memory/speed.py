@@ -1,21 +1,21 @@
-"""Seconds of one layer and of the loss, from a card's data sheet: what the policy is solved with before anything ran.
+"""Speed: seconds of one layer and of the loss, from a GPU's data sheet.
 
-The shares make ten training runs of one H200 come out (2026-11-22, 8B, NF4, r = 16 on q and v, compiled layers; the
-table is in tests/planning/test_measured_speed.py). Other cards are extrapolated; a run measures its own layers before
-it solves again.
+The shares reproduce ten training runs of one H200 (2026-11-22, 8B, NF4, r = 16 on q and v, compiled layers; the table
+is in tests/memory/test_measured_speed.py). Other GPUs are extrapolated. A run measures its own layers and solves again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorafit.config import RunConfig
-from lorafit.hardware.device import CORE_GFLOPS, Hardware
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.hardware import Hardware
+from lorafit.hardware.device import CORE_GFLOPS
 from lorafit.memory.activations import Activations, Execution
-from lorafit.memory.inputs import MicroBatch
+from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import LayerCosts
-from lorafit.memory.static_memory import NF4_BYTES, WIDTH, adapter_parameters, compute_of
-from lorafit.shapes.shape import ModelShape, Projection
+from lorafit.memory.static_memory import NF4_BYTES
+from lorafit.shapes import ModelShape, Projection
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70
 """Of the card's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
@@ -51,29 +51,29 @@ EMULATED = 0.25
 
 
 def layer_costs(
-    shape: ModelShape,
-    targets: tuple[str, ...],
-    config: RunConfig,
-    hardware: Hardware,
+    inputs: PlanInputs,
     batch: MicroBatch,
-    row_tokens: float,
     live: Activations,
     execution: Execution,
-    dense: int = 0,
+    policy: MemoryPolicy,
+    *,
     graphs: bool = False,
 ) -> LayerCosts:
-    """Bytes and seconds of one layer for a micro-batch whose rows have `row_tokens` tokens on average; `dense`: so many
-    layers' weights lie unpacked, and what the mean layer saves by that is counted; `graphs`: a single call starts all
-    kernels."""
-    matmuls = _matmuls(shape, targets, config, hardware, batch.tokens)
-    attention = _attention_s(shape, config, hardware, batch.tokens, row_tokens)
-    out, home = _traffic_s(shape, targets, config, hardware, batch.tokens, live, execution)
-    fixed = matmuls.tail_s + _unpack_s(shape, config, hardware) * (1 - dense / shape.layers)
-    unpacked = config.quantization != "nf4" or dense == shape.layers
-    launch = GRAPH_LAUNCH_S if graphs else _launch_s(config, hardware, execution, unpacked=unpacked)
+    """Return the bytes and seconds of one layer for a micro-batch.
+
+    The mean layer saves its share of what the dequantized layers of `policy` save. With `graphs` a single call starts
+    all kernels.
+    """
+    dequantized = policy.dequantized_layers / inputs.shape.layers
+    matmuls = _matmuls(inputs, batch.tokens)
+    attention = _attention_s(inputs, batch.tokens)
+    out, home = _traffic_s(inputs, batch.tokens, live, execution)
+    fixed = matmuls.tail_s + _unpack_s(inputs) * (1 - dequantized)
+    unpacked = not inputs.in_4_bits or dequantized == 1
+    launch = GRAPH_LAUNCH_S if graphs else _launch_s(inputs, execution, unpacked=unpacked)
     forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
     return LayerCosts(
-        layers=shape.layers,
+        layers=inputs.shape.layers,
         kept_bytes=live.layer_bytes,
         feed_forward_bytes=live.feed_forward_bytes,
         whole_bytes=min(live.input_bytes, live.feed_forward_bytes),
@@ -89,22 +89,28 @@ def layer_costs(
         launch_s=launch,
         loss_bytes=live.loss_bytes,
         fixed_loss_bytes=live.chunk_bytes,
-        loss_s=_loss_s(shape, config, hardware, batch),
+        loss_s=4 * batch.supervised * inputs.shape.vocab * inputs.shape.hidden / flops_per_s(inputs),
     )
 
 
-def flops_per_s(config: RunConfig, hardware: Hardware) -> float:
-    """FLOP/s of 16-bit (or, as set, 32-bit) matmuls."""
-    wide = WIDTH[compute_of(config, hardware)] == 4
-    if hardware.kind == "cpu":
+def flops_per_s(inputs: PlanInputs) -> float:
+    """Return the FLOP/s of 16-bit (or, as set, 32-bit) matmuls."""
+    wide, hardware = inputs.width == 4, inputs.hardware
+    if not inputs.on_cuda:
         return hardware.cores * CORE_GFLOPS * 1e9 * (1.0 if wide or hardware.bf16 else EMULATED)
     return hardware.tflops_bf16 * 1e12 * MATMUL_SHARE / (FP32_SLOWDOWN if wide else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Matmuls:
-    """Seconds of one layer's matmuls in each direction, `tail_s` of each whatever the tokens left out; and the share
-    that goes into the feed-forward's inner values."""
+    """Hold the seconds of one layer's matmuls in each direction.
+
+    Attributes:
+        forward_s: Seconds of the forward pass, without `tail_s`.
+        backward_s: Seconds of the backward pass, without `tail_s`.
+        tail_s: Seconds of either direction that do not depend on the tokens.
+        feed_forward: Share of the work that goes into the MLP's inner values.
+    """
 
     forward_s: float
     backward_s: float
@@ -112,83 +118,68 @@ class _Matmuls:
     feed_forward: float
 
 
-def _matmuls(
-    shape: ModelShape, targets: tuple[str, ...], config: RunConfig, hardware: Hardware, tokens: int
-) -> _Matmuls:
-    rate = flops_per_s(config, hardware)
-    faster = FP8_SPEEDUP if compute_of(config, hardware) == "fp8" else 1.0
+def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
+    shape, rate = inputs.shape, flops_per_s(inputs)
+    faster = FP8_SPEEDUP if inputs.compute == "fp8" else 1.0
     weights = sum(part.parameters * part.active for part in shape.projections) / shape.layers
     inner = sum(part.parameters * part.active for part in shape.projections if part.role in INTO) / shape.layers
     # forward sums over a projection's inputs, backward over its outputs: the mean of both stands for either
     depth = sum((part.inputs + part.outputs) / 2 * _calls(part, shape) for part in shape.projections) / shape.layers
-    adapters = adapter_parameters(shape, targets, config.rank) / shape.layers
+    adapters = inputs.adapter_parameters / shape.layers
     frozen = 2 * tokens * weights / (rate * faster)
     return _Matmuls(
         forward_s=frozen + 2 * tokens * adapters / rate,
         backward_s=frozen + 4 * tokens * adapters / rate,
-        tail_s=TAIL_S * depth / faster if hardware.kind == "cuda" else 0.0,
+        tail_s=TAIL_S * depth / faster if inputs.on_cuda else 0.0,
         feed_forward=inner / weights,
     )
 
 
 def _calls(part: Projection, shape: ModelShape) -> float:
-    """Matmuls of one forward pass through the model: experts of a layer are one, grouped."""
+    """Return the matmuls of one forward pass through the model; the experts of a layer are one, grouped."""
     return part.count * part.active / max(shape.experts_per_token, 1) if part.stacked else part.count
 
 
-def _attention_s(shape: ModelShape, config: RunConfig, hardware: Hardware, tokens: int, row_tokens: float) -> float:
-    """Scores and their product with the values, each token looking at half a row; and reading and writing them."""
-    flops = 2 * tokens * row_tokens * shape.heads * shape.head_dim
-    if hardware.kind == "cpu":
+def _attention_s(inputs: PlanInputs, tokens: int) -> float:
+    """Return the seconds of scores and their product with the values, each token looking at half a row."""
+    shape, hardware = inputs.shape, inputs.hardware
+    flops = 2 * tokens * inputs.stats.mean_tokens * shape.heads * shape.head_dim
+    if not inputs.on_cuda:
         return flops / (hardware.cores * CORE_GFLOPS * 1e9)
-    values = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * WIDTH[compute_of(config, hardware)]
+    values = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * inputs.width
     moved = ATTENTION_TRAFFIC * tokens * values
     return flops / (hardware.tflops_bf16 * 1e12 * ATTENTION_SHARE) + _moving_s(moved, hardware)
 
 
 def _moving_s(size_bytes: float, hardware: Hardware) -> float:
-    """Seconds of reading or writing so much of the device's own memory; 0 where its bandwidth is not known."""
+    """Return the seconds of moving so many bytes in the device's own memory; 0 where its bandwidth is not known."""
     return size_bytes / (hardware.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE) if hardware.bandwidth_gbs else 0.0
 
 
-def _traffic_s(
-    shape: ModelShape,
-    targets: tuple[str, ...],
-    config: RunConfig,
-    hardware: Hardware,
-    tokens: int,
-    live: Activations,
-    execution: Execution,
-) -> tuple[float, float]:
-    """Norms, activations, residuals and the adapters' sums, forward and backward: bound by the memory."""
-    width = WIDTH[compute_of(config, hardware)]
-    adapted = sum((part.inputs + part.outputs) * part.count for part in shape.named(targets)) / shape.layers
+def _traffic_s(inputs: PlanInputs, tokens: int, live: Activations, execution: Execution) -> tuple[float, float]:
+    """Return the seconds, forward and backward, of norms, activations, residuals and the adapters' sums."""
+    parts = inputs.shape.named(inputs.targets)
+    adapted = sum((part.inputs + part.outputs) * part.count for part in parts) / inputs.shape.layers
     moved = FUSED_TRAFFIC if execution.fused else EAGER_TRAFFIC
     forward, backward = (
-        _moving_s(layer * live.layer_bytes + adapter * adapted * tokens * width, hardware)
+        _moving_s(layer * live.layer_bytes + adapter * adapted * tokens * inputs.width, inputs.hardware)
         for layer, adapter in zip(moved, ADAPTER_TRAFFIC, strict=True)
     )
     return forward, backward
 
 
-def _unpack_s(shape: ModelShape, config: RunConfig, hardware: Hardware) -> float:
-    """Dequantising one layer's weights once: reading 4 bits and writing what the matmul takes."""
-    if config.quantization != "nf4":
+def _unpack_s(inputs: PlanInputs) -> float:
+    """Return the seconds of dequantising one layer's weights once: 4 bits read, the matmul's operand written."""
+    if not inputs.in_4_bits:
         return 0.0
-    compute = compute_of(config, hardware)
-    written = 1 if compute == "fp8" else WIDTH[compute]
-    return _moving_s(shape.linear_parameters / shape.layers * (NF4_BYTES + written), hardware)
+    written = 1 if inputs.compute == "fp8" else inputs.width
+    return _moving_s(inputs.shape.linear_parameters / inputs.shape.layers * (NF4_BYTES + written), inputs.hardware)
 
 
-def _launch_s(config: RunConfig, hardware: Hardware, execution: Execution, *, unpacked: bool) -> float:
-    """The least that a layer's pass in one direction takes; `unpacked`: no kernels unpack its weights."""
-    if hardware.kind != "cuda":
+def _launch_s(inputs: PlanInputs, execution: Execution, *, unpacked: bool) -> float:
+    """Return the least seconds of a layer's pass in one direction; `unpacked` weights need no dequantising kernels."""
+    if not inputs.on_cuda:
         return 0.0
     if not execution.fused:
         return EAGER_LAUNCH_S
-    return DENSE_LAUNCH_S if unpacked and compute_of(config, hardware) != "fp8" else FUSED_LAUNCH_S
-
-
-def _loss_s(shape: ModelShape, config: RunConfig, hardware: Hardware, batch: MicroBatch) -> float:
-    """The head's matmul and the one back through it."""
-    return 4 * batch.supervised * shape.vocab * shape.hidden / flops_per_s(config, hardware)
+    return DENSE_LAUNCH_S if unpacked and inputs.compute != "fp8" else FUSED_LAUNCH_S

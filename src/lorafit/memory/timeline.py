@@ -18,7 +18,7 @@ from lorafit.memory.layer_costs import LayerCosts, Link, Split
 
 @dataclass(frozen=True, slots=True)
 class OffloadSchedule:
-    """What the engine follows: static, made from bytes alone.
+    """Say which offloaded layers are on the device at each moment; made from bytes alone.
 
     `on_device_from[i]` bounds which of the offloaded layers are on the device while layer i works, in either pass;
     the last entry (index `layers`) is for the loss. Forward: before layer i runs, the copies to the host of all
@@ -30,18 +30,18 @@ class OffloadSchedule:
 
 
 IN_FLIGHT = 2
-"""Offloaded layers on the device at a time, unless bytes bound them: a policy that nobody solved has no other bound."""
+"""Offloaded layers on the device at a time, unless bytes bound them. A policy set by hand has no other bound."""
 
 
 def offload_schedule(
     costs: LayerCosts, policy: MemoryPolicy, room_bytes: int, by_bytes: bool = True
 ) -> OffloadSchedule:
-    """The schedule of `policy`: IN_FLIGHT offloaded layers on the device at a time, or `by_bytes` as many as fit.
+    """Return the schedule of `policy`: IN_FLIGHT offloaded layers on the device, or `by_bytes` as many as fit.
 
     `room_bytes` is for what is saved and what works beside it, as `solve` counts them. Bounded by bytes, one layer at
     work and one in flight are allowed in any case.
     """
-    split = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
+    split = Split.of(policy, costs)
     layers, offload = costs.layers, policy.offloaded_layers
     tops = [min(layer + 1, layers) for layer in range(layers + 1)]
     if not by_bytes:
@@ -58,8 +58,8 @@ def offload_schedule(
 
 
 def fullest_bytes(costs: LayerCosts, policy: MemoryPolicy, schedule: OffloadSchedule) -> int:
-    """The most that the device holds under `policy` and its schedule, of what is saved and what works beside it."""
-    split = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
+    """Return the most bytes that the device holds under `policy` and its schedule, saved and working ones."""
+    split = Split.of(policy, costs)
     firsts = schedule.on_device_from
     return max(
         split.saved_by(min(layer + 1, costs.layers))
@@ -70,13 +70,13 @@ def fullest_bytes(costs: LayerCosts, policy: MemoryPolicy, schedule: OffloadSche
 
 
 def timeline_s(costs: LayerCosts, policy: MemoryPolicy, link: Link, room_bytes: int, by_bytes: bool = True) -> float:
-    """Seconds of one micro-batch under that schedule: two copy streams beside the one that computes.
+    """Return the seconds of one micro-batch under that schedule: two copy streams beside the one that computes.
 
     A layer's copy to the host starts when its forward is done and the copy before it is; a copy to the device when
-    the schedule asks for it and the copy before it is done. What had not to leave before the loss is still there,
-    and is not copied back. Copies slow down what computes beside them by `link.drag` of their time.
+    the schedule asks for it and the copy before it is done. Tensors that may leave after the loss stay, and are not
+    copied back. Copies slow down what computes beside them by `link.drag` of their time.
     """
-    split = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
+    split = Split.of(policy, costs)
     saved = [costs.saved[split.level(layer)] for layer in range(policy.offloaded_layers)]
     first = offload_schedule(costs, policy, room_bytes, by_bytes).on_device_from
     now = _forward_s(costs, saved, first, link) + costs.loss_s

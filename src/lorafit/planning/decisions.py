@@ -8,16 +8,14 @@ from typing import Any
 from lorafit.config import Resolved, RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.config.units import size_in_words
-from lorafit.hardware.device import Hardware
 from lorafit.memory.estimate import estimate_memory, memory_of
 from lorafit.memory.execution_plan import ExecutionPlan, plan_execution
-from lorafit.memory.inputs import DataStats
-from lorafit.memory.static_memory import adapter_parameters, compute_of, optimizer_of
+from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.matrix import DEFAULT_SERVING, HUGE, SERVING, Case, Rule, choose
-from lorafit.shapes.shape import ModelShape, resolve_targets
+from lorafit.shapes import ModelShape
 
 ADAPTER_KEYS = ("rank", "alpha", "quantization", "targets")
-"""Who sets one of these wants an adapter, whatever the matrix says."""
+"""Settings that ask for an adapter when somebody sets one, whatever the matrix says."""
 QUANTIZED = ("nf4", "fp4")
 
 
@@ -56,48 +54,46 @@ class Decided:
         return "QLoRA" if quantization == "nf4" else "LoRA"
 
 
-def decide(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Decided:
-    """The matrix's row for this data, and each planned setting; what a recipe or flag set is kept."""
-    rule = _rule(resolved, facts, shape, hardware)
-    config = resolved.config
+def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
+    """Choose the matrix's row for this data, and a value for each planned setting that nobody set."""
+    rule = _rule(resolved, inputs)
     decisions: list[Decision] = []
 
     def settle(key: str, value: Any, reason: str) -> None:
-        nonlocal config
+        nonlocal inputs
         if resolved.is_set(key):
-            decision = Decision(key, getattr(config, key), "set by you", resolved.sources[key].value)
+            decision = Decision(key, getattr(inputs.config, key), "set by you", resolved.sources[key].value)
         else:
             decision = Decision(key, value, reason)
-            config = config.model_copy(update={key: value})
+            inputs = inputs.with_settings(**{key: value})
         decisions.append(decision)
 
     if rule.rank:
-        settle("rank", rule.rank, f"{facts.rows:,} rows: {rule.rank_reason}")
-        settle("alpha", 2.0 * config.rank, "twice the rank: the delta is scaled by alpha / rank = 2")
-    settle("quantization", *_quantization(config, rule, shape))
-    settle("compute", *_compute(config, hardware))
-    settle("compile", *_compile(hardware))
-    settle("optimizer", *_optimizer(config, shape, hardware, rule))
-    settle("activations", *_activations(config, facts, shape, hardware, rule))
-    settle("serving", *SERVING.get(config.goal, DEFAULT_SERVING))
+        settle("rank", rule.rank, f"{inputs.stats.rows:,} rows: {rule.rank_reason}")
+        settle("alpha", 2.0 * inputs.config.rank, "twice the rank: the delta is scaled by alpha / rank = 2")
+    settle("quantization", *_quantization(inputs.config, rule, inputs.shape))
+    settle("compute", *_compute(inputs))
+    settle("compile", *_compile(inputs))
+    settle("optimizer", *_optimizer(inputs, rule))
+    settle("activations", *_activations(inputs, rule))
+    settle("serving", *SERVING.get(inputs.config.goal, DEFAULT_SERVING))
     return Decided(rule, tuple(decisions))
 
 
-def _rule(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Rule:
-    config = resolved.config
-    rows = facts.rows
-    if any(resolved.is_set(key) for key in ADAPTER_KEYS) and config.goal == "accuracy":
+def _rule(resolved: Resolved, inputs: PlanInputs) -> Rule:
+    rows, goal = inputs.stats.rows, inputs.config.goal
+    if any(resolved.is_set(key) for key in ADAPTER_KEYS) and goal == "accuracy":
         rows = min(rows, HUGE)
-    return choose(Case(rows, config.goal, fits_16bit(config, facts, shape, hardware)))
+    return choose(Case(rows, goal, fits_16bit(inputs)))
 
 
-def fits_16bit(config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware) -> bool:
-    """Whether the base fits unquantised, with room for the estimate's error and activations recomputed."""
-    if shape.quantized or config.compute == "fp8":
+def fits_16bit(inputs: PlanInputs) -> bool:
+    """True when the base fits unquantised, with the estimate's error to spare and every layer recomputed."""
+    if inputs.shape.quantized or inputs.config.compute == "fp8":
         return False
     changes = {"quantization": "none", "gradient_checkpointing": "auto", "activations": "recompute"}
-    memory = estimate_memory(shape, config.model_copy(update=changes), hardware, facts)
-    return memory.peak_bytes * (1 + memory.uncertainty) <= hardware.memory_bytes
+    memory = estimate_memory(inputs.with_settings(**changes))
+    return memory.peak_bytes * (1 + memory.uncertainty) <= inputs.hardware.memory_bytes
 
 
 def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str, str]:
@@ -110,37 +106,36 @@ def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str
     return rule.quantization, rule.base_reason
 
 
-def _compute(config: RunConfig, hardware: Hardware) -> tuple[str, str]:
-    value = compute_of(config.model_copy(update={"compute": "auto"}), hardware)
+def _compute(inputs: PlanInputs) -> tuple[str, str]:
+    value, name = inputs.with_settings(compute="auto").compute, inputs.hardware.name
     reasons = {
-        "bf16": f"{hardware.name} multiplies in bf16, whose range never overflows{_beside_bf16(config, hardware)}",
-        "fp16": f"{hardware.name} has no bf16 arithmetic",
+        "bf16": f"{name} multiplies in bf16, whose range never overflows{_beside_bf16(inputs)}",
+        "fp16": f"{name} has no bf16 arithmetic",
         "fp32": "a CPU: fp32 is its fast and exact precision",
     }
     return value, reasons[value]
 
 
-def _beside_bf16(config: RunConfig, hardware: Hardware) -> str:
-    """What a user might choose in its place; the ratios are an H200's, of an 8B base (docs/performance.md)."""
-    if hardware.fp8 and config.quantization == "nf4":
+def _beside_bf16(inputs: PlanInputs) -> str:
+    """Return the alternative to bf16; the ratios are an H200's, of an 8B base (docs/performance.md)."""
+    if inputs.hardware.fp8 and inputs.in_4_bits:
         return "; compute=fp8 is faster (8B on an H200: 1.4 to 1.5 times), if you choose it"
     return ""
 
 
-def _compile(hardware: Hardware) -> tuple[str, str]:
-    if hardware.kind == "cuda":
+def _compile(inputs: PlanInputs) -> tuple[str, str]:
+    if inputs.on_cuda:
         return "on", "the decoder layer is compiled once and used for all: its small operations become few"
     return "off", "a CPU: compiling takes longer than it saves"
 
 
-def _optimizer(config: RunConfig, shape: ModelShape, hardware: Hardware, rule: Rule) -> tuple[str, str]:
+def _optimizer(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
         return "adamw", "moments in 32 bits, sharded over the cards"
-    weights = adapter_parameters(shape, resolve_targets(config.targets, shape), config.rank)
-    value = optimizer_of(config.model_copy(update={"optimizer": "auto"}), hardware, weights)
-    if hardware.kind == "cpu":
+    value = inputs.with_settings(optimizer="auto").optimizer
+    if not inputs.on_cuda:
         return value, "a CPU: the 8-bit optimizers need CUDA"
-    state = f"{size_in_words(8 * weights)} of {size_in_words(hardware.memory_bytes)}"
+    state = f"{size_in_words(8 * inputs.adapter_parameters)} of {size_in_words(inputs.hardware.memory_bytes)}"
     reasons = {
         "paged_adamw_8bit": f"moments in 8 bits, paged to the host when memory is short: in 32 they take {state}",
         "adamw": f"one fused kernel, moments in 32 bits: they take {state}",
@@ -148,19 +143,19 @@ def _optimizer(config: RunConfig, shape: ModelShape, hardware: Hardware, rule: R
     return value, reasons[value]
 
 
-def _activations(
-    config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware, rule: Rule
-) -> tuple[str, str]:
+def _activations(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
         return "recompute", "activations of every weight's gradient would not fit"
-    plan = plan_execution(shape, config, hardware, facts)
-    memory = memory_of(plan, shape, config, hardware)
-    asked = config.gradient_checkpointing
-    why = in_words(plan, shape.layers) if asked == "auto" else f"gradient_checkpointing is {asked}"
-    speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if hardware.kind == "cuda" else ""
-    there = size_in_words(hardware.memory_bytes)
+    plan = plan_execution(inputs)
+    memory = memory_of(plan, inputs)
+    asked = inputs.config.gradient_checkpointing
+    why = in_words(plan, inputs.shape.layers) if asked == "auto" else f"gradient_checkpointing is {asked}"
+    speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if inputs.on_cuda else ""
+    there = size_in_words(inputs.hardware.memory_bytes)
     room = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {there}"
-    return str(plan.policy), f"{why}: {speed}{room}" + ("" if memory.fits(hardware) else ", and nothing needs less")
+    return str(plan.policy), f"{why}: {speed}{room}" + (
+        "" if memory.fits(inputs.hardware) else ", and nothing needs less"
+    )
 
 
 def speed_in_words(tokens_per_s: float) -> str:

@@ -1,4 +1,4 @@
-"""How long a run takes and what it costs: a range, with what it assumes."""
+"""Forecast: the memory, time and money that a run takes, each with what it assumes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,39 @@ from dataclasses import dataclass
 
 from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
+from lorafit.hardware import Hardware, hardware_named
 from lorafit.hardware.catalogue import PRICES_AS_OF
-from lorafit.hardware.device import CORE_GFLOPS_RANGE, Hardware, hardware_named
+from lorafit.hardware.device import CORE_GFLOPS_RANGE
 from lorafit.memory.activations import Execution, activations, execution_of
 from lorafit.memory.estimate import MemoryEstimate, memory_of
 from lorafit.memory.execution_plan import FRAGMENTATION, UNCERTAINTY, ExecutionPlan, plan_execution
-from lorafit.memory.inputs import DataStats, micro_batch
-from lorafit.memory.static_memory import CUDA_CONTEXT_BYTES, WIDTH, Component, adapter_parameters, compute_of
-from lorafit.shapes.shape import ModelShape, resolve_targets
+from lorafit.memory.inputs import DataStats, PlanInputs
+from lorafit.memory.static_memory import CUDA_CONTEXT_BYTES, Component
+from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)
-"""What compiled layers may take, of the predicted time: data sheets and this card's measurements, others' not."""
+"""Range of compiled layers' time, as shares of the predicted time."""
 CUDA_UTILISATION = (0.18, 0.45)
-"""Share of the card's 16-bit peak of eager layers: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
+"""Share of the GPU's 16-bit peak of eager layers: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
-"""Floor of one micro-batch per eager layer, forward and backward: what starting the kernels takes. An H200 beside a
-slow processor took 9 ms a layer however few the tokens."""
+"""Least time of a micro-batch per eager layer, forward and backward: starting the kernels takes it. An H200 beside a
+slow processor took 9 ms a layer for any number of tokens."""
 LOAD_GBS = (0.3, 2.0)
 START_S = (5.0, 25.0)
 """Importing the libraries and loading the base, at so many GB/s of its 16-bit size."""
+BYTES_PER_PARAMETER = 16
+"""bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
+USABLE = 0.8
+LEAST_GPUS = 2
+REFERENCE_CARD = "H100"
+"""Full fine-tuning is planned for this GPU where there is none."""
+LEARNING_RATE = 1e-5
+REASON = "training every weight on several GPUs is not built yet; the recipe says what such a run looks like"
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """`time_s` (low, high) of the whole run, its optimizer steps, and what that assumes."""
+    """Hold `time_s` (low, high) of the whole run, its optimizer steps, and what that assumes."""
 
     time_s: tuple[float, float]
     steps: int
@@ -38,38 +47,40 @@ class Duration:
     assumes: tuple[str, ...]
 
     def cost_usd(self, hardware: Hardware, count: int = 1) -> tuple[float, float]:
-        """The run's price (low, high) at the hardware's assumed price range."""
+        """Return the run's price (low, high) at the hardware's assumed price range."""
         low, high = hardware.usd_per_hour
         return self.time_s[0] / 3600 * low * count, self.time_s[1] / 3600 * high * count
 
 
-def steps_of(config: RunConfig, facts: DataStats) -> int:
-    """Optimizer steps: `epochs` times the steps of one, at most `max_steps`."""
-    epoch = max(1, math.ceil(facts.rows / config.examples_per_step))
+def steps_of(config: RunConfig, stats: DataStats) -> int:
+    """Return the optimizer steps: `epochs` times the steps of one, at most `max_steps`."""
+    epoch = max(1, math.ceil(stats.rows / config.examples_per_step))
     steps = math.ceil(config.epochs * epoch)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def estimate_duration(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, facts: DataStats, plan: ExecutionPlan
-) -> Duration:
-    """Time of training, evaluations and start-up of a run that goes as `plan` says."""
-    steps = steps_of(config, facts)
-    tokens = round(steps * min(config.examples_per_step, max(facts.rows, 1)) * facts.mean_tokens)
-    held_out = round(facts.holdout_rows * facts.mean_tokens * _evaluations(config, facts, steps))
-    if hardware.kind == "cuda" and execution_of(config, hardware).fused:
+def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:
+    """Return the time of training, evaluations and start-up of a run that goes as `plan` says."""
+    steps = steps_of(inputs.config, inputs.stats)
+    held_out = round(inputs.stats.holdout_rows * inputs.stats.mean_tokens * _evaluations(inputs, steps))
+    if inputs.on_cuda and execution_of(inputs).fused:
         low, high = _predicted(plan, steps, held_out)
         assumes = f"{plan.tokens_per_s:,.0f} tokens/s predicted from the card's data sheet"
     else:
-        low, high = _eager(shape, config, hardware, facts, plan, steps, held_out)
-        assumes = _speed_in_words(hardware)
-    load = 2 * shape.parameters / 1e9
+        low, high = _eager(inputs, plan, steps, held_out)
+        assumes = _speed_in_words(inputs.hardware)
+    load = 2 * inputs.shape.parameters / 1e9
     time_s = (low + START_S[0] + load / LOAD_GBS[1], high + START_S[1] + load / LOAD_GBS[0])
-    return Duration(time_s, steps, tokens, (assumes, _price_in_words(hardware)))
+    return Duration(time_s, steps, _trained_tokens(inputs, steps), (assumes, _price_in_words(inputs.hardware)))
+
+
+def _trained_tokens(inputs: PlanInputs, steps: int) -> int:
+    rows = min(inputs.config.examples_per_step, max(inputs.stats.rows, 1))
+    return round(steps * rows * inputs.stats.mean_tokens)
 
 
 def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
-    """Seconds of compiled layers: the plan's own."""
+    """Return the seconds of compiled layers: the plan's own."""
     costs = plan.costs
     forward = (costs.layers * costs.forward_s + costs.loss_s) / plan.tokens
     seconds = steps * plan.step_s + held_out * forward
@@ -77,26 +88,19 @@ def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, f
     return low, high
 
 
-def _eager(
-    shape: ModelShape,
-    config: RunConfig,
-    hardware: Hardware,
-    facts: DataStats,
-    plan: ExecutionPlan,
-    steps: int,
-    held_out: int,
-) -> tuple[float, float]:
-    """Seconds by arithmetic alone."""
+def _eager(inputs: PlanInputs, plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
+    """Return the seconds of eager layers, from their arithmetic alone."""
     again = _recomputed(plan)
-    flops = steps * plan.step_tokens * token_flops(shape, config, facts, again) + held_out * 2 * shape.active_parameters
-    packed = 1 - plan.policy.dequantized_layers / shape.layers
-    floor = _floor_s(shape, config, hardware, steps * plan.micro_batches, 2 + again, packed)
-    slow, fast = _speeds(config, hardware)
+    trained = steps * plan.step_tokens * token_flops(inputs, again)
+    flops = trained + held_out * 2 * inputs.shape.active_parameters
+    packed = 1 - plan.policy.dequantized_layers / inputs.shape.layers
+    floor = _floor_s(inputs, steps * plan.micro_batches, 2 + again, packed)
+    slow, fast = _speeds(inputs)
     return max(flops / fast, floor[0]), max(flops / slow, floor[1])
 
 
 def _recomputed(plan: ExecutionPlan) -> float:
-    """How much of a forward pass runs again."""
+    """Return the share of a forward pass that runs again."""
     costs, policy = plan.costs, plan.policy
     again = (
         policy.recompute_layers * costs.recompute_layer_s + policy.recompute_mlp_layers * costs.recompute_feed_forward_s
@@ -104,43 +108,44 @@ def _recomputed(plan: ExecutionPlan) -> float:
     return min(1.0, again / (costs.layers * costs.forward_s))
 
 
-def token_flops(shape: ModelShape, config: RunConfig, facts: DataStats, recomputed: float) -> float:
-    """FLOPs of training on one token: forward and the gradient of the input, both through frozen weights,
-    attention over half a row, the adapters' own gradient, and the share `recomputed` of a second forward."""
+def token_flops(inputs: PlanInputs, recomputed: float) -> float:
+    """Return the FLOPs of training on one token, with the share `recomputed` of a second forward.
+
+    They are the forward and the input's gradient, both through frozen weights, attention over half a row, and the
+    adapters' own gradient.
+    """
+    shape = inputs.shape
     head = shape.vocab * shape.hidden
     forward = 2 * (shape.active_parameters - head)
-    share = facts.supervised_tokens / facts.tokens if facts.tokens else 1.0
-    attention = shape.layers * 2 * shape.heads * shape.head_dim * facts.mean_tokens
-    adapters = 6 * adapter_parameters(shape, resolve_targets(config.targets, shape), config.rank)
-    return forward * (2 + recomputed) + attention * (3 + recomputed) + 4 * head * share + adapters
+    attention = shape.layers * 2 * shape.heads * shape.head_dim * inputs.stats.mean_tokens
+    trained = 4 * head * inputs.stats.supervised_share + 6 * inputs.adapter_parameters
+    return forward * (2 + recomputed) + attention * (3 + recomputed) + trained
 
 
-def _evaluations(config: RunConfig, facts: DataStats, steps: int) -> int:
-    if not facts.holdout_rows:
+def _evaluations(inputs: PlanInputs, steps: int) -> int:
+    if not inputs.stats.holdout_rows:
         return 0
-    every = config.eval_steps or max(1, math.ceil(facts.rows / config.examples_per_step))
+    every = inputs.config.eval_steps or max(1, math.ceil(inputs.stats.rows / inputs.config.examples_per_step))
     return steps // every
 
 
-def _speeds(config: RunConfig, hardware: Hardware) -> tuple[float, float]:
-    """FLOP/s, low and high."""
-    narrow = WIDTH[compute_of(config, hardware)] == 2
-    if hardware.kind == "cpu":
+def _speeds(inputs: PlanInputs) -> tuple[float, float]:
+    """Return the FLOP/s, low and high."""
+    narrow, hardware = inputs.width == 2, inputs.hardware
+    if not inputs.on_cuda:
         slowed = 0.25 if narrow and not hardware.bf16 else 1.0
         return tuple(hardware.cores * gflops * 1e9 * slowed for gflops in CORE_GFLOPS_RANGE)  # type: ignore[return-value]
     slowed = 1.0 if narrow else 1 / 8
     return tuple(hardware.tflops_bf16 * 1e12 * share * slowed for share in CUDA_UTILISATION)  # type: ignore[return-value]
 
 
-def _floor_s(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, batches: int, passes: float, packed: float
-) -> tuple[float, float]:
-    """Seconds that `batches` micro-batches take however few tokens they hold: kernel starts, and unpacking the share
-    `packed` of the weights."""
-    if hardware.kind == "cpu":
+def _floor_s(inputs: PlanInputs, batches: int, passes: float, packed: float) -> tuple[float, float]:
+    """Return the least seconds of `batches` micro-batches: kernel starts, and dequantizing `packed` of the weights."""
+    if not inputs.on_cuda:
         return 0.0, 0.0
+    shape, hardware = inputs.shape, inputs.hardware
     unpack = passes * packed * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
-    unpack = unpack if config.quantization == "nf4" else 0.0
+    unpack = unpack if inputs.in_4_bits else 0.0
     low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + unpack) for ms in LAUNCH_MS_PER_LAYER)
     return low, high
 
@@ -157,30 +162,45 @@ def _price_in_words(hardware: Hardware) -> str:
     return f"{low:.2f}–{high:.2f} USD an hour (assumed, {PRICES_AS_OF})"
 
 
-BYTES_PER_PARAMETER = 16
-"""bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
-USABLE = 0.8
-LEAST_GPUS = 2
-REFERENCE_CARD = "H100"
-"""Where there is no card, full fine-tuning is planned for this one."""
-LEARNING_RATE = 1e-5
-REASON = "training every weight on several GPUs is not built yet; the recipe says what such a run looks like"
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Hold the memory on each of `gpus` devices like `hardware`, and the duration of the whole run."""
+
+    hardware: Hardware
+    gpus: int
+    memory: MemoryEstimate
+    duration: Duration
+
+    @property
+    def cost_usd(self) -> tuple[float, float]:
+        """The run's price (low, high)."""
+        return self.duration.cost_usd(self.hardware, self.gpus)
+
+
+def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
+    """Return the forecast of training adapters, or with `full` of training every weight."""
+    if full:
+        inputs = inputs.on(full_card(inputs.hardware))
+        gpus = gpus_needed(inputs.shape, inputs.hardware)
+        return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
+    plan = plan_execution(inputs)
+    return Forecast(inputs.hardware, 1, memory_of(plan, inputs), estimate_duration(inputs, plan))
 
 
 def full_card(hardware: Hardware) -> Hardware:
-    """The card a full run is planned for: `hardware` itself, unless that is a CPU."""
+    """Return the GPU that a full run is planned for: `hardware` itself, unless that is a CPU."""
     return hardware if hardware.kind == "cuda" else hardware_named(REFERENCE_CARD)
 
 
 def gpus_needed(shape: ModelShape, card: Hardware) -> int:
-    """Cards over which weights, gradients and optimizer must be sharded so that they take 80 % of each."""
+    """Return how many GPUs hold weights, gradients and optimizer, sharded, in 80 % of their memory."""
     return max(LEAST_GPUS, math.ceil(shape.parameters * BYTES_PER_PARAMETER / (USABLE * card.memory_bytes)))
 
 
-def full_memory(shape: ModelShape, config: RunConfig, card: Hardware, facts: DataStats) -> MemoryEstimate:
-    """The peak of one of `gpus_needed` cards, everything sharded and activations recomputed."""
-    gpus = gpus_needed(shape, card)
-    batch = micro_batch(config, facts, config.max_tokens)
+def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
+    """Return the peak of one of `gpus` GPUs, everything sharded and activations recomputed."""
+    shape = inputs.shape
+    batch = inputs.micro_batch(inputs.config.max_tokens)
     live = activations(shape, (), batch, width=2, execution=Execution())
     # training every weight keeps each linear's input: about what the layer keeps anyway
     passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
@@ -195,19 +215,18 @@ def full_memory(shape: ModelShape, config: RunConfig, card: Hardware, facts: Dat
     return MemoryEstimate(components, kept_bytes=peak, recomputed_bytes=peak, uncertainty=UNCERTAINTY)
 
 
-def full_duration(shape: ModelShape, config: RunConfig, card: Hardware, facts: DataStats) -> Duration:
-    """Time on `gpus_needed` cards: forward, recompute, and both gradients (8 FLOPs a weight and token)."""
-    gpus = gpus_needed(shape, card)
-    steps = steps_of(config, facts)
-    tokens = round(steps * min(config.examples_per_step, max(facts.rows, 1)) * facts.mean_tokens)
-    flops = 8 * shape.active_parameters * tokens
-    slow, fast = (gpus * card.tflops_bf16 * 1e12 * share for share in CUDA_UTILISATION)
+def full_duration(inputs: PlanInputs, gpus: int) -> Duration:
+    """Return the time on `gpus` GPUs: forward, recompute, and both gradients (8 FLOPs a weight and token)."""
+    steps = steps_of(inputs.config, inputs.stats)
+    tokens = _trained_tokens(inputs, steps)
+    flops = 8 * inputs.shape.active_parameters * tokens
+    slow, fast = (gpus * inputs.hardware.tflops_bf16 * 1e12 * share for share in CUDA_UTILISATION)
     time_s = (flops / fast + START_S[0], flops / slow + START_S[1])
-    return Duration(time_s, steps, tokens, (f"{gpus} × {card.name}, and the price of all of them",))
+    return Duration(time_s, steps, tokens, (f"{gpus} × {inputs.hardware.name}, and the price of all of them",))
 
 
 def not_built() -> Finding:
-    """Why such a plan does not run, and what does."""
+    """Return the finding that full fine-tuning cannot run, and the settings that can."""
     return Finding(
         "P0",
         Severity.ERROR,
@@ -216,35 +235,3 @@ def not_built() -> Finding:
         why=REASON,
         fix="set rank: 32 to train an adapter instead, or goal: balanced",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """The memory on each of `gpus` devices like `hardware`, and the duration of the whole run."""
-
-    hardware: Hardware
-    gpus: int
-    memory: MemoryEstimate
-    duration: Duration
-
-    @property
-    def cost_usd(self) -> tuple[float, float]:
-        """The run's price (low, high)."""
-        return self.duration.cost_usd(self.hardware, self.gpus)
-
-
-def forecast(
-    shape: ModelShape, config: RunConfig, hardware: Hardware, facts: DataStats, *, full: bool = False
-) -> Forecast:
-    """The forecast of training adapters as `config` says, or with `full` of training every weight."""
-    if full:
-        card = full_card(hardware)
-        return Forecast(
-            card,
-            gpus_needed(shape, card),
-            full_memory(shape, config, card, facts),
-            full_duration(shape, config, card, facts),
-        )
-    plan = plan_execution(shape, config, hardware, facts)
-    memory = memory_of(plan, shape, config, hardware)
-    return Forecast(hardware, 1, memory, estimate_duration(shape, config, hardware, facts, plan))

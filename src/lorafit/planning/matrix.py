@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorafit.config import RunConfig
 from lorafit.config.run_config import Goal
-from lorafit.hardware.device import Hardware
-from lorafit.memory.inputs import DataStats
+from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.forecast import forecast
-from lorafit.shapes.shape import ModelShape
 
 Method = Literal["QLoRA", "LoRA", "full fine-tuning"]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the matrix is asked about: training rows, the goal, and whether a 16-bit base would fit."""
+    """Hold the matrix's question: training rows, the goal, and whether a 16-bit base would fit."""
 
     rows: int
     goal: Goal
@@ -27,8 +24,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the matrix. It holds from `least` to `most` rows, for `goal` (None: any), and where
-    `needs_16bit`, only if the base fits in 16 bits."""
+    """Hold one row of the matrix: its condition and its choice.
+
+    It applies from `least` to `most` rows, for `goal` (None: any), and with `needs_16bit` only if the base fits in 16
+    bits.
+    """
 
     method: Method
     rank: int
@@ -64,7 +64,7 @@ MATRIX: tuple[Rule, ...] = (
          least=HUGE + 1, goal="accuracy"),
     Rule("QLoRA", 8, "nf4", "a strict budget: the smallest adapter that learns",
          "a strict budget: a 4-bit base needs the smallest card", goal="budget"),
-    Rule("QLoRA", 8, "nf4", "a larger adapter would learn so few rows by heart",
+    Rule("QLoRA", 8, "nf4", "so few rows would be memorised by a larger adapter",
          "a 4-bit base loses less than so few rows can teach", most=SMALL - 1),
     Rule("LoRA", 16, "none", "the usual amount of data", "the base fits in 16 bits, so nothing is lost to quantisation",
          least=SMALL, most=MEDIUM, needs_16bit=True),
@@ -123,19 +123,18 @@ class Option:
         }
 
 
-def price_options(
-    config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware, chosen: Rule
-) -> tuple[Option, ...]:
-    """Memory, time and cost of every row of the matrix; `config` is the planned one, with the activations as they
-    were asked for: each row puts its own where they fit."""
-    return tuple(_option(rule, config, facts, shape, hardware, rule is chosen) for rule in MATRIX)
+def price_options(inputs: PlanInputs, chosen: Rule) -> tuple[Option, ...]:
+    """Price every row of the matrix in memory, time and cost.
+
+    `inputs` hold the planned settings, but the memory policy that was asked for: each row chooses its own.
+    """
+    return tuple(_option(rule, inputs, rule is chosen) for rule in MATRIX)
 
 
-def _option(
-    rule: Rule, config: RunConfig, facts: DataStats, shape: ModelShape, hardware: Hardware, chosen: bool
-) -> Option:
-    settled = config if chosen else _with_rule(rule, config)
-    run = forecast(shape, settled, hardware, facts, full=not rule.rank)
+def _option(rule: Rule, inputs: PlanInputs, chosen: bool) -> Option:
+    rank = max(rule.rank, 1)
+    changes = {"rank": rank, "alpha": 2.0 * rank, "quantization": rule.quantization}
+    run = forecast(inputs if chosen else inputs.with_settings(**changes), full=not rule.rank)
     return Option(
         method=rule.method,
         rank=rule.rank,
@@ -149,9 +148,3 @@ def _option(
         cost_usd=run.cost_usd,
         chosen=chosen,
     )
-
-
-def _with_rule(rule: Rule, config: RunConfig) -> RunConfig:
-    """`config` as this row would have it."""
-    changes = {"rank": max(rule.rank, 1), "alpha": 2.0 * max(rule.rank, 1), "quantization": rule.quantization}
-    return config.model_copy(update=changes)

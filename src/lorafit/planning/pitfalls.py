@@ -8,73 +8,52 @@ from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.config.units import at_least, at_most
 from lorafit.findings import Finding, Severity
-from lorafit.hardware.device import Hardware
+from lorafit.hardware import Hardware
 from lorafit.memory.estimate import MemoryEstimate
-from lorafit.memory.inputs import DataStats, policy_of
+from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.matrix import rank_limit
-from lorafit.shapes.shape import ModelShape
 
 MAX_DROPOUT = 0.1
 
 
-def pitfalls(
-    config: RunConfig,
-    shape: ModelShape,
-    hardware: Hardware,
-    memory: MemoryEstimate,
-    facts: DataStats,
-    targets: tuple[str, ...],
-) -> list[Finding]:
-    """What a run with these settings would regret, in the order of the codes. `config` is the planned one."""
+def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
+    """Find everything that a run with these settings would regret, in the order of the codes."""
     return [
-        *_no_attention(shape, targets),
-        *_checkpointing(config, shape, hardware, memory),
-        *_precision(config, hardware),
-        *_dropout(config),
-        *_serving(config),
-        *_rank(config, facts),
+        *_no_attention(inputs),
+        *_checkpointing(inputs, memory),
+        *_precision(inputs.config, inputs.hardware),
+        *_dropout(inputs.config),
+        *_serving(inputs.config),
+        *_rank(inputs),
     ]
 
 
-def _no_attention(shape: ModelShape, targets: tuple[str, ...]) -> Iterator[Finding]:
-    leaves = {name.rpartition(".")[2] for name in targets}
-    attention = {linear.name for linear in shape.linears if linear.is_attention}
+def _no_attention(inputs: PlanInputs) -> Iterator[Finding]:
+    leaves = {name.rpartition(".")[2] for name in inputs.targets}
+    attention = {linear.name for linear in inputs.shape.linears if linear.is_attention}
     if not leaves & attention:
         yield Finding(
             "P1",
             Severity.WARNING,
-            f"no attention projection among the targets ({', '.join(targets)})",
+            f"no attention projection among the targets ({', '.join(inputs.targets)})",
             where="targets",
             why="what a token looks at stays as it was: adapters on the feed-forward layers alone learn less",
             fix=f"add {', '.join(sorted(attention))}, or use targets: all-linear",
         )
 
 
-def _checkpointing(
-    config: RunConfig, shape: ModelShape, hardware: Hardware, memory: MemoryEstimate
-) -> Iterator[Finding]:
-    room = hardware.memory_bytes
-    said = "gradient checkpointing is off" if config.gradient_checkpointing == "off" else "activations are kept"
-    policy = policy_of(config, shape.layers)
-    if policy == MemoryPolicy() and memory.kept_bytes > room:
-        where = "gradient_checkpointing" if config.gradient_checkpointing == "off" else "activations"
-        yield Finding(
-            "P2",
-            Severity.ERROR,
-            f"{said}, and keeping every activation needs about {at_least(memory.kept_bytes)} of the {at_most(room)} "
-            "there are",
-            where=where,
-            why="the run would end in out-of-memory at its first full micro-batch",
-            fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
-        )
-    idle = _idle(policy) if policy and hardware.kind == "cpu" else []
+def _checkpointing(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
+    config, policy = inputs.config, inputs.policy
+    if policy == MemoryPolicy() and memory.kept_bytes > inputs.hardware.memory_bytes:
+        yield _kept(config, memory, inputs.hardware)
+    idle = _idle(policy) if policy and not inputs.on_cuda else []
     if idle:
         yield Finding(
             "P2",
             Severity.WARNING,
-            f"activations ask for {', '.join(idle)}, of which a CPU has no use",
+            f"activations ask for {', '.join(idle)}, and a CPU has no use for them",
             where="activations",
-            why="all lies in the one memory there is, and CUDA graphs need CUDA",
+            why="a CPU has one memory, and CUDA graphs need CUDA",
             fix="set activations: auto, keep or recompute",
         )
     if config.gradient_checkpointing == "reentrant":
@@ -89,16 +68,24 @@ def _checkpointing(
         )
 
 
-def _idle(policy: MemoryPolicy) -> list[str]:
-    """What of `policy` bears on a card alone."""
-    of_a_card = {
-        "offload": policy.offloaded_layers,
-        "dense": policy.dequantized_layers,
-        "graphs": policy.cuda_graph_max_tokens,
-    }
-    return [key for key, value in of_a_card.items() if value] + (
-        ["host_embeddings=on"] if policy.host_embeddings else []
+def _kept(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> Finding:
+    off = config.gradient_checkpointing == "off"
+    where = "gradient_checkpointing" if off else "activations"
+    return Finding(
+        "P2",
+        Severity.ERROR,
+        f"{'gradient checkpointing is off' if off else 'activations are kept'}, and keeping every activation needs "
+        f"about {at_least(memory.kept_bytes)} of the {at_most(hardware.memory_bytes)} there are",
+        where=where,
+        why="the run would end in out-of-memory at its first full micro-batch",
+        fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
     )
+
+
+def _idle(policy: MemoryPolicy) -> list[str]:
+    """Return the fields of `policy` that mean something on a GPU alone."""
+    fields = ("offloaded_layers", "dequantized_layers", "cuda_graph_max_tokens", "host_embeddings")
+    return [key for key in fields if getattr(policy, key)]
 
 
 def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
@@ -164,13 +151,14 @@ def _serving(config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _rank(config: RunConfig, facts: DataStats) -> Iterator[Finding]:
-    limit = rank_limit(facts.rows)
-    if config.rank > limit:
+def _rank(inputs: PlanInputs) -> Iterator[Finding]:
+    rank, rows = inputs.config.rank, inputs.stats.rows
+    limit = rank_limit(rows)
+    if rank > limit:
         yield Finding(
             "P7",
             Severity.WARNING,
-            f"rank {config.rank} for {facts.rows:,} rows",
+            f"rank {rank} for {rows:,} rows",
             where="rank",
             why=f"so few rows cannot fill more than rank {limit}: the rest learns them by heart",
             fix=f"set rank: {limit} (and alpha: {2 * limit}), or bring more rows",

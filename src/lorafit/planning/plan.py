@@ -5,32 +5,48 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafit.config import Resolved, RunConfig
+from lorafit.config import Resolved
 from lorafit.findings import Finding, chosen, has_errors
-from lorafit.hardware.device import Hardware
+from lorafit.hardware import Hardware
 from lorafit.memory.estimate import MemoryEstimate
-from lorafit.memory.inputs import DataStats
-from lorafit.memory.static_memory import adapter_parameters
+from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.planning.decisions import Decided, Decision, decide
 from lorafit.planning.fit import obstacles
 from lorafit.planning.forecast import REASON, Forecast, forecast, not_built
 from lorafit.planning.matrix import Option, price_options
 from lorafit.planning.pitfalls import pitfalls
-from lorafit.shapes.shape import ModelShape, resolve_targets
+from lorafit.shapes import ModelShape
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do (`decided`, `targets`), what it will take (`run`, and `options` beside it), and what is
-    wrong with it (`findings`). Ranges are (low, high)."""
+    """Hold what a run will do, what it will take, and what is wrong with it. Ranges are (low, high).
 
+    Attributes:
+        inputs: What the plan was made for, with every decision in its settings.
+        decided: Every planned setting.
+        targets: Names of the modules that get an adapter.
+        run: Memory, time and cost of the run.
+        options: The same for each row of the decision matrix.
+        findings: What is wrong with it.
+    """
+
+    inputs: PlanInputs
     decided: Decided
     targets: tuple[str, ...]
     run: Forecast
     options: tuple[Option, ...]
     findings: tuple[Finding, ...]
-    shape: ModelShape
-    facts: DataStats
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model."""
+        return self.inputs.shape
+
+    @property
+    def stats(self) -> DataStats:
+        """The size of the data."""
+        return self.inputs.stats
 
     @property
     def method(self) -> str:
@@ -90,9 +106,7 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Weights that train."""
-        if not self.runnable:
-            return self.shape.parameters
-        return adapter_parameters(self.shape, self.targets, self.settings()["rank"])
+        return self.inputs.adapter_parameters if self.runnable else self.shape.parameters
 
     @property
     def fits(self) -> bool:
@@ -126,46 +140,32 @@ class Plan:
             "findings": [finding.to_dict() for finding in self.findings],
             "model": self.shape.to_dict() | {"trainable_parameters": self.trainable_parameters},
             "hardware": self.hardware.to_dict() | {"gpus": self.gpus},
-            "data": asdict(self.facts),
+            "data": asdict(self.stats),
         }
 
 
-def make_plan(resolved: Resolved, facts: DataStats, shape: ModelShape, hardware: Hardware) -> Plan:
+def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware: Hardware) -> Plan:
     """Decide every planned setting that nobody set, estimate memory, time and cost, and judge the result.
 
     Raises AdapterError when the targets are not in the model.
     """
-    targets = resolve_targets(resolved.config.targets, shape)
-    decided = decide(resolved, facts, shape, hardware)
-    config = final_config(resolved.config, decided.decisions)
-    # what is judged, and what other rows of the matrix would do, goes by the activations as they were asked for
-    asked = config.model_copy(update={"activations": resolved.config.activations})
-    full = decided.is_full
-    run = forecast(shape, config, hardware, facts, full=full)
+    asked = PlanInputs(resolved.config, stats, shape, hardware)
+    targets = asked.targets
+    decided = decide(resolved, asked)
+    inputs = asked.with_settings(**{decision.key: decision.value for decision in decided.decisions})
+    # findings and the other rows of the matrix go by the memory policy that was asked for
+    judged = inputs.with_settings(activations=resolved.config.activations)
+    run = forecast(inputs, full=decided.is_full)
     return Plan(
+        inputs=inputs,
         decided=decided,
         targets=targets,
         run=run,
-        options=price_options(asked, facts, shape, hardware, decided.rule),
-        findings=tuple([not_built()] if full else _findings(asked, shape, hardware, run.memory, facts, targets)),
-        shape=shape,
-        facts=facts,
+        options=price_options(judged, decided.rule),
+        findings=tuple([not_built()] if decided.is_full else _findings(judged, run.memory)),
     )
 
 
-def final_config(config: RunConfig, decisions: tuple[Decision, ...]) -> RunConfig:
-    """`config` with every decision in it."""
-    return config.model_copy(update={decision.key: decision.value for decision in decisions})
-
-
-def _findings(
-    config: RunConfig,
-    shape: ModelShape,
-    hardware: Hardware,
-    memory: MemoryEstimate,
-    facts: DataStats,
-    targets: tuple[str, ...],
-) -> list[Finding]:
-    judged = pitfalls(config, shape, hardware, memory, facts, targets)
-    # what cannot finish is never left out
-    return [*obstacles(config, shape, hardware, memory, facts), *chosen(judged, config.select, config.ignore)]
+def _findings(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
+    judged = chosen(pitfalls(inputs, memory), inputs.config.select, inputs.config.ignore)
+    return [*obstacles(inputs, memory), *judged]  # what cannot finish is never left out

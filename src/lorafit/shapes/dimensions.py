@@ -183,11 +183,11 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _tower(config: Mapping[str, Any]) -> int:
-    hidden, layers = _count(config, "hidden_size"), _count(config, "num_hidden_layers")
-    inner = _count(config, "intermediate_size") or 4 * hidden
+    hidden, layers = _tower_size(config, "hidden_size"), _tower_size(config, "num_hidden_layers")
+    inner = _tower_size(config, "intermediate_size") or 4 * hidden
     return layers * hidden * (4 * hidden + 2 * inner)
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
+def _tower_size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     return value if isinstance(value, int) and 0 <= value < 1 << 30 else 0

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "other"]
+Role = Literal["q", "k", "v", "qkv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
 Place = Literal["all", "dense", "sparse"]
-ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
+ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o", "attention"})
 
 
 @dataclass(frozen=True, slots=True)

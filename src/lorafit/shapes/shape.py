@@ -1,4 +1,4 @@
-"""ModelShape: what a model is made of, read from its config.json alone."""
+"""ModelShape: the sizes of a model, from its config.json alone, and the names of its adapter targets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from lorafit.shapes.dimensions import (
     tower_parameters,
 )
 from lorafit.shapes.families import ALIASES, ATTENTION_ROLES, FAMILIES, Family, Part, Role
+from lorafit.shapes.skeleton import skeleton_sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One kind of projection of the decoder: `count` matrices (outputs, inputs), `name` the module's own name.
+    """Hold one kind of projection of the decoder: `count` matrices (outputs, inputs), `name` the module's own name.
 
     `stacked` ones are 3-D parameters of experts, not modules. `active` is the share that one token passes.
     """
@@ -46,17 +47,31 @@ class Projection:
 
     @property
     def is_attention(self) -> bool:
-        """True for what makes queries, keys, values, or mixes the heads."""
+        """True for projections to queries, keys and values, and the one that mixes the heads."""
         return self.role in ATTENTION_ROLES
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a decoder-only model; lengths in values, counts in parameters.
+    """Hold the sizes of a decoder-only model; lengths in values, counts in parameters.
 
-    `normed_width` is what norms see per token and layer; `capped_scores` says that attention caps its scores, and
-    so holds them (Gemma 2). `quantized` names how the checkpoint is already quantised (`nf4`, `gptq`, …), if it is.
-    `notes` say what is assumed where the shape is not exact.
+    Attributes:
+        name: The base, as it was named.
+        family: Model type.
+        sizes: Layers, heads, widths.
+        projections: Every kind of matrix in the decoder.
+        tied_embeddings: Whether lm_head is the token embedding.
+        embedding_parameters: Tokens' and learned positions' embeddings.
+        head_parameters: lm_head, unless it is tied.
+        norm_parameters: Norms, biases, routers, and everything else of the decoder.
+        tower_parameters: Image or audio towers.
+        normed_width: Values that norms see per token and layer.
+        learned_positions: Whether there is a table of positions.
+        capped_scores: Whether attention caps its scores, and so holds them (Gemma 2).
+        linear_class: `Linear` or `Conv1D`.
+        quantized: How the checkpoint is already quantised (`nf4`, `gptq`, …), if it is.
+        counted: Whether the sizes were read from transformers' own modules.
+        notes: Assumptions where the shape is not exact.
     """
 
     name: str
@@ -73,40 +88,28 @@ class ModelShape:
     capped_scores: bool
     linear_class: str
     quantized: str | None
-    known: bool
+    counted: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
-        """The shape of a local folder or hub id; only config.json is read. Raises BackboneError."""
+        """Return the shape of a local folder or hub id; only config.json is read. Raises BackboneError."""
         return cls.from_config(read_config(base_folder(base, revision)), base)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
-        """The shape that a config.json describes. Raises BackboneError when it describes no decoder."""
+        """Return the shape that a config.json describes.
+
+        Families outside the table are counted by transformers in a child process. Raises BackboneError when
+        config.json describes no decoder.
+        """
         require_causal(config, name)
-        model_type, known, family, text = _family_of(config)
-        sizes = read_dimensions(text, family, name)
-        tied = bool(text.get("tie_word_embeddings", family.tied))
-        tower = tower_parameters(config)
-        return cls(
-            name=name,
-            family=model_type,
-            sizes=sizes,
-            projections=tuple(_projections(family, text, sizes)),
-            tied_embeddings=tied,
-            embedding_parameters=sizes["v"] * sizes["w"] + size(family.positions, sizes) * sizes["h"],
-            head_parameters=0 if tied else sizes["v"] * sizes["w"],
-            norm_parameters=_small_parameters(family, text, sizes),
-            tower_parameters=tower,
-            normed_width=size(family.norms, sizes),
-            learned_positions=bool(family.positions),
-            capped_scores=bool(text.get("attn_logit_softcapping")),
-            linear_class=family.linear_class,
-            quantized=quantization_of(config),
-            known=known,
-            notes=tuple(_notes(known, model_type, tower)),
-        )
+        text = text_part(config)
+        named = str(text.get("model_type", "unknown"))
+        model_type = ALIASES.get(named, named)
+        if model_type in FAMILIES:
+            return _from_table(FAMILIES[model_type], model_type, config, name)
+        return _from_skeleton(model_type, config, name)
 
     @property
     def layers(self) -> int:
@@ -155,8 +158,8 @@ class ModelShape:
 
     @property
     def exact(self) -> bool:
-        """False when the family is unknown, or a tower is only estimated."""
-        return self.known and not self.tower_parameters
+        """False when a tower is only estimated."""
+        return self.counted or not self.tower_parameters
 
     @property
     def linears(self) -> tuple[Projection, ...]:
@@ -219,13 +222,53 @@ class ModelShape:
         return tuple(linear for linear in self.linears if linear.name in names)
 
 
-def _family_of(config: Mapping[str, Any]) -> tuple[str, bool, Family, dict[str, Any]]:
-    """The model type, whether it is known, its family (Llama's for an unknown one), its settings with defaults."""
-    text = text_part(config)
-    named = str(text.get("model_type", "unknown"))
-    model_type = ALIASES.get(named, named)
-    family = FAMILIES.get(model_type, FAMILIES["llama"])
-    return model_type, model_type in FAMILIES, family, {**family.defaults, **text}
+def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name: str) -> ModelShape:
+    """Return the shape of a family of the table."""
+    text = {**family.defaults, **text_part(config)}
+    sizes = read_dimensions(text, family, name)
+    tied = bool(text.get("tie_word_embeddings", family.tied))
+    tower = tower_parameters(config)
+    note = f"the image or audio tower is estimated at {tower / 1e6:,.0f} M parameters"
+    return ModelShape(
+        name=name,
+        family=model_type,
+        sizes=sizes,
+        projections=tuple(_projections(family, text, sizes)),
+        tied_embeddings=tied,
+        embedding_parameters=sizes["v"] * sizes["w"] + size(family.positions, sizes) * sizes["h"],
+        head_parameters=0 if tied else sizes["v"] * sizes["w"],
+        norm_parameters=_small_parameters(family, text, sizes),
+        tower_parameters=tower,
+        normed_width=size(family.norms, sizes),
+        learned_positions=bool(family.positions),
+        capped_scores=bool(text.get("attn_logit_softcapping")),
+        linear_class=family.linear_class,
+        quantized=quantization_of(config),
+        notes=(note,) if tower else (),
+    )
+
+
+def _from_skeleton(model_type: str, config: Mapping[str, Any], name: str) -> ModelShape:
+    """Return the shape that transformers' own modules have."""
+    found = skeleton_sizes(config, name)
+    sizes = Dimensions(
+        letters=found.pop("letters"),
+        layers=found.pop("layers"),
+        sparse_layers=0,
+        heads=found.pop("heads"),
+        kv_heads=found.pop("kv_heads"),
+        experts_per_token=found.pop("experts_per_token"),
+    )
+    projections = tuple(Projection(**part) for part in found.pop("projections"))
+    return ModelShape(
+        name=name,
+        family=model_type,
+        sizes=sizes,
+        projections=projections,
+        quantized=quantization_of(config),
+        counted=True,
+        **found,
+    )
 
 
 def _projections(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> Iterator[Projection]:
@@ -258,13 +301,6 @@ def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensio
     return total
 
 
-def _notes(known: bool, model_type: str, tower: int) -> Iterator[str]:
-    if not known:
-        yield f"'{model_type:.40}' is not a family lorafit knows: its shape is read as if it were built like Llama"
-    if tower:
-        yield f"the image or audio tower is estimated at {tower / 1e6:,.0f} M parameters"
-
-
 PRESETS: Mapping[str, tuple[Role, ...]] = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
 
 
@@ -282,8 +318,6 @@ def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[
     names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
     if not names:
         raise AdapterError("no module is named", where="targets", fix=_advice(shape))
-    if not shape.known:
-        return names  # what an unknown family calls its modules is checked when the adapter is attached
     for name in names:
         _check(name, shape)
     return names

@@ -26,7 +26,7 @@ COSTS = LayerCosts(
 def turned(room, costs=COSTS, max_tokens=1024):
     work = Work(None, None, max_tokens=max_tokens, longest=1024, step_tokens=1024.0, coming_bytes=0)
     layers = TurnedLayers()
-    Problem(costs, room, 1024, work).turn(layers)
+    Problem(costs, room, 1024, work).apply(layers)
     return layers
 
 
@@ -107,14 +107,14 @@ def test_a_tighter_schedule_of_the_same_policy_is_a_relief():
 def test_what_has_room_to_spare_in_the_reckoning_gives_up_some_of_what_it_uses():
     seen = [policy for policy, _ in relieved(Room(COSTS.layers * COSTS.kept_bytes * 3, link=Link(50e9, 50e9)))]
     assert (
-        seen[0] == MemoryPolicy() and seen[1].offload and not seen[1].feed_forward
+        seen[0] == MemoryPolicy() and seen[1].offloaded_layers and not seen[1].recompute_mlp_layers
     )  # of one level, as it was compiled
 
 
 def test_a_run_is_not_turned_to_other_micro_batches_or_embeddings_in_its_middle():
     room = Room(COSTS.layers * COSTS.whole_bytes + 200 * MB, link=None, embedding_bytes=500 * MB, embedding_s=0.1)
     seen = relieved(room)
-    assert seen[0][0].whole and len(seen) == 1  # only the embeddings could go
+    assert seen[0][0].recompute_layers and len(seen) == 1  # only the embeddings could go
     link = relieved(replace(room, link=Link(6e9, 6e9)))
     assert len(link) > 1 and not any(policy.host_embeddings or policy.micro_tokens for policy, _ in link)
 
@@ -157,7 +157,7 @@ def problems(draw):
 @given(problems())
 def test_relief_after_relief_a_run_needs_less_until_there_is_none(problem):
     layers = TurnedLayers(problem.costs.layers)
-    problem.turn(layers)
+    problem.apply(layers)
     for _ in range(400):
         before, schedule = layers.policy, layers.schedule
         if layers.less is None or not layers.less():
@@ -222,7 +222,7 @@ def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, co
     everything = 32 * cost.saved_bytes + cost.working_bytes
     budget = round((everything + spare_mb * MB + problem.SLACK_BYTES) / (1 - problem.LOST_SHARE))
     work = Work(lambda tokens: batch, None, max_tokens=1024, longest=256, step_tokens=mean, coming_bytes=0)
-    assert problem.pose(None, layers, work, budget) is None
+    assert problem.measured_problem(None, layers, work, budget) is None
     assert layers.policy == MemoryPolicy(cuda_graph_max_tokens=graphs)
 
 
@@ -230,8 +230,8 @@ def test_less_room_is_a_tighter_policy():
     work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     loose = Problem(COSTS, Room(4 << 30), 1024, work)
     first, second = TurnedLayers(), TurnedLayers()
-    loose.turn(first)
-    loose.less(3 << 30).turn(second)
+    loose.apply(first)
+    loose.less(3 << 30).apply(second)
     assert first.policy == MemoryPolicy() and second.policy.recompute_mlp_layers + second.policy.recompute_layers > 0
 
 

@@ -1,6 +1,8 @@
-"""The rehearsal: before the first step, the policy is solved with this card's own figures and the largest micro-batch is
-run until it takes no more than before, forward and backward, within the budget. What could not finish shows here, not
-at hour three."""
+"""The dry run: before the first step, the policy is solved with this GPU's own figures and tried out.
+
+The largest micro-batch runs forward and backward, within the budget, until it takes no more than before. A run that
+could not finish stops here, not at hour three.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from torch import Tensor
 
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.allocator import allocator_retries, release_memory
-from lorafit.engine.autotune.problem import HOST_SHARE, SLACK_BYTES, Problem, Work, does_not_fit, pose, smallest_policy
+from lorafit.engine.autotune.problem import (
+    HOST_SHARE,
+    SLACK_BYTES,
+    Problem,
+    Work,
+    does_not_fit,
+    measured_problem,
+    smallest_policy,
+)
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import HostEmbedding, keep_embeddings_on_host
@@ -26,22 +36,32 @@ from lorafit.engine.packing import MicroBatch
 from lorafit.hardware.detect import available_bytes
 
 LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
-"""What a layer saves of each level, in widths of its residual stream, and in families that save little."""
+"""Bytes that a layer saves at each level, in widths of its residual stream, in families that save little."""
 SOLVED_TRIES = 6
 MOST_PASSES = 5
-"""Of one micro-batch, forward and backward, until the allocator has come to rest."""
+"""Most passes of one micro-batch, forward and backward, until the allocator has come to rest."""
 REST_SHARE = 0.25
-"""Of what is left of the budget: what a pass may add to the reserved memory when it is the last. Growth slows down."""
+"""Share of the unused budget that the last pass may add to the reserved memory. Growth slows down."""
+UNUSED_SHARE, GROWING_TRIES = 0.10, 3
+"""Share of the budget that a policy may leave unused after it was shrunk, and how often more room is tried."""
 STEP_SHARE = 0.04
-"""Of the budget: the most that the first solving after a misfit takes away; the next takes twice that, and so on."""
+"""Share of the budget that the first misfit takes away at most; each next one may take twice that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One rehearsed policy, the room it was solved for (0: it was not), the peak it took of reserved and of allocated
-    memory, what the largest micro-batch took that is recorded, how often the allocator had to give back and ask again
-    in each pass, and seconds; `fits` says whether that was within the budget, and each micro-batch, the last time,
-    without asking again."""
+    """Hold what one policy took when it was tried.
+
+    Attributes:
+        policy: The policy, written down.
+        room_bytes: The room it was solved for; 0 where it was not solved.
+        peak_bytes: Peak of reserved memory.
+        allocated_bytes: Peak of allocated memory.
+        graph_bytes: Memory of the largest micro-batch that is recorded.
+        retries: How often the allocator gave back and asked again, in each pass.
+        elapsed_s: Seconds.
+        fits: Whether that was within the budget, and the last pass of each micro-batch without asking again.
+    """
 
     policy: str
     room_bytes: int
@@ -55,9 +75,19 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """How it went: the policy that fits and its offload schedule, the peak it took of the budget, what a micro-batch took
-    of that which may be recorded, the seconds of compiling (forward alone; part of the others), of measuring and of
-    all, and every attempt."""
+    """Hold the policy that fits, and how it was found.
+
+    Attributes:
+        policy: The policy.
+        schedule: The schedule of its offload.
+        peak_bytes: Peak of reserved memory.
+        budget_bytes: Budget of that.
+        graph_bytes: Memory of the largest micro-batch that is recorded.
+        compile_s: Seconds of compiling, forward alone; part of the others.
+        measure_s: Seconds of measuring.
+        elapsed_s: Seconds of everything.
+        attempts: Every attempt.
+    """
 
     policy: MemoryPolicy
     schedule: tuple[int, ...]
@@ -71,16 +101,16 @@ class Rehearsal:
 
 
 def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *, solves: bool) -> Rehearsal:
-    """Turn `layers` to the fastest policy that fits `budget_bytes` (when `solves`), and prove it on the largest
-    micro-batch. When that needs more than was reckoned, the policy is solved again for that much less room, or turned
-    tighter. Leaves gradients and random states as they were.
+    """Set `layers` to the fastest policy that fits `budget_bytes` (when `solves`), and prove it by a dry run.
 
-    Raises TrainingError when even the tightest setting does not fit.
+    A policy that needs more than was reckoned is solved again for that much less room, or made smaller. One that was
+    made too small is solved again for the room it leaves. Gradients and random states stay as they were. Raises
+    TrainingError when even the smallest policy does not fit.
     """
     started = time.perf_counter()
-    with _young_garbage(), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+    with _gc_frozen(), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         ahead = partial(layers.offload.arena.pin_ahead, _pinned_bytes_ahead(layers, work))
-        problem = pose(model, layers, work, budget_bytes, ahead) if solves else None
+        problem = measured_problem(model, layers, work, budget_bytes, ahead) if solves else None
         measured = time.perf_counter()
         attempts = tuple(_attempts(model, layers, work, budget_bytes, problem))
         layers.offload.arena.trim()
@@ -101,9 +131,9 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
 def _attempts(
     model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: Problem | None
 ) -> Iterator[Attempt]:
-    """Every attempt; the last one fits, and `layers` are as in it."""
+    """Yield every attempt; the last one fits, and `layers` are as in it."""
     if problem is not None:
-        problem.turn(layers)
+        problem.apply(layers)
     failed: int | None = None
     for number in count():
         attempt = _attempt(model, layers, work, budget_bytes, problem)
@@ -112,27 +142,49 @@ def _attempts(
             break
         failed = problem.room.device_bytes if problem else None
         if problem is not None and number < SOLVED_TRIES:
-            problem = problem.less(_missing(attempt, budget_bytes, STEP_SHARE * 2**number))
-            problem.turn(layers)
+            problem = problem.smaller(_missing(attempt, budget_bytes, STEP_SHARE * 2**number))
+            problem.apply(layers)
         elif not _reduce_memory(layers, work):
             raise does_not_fit()
-    # the room is reckoned with something to spare: where that left no policy, the tightest shows how much there is
-    spare = budget_bytes - attempt.peak_bytes - SLACK_BYTES // 4
-    roomier = problem.after_tightest(spare, failed) if problem else None
-    if roomier is None:
-        return
-    roomier.turn(layers)
-    faster = _attempt(model, layers, work, budget_bytes, roomier)
-    yield faster
-    if not faster.fits:
-        layers.policy = smallest_policy(layers, work.longest)
-        layers.set_schedule(())
+    if problem is not None and number <= SOLVED_TRIES:
+        yield from _grown(model, layers, work, budget_bytes, problem, attempt, failed)
+
+
+def _grown(
+    model: Any,
+    layers: DecoderLayers,
+    work: Work,
+    budget_bytes: int,
+    problem: Problem,
+    attempt: Attempt,
+    failed_bytes: int | None,
+) -> Iterator[Attempt]:
+    """Solve again for the room that `attempt` left, where shrinking went too far; the last attempt fits.
+
+    A room is reckoned with something to spare. The smallest policy, taken where none was found, shows how much.
+    """
+    tried = attempt
+    for _ in range(GROWING_TRIES):
+        unused = budget_bytes - attempt.peak_bytes
+        wasted = failed_bytes is not None and unused > UNUSED_SHARE * budget_bytes
+        roomier = problem.roomier(unused - SLACK_BYTES // 4, failed_bytes)
+        if roomier is None or not (wasted or not problem.has_policy):
+            break
+        roomier.apply(layers)
+        tried = _attempt(model, layers, work, budget_bytes, roomier)
+        yield tried
+        if tried.fits:
+            problem, attempt = roomier, tried
+        else:
+            failed_bytes = roomier.room.device_bytes
+    if tried is not attempt:
+        problem.apply(layers)
         yield attempt
 
 
 @contextlib.contextmanager
-def _young_garbage() -> Iterator[None]:
-    """Within it the collector passes over what was there before: a model's objects take it 0.4 s each time."""
+def _gc_frozen() -> Iterator[None]:
+    """Keep the garbage collector off the objects that exist: a model's take it 0.4 s each time."""
     gc.freeze()
     try:
         yield
@@ -141,8 +193,10 @@ def _young_garbage() -> Iterator[None]:
 
 
 def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
-    """What the policy as planned will surely send to the host, with the largest micro-batch that may come of it, and no
-    more than half of what is free there. What turns out to be too much is given back."""
+    """Return the bytes to pin at once: what the planned policy sends to the host, at most half of the free memory.
+
+    Whatever turns out to be too much is given back.
+    """
     policy, config = layers.policy, layers.core.config.get_text_config()
     streams = sum(LEAST_STREAMS[policy.level(index)] for index in range(policy.offloaded_layers))
     size = streams * max(policy.micro_tokens or 0, work.max_tokens) * int(config.hidden_size) * 2
@@ -150,15 +204,14 @@ def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
 
 
 def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
-    """Bytes to take from the room after an attempt that did not fit: what it lacked, as far as that is known, and no
-    more than this share of the budget."""
+    """Return the bytes to take from the room after a misfit: the lack, at most this share of the budget."""
     lacking = attempt.peak_bytes - budget_bytes
     most = round(share * budget_bytes)
     return (min(lacking, most) if lacking > 0 else most) + SLACK_BYTES // 4
 
 
 def _reduce_memory(layers: DecoderLayers, work: Work) -> bool:
-    """The next setting with less memory, embeddings and micro-batches included; False at the end."""
+    """Set the next smaller policy, embeddings and micro-batches included; False at the end."""
     tighter = layers.policy.next_smaller(len(layers), work.max_tokens, work.longest)
     if tighter is None:
         return False
@@ -168,7 +221,7 @@ def _reduce_memory(layers: DecoderLayers, work: Work) -> bool:
 
 
 def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: Problem | None) -> Attempt:
-    """The largest micro-batches, forward and backward, under the policy as it stands: each meets what others left."""
+    """Run the largest micro-batches under the policy in force; each meets the memory that others left."""
     started = time.perf_counter()
     if layers.policy.host_embeddings:
         keep_embeddings_on_host(model)
@@ -199,9 +252,16 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
 
 @dataclass(slots=True)
 class _Passes:
-    """How often the allocator asked again in each of an attempt's passes, whether it did to the last of a micro-batch,
-    whether the last pass of all still took clearly more than the one before, whether all ended, what the largest one
-    took that is recorded, and what stands where the optimizer's state will."""
+    """Hold what the passes of one attempt showed.
+
+    Attributes:
+        retries: How often the allocator asked again, in each pass.
+        asked_again: Whether it did in the last pass of a micro-batch.
+        grew: Whether the last pass of all still took clearly more than the one before.
+        ended: Whether all passes ended.
+        graph_bytes: Memory of the largest micro-batch that is recorded.
+        state: Tensors in the place of the optimizer's state.
+    """
 
     retries: list[int] = field(default_factory=list)
     asked_again: bool = False
@@ -210,22 +270,25 @@ class _Passes:
     graph_bytes: int = 0
     state: list[Tensor] = field(default_factory=list)
 
-    def run(self, there_and_back: Callable[[], object]) -> None:
+    def run(self, forward_backward: Callable[[], object]) -> None:
         before = allocator_retries()
-        there_and_back()
+        forward_backward()
         torch.cuda.synchronize()
         self.retries.append(allocator_retries() - before)
 
-    def settle(self, there_and_back: Callable[[], object], model: Any, work: Work, budget_bytes: int) -> None:
-        """Run until a pass takes hardly more than the one before: each finds free what the last left, between other
-        blocks. The first leaves gradients, and the optimizer its state, upon which the second has less room."""
-        self.run(there_and_back)
+    def settle(self, forward_backward: Callable[[], object], model: Any, work: Work, budget_bytes: int) -> None:
+        """Run until a pass takes hardly more than the one before.
+
+        Each pass finds the memory as the last one left it. The first leaves gradients and the optimizer its state, so
+        that the second has less room.
+        """
+        self.run(forward_backward)
         self.state = _optimizer_state(model, work)
         for _ in range(MOST_PASSES - 1):
             if not self.graph_bytes:  # graphs add to gradients that stay
                 _drop_gradients(model)
             stood = torch.cuda.memory_reserved()
-            self.run(there_and_back)
+            self.run(forward_backward)
             now = torch.cuda.memory_reserved()
             if now > budget_bytes:
                 return
@@ -241,8 +304,7 @@ def _drop_gradients(model: Any) -> None:
 
 
 def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
-    """What the optimizer will keep: two tensors for each weight that is trained, of what is coming but the gradients,
-    which are there."""
+    """Allocate two tensors for each trained weight, as large as the optimizer's state; gradients exist already."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradient_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
     share = max(0, work.coming_bytes - gradient_bytes) / max(1, sum(weight.numel() for weight in trained))
@@ -251,8 +313,10 @@ def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
 
 
 def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> _Passes:
-    """The largest micro-batch, until it has settled. Where the policy has graphs, the largest that is recorded before
-    that, as it is and recorded: what runs without meets the graphs' memory then."""
+    """Run the largest micro-batch until it has settled, after the largest recorded one where there are CUDA graphs.
+
+    Micro-batches without graphs meet the graphs' memory then.
+    """
     micro_tokens = layers.policy.micro_tokens or work.max_tokens
     largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
     graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
@@ -265,11 +329,11 @@ def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -
             if recorded is not None:
                 stood = torch.cuda.memory_allocated()
                 for _ in range(2):
-                    passes.run(partial(graphs.run, recorded, _share(recorded), partial(_there_and_back, work)))
+                    passes.run(partial(graphs.run, recorded, _share(recorded), partial(_forward_backward, work)))
                     taken = torch.cuda.max_memory_allocated() - stood - graphs.gradient_bytes
                     passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
                 passes.asked_again = bool(passes.retries[-1])
-            passes.settle(partial(_there_and_back, work, largest, _share(largest)), model, work, budget_bytes)
+            passes.settle(partial(_forward_backward, work, largest, _share(largest)), model, work, budget_bytes)
         passes.ended = True
     except torch.OutOfMemoryError:
         pass
@@ -283,7 +347,7 @@ def _share(batch: MicroBatch) -> float:
     return 1 / max(batch.supervised, 1)
 
 
-def _there_and_back(work: Work, batch: MicroBatch, share: Tensor | float) -> Tensor:
+def _forward_backward(work: Work, batch: MicroBatch, share: Tensor | float) -> Tensor:
     loss = work.loss_of(batch, share)
     loss.backward()
     return loss.detach()

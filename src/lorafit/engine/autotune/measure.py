@@ -1,4 +1,4 @@
-"""What one decoder layer costs on the card at hand: bytes saved and needed, seconds, at each level of the policy."""
+"""Measure: bytes and seconds of one decoder layer on this GPU, at each level of the policy."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MOST_PRODUCTS = 2
 
 @dataclass(frozen=True, slots=True)
 class LevelCost:
-    """One layer at one level: bytes saved for the backward, bytes its backward needs beside them, and seconds.
+    """Hold one layer's cost at one level: bytes saved, bytes its backward needs, and seconds.
 
-    `launch_s`: of the processor, to start one pass's kernels; no pass can be shorter.
+    `launch_s` is the processor's time to start one pass's kernels; no pass can be shorter.
     """
 
     saved_bytes: int
@@ -35,13 +35,13 @@ class LevelCost:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The projections into one layer's feed-forward: bytes of what they make, and seconds that making it takes."""
+    """Hold the projections into one layer's MLP: bytes of their outputs, and seconds to compute them."""
 
     size_bytes: int
     seconds: float
 
     def left_out_of(self, keep: LevelCost) -> LevelCost:
-        """The cost of the layer that makes them again, from that of the layer that keeps them."""
+        """Return the cost of a layer that recomputes them, from that of one that keeps them."""
         return replace(
             keep,
             saved_bytes=keep.saved_bytes - self.size_bytes,
@@ -61,10 +61,10 @@ class _Measured(Exception):
 def measure_level(
     layers: DecoderLayers, run_model: Callable[[], Any], level: str, meanwhile: Callable[[], object] | None = None
 ) -> LevelCost | None:
-    """Cost of the first decoder layer within `run_model` at `level`, on the current CUDA device; compiles the level.
+    """Compile the first decoder layer at `level` and return its cost within `run_model`, on the current CUDA device.
 
     `run_model` runs the model in training mode; it is left when the first layer has been measured. `meanwhile` is
-    called right before that: what it starts goes on while the compiler works. None when that layer alone does not
+    called right before that, so that its work runs beside the compiler's. None when that layer alone does not
     fit the memory.
     """
     found: list[LevelCost] = []
@@ -137,9 +137,9 @@ def unpack_s(layers: DecoderLayers) -> float:
 
 
 def feed_forward_products(layers: DecoderLayers, tokens: int) -> Products | None:
-    """What level `feed_forward` makes again of the first layer, for `tokens` tokens, on the current CUDA device.
+    """Return the products that level `feed_forward` recomputes in the first layer, for `tokens` tokens.
 
-    None where it has to be measured: experts, and whatever is no one or two linears into the feed-forward.
+    None where they have to be measured: experts, and MLPs without one or two linears into them.
     """
     hidden = layers.core.config.get_text_config().hidden_size
     linears = [module for module in layers.layers[0].modules() if isinstance(module, torch.nn.Linear)]

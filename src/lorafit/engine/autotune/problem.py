@@ -1,4 +1,4 @@
-"""Problem: what one decoder layer costs on this card, the room there is, and the policy the solver finds for it."""
+"""Problem: what one decoder layer costs on this GPU, the room there is, and the policy that the solver finds."""
 
 from __future__ import annotations
 
@@ -34,30 +34,35 @@ from lorafit.memory.solver import Room, Solution, solve, solve_micro
 from lorafit.memory.timeline import OffloadSchedule, fullest_bytes, offload_schedule
 
 SLACK_BYTES = 192 << 20
-"""Left free: what cuBLAS and cuDNN take for themselves."""
+"""Bytes left free for cuBLAS and cuDNN."""
 LOST_SHARE = 0.03
-"""Of the budget: what the allocator loses between blocks that come and go in another order than they came."""
+"""Share of the budget that the allocator loses between blocks."""
 HOST_SHARE = 0.5
-"""Of the host's free memory that may be page-locked."""
+"""Share of the host's free memory that may be page-locked."""
 WORTH_COMPILING = 0.015
-"""Gain in speed below which layers are not compiled at a second level: seconds each, before the first step."""
+"""Gain in speed below which layers are not compiled at a second level, as each takes seconds before the first step."""
 RELIEF_SHARE, RELIEF_TRIES = 0.04, 5
-"""Of the room: what a run gives up that turned out to fill its memory; as often again while that changes nothing."""
+"""Share of the room that a run gives up when it fills its memory, and how often while that changes nothing."""
 UNWANTED_S, NEVER_BYTES = 1e6, 1 << 50
-"""What recomputing is said to take at a level that no layer is compiled at, and a level to weigh that is ruled out."""
+"""Seconds of recomputing at a level that no layer is compiled at, and bytes of a level that is ruled out."""
 
 BatchOf = Callable[[int], MicroBatch]
-"""The largest micro-batch of the run when none may exceed so many tokens, on the device."""
+"""Returns the run's largest micro-batch of at most so many tokens, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be fitted: the largest micro-batches, their loss times a share, as training runs them, and what they
-    are cut by.
+    """Hold the work to be fitted, as training runs it.
 
-    `max_tokens` of the largest micro-batch worth trying, `longest` row and mean step, in tokens; `coming_bytes`:
-    adapter gradients and optimizer state, which are not there yet. `within`: of the micro-batches that have at most
-    its first argument's tokens, the largest that has at most its second's, or None.
+    Attributes:
+        batch_of: The largest micro-batch of at most so many tokens.
+        loss_of: The loss of a micro-batch, times a share.
+        max_tokens: Tokens of the largest micro-batch worth trying.
+        longest: Tokens of the longest row.
+        step_tokens: Tokens of the mean step.
+        coming_bytes: Adapter gradients and optimizer state, which are not allocated yet.
+        within: The largest micro-batch with at most its second argument's tokens, where a step is cut into
+            micro-batches of at most its first; None without one.
     """
 
     batch_of: BatchOf
@@ -71,7 +76,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What the solver needs: costs of a micro-batch of `tokens`, the room, and what the work is cut by."""
+    """Hold what the solver needs: the costs of a micro-batch of `tokens`, the room, and the work."""
 
     costs: LayerCosts
     room: Room
@@ -79,37 +84,55 @@ class Problem:
     work: Work
 
     def less(self, size_bytes: int) -> Problem:
-        """The same with that much less room on the device."""
+        """Return the same with that much less room on the device."""
         return replace(self, room=self.room.less(size_bytes))
 
-    def after_tightest(self, spare_bytes: int, failed_bytes: int | None = None) -> Problem | None:
-        """The same with the room that there was after all, when the tightest policy, taken for want of any that fits,
-        left `spare_bytes` of the budget; None where a policy was found, or none is that gains. Of a room of
-        `failed_bytes` it is known that its policy did not fit."""
-        if self._policy() is not None:
-            return None
-        layers = self.costs.layers
-        share = self.work.longest / self.tokens
-        tightest = Split(self.costs.scaled(share), layers, layers)
-        taken = tightest.device_bytes(layers) - self.room.embedding_bytes
+    def smaller(self, size_bytes: int) -> Problem:
+        """Return the same with that much less room than the policy found here takes."""
+        taken = self._in_force()[0]
+        return self.less(size_bytes + max(0, self.room.device_bytes - taken))
+
+    def roomier(self, spare_bytes: int, failed_bytes: int | None = None) -> Problem | None:
+        """Return the same with the room that was measured, after a policy left `spare_bytes` of the budget.
+
+        The policy of a room of `failed_bytes` is known not to fit: the room stays halfway below. None where no policy
+        gains by it.
+        """
+        taken, taken_s = self._in_force()
         room = taken + spare_bytes
         if failed_bytes is not None:
             room = min(room, (self.room.device_bytes + failed_bytes) // 2)
         roomier = replace(self, room=replace(self.room, device_bytes=room))
-        found = roomier._solved(self.costs)
-        worth_s = tightest.work_s / share * self._step_share() / (1 + WORTH_COMPILING)
-        return roomier if found is not None and found.step_s < worth_s else None
+        found = roomier._solution()
+        return roomier if found is not None and found.step_s < taken_s / (1 + WORTH_COMPILING) else None
 
-    def turn(self, layers: DecoderLayers) -> None:
-        """Set the policy that the solver finds, and the schedule of its offload; the tightest where it finds none."""
+    def _in_force(self) -> tuple[int, float]:
+        """Return the bytes of the room that the policy found takes, and its predicted seconds of a step."""
+        found = self._solution()
+        if found is None:
+            layers, share = self.costs.layers, self.work.longest / self.tokens
+            smallest = Split(self.costs.scaled(share), layers, layers)
+            taken_s = smallest.work_s / share * self._step_share()
+            return smallest.device_bytes(layers) - self.room.embedding_bytes, taken_s
+        policy = found.policy
+        taken = fullest_bytes(self._costs_with(policy), policy, self._schedule(policy))
+        return taken - (self.room.embedding_bytes if policy.host_embeddings else 0), found.step_s
+
+    @property
+    def has_policy(self) -> bool:
+        """True when some policy fits the room; else the smallest one is taken."""
+        return self._solution() is not None
+
+    def apply(self, layers: DecoderLayers) -> None:
+        """Set the policy that the solver finds and the schedule of its offload; the smallest where it finds none."""
         found = self._policy()
         if found is None:
             layers.policy = smallest_policy(layers, self.work.longest)
             layers.set_schedule(())
         else:
-            self._turn(layers, found)
+            self._apply(layers, found)
 
-    def _turn(self, layers: DecoderLayers, found: MemoryPolicy) -> None:
+    def _apply(self, layers: DecoderLayers, found: MemoryPolicy) -> None:
         # measured on fewer tokens than `max_tokens`, its micro-batch must be said
         layers.policy = found.sized(self.tokens, self.work.max_tokens)
         schedule = self._schedule(found)
@@ -123,13 +146,15 @@ class Problem:
         return self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
 
     def _room_with(self, found: MemoryPolicy) -> Room:
-        """The room with the embeddings where it has them, to stay there."""
+        """Return the room once the embeddings are where `found` has them."""
         return self.room.without_embeddings() if found.host_embeddings else replace(self.room, embedding_bytes=0)
 
     def _reduce_slightly(self, layers: DecoderLayers, turned: MemoryPolicy, schedule: OffloadSchedule) -> bool:
-        """In the middle of a run, turn `layers` from the policy `turned` and its schedule to the fastest that need a
-        little less room, with micro-batches and embeddings as they are, and where possible at the levels that layers
-        are compiled at; False where there are none."""
+        """Apply, in the middle of a run, the fastest policy that needs a little less room than `turned`.
+
+        Micro-batches and embeddings stay, and where possible the levels that layers are compiled at. False where there
+        is no such policy.
+        """
         costs, room = _at_levels_of(turned, self._costs_with(turned)), self._room_with(turned).device_bytes
         # what the reckoning leaves unused is not what the run has too little of
         unused = max(0, room - fullest_bytes(self._costs_with(turned), turned, schedule))
@@ -146,7 +171,7 @@ class Problem:
                 found = replace(found, recompute_mlp_layers=costs.layers - found.recompute_layers)
             if (found, problem._schedule(found)) != (turned, schedule):
                 standing = layers.policy  # says of micro-batches and embeddings how they are
-                problem._turn(layers, found)
+                problem._apply(layers, found)
                 layers.policy = replace(
                     layers.policy, micro_tokens=standing.micro_tokens, host_embeddings=standing.host_embeddings
                 )
@@ -154,14 +179,19 @@ class Problem:
         return False
 
     def _policy(self) -> MemoryPolicy | None:
-        """The fastest policy that fits; one whose layers are all at one level, if that is hardly slower."""
+        """Return the policy of `_solution`."""
+        found = self._solution()
+        return found.policy if found else None
+
+    def _solution(self) -> Solution | None:
+        """Return the fastest policy that fits; one whose layers are all at one level, if that is hardly slower."""
         found = self._solved(self.costs)
         if found is None or not 0 < found.policy.recompute_mlp_layers < self.costs.layers:
-            return found.policy if found else None
+            return found
         alike = self._solved(self.costs.without_keeping())
         if alike is None or alike.policy.recompute_layers or alike.step_s > found.step_s * (1 + WORTH_COMPILING):
-            return found.policy
-        return replace(alike.policy, recompute_mlp_layers=self.costs.layers)
+            return found
+        return replace(alike, policy=replace(alike.policy, recompute_mlp_layers=self.costs.layers))
 
     def _solved(self, costs: LayerCosts) -> Solution | None:
         tokens = self.tokens
@@ -174,7 +204,7 @@ class Problem:
 
 
 def _at_levels_of(policy: MemoryPolicy, costs: LayerCosts) -> LayerCosts:
-    """`costs` that lead to the levels of `policy` alone, as long as anything fits at them."""
+    """Return `costs` that lead to the levels of `policy` alone, as long as anything fits at them."""
     if policy.recompute_layers == costs.layers:
         return replace(costs, kept_bytes=NEVER_BYTES, feed_forward_bytes=NEVER_BYTES)
     if policy.recompute_layers + policy.recompute_mlp_layers == costs.layers:
@@ -185,19 +215,19 @@ def _at_levels_of(policy: MemoryPolicy, costs: LayerCosts) -> LayerCosts:
 
 
 def smallest_policy(layers: DecoderLayers, longest: int) -> MemoryPolicy:
-    """The policy that needs least: everything recomputed and sent away, and micro-batches of the `longest` row."""
+    """Return the policy that needs least: everything recomputed and offloaded, micro-batches of the `longest` row."""
     whole = len(layers)
-    return MemoryPolicy(whole=whole, offloaded_layers=whole, host_embeddings=True, micro_tokens=longest)
+    return MemoryPolicy(recompute_layers=whole, offloaded_layers=whole, host_embeddings=True, micro_tokens=longest)
 
 
-def pose(
+def measured_problem(
     model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, meanwhile: Callable[[], object] | None = None
 ) -> Problem | None:
-    """The problem of fitting `work` into `budget_bytes`: the first layer is measured, and the link. `meanwhile` is
-    called when that layer is about to be compiled.
+    """Return the problem of fitting `work` into `budget_bytes`, after measuring the first layer and the link.
 
-    None when everything can be kept: `layers` are turned to that, with what room is left given to unpacked weights,
-    and nothing needs solving. Raises TrainingError when a single layer does not fit.
+    `meanwhile` is called when that layer is about to be compiled. Where everything can be kept, `layers` are set to
+    that, unused memory is given to dequantized weights, and there is no problem to solve. Raises TrainingError when a
+    single layer does not fit.
     """
     # a layer is measured with all weights unpacked or with none, whichever is likelier to be what it comes to
     if layers.policy.dequantized_layers < len(layers):
@@ -232,7 +262,7 @@ def pose(
 
 
 def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:
-    """What a layer costs whose weights are packed, from that of one whose weights lay unpacked."""
+    """Return the cost of a layer with packed weights, from that of one with dequantized weights."""
     again_s, weight = unpack_s(layers), unpacked_bytes(layers)
     return replace(
         cost,
@@ -251,10 +281,10 @@ def dense_layers(layers: DecoderLayers, spare_bytes: int) -> int:
 def _levels(
     model: Any, layers: DecoderLayers, work: Work, meanwhile: Callable[[], object] | None
 ) -> tuple[MicroBatch, LevelCost, LevelCost]:
-    """The first layer's cost with everything kept, and with its feed-forward recomputed.
+    """Return the first layer's cost with everything kept, and with its MLP recomputed.
 
-    One is measured, the one that the policy as planned has most layers at; the other is reckoned where that is exact,
-    for each level measured is one compiled.
+    The level of most layers of the planned policy is measured. The other is reckoned where that is exact, because each
+    level measured is one compiled.
     """
     planned = "feed_forward" if 2 * layers.policy.recompute_mlp_layers >= len(layers) else "keep"
     first = planned if layers.compiled and layers.widths else "keep"

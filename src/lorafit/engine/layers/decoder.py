@@ -1,4 +1,4 @@
-"""DecoderLayers: how a model's decoder layers run in training: compiled once for all, recomputed and offloaded by policy.
+"""DecoderLayers: how a model's decoder layers run in training: compiled once, recomputed and offloaded by policy.
 
 Installed through the seam that transformers has for gradient checkpointing (`GradientCheckpointingLayer`): each layer
 hands its call to a function that lorafit sets. Nothing of the model is replaced, and evaluation and generation,
@@ -106,15 +106,17 @@ class DecoderLayers:
         return True
 
     def reduce_slightly(self) -> bool:
-        """Take a little less memory, in the middle of a run that fits but barely: as little as the policy was solved for,
-        where it was, else as `reduce_memory` does. False when nothing can be done."""
+        """Take a little less memory, in the middle of a run that barely fits; False when nothing can be done.
+
+        A policy that was solved gives up as little as it can; another is reduced as by `reduce_memory`.
+        """
         if self._less is not None and self._less():
             self.offload.begin()  # what was kept of the last micro-batch is not this policy's
             return True
         return self.reduce_memory()
 
     def _unpack_weights(self, keep: bool = True) -> None:
-        """Keep the weights of `policy.dequantized_layers` layers unpacked on the card; a CPU has had its own copies since loading."""
+        """Keep the dequantized weights of `policy.dequantized_layers` layers on the GPU; a CPU has its own copies."""
         dense = self.policy.dequantized_layers if keep else 0
         on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
         for module in chain(*on_card[dense:]):  # before anything is taken
@@ -126,8 +128,10 @@ class DecoderLayers:
         self.turned += 1
 
     def set_schedule(self, schedule: Sequence[int], less: Callable[[], bool] | None = None) -> None:
-        """Offload by this schedule (see HostOffload) for as long as the policy stays as it is. `less` turns that a little
-        tighter, and says whether it could (see `reduce_slightly`)."""
+        """Offload by this schedule (see HostOffload) for as long as the policy stays.
+
+        `less` reduces the policy slightly, and says whether it could (see `reduce_slightly`).
+        """
         self.offload.schedule, self._less = schedule, less
 
     def note(self, text: str) -> None:

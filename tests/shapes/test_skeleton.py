@@ -1,0 +1,114 @@
+"""Families outside of the table, sized by a child process; this process imports no torch for it."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorafit.backbone import skeleton_sizes
+from lorafit.errors import AdapterError, BackboneError
+from lorafit.shapes import ModelShape, resolve_targets, skeleton
+from planning_shapes import LLAMA_8B
+
+NEMOTRON = {**LLAMA_8B, "model_type": "nemotron", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+GLM_4_5_AIR = {
+    "model_type": "glm4_moe", "hidden_size": 4096, "num_hidden_layers": 46, "num_attention_heads": 96,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "vocab_size": 151552, "attention_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shapes"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Have the child's work done in this process, and count how often: a child takes seconds."""
+    asked = []
+
+    def run(command, **unused):
+        asked.append(command)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            skeleton_sizes.main(command[-1])
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr(skeleton.subprocess, "run", run)
+    return asked
+
+
+def test_a_mixture_outside_the_table_has_all_its_experts(here):
+    """zai-org/GLM-4.5-Air: 106 B parameters in all, 12 B of them active."""
+    shape = ModelShape.from_config(GLM_4_5_AIR, "glm")
+    assert 104e9 < shape.parameters < 108e9
+    assert 11e9 < shape.active_parameters < 14e9
+    assert shape.exact and shape.counted and not shape.notes
+    assert shape.expert_parameters == 45 * 128 * 3 * 4096 * 1408
+
+
+def test_the_second_look_starts_no_child_and_says_the_same(here):
+    first = ModelShape.from_config(NEMOTRON, "a-base")
+    assert ModelShape.from_config(NEMOTRON, "a-base") == first
+    assert len(here) == 1
+    assert ModelShape.from_config({**NEMOTRON, "vocab_size": 101}, "a-base").vocab == 101
+    assert len(here) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace('"layers": 2', '"layers": 3')])
+def test_a_damaged_answer_is_asked_again(damage, cache, here):
+    first = ModelShape.from_config(NEMOTRON, "a-base")
+    [kept] = cache.glob("*.json")
+    whole = kept.read_text()
+    kept.write_text(damage(whole))
+    assert kept.read_text() != whole
+    assert ModelShape.from_config(NEMOTRON, "a-base") == first
+    assert kept.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch, here):
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "a-file"))
+    assert ModelShape.from_config(NEMOTRON, "a-base").layers == 2
+
+
+def test_an_unknown_type_is_one_sentence_and_nothing_is_kept(cache, here):
+    with pytest.raises(BackboneError, match=r"^a-base: transformers knows no model type 'brand_new'; choose") as caught:
+        ModelShape.from_config({**LLAMA_8B, "model_type": "brand_new"}, "a-base")
+    assert "\n" not in str(caught.value)
+    assert not list(cache.glob("*.json"))
+
+
+def test_a_child_that_dies_is_one_sentence(monkeypatch):
+    died = subprocess.CompletedProcess([], -9, stdout="", stderr="first\nKilled by the system")
+    monkeypatch.setattr(skeleton.subprocess, "run", lambda *unused, **also: died)
+    with pytest.raises(BackboneError, match=r"a-base: transformers cannot build the model \(Killed by the system\)"):
+        ModelShape.from_config(NEMOTRON, "a-base")
+
+
+def test_a_quantised_checkpoint_of_another_family_says_how_it_is_quantised(here):
+    assert (
+        ModelShape.from_config({**NEMOTRON, "quantization_config": {"quant_method": "gptq"}}, "b").quantized == "gptq"
+    )
+
+
+def test_targets_are_checked_against_the_names_that_the_model_has(here):
+    shape = ModelShape.from_config(NEMOTRON, "a-base")
+    assert resolve_targets("qv", shape) == ("q_proj", "v_proj")
+    with pytest.raises(AdapterError, match="did you mean 'up_proj'"):
+        resolve_targets(("up_porj",), shape)
+
+
+def test_planning_imports_no_torch_for_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON))
+    code = (
+        "import sys; from lorafit.shapes import ModelShape; "
+        f"ModelShape.from_base({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
