@@ -92,7 +92,7 @@ def lorafit(folder: Path, cache: Path, **settings: object) -> dict[str, object]:
     from lorafit.config import resolve
     from lorafit.data import Template, TextTokenizer, prepare
 
-    config = resolve({}, {"data": str(folder / "rows.jsonl"), "max_tokens": MAX_TOKENS, **settings}).config
+    config = resolve({}, {"data": str(folder / "rows.jsonl"), "max_length": MAX_TOKENS, **settings}).config
     template = Template.for_tokenizer(TextTokenizer.from_base(str(folder / "base")))
     clock = Clock()
     summary = prepare(config, template, cache_dir=cache).summary

@@ -161,16 +161,16 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         examples = options.rows if options.work == "dense" else options.examples
         steps = options.steps + options.warm if options.work == "dense" else -(-options.rows // examples)
         data = write_rows(Path(folder) / "rows.jsonl", options, examples * steps)
-        settings = {"vram": f"{options.vram}GiB"} if options.vram else {}
+        settings = {"gpu_memory": f"{options.vram}GiB"} if options.vram else {}
         if options.activations != "auto":
-            settings["activations"] = options.activations
+            settings["memory_policy"] = options.activations
         if options.deterministic:
             settings["deterministic"] = True
         run = lorafit.train(
             data, options.folder, out=Path(folder) / "run", rank=16, alpha=32.0, dropout=options.dropout, holdout=0,
             targets={"qv": "qv", "all": "all-linear"}[options.targets], compute=options.compute, epochs=1,
             quantization="nf4", examples_per_step=examples, save_steps=10_000, optimizer="adamw", ignore=("D", "P"),
-            max_tokens=max(2048, options.length),
+            max_length=max(2048, options.length),
             callbacks=[timed], observer=watch, **settings,
         )  # fmt: skip
     lengths = run.train_rows.lengths

@@ -380,8 +380,8 @@ def run(campaign: Campaign, rows: Path, base: Path) -> None:
 
 
 VARIANTS = {
-    "base not quantised, saving every 2nd step": {"quantization": "none", "save_steps": 2, "max_tokens": 128},
-    "gradients recomputed, all linears": {"gradient_checkpointing": "on", "targets": "all-linear", "rank": 8},
+    "base not quantised, saving every 2nd step": {"quantization": "none", "save_steps": 2, "max_length": 128},
+    "gradients recomputed, all linears": {"memory_policy": "recompute", "targets": "all-linear", "rank": 8},
 }
 
 if __name__ == "__main__":

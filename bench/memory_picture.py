@@ -113,7 +113,9 @@ class Bar:
 def bar_of(setting: Setting) -> Bar:
     """The plan's estimate for `setting`, less the CUDA context."""
     shape, card = ModelShape.from_config(LLAMA_8B, "Llama-3.1-8B"), hardware_named("H200")
-    config = RunConfig(max_tokens=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", activations=setting.policy)
+    config = RunConfig(
+        max_length=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", memory_policy=setting.policy
+    )
     execution = PEERS if setting.peers else None
     inputs = PlanInputs(config, ROWS, shape, card)
     plan = plan_execution(inputs, execution)

@@ -163,7 +163,7 @@ def lorafit_steps(
 def how_layers_ran(run: TrainedRun) -> str:
     """The policy that the rehearsal settled on, and what it noted, such as a layer that does not compile."""
     if not run.run.engine.exists():
-        return f"one operation at a time, policy {run.resolved.config.activations}"
+        return f"one operation at a time, policy {run.resolved.config.memory_policy}"
     known = json.loads(run.run.engine.read_text())
     return "; ".join([f"compiled ({known['compile_s']:.0f} s), policy {known['policy']}", *known["notes"]])
 
@@ -189,7 +189,7 @@ def compare_steps(options: argparse.Namespace) -> bool:
 def settings_of(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The settings of lorafit's side where steps are compared."""
     given = {"seed": seed, "compute": options.compute, "targets": options.targets, "rank": options.rank,
-             "activations": options.activations, "max_tokens": options.max_tokens}  # fmt: skip
+             "memory_policy": options.activations, "max_length": options.max_length}  # fmt: skip
     return given | ({"lr": options.lr} if options.lr else {})
 
 
@@ -281,7 +281,7 @@ class Arm:
 
     compute: str
     callbacks: tuple[TrainerCallback, ...] = ()
-    activations: str = "auto"
+    memory_policy: str = "auto"
 
     @property
     def served(self) -> torch.dtype:
@@ -296,7 +296,7 @@ def endings(folder: Path, task: Task, seed: int, arms: Sequence[Arm], **settings
     for number, arm in enumerate(arms):
         run = train(
             [data], out=folder / str(number), seed=seed, compute=arm.compute, holdout=str(held_out_file),
-            callbacks=arm.callbacks, activations=arm.activations,
+            callbacks=arm.callbacks, memory_policy=arm.memory_policy,
             **{"base": str(BASE), **load_recipe(RECIPE), **settings},
         )  # fmt: skip
         found.append(ending(run, arm.served, task is unknowable.TASK))
@@ -314,7 +314,7 @@ def compare_fp8(options: argparse.Namespace) -> bool:
     elif torch.cuda.is_available():
         raise UsageError("FP8 is emulated on a CPU alone", where="--emulate", fix="leave it out, or hide the card")
     exact, fp8 = (Arm("fp32"), Arm("fp32", (EmulatedFp8(),))) if options.emulate else (Arm("bf16"), Arm("fp8"))
-    arms = (exact, fp8, Arm(exact.compute, activations=f"micro_tokens={FLOOR_TOKENS}"))[: 3 if options.floor else 2]
+    arms = (exact, fp8, Arm(exact.compute, memory_policy=f"micro_tokens={FLOOR_TOKENS}"))[: 3 if options.floor else 2]
     task = ENDING_TASKS[options.task]
     settings: dict[str, Any] = {"base": folder_of(options.base)}
     settings |= {"lr": options.lr} if options.lr else {}
@@ -387,7 +387,7 @@ def main() -> None:
     steps.add_argument("--steps", type=int, default=50)
     steps.add_argument("--seed", type=int, default=0)
     steps.add_argument("--examples", type=int, default=16, help="in one step")
-    steps.add_argument("--max-tokens", type=int, default=512, help="in one packed micro-batch")
+    steps.add_argument("--max-length", type=int, default=512, help="in one packed micro-batch")
     steps.add_argument("--rows-per-forward", type=int, default=16, help="of the reference, padded")
     steps.add_argument("--targets", default="qv", choices=("qv", "attention", "all-linear"))
     steps.add_argument("--rank", type=int, default=16)

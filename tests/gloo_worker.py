@@ -26,7 +26,7 @@ def train_in_a_process(rank, world, base, folder, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    config = settings(base=base, examples_per_step=10, max_tokens=48, max_steps=2, lr=1e-2, max_grad_norm=1e9)
+    config = settings(base=base, examples_per_step=10, max_length=48, max_steps=2, lr=1e-2, max_grad_norm=1e9)
     model = adapted(config)
     trainer = LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, folder)
     assert trainer.args.world_size == world

@@ -12,7 +12,7 @@ LENGTHS = (20, 9, 30, 14, 8, 11, 25, 17, 12, 21)
 
 
 def trainer(base, folder, **given):
-    options = {"dropout": 0.2, "examples_per_step": 3, "max_tokens": 40, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
+    options = {"dropout": 0.2, "examples_per_step": 3, "max_length": 40, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
     config = settings(base=base, **{**options, "max_steps": 10, "keep_last": 99, **given})
     model = attach(load_backbone(config, device="cpu"), config)
     return LorafitTrainer(model, config, encoded_rows(*LENGTHS), encoded_rows(18, 9, 30, 22, seed=1), folder)

@@ -62,14 +62,14 @@ def test_every_file_that_the_page_names_exists():
 
 def test_every_setting_that_the_page_writes_is_one():
     written = re.findall(r"--set (\w+)=(\S+)", PAGE) + re.findall(r"`(\w+): (\w+)`", PAGE)
-    assert {"activations", "compile", "compute"} <= {key for key, _ in written}
+    assert {"memory_policy", "compile", "compute"} <= {key for key, _ in written}
     for key, value in written:
         config = RunConfig(**{key: value})
-        if key == "activations":
-            assert MemoryPolicy.parse(config.activations, layers=32) != MemoryPolicy() or value == "keep"
+        if key == "memory_policy":
+            assert MemoryPolicy.parse(config.memory_policy, layers=32) != MemoryPolicy() or value == "keep"
 
 
 def test_every_key_of_engine_json_that_the_page_names_is_written():
     listed = re.search(r"\*\*Written\*\* to `engine.json`.*?: (.*)\.\n", PAGE)[1]
     keys = set(re.findall(r"`(\w+)`", listed))
-    assert keys and keys <= {field.name for field in fields(Rehearsal)} | {"asked", "planned", "vram", "notes"}
+    assert keys and keys <= {field.name for field in fields(Rehearsal)} | {"asked", "planned", "gpu_memory", "notes"}

@@ -185,7 +185,7 @@ def test_an_evaluation_owed_after_the_last_step_is_made_up_for(made, whole, tmp_
 
 
 def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
-    changed = {**SETTINGS, "save_steps": 1, "keep_last": 5, "eval_steps": 100, "max_tokens": 1024}
+    changed = {**SETTINGS, "save_steps": 1, "keep_last": 5, "eval_steps": 100, "max_length": 1024}
     watch = Watch()
     train(*made, out=stopped, observer=watch, **changed)
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
@@ -337,7 +337,7 @@ def test_max_tokens_edited_in_run_yaml_is_said(stopped, checkpoints):
     if checkpoints == "gone":
         shutil.rmtree(stopped / "checkpoints")
     watch, step = Watch(), 5 if checkpoints == "there" else 0
-    train(edited(stopped, max_tokens=1024), out=stopped, observer=watch)
+    train(edited(stopped, max_length=1024), out=stopped, observer=watch)
     assert watch.events == [("resumed", step), ("environment_changed", step)]
     assert "its last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
 
@@ -345,14 +345,14 @@ def test_max_tokens_edited_in_run_yaml_is_said(stopped, checkpoints):
 def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):
     """The micro-batches of the checkpoint are not outgrown."""
     watch = Watch()
-    train(edited(stopped, max_tokens=4096), out=stopped, observer=watch)
+    train(edited(stopped, max_length=4096), out=stopped, observer=watch)
     assert watch.events == [("resumed", 5)]
     assert_same(whole, stopped)
 
 
-def on_a_card(max_tokens, micro_tokens, policy="keep"):
+def on_a_card(max_length, micro_tokens, policy="keep"):
     """What a trainer on a card, whose policy was rehearsed, runs in."""
-    config = settings(max_tokens=max_tokens, activations="recompute")
+    config = settings(max_length=max_length, memory_policy="recompute")
     trainer = SimpleNamespace(config=config, layout=SimpleNamespace(micro_tokens=micro_tokens))
     return layout_of(trainer, SimpleNamespace(policy=MemoryPolicy.parse(policy, 8)))
 

@@ -43,24 +43,26 @@ def test_plan_gives_every_decision_a_reason(data):
 
 
 def test_the_plan_knows_the_largest_step_that_train_will_run(data):
-    planned = lorafit.plan(data, str(BASE), gpu="RTX 4090", examples_per_step=8, epochs=4.0, max_tokens=256)
+    planned = lorafit.plan(data, str(BASE), gpu="RTX 4090", examples_per_step=8, epochs=4.0, max_length=256)
     steps, found = StepDataset(planned.prepared.train, planned.resolved.config), []
     for epoch in range(4):
         steps.set_epoch(epoch)
         found += [step.tokens for step in steps]
     assert planned.plan.stats.largest_step == max(found) > 256
-    assert planned.resolved.config.activations == f"micro_tokens={max(found)},cuda_graph_max_tokens={max(found)}"
+    assert planned.resolved.config.memory_policy == f"micro_tokens={max(found)},cuda_graph_max_tokens={max(found)}"
     assert planned.to_dict()["plan"]["data"]["largest_step"] == max(found)
 
 
-@pytest.mark.parametrize("long", ["error", "drop"])
+@pytest.mark.parametrize("on_long", ["error", "drop"])
 def test_no_plan_is_made_where_every_row_is_too_long(data, long):
     with pytest.raises(
-        DataError, match=r"no row is left to train on: rows are longer than max_tokens \(16\)"
+        DataError, match=r"no row is left to train on: rows are longer than max_length \(16\)"
     ) as caught:
-        lorafit.plan(data, str(BASE), gpu="RTX 4090", max_tokens=16, long=long)
-    assert "raise max_tokens, or set long: split-turns" in str(caught.value) and "\n" not in str(caught.value)
-    assert any(finding.code == "D020" for finding in lorafit.check(data, str(BASE), max_tokens=16, long=long).findings)
+        lorafit.plan(data, str(BASE), gpu="RTX 4090", max_length=16, on_long=on_long)
+    assert "raise max_length, or set long: split-turns" in str(caught.value) and "\n" not in str(caught.value)
+    assert any(
+        finding.code == "D020" for finding in lorafit.check(data, str(BASE), max_length=16, on_long=on_long).findings
+    )
 
 
 def test_both_say_what_is_missing(data, tmp_path):

@@ -35,7 +35,7 @@ def base(tmp_path):
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
-    return plan(write_rows(folder / "rows.jsonl"), str(BASE), max_tokens=256)
+    return plan(write_rows(folder / "rows.jsonl"), str(BASE), max_length=256)
 
 
 def codes(findings):
@@ -157,6 +157,6 @@ def test_train_refuses_before_it_reads_the_data_and_leaves_nothing(base, tmp_pat
 def test_train_refuses_what_the_plan_and_the_disk_say_together(tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 41, 0, 0))
-    with pytest.raises(PlanError, match=r"things stand in the way .* vram allows 1.0 MiB.* checkpoints need"):
-        train(data, str(BASE), out=tmp_path / "run", vram="1MiB")
+    with pytest.raises(PlanError, match=r"things stand in the way .* gpu_memory allows 1.0 MiB.* checkpoints need"):
+        train(data, str(BASE), out=tmp_path / "run", gpu_memory="1MiB")
     assert not (tmp_path / "run").exists()

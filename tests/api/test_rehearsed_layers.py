@@ -42,7 +42,7 @@ def test_the_rehearsal_computes_under_the_autocast_of_training(tmp_path, monkeyp
 
     handle = model.get_base_model().get_decoder().layers[0].register_forward_pre_hook(note)
     work = _work(trainer)
-    work.loss_of(work.batch_of(config.max_tokens), 1.0)
+    work.loss_of(work.batch_of(config.max_length), 1.0)
     trainer.train()
     handle.remove()
     assert len(seen) == 2 and seen[0] == seen[1] == (True, torch.bfloat16, True)
@@ -53,13 +53,13 @@ def test_a_budget_leaves_room_for_what_a_growing_block_takes_beyond_torchs_limit
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    enforce_budget(resolve(flags={"base": "any", "vram": "8GiB"}).config)
+    enforce_budget(resolve(flags={"base": "any", "gpu_memory": "8GiB"}).config)
     enforce_budget(resolve(flags={"base": "any"}).config)
     assert [round(fraction * (80 << 30)) for fraction in fractions] == [(8 << 30) - PAGE_BYTES]
 
 
 def test_the_largest_micro_batch_is_rehearsed(tmp_path):
-    config = settings(max_steps=1, rank=2, max_tokens=64, examples_per_step=4)
+    config = settings(max_steps=1, rank=2, max_length=64, examples_per_step=4)
     model = attach(load_backbone(config), config)
     rows = encoded_rows(9, 12, 15, 30, 31, 32, 20, 8)
     work = _work(LorafitTrainer(model, config, rows, None, tmp_path))
@@ -100,11 +100,11 @@ def rehearsed(trainer, run, **given):
 
 @pytest.fixture
 def trainer(tmp_path):
-    config = settings(max_steps=1, rank=2, max_tokens=64, examples_per_step=8)
+    config = settings(max_steps=1, rank=2, max_length=64, examples_per_step=8)
     return LorafitTrainer(attach(load_backbone(config), config), config, ROWS, None, tmp_path / "checkpoints")
 
 
-GIVEN = {"max_tokens": 64, "examples_per_step": 8, "max_steps": 1}
+GIVEN = {"max_length": 64, "examples_per_step": 8, "max_steps": 1}
 
 
 def test_graphs_last_as_long_as_training(trainer, tmp_path, on_a_card):
@@ -159,7 +159,7 @@ def test_the_policy_that_is_written_says_the_micro_batch_and_a_resumed_run_has_i
     rehearsal = rehearsed(trainer, run, **GIVEN)
     assert json.loads(run.engine.read_text())["policy"] == str(rehearsal.policy) == written
     assert trainer.layout.micro_tokens == micro_tokens
-    assert on_a_card.works[0][0].max_tokens == LARGEST
+    assert on_a_card.works[0][0].max_length == LARGEST
     run.settings.write_text("")
     trainer.layout.micro_tokens, on_a_card.policy = 64, MemoryPolicy(recompute_layers=1)
     assert rehearsed(trainer, run, **GIVEN).policy == rehearsal.policy
@@ -172,16 +172,16 @@ def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(train
     run.settings.write_text("")
     run.write_json(run.engine, {"policy": "recompute_layers=1", "schedule": []})
     assert rehearsed(trainer, run, **GIVEN).policy == MemoryPolicy(recompute_layers=1)
-    assert trainer.layout.micro_tokens == on_a_card.works[0][0].max_tokens == 64
+    assert trainer.layout.micro_tokens == on_a_card.works[0][0].max_length == 64
 
 
 @pytest.mark.parametrize(
     ("wish", "micro_tokens"),
     [
-        ({"activations": "recompute_layers=1"}, 64),
-        ({"activations": "recompute_layers=1,micro_tokens=100"}, 100),
-        ({"activations": "micro_tokens=20"}, 20),
-        ({"gradient_checkpointing": "on"}, 64),
+        ({"memory_policy": "recompute_layers=1"}, 64),
+        ({"memory_policy": "recompute_layers=1,micro_tokens=100"}, 100),
+        ({"memory_policy": "micro_tokens=20"}, 20),
+        ({"memory_policy": "recompute"}, 64),
     ],
 )
 def test_a_policy_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
@@ -191,11 +191,11 @@ def test_a_policy_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
     rehearsed(trainer, run, **GIVEN, **wish)
     assert trainer.layout.micro_tokens == micro_tokens
     work, solves, _ = on_a_card.works[0]
-    assert (work.max_tokens, solves) == (64, False)
+    assert (work.max_length, solves) == (64, False)
 
 
 def test_on_a_processor_too_a_micro_batch_is_as_large_as_was_said(trainer, tmp_path):
-    rehearsed(trainer, RunDir(tmp_path), **GIVEN, activations="micro_tokens=100")
+    rehearsed(trainer, RunDir(tmp_path), **GIVEN, memory_policy="micro_tokens=100")
     assert trainer.layout.micro_tokens == 100
     rehearsed(trainer, RunDir(tmp_path), **GIVEN)
     assert trainer.layout.micro_tokens == 64
@@ -203,38 +203,38 @@ def test_on_a_processor_too_a_micro_batch_is_as_large_as_was_said(trainer, tmp_p
 
 def test_a_whole_step_is_rehearsed_where_it_is_to_run(trainer):
     work = _work(trainer, grows=True)
-    assert work.max_tokens == work.batch_of(work.max_tokens).tokens == LARGEST
-    assert _work(trainer).max_tokens == 64
+    assert work.max_length == work.batch_of(work.max_length).tokens == LARGEST
+    assert _work(trainer).max_length == 64
 
 
 @pytest.mark.parametrize(
     ("then", "now", "taken_up"),
     [
         # the plan's policy moves with the memory that is free: no wish of anybody's
-        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": None}, {}, True),
-        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": None}, {"vram": "8GiB"}, False),
-        ({"asked": "auto", "planned": "dequantized_layers=3", "vram": "8GiB"}, {"vram": "8GiB"}, True),
-        ({"asked": "recompute_layers=1", "planned": "recompute_layers=1", "vram": None}, {}, False),
+        ({"asked": "auto", "planned": "dequantized_layers=3", "gpu_memory": None}, {}, True),
+        ({"asked": "auto", "planned": "dequantized_layers=3", "gpu_memory": None}, {"gpu_memory": "8GiB"}, False),
+        ({"asked": "auto", "planned": "dequantized_layers=3", "gpu_memory": "8GiB"}, {"gpu_memory": "8GiB"}, True),
+        ({"asked": "recompute_layers=1", "planned": "recompute_layers=1", "gpu_memory": None}, {}, False),
         (
-            {"asked": "recompute_layers=1", "planned": "recompute_layers=1", "vram": None},
-            {"activations": "recompute_layers=1"},
+            {"asked": "recompute_layers=1", "planned": "recompute_layers=1", "gpu_memory": None},
+            {"memory_policy": "recompute_layers=1"},
             True,
         ),
         # the run's own recipe has what the plan chose
         (
-            {"asked": "auto", "planned": "dequantized_layers=3", "vram": None},
-            {"activations": "dequantized_layers=3"},
+            {"asked": "auto", "planned": "dequantized_layers=3", "gpu_memory": None},
+            {"memory_policy": "dequantized_layers=3"},
             True,
         ),
         (
-            {"asked": "auto", "planned": "dequantized_layers=3", "vram": None},
-            {"activations": "dequantized_layers=2"},
+            {"asked": "auto", "planned": "dequantized_layers=3", "gpu_memory": None},
+            {"memory_policy": "dequantized_layers=2"},
             False,
         ),
         # older releases
         ({"asked": "keep"}, {}, True),
-        ({}, {"activations": "keep"}, True),
-        ({"asked": "keep"}, {"activations": "recompute_layers=1"}, False),
+        ({}, {"memory_policy": "keep"}, True),
+        ({"asked": "keep"}, {"memory_policy": "recompute_layers=1"}, False),
     ],
 )
 def test_a_run_that_goes_on_keeps_its_policy_unless_another_or_another_budget_is_asked_for(
@@ -254,7 +254,7 @@ def test_another_policy_given_on_the_way_is_the_one_that_runs(trainer, tmp_path,
     run = RunDir(tmp_path)
     rehearsed(trainer, run, **GIVEN)
     run.settings.write_text("")
-    wish = {"activations": "recompute_layers=1,micro_tokens=40"}
+    wish = {"memory_policy": "recompute_layers=1,micro_tokens=40"}
     for _ in range(2):  # and from then on it is the run's
         assert rehearsed(trainer, run, **GIVEN, **wish).policy == MemoryPolicy(recompute_layers=1, micro_tokens=40)
-        assert json.loads(run.engine.read_text())["asked"] == wish["activations"]
+        assert json.loads(run.engine.read_text())["asked"] == wish["memory_policy"]

@@ -97,7 +97,7 @@ def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
         (UsageError, "no base model was named", {"base": None}),
         (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
         (LorafitError, "nope", {"targets": "nope_proj"}),
-        (PlanError, "vram allows 1.0 MiB", {"vram": "1MiB"}),
+        (PlanError, "gpu_memory allows 1.0 MiB", {"gpu_memory": "1MiB"}),
     ],
 )
 def test_a_run_that_cannot_start_says_why_and_leaves_nothing(tmp_path, error, words, given):
@@ -207,7 +207,9 @@ def test_memory_that_runs_out_beside_the_steps_names_what_saves_it(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     data = write_rows(tmp_path / "rows.jsonl")
-    with pytest.raises(TrainingError, match=r"ran out in step 1; set vram below what is free .*activations=recompute"):
+    with pytest.raises(
+        TrainingError, match=r"ran out in step 1; set gpu_memory below what is free .*memory_policy=recompute"
+    ):
         train(data, str(BASE), out=tmp_path / "run", max_steps=1, callbacks=[AfterTheStep()])
 
 
@@ -221,9 +223,9 @@ def test_a_run_whose_memory_ran_out_ends_well_and_says_what_to_set_next_time(tmp
     assert saved[-1]["code"] == "R001"
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert {event["kind"] for event in events} == {"out_of_memory"}
-    setting = finding.fix.rpartition("activations: ")[2]
+    setting = finding.fix.rpartition("memory_policy: ")[2]
     again = train(
-        data, str(BASE), out=tmp_path / "again", max_steps=3, activations=setting, callbacks=[LittleMemory(300)]
+        data, str(BASE), out=tmp_path / "again", max_steps=3, memory_policy=setting, callbacks=[LittleMemory(300)]
     )
     assert "R001" not in [finding.code for finding in again.findings]
 

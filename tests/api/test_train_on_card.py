@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 def losses(place, name, **given):
     folder, data = place
-    sizes = {"rank": 4, "max_tokens": 1024, "examples_per_step": 8, "max_steps": 3, "holdout": 0}
+    sizes = {"rank": 4, "max_length": 1024, "examples_per_step": 8, "max_steps": 3, "holdout": 0}
     settings = {"lr": 1e-2, "dropout": 0.0, "quantization": "nf4", **sizes, **given}
     done = train(data, str(folder / "base"), out=folder / name, **settings)
     lines = [json.loads(line) for line in done.run.metrics.read_text().splitlines()]
@@ -42,8 +42,8 @@ def losses(place, name, **given):
 
 @pytest.mark.parametrize("policy", DIALS)
 def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, policy, request):
-    wanted, _ = losses(place, f"plain-{request.node.name}", activations="keep", compile="off")
-    found, engine = losses(place, f"run-{request.node.name}", activations=policy)
+    wanted, _ = losses(place, f"plain-{request.node.name}", memory_policy="keep", compile="off")
+    found, engine = losses(place, f"run-{request.node.name}", memory_policy=policy)
     assert found == pytest.approx(wanted, rel=5e-3)  # bf16; kernels are fused differently
     assert engine["notes"] == []
     if policy == "auto":  # so small a model waits for the processor

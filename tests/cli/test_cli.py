@@ -35,9 +35,9 @@ def data(tmp_path):
 
 
 FLAGS = {
-    "check": "--base --show --fix --select --ignore --on-bad --long --map --holdout --set --json --help",
-    "plan": "--base --gpu --vram --goal --set --json --help",
-    "train": "--base --out --goal --vram --on-bad --long --map --holdout --set --restart --deterministic --json --help",
+    "check": "--base --show --fix --select --ignore --on-bad --on-long --map --holdout --set --json --help",
+    "plan": "--base --gpu --gpu-memory --goal --set --json --help",
+    "train": "--base --out --goal --gpu-memory --on-bad --on-long --map --holdout --set --restart --deterministic --json --help",
     "chat": "--prompt --compare --max-new-tokens --temperature --json --help",
     "merge": "--onto --out --json --help",
     "demo": "--task --seed --out --json --help",
@@ -97,7 +97,7 @@ def test_check_with_errors_has_exit_code_one_and_names_each_line(run, data):
 def test_on_a_narrow_screen_nothing_of_a_setting_is_left_out(run, data, monkeypatch):
     monkeypatch.setattr(console.PEOPLE, "width", 80)
     policy = "recompute_mlp_layers=1,recompute_layers=1,micro_tokens=12345"
-    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "H100", "--set", f"activations={policy}")
+    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "H100", "--set", f"memory_policy={policy}")
     assert "…" not in out.partition("matrix")[0]
     assert all(len(line) <= 80 for line in out.splitlines())
     told = out.partition("data")[2].partition("plan")[0].splitlines()
@@ -185,16 +185,20 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["train", "{data}", "--base", "{base}", "--set", "base=other"], 2, "--set says 'other'"),
         (["train", "{data}", "--base", "{base}", "--out", "a", "--set", "out=b"], 2, "--set says 'b'"),
         (["plan", "{data}", "--base", "{base}", "--set", "data=other.jsonl"], 2, "name them once"),
-        (["plan", "{data}", "--base", "{base}", "--vram", "8GiB", "--set", "vram=4GiB"], 2, "--set says '4GiB'"),
+        (
+            ["plan", "{data}", "--base", "{base}", "--gpu-memory", "8GiB", "--set", "gpu_memory=4GiB"],
+            2,
+            "--set says '4GiB'",
+        ),
         (["train", "{data}", "--base", "{base}", "--deterministic", "--set", "deterministic=off"], 2, "name it once"),
         (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is 1 and 2"),
         (["train", "{data}", "--base", "{base}", "--holdout", "2026-02-31"], 1, "2026-02-31: no such file"),
-        (["plan", "{data}", "--base", "{base}", "--vram", "8"], 2, "write it like 8GiB"),
+        (["plan", "{data}", "--base", "{base}", "--gpu-memory", "8"], 2, "write it like 8GiB"),
         (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
         (["train", "nowhere.jsonl", "--base", "{base}"], 1, "nowhere.jsonl"),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
-        (["plan", "{data}", "--base", "{base}", "--vram", "lots"], 2, "not a size"),
+        (["plan", "{data}", "--base", "{base}", "--gpu-memory", "lots"], 2, "not a size"),
         (["chat", "{folder}"], 1, "no run here"),
         (["merge", "{folder}"], 1, "no run here"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),

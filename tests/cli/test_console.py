@@ -40,7 +40,7 @@ def test_lines_that_cannot_be_written_are_dropped_and_nothing_is_left_to_fail_at
 
 def test_a_run_trains_to_its_end_though_its_output_goes_nowhere(refusing, tmp_path):
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
-    given = [data, "--base", BASE, "--out", out, "--set", "max_steps=2", "--set", "max_tokens=128"]
+    given = [data, "--base", BASE, "--out", out, "--set", "max_steps=2", "--set", "max_length=128"]
     with pytest.raises(SystemExit) as ended:
         main(["train", *map(str, given)])
     assert not ended.value.code

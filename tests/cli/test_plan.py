@@ -14,7 +14,7 @@ def shown(capsys):
     def show(gib):
         rows = DataStats(640, 640 * 500, 640 * 500, 2048, 500.0)
         card = hardware_named("H200").with_memory(gib * GIB)
-        show_plan(make_plan(resolve({}, {"max_tokens": 8192}), rows, shape(), card))
+        show_plan(make_plan(resolve({}, {"max_length": 8192}), rows, shape(), card))
         captured = capsys.readouterr()
         return " ".join((captured.out + captured.err).split())
 

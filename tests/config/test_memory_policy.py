@@ -21,10 +21,10 @@ def test_what_is_written_is_read_back(policy):
 
 
 @given(policies, st.integers(1, 100_000), st.integers(1, 100_000))
-def test_a_micro_batch_that_is_said_is_meant_whoever_reads_it(policy, tokens, max_tokens):
-    said = policy.sized(tokens, max_tokens)
-    assert (said.micro_tokens or max_tokens) == (policy.micro_tokens or tokens)
-    assert said.micro_tokens != max_tokens
+def test_a_micro_batch_that_is_said_is_meant_whoever_reads_it(policy, tokens, max_length):
+    said = policy.sized(tokens, max_length)
+    assert (said.micro_tokens or max_length) == (policy.micro_tokens or tokens)
+    assert said.micro_tokens != max_length
     assert replace(said, micro_tokens=policy.micro_tokens) == policy
 
 
@@ -61,24 +61,24 @@ def test_policies_are_read_as_people_write_them(text, policy):
     ],
 )  # fmt: skip
 def test_nonsense_is_a_usage_error_in_one_sentence(text):
-    with pytest.raises(UsageError, match=r"^activations: '.*recompute_mlp_layers=20,offloaded_layers=32") as caught:
+    with pytest.raises(UsageError, match=r"^memory_policy: '.*recompute_mlp_layers=20,offloaded_layers=32") as caught:
         MemoryPolicy.parse(text, LAYERS)
     assert "\n" not in str(caught.value)
 
 
 def test_the_setting_is_judged_before_anything_is_read():
     with pytest.raises(UsageError, match="is no memory policy"):
-        resolve(flags={"activations": "everything"})
-    with pytest.raises(UsageError, match="activations is: keep, recompute, offload"):
-        resolve(flags={"activations": False})
+        resolve(flags={"memory_policy": "everything"})
+    with pytest.raises(UsageError, match="memory_policy is: keep, recompute, offload"):
+        resolve(flags={"memory_policy": False})
 
 
 def test_a_policy_can_be_set_by_flag_and_by_recipe(tmp_path):
     text = "recompute_mlp_layers=20,offloaded_layers=32"
-    assert resolve(flags=parse_assignments([f"activations={text}"])).config.activations == text
-    (tmp_path / "recipe.yaml").write_text(f"activations: {text}\ncompile: off\n")
+    assert resolve(flags=parse_assignments([f"memory_policy={text}"])).config.memory_policy == text
+    (tmp_path / "recipe.yaml").write_text(f"memory_policy: {text}\ncompile: off\n")
     config = resolve(load_recipe(tmp_path / "recipe.yaml")).config
-    assert (config.activations, config.compile) == (text, "off")
+    assert (config.memory_policy, config.compile) == (text, "off")
     assert resolve(flags=parse_assignments(["compile=on"])).config.compile == "on"
 
 
@@ -99,9 +99,9 @@ def test_a_policy_can_be_set_by_flag_and_by_recipe(tmp_path):
     ],
 )
 def test_two_wishes_about_activations_must_be_one(checkpointing, activations, agree):
-    settings = {"gradient_checkpointing": checkpointing, "activations": activations}
+    settings = {"gradient_checkpointing": checkpointing, "memory_policy": activations}
     if agree:
-        assert RunConfig(**settings).activations == activations
+        assert RunConfig(**settings).memory_policy == activations
     else:
         with pytest.raises(UsageError, match="set one of the two"):
             RunConfig(**settings)

@@ -67,13 +67,13 @@ def test_an_unknown_setting_is_an_error_with_the_nearest_name():
         ("lr", float("nan")),
         ("alpha", float("inf")),
         ("compute", "int3"),
-        ("vram", "8 bananas"),
+        ("gpu_memory", "8 bananas"),
         ("epochs", -1),
         ("seed", -1),
         ("targets", 7),
         ("rank", True),
         ("lr", True),
-        ("vram", "8"),
+        ("gpu_memory", "8"),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_sentence_naming_its_key(key, value):
@@ -180,7 +180,7 @@ def test_text_in_a_recipe_stays_the_text_it_is(tmp_path):
     path.write_text("base: 2020-01-01\nrevision: 0123\ndata: [2024, 2026-13-45]\nmap: {response: 3}\nrank: 8\n")
     config = resolve(load_recipe(path)).config
     assert (config.base, config.revision, config.data) == ("2020-01-01", "0123", ("2024", "2026-13-45"))
-    assert (config.map, config.rank) == ({"response": "3"}, 8)
+    assert (config.field_map, config.rank) == ({"response": "3"}, 8)
 
 
 @pytest.mark.parametrize("digits", [400, 5000])

@@ -39,7 +39,7 @@ def test_a_second_run_reads_nothing_again_and_says_the_same(path: Path, monkeypa
         {"seed": 5},
         {"ignore": ("D041", "D010")},
         {"examples_per_step": 4},
-        {"max_tokens": 99},
+        {"max_length": 99},
     ],
 )
 def test_settings_that_do_not_touch_the_rows_keep_the_cache(path: Path, settings: dict[str, Any]) -> None:
@@ -47,7 +47,9 @@ def test_settings_that_do_not_touch_the_rows_keep_the_cache(path: Path, settings
     assert made.prepared(path, **settings).summary.cached
 
 
-@pytest.mark.parametrize("settings", [{"map": {"input": "instruction"}}, {"ignore": ("D013",)}, {"ignore": ("D03",)}])
+@pytest.mark.parametrize(
+    "settings", [{"field_map": {"input": "instruction"}}, {"ignore": ("D013",)}, {"ignore": ("D03",)}]
+)
 def test_settings_that_do_touch_the_rows_do_not(path: Path, settings: dict[str, Any]) -> None:
     made.prepared(path)
     assert not made.prepared(path, **settings).summary.cached

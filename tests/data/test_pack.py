@@ -100,7 +100,7 @@ def test_packing_is_deterministic_and_keeps_ties_in_order() -> None:
 
 
 def test_a_row_longer_than_a_micro_batch_is_one_sentence() -> None:
-    with pytest.raises(DataError, match="a row of 11 tokens does not fit a micro-batch of 10; raise max_tokens"):
+    with pytest.raises(DataError, match="a row of 11 tokens does not fit a micro-batch of 10; raise max_length"):
         pack_step([3, 11], 10)
 
 

@@ -232,13 +232,13 @@ def test_rows_are_tokenised_with_the_answer_and_its_stop_supervised(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("long", "severity", "rejected", "dropped"), [("error", Severity.ERROR, 1, 0), ("drop", Severity.WARNING, 0, 1)]
+    ("on_long", "severity", "rejected", "dropped"), [("error", Severity.ERROR, 1, 0), ("drop", Severity.WARNING, 0, 1)]
 )
 def test_a_long_row_is_never_cut(
-    tmp_path: Path, template: Template, long: str, severity: Severity, rejected: int, dropped: int
+    tmp_path: Path, template: Template, on_long: str, severity: Severity, rejected: int, dropped: int
 ) -> None:
     path = made.write(tmp_path / "rows.jsonl", [*ROWS, made.row(50, response=LONG)])
-    result = made.prepared(path, template, max_tokens=128, long=long, on_bad="drop")
+    result = made.prepared(path, template, max_length=128, on_long=on_long, on_bad="drop")
     finding = made.found(result, "D020")
     assert (finding.severity, finding.where) == (severity, f"{path}:31")
     summary = result.summary
@@ -249,7 +249,7 @@ def test_a_long_row_is_never_cut(
 def test_a_long_conversation_is_split_at_its_turns(tmp_path: Path, template: Template) -> None:
     whole = [text for number in range(8) for text in (f"question {number}", f"the answer is {number}")]
     path = made.write(tmp_path / "rows.jsonl", [chat("a", "b"), chat(*whole)])
-    result = made.prepared(path, template, max_tokens=64, long="split-turns", holdout=0.0)
+    result = made.prepared(path, template, max_length=64, on_long="split-turns", holdout=0.0)
     summary = result.summary
     assert (summary.read, summary.kept, summary.split, summary.dropped) == (2, 2, 1, 0)
     assert made.found(result, "D020").severity is Severity.WARNING
@@ -269,7 +269,7 @@ def test_pieces_of_one_conversation_stand_on_one_side(tmp_path: Path, template: 
         for row in range(40)
     ]
     path = made.write(tmp_path / "rows.jsonl", rows)
-    result = made.prepared(path, template, max_tokens=160, long="split-turns", holdout=0.2)
+    result = made.prepared(path, template, max_length=160, on_long="split-turns", holdout=0.2)
     sides = [{rows.source(place) for place in range(len(rows))} for rows in (result.train, result.holdout)]
     assert result.summary.split == 40
     assert sides[1]
@@ -467,10 +467,10 @@ def test_no_bytes_raise_anything_but_our_own_errors_and_the_counts_add_up(
     st.sampled_from(["stop", "drop"]),
 )
 def test_the_counts_add_up_with_a_tokenizer_too(
-    tmp_path: Path, template: Template, texts: list[str], long: str, on_bad: str
+    tmp_path: Path, template: Template, texts: list[str], on_long: str, on_bad: str
 ) -> None:
     path = made.write(tmp_path / "rows.jsonl", json.dumps(chat(*texts)).encode() + b"\n" + made.jsonl([chat("a", "b")]))
-    result = made.prepared(path, template, max_tokens=48, long=long, on_bad=on_bad, holdout=0.0)
+    result = made.prepared(path, template, max_length=48, on_long=on_long, on_bad=on_bad, holdout=0.0)
     summary = result.summary
     assert summary.read == 2 == summary.kept + summary.rejected + summary.dropped
     assert len(result.train) >= summary.kept

@@ -134,9 +134,9 @@ def test_an_unlimited_container_is_no_limit(monkeypatch):
 
 def test_a_named_card_and_a_budget_are_planned_for_instead_of_the_machine(smi):
     smi(H200)
-    assert detect.hardware_for(RunConfig(gpu="RTX 4090", vram="8GiB")).to_dict()["name"] == "RTX 4090"
-    assert detect.hardware_for(RunConfig(gpu="RTX 4090", vram="8GiB")).memory_bytes == 8 * GIB
-    assert detect.hardware_for(RunConfig(vram="8GiB")).name == "NVIDIA H200"
+    assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="8GiB")).to_dict()["name"] == "RTX 4090"
+    assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="8GiB")).memory_bytes == 8 * GIB
+    assert detect.hardware_for(RunConfig(gpu_memory="8GiB")).name == "NVIDIA H200"
     assert detect.hardware_for(RunConfig(gpu="cpu")).kind == "cpu"
     with pytest.raises(UsageError, match="no card ''"):
         detect.hardware_for(RunConfig(gpu=""))
@@ -146,21 +146,23 @@ def test_a_named_card_and_a_budget_are_planned_for_instead_of_the_machine(smi):
 
 def test_no_budget_is_larger_than_the_card(smi):
     smi(TWO.splitlines()[1])
-    assert detect.hardware_for(RunConfig(vram="80GiB")).memory_bytes == 6000 << 20
-    assert detect.hardware_for(RunConfig(gpu="RTX 4090", vram="80GiB")) == detect.hardware_for(RunConfig(gpu="4090"))
-    assert detect.hardware_for(RunConfig(gpu="cpu", vram="80000GiB")).memory_bytes < 80_000 * GIB
+    assert detect.hardware_for(RunConfig(gpu_memory="80GiB")).memory_bytes == 6000 << 20
+    assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="80GiB")) == detect.hardware_for(
+        RunConfig(gpu="4090")
+    )
+    assert detect.hardware_for(RunConfig(gpu="cpu", gpu_memory="80000GiB")).memory_bytes < 80_000 * GIB
 
 
 def test_a_budget_without_a_card_means_a_card_of_that_size(smi):
     smi("")
-    card = detect.hardware_for(RunConfig(vram="8GiB"))
+    card = detect.hardware_for(RunConfig(gpu_memory="8GiB"))
     assert (card.kind, card.memory_bytes) == ("cuda", 8 * GIB)
 
 
 def test_a_run_here_has_the_device_here_whatever_is_planned_for(smi):
     smi(H200)
     assert detect.hardware_here(RunConfig(gpu="T4")).name == "NVIDIA H200"
-    assert detect.hardware_here(RunConfig(vram="8GiB")).memory_bytes == 8 * GIB
+    assert detect.hardware_here(RunConfig(gpu_memory="8GiB")).memory_bytes == 8 * GIB
     smi("")
-    assert detect.hardware_here(RunConfig(vram="8000GiB")).kind == "cpu"
-    assert detect.hardware_here(RunConfig(vram="8000GiB")).memory_bytes < 8000 * GIB
+    assert detect.hardware_here(RunConfig(gpu_memory="8000GiB")).kind == "cpu"
+    assert detect.hardware_here(RunConfig(gpu_memory="8000GiB")).memory_bytes < 8000 * GIB

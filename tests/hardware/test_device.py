@@ -41,7 +41,7 @@ def test_a_card_is_known_as_people_and_drivers_write_it(written, card):
 def test_an_unknown_card_is_an_error_with_the_nearest_one(written, near):
     with pytest.raises(UsageError, match=f"did you mean '{near}") as caught:
         hardware_named(written)
-    assert "--vram" in str(caught.value)
+    assert "--gpu-memory" in str(caught.value)
 
 
 @pytest.mark.parametrize(

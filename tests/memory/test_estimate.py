@@ -53,7 +53,7 @@ def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
 ):
     policy = {"on": "recompute", "off": "keep"}[checkpointing]
     run = RunConfig(
-        activations=f"{policy},micro_tokens={tokens}", targets=targets, quantization=quantization,
+        memory_policy=f"{policy},micro_tokens={tokens}", targets=targets, quantization=quantization,
         optimizer="paged_adamw_8bit",
     )  # fmt: skip
     rows = DataStats(16, 16 * 512, 8 * 512, 512, 512.0)
@@ -72,7 +72,7 @@ def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
 def test_the_count_explains_the_peers_and_the_probe(execution, dropout, checkpointing, measured_gib):
     """Llama-3.1-8B shape, NF4, r = 16 on q and v, 4 × 2,048 dense tokens: peak of allocated memory on an H200."""
     policy = {"on": "recompute", "off": "keep"}[checkpointing]
-    run = RunConfig(activations=f"{policy},micro_tokens=8192", dropout=dropout)
+    run = RunConfig(memory_policy=f"{policy},micro_tokens=8192", dropout=dropout)
     memory = estimate_memory(
         PlanInputs(run, DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0), shape(), H200), execution
     )
@@ -90,10 +90,10 @@ def part(memory, name):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"max_tokens": 4096}, "activations"),
-        ({"activations": "recompute_layers=16"}, "activations"),
-        ({"activations": "recompute_layers=16,recompute_mlp_layers=16"}, "activations"),
-        ({"gradient_checkpointing": "off"}, "activations"),
+        ({"max_length": 4096}, "activations"),
+        ({"memory_policy": "recompute_layers=16"}, "activations"),
+        ({"memory_policy": "recompute_layers=16,recompute_mlp_layers=16"}, "activations"),
+        ({"memory_policy": "keep"}, "activations"),
         ({"targets": "all-linear"}, "adapters"),
         ({"rank": 64}, "adapters"),
         ({"quantization": "none"}, "base, linear layers"),
@@ -101,16 +101,16 @@ def part(memory, name):
     ],
 )
 def test_more_of_anything_needs_more_memory(changes, name):
-    recomputed = {} if {"activations", "gradient_checkpointing"} & set(changes) else {"activations": "recompute"}
-    less = estimate_memory(PlanInputs(RunConfig(activations="recompute"), facts(), shape(), H200))
+    recomputed = {} if {"memory_policy"} & set(changes) else {"memory_policy": "recompute"}
+    less = estimate_memory(PlanInputs(RunConfig(memory_policy="recompute"), facts(), shape(), H200))
     more = estimate_memory(PlanInputs(RunConfig(**recomputed, **changes), facts(), shape(), H200))
     assert part(more, name) > part(less, name)
     assert more.peak_bytes > less.peak_bytes
 
 
 def test_kept_and_recomputed_peaks_are_those_of_checkpointing_off_and_on():
-    kept = estimate_memory(PlanInputs(RunConfig(gradient_checkpointing="off"), facts(), shape(), H200))
-    recomputed = estimate_memory(PlanInputs(RunConfig(gradient_checkpointing="on"), facts(), shape(), H200))
+    kept = estimate_memory(PlanInputs(RunConfig(memory_policy="keep"), facts(), shape(), H200))
+    recomputed = estimate_memory(PlanInputs(RunConfig(memory_policy="recompute"), facts(), shape(), H200))
     assert kept.peak_bytes == kept.kept_bytes == recomputed.kept_bytes
     assert recomputed.peak_bytes == recomputed.recomputed_bytes == kept.recomputed_bytes
 
@@ -143,7 +143,7 @@ def test_turning_the_policy_further_never_needs_more(start, component):
     def peak(count):
         policy = MemoryPolicy(**{**start, component: count}).clamped(32)
         return estimate_memory(
-            PlanInputs(RunConfig(activations=str(policy), max_tokens=8192), LONG, shape(), H200)
+            PlanInputs(RunConfig(memory_policy=str(policy), max_length=8192), LONG, shape(), H200)
         ).peak_bytes
 
     # the first offloaded layer is still in flight, and the last one recomputed is at work as it would be kept
@@ -157,7 +157,7 @@ def test_turning_the_policy_further_never_needs_more(start, component):
 
 def test_embeddings_on_the_host_and_fewer_tokens_need_less_too():
     def estimate(policy):
-        return estimate_memory(PlanInputs(RunConfig(activations=policy, max_tokens=8192), LONG, shape(), H200))
+        return estimate_memory(PlanInputs(RunConfig(memory_policy=policy, max_length=8192), LONG, shape(), H200))
 
     here, moved, fewer = estimate("keep"), estimate("host_embeddings=on"), estimate("micro_tokens=4096")
     assert here.peak_bytes - moved.peak_bytes == moved.host_bytes == 2 * 128256 * 4096
@@ -166,15 +166,15 @@ def test_embeddings_on_the_host_and_fewer_tokens_need_less_too():
 
 
 def test_what_is_offloaded_is_in_host_memory_and_two_layers_of_it_in_flight():
-    kept = estimate_memory(PlanInputs(RunConfig(activations="keep", max_tokens=8192), LONG, shape(), H200))
-    away = estimate_memory(PlanInputs(RunConfig(activations="offload", max_tokens=8192), LONG, shape(), H200))
+    kept = estimate_memory(PlanInputs(RunConfig(memory_policy="keep", max_length=8192), LONG, shape(), H200))
+    away = estimate_memory(PlanInputs(RunConfig(memory_policy="offload", max_length=8192), LONG, shape(), H200))
     assert away.host_bytes == part(kept, "activations")
     assert part(away, "activations") == 0
     assert part(away, "activations in flight") == pytest.approx(away.host_bytes / 16)
 
 
 def test_shared_embeddings_stay_where_lm_head_needs_them():
-    memory = estimate_memory(PlanInputs(RunConfig(activations="host_embeddings=on"), facts(), shape(LLAMA_1B), H200))
+    memory = estimate_memory(PlanInputs(RunConfig(memory_policy="host_embeddings=on"), facts(), shape(LLAMA_1B), H200))
     assert memory.host_bytes == 0
 
 

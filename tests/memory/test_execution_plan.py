@@ -18,7 +18,7 @@ BUDGETS = (6.5, 7, 8, 10, 12, 16, 24, 40)
 
 def planned(gib=None, config=LLAMA_8B, rows=DENSE, hardware=H200, **settings):
     device = hardware.with_memory(int(gib * GIB)) if gib else hardware
-    run = RunConfig(max_tokens=8192, examples_per_step=4, **settings)
+    run = RunConfig(max_length=8192, examples_per_step=4, **settings)
     return (
         plan_execution(PlanInputs(run, rows, shape(config), device)),
         estimate_memory(PlanInputs(run, rows, shape(config), device)),
@@ -79,13 +79,13 @@ def test_where_the_whole_step_does_not_fit_it_is_cut_until_it_does(gib, rows):
     )
     assert memory.fits(device)
     assert rows.longest <= plan.tokens <= rows.largest_step
-    whole = plan_of(rows, activations=f"micro_tokens={plan.tokens}", examples_per_step=examples)
+    whole = plan_of(rows, memory_policy=f"micro_tokens={plan.tokens}", examples_per_step=examples)
     assert plan.policy.micro_tokens == (plan.tokens if plan.tokens != 2048 else None)
     assert plan.micro_batches == whole.micro_batches
 
 
 def test_where_there_is_room_a_whole_step_is_faster_than_its_parts():
-    grown, cut = plan_of(), plan_of(activations="keep")
+    grown, cut = plan_of(), plan_of(memory_policy="keep")
     assert (cut.tokens, cut.micro_batches, cut.policy) == (2048, 2, MemoryPolicy())
     assert grown.step_s < cut.step_s
     assert grown.step_tokens == cut.step_tokens == 2400
@@ -95,7 +95,7 @@ def test_where_there_is_room_a_whole_step_is_faster_than_its_parts():
 @pytest.mark.parametrize("gib", [7, 16, 60])
 def test_the_policy_as_it_is_written_is_planned_as_it_was_chosen(rows, gib):
     chosen = plan_of(rows, gib)
-    assert plan_of(rows, gib, activations=str(chosen.policy)) == chosen
+    assert plan_of(rows, gib, memory_policy=str(chosen.policy)) == chosen
 
 
 def test_a_step_within_max_tokens_needs_no_word_about_its_micro_batch():
@@ -109,11 +109,11 @@ def test_a_step_within_max_tokens_needs_no_word_about_its_micro_batch():
 
 
 def test_a_policy_by_hand_has_the_micro_batch_that_it_says_else_max_tokens():
-    assert plan_of(activations="recompute").tokens == 2048
-    assert plan_of(gradient_checkpointing="off").tokens == 2048
-    assert plan_of(activations="recompute,micro_tokens=3000").tokens == 3_000
-    assert plan_of(activations="micro_tokens=99999").tokens == 3_840  # no step has more
-    assert plan_of(activations="micro_tokens=100").tokens == 900  # a row is never cut
+    assert plan_of(memory_policy="recompute").tokens == 2048
+    assert plan_of(memory_policy="keep").tokens == 2048
+    assert plan_of(memory_policy="recompute,micro_tokens=3000").tokens == 3_000
+    assert plan_of(memory_policy="micro_tokens=99999").tokens == 3_840  # no step has more
+    assert plan_of(memory_policy="micro_tokens=100").tokens == 900  # a row is never cut
 
 
 @pytest.mark.parametrize("gib", [4, 6, 16])
@@ -125,7 +125,7 @@ def test_on_a_processor_max_tokens_stays_the_micro_batch(gib):
 
 def test_every_micro_batch_of_a_step_costs_its_kernel_starts():
     """A layer too small to be anything but launches: two micro-batches take twice as long as one."""
-    one, two = (plan_of(config=TINY, activations=f"micro_tokens={tokens}") for tokens in (3_840, 2_048))
+    one, two = (plan_of(config=TINY, memory_policy=f"micro_tokens={tokens}") for tokens in (3_840, 2_048))
     assert two.step_s - STEP_S == pytest.approx(2 * (one.step_s - STEP_S), rel=0.05)
 
 
@@ -159,8 +159,8 @@ def test_no_micro_batch_is_smaller_than_the_longest_row(longest):
 
 def test_what_is_set_by_hand_is_planned_as_it_is():
     policy = "recompute_mlp_layers=3,recompute_layers=2,offloaded_layers=7,host_embeddings=on,micro_tokens=4096"
-    assert str(planned(8, activations=policy)[0].policy) == policy
-    assert planned(8, gradient_checkpointing="off")[0].policy == MemoryPolicy()
+    assert str(planned(8, memory_policy=policy)[0].policy) == policy
+    assert planned(8, memory_policy="keep")[0].policy == MemoryPolicy()
 
 
 def test_a_processor_recomputes_and_sends_nothing_away():
@@ -178,7 +178,7 @@ def test_host_memory_bounds_what_leaves():
 
 
 def test_the_room_is_what_stays_on_the_device_leaves():
-    run = RunConfig(max_tokens=8192, activations="keep")
+    run = RunConfig(max_length=8192, memory_policy="keep")
     memory = estimate_memory(PlanInputs(run, DENSE, shape(), H200))
     passing = {"activations", "loss or one layer's backward", "fragmentation"}
     stays = sum(part.size_bytes for part in memory.components if part.name not in passing)
@@ -199,24 +199,24 @@ def test_no_rows_at_all_are_planned_without_a_crash():
 
 
 def test_on_a_processor_sending_away_saves_nothing():
-    kept, sent = (planned(hardware=CPU, config=TINY, activations=policy)[1] for policy in ("keep", "offload"))
+    kept, sent = (planned(hardware=CPU, config=TINY, memory_policy=policy)[1] for policy in ("keep", "offload"))
     assert sent.peak_bytes == kept.peak_bytes
     assert sent.host_bytes == 0
 
 
 def test_weights_kept_unpacked_take_two_bytes_each_and_no_time():
-    packed, small, _ = planned(activations="keep", compute="bf16")
-    dense, large, _ = planned(activations="keep,weights=dense", compute="bf16")
+    packed, small, _ = planned(memory_policy="keep", compute="bf16")
+    dense, large, _ = planned(memory_policy="keep,weights=dense", compute="bf16")
     assert large.peak_bytes - small.peak_bytes == pytest.approx(2 * shape(LLAMA_8B).linear_parameters, rel=0.01)
     assert dense.step_s < packed.step_s
-    half = planned(activations="dequantized_layers=16", compute="bf16")[1]
+    half = planned(memory_policy="dequantized_layers=16", compute="bf16")[1]
     assert half.peak_bytes - small.peak_bytes == pytest.approx(shape(LLAMA_8B).linear_parameters, rel=0.01)
     eight_bits = [
-        planned(activations=policy, compute="fp8")[1].peak_bytes for policy in ("dequantized_layers=32", "keep")
+        planned(memory_policy=policy, compute="fp8")[1].peak_bytes for policy in ("dequantized_layers=32", "keep")
     ]
     assert eight_bits[0] - eight_bits[1] == large.peak_bytes - small.peak_bytes  # e4m3, one copy for either direction
     unquantised = [
-        planned(activations=policy, quantization="none")[1].peak_bytes for policy in ("dequantized_layers=32", "keep")
+        planned(memory_policy=policy, quantization="none")[1].peak_bytes for policy in ("dequantized_layers=32", "keep")
     ]
     assert unquantised[0] == unquantised[1]
 
@@ -230,7 +230,7 @@ def test_weights_are_unpacked_into_what_keeping_everything_leaves_and_never_for_
         assert plan.policy.keeps_everything
     if 0 < plan.policy.dequantized_layers < 32:
         more = planned(
-            hardware=card, compute="bf16", activations=f"dequantized_layers={plan.policy.dequantized_layers + 1}"
+            hardware=card, compute="bf16", memory_policy=f"dequantized_layers={plan.policy.dequantized_layers + 1}"
         )[1]
         assert more.peak_bytes * (1 + more.uncertainty) > card.memory_bytes
     assert (plan.policy.dequantized_layers == 32) == (budget_gib >= 60)
@@ -268,9 +268,9 @@ def test_graphs_by_hand_take_nothing_where_there_are_none():
     for settings in (
         {"hardware": CPU},
         {"compile": "off"},
-        {"activations": "recompute_layers=32,cuda_graph_max_tokens=2048"},
+        {"memory_policy": "recompute_layers=32,cuda_graph_max_tokens=2048"},
     ):
-        given = {"activations": "cuda_graph_max_tokens=2048", **settings}
+        given = {"memory_policy": "cuda_graph_max_tokens=2048", **settings}
         plan, memory, _ = planned(rows=SMALL, **given)
         assert plan.graph_bytes == 0 and "CUDA graphs" not in [part.name for part in memory.components]
 

@@ -6,7 +6,6 @@ import pytest
 
 from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.errors import UsageError
 from lorafit.hardware.device import GIB, Hardware
 from lorafit.memory import DataStats
 from lorafit.memory.inputs import LARGEST_TOKENS, most_tokens, policy_of
@@ -39,7 +38,7 @@ def test_more_of_the_largest_micro_batch_is_supervised_than_of_the_mean_one():
 
 
 @pytest.mark.parametrize(
-    ("step", "max_tokens", "most"),
+    ("step", "max_length", "most"),
     [
         (600, 2048, 2048),  # it holds the step anyway
         (3_600, 2048, 3_600),
@@ -48,8 +47,8 @@ def test_more_of_the_largest_micro_batch_is_supervised_than_of_the_mean_one():
         (100_000, 32_768, 32_768),
     ],
 )
-def test_a_micro_batch_may_grow_to_the_step_until_nothing_is_gained(step, max_tokens, most):
-    assert most_tokens(step, max_tokens) == most
+def test_a_micro_batch_may_grow_to_the_step_until_nothing_is_gained(step, max_length, most):
+    assert most_tokens(step, max_length) == most
 
 
 def test_only_a_card_gains_by_larger_micro_batches():
@@ -69,21 +68,16 @@ def test_data_stats_are_frozen_and_default_to_no_held_out_rows():
     ("settings", "policy"),
     [
         ({}, None),
-        ({"gradient_checkpointing": "on"}, MemoryPolicy(recompute_layers=32)),
+        ({"memory_policy": "recompute"}, MemoryPolicy(recompute_layers=32)),
         ({"gradient_checkpointing": "reentrant"}, MemoryPolicy(recompute_layers=32)),
-        ({"gradient_checkpointing": "off"}, MemoryPolicy()),
-        ({"activations": "recompute"}, MemoryPolicy(recompute_layers=32)),
-        ({"activations": "offload", "gradient_checkpointing": "off"}, MemoryPolicy(offloaded_layers=32)),
+        ({"memory_policy": "keep"}, MemoryPolicy()),
+        ({"memory_policy": "recompute"}, MemoryPolicy(recompute_layers=32)),
+        ({"memory_policy": "offload"}, MemoryPolicy(offloaded_layers=32)),
         (
-            {"activations": "recompute_layers=99,offloaded_layers=99", "gradient_checkpointing": "on"},
+            {"memory_policy": "recompute_layers=99,offloaded_layers=99"},
             MemoryPolicy(recompute_layers=32, offloaded_layers=32),
         ),
     ],
 )
 def test_a_config_asks_for_one_policy_or_leaves_it_to_the_plan(settings, policy):
     assert policy_of(RunConfig(**settings), 32) == policy
-
-
-def test_checkpointing_on_means_every_layer():
-    with pytest.raises(UsageError, match="set one of the two"):
-        policy_of(RunConfig(gradient_checkpointing="on", activations="recompute_layers=8"), 32)

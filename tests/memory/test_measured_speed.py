@@ -48,7 +48,12 @@ MEASURED = [
 
 def run_of(examples, policy, compute, budget_gib):
     settings = RunConfig(
-        max_tokens=8192, examples_per_step=examples, activations=policy, compute=compute, dropout=0.0, optimizer="adamw"
+        max_length=8192,
+        examples_per_step=examples,
+        memory_policy=policy,
+        compute=compute,
+        dropout=0.0,
+        optimizer="adamw",
     )
     return settings, H200.with_memory(budget_gib * GIB + CUDA_CONTEXT_BYTES) if budget_gib else H200
 

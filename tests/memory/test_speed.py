@@ -12,7 +12,7 @@ DENSE = DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
 
 
 def costs(model=None, hardware=H200, rows=DENSE, **settings):
-    run = RunConfig(max_tokens=8192, examples_per_step=4, activations="keep", dropout=0.0, **settings)
+    run = RunConfig(max_length=8192, examples_per_step=4, memory_policy="keep", dropout=0.0, **settings)
     return plan_execution(PlanInputs(run, rows, model or shape(), hardware)).costs
 
 

@@ -57,17 +57,17 @@ def test_the_base_stays_in_16_bits_only_where_it_fits():
 def test_activations_are_recomputed_only_where_they_do_not_fit():
     card = hardware_named("H100")
     roomy, tight = (
-        MemoryPolicy.parse(values(room, config=LLAMA_1B)["activations"], 16)
+        MemoryPolicy.parse(values(room, config=LLAMA_1B)["memory_policy"], 16)
         for room in (card, card.with_memory(3 * GIB))
     )
     assert (roomy.recompute_layers, roomy.recompute_mlp_layers, roomy.offloaded_layers) == (0, 0, 0)
     assert tight.recompute_layers + tight.recompute_mlp_layers + tight.offloaded_layers > 0
-    assert values(CPU)["activations"] == "keep"
-    assert "offload" not in values(CPU.with_memory(7 * GIB), config=LLAMA_1B)["activations"]
+    assert values(CPU)["memory_policy"] == "keep"
+    assert "offload" not in values(CPU.with_memory(7 * GIB), config=LLAMA_1B)["memory_policy"]
 
 
 def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
-    outcome = decided(hardware_named("H100").with_memory(8 * GIB), config=LLAMA_8B, max_tokens=8192)["activations"]
+    outcome = decided(hardware_named("H100").with_memory(8 * GIB), config=LLAMA_8B, max_length=8192)["memory_policy"]
     policy = MemoryPolicy.parse(outcome.value, 32)
     assert f"{policy.recompute_mlp_layers} of 32 layers recompute their feed-forward" in outcome.reason
     assert f"what {policy.offloaded_layers} layers keep" in outcome.reason
@@ -75,7 +75,7 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
 
 
 def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
-    outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["activations"]
+    outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["memory_policy"]
     assert outcome.value == "dequantized_layers=16,micro_tokens=3600,cuda_graph_max_tokens=3600"
     words = (
         "every activation stays on the device, the 4-bit weights of 16 of 16 layers lie unpacked in what is left, "
@@ -88,7 +88,7 @@ def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
     ("asked", "policy"), [("on", "recompute_layers=4"), ("off", "keep"), ("reentrant", "recompute_layers=4")]
 )
 def test_gradient_checkpointing_decides_about_activations_where_it_is_set(asked, policy):
-    outcome = decided(gradient_checkpointing=asked)["activations"]
+    outcome = decided(gradient_checkpointing=asked)["memory_policy"]
     assert (outcome.value, outcome.source) == (policy, "plan")
     assert outcome.reason.startswith(f"gradient_checkpointing is {asked}")
 
@@ -106,11 +106,11 @@ def test_layers_are_compiled_where_there_is_a_card():
 
 
 def test_what_was_set_is_kept_and_named():
-    outcome = decided(rank=64, quantization="none", activations="recompute")
+    outcome = decided(rank=64, quantization="none", memory_policy="recompute")
     assert (outcome["rank"].value, outcome["rank"].source) == (64, "flag")
     assert (outcome["alpha"].value, outcome["alpha"].source) == (128, "flag")  # alpha follows a rank that was set
     assert outcome["quantization"].source == "flag"
-    assert (outcome["activations"].value, outcome["activations"].source) == ("recompute", "flag")
+    assert (outcome["memory_policy"].value, outcome["memory_policy"].source) == ("recompute", "flag")
     assert outcome["compute"].source == "plan"
 
 
@@ -119,7 +119,7 @@ def test_alpha_follows_the_planned_rank_unless_it_was_set():
     assert values(alpha=7)["rank"] == 8
 
 
-@pytest.mark.parametrize("key", ["compute", "activations", "compile", "optimizer", "serving"])
+@pytest.mark.parametrize("key", ["compute", "memory_policy", "compile", "optimizer", "serving"])
 def test_auto_is_resolved_even_when_it_was_typed(key):
     outcome = decided(**{key: "auto"})
     assert outcome[key].value != "auto"
@@ -154,7 +154,7 @@ def test_who_sets_an_adapter_s_key_gets_an_adapter(setting):
 
 
 def test_a_run_that_cannot_fit_says_that_nothing_needs_less():
-    reason = decided(LAPTOP.with_memory(3 * GIB), config=LLAMA_8B)["activations"].reason
+    reason = decided(LAPTOP.with_memory(3 * GIB), config=LLAMA_8B)["memory_policy"].reason
     assert reason.endswith("of 3.0 GiB, and nothing needs less")
 
 
@@ -180,4 +180,4 @@ def test_fp8_is_offered_where_the_card_has_it_and_the_base_is_in_4_bits(card, ro
 
 
 def test_a_cpu_keeps_everything_in_whole_micro_batches_where_that_fits():
-    assert values(CPU)["activations"] == "keep"
+    assert values(CPU)["memory_policy"] == "keep"

@@ -32,11 +32,11 @@ def test_a_run_that_fits_has_no_obstacle():
 @pytest.mark.parametrize(
     ("config", "memory_gib", "settings"),
     [
-        (LLAMA_1B, 3, {"gradient_checkpointing": "off"}),
+        (LLAMA_1B, 3, {"memory_policy": "keep"}),
         (LLAMA_8B, 12, {"quantization": "none"}),
-        (LLAMA_8B, 8, {"activations": "keep"}),
-        (LLAMA_8B, 8, {"activations": "recompute_mlp_layers=4", "max_tokens": 8192}),
-        (LLAMA_8B, 10, {"quantization": "none", "gradient_checkpointing": "off"}),
+        (LLAMA_8B, 8, {"memory_policy": "keep"}),
+        (LLAMA_8B, 8, {"memory_policy": "recompute_mlp_layers=4", "max_length": 8192}),
+        (LLAMA_8B, 10, {"quantization": "none", "memory_policy": "keep"}),
     ],
 )
 def test_what_the_fix_says_really_fits(config, memory_gib, settings):
@@ -49,8 +49,8 @@ def test_what_the_fix_says_really_fits(config, memory_gib, settings):
 
 
 def test_activations_on_auto_make_8b_fit_where_no_setting_by_hand_would():
-    assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_tokens=8192) == []
-    assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_tokens=8192, activations="recompute") == [("P0", "error")]
+    assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_length=8192) == []
+    assert codes(H100.with_memory(7 * GIB), LLAMA_8B, max_length=8192, memory_policy="recompute") == [("P0", "error")]
 
 
 @pytest.mark.parametrize("gib", [3, 4, 5, 5.8, 6])
@@ -76,24 +76,24 @@ def test_a_card_that_is_advised_has_the_precision_of_the_run(compute, able):
 
 
 @pytest.mark.parametrize(
-    ("vram", "gib", "said"),
+    ("gpu_memory", "gib", "said"),
     [
-        ("5GiB", 5, "and vram allows 5.0 GiB"),
-        ("1KiB", 2**-20, "and vram allows 1.0 KiB"),
+        ("5GiB", 5, "and gpu_memory allows 5.0 GiB"),
+        ("1KiB", 2**-20, "and gpu_memory allows 1.0 KiB"),
         (None, 5, "and H100 has 5.0 GiB"),
     ],
 )
-def test_a_budget_is_not_said_to_be_all_that_the_card_has(vram, gib, said):
-    [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B, vram=vram)
+def test_a_budget_is_not_said_to_be_all_that_the_card_has(gpu_memory, gib, said):
+    [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B, gpu_memory=gpu_memory)
     assert finding.message.endswith(said)
 
 
 def test_a_budget_beyond_the_card_is_said_once_and_adds_nothing():
-    [finding] = found(hardware_named("RTX 4090"), vram="80GiB")
-    assert (finding.code, finding.severity.value, finding.where) == ("P0", "warning", "vram")
-    assert finding.message == "vram is 80.0 GiB, and RTX 4090 has 23.5 GiB"
-    assert found(hardware_named("RTX 4090"), vram="23GiB") == []
-    messages = [finding.message for finding in found(hardware_named("RTX 3050 Laptop"), LLAMA_8B, vram="80GiB")]
+    [finding] = found(hardware_named("RTX 4090"), gpu_memory="80GiB")
+    assert (finding.code, finding.severity.value, finding.where) == ("P0", "warning", "gpu_memory")
+    assert finding.message == "gpu_memory is 80.0 GiB, and RTX 4090 has 23.5 GiB"
+    assert found(hardware_named("RTX 4090"), gpu_memory="23GiB") == []
+    messages = [finding.message for finding in found(hardware_named("RTX 3050 Laptop"), LLAMA_8B, gpu_memory="80GiB")]
     assert [message.endswith("RTX 3050 Laptop has 3.9 GiB") for message in messages] == [True, True]
 
 
@@ -106,11 +106,11 @@ def test_a_base_that_cannot_fit_names_the_memory_and_a_card_that_has_it():
 
 
 def test_a_run_that_may_not_fit_is_a_warning_with_a_way_out():
-    needs = estimate_memory(PlanInputs(RunConfig(activations="keep"), facts(), shape(), H100)).peak_bytes
-    [finding] = found(H100.with_memory(round(1.05 * needs)), LLAMA_8B, activations="keep")
+    needs = estimate_memory(PlanInputs(RunConfig(memory_policy="keep"), facts(), shape(), H100)).peak_bytes
+    [finding] = found(H100.with_memory(round(1.05 * needs)), LLAMA_8B, memory_policy="keep")
     assert (finding.code, finding.severity.value) == ("P0", "warning")
     assert "±10%" in finding.message.replace(" ", "")
-    assert finding.fix == "set activations: auto"
+    assert finding.fix == "set memory_policy: auto"
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
@@ -144,7 +144,7 @@ def test_an_8_bit_optimizer_without_cuda_stops_the_run(optimizer):
 
 
 def test_who_set_a_budget_is_told_the_one_that_does_and_not_another_card():
-    [finding] = found(H100.with_memory(4 * GIB), LLAMA_8B, vram="4GiB")
-    advised = re.search(r"or vram: ([\d.]+)GiB$", finding.fix)[1]
+    [finding] = found(H100.with_memory(4 * GIB), LLAMA_8B, gpu_memory="4GiB")
+    advised = re.search(r"or gpu_memory: ([\d.]+)GiB$", finding.fix)[1]
     enough = H100.with_memory(int(float(advised) * GIB))
-    assert found(enough, LLAMA_8B, vram=f"{advised}GiB") == []
+    assert found(enough, LLAMA_8B, gpu_memory=f"{advised}GiB") == []

@@ -74,7 +74,7 @@ def test_steps_are_sets_of_examples(settings, rows, steps):
 def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, targets, measured_ms):
     examples = tokens // 512
     run = RunConfig(
-        max_tokens=tokens, targets=targets, gradient_checkpointing=checkpointing, examples_per_step=examples,
+        max_length=tokens, targets=targets, gradient_checkpointing=checkpointing, examples_per_step=examples,
         max_steps=1000, epochs=1000, compile="off",
     )  # fmt: skip
     low, high = duration(
@@ -84,7 +84,7 @@ def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, tar
 
 
 def test_the_demo_base_trains_at_thousands_of_tokens_a_second_on_two_cores():
-    run = RunConfig(gradient_checkpointing="off", epochs=1000)
+    run = RunConfig(memory_policy="keep", epochs=1000)
     taken = duration(TINY, run, CPU, facts(rows=1600, mean=50, longest=90))
     low, high = taken.time_s
     assert taken.tokens / high > 2_500
@@ -97,7 +97,7 @@ def test_recomputing_costs_one_more_forward():
 
 
 def test_evaluations_take_time_too():
-    run = RunConfig(gradient_checkpointing="off")
+    run = RunConfig(memory_policy="keep")
     without = duration(LLAMA_8B, run, hardware_named("T4"), facts(rows=5_000))
     held_out = duration(LLAMA_8B, run, hardware_named("T4"), facts(rows=5_000, holdout_rows=500))
     assert without.time_s[0] < held_out.time_s[0] < 1.1 * without.time_s[0]
@@ -105,7 +105,7 @@ def test_evaluations_take_time_too():
 
 def test_the_price_is_the_time_at_the_assumed_range():
     card = hardware_named("H100")
-    taken = duration(LLAMA_8B, RunConfig(gradient_checkpointing="on"), card, facts())
+    taken = duration(LLAMA_8B, RunConfig(memory_policy="recompute"), card, facts())
     assert taken.cost_usd(card)[0] == pytest.approx(taken.time_s[0] / 3600 * card.usd_per_hour[0])
     assert taken.cost_usd(card, 4)[1] == pytest.approx(4 * taken.time_s[1] / 3600 * card.usd_per_hour[1])
     assert any("assumed" in line for line in taken.assumes)
@@ -122,7 +122,7 @@ def test_a_precision_the_device_lacks_is_slower(settings):
 @pytest.mark.parametrize("policy", ["keep", "recompute", "recompute_mlp_layers=16,offloaded_layers=8"])
 def test_compiled_layers_take_what_the_policy_was_solved_with(policy):
     rows = DataStats(64, 64 * 2048, 64 * 2048, 2048, 2048.0)
-    run = RunConfig(max_tokens=8192, examples_per_step=4, activations=policy, max_steps=1000, epochs=1000)
+    run = RunConfig(max_length=8192, examples_per_step=4, memory_policy=policy, max_steps=1000, epochs=1000)
     plan = plan_execution(PlanInputs(run, rows, shape(), hardware_named("H200")))
     low, high = estimate_duration(PlanInputs(run, rows, shape(), hardware_named("H200")), plan).time_s
     assert low < 1000 * plan.step_s < high < 2.2 * low
@@ -131,7 +131,7 @@ def test_compiled_layers_take_what_the_policy_was_solved_with(policy):
 def test_few_tokens_take_what_starting_the_kernels_takes():
     few, none = (DataStats(16, 16 * tokens, 16 * tokens, tokens, float(tokens)) for tokens in (8, 1))
     kept, graphs = (
-        RunConfig(examples_per_step=1, max_steps=1000, epochs=1000, activations=policy)
+        RunConfig(examples_per_step=1, max_steps=1000, epochs=1000, memory_policy=policy)
         for policy in ("keep", "cuda_graph_max_tokens=64")
     )
     times = [duration(LLAMA_8B, kept, hardware_named("H200"), rows).time_s[0] for rows in (few, none)]

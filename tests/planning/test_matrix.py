@@ -84,7 +84,7 @@ def test_the_chosen_row_is_the_plan_itself():
 def test_what_unpacked_weights_take_of_a_large_card_is_nothing_that_a_method_needs():
     small, large = (
         make_plan(
-            resolve(flags={"activations": policy, "quantization": "nf4"}), facts(), shape(), hardware_named("H200")
+            resolve(flags={"memory_policy": policy, "quantization": "nf4"}), facts(), shape(), hardware_named("H200")
         )
         for policy in ("keep", "weights=dense")
     )

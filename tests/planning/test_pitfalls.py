@@ -9,7 +9,7 @@ from planning_shapes import TINY, facts, shape
 
 CPU = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
 H100 = hardware_named("H100")
-GOOD = {"rank": 8, "alpha": 16.0, "gradient_checkpointing": "on", "compute": "bf16", "serving": "merged"}
+GOOD = {"rank": 8, "alpha": 16.0, "memory_policy": "recompute", "compute": "bf16", "serving": "merged"}
 
 
 def found(hardware=H100, rows=2_000, config=TINY, **settings):
@@ -45,17 +45,17 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
     ],
 )
 def test_p2_a_policy_of_which_a_cpu_has_no_use(activations, named):
-    settings = {"activations": activations, "gradient_checkpointing": "auto", "compute": "fp32"}
+    settings = {"memory_policy": activations, "compute": "fp32"}
     messages = [finding.message for finding in found(CPU, **settings) if finding.code == "P2"]
     assert messages == ([f"activations ask for {named}, and a CPU has no use for them"] if named else [])
     assert "P2" not in [code for code, _ in codes(H100, **(settings | {"compute": "bf16"}))]
 
 
 def test_p2_checkpointing_off_where_activations_do_not_fit():
-    assert codes(gradient_checkpointing="off") == []
+    assert codes(memory_policy="keep") == []
     tight = H100.with_memory(round(0.9 * GIB))
-    assert codes(tight, gradient_checkpointing="off") == [("P2", "error")]
-    finding = found(tight, gradient_checkpointing="off")[0]
+    assert codes(tight, memory_policy="keep") == [("P2", "error")]
+    finding = found(tight, memory_policy="keep")[0]
     assert "921.6 MiB" in finding.message
     assert finding.fix.startswith("set gradient_checkpointing: auto")
 
@@ -63,9 +63,9 @@ def test_p2_checkpointing_off_where_activations_do_not_fit():
 @pytest.mark.parametrize(("activations", "bad"), [("keep", True), ("auto", False), ("recompute", False)])
 def test_p2_activations_kept_where_they_do_not_fit(activations, bad):
     tight = H100.with_memory(round(0.9 * GIB))
-    settings = {"gradient_checkpointing": "auto", "activations": activations}
+    settings = {"memory_policy": activations}
     assert codes(tight, **settings) == ([("P2", "error")] if bad else [])
-    assert not bad or found(tight, **settings)[0].where == "activations"
+    assert not bad or found(tight, **settings)[0].where == "memory_policy"
 
 
 def test_p2_reentrant_checkpointing():
@@ -124,7 +124,7 @@ def test_p7_a_rank_that_the_rows_cannot_fill(rows, rank, bad):
 
 def test_every_pitfall_names_what_it_saw_why_it_matters_and_the_fix():
     everything = found(
-        hardware_named("T4").with_memory(GIB // 2), targets=("up_proj",), gradient_checkpointing="off", dropout=0.5,
+        hardware_named("T4").with_memory(GIB // 2), targets=("up_proj",), memory_policy="keep", dropout=0.5,
         goal="latency", serving="adapters", rank=256,
     )  # fmt: skip
     assert [finding.code for finding in everything] == ["P1", "P2", "P3", "P4", "P6", "P7"]

@@ -6,7 +6,12 @@ from lorafit.hardware import hardware_named
 from lorafit.planning import make_plan, plan_recipe
 from planning_shapes import TINY, facts, shape
 
-FLAGS = {"base": "models/a base", "data": ("a.jsonl", "b: c.jsonl"), "out": "runs/#1", "map": {"response": "text"}}
+FLAGS = {
+    "base": "models/a base",
+    "data": ("a.jsonl", "b: c.jsonl"),
+    "out": "runs/#1",
+    "field_map": {"response": "text"},
+}
 
 
 def recipe(tmp_path, hardware="4090", rows=2_000, **flags):
@@ -22,8 +27,8 @@ def recipe(tmp_path, hardware="4090", rows=2_000, **flags):
     [
         {},
         FLAGS,
-        {"targets": "all-linear", "rank": 64, "gradient_checkpointing": "off"},
-        {"targets": ("q_proj", "up_proj"), "lr": 1e-5, "holdout": "held out.jsonl", "vram": "8GiB", "seed": 7},
+        {"targets": "all-linear", "rank": 64, "memory_policy": "keep"},
+        {"targets": ("q_proj", "up_proj"), "lr": 1e-5, "holdout": "held out.jsonl", "gpu_memory": "8GiB", "seed": 7},
         {"base": "on", "out": "no", "goal": "latency", "compute": "fp16"},
     ],
 )

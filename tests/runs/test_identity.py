@@ -33,10 +33,10 @@ def test_every_setting_is_either_held_or_free_and_each_is_a_decision():
 
 
 @pytest.mark.parametrize(
-    "key", ["max_tokens", "save_steps", "save_minutes", "keep_last", "compile", "vram", "report_to", "out"]
+    "key", ["max_length", "save_steps", "save_minutes", "keep_last", "compile", "gpu_memory", "report_to", "out"]
 )
 def test_what_changes_only_layout_speed_or_what_is_kept_is_free(key):
-    value = {"vram": "8GiB", "report_to": "wandb", "out": "x", "compile": "off"}.get(key, 64)
+    value = {"gpu_memory": "8GiB", "report_to": "wandb", "out": "x", "compile": "off"}.get(key, 64)
     assert fingerprint().differences(fingerprint(**{key: value})) == []
 
 

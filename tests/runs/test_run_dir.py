@@ -11,7 +11,7 @@ from lorafit.runs import RunDir
 
 def test_settings_come_back_as_they_were_written(tmp_path):
     resolved = resolve(
-        {"base": "some/base: odd", "data": ["a b.jsonl", "ü.jsonl"], "map": {"response": "answer text"}},
+        {"base": "some/base: odd", "data": ["a b.jsonl", "ü.jsonl"], "field_map": {"response": "answer text"}},
         {"targets": "q_proj,v_proj", "max_steps": 7, "holdout": "held.jsonl"},
     )
     run = RunDir.create(tmp_path / "run")

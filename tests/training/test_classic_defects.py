@@ -19,7 +19,7 @@ RAW = rows(TASKS["dates"], 0, 24)
 
 @pytest.fixture(scope="module")
 def front():
-    return AdapterTrainingPipeline(str(BASE), adapter_rank=4, scaling_factor=8, examples_per_step=8, max_tokens=256)
+    return AdapterTrainingPipeline(str(BASE), adapter_rank=4, scaling_factor=8, examples_per_step=8, max_length=256)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_tokenised_rows_are_lists_of_their_own_length_not_batched_tensors(tokeni
 def test_the_trainers_arguments_exist_under_their_names_of_today(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        training_arguments(settings(gradient_checkpointing="on"), tmp_path, 10, torch.float32)
+        training_arguments(settings(memory_policy="recompute"), tmp_path, 10, torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")

@@ -66,7 +66,7 @@ def replaying(monkeypatch):
 
 def trained(base, folder, policy=None, when=lambda: False, **given):
     """Losses, gradient norms and final adapters of a short run; and its trainer."""
-    sizes = {"max_tokens": 4096, "examples_per_step": 4, "max_steps": STEPS, "save_steps": 100, "lr": 1e-2}
+    sizes = {"max_length": 4096, "examples_per_step": 4, "max_steps": STEPS, "save_steps": 100, "lr": 1e-2}
     config = settings(base=base, **sizes | given)
     model = attach(load_backbone(config, device="cpu"), config)
     trainer = LorafitTrainer(model, config, ROWS, None, folder, events=EventLog(folder / "events.jsonl"))
@@ -87,10 +87,10 @@ def trained(base, folder, policy=None, when=lambda: False, **given):
 
 @pytest.mark.parametrize("micro_tokens", [4096, 64])
 def test_losses_gradients_and_adapters_are_those_of_training_without(base, tmp_path, replaying, micro_tokens):
-    wanted, weights, _ = trained(base, tmp_path / "plain", max_tokens=micro_tokens)
+    wanted, weights, _ = trained(base, tmp_path / "plain", max_length=micro_tokens)
     # some micro-batches are too large for a graph, and add to the same gradients
     found, got, trainer = trained(
-        base, tmp_path / "graphs", MemoryPolicy(cuda_graph_max_tokens=80), max_tokens=micro_tokens
+        base, tmp_path / "graphs", MemoryPolicy(cuda_graph_max_tokens=80), max_length=micro_tokens
     )
     assert trainer.graphs.replays >= 4
     assert found == pytest.approx(wanted, rel=1e-4)

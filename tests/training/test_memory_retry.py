@@ -47,7 +47,7 @@ class LittleMemory:
 
 
 def trained_step(base, folder, tokens=10**9, when=lambda: False, layers=None, rows=ROWS, **given):
-    config = settings(base=base, **{"max_tokens": 4096, "examples_per_step": len(rows), **given})
+    config = settings(base=base, **{"max_length": 4096, "examples_per_step": len(rows), **given})
     model = adapted(config)
     trainer = LorafitTrainer(model, config, rows, None, folder, events=EventLog(folder / "events.jsonl"))
     trainer.memory.layers = layers
@@ -73,8 +73,8 @@ def test_a_failure_at_any_micro_batch_changes_no_gradient(base, tmp_path, seed):
     chance = random.Random(seed)
     due = {chance.randrange(4)}
     calls = iter(range(10**6))
-    wanted = trained_step(base, tmp_path, max_tokens=64)[2]
-    trainer, _, got, _ = trained_step(base, tmp_path, max_tokens=64, when=lambda: next(calls) in due)
+    wanted = trained_step(base, tmp_path, max_length=64)[2]
+    trainer, _, got, _ = trained_step(base, tmp_path, max_length=64, when=lambda: next(calls) in due)
     assert trainer.memory.times == 1
     assert float((got - wanted).norm() / wanted.norm()) <= 1e-5
 
@@ -104,7 +104,7 @@ def test_dropout_draws_again_from_the_same_stream(base, tmp_path):
 
 
 def test_the_new_layout_is_kept_and_the_rest_of_the_run_has_no_further_failure(base, tmp_path):
-    config = settings(base=base, max_tokens=4096, examples_per_step=5, max_steps=6, lr=1e-2, save_steps=100)
+    config = settings(base=base, max_length=4096, examples_per_step=5, max_steps=6, lr=1e-2, save_steps=100)
     weights = []
     for tokens in (10**9, 50):
         model = attach(load_backbone(config, device="cpu"), config)
@@ -122,7 +122,7 @@ def test_the_new_layout_is_kept_and_the_rest_of_the_run_has_no_further_failure(b
     assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 1e-4
     finding = trainer.memory.finding()
     assert finding.code == "R001"
-    assert finding.fix.endswith(f"activations: micro_tokens={trainer.layout.micro_tokens}")
+    assert finding.fix.endswith(f"memory_policy: micro_tokens={trainer.layout.micro_tokens}")
 
 
 def test_a_row_that_does_not_fit_alone_is_named(base, tmp_path):
@@ -143,7 +143,7 @@ def test_recompute_comes_after_single_rows_and_is_asked_until_it_helps(base, tmp
             return True
 
     memory_of = []
-    config = settings(base=base, max_tokens=4096, examples_per_step=len(ROWS))
+    config = settings(base=base, max_length=4096, examples_per_step=len(ROWS))
     model = adapted(config)
     trainer = LorafitTrainer(model, config, ROWS, None, tmp_path)
     trainer.memory.layers = Layers()
@@ -196,7 +196,7 @@ def test_what_the_failed_try_held_is_free_before_the_next(base, tmp_path):
             held.append(weakref.ref(big))
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    config = settings(base=base, max_tokens=4096, examples_per_step=len(ROWS))
+    config = settings(base=base, max_length=4096, examples_per_step=len(ROWS))
     model = adapted(config)
     model.get_base_model().model.layers[0].register_forward_hook(run)
     trainer = LorafitTrainer(model, config, ROWS, None, tmp_path)
@@ -211,7 +211,7 @@ def test_what_the_failed_try_held_is_free_before_the_next(base, tmp_path):
 
 
 def test_evaluation_survives_in_smaller_pieces_with_the_same_loss(base, tmp_path):
-    config = settings(base=base, max_tokens=4096)
+    config = settings(base=base, max_length=4096)
     model = adapted(config)
     trainer = LorafitTrainer(model, config, ROWS, ROWS, tmp_path)
     wanted = trainer.held_out_loss(ROWS)
@@ -223,8 +223,8 @@ def test_evaluation_survives_in_smaller_pieces_with_the_same_loss(base, tmp_path
 
 @pytest.mark.parametrize("tokens", [150, 44])
 def test_a_micro_batch_that_grew_to_the_step_is_halved_like_any_other(base, tmp_path, tokens):
-    _, _, wanted, loss = trained_step(base, tmp_path, max_tokens=64)
-    config = settings(base=base, max_tokens=64, examples_per_step=len(ROWS))
+    _, _, wanted, loss = trained_step(base, tmp_path, max_length=64)
+    config = settings(base=base, max_length=64, examples_per_step=len(ROWS))
     model = adapted(config)
     trainer = LorafitTrainer(model, config, ROWS, None, tmp_path, micro_tokens=sum(LENGTHS))
     memory = LittleMemory(model, tokens)
@@ -239,7 +239,7 @@ def test_a_micro_batch_that_grew_to_the_step_is_halved_like_any_other(base, tmp_
 
 
 def test_evaluation_takes_no_more_memory_because_steps_do(base, tmp_path):
-    config = settings(base=base, max_tokens=64)
+    config = settings(base=base, max_length=64)
     model = adapted(config)
     trainer = LorafitTrainer(model, config, ROWS, ROWS, tmp_path)
     wanted = trainer.held_out_loss(ROWS)
@@ -250,7 +250,7 @@ def test_evaluation_takes_no_more_memory_because_steps_do(base, tmp_path):
 
 
 def test_saving_survives(base, tmp_path, monkeypatch):
-    config = settings(base=base, max_tokens=64, examples_per_step=5, max_steps=2, save_steps=1)
+    config = settings(base=base, max_length=64, examples_per_step=5, max_steps=2, save_steps=1)
     model = attach(load_backbone(config, device="cpu"), config)
     trainer = LorafitTrainer(model, config, ROWS, None, tmp_path)
     save, failures = trainer.checkpoints.save, [1, 1]
@@ -294,7 +294,7 @@ def test_what_running_out_of_memory_is(error, yes):
 
 
 def test_rows_of_a_micro_batch_are_counted(base, tmp_path):
-    config = settings(base=base, max_tokens=48, examples_per_step=10)
+    config = settings(base=base, max_length=48, examples_per_step=10)
     trainer = LorafitTrainer(adapted(config), config, ROWS, None, tmp_path)
     assert sum(row_count(batch) for batch in next(iter(trainer.get_train_dataloader())).micro_batches) == 10
 
@@ -303,7 +303,7 @@ def test_rows_of_a_micro_batch_are_counted(base, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_on_a_card_that_is_really_too_small_the_step_is_done_in_pieces(base, tmp_path):
     """The allocator itself refuses: the model and half of the activations are all there is room for."""
-    options = {"max_tokens": 40_000, "examples_per_step": 40, "optimizer": "adamw"}
+    options = {"max_length": 40_000, "examples_per_step": 40, "optimizer": "adamw"}
     config = settings(base=base, quantization="none", compute="fp32", **options)
     rows = encoded_rows(*([900] * 40))
 

@@ -54,7 +54,7 @@ class LeaveOut(TrainerCallback):
 
 
 def run(base, folder, *callbacks, **given):
-    options = {"examples_per_step": 2, "max_tokens": 40, "max_steps": 7, "epochs": 99, "lr": 1e-2, "save_steps": 2}
+    options = {"examples_per_step": 2, "max_length": 40, "max_steps": 7, "epochs": 99, "lr": 1e-2, "save_steps": 2}
     config = settings(base=base, **{**options, **given})
     model = attach(load_backbone(config, device="cpu"), config)
     events = EventLog(folder / "events.jsonl")

@@ -18,7 +18,7 @@ STEPS, EXAMPLES = 4, 4
 def steps(parity, tmp_path_factory):
     """Four steps of lorafit.train, each in more than one micro-batch."""
     return parity.lorafit_steps(
-        tmp_path_factory.mktemp("steps"), str(BASE), STEPS, EXAMPLES, seed=0, compute="fp32", lr=5e-3, max_tokens=192
+        tmp_path_factory.mktemp("steps"), str(BASE), STEPS, EXAMPLES, seed=0, compute="fp32", lr=5e-3, max_length=192
     )
 
 

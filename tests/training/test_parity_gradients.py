@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench/parity.
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_a_bf16_gradient_is_as_near_to_fp32_as_the_references(parity, family, tmp_path):
     base = save_base(tmp_path / "base", family)
-    settings = {"seed": 0, "compute": "bf16", "targets": "qv", "max_tokens": 256}
+    settings = {"seed": 0, "compute": "bf16", "targets": "qv", "max_length": 256}
     with parity.quick_products():
         found = parity.gradient_distances(tmp_path, str(base), 6, **settings)
     assert found.theirs_to_exact > 1e-3, "not in bf16"

@@ -18,7 +18,7 @@ LENGTHS = (200, 90, 120, 140, 80, 110, 250, 170)
 
 
 def trainer(base, folder, **given):
-    options = {"dropout": 0.2, "examples_per_step": 3, "max_tokens": 400, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
+    options = {"dropout": 0.2, "examples_per_step": 3, "max_length": 400, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
     config = settings(base=base, **{**options, "max_steps": 8, "keep_last": 99, "targets": "all-linear", **given})
     torch.manual_seed(config.seed)
     model = attach(load_backbone(config), config)

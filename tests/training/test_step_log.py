@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 
 def trainer(base, folder, held_out=None, callbacks=None, **given):
-    config = settings(base=base, **{"examples_per_step": 2, "max_tokens": 40, "max_steps": 7, "lr": 1e-2, **given})
+    config = settings(base=base, **{"examples_per_step": 2, "max_length": 40, "max_steps": 7, "lr": 1e-2, **given})
     model = attach(load_backbone(config, device="cpu"), config)
     return LorafitTrainer(model, config, encoded_rows(*LENGTHS), held_out, folder, callbacks=callbacks)
 
@@ -174,7 +174,7 @@ def test_on_a_card_no_step_waits_for_it(tmp_path):
             torch.cuda.set_sync_debug_mode("default")
 
     config = settings(
-        base=str(save_base(tmp_path / "base")), optimizer="adamw", max_steps=5, examples_per_step=2, max_tokens=40
+        base=str(save_base(tmp_path / "base")), optimizer="adamw", max_steps=5, examples_per_step=2, max_length=40
     )
     model = attach(load_backbone(config), config)
     LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, tmp_path / "run", callbacks=[Forbid()]).train()

@@ -14,7 +14,7 @@ def examples(dataset):
 
 
 def test_every_example_is_taken_once_an_epoch_and_the_order_changes():
-    dataset = StepDataset(ROWS, settings(examples_per_step=8, max_tokens=128))
+    dataset = StepDataset(ROWS, settings(examples_per_step=8, max_length=128))
     first = [row for step in dataset for row in step.rows]
     dataset.set_epoch(1)
     second = [row for step in dataset for row in step.rows]
@@ -24,8 +24,8 @@ def test_every_example_is_taken_once_an_epoch_and_the_order_changes():
 
 
 def test_the_layout_does_not_change_which_examples_make_a_step():
-    wide = StepDataset(ROWS, settings(examples_per_step=8, max_tokens=1024))
-    narrow = StepDataset(ROWS, settings(examples_per_step=8, max_tokens=64))
+    wide = StepDataset(ROWS, settings(examples_per_step=8, max_length=1024))
+    narrow = StepDataset(ROWS, settings(examples_per_step=8, max_length=64))
     assert examples(wide) == examples(narrow)
     assert [step.supervised for step in wide] == [step.supervised for step in narrow]
     assert max(batch.tokens for step in narrow for batch in step.micro_batches) <= 64
@@ -39,7 +39,7 @@ def test_the_seed_decides_the_order():
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_processes_share_a_step_without_loss_and_run_as_many_forwards(world):
-    config = settings(examples_per_step=16, max_tokens=96)
+    config = settings(examples_per_step=16, max_length=96)
     whole = StepDataset(ROWS, config)
     parts = [StepDataset(ROWS, config, rank=rank, world=world) for rank in range(world)]
     for index in range(len(whole)):

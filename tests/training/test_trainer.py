@@ -49,11 +49,11 @@ def one_step(config, rows, folder):
     return gradient(model), float(loss)
 
 
-@pytest.mark.parametrize("max_tokens", [48, 100, 4096])
+@pytest.mark.parametrize("max_length", [48, 100, 4096])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_packed_step_has_the_gradient_of_the_unpacked_one(base, tmp_path, max_tokens, quantization):
+def test_packed_step_has_the_gradient_of_the_unpacked_one(base, tmp_path, max_length, quantization):
     rows = encoded_rows(*LENGTHS)
-    config = settings(base=base, max_tokens=max_tokens, quantization=quantization, targets="all-linear")
+    config = settings(base=base, max_length=max_length, quantization=quantization, targets="all-linear")
     got, _ = one_step(config, rows, tmp_path)
     wanted = one_by_one(config, rows)
     assert float((got - wanted).norm() / wanted.norm()) <= 1e-5
@@ -61,13 +61,13 @@ def test_packed_step_has_the_gradient_of_the_unpacked_one(base, tmp_path, max_to
 
 def test_recomputed_activations_give_the_same_gradient(base, tmp_path):
     rows = encoded_rows(*LENGTHS)
-    config = settings(base=base, max_tokens=100)
+    config = settings(base=base, max_length=100)
     kept, _ = one_step(config, rows, tmp_path)
     model = adapted(config)
     ran = []
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    recompute = config.model_copy(update={"gradient_checkpointing": "on"})
+    recompute = config.model_copy(update={"memory_policy": "recompute"})
     trainer = LorafitTrainer(model, recompute, rows, None, tmp_path)
     step = next(iter(trainer.get_train_dataloader()))
     with packed(model):
@@ -78,7 +78,7 @@ def test_recomputed_activations_give_the_same_gradient(base, tmp_path):
 
 def test_the_loss_is_the_mean_over_the_steps_supervised_tokens(base, tmp_path):
     rows = encoded_rows(40, 4)  # very uneven: a mean of means would be far off
-    config = settings(base=base, max_tokens=40)
+    config = settings(base=base, max_length=40)
     _, got = one_step(config, rows, tmp_path)
     model = adapted(config)
     total, supervised = 0.0, 0
@@ -93,7 +93,7 @@ def test_the_loss_is_the_mean_over_the_steps_supervised_tokens(base, tmp_path):
 
 def test_two_runs_with_one_seed_are_bit_identical_dropout_included(base, tmp_path):
     def train(folder, seed):
-        config = settings(base=base, dropout=0.3, epochs=2, examples_per_step=4, max_tokens=64, seed=seed, lr=1e-3)
+        config = settings(base=base, dropout=0.3, epochs=2, examples_per_step=4, max_length=64, seed=seed, lr=1e-3)
         model = attach(load_backbone(config, device="cpu"), config)
         LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, folder).train()
         return torch.cat([weight.detach().flatten() for weight in model.parameters() if weight.requires_grad])
@@ -117,7 +117,7 @@ def test_transformers_callbacks_see_every_step_and_evaluation(base, tmp_path):
         def on_evaluate(self, args, state, control, metrics=None, **_):
             self.eval_losses.append(metrics["eval_loss"])
 
-    config = settings(base=base, epochs=3, examples_per_step=4, max_tokens=64, lr=5e-3)
+    config = settings(base=base, epochs=3, examples_per_step=4, max_length=64, lr=5e-3)
     spy = Spy()
     model = attach(load_backbone(config, device="cpu"), config)
     trainer = LorafitTrainer(model, config, encoded_rows(*LENGTHS), encoded_rows(20, 9), tmp_path, callbacks=[spy])

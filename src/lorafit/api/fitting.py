@@ -126,7 +126,7 @@ class Fitting:
             raise TrainingError(
                 f"the card's memory ran out in step {trainer.state.global_step + 1}",
                 where=str(trainer.args.output_dir),
-                fix="set vram below what is free there, or begin anew (--restart) with activations=recompute",
+                fix="set gpu_memory below what is free there, or begin anew (--restart) with memory_policy=recompute",
             ) from error
 
     def _take_up_end(self, checkpoint: Checkpoint) -> None:

@@ -71,11 +71,11 @@ def layout_of(trainer: LorafitTrainer, rehearsal: Rehearsal | None) -> dict[str,
     On a card the policy that was rehearsed counts, whatever the settings say: a run that goes on keeps it.
     """
     config, tokens = trainer.config, trainer.layout.micro_tokens
-    layout = {key: getattr(config, key) for key in LAYOUT if key != "max_tokens"}
+    layout = {key: getattr(config, key) for key in LAYOUT if key != "max_length"}
     if rehearsal is not None:
-        del layout["activations"], layout["gradient_checkpointing"]
+        del layout["memory_policy"]
         layout["policy"] = str(replace(rehearsal.policy, micro_tokens=None))
-    return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_tokens)}
+    return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_length)}
 
 
 def _note_changes(

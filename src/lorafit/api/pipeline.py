@@ -41,7 +41,7 @@ TRAINING_HYPERPARAMS = MappingProxyType(
             "optimizer",
             "epochs",
             "examples_per_step",
-            "gradient_checkpointing",
+            "memory_policy",
             "seed",
         )
     }
@@ -77,7 +77,7 @@ class AdapterTrainingPipeline:
 
     def format_instruction_data(self, raw_rows: Iterable[Mapping[str, Any]]) -> Dataset:
         """Rows of any shape lorafit reads → a Dataset with `messages` and the rendered `text`. Raises DataError."""
-        records = parse_rows(raw_rows, self.config.map)
+        records = parse_rows(raw_rows, self.config.field_map)
         for record in records:
             if record.tools or any(turn.extra for turn in record.turns):
                 fix = "train rows with tools through lorafit.train, which hands them to the chat template"
@@ -136,8 +136,8 @@ class AdapterTrainingPipeline:
         config = resolve(flags={**self.config.model_dump(exclude_unset=True), **settings}).config
         rows, held_out = _rows(train_ds), _rows(eval_ds) if eval_ds is not None else None
         longest = max(int(part.lengths.max()) for part in (rows, held_out) if part is not None and len(part))
-        if longest > config.max_tokens:
-            config = config.model_copy(update={"max_tokens": longest})
+        if longest > config.max_length:
+            config = config.model_copy(update={"max_length": longest})
         folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
         events = EventLog(folder / "events.jsonl")
         return LorafitTrainer(model, config, rows, held_out, folder / "checkpoints", events=events)

@@ -57,7 +57,7 @@ def plan(
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> PlannedRun:
-    """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu` and `vram`."""
+    """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu` and `gpu_memory`."""
     resolved = settle(data, {**settings, "base": base})
     require_data(resolved)
     require_base(resolved)
@@ -80,8 +80,8 @@ def require_rows(prepared: Prepared, config: RunConfig) -> None:
         return
     first = next((finding for finding in prepared.findings if finding.code == TOO_LONG), None)
     if first is not None:
-        why = f"rows are longer than max_tokens ({config.max_tokens:,}) [{TOO_LONG}]"
-        fix = "raise max_tokens, or set long: split-turns"
+        why = f"rows are longer than max_length ({config.max_length:,}) [{TOO_LONG}]"
+        fix = "raise max_length, or set long: split-turns"
     else:
         first = next(iter(prepared.findings), None)
         why, fix = f"{prepared.summary.read:,} were read", "'lorafit check' lists what is wrong with them"

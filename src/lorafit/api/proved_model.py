@@ -43,7 +43,7 @@ def proved_model(planned: PlannedRun) -> tuple[Any, VocabularyLoss]:
 
 def _dense_budget(config: RunConfig) -> int | None:
     """Bytes for dequantised copies on a CPU: half of a budget that was set, else half of what is free."""
-    return parse_bytes(config.vram, "vram") // 2 if config.vram else None
+    return parse_bytes(config.gpu_memory, "gpu_memory") // 2 if config.gpu_memory else None
 
 
 def _samples(rows: Rows) -> list[tuple[Any, Any]]:

@@ -41,18 +41,18 @@ def rehearsed_layers(trainer: LorafitTrainer, resolved: Resolved, run: RunDir) -
     layers.tell = lambda text: trainer.events.record("eager_layers", trainer.state.global_step, text)
     layers.policy = policy_of(config, len(layers)) or MemoryPolicy()
     if not on_card:
-        trainer.layout.micro_tokens = layers.policy.micro_tokens or config.max_tokens
+        trainer.layout.micro_tokens = layers.policy.micro_tokens or config.max_length
         with contextlib.nullcontext() if layers.policy == MemoryPolicy() and not layers.compiled else layers:
             yield None
         return
-    by_hand = resolved.sources.get("activations", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
+    by_hand = resolved.sources.get("memory_policy", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
     wish = _Wish.of(config, by_hand)
     before = _take_up(layers, wish, run)
     solves = wish.asked == AUTO and before is None
     work = _work(trainer, grows=solves)
     with packed(trainer.model):  # the backward passes too: what they recompute has to attend as the forward did
         found = rehearse(trainer.model, layers, work, budget_bytes(config), solves=solves)
-    found = replace(found, policy=found.policy.sized(work.max_tokens, config.max_tokens))
+    found = replace(found, policy=found.policy.sized(work.max_length, config.max_length))
 
     def write() -> None:
         now = {"policy": str(layers.policy), "schedule": layers.offload.schedule, "notes": layers.notes}
@@ -80,13 +80,11 @@ class _Wish:
 
     asked: str
     planned: str
-    vram: str | None
+    gpu_memory: str | None
 
     @classmethod
     def of(cls, config: RunConfig, by_hand: bool) -> _Wish:
-        checkpointing = config.gradient_checkpointing
-        asked = AUTO if checkpointing == AUTO else f"gradient_checkpointing={checkpointing}"
-        return cls(config.activations if by_hand else asked, config.activations, config.vram)
+        return cls(config.memory_policy if by_hand else AUTO, config.memory_policy, config.gpu_memory)
 
     def is_that_of(self, known: dict[str, Any]) -> bool:
         """Whether the run that wrote `known` was asked for the same. What the plan would choose today does not count:
@@ -94,7 +92,7 @@ class _Wish:
         if "planned" not in known:  # older releases wrote one word for both
             return self.asked == AUTO or known.get("asked", self.planned) == self.planned
         if self.asked == AUTO:
-            return bool(known["asked"] == AUTO and known["vram"] == self.vram)
+            return bool(known["asked"] == AUTO and known.get("gpu_memory", known.get("vram")) == self.gpu_memory)
         return self.asked in (known["asked"], known["planned"])  # the run's own recipe has what the plan chose
 
 
@@ -109,14 +107,18 @@ def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
         return None
     layers.policy = MemoryPolicy.parse(known["policy"], len(layers))
     layers.set_schedule(known["schedule"])
-    return _Wish(known["asked"], known["planned"], known["vram"]) if "planned" in known else wish
+    return (
+        _Wish(known["asked"], known["planned"], known.get("gpu_memory", known.get("vram")))
+        if "planned" in known
+        else wish
+    )
 
 
 def _drive(trainer: LorafitTrainer, layers: DecoderLayers, found: Rehearsal, turned: Callable[[], object]) -> None:
     """Have `trainer` lay steps out as the policy says that was found, and turn `layers` when its memory is short, upon
     which `turned` is called: a run that goes on begins with the policy that it ended with."""
     policy = layers.policy = found.policy
-    trainer.layout.micro_tokens = policy.micro_tokens or trainer.config.max_tokens
+    trainer.layout.micro_tokens = policy.micro_tokens or trainer.config.max_length
     trainer.memory.layers = layers
     if policy.cuda_graph_max_tokens:
         trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -133,23 +135,25 @@ def _note_graphs(trainer: LorafitTrainer, text: str) -> None:
 
 
 def enforce_budget(config: RunConfig) -> None:
-    """Nothing of this process takes more of the card than `vram`, from here on; before anything is loaded."""
-    if torch.cuda.is_available() and config.vram is not None:
+    """Nothing of this process takes more of the card than `gpu_memory`, from here on; before anything is loaded."""
+    if torch.cuda.is_available() and config.gpu_memory is not None:
         _, total = torch.cuda.mem_get_info()
-        limit = max(0, parse_bytes(config.vram, "vram") - PAGE_BYTES)  # what a block that grows may take beyond it
+        limit = max(
+            0, parse_bytes(config.gpu_memory, "gpu_memory") - PAGE_BYTES
+        )  # what a block that grows may take beyond it
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def budget_bytes(config: RunConfig) -> int:
-    """Bytes that the run may reserve on the card: `vram`, or nearly all that is free."""
+    """Bytes that the run may reserve on the card: `gpu_memory`, or nearly all that is free."""
     free, total = torch.cuda.mem_get_info()
-    if config.vram is None:
+    if config.gpu_memory is None:
         return int((free + torch.cuda.memory_reserved()) * CARD_SHARE)
-    return min(parse_bytes(config.vram, "vram"), total)
+    return min(parse_bytes(config.gpu_memory, "gpu_memory"), total)
 
 
 def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
-    """Return the run's micro-batches, of at most `max_tokens` unless the policy says; with `grows`, of a whole step."""
+    """Return the run's micro-batches, of at most `max_length` unless the policy says; with `grows`, of a whole step."""
     config, rows = trainer.config, trainer.train_rows
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, trainer.args.max_steps)
     step_tokens = int(rows.lengths[step].sum())
@@ -174,7 +178,7 @@ def _work(trainer: LorafitTrainer, *, grows: bool = False) -> Work:
     return Work(
         batch_of=batch_of,
         loss_of=loss_of,
-        max_tokens=most_tokens(step_tokens, config.max_tokens) if grows else config.max_tokens,
+        max_length=most_tokens(step_tokens, config.max_length) if grows else config.max_length,
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
         within=within,

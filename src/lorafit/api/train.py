@@ -143,7 +143,7 @@ def _require_one_process_here(resolved: Resolved) -> None:
         raise UsageError("train runs in one process", where="WORLD_SIZE", fix="start it without torchrun")
     if resolved.config.gpu:
         raise UsageError(
-            "train runs on the hardware that is here", where="gpu", fix="use gpu with plan, vram with train"
+            "train runs on the hardware that is here", where="gpu", fix="use gpu with plan, gpu_memory with train"
         )
     trackers = get_available_reporting_integrations()
     unknown = [name for name in resolved.config.report_to if name not in trackers]

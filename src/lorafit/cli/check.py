@@ -27,8 +27,8 @@ def check(
     select: flags.Select = None,
     ignore: flags.Ignore = None,
     on_bad: flags.OnBad = None,
-    long: flags.Long = None,
-    map: flags.Map = None,
+    on_long: flags.OnLong = None,
+    field_map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
     json: flags.Json = False,
@@ -38,7 +38,14 @@ def check(
     from lorafit.data import fix_rows, show_rows
 
     settings = flags.settings_from(
-        set, base=base, select=select, ignore=ignore, on_bad=on_bad, long=long, map=map, holdout=holdout
+        set,
+        base=base,
+        select=select,
+        ignore=ignore,
+        on_bad=on_bad,
+        on_long=on_long,
+        field_map=field_map,
+        holdout=holdout,
     )
     if show and not settings.get("base"):
         raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")

@@ -24,12 +24,12 @@ Goal = Annotated[
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Plan for this card instead of the one here.", show_default=False)
 ]
-Vram = Annotated[str | None, typer.Option("--vram", help="Memory budget, as 8GiB.", show_default=False)]
+GpuMemory = Annotated[str | None, typer.Option("--gpu-memory", help="Memory budget, as 8GiB.", show_default=False)]
 OnBad = Annotated[
     str | None, typer.Option("--on-bad", help="Rows that cannot be read: stop or drop.", show_default=False)
 ]
-Long = Annotated[
-    str | None, typer.Option("--long", help="Rows over max_tokens: error, drop or split-turns.", show_default=False)
+OnLong = Annotated[
+    str | None, typer.Option("--on-long", help="Rows over max_length: error, drop or split-turns.", show_default=False)
 ]
 Map = Annotated[
     list[str] | None,
@@ -58,8 +58,8 @@ def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]
     settings = parse_assignments(assignments or [])
     reject_unknown(settings, "flags")
     given = {key: value for key, value in flags.items() if value is not None}
-    if "map" in given:
-        given["map"] = {key: str(value) for key, value in parse_assignments(given["map"], "--map").items()}
+    if "field_map" in given:
+        given["field_map"] = {key: str(value) for key, value in parse_assignments(given["field_map"], "--map").items()}
     if "holdout" in given:
         given["holdout"] = parse_assignments([f"holdout={given['holdout']}"])["holdout"]
     for codes in ("select", "ignore"):

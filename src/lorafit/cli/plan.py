@@ -23,7 +23,7 @@ def plan(
     data: flags.Data,
     base: flags.Base = None,
     gpu: flags.Gpu = None,
-    vram: flags.Vram = None,
+    gpu_memory: flags.GpuMemory = None,
     goal: flags.Goal = None,
     set: flags.Set = None,
     json: flags.Json = False,
@@ -31,7 +31,7 @@ def plan(
     """Choose method, rank, targets and precision, and predict memory, time and cost. Needs no GPU and no weights."""
     from lorafit.api.plan import plan as run_plan
 
-    settings = flags.settings_from(set, base=base, gpu=gpu, vram=vram, goal=goal)
+    settings = flags.settings_from(set, base=base, gpu=gpu, gpu_memory=gpu_memory, goal=goal)
     with ReadingBar() as bar:
         planned = run_plan(data, on_progress=bar.show, **settings)
     failed = has_errors([*planned.plan.findings, *planned.prepared.findings])

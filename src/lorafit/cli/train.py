@@ -23,10 +23,10 @@ def train(
         str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)
     ] = None,
     goal: flags.Goal = None,
-    vram: flags.Vram = None,
+    gpu_memory: flags.GpuMemory = None,
     on_bad: flags.OnBad = None,
-    long: flags.Long = None,
-    map: flags.Map = None,
+    on_long: flags.OnLong = None,
+    field_map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
     restart: Annotated[
@@ -38,8 +38,16 @@ def train(
     json: flags.Json = False,
 ) -> None:
     """Train adapters on DATA, or as a recipe YAML says; the same command goes on with a run that was stopped."""
-    named = {"base": base, "out": out, "goal": goal, "vram": vram, "on_bad": on_bad, "long": long, "holdout": holdout}
-    settings = flags.settings_from(set, **named, map=map, deterministic=deterministic or None)
+    named = {
+        "base": base,
+        "out": out,
+        "goal": goal,
+        "gpu_memory": gpu_memory,
+        "on_bad": on_bad,
+        "on_long": on_long,
+        "holdout": holdout,
+    }
+    settings = flags.settings_from(set, **named, field_map=field_map, deterministic=deterministic or None)
     with steady():
         trained = _trained(data, settings, restart=restart, silent=json)
         if not json:

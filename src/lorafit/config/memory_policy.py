@@ -40,7 +40,7 @@ class MemoryPolicy:
         recompute_layers: First layers that keep their input alone and are recomputed.
         offloaded_layers: First layers whose kept tensors wait in pinned host memory.
         host_embeddings: Whether the frozen input embeddings stay in host memory.
-        micro_tokens: The most tokens of one micro-batch; None for the setting `max_tokens`.
+        micro_tokens: The most tokens of one micro-batch; None for the setting `max_length`.
         dequantized_layers: First layers whose 4-bit weights lie dequantized on the GPU too.
         cuda_graph_max_tokens: The most tokens of a micro-batch that runs as a CUDA graph. Policies that recompute
             layers or use host memory run none.
@@ -70,7 +70,7 @@ class MemoryPolicy:
         for word in words[words[0] in SHORT_FORMS :]:
             key, value = _assignment(word, text, layers)
             if key in given:
-                raise UsageError(f"'{text:.80}' says {key} twice", where="activations", fix=FIX)
+                raise UsageError(f"'{text:.80}' says {key} twice", where="memory_policy", fix=FIX)
             given[key] = value
         return replace(short.get(words[0], cls()), **given).clamped(layers)
 
@@ -102,13 +102,13 @@ class MemoryPolicy:
             dequantized_layers=min(self.dequantized_layers, layers),
         )
 
-    def sized(self, tokens: int, max_tokens: int) -> MemoryPolicy:
+    def sized(self, tokens: int, max_length: int) -> MemoryPolicy:
         """Return the policy with its micro-batch of `tokens` written down.
 
-        A size already set stays; a size equal to `max_tokens` is left out, since that is the default.
+        A size already set stays; a size equal to `max_length` is left out, since that is the default.
         """
         size = self.micro_tokens or tokens
-        return replace(self, micro_tokens=None if size == max_tokens else size)
+        return replace(self, micro_tokens=None if size == max_length else size)
 
     def level(self, layer: int) -> str:
         """Return what the layer with this index recomputes: `whole`, `feed_forward`, or `keep` for nothing."""
@@ -166,5 +166,5 @@ def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
         or not re.fullmatch(r"[0-9]{1,9}", value)
         or (key == "micro_tokens" and not int(value))
     ):
-        raise UsageError(f"'{text:.80}' is no memory policy", where="activations", fix=FIX)
+        raise UsageError(f"'{text:.80}' is no memory policy", where="memory_policy", fix=FIX)
     return key, int(value)

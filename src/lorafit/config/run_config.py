@@ -35,9 +35,9 @@ class RunConfig(BaseModel):
     out: str | None = Field(None, description="run directory; default runs/NAME")
 
     # how rows are read and judged
-    map: dict[str, str] = Field(default_factory=dict, description="field names, as response=answer_text")
+    field_map: dict[str, str] = Field(default_factory=dict, description="field names, as response=answer_text")
     on_bad: Literal["stop", "drop"] = Field("stop", description="rows that cannot be read: stop the run, or drop them")
-    long: Literal["error", "drop", "split-turns"] = Field("error", description="rows longer than max_tokens")
+    on_long: Literal["error", "drop", "split-turns"] = Field("error", description="rows longer than max_length")
     holdout: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.05, description="held-out share of the rows, or a file"
     )
@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     ignore: tuple[str, ...] = Field(
         (), description="findings to leave out: warnings by code prefix, errors by their whole code"
     )
-    max_tokens: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
+    max_length: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
     # the method
     method: Literal["lora"] = Field("lora", description="what is trained: lora, low-rank adapters on a frozen base")
@@ -62,7 +62,9 @@ class RunConfig(BaseModel):
     gradient_checkpointing: Literal["auto", "on", "off", "reentrant"] = Field(
         "auto", description="on: recompute every layer, off: none, auto: activations decide"
     )
-    activations: str = Field("auto", description="keep, recompute, offload, or counts; auto fits them into the memory")
+    memory_policy: str = Field(
+        "auto", description="keep, recompute, offload, or counts; auto fits them into the memory"
+    )
     compile: Literal["auto", "on", "off"] = Field("auto", description="compile the decoder layer; auto: on CUDA")
 
     # the optimisation
@@ -93,7 +95,7 @@ class RunConfig(BaseModel):
 
     # the machine
     gpu: str | None = Field(None, description="plan for this card instead of the one found")
-    vram: str | None = Field(None, description="memory budget, as 8GiB")
+    gpu_memory: str | None = Field(None, description="memory budget, as 8GiB")
     report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
 
     @field_validator("data", mode="before")
@@ -123,7 +125,7 @@ class RunConfig(BaseModel):
         return value
 
     @field_validator(
-        "max_tokens", "rank", "alpha", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm", "epochs", "seed",
+        "max_length", "rank", "alpha", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm", "epochs", "seed",
         "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps", "keep_last",
         "keep_best",
         mode="before",
@@ -139,7 +141,7 @@ class RunConfig(BaseModel):
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
-    @field_validator("activations")
+    @field_validator("memory_policy")
     @classmethod
     def _is_a_policy(cls, value: str) -> str:
         if value != "auto":
@@ -148,13 +150,13 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_wish_about_activations(self) -> RunConfig:
-        if self.activations == "auto" or self.gradient_checkpointing == "auto":
+        if self.memory_policy == "auto" or self.gradient_checkpointing == "auto":
             return self
-        policy, wants = MemoryPolicy.parse(self.activations, layers=MANY), self.gradient_checkpointing != "off"
+        policy, wants = MemoryPolicy.parse(self.memory_policy, layers=MANY), self.gradient_checkpointing != "off"
         if policy.recompute_mlp_layers or (policy.recompute_layers > 0) != wants:
             raise UsageError(
-                f"gradient_checkpointing is {self.gradient_checkpointing}, and '{self.activations}' says otherwise",
-                where="activations",
+                f"gradient_checkpointing is {self.gradient_checkpointing}, and '{self.memory_policy}' says otherwise",
+                where="memory_policy",
                 fix="set one of the two, and leave the other on auto",
             )
         return self
@@ -169,15 +171,15 @@ class RunConfig(BaseModel):
             )
         return self
 
-    @field_validator("vram")
+    @field_validator("gpu_memory")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
         if value is not None:
-            parse_bytes(value, "vram")
+            parse_bytes(value, "gpu_memory")
         return value
 
 
-PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "activations", "serving")
+PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "memory_policy", "serving")
 """Settings the plan decides when nobody else did."""
 TEXTS = frozenset(
     key

@@ -34,9 +34,9 @@ def key_of(config: RunConfig, template: Template | None, files: Sequence[DataFil
         "format": FORMAT,
         "files": [[file.name, _content(file), file.held_out] for file in files],
         "template": [template.sha256, template.tokenizer.content_hash] if template else None,
-        "map": sorted(config.map.items()),
-        "long": config.long if template else None,
-        "max_tokens": config.max_tokens if template else None,
+        "field_map": sorted(config.field_map.items()),
+        "on_long": config.on_long if template else None,
+        "max_length": config.max_length if template else None,
         "ignored": [*ignored_codes(config), "" if compares(config) else "near copies"],
     }
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()

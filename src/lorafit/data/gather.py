@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from lorafit.data.template.template import Template
 
 
-def parse_rows(raw_rows: Iterable[Mapping[str, Any]], map: Mapping[str, str] | None = None) -> list[Record]:
-    """The records that rows in any known shape spell; `map` names fields as `{"response": "answer_text"}`.
+def parse_rows(raw_rows: Iterable[Mapping[str, Any]], field_map: Mapping[str, str] | None = None) -> list[Record]:
+    """The records that rows in any known shape spell; `field_map` names fields as `{"response": "answer_text"}`.
 
     Raises DataError for the first row that does not fit; its place is `row:N`, counted from 1.
     """
@@ -41,7 +41,7 @@ def parse_rows(raw_rows: Iterable[Mapping[str, Any]], map: Mapping[str, str] | N
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"is a {type(row).__name__}, not a mapping", where=f"row:{number}", fix="pass dicts")
-    shape = detect(rows, map or {}, "rows")
+    shape = detect(rows, field_map or {}, "rows")
     records: list[Record] = []
     for number, row in enumerate(rows, start=1):
         record = shape.record(row, f"row:{number}")
@@ -135,7 +135,7 @@ class Gatherer:
             row.number = number
         self.outcomes.counts.read += len(chunk)
         if self.shape is None and (readable := [row.fields for row in chunk if row.fields is not None]):
-            self.shape = detect(readable, self.config.map, self.outcomes.names[0])
+            self.shape = detect(readable, self.config.field_map, self.outcomes.names[0])
         items: list[Item] = []
         for row in chunk:
             record = self._record(row)
@@ -187,7 +187,7 @@ class Gatherer:
         return [(row, record, one)] if self._accepts(row, record, list(token_checks(one))) else []
 
     def _fits(self, one: Tokenised) -> bool:
-        return len(one.ids) <= self.config.max_tokens
+        return len(one.ids) <= self.config.max_length
 
     def _usable(self, one: Tokenised) -> bool:
         codes = {code for code, _ in token_checks(one)} - set(self.ignored)
@@ -195,15 +195,15 @@ class Gatherer:
 
     def _too_long(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
         answer = sum(one.mask)
-        seen = f"{len(one.ids):,} tokens ({answer:,} supervised) where max_tokens is {self.config.max_tokens:,}"
-        if self.config.long == "split-turns":
+        seen = f"{len(one.ids):,} tokens ({answer:,} supervised) where max_length is {self.config.max_length:,}"
+        if self.config.on_long == "split-turns":
             pieces, lost = split_at_turns(record, self._encoded, self._usable)
             if pieces:
                 self.outcomes.counts.split += 1
                 lost_too = f"; {lost} exchanges too long by themselves left out" if lost else ""
                 self.outcomes.note(record, [("D020", f"{seen}: split into {len(pieces)} examples{lost_too}")])
                 return [(row, piece, tokens) for piece, tokens in pieces]
-        self.outcomes.reject(row, Reject("D020", seen), dropped=self.config.long != "error")
+        self.outcomes.reject(row, Reject("D020", seen), dropped=self.config.on_long != "error")
         return []
 
     def _write(self, keep: Sequence[Kept]) -> None:

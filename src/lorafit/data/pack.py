@@ -63,7 +63,7 @@ def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> 
     if int(sizes.max()) > max_tokens:
         raise DataError(
             f"a row of {int(sizes.max())} tokens does not fit a micro-batch of {max_tokens}",
-            fix="raise max_tokens, or drop long rows with --long drop",
+            fix="raise max_length, or drop long rows with --on-long drop",
         )
     order = np.argsort(-sizes, kind="stable")
     return _Bins(max_tokens).filled(order.tolist(), sizes[order].tolist())

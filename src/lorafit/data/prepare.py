@@ -89,7 +89,7 @@ def _held(config: RunConfig, files: Sequence[DataFile], rows: Stored) -> NDArray
 
 def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     strict = {code for code, rule in CODES.items() if rule.rejects and config.on_bad == "stop"} - {"D020"}
-    if config.long == "error":
+    if config.on_long == "error":
         strict.add("D020")
     return FindingCounts.from_dict(rows.facts["finding_counts"]).findings(strict)
 
@@ -119,7 +119,7 @@ def _summary(
     facts, lengths = whole.stored.facts, whole.rows.lengths
     # packing a thousand steps tells how full all of them will be
     sample = train.lengths[:: 1 + len(train) // (FILL_STEPS * config.examples_per_step)]
-    fill = packed_fill(sample, config.examples_per_step, config.max_tokens, config.seed)
+    fill = packed_fill(sample, config.examples_per_step, config.max_length, config.seed)
     return Summary(
         files=tuple(facts["names"]),
         shape=facts["shape"],

@@ -42,7 +42,7 @@ class Seen:
 
 
 def hardware_for(config: RunConfig) -> Hardware:
-    """Return the device to plan for: the GPU named by `config.gpu`, else the one found, within `config.vram`.
+    """Return the device to plan for: the GPU named by `config.gpu`, else the one found, within `config.gpu_memory`.
 
     A budget where there is no GPU means one of that size. Raises UsageError for an unknown GPU.
     """
@@ -50,9 +50,9 @@ def hardware_for(config: RunConfig) -> Hardware:
         device = detect_processor()
     else:
         device = hardware_named(config.gpu) if config.gpu is not None else detect_hardware()
-    if config.vram is None:
+    if config.gpu_memory is None:
         return device
-    budget = parse_bytes(config.vram, "vram")
+    budget = parse_bytes(config.gpu_memory, "gpu_memory")
     if device.kind == "cpu" and config.gpu is None:
         note = "no card is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
         return replace(generic_card(budget), notes=(note,))
@@ -60,11 +60,11 @@ def hardware_for(config: RunConfig) -> Hardware:
 
 
 def hardware_here(config: RunConfig) -> Hardware:
-    """Return the device of this machine, within `config.vram`; another GPU may be planned for."""
+    """Return the device of this machine, within `config.gpu_memory`; another GPU may be planned for."""
     device = detect_hardware()
-    if config.vram is None:
+    if config.gpu_memory is None:
         return device
-    return device.with_memory(min(device.memory_bytes, parse_bytes(config.vram, "vram")))
+    return device.with_memory(min(device.memory_bytes, parse_bytes(config.gpu_memory, "gpu_memory")))
 
 
 def detect_hardware() -> Hardware:

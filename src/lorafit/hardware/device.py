@@ -49,7 +49,7 @@ class Hardware:
     notes: tuple[str, ...] = ()
 
     def with_memory(self, memory_bytes: int) -> Hardware:
-        """The same device with another memory budget: what `--vram` asks for."""
+        """The same device with another memory budget: what `--gpu-memory` asks for."""
         return replace(self, memory_bytes=memory_bytes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def hardware_named(name: str) -> Hardware:
     """The card people call `name`: `RTX 4090`, `h100`, `NVIDIA A100-SXM4-80GB`. Raises UsageError for others."""
     card = find_card(name)
     if card is None:
-        fix = f"did you mean '{_nearest(name)}'? For another card, pass --vram with its memory"
+        fix = f"did you mean '{_nearest(name)}'? For another card, pass --gpu-memory with its memory"
         raise UsageError(f"no card '{name:.60}' is known", where="gpu", fix=fix)
     return from_card(card)
 

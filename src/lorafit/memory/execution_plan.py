@@ -78,7 +78,7 @@ def plan_execution(inputs: PlanInputs, execution: Execution | None = None) -> Ex
     policy. Raises AdapterError for wrong targets.
     """
     policy = inputs.policy or _fitting(inputs, execution)
-    batch = inputs.micro_batch(policy.micro_tokens or inputs.config.max_tokens)
+    batch = inputs.micro_batch(policy.micro_tokens or inputs.config.max_length)
     costs = _costs(inputs, batch, execution, policy)
     room = room_of(inputs, batch.tokens, execution, policy.dequantized_layers)
     records = _records(policy, inputs)
@@ -137,7 +137,7 @@ def _mask_bytes(inputs: PlanInputs) -> int:
 
 
 def _fitting(inputs: PlanInputs, execution: Execution | None) -> MemoryPolicy:
-    """Return the policy chosen automatically; it says its micro-batch unless that is `max_tokens`."""
+    """Return the policy chosen automatically; it says its micro-batch unless that is `max_length`."""
     most = inputs.most_tokens
     batch = inputs.micro_batch(most)
     costs = _costs(inputs, batch, execution)
@@ -145,7 +145,7 @@ def _fitting(inputs: PlanInputs, execution: Execution | None) -> MemoryPolicy:
     policy = _fastest(costs, room, inputs, batch.tokens)
     if execution is None and policy.keeps_everything and policy.micro_tokens is None:
         policy = _filling(costs, room, inputs, batch)
-    return policy.sized(most, inputs.config.max_tokens)
+    return policy.sized(most, inputs.config.max_length)
 
 
 def _filling(costs: LayerCosts, room: Room, inputs: PlanInputs, batch: MicroBatch) -> MemoryPolicy:

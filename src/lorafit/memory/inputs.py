@@ -151,8 +151,8 @@ class PlanInputs:
     def most_tokens(self) -> int:
         """The most tokens that an automatically chosen micro-batch may have."""
         if not self.on_cuda:
-            return self.config.max_tokens
-        return most_tokens(self.largest_step_tokens, self.config.max_tokens)
+            return self.config.max_length
+        return most_tokens(self.largest_step_tokens, self.config.max_length)
 
     def micro_batch(self, limit: int) -> MicroBatch:
         """Return the largest micro-batch of at most `limit` tokens; a longer row is one alone."""
@@ -161,9 +161,9 @@ class PlanInputs:
         return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
 
 
-def most_tokens(step_tokens: int, max_tokens: int) -> int:
-    """Return the most tokens of a micro-batch on a GPU: a whole step, at most LARGEST_TOKENS, at least `max_tokens`."""
-    return max(max_tokens, min(step_tokens, LARGEST_TOKENS))
+def most_tokens(step_tokens: int, max_length: int) -> int:
+    """Return the most tokens of a micro-batch on a GPU: a whole step, at most LARGEST_TOKENS, at least `max_length`."""
+    return max(max_length, min(step_tokens, LARGEST_TOKENS))
 
 
 def policy_of(config: RunConfig, layers: int) -> MemoryPolicy | None:
@@ -173,14 +173,14 @@ def policy_of(config: RunConfig, layers: int) -> MemoryPolicy | None:
     and must agree. Raises UsageError when the two contradict each other.
     """
     asked = config.gradient_checkpointing
-    if config.activations == "auto":
+    if config.memory_policy == "auto":
         return None if asked == "auto" else MemoryPolicy(recompute_layers=layers if asked in RECOMPUTES else 0)
-    policy = MemoryPolicy.parse(config.activations, layers)
+    policy = MemoryPolicy.parse(config.memory_policy, layers)
     wanted = {"auto": policy.recompute_layers, "off": 0}.get(asked, layers)
     if policy.recompute_layers != wanted or (asked != "auto" and policy.recompute_mlp_layers):
         raise UsageError(
-            f"gradient_checkpointing is {asked}, and activations ('{config.activations}') say otherwise",
-            where="activations",
+            f"gradient_checkpointing is {asked}, and activations ('{config.memory_policy}') say otherwise",
+            where="memory_policy",
             fix="set one of the two, and leave the other on auto",
         )
     return policy

@@ -75,7 +75,7 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
     settle("compute", *_compute(inputs))
     settle("compile", *_compile(inputs))
     settle("optimizer", *_optimizer(inputs, rule))
-    settle("activations", *_activations(inputs, rule))
+    settle("memory_policy", *_activations(inputs, rule))
     settle("serving", *SERVING.get(inputs.config.goal, DEFAULT_SERVING))
     return Decided(rule, tuple(decisions))
 
@@ -91,7 +91,7 @@ def fits_16bit(inputs: PlanInputs) -> bool:
     """True when the base fits unquantised, with the estimate's error to spare and every layer recomputed."""
     if inputs.shape.quantized or inputs.config.compute == "fp8":
         return False
-    changes = {"quantization": "none", "gradient_checkpointing": "auto", "activations": "recompute"}
+    changes = {"quantization": "none", "memory_policy": "recompute"}
     memory = estimate_memory(inputs.with_settings(**changes))
     return memory.peak_bytes * (1 + memory.uncertainty) <= inputs.hardware.memory_bytes
 
@@ -149,7 +149,7 @@ def _activations(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     plan = plan_execution(inputs)
     memory = memory_of(plan, inputs)
     asked = inputs.config.gradient_checkpointing
-    why = in_words(plan, inputs.shape.layers) if asked == "auto" else f"gradient_checkpointing is {asked}"
+    why = in_words(plan, inputs.shape.layers)
     speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if inputs.on_cuda else ""
     there = size_in_words(inputs.hardware.memory_bytes)
     room = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {there}"

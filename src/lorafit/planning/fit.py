@@ -68,7 +68,7 @@ def _positions(inputs: PlanInputs) -> Iterator[Finding]:
             f"the longest row has {longest:,} tokens, and the base was made for {shape.max_positions:,}",
             where="data",
             why="it has no positions beyond that" if learned else "it has never seen positions beyond that",
-            fix=f"set max_tokens: {shape.max_positions} and long: drop, or choose a base with a longer context",
+            fix=f"set max_length: {shape.max_positions} and on_long: drop, or choose a base with a longer context",
         )
 
 
@@ -85,7 +85,7 @@ def _optimizer(inputs: PlanInputs) -> Iterator[Finding]:
 
 
 def _budget_bytes(inputs: PlanInputs) -> int | None:
-    return parse_bytes(inputs.config.vram, "vram") if inputs.config.vram else None
+    return parse_bytes(inputs.config.gpu_memory, "gpu_memory") if inputs.config.gpu_memory else None
 
 
 def _budget(inputs: PlanInputs) -> Iterator[Finding]:
@@ -96,15 +96,15 @@ def _budget(inputs: PlanInputs) -> Iterator[Finding]:
         yield Finding(
             "P0",
             Severity.WARNING,
-            f"vram is {at_least(budget)}, and {inputs.hardware.name} has {there}",
-            where="vram",
+            f"gpu_memory is {at_least(budget)}, and {inputs.hardware.name} has {there}",
+            where="gpu_memory",
             why=f"a budget cannot add memory: the plan is for {there}",
-            fix="lower vram, leave it out, or name a larger card with gpu",
+            fix="lower gpu_memory, leave it out, or name a larger card with gpu",
         )
 
 
 def _is_budgeted(inputs: PlanInputs) -> bool:
-    """True when the setting `vram` is the limit, and not the device."""
+    """True when the setting `gpu_memory` is the limit, and not the device."""
     budget = _budget_bytes(inputs)
     return budget is not None and budget <= inputs.hardware.memory_bytes
 
@@ -112,7 +112,7 @@ def _is_budgeted(inputs: PlanInputs) -> bool:
 def _there(inputs: PlanInputs) -> str:
     """Return the memory there is, with its limit's name."""
     has = at_most(inputs.hardware.memory_bytes)
-    return f"vram allows {has}" if _is_budgeted(inputs) else f"{inputs.hardware.name} has {has}"
+    return f"gpu_memory allows {has}" if _is_budgeted(inputs) else f"{inputs.hardware.name} has {has}"
 
 
 def _too_large(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
@@ -163,7 +163,7 @@ def _remedies(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
 
     A memory policy on auto tries smaller micro-batches itself.
     """
-    auto = {key: "auto" for key in ("activations", "gradient_checkpointing") if getattr(inputs.config, key) != "auto"}
+    auto = {"memory_policy": "auto"} if config.memory_policy != "auto" else {}
     if auto:
         yield auto
     shape = inputs.shape
@@ -184,7 +184,7 @@ def _more_memory(inputs: PlanInputs, changes: dict[str, Any], margin: float) -> 
     with_changes = f" with {_settings(changes)}" if changes else ""
     if _is_budgeted(inputs):
         budget = at_least(enough).replace(" ", "").replace(",", "")
-        return f"choose a smaller base, shorter rows, or vram: {budget}{with_changes}"
+        return f"choose a smaller base, shorter rows, or gpu_memory: {budget}{with_changes}"
     card = _smallest_card(enough, inputs.compute) if inputs.on_cuda else None
     hint = f", as a card like '{card.name}' has" if card else ""
     return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"

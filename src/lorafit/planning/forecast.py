@@ -200,7 +200,7 @@ def gpus_needed(shape: ModelShape, card: Hardware) -> int:
 def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
     """Return the peak of one of `gpus` GPUs, everything sharded and activations recomputed."""
     shape = inputs.shape
-    batch = inputs.micro_batch(inputs.config.max_tokens)
+    batch = inputs.micro_batch(inputs.config.max_length)
     live = activations(shape, (), batch, width=2, execution=Execution())
     # training every weight keeps each linear's input: about what the layer keeps anyway
     passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)

@@ -52,19 +52,9 @@ def _checkpointing(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Findi
             "P2",
             Severity.WARNING,
             f"activations ask for {', '.join(idle)}, and a CPU has no use for them",
-            where="activations",
+            where="memory_policy",
             why="a CPU has one memory, and CUDA graphs need CUDA",
-            fix="set activations: auto, keep or recompute",
-        )
-    if config.gradient_checkpointing == "reentrant":
-        yield Finding(
-            "P2",
-            Severity.WARNING,
-            "gradient checkpointing is reentrant",
-            where="gradient_checkpointing",
-            why="over a frozen base the reentrant kind loses the gradient of the first adapters unless the input "
-            "is made to require one, and it breaks with several GPUs",
-            fix="set gradient_checkpointing: on, which is the non-reentrant kind",
+            fix="set memory_policy: auto, keep or recompute",
         )
 
 
@@ -78,7 +68,7 @@ def _kept(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> Find
         f"about {at_least(memory.kept_bytes)} of the {at_most(hardware.memory_bytes)} there are",
         where=where,
         why="the run would end in out-of-memory at its first full micro-batch",
-        fix=f"set {where}: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
+        fix=f"set memory_policy: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
     )
 
 

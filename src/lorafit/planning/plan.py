@@ -154,7 +154,7 @@ def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware:
     decided = decide(resolved, asked)
     inputs = asked.with_settings(**{decision.key: decision.value for decision in decided.decisions})
     # findings and the other rows of the matrix go by the memory policy that was asked for
-    judged = inputs.with_settings(activations=resolved.config.activations)
+    judged = inputs.with_settings(memory_policy=resolved.config.memory_policy)
     run = forecast(inputs, full=decided.is_full)
     return Plan(
         inputs=inputs,

@@ -41,13 +41,13 @@ def _full_recipe(plan: Plan, config: RunConfig) -> str:
         "sharding": "weights, gradients and optimizer over all GPUs (FSDP or ZeRO-3)",
         "compute": "bf16",
         "optimizer": "adamw",
-        "gradient_checkpointing": "on",
+        "memory_policy": "recompute",
         "lr": LEARNING_RATE,
         "schedule": config.schedule,
         "warmup": config.warmup,
         "epochs": config.epochs,
         "examples_per_step": config.examples_per_step,
-        "max_tokens": config.max_tokens,
+        "max_length": config.max_length,
         "seed": config.seed,
     }
     head = f"# full fine-tuning of {plan.shape.name or 'a base'}: lorafit cannot run this recipe yet"

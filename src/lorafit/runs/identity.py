@@ -11,14 +11,14 @@ from lorafit.config.foreign_text import read_json
 from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 
-LAYOUT = ("max_tokens", "gradient_checkpointing", "activations", "compile", "deterministic")
+LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
 """Settings of layout and speed: they change no step's examples and nothing that is computed but its last bits."""
 FREE = frozenset(
     (
         # named by content, not by place: the base, the rows and the template have hashes of their own
-        "base", "revision", "data", "map", "on_bad", "long", "holdout", "out",
+        "base", "revision", "data", "field_map", "on_bad", "on_long", "holdout", "out",
         # what is shown, kept, asked of the plan, or sent to trackers
-        "select", "ignore", "goal", "serving", "gpu", "vram", "report_to", "eval_steps", "save_steps",
+        "select", "ignore", "goal", "serving", "gpu", "gpu_memory", "report_to", "eval_steps", "save_steps",
         "save_minutes", "keep_last", "keep_best", "max_bad_steps",
         *LAYOUT,
     )

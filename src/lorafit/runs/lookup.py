@@ -134,10 +134,10 @@ def _other_choice(
     then: RunConfig, now: RunConfig, rows_then: RunFingerprint, rows_now: RunFingerprint
 ) -> list[tuple[str, str, str]]:
     """(key, then, now) of the settings by which the same files give other rows."""
-    is_cut = "error" not in (then.long, now.long)  # else no row is longer than max_tokens
+    is_cut = "error" not in (then.on_long, now.on_long)  # else no row is longer than max_length
     holdout = ("holdout",) if rows_then.held_out_rows != rows_now.held_out_rows else ()
-    trained = ("on_bad", "long", "map") if rows_then.train_rows != rows_now.train_rows else ()
-    keys = (*holdout, *trained, *(("max_tokens",) if trained and is_cut else ()))
+    trained = ("on_bad", "on_long", "field_map") if rows_then.train_rows != rows_now.train_rows else ()
+    keys = (*holdout, *trained, *(("max_length",) if trained and is_cut else ()))
     return differing_settings({key: getattr(then, key) for key in keys}, {key: getattr(now, key) for key in keys})
 
 

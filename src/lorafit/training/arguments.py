@@ -76,10 +76,10 @@ def without_checkpointing(arguments: TrainingArguments) -> None:
 
 
 def _checkpointing(config: RunConfig) -> dict[str, Any]:
-    asked = config.gradient_checkpointing
-    on = asked in ("on", "reentrant") or (asked == "auto" and torch.cuda.is_available())
+    policy = config.memory_policy
+    on = policy == "recompute" or (policy == "auto" and torch.cuda.is_available())
     name = _checkpointing_name()
-    return {name: on, f"{name}_kwargs": {"use_reentrant": asked == "reentrant"}}
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _checkpointing_name() -> str:

@@ -83,8 +83,8 @@ class MemoryRetry:
     def evaluate(self, number: int, rows: Rows, forward: Callable[[MicroBatch], torch.Tensor]) -> torch.Tensor:
         """The sum of `forward(micro_batch)` over all of `rows`; a micro-batch that does not fit is halved."""
         total = torch.zeros((), device=self.device)
-        # on a card steps may run in micro-batches far larger than `max_tokens`; what is not rehearsed does not
-        layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_tokens))
+        # on a card steps may run in micro-batches far larger than `max_length`; what is not rehearsed does not
+        layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
         waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
         while waiting:
             members = waiting.pop()
@@ -128,7 +128,7 @@ class MemoryRetry:
             f"the memory ran out {self.times} times; the run went on in a smaller layout",
             where="events.jsonl",
             why="each time costs the step that is done again",
-            fix=f"next time set activations: {policy}",
+            fix=f"next time set memory_policy: {policy}",
         )
 
     def _whole(self, step: Step, forward: Forward) -> torch.Tensor | _Failed:
@@ -221,5 +221,5 @@ def _too_large(rows: Rows, row: int, during: str) -> TrainingError:
     return TrainingError(
         f"the memory ran out in {during} on a single row of {int(rows.lengths[row])} tokens",
         where=rows.source(row),
-        fix="shorten or drop that row (max_tokens with --long drop), lower rank or targets, or use a larger card",
+        fix="shorten or drop that row (max_length with --on-long drop), lower rank or targets, or use a larger card",
     )

@@ -25,7 +25,7 @@ class StepDataset(torch.utils.data.Dataset[Step]):
         self, rows: Rows, config: RunConfig, layout: Layout | None = None, *, rank: int = 0, world: int = 1
     ) -> None:
         self.rows, self.config, self.rank, self.world = rows, config, rank, world
-        self.layout = layout or Layout(config.max_tokens)
+        self.layout = layout or Layout(config.max_length)
         self.order = np.arange(0)
         self.set_epoch(0)
 

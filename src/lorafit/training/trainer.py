@@ -80,7 +80,7 @@ class LorafitTrainer(Trainer):
         run: str = "",
     ) -> None:
         self.config, self.train_rows, self.held_out_rows = config, train_rows, held_out_rows
-        self.layout = Layout(micro_tokens or config.max_tokens)
+        self.layout = Layout(micro_tokens or config.max_length)
         probe = StepDataset(train_rows, config, self.layout)
         evaluates = held_out_rows is not None and len(held_out_rows) > 0
         arguments = training_arguments(config, folder, len(probe), _compute_dtype(model), evaluates=evaluates)

@@ -22,7 +22,7 @@ COSTS = LayerCosts(
     feed_forward_working_bytes=512 * MB, whole_working_bytes=584 * MB, loss_bytes=304 * MB,
 )  # fmt: skip
 TIGHTEST = "recompute_layers=32,offloaded_layers=32,host_embeddings=on,micro_tokens=2048"
-WORK = Work(None, None, max_tokens=2048, longest=2048, step_tokens=2048.0, coming_bytes=80 * MB)
+WORK = Work(None, None, max_length=2048, longest=2048, step_tokens=2048.0, coming_bytes=80 * MB)
 BUDGET = 6144 * MB
 START = Problem(COSTS, Room(BUDGET, 64 << 30, Link(50e9, 50e9)), 2048, WORK)
 

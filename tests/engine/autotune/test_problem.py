@@ -23,8 +23,8 @@ COSTS = LayerCosts(
 )  # fmt: skip
 
 
-def turned(room, costs=COSTS, max_tokens=1024):
-    work = Work(None, None, max_tokens=max_tokens, longest=1024, step_tokens=1024.0, coming_bytes=0)
+def turned(room, costs=COSTS, max_length=1024):
+    work = Work(None, None, max_length=max_length, longest=1024, step_tokens=1024.0, coming_bytes=0)
     layers = TurnedLayers()
     Problem(costs, room, 1024, work).apply(layers)
     return layers
@@ -51,7 +51,7 @@ def test_one_level_for_all_still_fits_the_room():
 
 def test_a_micro_batch_that_was_halved_to_be_measured_is_said():
     assert turned(Room(64 << 30)).policy.micro_tokens is None
-    assert turned(Room(64 << 30), max_tokens=4096).policy.micro_tokens == 1024
+    assert turned(Room(64 << 30), max_length=4096).policy.micro_tokens == 1024
 
 
 def test_where_nothing_fits_everything_is_recomputed_and_sent_away():
@@ -149,7 +149,7 @@ def problems(draw):
         embedding_bytes=draw(st.sampled_from([0, 1050])) * MB, embedding_s=0.002,
     )  # fmt: skip
     longest, mean = draw(st.sampled_from([256, 2048])), draw(st.sampled_from([1024.0, 6000.0]))
-    work = Work(None, None, max_tokens=2048, longest=longest, step_tokens=mean, coming_bytes=0)
+    work = Work(None, None, max_length=2048, longest=longest, step_tokens=mean, coming_bytes=0)
     return Problem(costs, room, 2048, work)
 
 
@@ -192,7 +192,7 @@ def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(m
     monkeypatch.setattr(problem, "release_memory", lambda: None)
     layers = TurnedLayers()
     layers.policy = MemoryPolicy(dequantized_layers=32)
-    work = Work(lambda tokens: tokens, print, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    work = Work(lambda tokens: tokens, print, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     assert problem._measured(None, layers, work, "keep") == (1024, cost)
     assert tried == [32, 0] and layers.policy.dequantized_layers == 0
 
@@ -221,13 +221,13 @@ def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, co
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     everything = 32 * cost.saved_bytes + cost.working_bytes
     budget = round((everything + spare_mb * MB + problem.SLACK_BYTES) / (1 - problem.LOST_SHARE))
-    work = Work(lambda tokens: batch, None, max_tokens=1024, longest=256, step_tokens=mean, coming_bytes=0)
+    work = Work(lambda tokens: batch, None, max_length=1024, longest=256, step_tokens=mean, coming_bytes=0)
     assert problem.measured_problem(None, layers, work, budget) is None
     assert layers.policy == MemoryPolicy(cuda_graph_max_tokens=graphs)
 
 
 def test_less_room_is_a_tighter_policy():
-    work = Work(None, None, max_tokens=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    work = Work(None, None, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     loose = Problem(COSTS, Room(4 << 30), 1024, work)
     first, second = TurnedLayers(), TurnedLayers()
     loose.apply(first)

@@ -313,7 +313,7 @@ def test_the_rehearsal_finds_a_policy_within_the_budget(on_card):
 
     work = Work(
         batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),
-        loss_of=loss_of, max_tokens=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
+        loss_of=loss_of, max_length=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
     )  # fmt: skip
     layers = DecoderLayers(on_card, MemoryPolicy())
     budget = torch.cuda.memory_reserved() + (1 << 30)

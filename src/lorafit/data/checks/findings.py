@@ -67,9 +67,9 @@ CODES: dict[str, Code] = {
     ),
     # the tokens
     "D020": _bad(
-        "longer than max_tokens",
+        "longer than max_length",
         "lorafit never cuts a row in silence",
-        "--set max_tokens=N, or --long drop or split-turns",
+        "--set max_length=N, or --on-long drop or split-turns",
     ),
     "D021": _bad("no supervised token", "it would cost time and teach nothing", "check the template and the row"),
     "D022": _bad("stop token missing or masked", "the model would not learn to stop", "check the template's end"),

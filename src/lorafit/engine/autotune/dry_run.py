@@ -199,7 +199,7 @@ def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
     """
     policy, config = layers.policy, layers.core.config.get_text_config()
     streams = sum(LEAST_STREAMS[policy.level(index)] for index in range(policy.offloaded_layers))
-    size = streams * max(policy.micro_tokens or 0, work.max_tokens) * int(config.hidden_size) * 2
+    size = streams * max(policy.micro_tokens or 0, work.max_length) * int(config.hidden_size) * 2
     return min(size, round(available_bytes() * HOST_SHARE))
 
 
@@ -212,7 +212,7 @@ def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
 
 def _reduce_memory(layers: DecoderLayers, work: Work) -> bool:
     """Set the next smaller policy, embeddings and micro-batches included; False at the end."""
-    tighter = layers.policy.next_smaller(len(layers), work.max_tokens, work.longest)
+    tighter = layers.policy.next_smaller(len(layers), work.max_length, work.longest)
     if tighter is None:
         return False
     layers.policy = tighter
@@ -317,7 +317,7 @@ def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -
 
     Micro-batches without graphs meet the graphs' memory then.
     """
-    micro_tokens = layers.policy.micro_tokens or work.max_tokens
+    micro_tokens = layers.policy.micro_tokens or work.max_length
     largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
     graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
     if layers.policy.cuda_graph_max_tokens:

@@ -57,7 +57,7 @@ class Work:
     Attributes:
         batch_of: The largest micro-batch of at most so many tokens.
         loss_of: The loss of a micro-batch, times a share.
-        max_tokens: Tokens of the largest micro-batch worth trying.
+        max_length: Tokens of the largest micro-batch worth trying.
         longest: Tokens of the longest row.
         step_tokens: Tokens of the mean step.
         coming_bytes: Adapter gradients and optimizer state, which are not allocated yet.
@@ -67,7 +67,7 @@ class Work:
 
     batch_of: BatchOf
     loss_of: Callable[[MicroBatch, Tensor | float], Tensor]
-    max_tokens: int
+    max_length: int
     longest: int
     step_tokens: float
     coming_bytes: int
@@ -133,8 +133,8 @@ class Problem:
             self._apply(layers, found)
 
     def _apply(self, layers: DecoderLayers, found: MemoryPolicy) -> None:
-        # measured on fewer tokens than `max_tokens`, its micro-batch must be said
-        layers.policy = found.sized(self.tokens, self.work.max_tokens)
+        # measured on fewer tokens than `max_length`, its micro-batch must be said
+        layers.policy = found.sized(self.tokens, self.work.max_length)
         schedule = self._schedule(found)
         layers.set_schedule(schedule.on_device_from, partial(self._reduce_slightly, layers, found, schedule))
 
@@ -236,7 +236,7 @@ def measured_problem(
     free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
     loss_bytes = _loss_bytes(model, batch)
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
-    if everything <= free and batch.tokens == work.batch_of(work.max_tokens).tokens:
+    if everything <= free and batch.tokens == work.batch_of(work.max_length).tokens:
         spare = free - everything - round(LOST_SHARE * budget_bytes)
         graphs = graph_tokens(batch.tokens, keep.forward_s + keep.backward_s, keep.launch_s, work.step_tokens)
         again = round(everything * FILLED * min(graphs / batch.tokens, 1.0))
@@ -307,7 +307,7 @@ def _measured(
     meanwhile: Callable[[], object] | None = None,
 ) -> tuple[MicroBatch, LevelCost]:
     """The first layer's cost at `level` on `batch`, or on the largest micro-batch of which one layer fits at all."""
-    tokens = work.max_tokens
+    tokens = work.max_length
     while True:
         tried = batch or work.batch_of(tokens)
         cost = measure_level(layers, partial(work.loss_of, tried, 1.0), level, meanwhile)
@@ -384,5 +384,5 @@ def does_not_fit() -> TrainingError:
     return TrainingError(
         "the longest row does not fit into the card's memory, or the budget, with everything recomputed and offloaded",
         where="memory",
-        fix="shorten the longest rows (--long drop), lower rank or targets, or use a larger card",
+        fix="shorten the longest rows (--on-long drop), lower rank or targets, or use a larger card",
     )
