@@ -6,10 +6,23 @@ artefact. Rooms return findings; only `cli/` prints them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+CODES = (
+    *(f"D{number:03}" for number in (*range(1, 37), *range(40, 46), 50)),
+    *(f"P{number}" for number in range(8)),
+    "R001",
+    *(f"S{number:03}" for number in range(1, 6)),
+    "V001",
+)
+"""Every code. Each has a section in docs/findings.md."""
+PAGES = (Path(__file__).with_name("findings.md"), Path(__file__).parents[2] / "docs" / "findings.md")
+"""The page of all findings: inside an installed package, else in the repository."""
 
 
 class Severity(StrEnum):
@@ -45,6 +58,18 @@ class Finding:
     def from_dict(cls, fields: dict[str, Any]) -> Finding:
         """The finding that `to_dict` wrote."""
         return cls(**{**fields, "severity": Severity(fields["severity"]), "examples": tuple(fields["examples"])})
+
+
+def is_code_prefix(text: str) -> bool:
+    """True when a code begins with `text`."""
+    return bool(text) and any(code.startswith(text) for code in CODES)
+
+
+def explanations() -> dict[str, tuple[str, str]]:
+    """Code -> (title, text) of every finding, as docs/findings.md has them."""
+    page = next(page for page in PAGES if page.is_file()).read_text(encoding="utf-8")
+    sections = re.findall(r"^## ([A-Z]\d+): (.*)\n((?:(?!#).*\n?)*)", page, re.MULTILINE)
+    return {code: (title, text.strip()) for code, title, text in sections}
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

@@ -54,12 +54,12 @@ def test_the_plan_knows_the_largest_step_that_train_will_run(data):
 
 
 @pytest.mark.parametrize("on_long", ["error", "drop"])
-def test_no_plan_is_made_where_every_row_is_too_long(data, long):
+def test_no_plan_is_made_where_every_row_is_too_long(data, on_long):
     with pytest.raises(
         DataError, match=r"no row is left to train on: rows are longer than max_length \(16\)"
     ) as caught:
         lorafit.plan(data, str(BASE), gpu="RTX 4090", max_length=16, on_long=on_long)
-    assert "raise max_length, or set long: split-turns" in str(caught.value) and "\n" not in str(caught.value)
+    assert "raise max_length, or set on_long: split-turns" in str(caught.value) and "\n" not in str(caught.value)
     assert any(
         finding.code == "D020" for finding in lorafit.check(data, str(BASE), max_length=16, on_long=on_long).findings
     )

@@ -107,3 +107,10 @@ def test_a_failed_fix_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         fix(path, tmp_path / "out.jsonl")
     assert [file.name for file in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_mapped_fields_are_written_under_the_names_that_need_no_map(tmp_path: Path) -> None:
+    path = made.write(tmp_path / "rows.jsonl", [{"Subject": " a ", "Agent Reply": "b", "id": 7}])
+    mapped = {"instruction": "Subject", "response": "Agent Reply"}
+    fix_rows(resolve({}, {"data": str(path), "field_map": mapped}).config, tmp_path / "clean.jsonl")
+    assert json.loads((tmp_path / "clean.jsonl").read_text()) == {"instruction": "a", "response": "b", "id": 7}

@@ -22,3 +22,12 @@ def test_no_more_rows_are_shown_than_asked_for(tmp_path: Path) -> None:
     prepared = made.prepared(made.write(tmp_path / "rows.jsonl", [made.row(n) for n in range(25)]), template)
     assert len(show_rows(prepared, template, 2)) == 2
     assert len(show_rows(prepared, template, 100)) == 25
+
+
+def test_characters_of_several_tokens_are_shown_whole(tmp_path: Path) -> None:
+    template = Template.for_tokenizer(made_tokenizers.family_tokenizer(tmp_path / "base", "qwen2_5"))
+    row = {"prompt": "Grüße 👋 привет 你好", "completion": "Straße €5 \ufffd!"}
+    path = made.write(tmp_path / "rows.jsonl", [row])
+    (shown,) = show_rows(made.prepared(path, template, holdout=0.0), template, 1)
+    assert row["prompt"] in "".join(token.text for token in shown.tokens if not token.supervised)
+    assert "".join(token.text for token in shown.tokens if token.supervised) == row["completion"] + "<|im_end|>"

@@ -57,7 +57,7 @@ def test_p2_checkpointing_off_where_activations_do_not_fit():
     assert codes(tight, memory_policy="keep") == [("P2", "error")]
     finding = found(tight, memory_policy="keep")[0]
     assert "921.6 MiB" in finding.message
-    assert finding.fix.startswith("set gradient_checkpointing: auto")
+    assert finding.fix.startswith("set memory_policy: auto")
 
 
 @pytest.mark.parametrize(("activations", "bad"), [("keep", True), ("auto", False), ("recompute", False)])
@@ -66,10 +66,6 @@ def test_p2_activations_kept_where_they_do_not_fit(activations, bad):
     settings = {"memory_policy": activations}
     assert codes(tight, **settings) == ([("P2", "error")] if bad else [])
     assert not bad or found(tight, **settings)[0].where == "memory_policy"
-
-
-def test_p2_reentrant_checkpointing():
-    assert codes(gradient_checkpointing="reentrant") == [("P2", "warning")]
 
 
 @pytest.mark.parametrize(

@@ -56,5 +56,5 @@ def test_a_full_recipe_says_that_lorafit_cannot_run_it(tmp_path):
     text = path.read_text()
     assert text.startswith("# full fine-tuning of a-base: lorafit cannot run this recipe yet")
     loaded = yaml.safe_load(text)
-    assert (loaded["method"], loaded["compute"], loaded["gradient_checkpointing"]) == ("full", "bf16", "on")
+    assert (loaded["method"], loaded["compute"], loaded["memory_policy"]) == ("full", "bf16", "recompute")
     assert loaded["gpus"] >= 2

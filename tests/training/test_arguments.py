@@ -32,12 +32,12 @@ def test_without_cuda_neither_fp16_nor_a_paged_optimizer_is_asked_for(tmp_path, 
     assert arguments.optim == "adamw_torch_fused"
 
 
-def test_checkpointing_is_never_reentrant_unless_asked(tmp_path):
-    for asked, on, reentrant in (("on", True, False), ("off", False, False), ("reentrant", True, True)):
-        made = training_arguments(settings(gradient_checkpointing=asked), tmp_path, 10, torch.float32)
+def test_checkpointing_is_never_reentrant(tmp_path):
+    for asked, on in (("recompute", True), ("keep", False)):
+        made = training_arguments(settings(memory_policy=asked), tmp_path, 10, torch.float32)
         name = "activation_checkpointing" if hasattr(made, "activation_checkpointing") else "gradient_checkpointing"
         assert getattr(made, name) is on
-        assert getattr(made, f"{name}_kwargs")["use_reentrant"] is reentrant
+        assert getattr(made, f"{name}_kwargs")["use_reentrant"] is False
 
 
 @pytest.mark.parametrize(

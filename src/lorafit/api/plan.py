@@ -81,7 +81,7 @@ def require_rows(prepared: Prepared, config: RunConfig) -> None:
     first = next((finding for finding in prepared.findings if finding.code == TOO_LONG), None)
     if first is not None:
         why = f"rows are longer than max_length ({config.max_length:,}) [{TOO_LONG}]"
-        fix = "raise max_length, or set long: split-turns"
+        fix = "raise max_length, or set on_long: split-turns"
     else:
         first = next(iter(prepared.findings), None)
         why, fix = f"{prepared.summary.read:,} were read", "'lorafit check' lists what is wrong with them"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import Resolved, base_folder, load_recipe, resolve
+from lorafit.config import Resolved, RunConfig, base_folder, load_recipe, resolve
+from lorafit.config.setting_aliases import our_name
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir
@@ -50,15 +51,15 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Data and base paths that exist beside the recipe, as seen from here; they win over the same names here."""
 
     def seen(name: Any) -> Any:
+        if isinstance(name, dict) and "path" in name:
+            return {**name, "path": seen(name["path"])}
         near = folder / str(name)
         return str(near) if isinstance(name, str) and name and near.exists() else name
 
     placed = dict(recipe)
-    if "data" in placed:
-        data = placed["data"]
-        placed["data"] = [seen(name) for name in data] if isinstance(data, list) else seen(data)
-    if "base" in placed:
-        placed["base"] = seen(placed["base"])
+    for key, value in recipe.items():
+        if our_name(key, RunConfig.model_fields) in ("base", "data"):
+            placed[key] = [seen(name) for name in value] if isinstance(value, list) else seen(value)
     return placed
 
 
@@ -76,10 +77,10 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
         return str(Path(name).expanduser().absolute()) if isinstance(name, str) and Path(name).exists() else name
 
     there = dict(settings)
-    for key in ("base", "data", "holdout"):
-        value = there.get(key)
-        there[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
-    return {key: value for key, value in there.items() if key in settings}
+    for key, value in settings.items():
+        if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout"):
+            there[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
+    return there
 
 
 def template_for(resolved: Resolved) -> Template:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.console import heading, say, show_findings, show_json
-from lorafit.cli.data_view import ReadingBar, show_rows_coloured, show_summary
+from lorafit.cli.screen.console import heading, near, say, show_json, show_next
+from lorafit.cli.screen.data_view import ReadingBar, show_rows_coloured, show_summary, shown_as_json
+from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorafit.api.check import CheckReport
+    from lorafit.data import FixReport
+
+EXAMPLES = """Examples:
+
+lorafit check tickets.csv --map instruction=Subject --map "response=Agent Reply"
+
+lorafit check rows.jsonl --base Qwen/Qwen3-8B --show 3
+
+lorafit check rows.jsonl --fix clean.jsonl"""
 
 
 def check(
-    data: flags.Data,
+    data: flags.Data = None,
     base: flags.Base = None,
-    show: Annotated[
-        int, typer.Option("--show", min=0, help="Print this many rows, coloured by what is supervised.")
-    ] = 0,
+    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows, marked by what is trained.")] = 0,
     fix: Annotated[
         Path | None,
         typer.Option("--fix", metavar="OUT", help="Write the data with mechanical fixes applied.", show_default=False),
@@ -28,45 +39,57 @@ def check(
     ignore: flags.Ignore = None,
     on_bad: flags.OnBad = None,
     on_long: flags.OnLong = None,
-    field_map: flags.Map = None,
+    map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
     json: flags.Json = False,
 ) -> None:
-    """Read every row and judge it: exit 0 when clean or with warnings, 1 with errors, 2 for wrong usage."""
+    """Read and judge every row. Exit code 0: clean or warnings; 1: errors; 2: wrong usage."""
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    settings = flags.settings_from(
-        set,
-        base=base,
-        select=select,
-        ignore=ignore,
-        on_bad=on_bad,
-        on_long=on_long,
-        field_map=field_map,
-        holdout=holdout,
-    )
-    if show and not settings.get("base"):
-        raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")
+    given = {"base": base, "on_bad": on_bad, "on_long": on_long, "field_map": map, "holdout": holdout}
+    settings = flags.settings_from(set, **given, select=select, ignore=ignore)
     with ReadingBar() as bar:
         report = run_check(data, on_progress=bar.show, **settings)
+    if show and not report.template:
+        raise UsageError("showing tokens needs a tokenizer", where="--show", fix="add --base")
     fixed = fix_rows(report.resolved.config, fix) if fix else None
+    rows = show_rows(report.prepared, report.template, show) if show and report.template else []
     if json:
-        show_json(report.to_dict() | ({"fixed": fixed.to_dict()} if fixed else {}))
+        more = ({"fixed": fixed.to_dict()} if fixed else {}) | ({"rows": shown_as_json(rows)} if rows else {})
+        show_json(report.to_dict() | more)
         raise typer.Exit(0 if report.ok else 1)
     heading("data")
     show_summary(report.prepared.summary)
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
-    show_findings(report.findings)
-    if show and report.template:
-        show_rows_coloured(show_rows(report.prepared, report.template, show))
+    show_findings(report.findings, data or ())
+    show_rows_coloured(rows)
     if fixed:
-        written = f"{fixed.written:,} of {fixed.read:,} rows written to {escape(fixed.out)}"
-        say(f"[bold]fixed[/bold] {fixed.changes}: {written}")
-        if fixed.rejected_file:
-            say(f"  [dim]the unreadable ones are in {escape(fixed.rejected_file)}[/dim]")
-        left = report.prepared.summary.rejected - fixed.rejected
-        if left > 0:
-            say(f"  [dim]{left:,} of them are rejected still, for a person to judge: see the findings[/dim]")
+        _show_fixed(fixed, report)
+    _show_next(report, data or [], given, set, fixed is not None)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _show_fixed(fixed: FixReport, report: CheckReport) -> None:
+    written = f"{fixed.written:,} of {fixed.read:,} rows written to {escape(near(str(fixed.out)))}"
+    say(f"[bold]fixed[/bold]     {fixed.changes}: {written}")
+    if fixed.rejected_file:
+        say(f"  [dim]the unreadable rows are in {escape(near(str(fixed.rejected_file)))}[/dim]")
+    left = report.prepared.summary.rejected - fixed.rejected
+    if left > 0:
+        say(f"  [dim]{left:,} of the rows are still rejected, and need a person: see the findings[/dim]")
+
+
+def _show_next(
+    report: CheckReport, data: list[str], given: dict[str, Any], set: list[str] | None, was_fixed: bool
+) -> None:
+    """Show the command that comes next, with the person's own names."""
+    rejected = report.prepared.summary.rejected
+    if report.ok:
+        named = given if report.resolved.config.base else {**given, "base": "MODEL"}
+        show_next((flags.command("plan", data, named, set), "does it fit, how long, at what price?"))
+    elif rejected and not was_fixed:
+        fixing = flags.command("check", data, {**given, "fix": "clean.jsonl"}, set)
+        dropping = flags.command("check", data, {**given, "on_bad": "drop"}, set)
+        show_next((fixing, "writes what can be mended"), (dropping, f"goes on without the {rejected:,} rejected rows"))

@@ -1,7 +1,8 @@
-"""Flags that several verbs share, and how they become settings. The list is frozen by a test."""
+"""Flags that several commands share, and how they become settings. A test freezes the list."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,43 +10,62 @@ import typer
 from lorafit.errors import UsageError
 
 Data = Annotated[
-    list[str], typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False),
 ]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: a local folder or a hub id.", show_default=False)]
 Run = Annotated[str, typer.Argument(help="The run directory that train made.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any setting; repeatable. 'lorafit settings' lists them.",
+        show_default=False,
+    ),
 ]
+Out = Annotated[str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)]
 Goal = Annotated[
     str | None, typer.Option("--goal", help="balanced, budget, accuracy, latency or tenants.", show_default=False)
 ]
-Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="Plan for this card instead of the one here.", show_default=False)
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or H100.", show_default=False)]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", "--vram", help="Most GPU memory to use, as 8GB.", show_default=False),
 ]
-GpuMemory = Annotated[str | None, typer.Option("--gpu-memory", help="Memory budget, as 8GiB.", show_default=False)]
+Lr = Annotated[str | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
+Epochs = Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows.", show_default=False)]
+Rank = Annotated[str | None, typer.Option("--rank", help="LoRA rank.", show_default=False)]
+MaxLength = Annotated[
+    str | None, typer.Option("--max-length", help="Tokens of the longest row kept.", show_default=False)
+]
+Batch = Annotated[str | None, typer.Option("--batch", help="Examples in one optimizer step.", show_default=False)]
 OnBad = Annotated[
     str | None, typer.Option("--on-bad", help="Rows that cannot be read: stop or drop.", show_default=False)
 ]
 OnLong = Annotated[
-    str | None, typer.Option("--on-long", help="Rows over max_length: error, drop or split-turns.", show_default=False)
+    str | None,
+    typer.Option("--on-long", "--long", help="Rows over max_length: error, drop, split-turns.", show_default=False),
 ]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="FIELD=NAME", help="Where a field is: response=answer_text.", show_default=False),
 ]
 Holdout = Annotated[
-    str | None, typer.Option("--holdout", help="Held-out share of the rows, or a file.", show_default=False)
+    str | None, typer.Option("--holdout", help="Held-out share of the rows (10%), or a file.", show_default=False)
 ]
 Select = Annotated[
     str | None,
-    typer.Option("--select", help="Of warnings and notes only these, by code prefix: D01,P5.", show_default=False),
+    typer.Option("--select", help="Show only these warnings and notes, by code prefix: D01,P5.", show_default=False),
 ]
 Ignore = Annotated[
     str | None,
-    typer.Option("--ignore", help="Without these: warnings by code prefix, errors by whole code.", show_default=False),
+    typer.Option("--ignore", help="Leave out warnings by code prefix, errors by whole code.", show_default=False),
 ]
+FLAGS = {"examples_per_step": "batch", "field_map": "map"}
+"""Setting -> its flag, where that is not the setting's own name."""
+READ_AS_VALUES = ("holdout", "lr", "epochs", "rank", "max_length", "examples_per_step")
 
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
@@ -53,20 +73,42 @@ def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]
 
     Raises UsageError for a --set that no setting has, and for a setting that is given two different values.
     """
-    from lorafit.config import parse_assignments, reject_unknown  # pydantic stays out of --help
+    from lorafit.config import RunConfig, parse_assignments, reject_unknown  # pydantic stays out of --help
+    from lorafit.config.setting_aliases import our_name
 
     settings = parse_assignments(assignments or [])
     reject_unknown(settings, "flags")
     given = {key: value for key, value in flags.items() if value is not None}
     if "field_map" in given:
         given["field_map"] = {key: str(value) for key, value in parse_assignments(given["field_map"], "--map").items()}
-    if "holdout" in given:
-        given["holdout"] = parse_assignments([f"holdout={given['holdout']}"])["holdout"]
+    for key in READ_AS_VALUES:
+        if key in given:
+            given[key] = parse_assignments([f"{key}={given[key]}"])[key]
     for codes in ("select", "ignore"):
         if codes in given:
             given[codes] = [code.strip() for code in given[codes].split(",")]
-    for key, value in given.items():
-        if settings.get(key) not in (None, value):
-            flag = f"--{key.replace('_', '-')}"
-            raise UsageError(f"{flag} is '{value}', and --set says '{settings[key]}'", fix="name it once")
+    for name, said in settings.items():
+        key = our_name(name, RunConfig.model_fields)
+        if given.get(key) not in (None, said):
+            raise UsageError(f"{flag_of(key)} is '{given[key]}', and --set says '{said}'", fix="name it once")
     return {**settings, **given}
+
+
+def flag_of(key: str) -> str:
+    """The flag that sets `key`."""
+    return f"--{FLAGS.get(key, key).replace('_', '-')}"
+
+
+def command(verb: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
+    """The command line that gives `verb` the same data, flags and settings."""
+    from lorafit.cli.screen.console import typed
+
+    words = ["lorafit", verb, *(data or ())]
+    for key, value in given.items():
+        if value is None or value is False:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            words += [flag_of(key)] if one is True else [flag_of(key), str(one)]
+    for assignment in assignments or ():
+        words += ["--set", assignment]
+    return typed(*words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -10,18 +10,26 @@ from rich.padding import Padding
 from rich.table import Table
 
 from lorafit.cli import flags
-from lorafit.cli.console import PEOPLE, duration, gib, heading, say, show_findings, show_json
-from lorafit.config import MergeBase
+from lorafit.cli.screen.console import PEOPLE, duration, gib, heading, near, say, show_json, show_next, typed
+from lorafit.cli.screen.findings_view import show_findings
 
 if TYPE_CHECKING:
     from lorafit.api.merge import MergedRun
     from lorafit.export import Verification
 
 
+EXAMPLES = """Examples:
+
+lorafit merge runs/rows-Qwen3-8B
+
+lorafit merge runs/rows-Qwen3-8B --onto original --out models/mine"""
+
+
 def merge(
     run: flags.Run,
     onto: Annotated[
-        MergeBase, typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored.")
+        Literal["quantized", "original"],  # config.MergeBase, which would bring pydantic to --help
+        typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored."),
     ] = "quantized",
     out: Annotated[
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
@@ -36,6 +44,7 @@ def merge(
         show_json(merged.to_dict())
     else:
         show_merged(merged)
+        show_next((typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"))
     raise typer.Exit(0 if merged.passed else 1)
 
 
@@ -48,7 +57,7 @@ def show_merged(merged: MergedRun) -> None:
     )
     show_verification(merged.verification)
     show_findings(merged.findings)
-    say(f"  {escape(str(merged.folder))}")
+    say(f"  {escape(near(str(merged.folder)))}")
 
 
 def show_verification(result: Verification) -> None:

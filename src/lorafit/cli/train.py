@@ -3,98 +3,117 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorafit.cli import flags
-from lorafit.cli.console import counted, duration, heading, loss, show_findings, show_json, steady
-from lorafit.errors import RunFinished
+from lorafit.cli.ask import ask_for_run
+from lorafit.cli.screen.console import counted, duration, heading, loss, near, show_json, show_next, steady, typed
+from lorafit.cli.screen.findings_view import show_findings
+from lorafit.errors import RunFinished, UsageError
 
 if TYPE_CHECKING:
     from lorafit.api.trained_run import TrainedRun
 
+EXAMPLES = """Examples:
+
+lorafit train rows.jsonl --base Qwen/Qwen3-8B
+
+lorafit train rows.jsonl --base Qwen/Qwen3-8B --gpu-memory 8GB --lr 1e-4 --epochs 2
+
+lorafit train recipe.yaml"""
+
 
 def train(
-    data: flags.Data,
+    data: flags.Data = None,
     base: flags.Base = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)
-    ] = None,
+    out: flags.Out = None,
     goal: flags.Goal = None,
     gpu_memory: flags.GpuMemory = None,
+    lr: flags.Lr = None,
+    epochs: flags.Epochs = None,
+    rank: flags.Rank = None,
+    max_length: flags.MaxLength = None,
+    batch: flags.Batch = None,
     on_bad: flags.OnBad = None,
     on_long: flags.OnLong = None,
-    field_map: flags.Map = None,
+    map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Move the run that is there aside, and begin anew.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an existing run aside, and begin anew.")] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bits on every run on this card, somewhat slower.")
+        bool, typer.Option("--deterministic", help="The same bits on every run on this GPU, somewhat slower.")
     ] = False,
     json: flags.Json = False,
 ) -> None:
-    """Train adapters on DATA, or as a recipe YAML says; the same command goes on with a run that was stopped."""
-    named = {
-        "base": base,
-        "out": out,
-        "goal": goal,
-        "gpu_memory": gpu_memory,
-        "on_bad": on_bad,
-        "on_long": on_long,
-        "holdout": holdout,
-    }
-    settings = flags.settings_from(set, **named, field_map=field_map, deterministic=deterministic or None)
+    """Train adapters on DATA, or as a recipe YAML says. The same command resumes a stopped run."""
+    if not data and not set and not json and sys.stdin.isatty() and sys.stdout.isatty():
+        data, base, gpu_memory = ask_for_run(base, gpu_memory)
+    settings = flags.settings_from(
+        set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, lr=lr, epochs=epochs, rank=rank,
+        max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long, field_map=map,
+        holdout=holdout, deterministic=deterministic or None,
+    )  # fmt: skip
+    if not data and not settings.get("data"):
+        raise UsageError("no data were named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
     with steady():
-        trained = _trained(data, settings, restart=restart, silent=json)
+        trained = _trained(data or [], settings, restart=restart, as_json=json)
         if not json:
-            _say_done(trained)
+            _show_done(trained)
     if json:
-        show_json(trained.to_dict())
+        show_json(_told(trained))
 
 
-def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, silent: bool) -> TrainedRun:
-    """`train`, with what it needs imported; a signal in the seconds that takes is heard too."""
+def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> TrainedRun:
+    """Train; signals during the imports are heard too."""
     from lorafit.api.early_signals import EarlySignals
 
     with EarlySignals():
         from lorafit.api.settings import preflight
 
         preflight(data, settings, restart=restart)
-        from lorafit.api.observer import Observer
         from lorafit.api.train import train as run_train
-        from lorafit.cli.watch import ConsoleObserver
+        from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
 
-        watch = ConsoleObserver() if not silent else Observer()
+        watch = JsonObserver() if as_json else ConsoleObserver(data)
         with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
             return run_train(data, restart=restart, observer=watch, **settings)
 
 
-def _say_done(trained: TrainedRun) -> None:
-    from lorafit.cli.watch import say_next
-
+def _show_done(trained: TrainedRun) -> None:
     held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
     took = f"{counted(trained.steps, 'step')} in {duration(trained.train_s)}"
     heading("done", f"{took}, loss {loss(trained.loss)}{held_out}")
     show_findings([finding for finding in trained.findings if finding.code.startswith("R")])
     run = str(trained.run.path)
-    say_next(
-        run,
-        [
-            (f"lorafit chat {run} --compare", "base and tuned side by side"),
-            (f"lorafit merge {run}", "one model to serve, proved"),
-        ],
+    heading("run", f"[bold]{near(run)}[/bold]")
+    show_next(
+        (typed("lorafit", "chat", run, "--compare"), "base and tuned side by side"),
+        (typed("lorafit", "merge", run), "one model to serve, verified"),
     )
+
+
+def _told(trained: TrainedRun) -> dict[str, Any]:
+    """The finished run for machines."""
+    run = trained.run
+    steps = sorted(folder for folder in run.checkpoints.glob("step-*") if folder.is_dir())
+    return {
+        "ok": True,
+        **trained.to_dict(),
+        "adapter": str(run.adapter),
+        "checkpoint": str(steps[-1]) if steps else None,
+        "metrics": str(run.metrics),
+    }
 
 
 @contextlib.contextmanager
 def _finished_as_json() -> Iterator[None]:
-    """For machines a run that has nothing left to train is an answer as any other."""
+    """Say to machines that a run has nothing left to train; it is no error."""
     try:
         yield
     except RunFinished as finished:
-        show_json({"run": finished.where, "finished": True, "message": finished.sentence})
+        show_json({"ok": True, "run": finished.where, "finished": True, "message": finished.sentence})
         raise typer.Exit from finished

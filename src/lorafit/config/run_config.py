@@ -8,13 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.config.setting_aliases import SETTING_ALIASES, translate
 from lorafit.config.units import parse_bytes
 from lorafit.errors import UsageError
+from lorafit.findings import is_code_prefix
 
-MANY = 1 << 20
-"""More layers than any model has."""
 MAX_SCALE = 1024.0
 """The largest alpha / rank: an adapter beyond it is refused, written or read."""
+OTHER_MAKERS = re.compile(
+    r"\b(?:apple|m[1-9](?: ?(?:pro|max|ultra))?|amd|radeon|rx ?\d{3,4}\w*|mi\d{2,3}\w*|instinct|"
+    r"intel|arc|gaudi ?\d?|tpu\w*|ascend\w*|adreno)\b",
+    re.IGNORECASE,
+)
+"""GPUs that torch's CUDA does not run on."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear"]
 
@@ -43,7 +49,7 @@ class RunConfig(BaseModel):
     )
     select: tuple[str, ...] = Field((), description="warnings and notes to show, by code prefix; empty means all")
     ignore: tuple[str, ...] = Field(
-        (), description="findings to leave out: warnings by code prefix, errors by their whole code"
+        (), description="findings to leave out: warnings by code prefix, errors by whole code"
     )
     max_length: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
 
@@ -53,18 +59,13 @@ class RunConfig(BaseModel):
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")
     compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
-        "auto", description="matmul precision; auto asks the card, fp8 is for the frozen matmuls"
+        "auto", description="matmul precision; auto asks the GPU, fp8 is for the frozen matmuls"
     )
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
     targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
-    gradient_checkpointing: Literal["auto", "on", "off", "reentrant"] = Field(
-        "auto", description="on: recompute every layer, off: none, auto: activations decide"
-    )
-    memory_policy: str = Field(
-        "auto", description="keep, recompute, offload, or counts; auto fits them into the memory"
-    )
+    memory_policy: str = Field("auto", description="keep, recompute, offload, or counts; auto fits it into the memory")
     compile: Literal["auto", "on", "off"] = Field("auto", description="compile the decoder layer; auto: on CUDA")
 
     # the optimisation
@@ -74,29 +75,39 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm clip")
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "auto", description="auto asks the card"
+        "auto", description="AdamW and how it keeps its moments; auto asks the GPU"
     )
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="stop after at most this many steps, whatever the epochs")
+    max_steps: int | None = Field(None, ge=1, description="most steps, whatever the epochs")
     examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
     save_minutes: float = Field(
-        15.0, ge=0, allow_inf_nan=False, description="minutes after which a checkpoint is due besides; 0: never"
+        15.0, ge=0, allow_inf_nan=False, description="most minutes between two checkpoints; 0: no limit"
     )
     max_bad_steps: int = Field(3, ge=1, description="steps in a row with NaN or infinite numbers before the run stops")
     on_spike: Literal["record", "rollback"] = Field(
-        "record", description="a loss spike: note it, or go back to the last checkpoint and leave its rows out"
+        "record", description="a loss spike: record it, or go back to the last checkpoint without its rows"
     )
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
-    keep_best: int = Field(1, ge=0, description="older checkpoints kept besides, by their held-out loss")
-    deterministic: bool = Field(False, description="bit-identical runs on CUDA, at some cost; a CPU always is")
+    keep_best: int = Field(1, ge=0, description="older checkpoints also kept, by held-out loss")
+    deterministic: bool = Field(False, description="bit-identical runs on CUDA, somewhat slower; a CPU always is")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
 
     # the machine
-    gpu: str | None = Field(None, description="plan for this card instead of the one found")
-    gpu_memory: str | None = Field(None, description="memory budget, as 8GiB")
+    gpu: str | None = Field(None, description="plan for this GPU instead of the one found")
+    gpu_memory: str | None = Field(None, description="most GPU memory to use, as 8GB")
     report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_our_names(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        translated = translate(given, cls.model_fields)
+        for key, advice in translated.problems.items():
+            raise UsageError(f"unknown setting '{key}'", fix=advice)
+        return translated.values
 
     @field_validator("data", mode="before")
     @classmethod
@@ -108,12 +119,18 @@ class RunConfig(BaseModel):
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _reads_per_cent(cls, value: Any) -> Any:
+        share = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", value) if isinstance(value, str) else None
+        return float(share[1]) / 100 if share else value
+
     @field_validator("select", "ignore")
     @classmethod
     def _are_codes(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for code in value:
-            if not re.fullmatch(r"[DPRSV][0-9]{0,3}", code):
-                fix = "write D01 or D044, as docs/findings.md has them; several with commas between"
+            if not is_code_prefix(code):
+                fix = "write D01 or D044, several with commas between; lorafit explain lists all"
                 raise UsageError(f"'{code:.20}' begins no code of a finding", where=info.field_name or "", fix=fix)
         return value
 
@@ -136,7 +153,7 @@ class RunConfig(BaseModel):
             raise ValueError("it should be a number, not yes or no")
         return value
 
-    @field_validator("gradient_checkpointing", "compile", mode="before")
+    @field_validator("compile", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -149,19 +166,6 @@ class RunConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _one_wish_about_activations(self) -> RunConfig:
-        if self.memory_policy == "auto" or self.gradient_checkpointing == "auto":
-            return self
-        policy, wants = MemoryPolicy.parse(self.memory_policy, layers=MANY), self.gradient_checkpointing != "off"
-        if policy.recompute_mlp_layers or (policy.recompute_layers > 0) != wants:
-            raise UsageError(
-                f"gradient_checkpointing is {self.gradient_checkpointing}, and '{self.memory_policy}' says otherwise",
-                where="memory_policy",
-                fix="set one of the two, and leave the other on auto",
-            )
-        return self
-
-    @model_validator(mode="after")
     def _scale_can_be_loaded(self) -> RunConfig:
         if self.alpha / self.rank > MAX_SCALE:
             raise UsageError(
@@ -170,6 +174,14 @@ class RunConfig(BaseModel):
                 fix=f"set alpha to {MAX_SCALE * self.rank:g} or less (twice the rank is usual)",
             )
         return self
+
+    @field_validator("gpu")
+    @classmethod
+    def _is_of_nvidia(cls, value: str | None) -> str | None:
+        if value is not None and OTHER_MAKERS.search(value):
+            fix = "name an NVIDIA GPU, or plan for the processor with gpu: cpu"
+            raise UsageError(f"'{value:.40}' is no NVIDIA GPU, and lorafit trains on no other", where="gpu", fix=fix)
+        return value
 
     @field_validator("gpu_memory")
     @classmethod
@@ -181,9 +193,10 @@ class RunConfig(BaseModel):
 
 PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "memory_policy", "serving")
 """Settings the plan decides when nobody else did."""
-TEXTS = frozenset(
+_TEXTS = frozenset(
     key
     for key, field in RunConfig.model_fields.items()
     if field.annotation in (str, str | None, tuple[str, ...], dict[str, str])
 )
-"""Settings that are text: what looks like a number or a boolean in them is neither."""
+TEXTS = _TEXTS | {theirs for theirs, ours in SETTING_ALIASES.items() if ours in _TEXTS}
+"""Settings that are text, by each of their names: nothing in them is read as a number or a boolean."""

@@ -1,4 +1,4 @@
-"""Sizes as people write them: `8GiB`, `24 GB`, `512M`."""
+"""Sizes of memory as people write them: `8GiB`, `24 GB`, `512M`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 from lorafit.errors import UsageError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {"": 1} | {unit + binary: 2**power for binary in ("", "i") for unit, power in zip("kmgt", (10, 20, 30, 40))}
 _MOST = 1e18
 _LEAST_BARE = 2**20  # who writes 8 means GiB, not bytes
 
 
 def parse_bytes(text: str, where: str = "size") -> int:
-    """Return the bytes in `text`; `GiB` is 2**30 and `GB` is 10**9.
+    """Return the bytes in `text`; `GB` is 2**30, as `GiB` is.
 
-    Raises UsageError when it is no size, or a small number without a unit.
+    A GPU sold with 8 GB has 8 GiB. Raises UsageError for what is no size, and for a small number without a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or match[2] == "i" or not 0 < float(match[1]) <= _MOST:

@@ -58,9 +58,9 @@ class FixReport:
 def fix_rows(config: RunConfig, out: Path) -> FixReport:
     """Write the rows of `config.data` to `out` as clean JSONL.
 
-    Texts are trimmed, line ends made `\\n`, control characters removed, exact copies left out; every other field
-    stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`. Raises DataError when `out` is
-    there already or cannot be written; nothing half-written stays behind.
+    Fields that `field_map` names get our names. Texts are trimmed, line ends made `\\n`, control characters removed,
+    exact copies left out; every other field stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`.
+    Raises DataError when `out` is there already or cannot be written; nothing half-written stays behind.
     """
     files = find_files(config.data)
     if any(file.path.resolve() == out.resolve() for file in files):
@@ -75,7 +75,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
             reader = RowReader(files)
             for row in reader:
                 report.read += 1
-                line = _fixed_line(row, seen, report)
+                line = _fixed_line(row, seen, report, config.field_map)
                 if isinstance(line, Reject):
                     report.rejected += 1
                     place = line.place(files[row.file].name, row.line)
@@ -95,7 +95,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
     return report
 
 
-def _fixed_line(row: RawRow, seen: set[int], report: FixReport) -> bytes | Reject:
+def _fixed_line(row: RawRow, seen: set[int], report: FixReport, mapped: Mapping[str, str]) -> bytes | Reject:
     """The row's new line, empty when it is a copy, or why it cannot be read."""
     fields, had_controls = row.fields, False
     if fields is None and row.reject is not None and row.reject.code == "D005":
@@ -104,6 +104,8 @@ def _fixed_line(row: RawRow, seen: set[int], report: FixReport) -> bytes | Rejec
     if fields is None:
         assert row.reject is not None
         return row.reject
+    ours = {theirs: name for name, theirs in mapped.items()}
+    fields = {ours.get(name, name): value for name, value in fields.items()}
     changes = _Changes()
     text = json.dumps(changes.fixed(fields), ensure_ascii=False, default=str)
     try:

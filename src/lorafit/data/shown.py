@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from lorafit.data.prepare import Prepared
     from lorafit.data.template.template import Template
 
+HALF = "\ufffd"
+"""What a part of a character decodes to."""
+MOST_TOKENS = 8
+"""No character takes more tokens: a longer one is in the text itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
@@ -39,10 +44,27 @@ def show_rows(prepared: Prepared, template: Template, count: int) -> list[ShownR
 
 
 def _shown(rows: Rows, position: int, template: Template) -> ShownRow:
+    ids, mask = rows.ids(position).tolist(), rows.mask(position).tolist()
+    texts = _texts(template, ids)
     tokens = tuple(
-        ShownToken(
-            template.tokenizer.decode([token], skip_special_tokens=False), supervised, token in template.stop_ids
-        )
-        for token, supervised in zip(rows.ids(position).tolist(), rows.mask(position).tolist(), strict=True)
+        ShownToken(text, supervised, token in template.stop_ids)
+        for text, token, supervised in zip(texts, ids, mask, strict=True)
     )
     return ShownRow(rows.source(position), tokens)
+
+
+def _texts(template: Template, ids: list[int]) -> list[str]:
+    """The text that each of `ids` adds. The last token of a character has all of it, those before have none."""
+
+    def decoded(start: int, end: int) -> str:
+        return template.tokenizer.decode(ids[start:end], skip_special_tokens=False)
+
+    # decoded beside the tokens before, so that a word keeps its space
+    texts, before, begun = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        known, text = decoded(before, begun), decoded(before, end)
+        is_whole = not text.endswith(HALF) or end - begun >= MOST_TOKENS or end == len(ids)
+        texts.append(text[len(known) :] if is_whole else "")
+        if is_whole:
+            before, begun = begun, end
+    return texts

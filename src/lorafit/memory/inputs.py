@@ -8,7 +8,6 @@ from typing import Any
 
 from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.errors import UsageError
 from lorafit.hardware import Hardware
 from lorafit.shapes import ModelShape, resolve_targets
 
@@ -23,7 +22,6 @@ ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
 OPTIMIZER_SHARE = 0.03
 """Share of a card's memory that AdamW's 32-bit moments may take before 8-bit ones are chosen. Those are launched
 tensor by tensor, and the paged ones wait for the device every step."""
-RECOMPUTES = ("on", "reentrant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +165,5 @@ def most_tokens(step_tokens: int, max_length: int) -> int:
 
 
 def policy_of(config: RunConfig, layers: int) -> MemoryPolicy | None:
-    """Return the policy that `activations` and `gradient_checkpointing` ask for; None while both are on auto.
-
-    `gradient_checkpointing` on recomputes every layer, off recomputes none. Where `activations` is set too, it decides
-    and must agree. Raises UsageError when the two contradict each other.
-    """
-    asked = config.gradient_checkpointing
-    if config.memory_policy == "auto":
-        return None if asked == "auto" else MemoryPolicy(recompute_layers=layers if asked in RECOMPUTES else 0)
-    policy = MemoryPolicy.parse(config.memory_policy, layers)
-    wanted = {"auto": policy.recompute_layers, "off": 0}.get(asked, layers)
-    if policy.recompute_layers != wanted or (asked != "auto" and policy.recompute_mlp_layers):
-        raise UsageError(
-            f"gradient_checkpointing is {asked}, and activations ('{config.memory_policy}') say otherwise",
-            where="memory_policy",
-            fix="set one of the two, and leave the other on auto",
-        )
-    return policy
+    """Return the policy that `memory_policy` asks for; None where it is left to the plan."""
+    return None if config.memory_policy == "auto" else MemoryPolicy.parse(config.memory_policy, layers)

@@ -148,7 +148,6 @@ def _activations(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
         return "recompute", "activations of every weight's gradient would not fit"
     plan = plan_execution(inputs)
     memory = memory_of(plan, inputs)
-    asked = inputs.config.gradient_checkpointing
     why = in_words(plan, inputs.shape.layers)
     speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if inputs.on_cuda else ""
     there = size_in_words(inputs.hardware.memory_bytes)

@@ -163,7 +163,7 @@ def _remedies(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
 
     A memory policy on auto tries smaller micro-batches itself.
     """
-    auto = {"memory_policy": "auto"} if config.memory_policy != "auto" else {}
+    auto = {"memory_policy": "auto"} if inputs.config.memory_policy != "auto" else {}
     if auto:
         yield auto
     shape = inputs.shape

@@ -43,9 +43,9 @@ def _no_attention(inputs: PlanInputs) -> Iterator[Finding]:
 
 
 def _checkpointing(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
-    config, policy = inputs.config, inputs.policy
+    policy = inputs.policy
     if policy == MemoryPolicy() and memory.kept_bytes > inputs.hardware.memory_bytes:
-        yield _kept(config, memory, inputs.hardware)
+        yield _kept(memory, inputs.hardware)
     idle = _idle(policy) if policy and not inputs.on_cuda else []
     if idle:
         yield Finding(
@@ -58,15 +58,13 @@ def _checkpointing(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Findi
         )
 
 
-def _kept(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> Finding:
-    off = config.gradient_checkpointing == "off"
-    where = "gradient_checkpointing" if off else "activations"
+def _kept(memory: MemoryEstimate, hardware: Hardware) -> Finding:
     return Finding(
         "P2",
         Severity.ERROR,
-        f"{'gradient checkpointing is off' if off else 'activations are kept'}, and keeping every activation needs "
-        f"about {at_least(memory.kept_bytes)} of the {at_most(hardware.memory_bytes)} there are",
-        where=where,
+        f"activations are kept, and keeping every activation needs about {at_least(memory.kept_bytes)} "
+        f"of the {at_most(hardware.memory_bytes)} there are",
+        where="memory_policy",
         why="the run would end in out-of-memory at its first full micro-batch",
         fix=f"set memory_policy: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
     )

@@ -8,10 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.engine import generate
-from lorafit.errors import UsageError
+from lorafit.errors import BackboneError, UsageError
 from lorafit.methods import method_of
 
 
@@ -61,7 +64,7 @@ class InProcessEngine:
     @property
     def max_positions(self) -> int:
         """Positions that the base was made for."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+        return _positions_of(self.model)
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the trained weights in `folder` on the base. Raises UsageError while another adapter is there."""
@@ -106,3 +109,54 @@ class InProcessEngine:
     def _require(self, name: str) -> None:
         if name != self.adapter:
             raise UsageError("no adapter of this name is loaded", where=name, fix="add it first")
+
+
+class MergedEngine:
+    """A merged model in this process: it answers as the tuned one, and has no base to answer with."""
+
+    def __init__(self, folder: Path, device: str | None = None) -> None:
+        """Load the model in `folder` with transformers, as a server would. Raises BackboneError."""
+        self.folder = folder
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "auto" if place.startswith("cuda") else torch.float32
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = f"the model cannot be loaded ({str(error)[:200]})"
+            raise BackboneError(reason, where=str(folder), fix="merge the run again") from error
+        self.model: Any = model.to(place).eval()
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base was made for."""
+        return _positions_of(self.model)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Raise UsageError: the adapter is part of the weights."""
+        raise UsageError("a merged model takes no adapters", where=str(self.folder), fix="load the run")
+
+    def remove_adapter(self, name: str) -> None:
+        """Raise UsageError: the adapter is part of the weights."""
+        raise UsageError("a merged model has no adapter to remove", where=str(self.folder), fix="load the run")
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids after `prompt`, without the stop token. Raises UsageError without an `adapter`."""
+        if adapter is None:
+            raise UsageError("a merged model has no base to answer", where=str(self.folder), fix="load the run")
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        (ids,) = generate(self.model, [prompt], stop_ids, on_token=on_token, **options)
+        return ids
+
+
+def _positions_of(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

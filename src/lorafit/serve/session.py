@@ -11,7 +11,7 @@ from lorafit.config import RunConfig, base_folder
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir, require_trained_adapter
-from lorafit.serve.engine import Engine, InProcessEngine
+from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine
 
 TUNED = "tuned"
 """The name of the run's own adapter in the engine."""
@@ -36,6 +36,17 @@ class Session:
         engine = InProcessEngine(config, device)
         engine.add_adapter(TUNED, run.adapter)
         return cls(run, config, engine, template)
+
+    @classmethod
+    def load_merged(cls, path: Path, *, device: str | None = None) -> Session:
+        """Load the merged model in `path`, as a server would. Raises BackboneError."""
+        template = Template.for_tokenizer(TextTokenizer.from_base(str(path)))
+        return cls(RunDir(path), RunConfig(base=str(path)), MergedEngine(path, device), template)
+
+    @property
+    def is_merged(self) -> bool:
+        """True when there is no base to answer with."""
+        return isinstance(self.engine, MergedEngine)
 
     def answer(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,22 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+
+
+ANSWER_HINTS = ("answer", "response", "reply", "completion", "output", "resolution", "target", "label")
+ASKED_HINTS = (
+    "question",
+    "instruction",
+    "prompt",
+    "description",
+    "body",
+    "query",
+    "request",
+    "input",
+    "text",
+    "subject",
+)
+"""What people call the two columns, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
         raise DataError(
             f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations",
             where=where,
-            fix="name them, as in --map instruction=question --map response=answer_text",
+            fix=f"name them, as in {_suggested_map(rows)}",
         )
     kind, answer = votes.most_common(1)[0][0]
     return Shape(kind, answer, dict(mapped))
@@ -127,6 +144,16 @@ def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> No
             fix = f"did you mean '{near[0]}'?" if near else f"the rows have {_listed(names)}"
             message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"
             raise UsageError(message, where="--map", fix=fix)
+
+
+def _suggested_map(rows: Sequence[Fields]) -> str:
+    """The flags that name a question and an answer among the rows' own fields, to be pasted."""
+    names = list(dict.fromkeys(str(name) for row in rows[:100] for name in row))
+    answer = next((name for hint in ANSWER_HINTS for name in names if hint in name.lower()), None)
+    asked = next((name for hint in ASKED_HINTS for name in names if hint in name.lower() and name != answer), None)
+    if answer is None or asked is None:
+        return "--map instruction=question --map response=answer_text"
+    return " ".join(f"--map {shlex.quote(word)}" for word in (f"instruction={asked}", f"response={answer}"))
 
 
 def _listed(names: Iterable[str]) -> str:

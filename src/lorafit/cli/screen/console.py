@@ -7,8 +7,11 @@ import errno
 import json
 import math
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
@@ -17,16 +20,35 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.findings import Finding, Severity
+
+class _Trimmed:
+    """The standard output of the moment; no line ends in blanks where it is no terminal."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def isatty(self) -> bool:
+        return sys.stdout is not None and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+
+    def write(self, text: str) -> int:
+        if sys.stdout is not None:
+            sys.stdout.write(text if self.isatty() else BLANKS.sub("", text))
+        return len(text)
+
+    def flush(self) -> None:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
 
 PIPE_WIDTH = 120
-PEOPLE = Console(highlight=False)
-if not PEOPLE.is_terminal:
+BLANKS = re.compile(r"[ \t]+(?=\n)")
+OUTPUT = cast(IO[str], _Trimmed())
+PEOPLE = Console(file=OUTPUT, highlight=False)
+if not PEOPLE.is_terminal and "COLUMNS" not in os.environ:
     PEOPLE.width = PIPE_WIDTH  # a log has no edge to wrap at
 ERRORS = Console(stderr=True, highlight=False)
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """What a reader or a terminal that is gone answers: nobody will ever read more."""
-COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
 
 class _Steady:
@@ -86,7 +108,7 @@ def steady(console: Console = PEOPLE) -> Iterator[None]:
         yield
     finally:
         stream.close()
-        console.file = cast(IO[str], None)  # whatever sys.stdout is then
+        console.file = OUTPUT if console is PEOPLE else cast(IO[str], None)  # whatever sys.stderr is then
 
 
 @contextlib.contextmanager
@@ -129,62 +151,73 @@ def show_error(sentence: str, label: str = "error") -> None:
     """One sentence on stderr, where there is somebody to read it: the exit code holds without."""
     colour = "bold red" if label == "error" else "bold yellow"
     with steady(ERRORS):
-        ERRORS.print(Text.assemble((f"{label}: ", colour), sentence), soft_wrap=True)
+        ERRORS.print(Text.assemble((f"{label}: ", colour), near(sentence)), soft_wrap=True)
 
 
 def show_json(content: Any) -> None:
     """One JSON object on stdout. NaN is null: JSON has no other word for it."""
-    print(json.dumps(_finite(content), indent=1, ensure_ascii=False))
+    print(json.dumps(without_infinities(content), indent=1, ensure_ascii=False))
 
 
-def _finite(content: Any) -> Any:
+def without_infinities(content: Any) -> Any:
+    """`content` with null for every number that JSON has no word for."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: without_infinities(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [without_infinities(value) for value in content]
     return content
 
 
-def show_findings(findings: Sequence[Finding]) -> None:
-    """Each finding: code, where, what was seen; why and the fix below it."""
-    for finding in findings:
-        colour = COLOURS[finding.severity]
-        times = f" ×{finding.count:,}" if finding.count > 1 else ""
-        place = f" [dim]{escape(finding.where)}[/dim]" if finding.where else ""
-        say(f"  [{colour}]{finding.code:<5}{finding.severity.value}[/{colour}]{times}{place} {escape(finding.message)}")
-        if others := finding.examples[1:]:
-            more = ", …" if finding.count > len(finding.examples) else ""
-            _note(f"[dim]also[/dim] {escape(', '.join(others))}{more}")
-        if finding.why:
-            _note(f"[dim]why[/dim] {escape(finding.why)}")
-        if finding.fix:
-            _note(f"[dim]fix[/dim] {escape(finding.fix)}")
+def show_settings(rows: Iterable[tuple[str, Any, str]], names: Mapping[str, str] | None = None) -> None:
+    """Show every setting, its value and who set it: a table of those set, a paragraph of defaults.
 
-
-def _note(markup: str) -> None:
-    PEOPLE.print(Padding(markup, (0, 0, 0, 8)))
-
-
-def show_settings(rows: Iterable[tuple[str, Any, str]]) -> None:
-    """Every setting, its value and who set it: a table of what somebody set, a paragraph of the defaults."""
+    `names`: the name that somebody gave a setting under, where that is another.
+    """
     given, defaults = Table.grid(padding=(0, 2)), []
     for key, value, source in rows:
         if source == "default":
-            defaults.append(f"{key} {_shown(value)}")
+            defaults.append(f"{key} {_shown(key, value)}")
         else:
-            given.add_row(key, Text(_shown(value), style="bold"), Text(source, style="dim"))
+            name = f"{source} ({names[key]})" if names and key in names else source
+            given.add_row(key, Text(_shown(key, value), style="bold"), Text(name, style="dim"))
     for column in given.columns:
         column.overflow = "fold"  # a path is one long word
     PEOPLE.print(Padding(given, (0, 0, 0, 2)))
-    PEOPLE.print(Padding(Text(f"default: {' · '.join(defaults)}", style="dim"), (0, 0, 0, 2)))
+    if defaults:
+        PEOPLE.print(Padding(Text(f"default: {' · '.join(defaults)}", style="dim"), (0, 0, 0, 2)))
 
 
-def _shown(value: Any) -> str:
+def _shown(key: str, value: Any) -> str:
     if value is None or value == () or value == {}:
         return "–"
-    return ", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value)
+    if key == "gpu_memory" and "gib" not in value.lower():
+        from lorafit.config import parse_bytes  # pydantic stays out of --help
+
+        return f"{value} ({gib(parse_bytes(value))})"
+    if isinstance(value, dict):
+        return ", ".join(f"{ours}={theirs}" for ours, theirs in value.items())
+    return near(", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value))
+
+
+def show_next(*commands: tuple[str, str], title: str = "next") -> None:
+    """Show what to type next: (command, purpose) each."""
+    for number, (command, purpose) in enumerate(commands):
+        head = f"[bold]{title:<9}[/bold]" if number == 0 else " " * 9
+        why = f"  [dim]{escape(purpose)}[/dim]" if purpose else ""
+        # left to the terminal to wrap: a command is there to be copied
+        PEOPLE.print(f"{head} [cyan]{escape(command)}[/cyan]{why}", soft_wrap=True)
+
+
+def near(text: str) -> str:
+    """`text` with the paths in the current folder relative to it."""
+    return text.replace(f"{Path.cwd()}{os.sep}", "")
+
+
+def typed(*words: str) -> str:
+    """The words of a command as one types them."""
+    return " ".join(near(shlex.quote(near(word))) for word in words)
 
 
 def loss(value: float) -> str:

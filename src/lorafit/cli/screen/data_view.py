@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.text import Text
 
-from lorafit.cli.console import PEOPLE, counted, duration, say
+from lorafit.cli.screen.console import PEOPLE, counted, duration, near, say
 
 if TYPE_CHECKING:
     from lorafit.data import Progress, ShownRow, Summary
@@ -54,16 +55,43 @@ def show_histogram(summary: Summary) -> None:
 
 
 def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
-    """Each row's text: dim is prompt, green is supervised, the stop token reversed."""
+    """Show each row's text: dim is prompt, green is supervised, the stop token is reversed.
+
+    Without colour, supervised text stands in ⟦brackets⟧.
+    """
+    is_plain = PEOPLE.color_system is None or PEOPLE.no_color
     for row in rows:
-        text = Text()
-        for token in row.tokens:
-            style = ("reverse " if token.is_stop else "") + ("green" if token.supervised else "dim")
-            text.append(token.text, style=style)
         supervised = sum(token.supervised for token in row.tokens)
-        PEOPLE.print(f"[bold]{escape(row.source)}[/bold] [dim]{len(row.tokens)} tokens, {supervised} supervised[/dim]")
-        PEOPLE.print(text)
-    say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
+        counts = f"{len(row.tokens)} tokens, {supervised} supervised"
+        PEOPLE.print(f"[bold]{escape(near(row.source))}[/bold] [dim]{counts}[/dim]")
+        PEOPLE.print(_bracketed(row) if is_plain else _coloured(row), soft_wrap=is_plain)
+    if rows and is_plain:
+        say("supervised is in ⟦brackets⟧, the rest is prompt")
+    elif rows:
+        say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
+
+
+def shown_as_json(rows: Sequence[ShownRow]) -> list[dict[str, Any]]:
+    """The shown rows for machines."""
+    return [asdict(row) for row in rows]
+
+
+def _coloured(row: ShownRow) -> Text:
+    text = Text()
+    for token in row.tokens:
+        style = ("reverse " if token.is_stop else "") + ("green" if token.supervised else "dim")
+        text.append(token.text, style=style)
+    return text
+
+
+def _bracketed(row: ShownRow) -> Text:
+    text, inside = Text(), False
+    for token in row.tokens:
+        if token.supervised != inside:
+            text.append("⟦" if token.supervised else "⟧")
+            inside = token.supervised
+        text.append(token.text)
+    return text.append("⟧") if inside else text
 
 
 class ReadingBar:

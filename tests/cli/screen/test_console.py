@@ -10,7 +10,7 @@ import pytest
 
 from little_run import write_rows
 from lorafit.cli import main
-from lorafit.cli.console import say, show_error, steady
+from lorafit.cli.screen.console import say, show_error, steady
 from lorafit.demo import BASE
 
 

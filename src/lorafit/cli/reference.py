@@ -1,0 +1,108 @@
+"""lorafit settings, explain and help: what can be set, what findings mean, what there is to type."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.cli import flags
+from lorafit.cli.screen.console import PEOPLE, heading, say, show_json
+from lorafit.errors import UsageError
+
+SETTINGS_EXAMPLES = """Examples:
+
+lorafit settings
+
+lorafit settings learning_rate"""
+EXPLAIN_EXAMPLES = """Examples:
+
+lorafit explain D013
+
+lorafit explain"""
+
+
+def settings(
+    name: Annotated[str | None, typer.Argument(help="A setting, by any of its names.", show_default=False)] = None,
+    json: flags.Json = False,
+) -> None:
+    """List every setting, or show one: its default, meaning, advice and other names."""
+    from lorafit.config import RunConfig  # pydantic stays out of --help
+    from lorafit.config.setting_aliases import advice_for, our_name
+    from lorafit.config.setting_reference import describe_setting
+
+    if name is None:
+        described = [describe_setting(key) for key in RunConfig.model_fields]
+        if json:
+            show_json([one.to_dict() for one in described])
+            return
+        table = Table.grid(padding=(0, 2))
+        for one in described:
+            table.add_row(f"[bold]{one.name}[/bold]", escape(one.shown_default), f"[dim]{escape(one.meaning)}[/dim]")
+        PEOPLE.print(table)
+        say("[dim]one in detail: lorafit settings NAME[/dim]")
+        return
+    key = our_name(name.removeprefix("--"), RunConfig.model_fields)
+    if key not in RunConfig.model_fields:
+        raise UsageError(f"no setting '{name:.60}'", fix=advice_for(name, RunConfig.model_fields))
+    one = describe_setting(key)
+    if json:
+        show_json(one.to_dict())
+        return
+    heading(one.name, f"[dim]{escape(one.meaning)}[/dim]")
+    rows = {"default": one.shown_default, "values": one.values, "advice": one.advice, "aliases": ", ".join(one.aliases)}
+    _show_rows({**rows, "set it": one.example})
+
+
+def explain(
+    code: Annotated[str | None, typer.Argument(help="The code of a finding, as D013.", show_default=False)] = None,
+    json: flags.Json = False,
+) -> None:
+    """Explain a finding by its code. Without one: list all codes."""
+    from lorafit.findings import explanations
+
+    texts = explanations()
+    if code is None:
+        if json:
+            show_json([{"code": one, "title": title, "text": text} for one, (title, text) in texts.items()])
+            return
+        _show_rows({one: title for one, (title, _) in texts.items()})
+        return
+    if code.upper() not in texts:
+        raise UsageError(f"no finding has the code '{code:.20}'", fix="list all codes with 'lorafit explain'")
+    title, text = texts[code.upper()]
+    if json:
+        show_json({"code": code.upper(), "title": title, "text": text})
+        return
+    from rich.markdown import Markdown  # slow to import, and needed here alone
+
+    heading(code.upper(), f"[bold]{escape(title)}[/bold]")
+    PEOPLE.print(Padding(Markdown(text), (0, 0, 0, 2)))
+
+
+def help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(help="A command.", show_default=False)] = None,
+) -> None:
+    """Show the help of lorafit, or of one command."""
+    top: Any = context.parent
+    if command is None:
+        typer.echo(top.get_help())
+        return
+    found = top.command.get_command(top, command)
+    if found is None:
+        raise UsageError(f"no command '{command:.40}'", fix="list all with 'lorafit help'")
+    with found.make_context(command, ["--help"], parent=top):
+        pass
+
+
+def _show_rows(rows: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name, style="bold"), text and Text(text))
+    PEOPLE.print(Padding(table, (0, 0, 0, 2)))

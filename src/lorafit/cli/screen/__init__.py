@@ -1,0 +1,1 @@
+"""What the commands show: the console, data, findings, plans, and a run as it happens."""

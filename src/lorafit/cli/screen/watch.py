@@ -1,0 +1,196 @@
+"""Show a run as it happens: a live line on a terminal, lines by time elsewhere, or events for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.markup import escape
+from rich.progress import Progress, TextColumn
+from rich.text import Text
+
+from lorafit.api.observer import Observer
+from lorafit.cli.screen.console import PEOPLE, duration, gib, heading, loss, show_settings, without_infinities
+from lorafit.cli.screen.data_view import ReadingBar, show_summary
+from lorafit.cli.screen.findings_view import show_findings
+from lorafit.cli.screen.plan_view import show_choices, show_verdict
+
+if TYPE_CHECKING:
+    from lorafit.config import Resolved
+    from lorafit.data import Prepared
+    from lorafit.data.summary import Progress as DataProgress
+    from lorafit.engine import Rehearsal
+    from lorafit.findings import Finding
+    from lorafit.methods.lora import Counts
+    from lorafit.planning import Plan
+    from lorafit.runs import RunDir
+    from lorafit.training import RunEvent, StepProgress
+
+LINE_S = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+BAR = 16
+
+
+class ConsoleObserver(Observer):
+    """Prints each stage as it ends; use it as a context manager so that the bars are taken down on errors.
+
+    `data`: the files as typed.
+    """
+
+    def __init__(self, data: Sequence[str] = ()) -> None:
+        self.data = data
+        self.bar = ReadingBar()
+        self.progress = Progress(
+            TextColumn("{task.fields[seen]}"), console=PEOPLE, transient=True, disable=not PEOPLE.is_terminal
+        )
+        self.last_line_s = float("-inf")
+        self.task = self.progress.add_task("train", total=1, seen="", visible=False)
+        self.rehearses = False
+        self.last_eval_loss: float | None = None
+        self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
+
+    def __enter__(self) -> Self:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__()
+        self.progress.stop()
+        if self.status:
+            self.status.stop()
+
+    def ready(self, findings: list[Finding]) -> None:
+        show_findings(findings)
+
+    def reading(self, progress: DataProgress) -> None:
+        self.bar.show(progress)
+
+    def checked(self, prepared: Prepared) -> None:
+        self.bar.__exit__()
+        heading("data")
+        show_summary(prepared.summary)
+        show_findings(prepared.findings, self.data)
+
+    def planned(self, plan: Plan, resolved: Resolved) -> None:
+        self.rehearses = plan.hardware.kind == "cuda"
+        show_verdict(plan, [*plan.findings])
+        show_choices(plan, resolved)
+        show_findings(plan.findings)
+        heading("settings", "[dim]those set or planned; all of them are in run.yaml[/dim]")
+        show_settings([row for row in resolved.table() if row[2] != "default"], resolved.names)
+
+    def loading(self, run: RunDir) -> None:
+        self.run = run
+        if self.status:
+            self.status.start()
+
+    def attached(self, counts: Counts, base: str) -> None:
+        if self.status:
+            self.status.stop()
+        heading("quantise", f"{Path(base).name}, frozen; packed rows verified isolated from each other")
+        heading(
+            "attach",
+            f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
+            f"([bold]{counts.percent:.3f} %[/bold])",
+        )
+        if self.rehearses and self.status:
+            self.status.update("compiling, and trying the largest micro-batch")
+            self.status.start()
+
+    def rehearsed(self, rehearsal: Rehearsal | None) -> None:
+        if self.status:
+            self.status.stop()
+        if rehearsal is not None:
+            heading(
+                "dry run",
+                f"[bold]{gib(rehearsal.peak_bytes)}[/bold] of {gib(rehearsal.budget_bytes)} on the largest "
+                f"micro-batch, memory policy {rehearsal.policy}; {duration(rehearsal.elapsed_s)}, "
+                f"{duration(rehearsal.compile_s)} of them compiling",
+            )
+        self.progress.start()
+
+    def stepped(self, progress: StepProgress) -> None:
+        is_last = progress.step == progress.steps
+        is_evaluated = progress.eval_loss != self.last_eval_loss and progress.eval_loss is not None
+        self.last_eval_loss = progress.eval_loss
+        if is_last:
+            self.progress.stop()
+        elif PEOPLE.is_terminal:
+            self.progress.update(self.task, seen=_live_line(progress, PEOPLE.width), visible=True)
+            return
+        if is_last or is_evaluated or time.monotonic() - self.last_line_s >= LINE_S:
+            self.last_line_s = time.monotonic()
+            heading("train", "  ".join(_parts(progress, with_eval=is_evaluated)))
+
+    def happened(self, event: RunEvent) -> None:
+        heading("event", f"[yellow]{escape(event.message)}[/yellow]")
+
+    def stopping(self, signal_number: int) -> None:
+        # straight to the descriptor: rich holds locks that the interrupted code may hold too
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+
+
+class JsonObserver(Observer):
+    """Writes one JSON object a line to standard error for each stage, step and event."""
+
+    def ready(self, findings: list[Finding]) -> None:
+        self._write("ready", findings=[finding.to_dict() for finding in findings])
+
+    def checked(self, prepared: Prepared) -> None:
+        summary = prepared.summary
+        counts = {"read": summary.read, "kept": summary.kept, "rejected": summary.rejected}
+        self._write("checked", **counts, train_rows=summary.train_rows, held_out_rows=summary.holdout_rows)
+
+    def planned(self, plan: Plan, resolved: Resolved) -> None:
+        self._write("planned", method=plan.method, steps=plan.steps, peak_bytes=plan.memory.peak_bytes)
+
+    def loading(self, run: RunDir) -> None:
+        self._write("loading", run=str(run.path))
+
+    def attached(self, counts: Counts, base: str) -> None:
+        self._write("attached", trainable_parameters=counts.trainable, total_parameters=counts.total)
+
+    def stepped(self, progress: StepProgress) -> None:
+        self._write("step", **asdict(progress))
+
+    def happened(self, event: RunEvent) -> None:
+        self._write("event", **event.to_dict())
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        with contextlib.suppress(OSError):  # a reader that is gone
+            line = json.dumps({"event": kind, **without_infinities(fields)}, ensure_ascii=False)
+            print(line, file=sys.stderr, flush=True)
+
+
+def _parts(progress: StepProgress, *, with_eval: bool) -> list[str]:
+    """What a line says of a step, the most important first."""
+    parts = [f"step {progress.step}/{progress.steps}", f"loss [bold]{loss(progress.loss)}[/bold]"]
+    if with_eval and progress.eval_loss is not None:
+        parts.append(f"held-out {loss(progress.eval_loss)}")
+    if progress.step < progress.steps:
+        parts.append(f"{duration(progress.eta_s)} left")
+    return [*parts, f"{progress.tokens_per_s:,.0f} tok/s", gib(progress.memory_bytes)]
+
+
+def _live_line(progress: StepProgress, width: int) -> str:
+    """The step in one line of at most `width` columns: what has no room is left out from the end."""
+    line = "[bold]train[/bold]    "
+    for part in _parts(progress, with_eval=True):
+        if len(Text.from_markup(f"{line} {part} ")) >= width:
+            return line
+        line += f" {part} "
+    if len(Text.from_markup(line)) + BAR + 1 < width:
+        done = round(BAR * progress.step / max(progress.steps, 1))
+        line += f" [cyan]{'━' * done}[/cyan][dim]{'━' * (BAR - done)}[/dim]"
+    return line
