@@ -146,13 +146,13 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         rehearsal: object = None
         events: tuple[str, ...] = ()
 
-        def happened(self, event: object) -> None:
+        def on_event(self, event: object) -> None:
             self.events += (f"{event.kind}, step {event.step}",)  # type: ignore[attr-defined]
 
-        def attached(self, counts: object, base: str) -> None:
+        def on_model(self, counts: object, base: str) -> None:
             self.attached_at = time.perf_counter()
 
-        def rehearsed(self, rehearsal: object) -> None:
+        def on_dry_run(self, rehearsal: object) -> None:
             self.rehearsal = rehearsal
 
     warm = options.warm

@@ -61,7 +61,7 @@ from lorafit.errors import LorafitError, UsageError
 from lorafit.evaluate import exact_match
 from lorafit.export import Row, TransformersModel
 from lorafit.export.verify.comparison import Reference
-from lorafit.training.steps import StepDataset
+from lorafit.training.batches.steps import StepDataset
 
 LOSS_BOUND = 0.005
 """Largest relative difference of one step's loss."""

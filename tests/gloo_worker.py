@@ -5,9 +5,9 @@ import os
 import torch
 
 from little_run import encoded_rows, settings
+from little_trainer import training_loop
 from lorafit.backbone import load_backbone
 from lorafit.methods.lora import attach
-from lorafit.training import LorafitTrainer
 
 LENGTHS = (23, 5, 40, 12, 31, 8, 17, 29, 3, 44)
 
@@ -22,15 +22,30 @@ def adapted(config):
     return model
 
 
-def train_in_a_process(rank, world, base, folder, results):
+def train_in_a_process(rank, world, base, folder, results, short_rank=None):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     config = settings(base=base, examples_per_step=10, max_length=48, max_steps=2, lr=1e-2, max_grad_norm=1e9)
     model = adapted(config)
-    trainer = LorafitTrainer(model, config, encoded_rows(*LENGTHS), None, folder)
-    assert trainer.args.world_size == world
-    trainer.train()
+    if rank == short_rank:
+        _run_out_of_memory_once(model)
+    trainer = training_loop(model, config, encoded_rows(*LENGTHS), None, folder)
+    assert trainer.processes.world == world
+    trainer.run()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters() if weight.requires_grad])
-    torch.save({"losses": losses, "weights": weights}, f"{results}/{world}-{rank}.pt")
+    torch.save(
+        {"losses": losses, "weights": weights, "micro_tokens": trainer.steps.layout.micro_tokens},
+        f"{results}/{world}-{rank}.pt",
+    )
+
+
+def _run_out_of_memory_once(model):
+    left = [True]
+
+    def run(*_):
+        if left and left.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_base_model().model.layers[-1].register_forward_hook(run)

@@ -69,3 +69,18 @@ def test_the_classic_steps_train_merge_and_serve(front, tmp_path, capsys):
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "served")
     made = pipeline("text-generation", model=str(tmp_path / "served"))("Route", max_new_tokens=3, do_sample=False)
     assert made[0]["generated_text"].startswith("Route")
+
+
+@pytest.mark.parametrize(("asked", "recomputes"), [("recompute", True), ("keep", False)])
+def test_activations_are_recomputed_only_where_asked_and_never_reentrant(front, asked, recomputes):
+    from lorafit.api.pipeline import _recompute_if_asked
+
+    class Model:
+        kwargs = None
+
+        def activation_checkpointing_enable(self, kwargs):
+            self.kwargs = kwargs
+
+    model = Model()
+    _recompute_if_asked(model, front.config.model_copy(update={"memory_policy": asked}))
+    assert model.kwargs == ({"use_reentrant": False} if recomputes else None)

@@ -11,7 +11,7 @@ import lorafit
 from little_run import write_rows
 from lorafit.demo import BASE
 from lorafit.errors import DataError, UsageError
-from lorafit.training.steps import StepDataset
+from lorafit.training.batches.steps import StepDataset
 
 
 @pytest.fixture
@@ -46,8 +46,7 @@ def test_the_plan_knows_the_largest_step_that_train_will_run(data):
     planned = lorafit.plan(data, str(BASE), gpu="RTX 4090", examples_per_step=8, epochs=4.0, max_length=256)
     steps, found = StepDataset(planned.prepared.train, planned.resolved.config), []
     for epoch in range(4):
-        steps.set_epoch(epoch)
-        found += [step.tokens for step in steps]
+        found += [step.tokens for step in steps.epoch(epoch)]
     assert planned.plan.stats.largest_step == max(found) > 256
     assert planned.resolved.config.memory_policy == f"micro_tokens={max(found)},cuda_graph_max_tokens={max(found)}"
     assert planned.to_dict()["plan"]["data"]["largest_step"] == max(found)

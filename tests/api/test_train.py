@@ -236,7 +236,7 @@ class Signalled(Observer):
     def __init__(self, *numbers):
         self.numbers = numbers
 
-    def loading(self, run):
+    def on_loading(self, run):
         for number in self.numbers:
             os.kill(os.getpid(), number)
 

@@ -34,12 +34,12 @@ def trainer(front, tokenized, tmp_path_factory):
 
 
 def first_step(trainer):
-    return next(iter(trainer.get_train_dataloader()))
+    return trainer.loop.steps[0]
 
 
 def test_there_are_labels_so_there_is_a_loss_and_a_gradient(trainer):
     with packed(trainer.model):
-        loss = trainer.training_step(trainer.model, first_step(trainer))
+        loss = trainer.loop.forward_backward(first_step(trainer))
     assert float(loss) > 0
     gradients = [weight.grad for weight in trainer.model.parameters() if weight.requires_grad]
     assert any(float(gradient.abs().sum()) > 0 for gradient in gradients)
@@ -74,7 +74,7 @@ def test_every_response_ends_in_a_supervised_stop_token(trainer):
 def test_no_row_is_padded_to_anything(trainer):
     step = first_step(trainer)
     assert sum(batch.tokens for batch in step.micro_batches) == step.tokens
-    assert step.tokens == int(trainer.train_rows.lengths[list(step.rows)].sum())
+    assert step.tokens == int(trainer.loop.train_rows.lengths[list(step.rows)].sum())
 
 
 def test_every_row_starts_at_position_zero(trainer):
@@ -120,7 +120,7 @@ def test_a_machine_without_cuda_trains_in_fp32_with_plain_adamw(trainer):
 
 
 def test_a_step_counts_the_supervised_tokens_it_really_has(trainer):
-    dataset = StepDataset(trainer.train_rows, trainer.config)
+    dataset = StepDataset(trainer.loop.train_rows, trainer.loop.config)
     for step in dataset:
         assert step.supervised == sum(batch.supervised for batch in step.micro_batches)
-        assert step.supervised == int(np.sum([trainer.train_rows.mask(row).sum() for row in step.rows]))
+        assert step.supervised == int(np.sum([trainer.loop.train_rows.mask(row).sum() for row in step.rows]))

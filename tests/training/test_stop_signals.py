@@ -8,8 +8,9 @@ import pytest
 from transformers import TrainerCallback
 
 from little_trainer import assert_same, trainer
-from lorafit.training import Checkpoint, StopSignals
-from lorafit.training.checkpoint import checkpoint_folders
+from lorafit.runs.signals import StopSignals
+from lorafit.training import Checkpoint
+from lorafit.training.checkpoints.folder import checkpoint_folders
 from tiny_models import save_base
 
 
@@ -32,11 +33,10 @@ class Send(TrainerCallback):
 
 
 def run(base, folder, *callbacks, resume=None, **given):
-    one = trainer(base, folder, **given)
-    for callback in callbacks:
-        one.add_callback(callback)
-    with StopSignals() as one.signals:
-        one.train(resume_from_checkpoint=str(resume) if resume else None)
+    signals = StopSignals()
+    one = trainer(base, folder, callbacks, signals, **given)
+    with signals:
+        one.run(resume)
     return one
 
 
@@ -63,31 +63,32 @@ def test_a_signal_in_an_evaluation_leaves_it_owed_and_the_resumed_run_makes_up_f
             hook.remove()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with StopSignals() as one.signals:
-        one.train()
+    with one.signals:
+        one.run()
     assert one.state.global_step == 3
     assert not [entry for entry in one.state.log_history if "eval_loss" in entry]
     resumed = run(base, tmp_path, resume=tmp_path / "step-000003", save_steps=5)
     assert_same(undisturbed, resumed)
 
 
+class StoppedInEvaluations(StopSignals):
+    """A signal has come whenever the model evaluates."""
+
+    def watch(self, model):
+        def note(module, given):
+            if not module.training:
+                self.stop = signal.SIGTERM
+
+        model.register_forward_pre_hook(note)
+
+
 def test_a_signal_in_an_owed_evaluation_leaves_it_owed_again(undisturbed, base, tmp_path):
-    one = trainer(base, tmp_path, save_steps=5)
-    one.signals.stop = None
-
-    def interrupted(model, batch):
-        one.signals.stop = signal.SIGTERM
-        return type(one)._held_out(one, model, batch)
-
-    one._held_out = interrupted
-    one.train()
-    assert one.state.global_step == 3
-    again = trainer(base, tmp_path, save_steps=5)
-    again._held_out = lambda model, batch: (
-        setattr(again.signals, "stop", 15),
-        type(one)._held_out(again, model, batch),
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "step-000003"))
+    for resume in (None, tmp_path / "step-000003"):
+        signals = StoppedInEvaluations()
+        one = trainer(base, tmp_path, signals=signals, save_steps=5)
+        signals.watch(one.model)
+        one.run(resume)
+        assert (one.state.global_step, one.owes_evaluation) == (3, True)
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000003"]
     assert_same(undisturbed, run(base, tmp_path, resume=tmp_path / "step-000003", save_steps=5))
 
@@ -100,10 +101,10 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on(undisturbed, base, tmp_path):
 
 def test_a_second_signal_ends_at_once_and_without_harm(base, tmp_path):
     one = trainer(base, tmp_path)
-    one.add_callback(Send(signal.SIGINT, 3, "on_step_begin"))
-    one.add_callback(Send(signal.SIGINT, 3, "on_pre_optimizer_step"))
-    with pytest.raises(KeyboardInterrupt), StopSignals() as one.signals:
-        one.train()
+    first, second = Send(signal.SIGINT, 3, "on_step_begin"), Send(signal.SIGINT, 3, "on_pre_optimizer_step")
+    one.callbacks.handler.callbacks += [first, second]
+    with pytest.raises(KeyboardInterrupt), one.signals:
+        one.run()
     assert one.state.global_step == 3
     one.checkpoints.wait()
     assert [Checkpoint.open(path).step for path in checkpoint_folders(tmp_path)] == [1, 2, 3]

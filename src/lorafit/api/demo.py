@@ -26,10 +26,10 @@ class DemoObserver(Observer):
     def data_written(self, train: Path, held_out: Path) -> None:
         """The task's rows are on disk."""
 
-    def matched(self, before: ExactMatch, after: ExactMatch) -> None:
+    def on_exact_match(self, before: ExactMatch, after: ExactMatch) -> None:
         """Exact match on the held-out rows, base and tuned."""
 
-    def merged(self, merged: MergedRun) -> None:
+    def on_merge(self, merged: MergedRun) -> None:
         """The merged model is written and compared."""
 
 
@@ -78,9 +78,9 @@ def demo(
     after = exact_match(trained.model, trained.held_out_rows, trained.template)
     with method_of(trained.resolved.config).without(trained.model):
         before = exact_match(trained.model, trained.held_out_rows, trained.template)
-    watch.matched(before, after)
+    watch.on_exact_match(before, after)
     merged = merge(trained.run.path)
-    watch.merged(merged)
+    watch.on_merge(merged)
     return DemoResult(task, seed, before, after, trained, merged, time.perf_counter() - started)
 
 

@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 class Observer:
     """Called at each stage of `train`, in this order. Override what you want to see."""
 
-    def ready(self, findings: list[Finding]) -> None:
+    def on_preflight(self, findings: list[Finding]) -> None:
         """What stands in the way of the run, or might: before the data are read, and again before the base is."""
 
-    def reading(self, progress: DataProgress) -> None:
+    def on_reading(self, progress: DataProgress) -> None:
         """While the data are read."""
 
-    def checked(self, prepared: Prepared) -> None:
+    def on_data(self, prepared: Prepared) -> None:
         """The data are read and judged."""
 
-    def planned(self, plan: Plan, resolved: Resolved) -> None:
+    def on_plan(self, plan: Plan, resolved: Resolved) -> None:
         """The plan is made, and every setting is settled."""
 
-    def loading(self, run: RunDir) -> None:
+    def on_loading(self, run: RunDir) -> None:
         """The base is about to be loaded and quantised."""
 
-    def attached(self, counts: Counts, base: str) -> None:
+    def on_model(self, counts: Counts, base: str) -> None:
         """Adapters are on the frozen base, and packed rows are proved isolated."""
 
-    def rehearsed(self, rehearsal: Rehearsal | None) -> None:
+    def on_dry_run(self, rehearsal: Rehearsal | None) -> None:
         """The largest micro-batch has been run once on the card (None: there is no card, and nothing to rehearse)."""
 
-    def stepped(self, progress: StepProgress) -> None:
+    def on_step(self, progress: StepProgress) -> None:
         """After each optimizer step."""
 
-    def happened(self, event: RunEvent) -> None:
+    def on_event(self, event: RunEvent) -> None:
         """When something besides a step happened: a spike, a step that was not applied, a retry."""
 
-    def stopping(self, signal_number: int) -> None:
+    def on_stopping(self, signal_number: int) -> None:
         """SIGINT or SIGTERM has come: the run ends after this step. Called within the signal's handler: no locks."""

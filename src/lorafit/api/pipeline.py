@@ -15,10 +15,13 @@ from datasets import Dataset
 
 from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
 from lorafit.config import RunConfig, resolve
-from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, Turn, parse_rows
+from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
 from lorafit.errors import DataError, UsageError
+from lorafit.methods import method_of
 from lorafit.methods.lora import attach, lora_config
-from lorafit.training import EventLog, LorafitTrainer
+from lorafit.objectives import Sft
+from lorafit.training import EventLog, TrainingLoop
+from lorafit.training.trainer import LorafitTrainer
 
 IGNORED = -100
 NAMED_ROWS = 3
@@ -99,7 +102,7 @@ class AdapterTrainingPipeline:
         """
         if on_long not in ("error", "drop"):
             raise UsageError(f"'{on_long}' is not a choice", where="on_long", fix="choose error or drop")
-        records = [_record(row) for row in dataset]
+        records = [Record.from_messages(row["messages"], row.get("source", "row")) for row in dataset]
         encoded = self.template.encode_many(records)
         long = [record.source for record, one in zip(records, encoded) if len(one.ids) > max_length]
         if long:
@@ -140,13 +143,18 @@ class AdapterTrainingPipeline:
             config = config.model_copy(update={"max_length": longest})
         folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
         events = EventLog(folder / "events.jsonl")
-        return LorafitTrainer(model, config, rows, held_out, folder / "checkpoints", events=events)
+        _recompute_if_asked(model, config)
+        parts = (model, method_of(config), Sft(), config, rows, held_out, folder / "checkpoints")
+        return LorafitTrainer(TrainingLoop(*parts, events=events))
 
 
-def _record(row: Mapping[str, Any]) -> Record:
-    turns = [Turn(message["role"], message["content"]) for message in row["messages"]]
-    system = turns.pop(0).content if turns and turns[0].role == "system" else None
-    return Record(tuple(turns), row.get("source", "row"), system)
+def _recompute_if_asked(model: Any, config: RunConfig) -> None:
+    """Have transformers recompute the layers' activations: `lorafit.train` has the engine's layers for that."""
+    policy = config.memory_policy
+    if policy == "recompute" or (policy == "auto" and torch.cuda.is_available()):
+        # transformers renamed it after 5.17; the old name warns in newer releases and is gone in 6
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
 
 
 def _rows(dataset: Dataset) -> Rows:

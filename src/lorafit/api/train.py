@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafit.api.describe_run import fingerprint_of, mend, new_run_id
-from lorafit.api.early_signals import EarlySignals
-from lorafit.api.fitting import fit
-from lorafit.api.going_on import known_identity, refuse_at_end
+from lorafit.api.build_model import BuiltModel, build_model
+from lorafit.api.manifest import Manifest, fingerprint_of, new_run_id, write_relied_on
 from lorafit.api.observer import Observer
 from lorafit.api.plan import plan_prepared
 from lorafit.api.preflight import before_loading, before_reading, require_ready
-from lorafit.api.ready_run import ReadyRun
+from lorafit.api.resume import known_identity, layout_of, refuse_at_end, refuse_stopped, resume_from, save_result
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.api.trained_run import TrainedRun
+from lorafit.api.tune_memory import tune_memory
 from lorafit.backbone import redirect_library_logs
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
-from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
 from lorafit.runs import RunDir, RunIdentity, RunLock
 from lorafit.runs.lookup import OtherRows, Place, begin_anew, find_place, next_free, put_back
-from lorafit.training import EventLog, deterministic
-from lorafit.training.trainer_library import TrainerCallback, get_available_reporting_integrations
+from lorafit.runs.signals import EarlySignals, StopSignals
+from lorafit.training import (
+    Checkpoint,
+    EventLog,
+    MetricsLog,
+    TrainerCallback,
+    TrainingLoop,
+    deterministic,
+    get_available_reporting_integrations,
+)
 
 
 def train(
@@ -59,82 +70,200 @@ def train(
     with EarlySignals() as signals:
         place = find_place(resolved, restart=restart)
         signals.run = place.run
-        aside = begin_anew(place.run) if restart else None
         try:
-            return _train_at(place, resolved, watch, list(callbacks))
+            with _old_run_aside(place.run, restart):
+                return _train_in(place, resolved, watch, list(callbacks))
         except OtherRows:
             fresh = Place(next_free(resolved), goes_on=False, is_named=False)
             signals.run = fresh.run
-            return _train_at(fresh, resolved, watch, list(callbacks))
-        except BaseException:
-            put_back(aside, place.run)
-            raise
+            return _train_in(fresh, resolved, watch, list(callbacks))
 
 
-def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
-    """Train in `place`, locked. Raises OtherRows when a finished run of other rows is there, and nobody named it."""
-    run, is_new = place.run, not place.run.path.exists()
-    early = before_reading(resolved.config, run)
-    watch.ready(early)
-    require_ready(early)
-    run.require_writable()
-    with (
-        _no_empty_folder(run, is_new),
-        RunLock(run.path) as lock,
-        redirect_library_logs(run.log),
-        deterministic(resolved.config.deterministic),
-    ):
-        try:
-            if run.holds_run != place.goes_on:
-                raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
-            return fit(_make_ready(place, lock, place.settled(resolved), early, watch), watch, callbacks)
-        except BaseException:
-            _leave_nothing(run, is_new and lock.is_held)
-            raise
-
-
-def _make_ready(place: Place, lock: RunLock, resolved: Resolved, early: list[Finding], watch: Observer) -> ReadyRun:
-    """Read and judge the data, and plan the run; `early` is what was found before."""
-    run, template = place.run, template_for(resolved)
-    # a run that goes on has its split and its rejected rows already
-    prepared = prepare(
-        resolved.config, template, run_dir=None if place.goes_on else run.path, on_progress=watch.reading
-    )
-    watch.checked(prepared)
-    require_clean(prepared)
-    known = _mended(place, resolved.config, template, prepared, watch) if place.goes_on else None
-    planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
-    watch.planned(planned.plan, planned.resolved)
-    late = before_loading(planned, run, torch.cuda.is_available)
-    watch.ready(late)
-    require_ready([*planned.plan.findings, *late])
-    findings = [*early, *prepared.findings, *planned.plan.findings, *late]
-    return ReadyRun(run, lock, known.run if known else new_run_id(), known, planned, template, findings)
-
-
-def _mended(place: Place, config: RunConfig, template: Template, prepared: Prepared, watch: Observer) -> RunIdentity:
-    """The identity of the run that goes on, whose files are whole again. Raises RunFinished when it is at its end."""
+def _train_in(place: Place, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
+    """Train in `place`. Raises OtherRows when a finished run of other rows is there, and nobody named it."""
     run = place.run
-    identity = known_identity(place, config, fingerprint_of(config, template, prepared))
-    run.follow_files(config)
-    names = mend(run, identity, config, template, prepared)
-    if names:
-        message = f"{', '.join(names)} in {run.path} was missing or not as it should be, and is written again"
-        EventLog(run.events, watch.happened).record("described_again", 0, message)
-    refuse_at_end(run, identity)
+    early = before_reading(resolved.config, run)
+    watch.on_preflight(early)
+    require_ready(early)
+    with _opened(place, resolved.config) as lock:
+        settings, template = place.settled(resolved), template_for(resolved)
+        # a resumed run has its split and its rejected rows already
+        data = prepare(
+            settings.config, template, run_dir=None if place.goes_on else run.path, on_progress=watch.on_reading
+        )
+        watch.on_data(data)
+        require_clean(data)
+        known = _known(place, settings.config, template, data) if place.goes_on else None
+        planned = plan_prepared(settings, data, hardware_here(settings.config))
+        watch.on_plan(planned.plan, planned.resolved)
+        late = before_loading(planned, run, torch.cuda.is_available)
+        watch.on_preflight(late)
+        require_ready([*planned.plan.findings, *late])
+        findings = [*early, *data.findings, *planned.plan.findings, *late]
+        run_id = known.run if known else new_run_id()
+        manifest = Manifest(run, lock, run_id, known, planned, template, findings)
+        watch.on_loading(run)
+        identity = _aside(manifest.identity)  # the base is hashed while it is loaded
+        built = build_model(planned)
+        watch.on_model(built.counts, settings.config.base)
+        return _train_model(manifest, built, identity, watch, callbacks)
+
+
+def _train_model(
+    manifest: Manifest,
+    built: BuiltModel,
+    identity: Future[RunIdentity],
+    watch: Observer,
+    callbacks: list[TrainerCallback],
+) -> TrainedRun:
+    """Tune the memory, train to the end, and write the adapter. Raises TrainingStopped after a signal."""
+    run, resolved, data = manifest.run, manifest.resolved, manifest.planned.prepared
+    events = EventLog(run.events, watch.on_event, is_new=manifest.known is None)
+    if built.note:
+        events.record("whole_logits", 0, built.note)
+    metrics = MetricsLog(run.metrics)
+    with (
+        tune_memory(built, resolved, data.train, run, events) as (memory, rehearsal),
+        StopSignals(watch.on_stopping) as signals,
+    ):
+        watch.on_dry_run(rehearsal)
+        loop = TrainingLoop(
+            built.model,
+            built.method,
+            built.objective,
+            resolved.config,
+            data.train,
+            data.holdout,
+            run.checkpoints,
+            memory=memory,
+            signals=signals,
+            events=events,
+            callbacks=[*callbacks, metrics],
+            show=watch.on_step,
+            before_write=manifest.require_place,
+            before_save=manifest.require_whole,
+            run=manifest.run_id,
+        )
+        layout = layout_of(resolved.config, memory, rehearsal)
+        known, checkpoint = _begun(manifest, identity.result(), layout, events)
+        started = time.perf_counter()
+        loop.run(checkpoint.folder if checkpoint else None)
+        train_s = time.perf_counter() - started
+        _save(manifest, known, loop, metrics)
+        return _result(manifest, built, loop, train_s)
+
+
+def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> None:
+    """Write the adapter of a run that is at its end. Raises TrainingStopped for one that a signal ended before."""
+    run = manifest.run
+    manifest.require_whole()
+    refuse_stopped(run, loop)
+    save_result(run, identity, loop)
+    if not metrics.flush():
+        message = f"{run.metrics} cannot be written, and lacks the last lines; the adapter is whole"
+        loop.events.record("metrics_not_written", loop.state.global_step, message)
+    manifest.require_whole(run.adapter / "adapter_model.safetensors", run.adapter / "adapter_config.json")
+
+
+def _known(place: Place, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
+    """Return the identity of the run to resume, in whose folder what other verbs rely on is written anew.
+
+    Raises RunFinished when the run is at its end.
+    """
+    identity = known_identity(place, config, fingerprint_of(config, template, data))
+    place.run.follow_files(config)
+    write_relied_on(place.run, identity, config, template, data)
+    refuse_at_end(place.run, identity)
     return identity
 
 
+def _begun(
+    manifest: Manifest, identity: RunIdentity, layout: dict[str, Any], events: EventLog
+) -> tuple[RunIdentity, Checkpoint | None]:
+    """Describe the run in its folder; returns its identity and the checkpoint to begin at, None for the first step."""
+    if manifest.known is None:  # a new run keeps the layout it begins in
+        identity = replace(identity, environment={**identity.environment, **layout})
+    manifest.write(identity)
+    if manifest.known is None:
+        return identity, None
+    return identity, resume_from(manifest.run, manifest.known, layout, events)
+
+
+def _result(manifest: Manifest, built: BuiltModel, loop: TrainingLoop, train_s: float) -> TrainedRun:
+    """Return what the run came to."""
+    data, loss = manifest.planned.prepared, _last(loop, "loss")
+    return TrainedRun(
+        run=manifest.run,
+        resolved=manifest.resolved,
+        model=built.model,
+        template=manifest.template,
+        train_rows=data.train,
+        held_out_rows=data.holdout,
+        findings=manifest.findings_with(loop.memory_retry.finding()),
+        counts=built.counts,
+        steps=loop.state.global_step,
+        tokens=loop.progress.tokens,
+        train_s=train_s,
+        loss=math.nan if loss is None else loss,
+        eval_loss=_last(loop, "eval_loss"),
+    )
+
+
+def _last(loop: TrainingLoop, key: str) -> float | None:
+    return next((entry[key] for entry in reversed(loop.state.log_history) if key in entry), None)
+
+
+def _aside(work: Callable[[], RunIdentity]) -> Future[RunIdentity]:
+    """Do `work` on a thread of its own, a daemon: a run that a signal ends at once waits for no hash."""
+    future: Future[RunIdentity] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="identity", daemon=True).start()
+    return future
+
+
 @contextlib.contextmanager
-def _no_empty_folder(run: RunDir, is_new: bool) -> Iterator[None]:
-    """A new folder in which nothing could be written does not stay."""
+def _old_run_aside(run: RunDir, restart: bool) -> Iterator[None]:
+    """Move the old run aside for a `restart`, and put it back when the new one never begins."""
+    aside = begin_anew(run) if restart else None
     try:
         yield
     except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
-                run.path.rmdir()  # refused where anything is in it
+        put_back(aside, run)
         raise
+
+
+@contextlib.contextmanager
+def _opened(place: Place, config: RunConfig) -> Iterator[RunLock]:
+    """Lock the folder of `place` within the block; a run that never started leaves nothing in a new one."""
+    run, is_new, is_own = place.run, not place.run.path.exists(), False
+    run.require_writable()
+    try:
+        with RunLock(run.path) as lock, redirect_library_logs(run.log), deterministic(config.deterministic):
+            if run.holds_run != place.goes_on:
+                raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
+            try:
+                yield lock
+            finally:
+                is_own = lock.is_held
+    except BaseException:
+        if is_new:
+            _leave_nothing(run, is_own)
+        raise
+
+
+def _leave_nothing(run: RunDir, is_own: bool) -> None:
+    """Remove the folder of a run that never started, unless it explains which rows were rejected."""
+    has_begun = run.settings.exists() or run.has_checkpoint
+    if is_own and not has_begun and not (run.path / "rejected.jsonl").exists():
+        shutil.rmtree(run.path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run.path.rmdir()  # refused where anything is in it
 
 
 def _require_one_process_here(resolved: Resolved) -> None:
@@ -150,9 +279,3 @@ def _require_one_process_here(resolved: Resolved) -> None:
     if unknown:
         here = ", ".join(trackers) or "none"
         raise UsageError(f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {here}")
-
-
-def _leave_nothing(run: RunDir, is_own: bool) -> None:
-    """Remove the folder that a run made which never started, unless it explains which rows were rejected."""
-    if is_own and not run.settings.exists() and not (run.path / "rejected.jsonl").exists():
-        shutil.rmtree(run.path, ignore_errors=True)

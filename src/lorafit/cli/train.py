@@ -69,7 +69,7 @@ def train(
 
 def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> TrainedRun:
     """Train; signals during the imports are heard too."""
-    from lorafit.api.early_signals import EarlySignals
+    from lorafit.runs.signals import EarlySignals
 
     with EarlySignals():
         from lorafit.api.settings import preflight

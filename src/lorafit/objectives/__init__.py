@@ -1,5 +1,6 @@
 """Objectives: what a run minimises."""
 
 from lorafit.objectives.objective import Objective
+from lorafit.objectives.sft import Sft
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "Sft"]

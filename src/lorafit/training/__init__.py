@@ -1,38 +1,45 @@
-"""Training: a thin Trainer over packed steps, its checkpoints, and one callback per file."""
+"""Training: an explicit loop over packed steps, its checkpoints, guards and logs."""
 
-from lorafit.training.allocator_watch import AllocatorWatch
-from lorafit.training.arguments import total_steps, training_arguments, without_checkpointing
-from lorafit.training.callbacks import MetricsLog, StepProgress, TrainingProgress
-from lorafit.training.checkpoint import Checkpoint
-from lorafit.training.checkpoint_snapshot import ADAPTER
-from lorafit.training.deterministic import deterministic
-from lorafit.training.events import EventLog, RunEvent
-from lorafit.training.largest_micro_batch import largest_micro_batch, largest_within
-from lorafit.training.resume import clear_unfinished, newest_whole, set_aside
-from lorafit.training.steps import StepDataset, pack_rows
-from lorafit.training.stop_signals import StopSignals
-from lorafit.training.trainer import LorafitTrainer
+from lorafit.training.batches.steps import StepDataset, largest_micro_batch, largest_within
+from lorafit.training.checkpoints.folder import Checkpoint
+from lorafit.training.checkpoints.resume import clear_unfinished, newest_whole, set_aside
+from lorafit.training.checkpoints.snapshot import ADAPTER
+from lorafit.training.guards.deterministic import deterministic
+from lorafit.training.guards.memory_retry import TunedMemory
+from lorafit.training.logging.events import EventLog, RunEvent
+from lorafit.training.logging.metrics_log import MetricsLog
+from lorafit.training.logging.progress import StepProgress, TrainingProgress
+from lorafit.training.loop import TrainingLoop
+from lorafit.training.optimization import (
+    TrainerCallback,
+    get_available_reporting_integrations,
+    total_steps,
+    training_arguments,
+)
+from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype
 
 __all__ = [
-    "AllocatorWatch",
     "ADAPTER",
     "Checkpoint",
     "EventLog",
-    "LorafitTrainer",
     "MetricsLog",
+    "OneByOne",
     "RunEvent",
+    "Schedule",
     "StepDataset",
     "StepProgress",
-    "StopSignals",
+    "TrainerCallback",
+    "TrainingLoop",
     "TrainingProgress",
+    "TunedMemory",
+    "autocast_dtype",
     "clear_unfinished",
     "deterministic",
+    "get_available_reporting_integrations",
     "largest_micro_batch",
     "largest_within",
     "newest_whole",
-    "pack_rows",
     "set_aside",
     "total_steps",
     "training_arguments",
-    "without_checkpointing",
 ]

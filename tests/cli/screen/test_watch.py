@@ -7,7 +7,7 @@ import pytest
 
 from lorafit.cli.screen import console, watch
 from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
-from lorafit.training.callbacks.progress import StepProgress
+from lorafit.training.logging.progress import StepProgress
 
 
 def progress(step=7, eval_loss=None, steps=2_400):
@@ -28,10 +28,10 @@ def test_a_file_gets_a_line_at_once_then_every_half_minute_and_at_each_evaluatio
     shown = ConsoleObserver()
     for step, eval_loss in ((1, None), (2, None), (3, 2.5), (4, 2.5), (5, 2.5)):
         now[0] += 10
-        shown.stepped(progress(step, eval_loss))
+        shown.on_step(progress(step, eval_loss))
     now[0] += 30
-    shown.stepped(progress(6, 2.5))
-    shown.stepped(progress(7, 2.5, steps=7))
+    shown.on_step(progress(6, 2.5))
+    shown.on_step(progress(7, 2.5, steps=7))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2].split("/")[0] for line in lines] == ["1", "3", "6", "7"]
     assert "held-out 2.5000" in lines[1]

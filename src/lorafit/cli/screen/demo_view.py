@@ -20,10 +20,10 @@ class _ConsoleDemo(ConsoleObserver, DemoObserver):
     def data_written(self, train: Path, held_out: Path) -> None:
         heading("data", f"{train} and {held_out.name}")
 
-    def matched(self, before: ExactMatch, after: ExactMatch) -> None:
+    def on_exact_match(self, before: ExactMatch, after: ExactMatch) -> None:
         show_exact_match(before, after)
 
-    def merged(self, merged: MergedRun) -> None:
+    def on_merge(self, merged: MergedRun) -> None:
         show_merged(merged)
 
 

@@ -69,19 +69,19 @@ class ConsoleObserver(Observer):
         if self.status:
             self.status.stop()
 
-    def ready(self, findings: list[Finding]) -> None:
+    def on_preflight(self, findings: list[Finding]) -> None:
         show_findings(findings)
 
-    def reading(self, progress: DataProgress) -> None:
+    def on_reading(self, progress: DataProgress) -> None:
         self.bar.show(progress)
 
-    def checked(self, prepared: Prepared) -> None:
+    def on_data(self, prepared: Prepared) -> None:
         self.bar.__exit__()
         heading("data")
         show_summary(prepared.summary)
         show_findings(prepared.findings, self.data)
 
-    def planned(self, plan: Plan, resolved: Resolved) -> None:
+    def on_plan(self, plan: Plan, resolved: Resolved) -> None:
         self.rehearses = plan.hardware.kind == "cuda"
         show_verdict(plan, [*plan.findings])
         show_choices(plan, resolved)
@@ -89,12 +89,12 @@ class ConsoleObserver(Observer):
         heading("settings", "[dim]those set or planned; all of them are in run.yaml[/dim]")
         show_settings([row for row in resolved.table() if row[2] != "default"], resolved.names)
 
-    def loading(self, run: RunDir) -> None:
+    def on_loading(self, run: RunDir) -> None:
         self.run = run
         if self.status:
             self.status.start()
 
-    def attached(self, counts: Counts, base: str) -> None:
+    def on_model(self, counts: Counts, base: str) -> None:
         if self.status:
             self.status.stop()
         heading("quantise", f"{Path(base).name}, frozen; packed rows verified isolated from each other")
@@ -107,7 +107,7 @@ class ConsoleObserver(Observer):
             self.status.update("compiling, and trying the largest micro-batch")
             self.status.start()
 
-    def rehearsed(self, rehearsal: Rehearsal | None) -> None:
+    def on_dry_run(self, rehearsal: Rehearsal | None) -> None:
         if self.status:
             self.status.stop()
         if rehearsal is not None:
@@ -119,7 +119,7 @@ class ConsoleObserver(Observer):
             )
         self.progress.start()
 
-    def stepped(self, progress: StepProgress) -> None:
+    def on_step(self, progress: StepProgress) -> None:
         is_last = progress.step == progress.steps
         is_evaluated = progress.eval_loss != self.last_eval_loss and progress.eval_loss is not None
         self.last_eval_loss = progress.eval_loss
@@ -132,10 +132,10 @@ class ConsoleObserver(Observer):
             self.last_line_s = time.monotonic()
             heading("train", "  ".join(_parts(progress, with_eval=is_evaluated)))
 
-    def happened(self, event: RunEvent) -> None:
+    def on_event(self, event: RunEvent) -> None:
         heading("event", f"[yellow]{escape(event.message)}[/yellow]")
 
-    def stopping(self, signal_number: int) -> None:
+    def on_stopping(self, signal_number: int) -> None:
         # straight to the descriptor: rich holds locks that the interrupted code may hold too
         with contextlib.suppress(OSError):  # a terminal that is gone
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
@@ -144,32 +144,32 @@ class ConsoleObserver(Observer):
 class JsonObserver(Observer):
     """Writes one JSON object a line to standard error for each stage, step and event."""
 
-    def ready(self, findings: list[Finding]) -> None:
+    def on_preflight(self, findings: list[Finding]) -> None:
         self._write("ready", findings=[finding.to_dict() for finding in findings])
 
-    def checked(self, prepared: Prepared) -> None:
+    def on_data(self, prepared: Prepared) -> None:
         summary = prepared.summary
         counts = {"read": summary.read, "kept": summary.kept, "rejected": summary.rejected}
         self._write("checked", **counts, train_rows=summary.train_rows, held_out_rows=summary.holdout_rows)
 
-    def planned(self, plan: Plan, resolved: Resolved) -> None:
+    def on_plan(self, plan: Plan, resolved: Resolved) -> None:
         self._write("planned", method=plan.method, steps=plan.steps, peak_bytes=plan.memory.peak_bytes)
 
-    def loading(self, run: RunDir) -> None:
+    def on_loading(self, run: RunDir) -> None:
         self._write("loading", run=str(run.path))
 
-    def attached(self, counts: Counts, base: str) -> None:
+    def on_model(self, counts: Counts, base: str) -> None:
         self._write("attached", trainable_parameters=counts.trainable, total_parameters=counts.total)
 
-    def stepped(self, progress: StepProgress) -> None:
+    def on_step(self, progress: StepProgress) -> None:
         self._write("step", **asdict(progress))
 
-    def happened(self, event: RunEvent) -> None:
+    def on_event(self, event: RunEvent) -> None:
         self._write("event", **event.to_dict())
 
-    def _write(self, kind: str, **fields: Any) -> None:
+    def _write(self, event: str, /, **fields: Any) -> None:
         with contextlib.suppress(OSError):  # a reader that is gone
-            line = json.dumps({"event": kind, **without_infinities(fields)}, ensure_ascii=False)
+            line = json.dumps({"event": event, **without_infinities(fields)}, ensure_ascii=False)
             print(line, file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,1 @@
+"""Batches: the examples of each step, laid out as micro-batches and made ahead of time."""

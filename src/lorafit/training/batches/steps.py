@@ -1,0 +1,125 @@
+"""StepDataset: choose the examples of each optimizer step, and lay them out as micro-batches for this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.config import RunConfig
+from lorafit.data import Rows, epoch_order, pack_step, steps_per_epoch
+from lorafit.engine import MicroBatch, Step
+from lorafit.objectives import Objective, Sft
+
+STEPS_SEEN = 512
+"""Steps of the first epoch in which the largest micro-batch is looked for: their lengths alone, in milliseconds."""
+
+
+@dataclass(slots=True)
+class Layout:
+    """How large a micro-batch may be: `micro_tokens` tokens, or one row. What a step learns does not depend on it.
+
+    It shrinks when the memory runs out.
+    """
+
+    micro_tokens: int
+
+    def of(self, lengths: NDArray[np.integer], chosen: NDArray[np.integer]) -> list[NDArray[np.integer]]:
+        """Return the rows `chosen`, of `lengths` (all rows,) tokens, as micro-batches; longer rows go alone, first."""
+        sizes = lengths[chosen]
+        alone, fitting = chosen[sizes > self.micro_tokens], chosen[sizes <= self.micro_tokens]
+        packed = [fitting[members] for members in pack_step(lengths[fitting], self.micro_tokens)]
+        return [*(row[None] for row in alone), *packed]
+
+
+class StepDataset:
+    """The steps of a run: the same examples in each, however they are laid out and however many processes share them.
+
+    Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Each of several processes gets
+    every `world`-th micro-batch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        config: RunConfig,
+        layout: Layout | None = None,
+        *,
+        objective: Objective | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.rows, self.config, self.rank, self.world = rows, config, rank, world
+        self.objective: Objective = objective or Sft()
+        self.layout = layout or Layout(config.max_length)
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+        return steps_per_epoch(len(self.rows), self.config.examples_per_step)
+
+    def __getitem__(self, index: int) -> Step:
+        """Return a step of the first epoch."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return next(self.epoch(0, index))
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Step]:
+        """Yield the steps of epoch `number`, from its step `first` on, each in the layout of its moment."""
+        for chosen in self.rows_of(number)[first:]:
+            yield self.step_of(chosen)
+
+    def rows_of(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the row numbers of each step of `epoch`."""
+        order, size = epoch_order(len(self.rows), self.config.seed, epoch), self.config.examples_per_step
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def step_of(self, chosen: Sequence[int] | NDArray[np.integer]) -> Step:
+        """Return the step over these rows, in today's layout."""
+        members = np.asarray(chosen, dtype=np.int64)
+        own = self.layout.of(self.rows.lengths, members)[self.rank :: self.world]
+        return Step(
+            micro_batches=[self.objective.collate(self.rows, part) for part in own],
+            supervised=self.objective.weight(self.rows, members),
+            tokens=int(self.rows.lengths[members].sum()),
+            rows=tuple(int(row) for row in members),
+        )
+
+
+def largest_micro_batch(
+    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer] = ()
+) -> MicroBatch:
+    """Return the micro-batch with the most tokens, when none may have more than `micro_tokens`.
+
+    Looked through are the first epoch's steps, `step` (the rows of the largest step, where it is known) and the
+    longest row alone.
+    """
+    most, largest = 0, np.array([rows.lengths.argmax()])
+    for tokens, members in _micro_batches(rows, config, micro_tokens, step):
+        if tokens > most:
+            most, largest = tokens, members
+        if most >= micro_tokens:
+            break  # none is larger
+    return Sft().collate(rows, largest)
+
+
+def largest_within(
+    rows: Rows, config: RunConfig, micro_tokens: int, limit: int, step: Sequence[int] | NDArray[np.integer] = ()
+) -> MicroBatch | None:
+    """Return the largest of those with at most `limit` tokens, cut in the same way; None where all have more."""
+    most, largest = 0, None
+    for tokens, members in _micro_batches(rows, config, micro_tokens, step):
+        if most < tokens <= limit:
+            most, largest = tokens, members
+    return None if largest is None else Sft().collate(rows, largest)
+
+
+def _micro_batches(
+    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer]
+) -> Iterator[tuple[int, NDArray[np.integer]]]:
+    """Yield tokens and row numbers of the longest row alone, and of the micro-batches of `step` and the first steps."""
+    layout, longest = Layout(micro_tokens), np.array([rows.lengths.argmax()])
+    for chosen in (longest, np.asarray(step, dtype=np.int64), *StepDataset(rows, config).rows_of(0)[:STEPS_SEEN]):
+        for members in layout.of(rows.lengths, chosen):
+            yield int(rows.lengths[members].sum()), members

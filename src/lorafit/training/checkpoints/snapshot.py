@@ -1,0 +1,174 @@
+"""Snapshot: copy all that a run is after a step to the host, write it to a checkpoint, restore it from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorafit.config import RunConfig
+from lorafit.methods import Method, MethodSnapshot
+from lorafit.training.checkpoints.states import (
+    generators_state,
+    optimizer_state,
+    restore_generators,
+    restore_optimizer,
+)
+
+ADAPTER, OPTIMIZER, RANDOM = "adapter", "optimizer.safetensors", "random.safetensors"
+TRAINER_STATE, REST = "trainer_state.json", "state.json"
+STATE_FIELDS = (
+    "epoch",
+    "global_step",
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "train_batch_size",
+    "total_flos",
+    "num_input_tokens_seen",
+)
+"""What of transformers' TrainerState a resumed run needs, besides its history; every release has these."""
+JSON_BYTES = 1 << 20
+"""Room allowed for what is not a tensor when the space of a checkpoint is estimated."""
+
+
+class Resumable(Protocol):
+    """The training loop, as far as a checkpoint holds it."""
+
+    model: torch.nn.Module
+    config: RunConfig
+    method: Method
+    optimizer: Any
+    lr_scheduler: Any
+    scaler: Any
+
+    @property
+    def state(self) -> Any:
+        """transformers' state of the run."""
+        ...
+
+    def resumable(self) -> dict[str, Any]:
+        """Return what else a resumed run must know, as JSON values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run as it was after a step.
+
+    Attributes:
+        step: the step.
+        eval_loss: the held-out loss at this step, where it was measured.
+        trained: the trained weights, as the method keeps them.
+        optimizer: its moments.
+        random: the states of torch's generators.
+        trainer_state: transformers' TrainerState, history included.
+        rest: what is no tensor: {"optimizer", "schedule", "scaler", "random", "run"}, `run` as `resumable` gives it.
+    """
+
+    step: int
+    eval_loss: float | None
+    trained: MethodSnapshot
+    optimizer: Mapping[str, torch.Tensor]
+    random: Mapping[str, torch.Tensor]
+    trainer_state: Mapping[str, Any]
+    rest: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, loop: Resumable) -> Snapshot:
+        """Copy `loop` as it stands; waits for the GPU once, and nothing of the copy changes as training goes on."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # paged moments are read from the host
+        moments, optimizer_rest = optimizer_state(loop.optimizer)
+        generators, random_rest = generators_state()
+        rest = {
+            "optimizer": optimizer_rest,
+            "schedule": _schedule(loop.lr_scheduler),
+            "scaler": loop.scaler.state_dict() if loop.scaler.is_enabled() else None,
+            "random": random_rest,
+            "run": loop.resumable(),
+        }
+        state = _trainer_state(loop.state)
+        return cls(
+            step=loop.state.global_step,
+            eval_loss=_eval_loss(state),
+            trained=loop.method.snapshot(loop.model, loop.config),
+            optimizer=moments,
+            random=generators,
+            trainer_state=state,
+            rest=json.loads(json.dumps(rest)),  # a copy, and proof that it is JSON
+        )
+
+    @property
+    def is_last(self) -> bool:
+        """True when nothing is left to train."""
+        return bool(self.step >= self.trainer_state["max_steps"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, within JSON_BYTES and the length of the history."""
+        tensors = [*self.optimizer.values(), *self.random.values()]
+        history = 256 * len(self.trainer_state["log_history"])
+        return self.trained.size_bytes + sum(tensor.nbytes for tensor in tensors) + history + JSON_BYTES
+
+    def write(self, folder: Path) -> None:
+        """Write every file into the empty `folder`. OSError or SafetensorError when the disk refuses."""
+        self.trained.require_finite(folder)
+        (folder / ADAPTER).mkdir()
+        self.trained.write(folder / ADAPTER)
+        save_file(dict(self.optimizer), folder / OPTIMIZER)
+        save_file(dict(self.random), folder / RANDOM)
+        (folder / TRAINER_STATE).write_text(json.dumps(self.trainer_state, default=float), encoding="utf-8")
+        (folder / REST).write_text(json.dumps(self.rest), encoding="utf-8")
+
+
+def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
+    """Restore optimizer, schedule and loss scale from a verified checkpoint; returns what `resumable` gave."""
+    rest = read_rest(folder)
+    restore_optimizer(loop.optimizer, load_file(folder / OPTIMIZER), rest["optimizer"])
+    loop.lr_scheduler.load_state_dict({**loop.lr_scheduler.state_dict(), **rest["schedule"]})
+    if rest["scaler"] is not None and loop.scaler.is_enabled():
+        loop.scaler.load_state_dict(rest["scaler"])
+    known = rest["run"]
+    assert isinstance(known, dict)
+    return known
+
+
+def restore_randomness(folder: Path) -> None:
+    """Set every random generator as a verified checkpoint has it."""
+    restore_generators(load_file(folder / RANDOM), read_rest(folder)["random"])
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """Return what of a verified checkpoint is no tensor."""
+    rest = json.loads((folder / REST).read_text(encoding="utf-8"))
+    assert isinstance(rest, dict)
+    return rest
+
+
+def _schedule(scheduler: Any) -> dict[str, Any]:
+    # the lambdas are made again from the settings, which the fingerprint holds to be the same
+    return {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
+
+
+def _trainer_state(state: Any) -> dict[str, Any]:
+    # the list is copied, its entries never change
+    return {name: getattr(state, name) for name in STATE_FIELDS} | {"log_history": list(state.log_history)}
+
+
+def _eval_loss(state: Mapping[str, Any]) -> float | None:
+    """The held-out loss measured at this very step, if it was."""
+    for entry in reversed(state["log_history"]):
+        if entry.get("step") != state["global_step"]:
+            return None
+        if "eval_loss" in entry:
+            loss = float(entry["eval_loss"])
+            return loss if loss == loss and abs(loss) != float("inf") else None
+    return None

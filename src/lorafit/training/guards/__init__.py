@@ -1,0 +1,1 @@
+"""Guards: what a run does when memory, numbers or bits go bad."""

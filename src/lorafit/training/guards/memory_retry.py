@@ -1,0 +1,284 @@
+"""MemoryRetry: run a step that did not fit the memory again, in smaller micro-batches, then with more recompute.
+
+The examples and the divisor of the loss stay the same, so the step's gradient does too (up to rounding; with dropout
+the masks are drawn over another layout, so the bits differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.data import Rows
+from lorafit.engine import Graphs, MicroBatch, Step, release_memory
+from lorafit.errors import TrainingError
+from lorafit.findings import Finding, Severity
+from lorafit.training.batches.steps import Layout, StepDataset
+from lorafit.training.checkpoints.states import RandomStreams
+from lorafit.training.distributed import Processes
+from lorafit.training.logging.events import EventLog
+from lorafit.training.schedule import Schedule
+
+# what libraries below torch say instead of raising torch.OutOfMemoryError
+SAID_OTHERWISE = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+T = TypeVar("T")
+
+
+class Layers(Protocol):
+    """The engine's decoder layers, as far as this file needs them."""
+
+    policy: MemoryPolicy
+
+    def reduce_memory(self) -> bool:
+        """Recompute more than before; False when everything is recomputed already."""
+
+    def reduce_slightly(self) -> bool:
+        """Take a little less memory; False when everything is recomputed already."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunedMemory:
+    """How a run uses its memory, as it was tuned before the first step.
+
+    Attributes:
+        micro_tokens: the most tokens of a micro-batch.
+        layers: the decoder layers, which can do with less; None where they run as transformers wrote them.
+        graphs: runs small micro-batches as CUDA graphs; None without.
+        watches_allocator: whether layers give way when the allocator keeps asking again.
+        changed: is called when they have given way.
+    """
+
+    micro_tokens: int
+    layers: Layers | None = None
+    graphs: Graphs | None = None
+    watches_allocator: bool = False
+    changed: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """What an allocation that failed said."""
+
+    words: str
+
+
+class MemoryRetry:
+    """Runs steps, evaluations and saves; a layout that did not fit is made smaller, and stays so for the run."""
+
+    def __init__(
+        self, steps: StepDataset, events: EventLog, device: torch.device, memory: TunedMemory, processes: Processes
+    ) -> None:
+        self.steps, self.events, self.device, self.processes = steps, events, device, processes
+        self.layers, self.graphs = memory.layers, memory.graphs
+        self.times, self.tightened = 0, 0
+
+    def run(self, number: int, step: Step, schedule: Schedule, undo: Callable[[], object]) -> torch.Tensor:
+        """Return the loss of step `number` over its supervised tokens; its gradients are added up.
+
+        `undo` takes back what a failed try left. Raises TrainingError, naming the row, when a single example does not
+        fit.
+        """
+        before = RandomStreams.now(self.device)
+        if self.processes.any(self._is_outgrown(step)):
+            step = self.steps.step_of(step.rows)  # it was laid out before the limit fell
+        while True:
+            outcome = self._whole(step, schedule)
+            failed = isinstance(outcome, _Failed)
+            if not self.processes.any(failed) and not isinstance(outcome, _Failed):
+                return outcome
+            undo()
+            release_memory()
+            if isinstance(outcome, _Failed):
+                self._make_room(number, step, outcome)
+            self.steps.layout.micro_tokens = self.processes.least(self.steps.layout.micro_tokens)
+            step = self.steps.step_of(step.rows)
+            before.restore(self.device)
+
+    def evaluate(
+        self, number: int, rows: Rows, loss_of: Callable[[MicroBatch], torch.Tensor], is_stopped: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """Return the sum of `loss_of(micro_batch)` over all of `rows`; None once `is_stopped` says so.
+
+        A micro-batch that does not fit is halved.
+        """
+        total = torch.zeros((), device=self.device)
+        # on a GPU steps may run in micro-batches far larger than `max_length`; what is not rehearsed does not
+        layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
+        waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
+        while waiting:
+            if is_stopped():
+                return None
+            members = waiting.pop()
+            outcome = self._once(lambda members=members: loss_of(self.steps.objective.collate(rows, members)))  # type: ignore[misc]
+            if isinstance(outcome, OutOfMemory):
+                release_memory()
+                waiting += self._smaller(number, rows, members, outcome)
+            else:
+                total += outcome
+        return total
+
+    def save(self, number: int, write: Callable[[], object]) -> None:
+        """Run `write`; when the memory runs out in it, once more after everything unused is given back."""
+        outcome = self._once(write)
+        if isinstance(outcome, OutOfMemory):
+            release_memory()
+            self._give_back_graphs()
+            self._note(number, outcome, "saving; it is tried once more")
+            write()
+
+    def finding(self) -> Finding | None:
+        """What to set next time, where the memory ran out at all."""
+        if not self.times:
+            return None
+        policy = replace(
+            self.layers.policy if self.layers else MemoryPolicy(), micro_tokens=self.steps.layout.micro_tokens
+        )
+        return Finding(
+            "R001",
+            Severity.WARNING,
+            f"the memory ran out {self.times} times; the run went on in a smaller layout",
+            where="events.jsonl",
+            why="each time costs the step that is done again",
+            fix=f"next time set memory_policy: {policy}",
+        )
+
+    def _whole(self, step: Step, schedule: Schedule) -> torch.Tensor | _Failed:
+        total = torch.zeros((), device=self.device)
+        for part in schedule.parts(step, 1 / step.supervised):
+            outcome = self._once(part.run)
+            if isinstance(outcome, OutOfMemory):
+                return _Failed(part.largest, outcome)
+            total += outcome
+        return total
+
+    def _is_outgrown(self, step: Step) -> bool:
+        """Tell whether `step` was laid out before the limit fell; several processes lay it out again to be sure."""
+        limit = self.steps.layout.micro_tokens
+        outgrown = any(batch.tokens > limit and row_count(batch) > 1 for batch in step.micro_batches)
+        return outgrown or (self.processes.world > 1 and self.times > 0)
+
+    def _smaller(
+        self, number: int, rows: Rows, members: NDArray[np.integer], reason: OutOfMemory
+    ) -> list[NDArray[np.integer]]:
+        """Return what to evaluate in place of `members`, which did not fit."""
+        whole = members
+        if self._give_back_graphs():
+            self._note(number, reason, "evaluating; the memory of CUDA graphs is given back")
+            return [whole]
+        if len(whole) > 1:
+            half = (len(whole) + 1) // 2
+            self._note(number, reason, f"evaluating {len(whole)} rows at once; they are halved")
+            return [whole[half:], whole[:half]]
+        if not self._reduce_memory(number, reason):
+            raise _too_large(rows, int(whole[0]), "evaluation")
+        return [whole]
+
+    def _give_back_graphs(self) -> bool:
+        """Free the memory of CUDA graphs, which are recorded again later; False where there is none."""
+        return self.graphs is not None and self.graphs.give_back()
+
+    def _once(self, work: Callable[[], T]) -> T | OutOfMemory:
+        # nothing of the error outlives this frame, so what its traceback held is free when this returns
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return OutOfMemory(str(error).partition("\n")[0])
+
+    def _make_room(self, number: int, step: Step, failed: _Failed) -> None:
+        layout, batch = self.steps.layout, failed.batch
+        policy = self.layers.policy if self.layers is not None else MemoryPolicy()
+        if (
+            self.layers is not None
+            and (policy.dequantized_layers or policy.cuda_graph_max_tokens)
+            and self.layers.reduce_memory()
+        ):
+            kept = (
+                f"the weights of {self.layers.policy.dequantized_layers} layers stay unpacked"
+                if policy.dequantized_layers
+                else "no CUDA graphs"
+            )
+            self._note(number, failed.reason, f"a micro-batch of {batch.tokens} tokens; {kept} from here on")
+        elif row_count(batch) > 1:
+            before, layout.micro_tokens = layout.micro_tokens, min(layout.micro_tokens, batch.tokens) // 2
+            self._note(
+                number,
+                failed.reason,
+                f"a micro-batch of {batch.tokens} tokens; the step is done again in micro-batches of at most "
+                f"{layout.micro_tokens}",
+                micro_tokens_before=before,
+            )
+        elif not self._reduce_memory(number, failed.reason):
+            raise _too_large(self.steps.rows, self._row_of(step, batch), f"step {number}")
+
+    def _reduce_memory(self, number: int, reason: OutOfMemory) -> bool:
+        if self.layers is None or not self.layers.reduce_memory():
+            return False
+        self.tightened += 1
+        self._note(number, reason, "a single row; more of each layer is recomputed from here on")
+        return True
+
+    def _note(self, number: int, reason: OutOfMemory, during: str, **details: int) -> None:
+        self.times += 1
+        self.events.record(
+            "out_of_memory",
+            number,
+            f"the memory ran out in step {number} on {during}",
+            micro_tokens=self.steps.layout.micro_tokens,
+            tightened=self.tightened,
+            reason=reason.words,
+            **details,
+        )
+
+    def _row_of(self, step: Step, batch: MicroBatch) -> int:
+        rows = self.steps.rows
+        alike = (row for row in step.rows if np.array_equal(rows.ids(row), batch.ids[0].cpu().numpy()))
+        return next(alike)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    batch: MicroBatch
+    reason: OutOfMemory
+
+
+def row_count(batch: MicroBatch) -> int:
+    """Rows packed into `batch`."""
+    return batch.segments.cu_seqlens.shape[0] - 1
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True for torch's own error, and for what cuBLAS, cuDNN and the CPU's allocator say in its place."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAID_OTHERWISE)
+
+
+def too_little_memory(step: int, folder: Path) -> TrainingError:
+    """Return the error of a run whose memory ran out beside its micro-batches, as in the optimizer."""
+    return TrainingError(
+        f"the GPU's memory ran out in step {step}",
+        where=str(folder),
+        fix="set gpu_memory below what is free there, or begin anew (--restart) with memory_policy=recompute",
+    )
+
+
+def _too_large(rows: Rows, row: int, during: str) -> TrainingError:
+    return TrainingError(
+        f"the memory ran out in {during} on a single row of {int(rows.lengths[row])} tokens",
+        where=rows.source(row),
+        fix="shorten or drop that row (max_length with --on-long drop), lower rank or targets, or use a larger card",
+    )

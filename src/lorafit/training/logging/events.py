@@ -1,0 +1,132 @@
+"""EventLog: what happened to a run besides its steps, one JSON line each in events.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """`kind` (non_finite, spike, rollback, left_out, out_of_memory, …), the step, one sentence, and its details."""
+
+    kind: str
+    step: int
+    message: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; numbers that are not finite become null, since JSON has no NaN."""
+        return {
+            "step": self.step,
+            "kind": self.kind,
+            "message": self.message,
+            **{key: _finite(value) for key, value in self.details.items()},
+        }
+
+
+class EventLog:
+    """Appends events to `path` as they happen, keeps them, and passes each to `show`.
+
+    `is_new` for a run that begins: whatever an earlier one left in the file is not its own.
+    """
+
+    def __init__(
+        self, path: Path | None = None, show: Callable[[RunEvent], None] | None = None, *, is_new: bool = False
+    ) -> None:
+        self.path, self.show = path, show
+        self.now = 0
+        self.seen: list[RunEvent] = []
+        self.file = LineFile(path) if path is not None else None
+        if self.file is not None and is_new:
+            self.file.discard()
+        elif self.file is not None:
+            self.file.continue_file()
+
+    def at(self, step: int) -> None:
+        """Have `note` write under this step from here on."""
+        self.now = step
+
+    def note(self, kind: str, message: str) -> RunEvent:
+        """Record an event of the step that runs now."""
+        return self.record(kind, self.now, message)
+
+    def record(self, kind: str, step: int, message: str, **details: Any) -> RunEvent:
+        """Write the event down and return it; `details` are JSON values."""
+        event = RunEvent(kind, step, message, details)
+        self.seen.append(event)
+        if self.file is not None:
+            line = {**event.to_dict(), "unix_s": round(time.time(), 3)}
+            self.file.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.show is not None:
+            self.show(event)
+        return event
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class LineFile:
+    """Whatever lies behind the last line written here was written half, or by somebody else: it is cut off.
+
+    A process has one for each file; `begin` replaces the content, `continue_file` keeps what is whole in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written_bytes = 0
+        self.waiting: list[str] = []
+
+    def begin(self, lines: Iterable[str]) -> None:
+        """Start the file anew with `lines`, each ending in a newline."""
+        self.written_bytes, self.waiting = 0, list(lines)
+        self.flush()
+
+    def discard(self) -> None:
+        """Remove the file that an earlier process left; where that is refused, the first line replaces its content."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def continue_file(self) -> None:
+        """Go on behind the last whole line that is there."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            content = b""
+        self.written_bytes = content.rfind(b"\n") + 1
+
+    def append(self, line: str) -> None:
+        """Add a line, which ends in a newline; it waits while the disk refuses."""
+        self.waiting.append(line)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write the lines that wait; False when the disk refuses them still."""
+        if not self.is_whole:
+            self.continue_file()  # never a gap of zeros in place of what somebody removed
+        text = "".join(self.waiting).encode()
+        try:
+            with self.path.open("r+b" if self.path.exists() else "wb") as file:
+                file.truncate(self.written_bytes)
+                file.seek(self.written_bytes)
+                file.write(text)
+        except OSError:
+            return False
+        self.written_bytes += len(text)
+        self.waiting.clear()
+        return True
+
+    @property
+    def is_whole(self) -> bool:
+        """False when what was written here is gone from the disk."""
+        try:
+            return self.path.stat().st_size >= self.written_bytes
+        except OSError:
+            return self.written_bytes == 0

@@ -1,0 +1,99 @@
+"""TrainingProgress: tell a caller after each step where training stands, and how fast it is."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lorafit.training.logging.step_log import StepNumbers
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """Where training stands after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    memory_bytes: int
+    eta_s: float
+    eval_loss: float | None = None
+
+
+class TrainingProgress:
+    """Call `show` after every step; tokens a second count every packed token, and only training time."""
+
+    def __init__(self, show: Callable[[StepProgress], None], clock: TrainingClock) -> None:
+        self.show, self.clock = show, clock
+        self.tokens, self.steps = 0, 0  # of this process: a resumed run measures its own speed
+        self.eval_loss: float | None = None
+
+    def evaluated(self, eval_loss: float) -> None:
+        """Keep the newest held-out loss, to be shown with the steps after it."""
+        self.eval_loss = eval_loss
+
+    def step(self, numbers: StepNumbers, steps: int) -> None:
+        """Show a step whose numbers have arrived, of a run of `steps`."""
+        self.tokens, self.steps = self.tokens + numbers.tokens, self.steps + 1
+        elapsed_s = max(self.clock.elapsed_s, 1e-9)
+        self.show(
+            StepProgress(
+                step=numbers.step,
+                steps=steps,
+                loss=numbers.loss,
+                learning_rate=numbers.learning_rate,
+                tokens_per_s=self.tokens / elapsed_s,
+                memory_bytes=memory_in_use(),
+                eta_s=(steps - numbers.step) * elapsed_s / self.steps,
+                eval_loss=self.eval_loss,
+            )
+        )
+
+
+def memory_in_use() -> int:
+    """Peak bytes: reserved on the card where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class TrainingClock:
+    """Runs from `start`; stands still within `stopped()`."""
+
+    def __init__(self) -> None:
+        self.began: float | None = None
+        self.counted_s = 0.0
+
+    def start(self) -> None:
+        """Run from here on; a clock that runs goes on running."""
+        if self.began is None:
+            self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self.counted_s, self.began = self.elapsed_s, None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds counted so far."""
+        return self.counted_s + (time.perf_counter() - self.began if self.began is not None else 0.0)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Within it time does not count."""
+        ran = self.began is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if ran:
+                self.start()

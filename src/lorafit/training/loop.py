@@ -1,0 +1,399 @@
+"""TrainingLoop: a run from its first step, or a checkpoint, to its last. `run` reads from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.config import RunConfig
+from lorafit.data import Rows, steps_per_epoch
+from lorafit.engine import Step, packed
+from lorafit.errors import TrainingError
+from lorafit.methods import Method
+from lorafit.objectives import Objective
+from lorafit.runs.signals import StopSignals
+from lorafit.training.batches.prefetch import Prefetched
+from lorafit.training.batches.steps import Layout, StepDataset
+from lorafit.training.callbacks import Callbacks
+from lorafit.training.checkpoints.folder import Checkpoint
+from lorafit.training.checkpoints.resume import newest_whole
+from lorafit.training.checkpoints.snapshot import (
+    ADAPTER,
+    Snapshot,
+    restore_optimization,
+    restore_randomness,
+)
+from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
+from lorafit.training.distributed import Processes
+from lorafit.training.guards.allocator_watch import AllocatorWatch
+from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
+from lorafit.training.guards.memory_retry import MemoryRetry, TunedMemory, too_little_memory
+from lorafit.training.logging.events import EventLog
+from lorafit.training.logging.progress import StepProgress, TrainingClock, TrainingProgress
+from lorafit.training.logging.step_log import StepLog, StepNumbers
+from lorafit.training.optimization import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    build_lr_scheduler,
+    build_optimizer,
+    set_seed,
+    training_arguments,
+    withhold_unless_finite,
+)
+from lorafit.training.schedule import OneByOne, autocast_dtype, compute_dtype
+
+FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves with every step that overflows
+
+
+class TrainingLoop:
+    """One run at work. A step is a set of examples; how they are packed and walk through the layers is layout.
+
+    The loss is divided by the supervised tokens of the whole step over all processes. Within a step the host never
+    waits for the GPU: loss and gradient norm are logged one step late, each under its own step number. transformers'
+    callbacks and trackers see `arguments`, `state` and `control` as they do in its own Trainer.
+
+    Attributes:
+        signals: what signals have asked for.
+        memory_retry: what is done when the memory runs out.
+        loss_monitor: what is done when numbers go bad.
+        checkpoints: the writer, on a thread of its own.
+        left_out: steps whose rows are skipped, after a rollback.
+        owes_evaluation: a signal cut it short, and a resumed run makes up for it first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        objective: Objective,
+        config: RunConfig,
+        train_rows: Rows,
+        held_out_rows: Rows | None,
+        folder: Path,
+        *,
+        memory: TunedMemory | None = None,
+        signals: StopSignals | None = None,
+        events: EventLog | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        show: Callable[[StepProgress], None] = lambda progress: None,
+        before_write: Callable[[], object] = lambda: None,
+        before_save: Callable[[], object] = lambda: None,
+        run: str = "",
+    ) -> None:
+        self.model, self.method, self.config = model, method, config
+        self.train_rows, self.held_out_rows = train_rows, held_out_rows
+        self.signals, self.before_write, self.before_save = signals or StopSignals(), before_write, before_save
+        self.trained = method.trainable(model)
+        self.optimizer: Any = None
+        self.lr_scheduler: Any = None
+        self.left_out: set[int] = set()
+        self.owes_evaluation = False
+        self._ahead: Prefetched | None = None
+        epoch_steps = steps_per_epoch(len(train_rows), config.examples_per_step)
+        evaluates = held_out_rows is not None and len(held_out_rows) > 0
+        self.arguments = training_arguments(config, folder, epoch_steps, compute_dtype(model), evaluates=evaluates)
+        self.processes = Processes()
+        is_main = self.processes.is_main
+        self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=is_main)
+        self._lay_out(objective, memory or TunedMemory(config.max_length))
+        self._guard(memory or TunedMemory(config.max_length), events or EventLog(), run)
+        self.clock, self.step_log = TrainingClock(), StepLog()
+        self.progress = TrainingProgress(show, self.clock)
+        self._began_at, self._first_step = 0.0, 0
+
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train from `checkpoint`, or from the first step, to the last step, or to a signal.
+
+        Raises CheckpointError for a checkpoint that does not verify, TrainingError for a run that has to stop.
+        """
+        self.left_out.clear()
+        with packed(self.model), self._left_in_order():
+            self._begin(checkpoint)
+            self._began_at, self._first_step = time.perf_counter(), self.state.global_step
+            while not self.control.should_training_stop:
+                step = self._next_step()
+
+                # ---------------------------------------------------------------- one optimizer step
+                if self.state.global_step + 1 in self.left_out:
+                    measured = torch.full((2,), math.nan, device=self.device)
+                else:
+                    loss = self.forward_backward(step)
+                    measured = self._clip(loss)
+                    self._update(measured)
+                numbers = self._advance(step)
+                # ----------------------------------------------------------------
+
+                self.before_write()
+                self.step_log.push(numbers, measured)
+                self._decide_what_is_due()
+                if last_good := self._log_arrived():
+                    self._begin(last_good)
+                    continue
+                with self.clock.stopped():
+                    if self.control.should_evaluate:
+                        self._evaluate_now()
+                    if self.control.should_save:
+                        self._save()
+            self._end()
+
+    @property
+    def state(self) -> TrainerState:
+        """Step, epoch and history of the run, as transformers keeps them."""
+        return self.callbacks.state
+
+    @property
+    def control(self) -> TrainerControl:
+        """What callbacks, intervals and signals ask for."""
+        return self.callbacks.control
+
+    def forward_backward(self, step: Step) -> Tensor:
+        """Run the micro-batches of `step`, adding to the gradients; returns its mean loss per supervised token."""
+        if not self.model.training:
+            self.model.train()  # it walks through thousands of modules, and compiled layers check them all again
+        number = self.state.global_step + 1
+        return self.memory_retry.run(number, step, self.schedule, self._drop_gradients)
+
+    def _clip(self, loss: Tensor) -> Tensor:
+        """Sum loss and gradients over all processes, clip, and return loss and gradient norm (2,) on the device."""
+        loss = self.processes.total(loss)
+        self.processes.add_gradients(self.trained)
+        self.scaler.unscale_(self.optimizer)
+        most = self.config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.trained, most)
+        return torch.stack([loss.float(), norm.float()])
+
+    def _update(self, measured: Tensor) -> None:
+        """Step the optimizer, unless a number of `measured` is not finite."""
+        self.callbacks.at("on_pre_optimizer_step")
+        withhold_unless_finite(self.optimizer, measured)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.callbacks.at("on_optimizer_step")
+
+    def _advance(self, step: Step) -> StepNumbers:
+        """Count `step` as done, and move the learning rate on; returns what is known of the step by now."""
+        rate = float(self.lr_scheduler.get_last_lr()[0])
+        self.lr_scheduler.step()
+        self._drop_gradients()
+        epoch, place = divmod(self.state.global_step, len(self.steps))
+        self.state.global_step += 1
+        self.state.epoch = epoch + (place + 1) / len(self.steps)
+        self.callbacks.at("on_step_end")
+        if place + 1 == len(self.steps):
+            self.callbacks.at("on_epoch_end")
+        if self.allocator_watch is not None:
+            self.allocator_watch.end_step(self.state.global_step)
+        return StepNumbers(self.state.global_step, self.state.epoch, rate, step.tokens, step.rows)
+
+    def _decide_what_is_due(self) -> None:
+        """Add to what intervals and callbacks ask for what signals, the clock and a later rollback need."""
+        self.checkpoints.poll()
+        if self._is_stopped():
+            self.callbacks.stop(save=True)
+        # before any loss can be called a spike: whether there is a checkpoint to go back to is no matter of time
+        before_spikes = self.config.on_spike == "rollback" and self.state.global_step == MIN_SEEN
+        if self.processes.any(self.signals.save or before_spikes or self.save_timer.is_due()):
+            self.control.should_save = True
+        self.signals.save = False
+
+    def _log_arrived(self) -> Path | None:
+        """Log and judge the steps whose numbers have arrived; returns the checkpoint to go back to after a spike."""
+        control = self.control
+        waits = control.should_evaluate or control.should_save or control.should_training_stop
+        for numbers in self.step_log.flush() if waits else self.step_log.ready():
+            self._log_step(numbers)
+            if numbers.step in self.left_out or not self.loss_monitor.judge(numbers):
+                continue
+            if self.config.on_spike == "rollback" and (folder := self._last_good(numbers)):
+                return folder
+        return None
+
+    def _evaluate_now(self) -> None:
+        """Evaluate between steps. A signal cuts it short: it is owed then, and the checkpoint says so."""
+        assert self.held_out_rows is not None
+        self.owes_evaluation = True
+        if (loss := self.held_out_loss(self.held_out_rows, stops=True)) is not None:
+            self._report_evaluation(loss)
+            self.owes_evaluation = False
+        if self._is_stopped():
+            self.callbacks.stop(save=True)
+
+    def _save(self) -> None:
+        """Have the run as it stands written to a checkpoint, while training goes on."""
+        self.before_save()
+        if self.processes.is_main:
+            self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(Snapshot.of(self)))
+        self.callbacks.at("on_save")
+        self.save_timer.start()
+
+    def _next_step(self) -> Step:
+        """Return the next step, made in the background while the one before it ran."""
+        epoch, place = divmod(self.state.global_step, len(self.steps))
+        if place == 0:
+            self.callbacks.at("on_epoch_begin")
+            torch.empty((), dtype=torch.int64).random_()  # runs of earlier releases drew here, and resume to their bits
+        if place == 0 or self._ahead is None:
+            self._close_ahead()
+            self._ahead = Prefetched(self.steps.epoch(epoch, place), self.device)
+        step: Step = next(self._ahead)
+        self.events.at(self.state.global_step + 1)
+        self.callbacks.at("on_step_begin")
+        if self.allocator_watch is not None:
+            self.allocator_watch.begin_step()
+        self.clock.start()
+        return step
+
+    def evaluate(self, rows: Rows | None = None, prefix: str = "eval") -> dict[str, float]:
+        """Return the mean loss per supervised token over `rows`, by default the held-out ones, and log it."""
+        chosen = rows if rows is not None else self.held_out_rows
+        loss = self.held_out_loss(chosen) if chosen is not None else None
+        return self._report_evaluation(math.nan if loss is None else loss, prefix)
+
+    def held_out_loss(self, rows: Rows, *, stops: bool = False) -> float | None:
+        """Return the mean loss per supervised token of `rows`; None where a signal `stops` it."""
+        # several processes evaluate the same rows, and a signal that one of them has must not part them
+        stops = stops and self.processes.world == 1
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), packed(self.model):
+            step, loss_of = self.state.global_step, self.schedule.loss
+            total = self.memory_retry.evaluate(step, rows, loss_of, lambda: stops and self.signals.stop is not None)
+        self.model.train(was_training)
+        return None if total is None else float(total) / max(self.steps.objective.weight(rows), 1)
+
+    def _report_evaluation(self, loss: float, prefix: str = "eval") -> dict[str, float]:
+        step, metrics = self.state.global_step, {f"{prefix}_loss": loss}
+        if not math.isfinite(loss):
+            self.events.record("non_finite_evaluation", step, f"the held-out loss at step {step} is not finite")
+        self.progress.evaluated(loss)
+        self.callbacks.log(metrics, step, self.state.epoch)
+        self.callbacks.at("on_evaluate", metrics)
+        return metrics
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        """Make all that a step changes, or restore it from `checkpoint`: to begin, to resume or to go back."""
+        self._close_ahead()
+        self.step_log.drop()
+        if checkpoint is None:
+            set_seed(self.arguments.seed)  # a dry run or a proof may have drawn
+        else:
+            Checkpoint.open(checkpoint, run=self.checkpoints.run)
+            self.method.restore(self.model, checkpoint / ADAPTER)
+        self.model.train()
+        self.optimizer = build_optimizer(self.trained, self.arguments, self.model)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, self.arguments)
+        self.callbacks.begin(checkpoint, self.optimizer, self.lr_scheduler)
+        if checkpoint is not None:
+            self._take_up(restore_optimization(self, checkpoint))
+        self.loss_monitor.start(self.state.log_history, self.left_out)
+        self.callbacks.at("on_train_begin")
+        self.save_timer.start()
+        if self.owes_evaluation:
+            self._evaluate_now()
+        if self.owes_evaluation or self.state.global_step >= self.arguments.max_steps:
+            self.callbacks.stop()
+        if checkpoint is not None:
+            restore_randomness(checkpoint)
+
+    def resumable(self) -> dict[str, Any]:
+        """Return what a resumed run must know besides weights, optimizer, schedule and random states."""
+        return {
+            "left_out": sorted(self.left_out),
+            "micro_tokens": self.steps.layout.micro_tokens,
+            "owes_evaluation": self.owes_evaluation,
+        }
+
+    def _take_up(self, known: dict[str, Any]) -> None:
+        """Go on with what `resumable` gave when the checkpoint was written."""
+        self.left_out |= set(known["left_out"])
+        self.owes_evaluation = bool(known["owes_evaluation"])
+        self.steps.layout.micro_tokens = min(self.steps.layout.micro_tokens, known["micro_tokens"])
+
+    def _last_good(self, spike: StepNumbers) -> Path | None:
+        """Leave the rows of `spike` out, and return the newest whole checkpoint; None, and only say so, without one."""
+        self.checkpoints.wait()
+        last, _ = newest_whole(self.checkpoints.folder, self.checkpoints.run)
+        if last is None:
+            message = f"step {spike.step} spiked before there was a checkpoint to go back to; the run goes on"
+            self.events.record("rollback_impossible", spike.step, message)
+            return None
+        self.left_out.add(spike.step)
+        message = f"back to {last.folder.name}; the rows of step {spike.step} are left out"
+        rows = self.loss_monitor.sources(spike.rows)
+        self.events.record("rollback", spike.step, message, checkpoint=last.folder.name, rows=rows)
+        return last.folder
+
+    def _end(self) -> None:
+        """Log the time the run took, and tell the callbacks that it is over."""
+        seconds, steps = time.perf_counter() - self._began_at, self.state.global_step - self._first_step
+        speed = {"train_runtime": round(seconds, 4), "train_steps_per_second": round(steps / max(seconds, 1e-9), 3)}
+        self.callbacks.log(speed, self.state.global_step, self.state.epoch)
+        self.callbacks.at("on_train_end")
+
+    @contextlib.contextmanager
+    def _left_in_order(self) -> Iterator[None]:
+        """Log the finished steps of a run that has to stop, end the threads, and wait for the last checkpoint."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise too_little_memory(self.state.global_step + 1, self.checkpoints.folder) from error
+        except TrainingError:
+            for numbers in self.step_log.flush():
+                self._log_step(numbers)
+            raise
+        finally:
+            self.clock.stop()
+            self._close_ahead()
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+                self.checkpoints.wait()
+
+    def _lay_out(self, objective: Objective, memory: TunedMemory) -> None:
+        """Make the steps, as this process's share of micro-batches, and their walk through the layers."""
+        self.device: torch.device = self.arguments.device
+        share = {"rank": self.processes.rank, "world": self.processes.world}
+        layout = Layout(memory.micro_tokens)
+        self.steps = StepDataset(self.train_rows, self.config, layout, objective=objective, **share)
+        autocast = autocast_dtype(self.model, self.device)
+        self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)
+        self.scaler = self.schedule.scaler
+
+    def _guard(self, memory: TunedMemory, events: EventLog, run: str) -> None:
+        """Make what watches over memory, numbers and time."""
+        self.model.train()  # every module: PEFT's wrapper says that it trains while the base below it does not
+        folder = Path(self.arguments.output_dir)
+        self.events = events
+        self.memory_retry = MemoryRetry(self.steps, events, self.device, memory, self.processes)
+        self.allocator_watch: AllocatorWatch | None = None
+        if memory.watches_allocator and memory.layers is not None:
+            self.allocator_watch = AllocatorWatch(memory.layers, events, turned=memory.changed)
+        allowance = FP16_ALLOWANCE if self.scaler.is_enabled() else 0
+        self.loss_monitor = LossMonitor(self.config, self.train_rows, events, str(events.path or folder), allowance)
+        self.checkpoints = CheckpointWriter(folder, self.config, run, events)
+        self.save_timer = SaveTimer(self.config.save_minutes)
+
+    def _log_step(self, numbers: StepNumbers) -> None:
+        logs = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, "learning_rate": numbers.learning_rate}
+        self.callbacks.log(logs, numbers.step, numbers.epoch)
+        if self.processes.is_main:
+            self.progress.step(numbers, self.state.max_steps)
+
+    def _is_stopped(self) -> bool:
+        return self.processes.any(self.signals.stop is not None)
+
+    def _drop_gradients(self) -> None:
+        for weight in self.trained:
+            weight.grad = None
+
+    def _close_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None

@@ -1,0 +1,139 @@
+"""Arguments, optimizer and learning-rate schedule of a run, made of its settings by transformers' own functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.backbone import redirect_library_logs
+from lorafit.config import RunConfig
+
+with redirect_library_logs():  # transformers imports bitsandbytes here, which warns on some CPUs
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+        get_scheduler,
+        set_seed,
+    )
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+    from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+__all__ = [
+    "CallbackHandler",
+    "DefaultFlowCallback",
+    "Trainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "get_available_reporting_integrations",
+    "get_reporting_integration_callbacks",
+    "set_seed",
+    "total_steps",
+    "training_arguments",
+    "withhold_unless_finite",
+]
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def total_steps(config: RunConfig, epoch_steps: int) -> int:
+    """Return the optimizer steps of the whole run."""
+    planned = math.ceil(config.epochs * epoch_steps)
+    return min(planned, config.max_steps) if config.max_steps else planned
+
+
+def training_arguments(
+    config: RunConfig, folder: Path, epoch_steps: int, dtype: torch.dtype, *, evaluates: bool = True
+) -> TrainingArguments:
+    """Return transformers' arguments for `config`; `dtype` is the compute dtype of the loaded backbone.
+
+    Callbacks and trackers read them, the optimizer and the schedule are made of them, and they start the process
+    group where there is one. fp16 and the 8-bit optimizers are asked for only where CUDA is.
+    """
+    steps = total_steps(config, epoch_steps)
+    cuda = torch.cuda.is_available()
+    optimizer = "adamw" if config.optimizer == "auto" else config.optimizer  # the plan knows when moments are too large
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # one batch of transformers' words is one whole step
+        gradient_accumulation_steps=1,
+        learning_rate=config.lr,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # the first step of a warm-up has lr 0
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=OPTIMIZERS[optimizer],
+        bf16=cuda and dtype == torch.bfloat16,
+        fp16=cuda and dtype == torch.float16,
+        use_cpu=not cuda,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        **(_intervals("eval", config.eval_steps, epoch_steps) if evaluates else {"eval_strategy": "no"}),
+        **_intervals("save", config.save_steps, epoch_steps),
+        save_total_limit=config.keep_last,
+        report_to=list(config.report_to) or "none",
+        run_name=folder.parent.name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+
+
+def build_optimizer(trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module) -> Any:
+    """Return the optimizer over `trained`; weight decay is for matrices alone, not for norms and biases."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    matrices = [weight for weight in trained if weight.ndim > 1]
+    vectors = [weight for weight in trained if weight.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": arguments.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return kind(groups, **options)
+
+
+def build_lr_scheduler(optimizer: Any, arguments: TrainingArguments) -> Any:
+    """Return the schedule of the learning rate over all steps of the run, warm-up first."""
+    return get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+        num_training_steps=arguments.max_steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+
+
+def withhold_unless_finite(optimizer: Any, measured: Tensor) -> None:
+    """Arrange that the next `optimizer.step()` changes nothing when any of `measured` (loss, norm) is not finite.
+
+    Weights, moments and step counts then stay bit for bit as they were. torch's fused optimizers take the verdict as
+    a tensor (`found_inf`, the protocol of GradScaler: torch/optim/adam.py), so the host need not know it. Others,
+    bitsandbytes' 8-bit ones among them, wait for the GPU in their own step: there the verdict is read, and taking the
+    gradients away makes them pass every parameter over. The learning rate's schedule moves on all the same.
+    """
+    bad = torch.isfinite(measured).all().logical_not()
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad.to(torch.float32)
+    elif bool(bad):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
+
+
+def _intervals(verb: str, every: int | None, epoch_steps: int) -> dict[str, Any]:
+    # once an epoch, counted in steps: an "epoch" strategy would miss a run that ends mid-epoch
+    return {f"{verb}_strategy": "steps", f"{verb}_steps": every or epoch_steps}

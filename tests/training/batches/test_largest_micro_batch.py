@@ -1,0 +1,55 @@
+"""What is rehearsed is as large as anything that training will run."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from little_run import encoded_rows, settings
+from lorafit.data import largest_step
+from lorafit.training import largest_micro_batch, largest_within
+from lorafit.training.batches.steps import Layout, StepDataset
+
+LENGTHS = (9, 12, 15, 30, 31, 32, 20, 8, 11, 26, 5, 17)
+EPOCHS = 5
+
+
+def every_micro_batch(rows, config, micro_tokens):
+    """Tokens of every micro-batch of the whole run."""
+    steps, sizes = StepDataset(rows, config, Layout(micro_tokens)), []
+    for epoch in range(EPOCHS):
+        sizes += [batch.tokens for step in steps.epoch(epoch) for batch in step.micro_batches]
+    return sizes
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=14), st.integers(1, 5), st.integers(1, 3))
+def test_a_whole_step_is_rehearsed_where_none_of_the_run_is_larger(lengths, examples, seed):
+    config, rows = settings(examples_per_step=examples, epochs=EPOCHS, seed=seed), encoded_rows(*lengths)
+    step = largest_step(rows.lengths, examples, seed, EPOCHS * -(-len(rows) // examples))
+    whole = int(rows.lengths[step].sum())
+    batch = largest_micro_batch(rows, config, whole, step)
+    assert batch.tokens == whole == max(every_micro_batch(rows, config, whole))
+
+
+@pytest.mark.parametrize("micro_tokens", [10, 32, 40, 64, 100, 4096])
+def test_it_is_the_largest_of_the_first_epoch_or_the_longest_row(micro_tokens):
+    config, rows = settings(examples_per_step=4, epochs=1), encoded_rows(*LENGTHS)
+    steps = StepDataset(rows, config, Layout(micro_tokens))
+    largest = max(batch.tokens for step in steps for batch in step.micro_batches)
+    assert largest_micro_batch(rows, config, micro_tokens).tokens == max(largest, max(LENGTHS))
+
+
+def test_a_step_too_large_is_cut_as_training_cuts_it():
+    config, rows = settings(examples_per_step=4), encoded_rows(*LENGTHS)
+    batch = largest_micro_batch(rows, config, 50, np.arange(len(rows)))
+    assert max(LENGTHS) < batch.tokens <= 50
+
+
+@pytest.mark.parametrize("limit", [4, 5, 17, 31, 32, 50, 64, 4096])
+@pytest.mark.parametrize("micro_tokens", [10, 64])
+def test_the_largest_within_a_limit_is_one_of_those_that_training_cuts(micro_tokens, limit):
+    config, rows = settings(examples_per_step=4, epochs=1), encoded_rows(*LENGTHS)
+    steps = StepDataset(rows, config, Layout(micro_tokens))
+    sizes = [max(LENGTHS), *(batch.tokens for step in steps for batch in step.micro_batches)]
+    found = largest_within(rows, config, micro_tokens, limit)
+    assert (found.tokens if found else None) == max((size for size in sizes if size <= limit), default=None)
