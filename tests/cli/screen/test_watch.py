@@ -39,7 +39,7 @@ def test_a_file_gets_a_line_at_once_then_every_half_minute_and_at_each_evaluatio
 
 
 def test_machines_get_one_object_a_line(capsys):
-    JsonObserver().stepped(progress(eval_loss=float("nan")))
+    JsonObserver().on_step(progress(eval_loss=float("nan")))
     told = capsys.readouterr()
     assert told.out == ""
     [line] = told.err.splitlines()
