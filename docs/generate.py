@@ -1,7 +1,7 @@
 """Make docs/reference/cli.md and docs/reference/settings.md from the code.
 
-    python docs/generate.py            # write both pages
-    python docs/generate.py --check    # exit 1 when a page is stale
+python docs/generate.py            # write both pages
+python docs/generate.py --check    # exit 1 when a page is stale
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def main() -> int:
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
-            print(f"{path.name} is stale: run python docs/generate.py")
+            print(f"{path.name} is stale: run python docs/generate.py")  # noqa: T201
         return 1 if stale else 0
     REFERENCE.mkdir(exist_ok=True)
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {', '.join(path.name for path in pages())}")
+    print(f"wrote {', '.join(path.name for path in pages())}")  # noqa: T201
     return 0
 
 
