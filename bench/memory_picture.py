@@ -1,4 +1,4 @@
-"""Where the memory goes, per setting: the picture of docs/concepts/memory.md, from the plan's estimate. No torch, no GPU.
+"""Where the memory goes, per setting: the picture of docs/concepts/memory.md, from the plan itself. No torch, no GPU.
 
     python bench/memory_picture.py docs/concepts/memory.svg     # or a .png, to look at
 
