@@ -10,10 +10,10 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import typer
-from pydantic.fields import FieldInfo
+from lorafit.config.setting_reference import describe_setting
 
 from lorafit.cli.app import app
 from lorafit.config import RunConfig
@@ -51,9 +51,13 @@ def _command_section(name: str, command: Any) -> str:
     rows = [f"| `{word}` | {_cell(argument.help)} | |" for word, argument in zip(words, arguments, strict=True)]
     rows += [f"| {_flags(option)} | {_cell(option.help)} | {_default(option)} |" for option in options]
     lines += ["| argument or flag | meaning | default |", "|---|---|---|", *rows, ""]
-    if command.epilog:
-        lines += [_flat(command.epilog), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_examples(command.epilog or "")])
+
+
+def _examples(epilog: str) -> list[str]:
+    """Return the commands of an epilog as a block, and nothing where it has none."""
+    typed = [line.strip() for line in epilog.splitlines() if line.strip().startswith("lorafit ")]
+    return ["```sh", *typed, "```", ""] if typed else []
 
 
 def _argument_word(argument: Any) -> str:
@@ -79,7 +83,7 @@ def settings_page() -> str:
         "`lorafit settings NAME` shows one setting in the terminal."
     )
     sections = [f"## {title}\n{_settings_table(keys)}\n" for title, keys in _groups()]
-    return "\n".join([MADE, "# Settings", "", opening, "", *sections])
+    return "\n".join([MADE, "# Settings", "", opening, "", *sections, _other_names()])
 
 
 def _groups() -> Iterator[tuple[str, list[str]]]:
@@ -97,40 +101,22 @@ def _groups() -> Iterator[tuple[str, list[str]]]:
 
 
 def _settings_table(keys: list[str]) -> str:
-    fields = {key: RunConfig.model_fields[key] for key in keys}
-    advised = any(_advice(key, field) for key, field in fields.items())
-    head = "| key | default | values | meaning |" + (" when to change it |" if advised else "")
-    rows = [head, "|---|---|---|---|" + ("---|" if advised else "")]
-    for key, field in fields.items():
-        cells = [f"`{key}`", _field_default(field), _cell(_values(field.annotation)), _cell(field.description)]
-        rows.append(f"| {' | '.join(cells + ([_cell(_advice(key, field))] if advised else []))} |")
+    rows = ["| key | default | values | meaning | when to change it |", "|---|---|---|---|---|"]
+    for one in map(describe_setting, keys):
+        default = one.shown_default if one.shown_default == "–" else f"`{one.shown_default}`"
+        cells = [f"`{one.name}`", default, _cell(one.values), _cell(one.meaning), _cell(one.advice)]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _field_default(field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    return "–" if default in (None, (), "", {}) else f"`{default}`"
-
-
-def _values(annotation: Any) -> str:
-    """Return what a field takes, in words: its choices, or the kind of value."""
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
-    kinds = {bool: "yes or no", int: "a number", float: "a number", str: "a text"}
-    if annotation in kinds:
-        return kinds[annotation]
-    if get_origin(annotation) is tuple:
-        return "texts"
-    if get_origin(annotation) is dict:
-        return "key: value pairs"
-    parts = [_values(part) for part in get_args(annotation) if isinstance(part, type) or get_origin(part)]
-    return " or ".join(dict.fromkeys(part for part in parts if part and part != "nothing")) or "nothing"
-
-
-def _advice(key: str, field: FieldInfo) -> str:
-    """Return when to change a setting, where the field says so."""
-    extra = field.json_schema_extra
-    return str(extra.get("advice", "")) if isinstance(extra, dict) else ""
+def _other_names() -> str:
+    """Return the names of other tools, and of older releases, that each setting is taken under."""
+    rows = ["## Other names", "These names set the same. [Coming from](../coming-from.md) sorts them by tool.", ""]
+    rows += ["| key | other names |", "|---|---|"]
+    for one in map(describe_setting, RunConfig.model_fields):
+        if one.aliases:
+            rows.append(f"| {one.name} | {', '.join(f'`{alias}`' for alias in one.aliases)} |")
+    return "\n".join(rows)
 
 
 def _cell(text: str | None) -> str:
