@@ -84,12 +84,9 @@ def hollow_operators() -> torch.library.Library:
     def attention_backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
 
-    def linears(x: Tensor, tickets: Any, out_features: Any, in_features: int, transposed: bool) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], in_features if transposed else sum(out_features))
-
     library = torch.library.Library("lorafit", "IMPL")
     for name, hollow in (
-        ("frozen_product", linear), ("frozen_products", linears),
+        ("frozen_product", linear),
         ("packed_attention", attention), ("packed_attention_backward", attention_backward),
     ):  # fmt: skip
         library.impl(name, hollow, "CPU")

@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def strides_are_asserted():
     """What operators say of their outputs' strides is held against the outputs."""
-    from lorafit.engine import layers
+    from lorafit.engine.layers import decoder as layers
 
     layers.SIZE_ASSERTS = True
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 # the split of Llama 3 and GPT-4: newlines in a row are one piece

@@ -21,7 +21,7 @@ import made_tokenizers
 from little_run import write_rows
 from lorafit.cli.app import app
 from lorafit.config import RunConfig, resolve
-from lorafit.data.codes import CODES
+from lorafit.data.checks.findings import CODES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -131,6 +131,7 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
         "fingerprint.json",
         "engine.json",
         ".lock",
+        ".lock.json",
     ):
         (run.path / name).write_text("")
     assert not find_place(settled(out="run")).goes_on

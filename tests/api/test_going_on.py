@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -510,12 +511,15 @@ def test_events_of_a_run_that_never_began_are_no_obstacle_and_not_kept(made, tmp
 
 
 def test_a_disk_that_is_full_at_the_start_is_one_sentence_and_leaves_no_folder(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "pwrite", no_space)
+    write_text = Path.write_text
+
+    def no_space(path, *args, **options):
+        if path.name == ".lock.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device") as caught:
         train(*made, out=tmp_path / "run", **SETTINGS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def no_space(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

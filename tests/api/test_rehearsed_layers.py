@@ -17,7 +17,7 @@ from lorafit.backbone import load_backbone
 from lorafit.config import RunDir, resolve
 from lorafit.config.dial import Dial
 from lorafit.engine import PAGE_BYTES, Rehearsal
-from lorafit.engine.attention import PACKED
+from lorafit.engine.attention.packed import PACKED
 from lorafit.training import LorafitTrainer
 from lorafit.training import trainer as trainer_module
 

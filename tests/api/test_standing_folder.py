@@ -132,7 +132,7 @@ def test_a_run_whose_folder_another_process_trains_in_ends_too(made, tmp_path):
 
     with pytest.raises(RunDirError, match="is training this run"):
         train(*made, out=run, callbacks=[At(3, deed)], **SETTINGS)
-    assert [path.name for path in run.iterdir()] == [".lock"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", ".lock.json"]
     assert other.is_held
 
 

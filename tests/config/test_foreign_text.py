@@ -7,10 +7,6 @@ from lorafit.config import load_recipe, parse_assignments
 from lorafit.config.foreign_text import MAX_DEPTH, MAX_JSON_BYTES, MAX_YAML_BYTES, parse_yaml, read_json
 from lorafit.errors import AdapterError, UsageError
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
 
 def nested(levels, opening="[", closing="]"):
     return opening * levels + closing * levels
@@ -61,15 +57,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (BOMB, r"recipe.yaml:2: .*aliases are not read"),
-        ("base: &b x\nout: *b\n", r"recipe.yaml:2: .*aliases"),
-        ("a: &a {rank: 8}\nb:\n  <<: *a\n", "aliases"),
-        ("rank: 8\nlr: 1\nrank: 16\n", r"recipe.yaml:3: .*'rank' stands twice"),
-        ("data: " + nested(MAX_DEPTH + 1), r"recipe.yaml:1: .*nests deeper"),
-        ("data: " + nested(50_000), "nests deeper"),
-        ("- " * 5_000 + "x", "nests deeper"),
-        ("!!python/object/apply:os.system ['true']", r"recipe.yaml:1: .*could not determine a constructor"),
-        ("seed: !!int abc", r"recipe.yaml:1: .*tags are not read"),
+        ("rank: 8\nlr: 1\nrank: 16\n", r"recipe.yaml:3:1: .*'rank' stands twice"),
+        ("data: " + nested(50_000), r"recipe.yaml:1:\d+: .*nests too deeply"),
+        ("- " * 5_000 + "x", "nests too deeply"),
+        ("!!python/object/apply:os.system ['true']", r"recipe.yaml:1:1: .*could not determine a constructor"),
+        ("seed: !!int abc", r"recipe.yaml:1:7: .*no number"),
+        ("seed: " + "9" * 10_000, r"recipe.yaml:1:7: .*no number"),
+        ("lr: " + "9" * 400, r"recipe.yaml:1:5: .*no number"),
         ("a: [1, 2\n", "recipe.yaml:2"),
         (b"\xff\xfe\xff", "not UTF-8"),
         ("# " + "x" * MAX_YAML_BYTES, "larger than"),
@@ -89,10 +83,14 @@ def test_yaml_without_tricks_reads_as_safe_load_does():
     assert parse_yaml(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", ["data=[&a x, *a]", "data=" + nested(40)])
-def test_an_assignment_has_the_same_limits(text):
+def test_an_assignment_that_nests_too_deeply_is_one_sentence():
     with pytest.raises(UsageError, match="is not a value"):
-        parse_assignments([text])
+        parse_assignments(["data=" + nested(5_000)])
+
+
+@pytest.mark.parametrize("text", ["1:30", "59:59" + ":1" * 50_000, "1:30.5", "2026-01-01", "2026-13-45"])
+def test_times_and_dates_are_text_at_once(text):
+    assert parse_yaml(f"seed: {text}") == {"seed": text}
 
 
 def test_remote_code_is_refused_by_name():
@@ -100,22 +98,6 @@ def test_remote_code_is_refused_by_name():
 
     with pytest.raises(UsageError, match="never runs Python code"):
         resolve(flags={"trust_remote_code": True})
-
-
-def test_the_limits_hold_without_libyaml(monkeypatch):
-    """PyYAML built without the C library reads with its own parser."""
-    import importlib
-
-    from lorafit.config import foreign_text
-
-    with monkeypatch.context() as patched:
-        patched.delattr(yaml, "CSafeLoader", raising=False)
-        plain = importlib.reload(foreign_text)
-        for text in (BOMB, "a: 1\na: 2\n", nested(50_000)):
-            with pytest.raises(yaml.MarkedYAMLError):
-                plain.parse_yaml(text)
-        assert plain.parse_yaml("a: [1, {b: 2}]") == {"a": [1, {"b": 2}]}
-    importlib.reload(foreign_text)
 
 
 def test_a_disk_too_full_for_a_download_is_said_to_be_so(monkeypatch):

@@ -1,17 +1,19 @@
 """The lock of a run directory: one process at a time, and one that was killed holds nothing."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from lorafit.config import RunLock
-from lorafit.config.run_lock import LOCK, Owner
+from lorafit.config.run_lock import LOCK, OWNER, Owner
 from lorafit.errors import RunDirError
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -54,21 +56,21 @@ def test_a_killed_owner_holds_nothing(holder, tmp_path):
     holder.join()
     assert (tmp_path / LOCK).exists()
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists()
 
 
 @pytest.mark.parametrize("left", ["", "{", '{"pid": 1}', json.dumps([1, 2])])
 def test_a_damaged_lock_holds_nothing(tmp_path, left):
     (tmp_path / LOCK).write_text(left)
+    (tmp_path / OWNER).write_text(left)
     with RunLock(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def left_by(tmp_path, **other):
-    owner = replace(Owner.here(), **other)
-    (tmp_path / LOCK).write_text(json.dumps(asdict(owner)))
-    return owner
+    (tmp_path / OWNER).write_text(json.dumps(asdict(replace(Owner(), **other))))
 
 
 def test_a_lock_from_before_a_reboot_of_this_machine_is_stale(tmp_path):
@@ -77,36 +79,51 @@ def test_a_lock_from_before_a_reboot_of_this_machine_is_stale(tmp_path):
         pass
 
 
-def test_a_process_id_that_was_given_anew_is_not_the_owner(tmp_path):
-    assert Owner.here().runs_here()
-    assert not left_by(tmp_path, started=1).runs_here()
-    assert not left_by(tmp_path, pid=2**22 + 1).runs_here()
+def test_a_lock_of_another_container_on_this_machine_that_was_killed_is_stale(tmp_path):
+    left_by(tmp_path, host="elsewhere", pid=1)
+    with RunLock(tmp_path):
+        pass
 
 
 def test_the_lock_of_another_machine_stands_and_says_what_to_do(tmp_path):
     left_by(tmp_path, boot="another", host="elsewhere", pid=77)
     with (
-        pytest.raises(RunDirError, match=r"process 77 on elsewhere .*if that machine is gone, remove .*\.lock"),
+        pytest.raises(RunDirError, match=r"process 77 on elsewhere .*if that machine is gone, remove .*\.lock\.json"),
         RunLock(tmp_path),
     ):
         pass
-    assert "elsewhere" in (tmp_path / LOCK).read_text()
+    assert "elsewhere" in (tmp_path / OWNER).read_text()
 
 
-def test_where_the_file_system_has_no_locks_the_owners_process_decides(holder, tmp_path, monkeypatch):
-    import errno
-
-    from lorafit.config import run_lock
-
+def without_flock(monkeypatch, number):
     def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
-    with pytest.raises(RunDirError, match=f"process {holder.pid}"), RunLock(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+def test_where_the_disk_has_no_flock_the_owners_process_decides(tmp_path, monkeypatch, recwarn):
+    without_flock(monkeypatch, errno.ENOSYS)
+    taken = CONTEXT.Event()
+    process = CONTEXT.Process(target=hold, args=(tmp_path, taken))
+    process.start()
+    assert taken.wait(30)
+    with pytest.raises(RunDirError, match=f"process {process.pid}"), RunLock(tmp_path):
         pass
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.join()
-    with RunLock(tmp_path):
+    process.kill()
+    process.join()
+    with RunLock(tmp_path) as lock:
+        assert lock.is_held
+    assert not list(tmp_path.iterdir())
+    assert not recwarn.list
+
+
+def test_a_disk_that_refuses_locks_is_one_sentence(tmp_path, monkeypatch):
+    without_flock(monkeypatch, errno.ENOLCK)
+    with (
+        pytest.raises(RunDirError, match=r"\.lock: cannot be locked \(No locks available\); .*--out"),
+        RunLock(tmp_path),
+    ):
         pass
 
 
@@ -157,13 +174,13 @@ def test_a_lock_that_another_took_meanwhile_is_left_to_it(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_with_the_path_and_no_lock_stays(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device"), RunLock(tmp_path):
         pass
-    assert not (tmp_path / LOCK).exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     with RunLock(tmp_path):
         assert (tmp_path / LOCK).exists()

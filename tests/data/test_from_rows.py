@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lorafit.data import parse_rows
-from lorafit.data.records import Record, Turn
+from lorafit.data.schema.records import Record, Turn
 from lorafit.errors import DataError
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lorafit.data import gather
-from lorafit.data.raw_rows import RawRow
+from lorafit.data.sources.raw_row import RawRow
 
 
 def test_large_rows_come_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 import made_data as made
 import made_tokenizers
 from lorafit.data import Encoded, Record, Template, TextTokenizer, require_clean
-from lorafit.data.codes import CODES
-from lorafit.data.progress import Progress
-from lorafit.data.token_checks import SAID
+from lorafit.data.checks.findings import CODES
+from lorafit.data.checks.rows import SAID
+from lorafit.data.summary import Progress
 from lorafit.errors import DataError, LorafitError, RunDirError
 from lorafit.findings import Severity
 

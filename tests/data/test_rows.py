@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made_data as made
-from lorafit.data.records import Record, Turn
-from lorafit.data.rows import Rows, record_from_json, record_to_json
-from lorafit.data.template import Encoded
+from lorafit.data.schema.records import Record, Turn
+from lorafit.data.store import Rows, record_from_json, record_to_json
+from lorafit.data.template.template import Encoded
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=10)
 TURNS = st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXT, st.dictionaries(TEXT, TEXT, max_size=2))

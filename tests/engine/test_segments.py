@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 
-from lorafit.engine.attention_op import packed_attention_op
-from lorafit.engine.segments import MAX_PADDED, Segments, on_host
+from lorafit.engine.attention.packed import packed_attention_op
+from lorafit.engine.packing import MAX_PADDED, Segments, on_host
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
@@ -30,8 +30,8 @@ def test_padding_stays_within_its_bound(lengths):
 
 def test_boundaries_are_cumulative_lengths():
     segments = Segments.of_lengths([3, 1, 2])
-    assert segments.boundaries.tolist() == [0, 3, 4, 6]
-    assert segments.boundaries.dtype == torch.int32
+    assert segments.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert segments.cu_seqlens.dtype == torch.int32
     assert segments.longest == 3
 
 
@@ -57,7 +57,7 @@ def test_compiled_attention_on_a_card_has_its_output_taken_for_aligned(monkeypat
 
     def attend(q, k, v, segments):
         rows = (segments.gather, segments.scatter, segments.layout)
-        return packed_attention_op(q, k, v, segments.boundaries, *rows, 0.125, None, None)[0] * 2
+        return packed_attention_op(q, k, v, segments.cu_seqlens, *rows, 0.125, None, None)[0] * 2
 
     torch._dynamo.reset()
     query = torch.randn(1, 4, 96, 64, device="cuda", dtype=torch.bfloat16)

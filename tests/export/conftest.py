@@ -7,8 +7,8 @@ import torch
 from lorafit.adapters import attach, save_adapter
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig, RunDir
-from lorafit.data.template import Template
-from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.template.template import Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from tiny_models import save_base, stir
 
 JINJA = (

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from lorafit.adapters import Deltas, load_adapter
 from lorafit.backbone import base_fingerprint, dequantise, load_backbone
 from lorafit.config import RunConfig
-from lorafit.data.template import Template
-from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.template.template import Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import BackboneError, RunDirError, TemplateError, VerificationError
 from lorafit.export import merge
 from lorafit.export.companions import merged_config
@@ -166,14 +166,16 @@ def test_the_pipeline_answers_and_uses_the_trained_prompt(trained, tmp_path):
 
 def test_a_template_that_transformers_renders_otherwise_is_finding_v001(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "lorafit.data.template.Template.jinja_for_export", property(lambda _: "{{ messages[0]['content'] }}")
+        "lorafit.data.template.template.Template.jinja_for_export", property(lambda _: "{{ messages[0]['content'] }}")
     )
     (finding,) = merge(trained.path, out=tmp_path / "out").findings
     assert finding.code == "V001" and finding.severity == "error" and finding.fix and finding.why
 
 
 def test_a_chat_template_that_fails_in_transformers_is_v001_too(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafit.data.template.Template.jinja_for_export", property(lambda _: "{{ nothing.here.at }}"))
+    monkeypatch.setattr(
+        "lorafit.data.template.template.Template.jinja_for_export", property(lambda _: "{{ nothing.here.at }}")
+    )
     (finding,) = merge(trained.path, out=tmp_path / "out").findings
     assert finding.code == "V001" and "UndefinedError" in finding.message
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.engine import grouped_attention
 from lorafit.planning import ModelShape
 from lorafit.planning.activations import LOSS_CHUNK_BYTES, SCORES, Execution, activations
 from lorafit.planning.micro_batch import MicroBatch
@@ -93,7 +92,6 @@ def test_compiled_layers_keep_no_capped_score_and_write_some_out_at_a_time():
     weight = live(64).weight_bytes
     assert live(2048, **capped).backward_bytes == 5 * 4 * SCORES + weight
     assert live(8192, **capped).backward_bytes == 5 * 4 * 4 * 8192**2 + weight  # one key head, four query heads
-    assert SCORES == grouped_attention.SCORES
 
 
 def test_compiled_layers_make_an_adapter_s_input_again_but_not_its_mask():
@@ -133,6 +131,6 @@ def test_logits_in_chunks_never_grow_beyond_one(supervised, width, chunk):
 
 
 def test_the_engine_s_chunks_are_the_plan_s():
-    from lorafit.engine.vocabulary_loss import CHUNK_BYTES
+    from lorafit.engine.loss.vocabulary import CHUNK_BYTES
 
     assert CHUNK_BYTES == LOSS_CHUNK_BYTES

@@ -79,7 +79,7 @@ def test_no_row_is_padded_to_anything(trainer):
 
 def test_every_row_starts_at_position_zero(trainer):
     for batch in first_step(trainer).micro_batches:
-        starts = batch.segments.boundaries[:-1].long()
+        starts = batch.segments.cu_seqlens[:-1].long()
         assert (batch.positions[0, starts] == 0).all()
         assert int((batch.positions == 0).sum()) == len(starts)
 

@@ -14,8 +14,9 @@ from little_run import encoded_rows, settings
 from lorafit.adapters import attach
 from lorafit.backbone import load_backbone
 from lorafit.config.dial import Dial
-from lorafit.engine import Graphs, Segments, graphs
-from lorafit.engine.buckets import Bucket
+from lorafit.engine import Graphs, Segments
+from lorafit.engine import cuda_graphs as graphs
+from lorafit.engine.cuda_graphs import Bucket
 from lorafit.training import EventLog, LorafitTrainer
 from tiny_models import save_base
 
@@ -48,7 +49,7 @@ def replaying(monkeypatch):
 
     def grouped(self, filled):
         batch = batch_of(self, filled)
-        lengths = np.diff(batch.segments.boundaries.numpy())
+        lengths = np.diff(batch.segments.cu_seqlens.numpy())
         return replace(batch, segments=Segments.of_lengths(lengths[lengths > 0].tolist()))
 
     def record(self, frame, work):

@@ -77,7 +77,7 @@ def test_every_tensor_of_a_micro_batch_is_pinned_and_unchanged():
 
     batch = collate([(np.arange(9), np.ones(9, bool)), (np.arange(4), np.ones(4, bool))])
     held = pinned(batch)
-    for tensor in (held.ids, held.positions, held.predictors, held.targets, held.segments.boundaries):
+    for tensor in (held.ids, held.positions, held.predictors, held.targets, held.segments.cu_seqlens):
         assert tensor.is_pinned()
     assert torch.equal(held.ids, batch.ids)
-    assert torch.equal(held.segments.boundaries, batch.segments.boundaries)
+    assert torch.equal(held.segments.cu_seqlens, batch.segments.cu_seqlens)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorafit.adapters.peft_library import LoraLayer, PeftModelForCausalLM
-from lorafit.backbone import FrozenLinear4bit, forget_quantisation, thaw_linear, thaw_linears
+from lorafit.backbone import FrozenLinear4bit, dequantize_linear, dequantize_linears, forget_quantisation
 
 
 class AdaptedModel(PeftModelForCausalLM):
@@ -51,11 +51,11 @@ class AdaptedModel(PeftModelForCausalLM):
             if isinstance(module, LoraLayer):
                 parent, _, leaf = path.rpartition(".")
                 setattr(base.get_submodule(parent), leaf, _merged(module, names))
-        return forget_quantisation(thaw_linears(base))
+        return forget_quantisation(dequantize_linears(base))
 
 
 def _merged(layer: Any, adapters: list[str]) -> nn.Linear:
-    linear = thaw_linear(layer.get_base_layer())
+    linear = dequantize_linear(layer.get_base_layer())
     with torch.no_grad():
         total = linear.weight.float()
         for name in adapters:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorafit.backbone import quiet_libraries
+from lorafit.backbone import redirect_library_logs
 
-with quiet_libraries():
+with redirect_library_logs():
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
     from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict

@@ -11,7 +11,7 @@ from lorafit.api.plan import plan_prepared
 from lorafit.api.settings import require_data, settle, template_for
 from lorafit.config import Resolved
 from lorafit.data import Prepared, Template, prepare
-from lorafit.data.progress import Progress
+from lorafit.data.summary import Progress
 from lorafit.errors import AdapterError, BackboneError
 from lorafit.findings import Finding, Severity, has_errors
 from lorafit.planning import hardware_here

@@ -17,7 +17,7 @@ from lorafit.api.plan import PlannedRun
 from lorafit.backbone import base_fingerprint
 from lorafit.config import RunConfig, RunDir, RunFingerprint, RunIdentity, base_folder, held_settings, write_text
 from lorafit.data import Prepared, Record, Template
-from lorafit.data.split import write_split
+from lorafit.data.checks.whole_set import write_split
 from lorafit.findings import Finding
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look

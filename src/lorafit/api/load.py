@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorafit.backbone import quiet_libraries
+from lorafit.backbone import redirect_library_logs
 from lorafit.serve import Session
 
 
 def load(run: str | Path, *, device: str | None = None) -> Session:
     """The run in folder `run` as a Session: `load(run).answer([{"role": "user", "content": "…"}])`."""
-    with quiet_libraries(Path(run) / "log.txt" if Path(run).is_dir() else None, optional=True):
+    with redirect_library_logs(Path(run) / "log.txt" if Path(run).is_dir() else None, optional=True):
         return Session.load(Path(run), device=device)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from lorafit.adapters import Deltas, load_adapter
-from lorafit.backbone import Onto, load_backbone, quiet_libraries
+from lorafit.backbone import Onto, load_backbone, redirect_library_logs
 from lorafit.config import RunDir
 from lorafit.data import Record, Template, TextTokenizer, Turn
 from lorafit.errors import AdapterError, UsageError, VerificationError
@@ -62,7 +62,7 @@ def merge(run: str | Path, *, onto: Onto = "quantized", out: str | Path | None =
         raise UsageError(f"'{onto!s:.40}' is nothing to merge onto", where="onto", fix=f"write {names}")
     folder = RunDir.open(Path(run))
     config = folder.config()
-    with quiet_libraries(folder.log, optional=True):
+    with redirect_library_logs(folder.log, optional=True):
         check_adapter(folder)
         rows = verification_rows(folder, template_of(folder))
         fingerprint = folder.base_fingerprint()

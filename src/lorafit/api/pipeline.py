@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from lorafit.adapters import attach, lora_config
-from lorafit.backbone import load_backbone, nf4_config, quiet_libraries
+from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
 from lorafit.config import RunConfig, resolve
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, Turn, parse_rows
 from lorafit.errors import DataError, UsageError
@@ -66,7 +66,7 @@ class AdapterTrainingPipeline:
 
     def load_frozen_backbone(self) -> Any:
         """The base in 4 bits (or as `quantization` says), every parameter frozen. Raises BackboneError."""
-        with quiet_libraries():
+        with redirect_library_logs():
             return load_backbone(self.config)
 
     def inject_adapters(self, model: Any) -> Any:

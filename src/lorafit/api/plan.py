@@ -10,7 +10,7 @@ from typing import Any
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, largest_step, prepare
-from lorafit.data.progress import Progress
+from lorafit.data.summary import Progress
 from lorafit.findings import has_errors
 from lorafit.planning import DataFacts, Hardware, ModelShape, Plan, hardware_for, make_plan, plan_recipe
 from lorafit.planning.duration import steps_of

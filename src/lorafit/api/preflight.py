@@ -15,12 +15,13 @@ from lorafit.config import RunConfig, RunDir, base_folder
 from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.findings import Finding, Severity
 from lorafit.planning import Hardware
+from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No run of this code is older than this."""
 CLOCK_SLACK_S = 86_400.0
-ADAM_BYTES, ADAM_8BIT_BYTES = 12, 7
-"""Bytes on disk for each trained weight: fp32 with two fp32 moments, or with two of 8 bits and their scales."""
+WEIGHT_BYTES = 4
+"""Bytes of each trained weight in a checkpoint, beside its moments."""
 EXPORT_BYTES = 2
 """Bytes of each weight of a merged model."""
 SPARE_BYTES = 16 << 20
@@ -109,7 +110,8 @@ def _clock(files: list[Path]) -> Iterator[Finding]:
 def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
     config, plan = planned.resolved.config, planned.plan
     free = shutil.disk_usage(_existing(run.path)).free
-    each = plan.trainable_parameters * (ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES)
+    moments = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
+    each = round(plan.trainable_parameters * (WEIGHT_BYTES + moments))
     there = len(list(run.checkpoints.glob("step-*")))
     # a checkpoint is whole before an old one goes
     needed = each * max(config.keep_last + config.keep_best + 1 - there, 1) + SPARE_BYTES

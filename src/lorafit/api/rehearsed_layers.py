@@ -19,9 +19,9 @@ from lorafit.engine import PAGE_BYTES, DecoderLayers, Graphs, MicroBatch, Rehear
 from lorafit.errors import RunDirError
 from lorafit.planning.dial import dial_of
 from lorafit.planning.micro_batch import most_tokens
+from lorafit.planning.standing import ADAM_8BIT_BYTES, ADAM_BYTES
 from lorafit.training import AllocatorWatch, LorafitTrainer, largest_micro_batch, largest_within, without_checkpointing
 
-ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2.1
 GRADIENT_BYTES = 4
 AUTO = "auto"
 CARD_SHARE = 0.97

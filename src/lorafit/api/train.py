@@ -22,7 +22,7 @@ from lorafit.api.preflight import before_loading, before_reading, require_ready
 from lorafit.api.ready_run import ReadyRun
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.api.trained_run import TrainedRun
-from lorafit.backbone import quiet_libraries
+from lorafit.backbone import redirect_library_logs
 from lorafit.config import Resolved, RunConfig, RunDir, RunIdentity, RunLock
 from lorafit.data import Prepared, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
@@ -80,7 +80,7 @@ def _train_at(place: Place, resolved: Resolved, watch: Observer, callbacks: list
     with (
         _no_empty_folder(run, is_new),
         RunLock(run.path) as lock,
-        quiet_libraries(run.log),
+        redirect_library_logs(run.log),
         deterministic(resolved.config.deterministic),
     ):
         try:

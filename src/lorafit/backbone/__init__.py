@@ -1,18 +1,23 @@
 """The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
 
 from lorafit.backbone.architecture import output_head, text_decoder
-from lorafit.backbone.checkpoint import base_damages, base_fingerprint, require_same_base
+from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, Onto, fresh_weights
-from lorafit.backbone.frozen_features import frozen_features
-from lorafit.backbone.frozen_linear import FrozenLinear4bit, freeze_linears
-from lorafit.backbone.frozen_linear_op import frozen_product
-from lorafit.backbone.frozen_products import frozen_products, keep_dense_together, siblings
+from lorafit.backbone.kernels.convert import (
+    dequantise,
+    dequantize_linear,
+    dequantize_linears,
+    forget_quantisation,
+    quantise,
+    true_numel,
+)
+from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit, freeze_linears
+from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
+from lorafit.backbone.kernels.frozen_linear_op import frozen_product
+from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config
-from lorafit.backbone.packed_weight import dequantise, quantise, true_numel
 from lorafit.backbone.precision import compute_dtype, default_device
-from lorafit.backbone.quiet import quiet_libraries
-from lorafit.backbone.thaw import forget_quantisation, thaw_linear, thaw_linears
 
 __all__ = [
     "FreshWeight",
@@ -29,18 +34,15 @@ __all__ = [
     "fresh_weights",
     "frozen_features",
     "frozen_product",
-    "frozen_products",
-    "keep_dense_together",
     "load_backbone",
     "nf4_config",
     "output_head",
     "quantise",
-    "quiet_libraries",
+    "redirect_library_logs",
     "require_same_base",
     "rounding_activations",
-    "siblings",
     "text_decoder",
-    "thaw_linear",
-    "thaw_linears",
+    "dequantize_linear",
+    "dequantize_linears",
     "true_numel",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit.backbone.bits import Params4bit
-from lorafit.backbone.frozen_linear import FrozenLinear4bit
+from lorafit.backbone.bitsandbytes_import import Params4bit
+from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit
 
 ADAPTER_MARK = ".lora_"
 

@@ -18,10 +18,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lorafit.backbone.architecture import is_prequantised, linears_to_quantise, read_architecture, skeleton
-from lorafit.backbone.bits import QuantState
-from lorafit.backbone.checkpoint import Checkpoint
-from lorafit.backbone.frozen_linear_op import unpack
-from lorafit.backbone.packed_weight import dequantise, quantise
+from lorafit.backbone.base_checkpoint import Checkpoint
+from lorafit.backbone.bitsandbytes_import import QuantState
+from lorafit.backbone.kernels.convert import dequantise, quantise
+from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.backbone.precision import compute_dtype, default_device
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError

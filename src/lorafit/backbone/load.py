@@ -22,9 +22,9 @@ from lorafit.backbone.architecture import (
     supported_attention,
     use_no_cache,
 )
-from lorafit.backbone.bits import Params4bit
-from lorafit.backbone.checkpoint import AGAIN, Checkpoint
-from lorafit.backbone.frozen_linear import freeze_linears
+from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
+from lorafit.backbone.bitsandbytes_import import Params4bit
+from lorafit.backbone.kernels.frozen_linear import freeze_linears
 from lorafit.backbone.precision import compute_dtype, computes_in_fp8, default_device
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafit.backbone.nf4_unpack import kernels_work
+from lorafit.backbone.kernels.nf4 import kernels_work
 from lorafit.config import RunConfig
 from lorafit.errors import BackboneError
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorafit.adapters import Counts
     from lorafit.config import Resolved, RunDir
     from lorafit.data import Prepared
-    from lorafit.data.progress import Progress as DataProgress
+    from lorafit.data.summary import Progress as DataProgress
     from lorafit.engine import Rehearsal
     from lorafit.findings import Finding
     from lorafit.planning import Plan

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lorafit.config.foreign_text import parse_yaml, read_recipe
 from lorafit.config.run_config import PLANNED, TEXTS, RunConfig
-from lorafit.config.usual_names import USUAL_NAMES
+from lorafit.config.setting_aliases import SETTING_ALIASES
 from lorafit.errors import UsageError
 
 
@@ -131,7 +131,7 @@ def reject_unknown(values: Mapping[str, Any], name: str) -> None:
                 fix="leave it out, and choose a base that transformers has built in",
             )
         if key not in RunConfig.model_fields:
-            usual = USUAL_NAMES.get(key.lower())
+            usual = SETTING_ALIASES.get(key.lower())
             near = [usual] if usual else difflib.get_close_matches(key, RunConfig.model_fields, n=1, cutoff=0.6)
             fix = f"did you mean '{near[0]}'?" if near else "see 'lorafit train --help' for the settings"
             raise UsageError(f"unknown setting '{key}' in {name}", fix=fix)

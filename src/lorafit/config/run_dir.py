@@ -13,12 +13,12 @@ from lorafit.config.fingerprint import RunIdentity
 from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
-from lorafit.config.run_lock import LOCK
+from lorafit.config.run_lock import LOCK, OWNER
 from lorafit.errors import RunDirError
 
 PLACES = ("base", "revision", "data", "holdout")
 """Settings that name files: a run goes by what is in them."""
-LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK} | {
+LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK, OWNER} | {
     "plan.json",
     "template.json",
     "held-out.jsonl",
@@ -165,7 +165,8 @@ class RunDir:
             raise RunDirError(
                 f"the old run cannot be moved aside ({error.strerror})", where=str(self.path), fix="check the folder"
             ) from error
-        (aside / LOCK).unlink(missing_ok=True)
+        for name in (LOCK, OWNER):
+            (aside / name).unlink(missing_ok=True)
         return aside
 
     @classmethod

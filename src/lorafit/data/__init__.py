@@ -1,16 +1,15 @@
 """Data: file -> records -> template -> masked token rows -> packed batches."""
 
 from lorafit.data.fixing import FixReport, fix_rows
-from lorafit.data.from_rows import parse_rows
+from lorafit.data.gather import parse_rows
 from lorafit.data.pack import epoch_order, largest_step, pack_step, packed_fill, steps_per_epoch
 from lorafit.data.prepare import Prepared, prepare, require_clean
-from lorafit.data.progress import Progress
-from lorafit.data.records import Record, Turn
-from lorafit.data.rows import Rows
+from lorafit.data.schema.records import Record, Turn
 from lorafit.data.shown import ShownRow, ShownToken, show_rows
-from lorafit.data.summary import Histogram, Summary
-from lorafit.data.template import Encoded, Template
-from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.store import Rows
+from lorafit.data.summary import Histogram, Progress, Summary
+from lorafit.data.template.template import Encoded, Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 
 __all__ = [
     "Encoded",

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from lorafit.config import RunConfig
 from lorafit.data.gather import compares, ignored_codes
-from lorafit.data.hub import hub_fingerprint
-from lorafit.data.sources import DataFile
-from lorafit.data.store_writer import Stored
+from lorafit.data.sources.files import DataFile
+from lorafit.data.sources.tables import hub_fingerprint
+from lorafit.data.store import Stored
 from lorafit.errors import DataError
 
 if TYPE_CHECKING:
-    from lorafit.data.template import Template
+    from lorafit.data.template.template import Template
 
 FORMAT = 2
 """Raise it when the same input gives other rows or other facts than before."""

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.config import RunConfig
-from lorafit.data.fingerprints import hash64
-from lorafit.data.judgements import CONTROL_BYTES
-from lorafit.data.raw_rows import RawRow, parse_row
-from lorafit.data.reader import RowReader
-from lorafit.data.rejects import Reject, rejected_line
-from lorafit.data.sources import find_files
+from lorafit.data.checks.rows import CONTROL_BYTES
+from lorafit.data.dedup import hash64
+from lorafit.data.sources.files import find_files
+from lorafit.data.sources.raw_row import RawRow, Reject, parse_row, rejected_line
+from lorafit.data.sources.reader import RowReader
 from lorafit.errors import DataError
 
 CONTROLS = re.compile("[" + "".join(f"\\x{code:02x}" for code in CONTROL_BYTES) + "\u0080-\u009f]")
@@ -24,8 +23,8 @@ CONTROLS = re.compile("[" + "".join(f"\\x{code:02x}" for code in CONTROL_BYTES) 
 
 @dataclass
 class FixReport:
-    """`read = written + duplicates + rejected`; the others count rows that were changed in that way. `oddities` are
-    of the files: byte order marks, line ends, blank lines, other encodings."""
+    """`read = written + duplicates + rejected`; the others count rows changed in that way. `file_warnings` are of the
+    files: byte order marks, line ends, blank lines, other encodings."""
 
     out: str
     read: int = 0
@@ -35,7 +34,7 @@ class FixReport:
     controls: int = 0
     duplicates: int = 0
     rejected: int = 0
-    oddities: dict[str, int] = field(default_factory=dict)
+    file_warnings: dict[str, int] = field(default_factory=dict)
     rejected_file: str | None = None
 
     @property
@@ -48,7 +47,7 @@ class FixReport:
             "exact copies left out": self.duplicates,
             "unreadable rows set aside": self.rejected,
         }
-        odd = {f"× {what}": count for what, count in self.oddities.items()}
+        odd = {f"× {what}": count for what, count in self.file_warnings.items()}
         return ", ".join(f"{count:,} {what}" for what, count in (odd | counts).items() if count) or "nothing"
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
         partial.unlink(missing_ok=True)
         if not report.rejected:
             rejected.unlink(missing_ok=True)
-    report.oddities = dict(sum(reader.oddities.values(), Counter()))
+    report.file_warnings = dict(sum(reader.file_warnings.values(), Counter()))
     report.rejected_file = str(rejected) if report.rejected else None
     return report
 

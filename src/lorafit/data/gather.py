@@ -1,40 +1,57 @@
-"""Gathering: rows of files, judged and tokenised chunk by chunk, into a store. Nothing holds all rows as objects."""
+"""Records from rows that are already Python mappings: the Python API's way in."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config import RunConfig
-from lorafit.data.codes import CODES
-from lorafit.data.conversations import split_at_turns, up_to_last_answer
-from lorafit.data.fingerprints import Compared, hash64
-from lorafit.data.judgements import Judgement, judged
-from lorafit.data.ledger import Ledger
-from lorafit.data.minhash import signatures
-from lorafit.data.near_copies import copies_of, leaders, near_copies
-from lorafit.data.progress import Clock
-from lorafit.data.raw_rows import RawRow
-from lorafit.data.reader import RowReader
-from lorafit.data.records import Record
-from lorafit.data.rejects import Reject
-from lorafit.data.row_store import flagged, mapped, offsets_of
-from lorafit.data.rows import record_to_json
-from lorafit.data.shapes import Shape, detect
-from lorafit.data.store_writer import LEADER, StoreWriter
-from lorafit.data.token_checks import SpecialTokens, Tokenised, judged_tokens
+from lorafit.data.checks.findings import CODES, RowOutcomes
+from lorafit.data.checks.rows import Observation, SpecialTokens, Tokenised, text_checks, token_checks
+from lorafit.data.dedup import Compared, duplicates_of, hash64, leaders, near_copies, signatures
+from lorafit.data.schema.records import Record, split_at_turns, up_to_last_answer
+from lorafit.data.schema.shapes import Shape, detect
+from lorafit.data.sources.raw_row import RawRow, Reject
+from lorafit.data.sources.reader import RowReader
+from lorafit.data.store import LEADER, StoreWriter, flagged, mapped, offsets_of, record_to_json
+from lorafit.data.summary import Clock
+from lorafit.errors import DataError
 from lorafit.findings import Severity, is_chosen
 
 if TYPE_CHECKING:
-    from lorafit.data.template import Template
+    from lorafit.data.template.template import Template
+
+
+def parse_rows(raw_rows: Iterable[Mapping[str, Any]], map: Mapping[str, str] | None = None) -> list[Record]:
+    """The records that rows in any known shape spell; `map` names fields as `{"response": "answer_text"}`.
+
+    Raises DataError for the first row that does not fit; its place is `row:N`, counted from 1.
+    """
+    rows = list(raw_rows)
+    if not rows:
+        raise DataError("there are no rows", fix="pass at least one mapping")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"is a {type(row).__name__}, not a mapping", where=f"row:{number}", fix="pass dicts")
+    shape = detect(rows, map or {}, "rows")
+    records: list[Record] = []
+    for number, row in enumerate(rows, start=1):
+        record = shape.record(row, f"row:{number}")
+        if isinstance(record, Reject):
+            raise DataError(record.reason, where=f"row:{number}", fix="mend or leave out the row")
+        if fault := next((seen for code, seen in text_checks(record) if CODES[code].rejects), ""):
+            raise DataError(fault, where=record.source, fix="mend or leave out the row")
+        records.append(up_to_last_answer(record))
+    return records
+
 
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 8 << 20
@@ -56,13 +73,13 @@ class Untokenised:
 
 
 class Gatherer:
-    """Takes every row from `reader` into `writer`; its ledger says what became of them."""
+    """Takes every row from `reader` into `writer`; its outcomes says what became of them."""
 
     def __init__(
         self, config: RunConfig, template: Template | None, reader: RowReader, writer: StoreWriter, clock: Clock
     ) -> None:
         self.config, self.template, self.reader, self.writer, self.clock = config, template, reader, writer, clock
-        self.ledger = Ledger([file.name for file in reader.files], writer.rejected)
+        self.outcomes = RowOutcomes([file.name for file in reader.files], writer.rejected)
         self.special = SpecialTokens(template.tokenizer) if template else None
         self.ignored = ignored_codes(config)
         self.compares = compares(config)
@@ -78,10 +95,10 @@ class Gatherer:
                 waiting.append((items, pool.submit(self._encoded, [record for _, record in items])))
                 if len(waiting) > CHUNKS_AHEAD:
                     self._store(*waiting.popleft())
-                self.clock.report("reading", self.ledger.counts.read, self.reader.bytes_done)
+                self.clock.report("reading", self.outcomes.counts.read, self.reader.bytes_done)
             while waiting:
                 self._store(*waiting.popleft())
-        self.clock.report("reading", self.ledger.counts.read, self.reader.bytes_total, force=True)
+        self.clock.report("reading", self.outcomes.counts.read, self.reader.bytes_total, force=True)
         self.writer.flush()
         self._finish()
 
@@ -91,10 +108,12 @@ class Gatherer:
         leader = self._leaders(columns["words"], columns["exact"])
         self.copies_s += time.monotonic() - started
         facts = {
-            **self.ledger.facts(),
-            "names": self.ledger.names,
+            **self.outcomes.facts(),
+            "names": self.outcomes.names,
             "shape": self.shape.title if self.shape else "unknown",
-            "oddities": {self.ledger.names[file]: dict(seen) for file, seen in self.reader.oddities.items() if seen},
+            "file_warnings": {
+                self.outcomes.names[file]: dict(seen) for file, seen in self.reader.file_warnings.items() if seen
+            },
             "copies_s": self.copies_s,
         }
         self.writer.finish({**columns, LEADER: leader}, facts)
@@ -102,8 +121,8 @@ class Gatherer:
     def _leaders(self, words: NDArray[np.int32], exact: NDArray[np.uint64]) -> NDArray[np.int64]:
         """(n,) for each row the first of its near copies; from their words' counts (n,) and exact hashes (n,)."""
         if not self.compares or not len(exact):
-            return leaders(len(exact), *copies_of(exact))
-        self.clock.report("looking for near copies", self.ledger.counts.read, self.reader.bytes_total, force=True)
+            return leaders(len(exact), *duplicates_of(exact))
+        self.clock.report("looking for near copies", self.outcomes.counts.read, self.reader.bytes_total, force=True)
         hashes = mapped(self.writer.folder / "words.bin", np.uint32)
         signed = signatures(hashes, offsets_of(words), self.writer.folder)
         found = leaders(len(exact), *near_copies(signed))
@@ -111,17 +130,17 @@ class Gatherer:
         return found
 
     def _screened(self, chunk: Sequence[RawRow]) -> list[Item]:
-        """The chunk's rows that become records and may be tokenised; the others are in the ledger."""
-        for number, row in enumerate(chunk, self.ledger.counts.read):
+        """The chunk's rows that become records and may be tokenised; the others are in the outcomes."""
+        for number, row in enumerate(chunk, self.outcomes.counts.read):
             row.number = number
-        self.ledger.counts.read += len(chunk)
+        self.outcomes.counts.read += len(chunk)
         if self.shape is None and (readable := [row.fields for row in chunk if row.fields is not None]):
-            self.shape = detect(readable, self.config.map, self.ledger.names[0])
+            self.shape = detect(readable, self.config.map, self.outcomes.names[0])
         items: list[Item] = []
         for row in chunk:
             record = self._record(row)
             if isinstance(record, Reject):
-                self.ledger.reject(row, record)
+                self.outcomes.reject(row, record)
             elif self._accepts(row, record, self._judged(record)):
                 items.append((row, up_to_last_answer(record)))
         return items
@@ -130,19 +149,19 @@ class Gatherer:
         if row.fields is None or self.shape is None:
             assert row.reject is not None, "a row without fields says why"
             return row.reject
-        return self.shape.record(row.fields, f"{self.ledger.names[row.file]}:{row.line}")
+        return self.shape.record(row.fields, f"{self.outcomes.names[row.file]}:{row.line}")
 
-    def _judged(self, record: Record) -> list[Judgement]:
-        seen = list(judged(record))
-        return [*seen, *self.special.judged(record)] if self.special else seen
+    def _judged(self, record: Record) -> list[Observation]:
+        seen = list(text_checks(record))
+        return [*seen, *self.special.text_checks(record)] if self.special else seen
 
-    def _accepts(self, row: RawRow, record: Record, judgements: Sequence[Judgement]) -> bool:
-        """Whether the row may go on; what was seen is in the ledger either way."""
-        for code, seen in judgements:
+    def _accepts(self, row: RawRow, record: Record, observations: Sequence[Observation]) -> bool:
+        """Whether the row may go on; what was seen is in the outcomes either way."""
+        for code, seen in observations:
             if CODES[code].rejects and code not in self.ignored:
-                self.ledger.reject(row, Reject(code, seen))
+                self.outcomes.reject(row, Reject(code, seen))
                 return False
-        self.ledger.note(record, judgements)
+        self.outcomes.note(record, observations)
         return True
 
     def _encoded(self, records: Sequence[Record]) -> Sequence[Tokenised]:
@@ -154,7 +173,7 @@ class Gatherer:
         keep: list[Kept] = []
         for (row, record), one in zip(items, encoded.result(), strict=True):
             pieces = self._checked(row, record, one)
-            self.ledger.counts.kept += bool(pieces)
+            self.outcomes.counts.kept += bool(pieces)
             keep += pieces
         if keep:
             self._write(keep)
@@ -165,13 +184,13 @@ class Gatherer:
             return [(row, record, one)]
         if not self._fits(one):
             return self._too_long(row, record, one)
-        return [(row, record, one)] if self._accepts(row, record, list(judged_tokens(one))) else []
+        return [(row, record, one)] if self._accepts(row, record, list(token_checks(one))) else []
 
     def _fits(self, one: Tokenised) -> bool:
         return len(one.ids) <= self.config.max_tokens
 
     def _usable(self, one: Tokenised) -> bool:
-        codes = {code for code, _ in judged_tokens(one)} - set(self.ignored)
+        codes = {code for code, _ in token_checks(one)} - set(self.ignored)
         return self._fits(one) and not any(CODES[code].rejects for code in codes)
 
     def _too_long(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
@@ -180,11 +199,11 @@ class Gatherer:
         if self.config.long == "split-turns":
             pieces, lost = split_at_turns(record, self._encoded, self._usable)
             if pieces:
-                self.ledger.counts.split += 1
+                self.outcomes.counts.split += 1
                 lost_too = f"; {lost} exchanges too long by themselves left out" if lost else ""
-                self.ledger.note(record, [("D020", f"{seen}: split into {len(pieces)} examples{lost_too}")])
+                self.outcomes.note(record, [("D020", f"{seen}: split into {len(pieces)} examples{lost_too}")])
                 return [(row, piece, tokens) for piece, tokens in pieces]
-        self.ledger.reject(row, Reject("D020", seen), dropped=self.config.long != "error")
+        self.outcomes.reject(row, Reject("D020", seen), dropped=self.config.long != "error")
         return []
 
     def _write(self, keep: Sequence[Kept]) -> None:

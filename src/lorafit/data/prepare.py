@@ -14,25 +14,20 @@ from numpy.typing import NDArray
 
 from lorafit.config import RunConfig, base_folder
 from lorafit.data.cache import default_folder, key_of, stored
-from lorafit.data.codes import CODES
+from lorafit.data.checks.findings import CODES, FindingCounts
+from lorafit.data.checks.untrained_tokens import untrained_special_tokens
+from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
 from lorafit.data.gather import Gatherer
-from lorafit.data.groups import group_of
 from lorafit.data.pack import packed_fill, steps_per_epoch
-from lorafit.data.progress import Clock, Listener
-from lorafit.data.reader import RowReader
-from lorafit.data.rows import Rows
-from lorafit.data.sources import DataFile, find_files
-from lorafit.data.split import held_out, write_split
-from lorafit.data.store_writer import Stored, StoreWriter
-from lorafit.data.summary import Histogram, Summary
-from lorafit.data.tally import Tally
-from lorafit.data.untrained_tokens import untrained_special_tokens
-from lorafit.data.whole_set import WholeSet
+from lorafit.data.sources.files import DataFile, find_files
+from lorafit.data.sources.reader import RowReader
+from lorafit.data.store import Rows, Stored, StoreWriter
+from lorafit.data.summary import Clock, Histogram, Listener, Summary
 from lorafit.errors import DataError, RunDirError
 from lorafit.findings import Finding, Severity, chosen
 
 if TYPE_CHECKING:
-    from lorafit.data.template import Template
+    from lorafit.data.template.template import Template
 
 FILL_STEPS = 1000
 
@@ -96,7 +91,7 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     strict = {code for code, rule in CODES.items() if rule.rejects and config.on_bad == "stop"} - {"D020"}
     if config.long == "error":
         strict.add("D020")
-    return Tally.from_dict(rows.facts["tally"]).findings(strict)
+    return FindingCounts.from_dict(rows.facts["finding_counts"]).findings(strict)
 
 
 def _base_findings(config: RunConfig, template: Template | None) -> list[Finding]:

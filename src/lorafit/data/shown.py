@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.data.rows import Rows
+from lorafit.data.store import Rows
 
 if TYPE_CHECKING:
     from lorafit.data.prepare import Prepared
-    from lorafit.data.template import Template
+    from lorafit.data.template.template import Template
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,17 @@ from lorafit.engine.allocator import (
     lock_pages_by_threads,
     release_memory,
 )
-from lorafit.engine.attention import packed, unpacked, use_packed_attention, use_plain_attention
-from lorafit.engine.batch import MicroBatch, Step, collate
+from lorafit.engine.attention.packed import packed, unpacked, use_packed_attention, use_plain_attention
+from lorafit.engine.compiler import warm_compiler
+from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.dial_problem import Work
 from lorafit.engine.generate import generate
-from lorafit.engine.graphs import Graphs
-from lorafit.engine.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.isolation import Isolation, assert_isolated
-from lorafit.engine.layers import DecoderLayers
-from lorafit.engine.loss import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
+from lorafit.engine.layers.decoder import DecoderLayers
+from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
+from lorafit.engine.loss.vocabulary import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
+from lorafit.engine.packing import MicroBatch, Segments, Step, collate
 from lorafit.engine.rehearsal import Rehearsal, rehearse
-from lorafit.engine.segments import Segments
-from lorafit.engine.warm_compiler import warm_compiler
 
 __all__ = [
     "PAGE_BYTES",

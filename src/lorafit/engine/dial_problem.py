@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import release_memory
-from lorafit.engine.batch import MicroBatch
-from lorafit.engine.graphs import recordable
-from lorafit.engine.host_embeddings import keep_embeddings_on_host
-from lorafit.engine.layers import DecoderLayers
+from lorafit.engine.cuda_graphs import recordable
+from lorafit.engine.layers.decoder import DecoderLayers
+from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
+from lorafit.engine.loss.vocabulary import CHUNK_BYTES
 from lorafit.engine.measure import (
     LevelCost,
     feed_forward_products,
@@ -26,7 +26,7 @@ from lorafit.engine.measure import (
     unpack_s,
     unpacked_bytes,
 )
-from lorafit.engine.vocabulary_loss import CHUNK_BYTES
+from lorafit.engine.packing import MicroBatch
 from lorafit.errors import TrainingError
 from lorafit.planning.detect import available_bytes
 from lorafit.planning.dial_solver import Room, Solution, solve, solve_micro

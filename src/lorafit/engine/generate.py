@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from lorafit.engine.attention import unpacked
+from lorafit.engine.attention.packed import unpacked
 
 BATCH_ROWS = 64
 

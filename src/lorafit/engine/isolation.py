@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorafit.engine.attention import unpacked
-from lorafit.engine.batch import collate
-from lorafit.engine.loss import supervised_logits
+from lorafit.engine.attention.packed import unpacked
+from lorafit.engine.loss.vocabulary import supervised_logits
+from lorafit.engine.packing import collate
 from lorafit.errors import TrainingError
 
 # largest relative difference that rounding explains, beside the exact test

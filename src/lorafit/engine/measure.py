@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorafit.backbone import FrozenLinear4bit
-from lorafit.engine.layers import DecoderLayers
+from lorafit.engine.layers.decoder import DecoderLayers
 
 REPEATS = 3
 COPY_BYTES = 1 << 27
@@ -121,12 +121,8 @@ def frozen_linears(layers: DecoderLayers) -> list[FrozenLinear4bit]:
 
 
 def unpacked_bytes(layers: DecoderLayers) -> int:
-    """The most that the first layer's packed weights take while they are unpacked for one product: compiled code
-    multiplies by those of one input together (`joined_products.py`), but in FP8."""
-    groups = layers.siblings[0] if layers.siblings else []
-    joined = [group if layers.compiled and group[0].row_scales is None else group[:1] for group in groups]
-    largest = max((module.dense_bytes() for module in frozen_linears(layers)), default=0)
-    return max([largest, *(sum(module.dense_bytes() for module in group) for group in joined)])
+    """The most that one of the first layer's packed weights takes while it is unpacked for a product."""
+    return max((module.dense_bytes() for module in frozen_linears(layers)), default=0)
 
 
 def unpack_s(layers: DecoderLayers) -> float:

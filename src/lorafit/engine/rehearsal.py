@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lorafit.config.dial import Dial
 from lorafit.engine.allocator import allocator_retries, release_memory
-from lorafit.engine.batch import MicroBatch
+from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.dial_problem import HOST_SHARE, SLACK_BYTES, DialProblem, Work, does_not_fit, pose, tightest_dial
-from lorafit.engine.graphs import Graphs
-from lorafit.engine.host_embeddings import HostEmbedding, keep_embeddings_on_host
-from lorafit.engine.layers import DecoderLayers
+from lorafit.engine.layers.decoder import DecoderLayers
+from lorafit.engine.layers.host_embeddings import HostEmbedding, keep_embeddings_on_host
+from lorafit.engine.packing import MicroBatch
 from lorafit.planning.detect import available_bytes
 
 LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}

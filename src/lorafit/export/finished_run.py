@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafit.config import RunConfig, RunDir, read_json, require_trained_adapter
-from lorafit.data.template import MAX_TEMPLATE_BYTES, Template
-from lorafit.data.tokenizer import TextTokenizer
+from lorafit.data.template.template import MAX_TEMPLATE_BYTES, Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
 
 

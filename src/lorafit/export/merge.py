@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafit.adapters import Deltas, merge_delta, staged_folder
 from lorafit.backbone import Onto, fresh_weights, require_same_base
-from lorafit.backbone.checkpoint import Checkpoint
+from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.config import RunConfig, RunDir, base_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions

@@ -28,7 +28,8 @@ NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
-"""Capped scores written out at a time, as in engine/grouped_attention.py; scores, capped, softmaxed, two gradients."""
+"""Scores (of rows, heads, queries, keys) that grouped attention writes out at a time: 256 MiB in fp32, five times over:
+scores, capped, softmaxed, two gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def activations(
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
     passing = _passing_bytes(shape, batch.tokens, width, execution)
-    weight = width * _unpacked_weights(shape, execution)
+    weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
     chunk = _logit_bytes(shape, batch, width, execution)
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
@@ -98,16 +99,6 @@ def activations(
         loss_bytes=chunk + batch.tokens * shape.hidden * (width + 4),
         chunk_bytes=chunk,
     )
-
-
-def _unpacked_weights(shape: ModelShape, execution: Execution) -> int:
-    """The most values of a layer's weights that lie unpacked at once: of its largest, or where layers are compiled of
-    gate and up, whose gradients go back through one product."""
-    sizes = [part.inputs * part.outputs for part in shape.linears]
-    if execution.fused:
-        pair = {part.role: part.inputs * part.outputs for part in shape.linears if part.role in ("gate", "up")}
-        sizes.append(sum(pair.values()))
-    return max(sizes, default=0)
 
 
 def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:

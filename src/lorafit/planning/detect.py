@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from lorafit.config import RunConfig, parse_bytes
-from lorafit.planning.hardware import Hardware, find_card, from_card, generic_card, hardware_named
+from lorafit.planning.hardware import CORE_PEAK_GFLOPS, Hardware, find_card, from_card, generic_card, hardware_named
 
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 TIMEOUT_S = 20
@@ -22,8 +22,6 @@ CORE_USD_PER_HOUR = (0.02, 0.05)
 """ASSUMED price of one processor core on a public cloud, low and high."""
 PINNED_SHARE = 0.5
 """Share of the host's free memory that activations may pin: it cannot be paged out while they do."""
-CORE_GFLOPS = 100.0
-"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz."""
 CGROUP_MEMORY = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -99,7 +97,7 @@ def detect_processor() -> Hardware:
     """This machine's processor: its name, the cores and the memory a run may use, container limits included."""
     cores = available_cores()
     flags = _cpu_field("flags") or ""
-    gflops = CORE_GFLOPS * (2 if "avx512f" in flags else 1)
+    gflops = CORE_PEAK_GFLOPS * (2 if "avx512f" in flags else 1)
     return Hardware(
         name=_cpu_field("model name") or platform.processor() or platform.machine(),
         kind="cpu",

@@ -10,7 +10,7 @@ from lorafit.planning.activations import execution_of
 from lorafit.planning.cards import PRICES_AS_OF
 from lorafit.planning.execution_plan import ExecutionPlan
 from lorafit.planning.facts import DataFacts
-from lorafit.planning.hardware import Hardware
+from lorafit.planning.hardware import CORE_GFLOPS_RANGE, Hardware
 from lorafit.planning.shape import ModelShape
 from lorafit.planning.standing import WIDTH, adapter_parameters, compute_of
 from lorafit.planning.targets import resolve_targets
@@ -22,8 +22,6 @@ CUDA_UTILISATION = (0.18, 0.45)
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
 """Floor of one micro-batch per eager layer, forward and backward: what starting the kernels takes. An H200 beside a
 slow processor took 9 ms a layer however few the tokens."""
-CORE_GFLOPS = (25.0, 60.0)
-"""fp32 GFLOP/s of one core in training: the 3.5 M-parameter demo base ran 4–8 k tokens/s on two."""
 LOAD_GBS = (0.3, 2.0)
 START_S = (5.0, 25.0)
 """Importing the libraries and loading the base, at so many GB/s of its 16-bit size."""
@@ -126,7 +124,7 @@ def _speeds(config: RunConfig, hardware: Hardware) -> tuple[float, float]:
     narrow = WIDTH[compute_of(config, hardware)] == 2
     if hardware.kind == "cpu":
         slowed = 0.25 if narrow and not hardware.bf16 else 1.0
-        return tuple(hardware.cores * gflops * 1e9 * slowed for gflops in CORE_GFLOPS)  # type: ignore[return-value]
+        return tuple(hardware.cores * gflops * 1e9 * slowed for gflops in CORE_GFLOPS_RANGE)  # type: ignore[return-value]
     slowed = 1.0 if narrow else 1 / 8
     return tuple(hardware.tflops_bf16 * 1e12 * share * slowed for share in CUDA_UTILISATION)  # type: ignore[return-value]
 
@@ -146,7 +144,7 @@ def _floor_s(
 
 def _speed_in_words(hardware: Hardware) -> str:
     if hardware.kind == "cpu":
-        return f"{hardware.cores} cores at {CORE_GFLOPS[0]:.0f}–{CORE_GFLOPS[1]:.0f} GFLOP/s each"
+        return f"{hardware.cores} cores at {CORE_GFLOPS_RANGE[0]:.0f}–{CORE_GFLOPS_RANGE[1]:.0f} GFLOP/s each"
     low, high = CUDA_UTILISATION
     return f"{low:.0%}–{high:.0%} of the card's {hardware.tflops_bf16:.0f} TFLOP/s in 16 bits"
 

@@ -12,6 +12,12 @@ from lorafit.planning.cards import CARDS, Card
 from lorafit.planning.size import size_in_words
 
 GIB = 1 << 30
+CORE_PEAK_GFLOPS = 100.0
+"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz. It stands beside a card's data sheet."""
+CORE_GFLOPS_RANGE = (25.0, 60.0)
+"""fp32 GFLOP/s of one core in training: the 3.5 M-parameter demo base ran 4–8 k tokens/s on two. A time is a range."""
+CORE_GFLOPS = 40.0
+"""One value within CORE_GFLOPS_RANGE, where settings are compared and a range has no order."""
 LEAST_HOST_BYTES = 8 * GIB
 """ASSUMED of a host that is not this one: memory to pin for activations, at least; else as much as the card has."""
 DRIVER_SHARE = 0.02

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lorafit.config import RunConfig
 from lorafit.planning.activations import Activations, Execution
-from lorafit.planning.hardware import Hardware
+from lorafit.planning.hardware import CORE_GFLOPS, Hardware
 from lorafit.planning.layer_costs import LayerCosts
 from lorafit.planning.micro_batch import MicroBatch
 from lorafit.planning.shape import ModelShape, Projection
@@ -46,8 +46,6 @@ DENSE_LAUNCH_S = 1.4e-3
 processor, sets the pace (2,048 tokens of 8B on such a host); a profile of the processor, which slows it, had 1.4."""
 GRAPH_LAUNCH_S = 1.0e-4
 """The same within a CUDA graph: some 30 kernels a pass, each of at least 3 µs (arithmetic)."""
-CORE_GFLOPS = 40.0
-"""fp32 GFLOP/s of one processor core in training."""
 EMULATED = 0.25
 """A CPU in a 16-bit precision that it does not have, against fp32."""
 

@@ -15,6 +15,8 @@ QUANT_STATE_BYTES = 2048
 """Code tables and allocation slack of one quantised matrix."""
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Bytes of an activation: under fp8 only the operands of frozen matmuls are narrower, and they do not stay."""
+ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
+"""Bytes of AdamW's two moments for each trained weight: in fp32, or in 8 bits with an fp32 scale per 256 each."""
 CUDA_CONTEXT_BYTES = 7 * GIB // 8
 CPU_PROCESS_BYTES = 5 * GIB // 8
 DENSE_SHARE = 0.5
@@ -58,7 +60,7 @@ def optimizer_of(config: RunConfig, hardware: Hardware, weights: int) -> str:
     moments would take more than OPTIMIZER_SHARE of the card: then the paged 8-bit one."""
     if config.optimizer != "auto":
         return config.optimizer
-    small = weights * 8 <= OPTIMIZER_SHARE * hardware.memory_bytes
+    small = weights * ADAM_BYTES <= OPTIMIZER_SHARE * hardware.memory_bytes
     return "adamw" if hardware.kind == "cpu" or small else "paged_adamw_8bit"
 
 
@@ -131,7 +133,7 @@ def _dense_copies(
 def _adapters(shape: ModelShape, targets: tuple[str, ...], config: RunConfig, hardware: Hardware) -> list[Component]:
     weights = adapter_parameters(shape, targets, config.rank)
     eight_bit = optimizer_of(config, hardware, weights) != "adamw"
-    state = round(weights * (2 + 8 / 256)) if eight_bit else weights * 8
+    state = round(weights * (ADAM_8BIT_BYTES if eight_bit else ADAM_BYTES))
     return [
         Component("adapters", weights * 4, f"{weights:,} weights in fp32"),
         Component("adapter gradients", weights * 4, "fp32"),

@@ -199,7 +199,7 @@ class _Failed:
 
 def row_count(batch: MicroBatch) -> int:
     """Rows packed into `batch`."""
-    return batch.segments.boundaries.shape[0] - 1
+    return batch.segments.cu_seqlens.shape[0] - 1
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorafit.backbone import quiet_libraries
+from lorafit.backbone import redirect_library_logs
 
-with quiet_libraries():
+with redirect_library_logs():
     from transformers import (
         PrinterCallback,
         Trainer,

@@ -1,0 +1,1 @@
+"""Frozen linears on packed weights, and the kernels that unpack them."""

@@ -1,0 +1,226 @@
+"""FrozenLinear4bit: bitsandbytes' 4-bit layer with the frozen op as its forward.
+
+It stays a `bitsandbytes.nn.Linear4bit`, so PEFT wraps it as it always does. On a CPU the weight is
+dequantised once and kept, and bitsandbytes' own forward, which may repack the 4-bit weight in place
+(`bitsandbytes/nn/modules.py`, AVX512-BF16), never runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.backbone.bitsandbytes_import import Linear4bit, Params4bit, QuantState
+from lorafit.backbone.kernels.frozen_linear_fp8 import fp8_linear, fp8_row_scales
+from lorafit.backbone.kernels.frozen_linear_op import (
+    frozen_linear,
+    handle_device,
+    handle_for,
+    op_arguments,
+    traced_linear,
+    unpack,
+)
+from lorafit.backbone.kernels.nf4 import unpack_e4m3
+from lorafit.backbone.precision import DTYPES
+from lorafit.planning.detect import available_bytes
+
+DENSE_SHARE = 0.5
+"""Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
+
+
+DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8"})
+"""What is set of a layer that decides how it multiplies."""
+
+
+class FrozenLinear4bit(Linear4bit):
+    """`x (…, in) -> (…, out)`: `x @ dequant(W)ᵀ + bias` in `compute_dtype`, returned in the dtype of `x`."""
+
+    # dense copies, and the packed weight that they were made from (PEFT's merge puts another in its place); in a
+    # tuple, for a module registers any Parameter that is assigned to it
+    _kept: tuple[tuple[Tensor, ...], Params4bit] | None = None
+    weight_dtype: torch.dtype | None = None
+    """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
+    fp8: bool = False
+    """Multiply in FP8 where the weight's shape allows it; `compute_dtype` is bf16 then."""
+    _scaled: tuple[Tensor, Params4bit] | None = None
+    # the arguments of the op, with the weight and the layout that they were read from
+    _packed: tuple[tuple[Any, ...], Params4bit, QuantState] | None = None
+    _handle: Tensor
+    # the name of `compute_dtype` where the layer does nothing but unpack and multiply, else None. A word, for
+    # torch.compile skips the guards of a module whose dictionaries have not changed only if all that it read there
+    # is a word, a number or a tensor: no dtype, and no property of the class
+    _lean: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output; the gradient flows to `x` only."""
+        if self._lean is not None and torch.compiler.is_compiling():
+            return self._traced(x, DTYPES[self._lean])
+        if x.dtype is not self.compute_dtype:
+            return self.forward(x.to(self.compute_dtype)).to(x.dtype)
+        row_scales = self.row_scales
+        if row_scales is not None:
+            y = fp8_linear(x, row_scales, self._handle, self.out_features, self.in_features)
+            return y if self.bias is None else y + self.bias
+        if self.weight_dtype is None and torch.compiler.is_compiling():
+            return self._traced(x, self.compute_dtype)
+        dense = self.dense
+        if dense is not None:
+            return F.linear(x, dense, self.bias)
+        if self.weight_dtype is not None:
+            return F.linear(x, self.unpacked(), self.bias)
+        y = frozen_linear(x, *self.packed(), False)
+        return y if self.bias is None else y + self.bias
+
+    def _traced(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        y = traced_linear(x.to(dtype), self._handle, self.out_features, self.in_features)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in DECIDES:
+            plain = self.weight_dtype is None and not self.fp8
+            names = (word for word, dtype in DTYPES.items() if dtype is self.compute_dtype)
+            super().__setattr__("_lean", next(names, None) if plain else None)
+
+    def packed(self) -> tuple[Any, ...]:
+        """The op's arguments for the weight as it is now, in plain tensors.
+
+        Each call on a Params4bit goes through its `__torch_function__` (4 µs), and the op makes eight; so a plain
+        alias is kept, with what it was made from.
+        """
+        weight, kept = self._parameters["weight"], self._packed
+        if kept is None or not _is_current(kept, weight):
+            with torch._C.DisableTorchFunctionSubclass():
+                plain = weight.detach().as_subclass(Tensor)
+            kept = self._packed = op_arguments(plain, weight.quant_state), weight, weight.quant_state
+        return kept[0]
+
+    def held(self) -> tuple[Any, ...]:
+        """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
+        return (*self.packed(), self.row_scales, *self.copies)
+
+    def unpacked(self) -> Tensor:
+        """The weight (out, in) as the layer uses it, made afresh."""
+        rounding = self.weight_dtype or self.compute_dtype
+        return unpack(self.weight.data, self.weight.quant_state, rounding).to(self.compute_dtype)
+
+    @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """What the layer multiplies by, where it is kept: the dequantised weight (out, in), or in FP8 the e4m3 one
+        and its transpose; empty where the weight is unpacked on each call."""
+        kept = self._kept
+        return kept[0] if kept is not None and kept[1] is self.weight else ()
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The dequantised weight (out, in), or None where it is unpacked on each call."""
+        copies = self.copies
+        return copies[0] if len(copies) == 1 else None
+
+    def keep_dense(self) -> None:
+        """Unpack the weight once and keep that, `dense_bytes` large.
+
+        Compiled code goes on calling the operator, which then finds the copy: whether there is one changes no code.
+        """
+        scales = self.row_scales
+        if scales is None:
+            self._kept = (self.unpacked(),), self.weight
+        else:
+            packed, *rest, _, in_features, block, _ = self.packed()
+            both = (unpack_e4m3(packed, tuple(rest), block, scales[1], in_features, way) for way in (False, True))
+            self._kept = tuple(both), self.weight
+
+    def drop_dense(self) -> None:
+        """Forget what `keep_dense` made; the weight is unpacked on each call from now on."""
+        self._kept = None
+
+    @property
+    def row_scales(self) -> Tensor | None:
+        """What FP8 needs beside the packed weight (`fp8_row_scales`); None where the layer multiplies exactly."""
+        kept = self._scaled
+        return kept[0] if self.fp8 and kept is not None and kept[1] is self.weight else None
+
+    def scale_rows(self) -> None:
+        """Make the row scales of the weight as it is now, if the layer is in FP8 and its shape allows it."""
+        self._scaled = None
+        if self.fp8 and self.weight.device.type != "meta":
+            scales = fp8_row_scales(self.weight.data, self.weight.quant_state)
+            self._scaled = None if scales is None else (scales, self.weight)
+
+    def dense_bytes(self) -> int:
+        """Size of what `keep_dense` keeps, whether it does or not; in FP8 it is the same, twice one byte a weight."""
+        return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy is a layer of its own: the handle that came with it is the original's
+        super().__setstate__(state)
+        self._packed, self._handle = None, handle_for(self, self.weight.device)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
+        # The Trainer calls `.to` on models that are there already: what was not moved costs no copy its place
+        place = self.weight.device, self.weight.data_ptr()
+        moved = super()._apply(fn, recurse)
+        if (self.weight.device, self.weight.data_ptr()) == place:
+            return moved
+        # a copy left behind would be in the wrong place, and so would a handle
+        kept = self._kept is not None
+        self.drop_dense()
+        self._packed = None
+        self.scale_rows()
+        if self._handle.device != handle_device(self.weight.device):
+            self._handle = handle_for(self, self.weight.device)
+        if kept and self.weight.device in (place[0], torch.device("cpu")):
+            self.keep_dense()
+        return moved
+
+
+def freeze_linears(
+    model: nn.Module,
+    compute_dtype: torch.dtype | None = None,
+    dense_budget_bytes: int | None = None,
+    *,
+    fp8: bool = False,
+) -> nn.Module:
+    """Make every 4-bit linear of `model` a FrozenLinear4bit, in place, and return `model`.
+
+    Linears compute in `compute_dtype` (default: the one they have), with `fp8` in FP8 where their shape allows it
+    (in and out features multiples of 16) and exactly elsewhere. Those on a CPU, if not in FP8, keep a dense copy,
+    first layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
+    """
+    budget = int(available_bytes() * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
+    for linear in [module for module in model.modules() if isinstance(module, Linear4bit)]:
+        _freeze(linear, compute_dtype, fp8)
+        size = linear.dense_bytes()
+        if linear.weight.device.type == "cpu" and linear.row_scales is None and size <= budget:
+            linear.keep_dense()
+            budget -= size
+    return model
+
+
+def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Params4bit) -> bool:
+    """Whether the arguments in `kept` are still those of `weight`, whose data and scales may be replaced in place."""
+    arguments, source, state = kept
+    if source is not weight or state is not weight.quant_state or arguments[1] is not state.absmax:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return bool(arguments[0].data_ptr() == weight.data_ptr())
+
+
+def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) -> None:
+    assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} has a forward of its own"
+    assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "repacked by bitsandbytes"
+    linear.__class__ = FrozenLinear4bit
+    linear.compute_dtype = compute_dtype or linear.compute_dtype or linear.weight.quant_state.dtype
+    linear.compute_type_is_set = True
+    linear.requires_grad_(False)
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.to(linear.compute_dtype)
+    linear.drop_dense()
+    linear._packed, linear._handle = None, handle_for(linear, linear.weight.device)
+    assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 products come in bf16"
+    linear.fp8 = fp8
+    linear.scale_rows()

@@ -1,0 +1,144 @@
+"""The frozen linear with its matmuls in FP8: weights from NF4 straight to e4m3, activations and gradients row by row.
+
+W ≈ s ⊙ W8 with one scale s per output feature, and the same e4m3 values W8 serve both directions:
+y = (x8 @ W8ᵀ) · x_scale · s, and the gradient folds s into g before it is quantised: (g·s)8 @ W8 · g_scale.
+Quantising is plain torch, so that torch.compile fuses it with its neighbours and does it once for several
+projections of one input; making W8 and multiplying by it is one opaque op, so that nobody
+keeps W8 but the layer itself, where there is room to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.backbone.bitsandbytes_import import QuantState
+from lorafit.backbone.kernels.frozen_linear_op import LIBRARY, frozen_linear, frozen_product, holder_of, op_arguments
+from lorafit.backbone.kernels.nf4 import E4M3, block_scales, unpack_e4m3
+
+MULTIPLE = 16
+"""`torch._scaled_mm` takes matrices whose widths are multiples of this."""
+
+SCHEMA = (
+    "frozen_linear_fp8(Tensor x, Tensor x_scale, Tensor row_scales, Tensor handle, SymInt out_features,"
+    " SymInt in_features, bool transposed) -> Tensor"
+)
+LIBRARY.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag])
+
+
+def fp8_linear(x: Tensor, row_scales: Tensor, handle: Tensor, out_features: int, in_features: int) -> Tensor:
+    """`x (…, in) -> (…, out)` in bf16, with the gradient to `x` in the dtype of `x`."""
+    result: Tensor = _Fp8Linear.apply(x, row_scales, handle, out_features, in_features)
+    return result
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row_scales: Tensor, handle: Tensor, out_features: int, in_features: int) -> Tensor:
+        ctx.save_for_backward(row_scales, handle)
+        ctx.features = out_features, in_features
+        return frozen_linear_fp8(*quantised_rows(x), row_scales, handle, out_features, in_features, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        row_scales, handle = ctx.saved_tensors
+        scaled = grads[0] * row_scales[0]
+        grad_x = frozen_linear_fp8(*quantised_rows(scaled), row_scales, handle, *ctx.features, True)
+        return grad_x.to(grads[0].dtype), None, None, None, None
+
+
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x (…, n)` as e4m3 and the fp32 scale (…, 1) of each row, so that their product is nearly `x`."""
+    narrow, wide = _scales_of(x.abs().amax(-1, keepdim=True).float())
+    # no value can exceed 448 by more than a rounding error, so none needs clamping
+    return (x.float() * narrow).to(E4M3), wide
+
+
+def _scales_of(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """What brings numbers of up to `largest` (fp32) into e4m3, whose largest is 448, and what brings them back.
+
+    Below 2^-100 the first would be infinite. The numbers stand here because torch.compile takes a module's floats
+    for variables, and then fails to trace an autograd.Function that is called twice (torch 2.11 and 2.13).
+    """
+    largest = largest.clamp_min(2.0**-100)
+    return 448.0 / largest, largest / 448.0
+
+
+def fp8_row_scales(packed: Tensor, state: QuantState) -> Tensor | None:
+    """(2, out) fp32: the scale of each output feature, and its inverse; None for a weight that FP8 does not take."""
+    _, *scales, out_features, in_features, block, quant_type = op_arguments(packed, state)
+    fits = out_features % MULTIPLE == 0 and in_features % MULTIPLE == 0 and in_features % block == 0
+    if quant_type != "nf4" or packed.dtype != torch.uint8 or not fits:
+        return None
+    # every block holds a code of ±1, so its scale is its largest number
+    inverse, scale = _scales_of(block_scales(tuple(scales)).reshape(out_features, -1).abs().amax(1))
+    return torch.stack([scale, inverse])
+
+
+def _frozen_linear_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    row_scales: Tensor,
+    handle: Tensor,
+    out_features: int,
+    in_features: int,
+    transposed: bool,
+) -> Tensor:
+    holder = holder_of(handle)
+    copies = holder.copies
+    if copies:
+        weight = copies[transposed]
+    else:
+        packed, *scales, _, _, block, _ = holder.packed()
+        weight = unpack_e4m3(packed, tuple(scales), block, row_scales[1], in_features, transposed)
+    scale = _ones(in_features, x.device) if transposed else row_scales[:1]
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _multiply(rows, weight, x_scale.reshape(-1, 1).contiguous(), scale)
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+def _multiply(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """`x (m, k) @ weight (n, k)ᵀ · x_scale (m, 1) · weight_scale (1, n)` in bf16."""
+    if not x.numel():
+        return x.new_empty(len(x), len(weight), dtype=torch.bfloat16)
+    if x.is_cuda:
+        return torch._scaled_mm(
+            x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    return (x.float() @ weight.float().t() * x_scale * weight_scale).bfloat16()
+
+
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(1, count, device=device)
+
+
+def _shape_only(x: Tensor, *weight: Any) -> Tensor:
+    out_features, in_features, transposed = weight[3:]
+    return x.new_empty(*x.shape[:-1], in_features if transposed else out_features, dtype=torch.bfloat16)
+
+
+LIBRARY.impl("frozen_linear_fp8", _frozen_linear_fp8, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafit::frozen_linear_fp8", _shape_only, lib=LIBRARY)
+
+frozen_linear_fp8 = torch.ops.lorafit.frozen_linear_fp8.default
+"""`x (…, in)` e4m3 with `x_scale (…, 1)` -> `(…, out)` bf16, or with `transposed` `x (…, out) -> (…, in)` where the
+rows' scales are left out. `row_scales` are those of `fp8_row_scales`; the weight is the one behind `handle`."""
+
+
+def frozen_features(op: Any, arguments: Sequence[Any]) -> tuple[int, int] | None:
+    """(in_features, out_features) of a frozen linear's forward, given the operator called and its arguments.
+
+    None for any other operator, and for a frozen linear's backward. For policies of recomputation.
+    """
+    if op in (frozen_product, frozen_linear_fp8):
+        *_, out_features, in_features, transposed = arguments
+    elif op is frozen_linear:
+        *_, out_features, in_features, _, _, transposed = arguments
+    else:
+        return None
+    return None if transposed else (in_features, out_features)

@@ -1,0 +1,1 @@
+"""What is judged of rows: alone, tokenised, and as a whole set."""

@@ -1,0 +1,236 @@
+"""The data's finding codes, and how often each was seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+from lorafit.data.checks.rows import Observation, marker_styles
+from lorafit.data.schema.records import Record
+from lorafit.data.sources.raw_row import RawRow, Reject, rejected_line
+from lorafit.findings import Finding, Severity
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One rule: its `title` (what was seen, as a noun), `why` it matters and the `fix`.
+
+    A row that breaks a `rejects` rule cannot be trained on as it is: it goes to rejected.jsonl, and the run
+    stops unless `on_bad` is `drop`.
+    """
+
+    title: str
+    why: str
+    fix: str
+    rejects: bool = False
+
+
+def _bad(title: str, why: str, fix: str) -> Code:
+    return Code(title, why, fix, rejects=True)
+
+
+CODES: dict[str, Code] = {
+    # the bytes and the JSON
+    "D001": _bad("broken JSON", "the row cannot be read", "mend the line, or write the file with a JSON library"),
+    "D002": _bad("no JSON object", "a row needs named fields", "write one {...} object per row"),
+    "D003": _bad("a field named twice", "one of the two values would be lost", "keep one of the two"),
+    "D004": _bad(
+        "bytes that are not UTF-8",
+        "its letters would be guessed",
+        "convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+    ),
+    "D005": _bad("raw control characters", "JSON forbids it unescaped", "lorafit check --fix removes it"),
+    "D006": _bad("a line too long to be a row", "it is longer than 16 MiB", "check that the file has line ends"),
+    "D007": _bad("too deep nesting", "no training row nests deeper than 64 levels", "flatten the row"),
+    "D008": _bad(
+        "cells that do not fit the header", "its cells cannot be named", "quote cells that hold the separator"
+    ),
+    "D009": Code(
+        "file_warnings read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
+    ),
+    # the fields
+    "D010": _bad("a missing field", "there is nothing to train on", "fill it in, or name it with --map"),
+    "D011": _bad("a null field", "a null would be trained as an empty text", "fill it in, or drop the row"),
+    "D012": _bad(
+        "a field of the wrong kind", "only text is trained on", "write it as text; a role is one of those named"
+    ),
+    "D013": _bad("an empty response", "the model would learn to say nothing", "fill it in, or drop the row"),
+    "D014": Code("an empty prompt", "the model would learn to answer nothing in particular", "fill the prompt in"),
+    "D015": Code("a response equal to its prompt", "the model would learn to echo", "check how the rows were made"),
+    "D016": _bad("no assistant turn", "nothing in it is supervised", "add the answer, or drop the row"),
+    "D017": Code("roles out of order", "the template may join or reject such turns", "alternate user and assistant"),
+    "D018": Code("an assistant turn first", "a first answer without a question is learnt", "start with the user"),
+    "D019": Code(
+        "turns after the last answer", "what follows the last answer is not trained on", "end with the assistant"
+    ),
+    # the tokens
+    "D020": _bad(
+        "longer than max_tokens",
+        "lorafit never cuts a row in silence",
+        "--set max_tokens=N, or --long drop or split-turns",
+    ),
+    "D021": _bad("no supervised token", "it would cost time and teach nothing", "check the template and the row"),
+    "D022": _bad("stop token missing or masked", "the model would not learn to stop", "check the template's end"),
+    "D023": _bad("BOS doubled", "serving sends it once: the prompts would differ", "take BOS out of the text"),
+    "D024": _bad("refused by the chat template", "it cannot be rendered", "mend the row, or use another template"),
+    "D025": Code(
+        "earlier answers not supervised", "the template rewrites them later on", "see what check --show marks"
+    ),
+    "D026": _bad(
+        "a prompt that serving would not send",
+        "the model would be asked otherwise than it was taught",
+        "use the template that serving will use, or --ignore D026 if you know that it does",
+    ),
+    "D027": Code("an answer that the template changed", "it is not learnt as you wrote it", "see check --show"),
+    "D028": Code("a token across an answer's edge", "it is not supervised", "start the answer on a line of its own"),
+    "D029": Code("tools that the template does not show", "the model never sees them", "use a template with tools"),
+    # the set as a whole
+    "D030": Code("exact copies", "copies are learnt by heart", "lorafit check --fix drops them"),
+    "D031": Code("near copies", "near copies count double", "thin them out"),
+    "D032": Code("near copies on both sides of the split", "held-out results would flatter", "take it out of one side"),
+    "D033": Code("conflicting answers to one prompt", "the model is pulled both ways", "keep one answer"),
+    "D034": Code("one response over and over", "the model may always answer that", "balance the responses"),
+    "D035": Code(
+        "no row left to train on", "there is nothing to learn", "bring rows, or mend those that were rejected"
+    ),
+    "D036": Code("no row held out", "nothing will measure the result", "add rows, or name a file with --holdout"),
+    # the text
+    "D040": Code(
+        "chat template markers in the text", "the template adds its own: they would nest", "store the plain text"
+    ),
+    "D041": Code("control characters", "they are seldom meant", "lorafit check --fix removes them"),
+    "D042": Code(
+        "wrongly decoded text (mojibake)", "the model would learn broken letters", "decode the source as UTF-8"
+    ),
+    "D043": _bad("half a surrogate pair", "it is no character and cannot be tokenised", "mend the escape \\uD8xx"),
+    "D044": Code(
+        "what looks like a secret", "models repeat what they are trained on", "take the secret out, revoke it"
+    ),
+    "D045": _bad(
+        "a special token of the base in the text",
+        "it would be read as the token, not as text: an end-of-turn there teaches the model to stop",
+        "take it out of the text; if the rows are already templated, store the plain turns",
+    ),
+    # the base
+    "D050": Code(
+        "special tokens that the base never learnt",
+        "LoRA leaves the embeddings alone: the model reads these tokens as noise",
+        "train the instruct version of this base, or take its chat template out so that the fallback template is used",
+    ),
+    "P5": Code(
+        "mixed instruction templates",
+        "the model learns several formats at once, and serving uses one",
+        "strip the markers and store plain instruction and response",
+    ),
+}
+"""Every code this room reports, with its text."""
+
+
+EXAMPLES = 5
+
+
+@dataclass
+class Seen:
+    """One code's count, its first places, and what was seen at the first."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+    detail: str = ""
+
+
+@dataclass
+class FindingCounts:
+    """Counts by code."""
+
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+    def add(self, code: str, place: str, detail: str = "") -> None:
+        """Count one sighting."""
+        self.add_all(code, 1, [(place, detail)])
+
+    def add_all(self, code: str, count: int, first: Sequence[tuple[str, str]]) -> None:
+        """Count `count` sightings, of which `first` holds the first few places and what was seen there."""
+        if not count:
+            return
+        entry = self.seen.setdefault(code, Seen(detail=first[0][1]))
+        entry.count += count
+        entry.places += [place for place, _ in first[: EXAMPLES - len(entry.places)]]
+
+    def finding(self, code: str, severity: Severity, unit: str = "row") -> Finding:
+        """The finding for `code`, which has been seen."""
+        entry, rule = self.seen[code], CODES[code]
+        plural = "" if entry.count == 1 else "s"
+        message = f"{rule.title} in {entry.count:,} {unit}{plural}"
+        if entry.detail:
+            message += f": {entry.detail}" if entry.count == 1 else f"; the first: {entry.detail}"
+        return Finding(code, severity, message, entry.places[0], rule.why, rule.fix, entry.count, tuple(entry.places))
+
+    def findings(self, strict: Iterable[str]) -> list[Finding]:
+        """One finding per code seen; codes in `strict` are errors, the others warnings."""
+        errors = set(strict)
+        return [
+            self.finding(code, Severity.ERROR if code in errors else Severity.WARNING) for code in sorted(self.seen)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; `from_dict` is its inverse."""
+        return {code: [entry.count, entry.places, entry.detail] for code, entry in self.seen.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> FindingCounts:
+        """The finding_counts that `to_dict` wrote."""
+        return cls({code: Seen(*entry) for code, entry in fields.items()})
+
+
+STYLES_APART = " and "
+
+
+@dataclass
+class Counts:
+    """Rows by what became of them: `read = kept + rejected + dropped`; of the kept ones `split` were cut at turns."""
+
+    read: int = 0
+    kept: int = 0
+    rejected: int = 0
+    dropped: int = 0
+    split: int = 0
+
+
+@dataclass
+class RowOutcomes:
+    """Counts and tallies; rejected and dropped rows are written to `rejected`. `names` are the files' names.
+
+    `markers` holds, for each set of template styles that share a row, how many rows do and where the first stands.
+    """
+
+    names: Sequence[str]
+    rejected: IO[bytes]
+    counts: Counts = field(default_factory=Counts)
+    finding_counts: FindingCounts = field(default_factory=FindingCounts)
+    markers: dict[str, list[Any]] = field(default_factory=dict)
+
+    def reject(self, row: RawRow, reject: Reject, *, dropped: bool = False) -> None:
+        """Count a row that will not be trained on, and keep it with the reason."""
+        if dropped:
+            self.counts.dropped += 1
+        else:
+            self.counts.rejected += 1
+        place = reject.place(self.names[row.file], row.line)
+        near = f" near “{reject.excerpt}”" if reject.excerpt else ""
+        self.finding_counts.add(reject.code, place, reject.reason + near)
+        raw = row.raw or json.dumps(row.fields, default=str).encode()
+        self.rejected.write(rejected_line(place, reject, raw))
+
+    def note(self, record: Record, observations: Sequence[Observation]) -> None:
+        """Count what was seen in a row that is kept."""
+        for code, seen in observations:
+            self.finding_counts.add(code, record.source, seen)
+            if code == "D040":
+                entry = self.markers.setdefault(STYLES_APART.join(marker_styles(record)), [0, record.source])
+                entry[0] += 1
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the rejected rows, JSON-ready."""
+        return {"counts": asdict(self.counts), "finding_counts": self.finding_counts.to_dict(), "markers": self.markers}

@@ -1,0 +1,195 @@
+"""Checks of one row: its text, and its tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+from lorafit.data.schema.records import Record
+from lorafit.data.sources.raw_row import excerpt
+from lorafit.data.template import layout as problems
+
+if TYPE_CHECKING:
+    from lorafit.data.tokenizer.tokenizer import TextTokenizer
+
+Observation = tuple[str, str]
+"""(code, what was seen)"""
+
+MARKERS = {
+    "### Instruction:": ("### Instruction:", "### Response:"),
+    "<|user|>": ("<|user|>", "<|assistant|>"),
+    "[INST]": ("[INST]", "[/INST]"),
+    "<|im_start|>": ("<|im_start|>", "<|im_end|>"),
+    "<|start_header_id|>": ("<|start_header_id|>", "<|eot_id|>"),
+    "<start_of_turn>": ("<start_of_turn>", "<end_of_turn>"),
+}
+"""Template styles, by the marker they are known by, and what in a text shows them."""
+
+# a cheap test that every text with a marker passes: most texts need only this
+MARKER_HINTS = ("<|", "### ", "INST]", "_of_turn>")
+CONTROL_BYTES = bytes(code for code in (*range(32), 127) if code not in (9, 10, 13))
+MOJIBAKE = re.compile("[ÃÂ][\u0080-\u00bf]|â€[\u0080-\u00bf™˜“”œžšŸ‹›„†‡‰…–—•ˆ¢]|ï»¿|ï¿½|\ufffd|[\u0080-\u009f]")
+SECRET_HINTS = (
+    *("sk-", "AKIA", "ASIA", "ghp_", "gho_", "ghs_", "github_pat_", "hf_", "xox", "AIza", "PRIVATE KEY-----"),
+    *("glpat-", "npm_", "eyJ"),
+)
+SECRETS = {
+    "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "an API key (sk-…)": re.compile(r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{24,}"),
+    "a GitHub token": re.compile(r"\bgh[pos]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{22,}"),
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
+    "a Slack token": re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+    "a Google API key": re.compile(r"\bAIza[\w-]{35}"),
+    "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+    "a GitLab token": re.compile(r"\bglpat-[\w-]{20,}"),
+    "an npm token": re.compile(r"\bnpm_[A-Za-z0-9]{36}\b"),
+    "a JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+}
+
+
+def text_checks(record: Record) -> Iterator[Observation]:
+    """Every observation on one record."""
+    text = text_of(record)
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        yield "D043", "holds half a surrogate pair"
+        return
+    yield from _answers(record)
+    if len(record.turns) != 2:
+        yield from _order(record)
+    yield from _hygiene(text, raw)
+
+
+def _answers(record: Record) -> Iterator[Observation]:
+    for turn in record.turns:
+        if turn.role == "assistant" and "tool_calls" not in turn.extra and not turn.content.strip():
+            yield "D013", "the response is empty"
+            break
+    if record.turns[0].role == "user" and not record.turns[0].content.strip():
+        yield "D014", "the prompt is empty"
+    if len(record.turns) > 1 and record.turns[-1].content.strip() == record.turns[-2].content.strip() != "":
+        yield "D015", "the response is the prompt"
+
+
+def _order(record: Record) -> Iterator[Observation]:
+    roles = [turn.role for turn in record.turns]
+    if roles[0] == "assistant":
+        yield "D018", "the first turn is the assistant's"
+    if roles[-1] != "assistant":
+        yield "D019", f"the last turn is the {roles[-1]}'s"
+    for number, (one, next_one) in enumerate(pairwise(roles), start=2):
+        if next_one in ("system", "developer") or (one == next_one and one in ("user", "assistant")):
+            yield "D017", f"turn {number} is {next_one} after {one}"
+            return
+
+
+def _hygiene(text: str, raw: bytes) -> Iterator[Observation]:
+    if styles := _styles_in(text):
+        yield "D040", f"'{styles[0]}'"
+    if len(raw) != len(raw.translate(None, CONTROL_BYTES)):
+        yield "D041", f"U+{ord(_first_control(text)):04X}"
+    if not text.isascii() and (match := MOJIBAKE.search(text)):
+        yield "D042", f"'{excerpt(text[max(0, match.start() - 10) : match.end() + 10])}'"
+    if kind := secret_kind(text):
+        yield "D044", kind
+
+
+def text_of(record: Record) -> str:
+    """All text of a record, turn after turn."""
+    return "\n".join([record.system or "", *(turn.content for turn in record.turns)])
+
+
+def marker_styles(record: Record) -> list[str]:
+    """The template styles whose markers stand in the record."""
+    return _styles_in(text_of(record))
+
+
+def _styles_in(text: str) -> list[str]:
+    if not has_any(text, MARKER_HINTS):
+        return []
+    return [style for style, marks in MARKERS.items() if any(mark in text for mark in marks)]
+
+
+def has_any(text: str, hints: Iterable[str]) -> bool:
+    """Whether one of `hints` stands in `text`; a plain loop, because it runs for every row and `any` costs double."""
+    for hint in hints:  # noqa: SIM110
+        if hint in text:
+            return True
+    return False
+
+
+def secret_kind(text: str) -> str:
+    """What kind of secret `text` seems to hold; empty when none."""
+    if not has_any(text, SECRET_HINTS):
+        return ""
+    return next((kind for kind, pattern in SECRETS.items() if pattern.search(text)), "")
+
+
+def _first_control(text: str) -> str:
+    return next(char for char in text if ord(char) < 128 and ord(char) in CONTROL_BYTES)
+
+
+class Tokenised(Protocol):
+    """What is asked of an encoded row: ids and mask of (tokens,), and what its template says is wrong with it."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def mask(self) -> list[bool]: ...
+
+    @property
+    def problems(self) -> tuple[str, ...]: ...
+
+    @property
+    def detail(self) -> str: ...
+
+
+SAID: dict[str, Observation] = {
+    problems.STOP_MISSING: ("D022", "an answer is not followed by a supervised stop token"),
+    problems.BOS_DOUBLED: ("D023", "the first two tokens are BOS"),
+    problems.REFUSED: ("D024", "the template refuses the row"),
+    problems.NOT_PREFIX_STABLE: ("D025", "only the last answer is supervised"),
+    problems.PROMPT_DIFFERS: ("D026", "the rendered row does not begin with the prompt that serving sends"),
+    problems.PROMPT_SPLIT: ("D028", "the tokenizer splits the prompt otherwise when an answer follows"),
+    problems.CONTENT_CHANGED: ("D027", "the template dropped or rewrote part of an answer"),
+    problems.STRADDLED: ("D028", "a token covers the edge of an answer"),
+    problems.TOOLS_IGNORED: ("D029", "the template does not read tools"),
+    problems.TOO_LARGE: ("D006", "more text than any context holds"),
+    problems.NOT_TEXT: ("D043", "holds half a surrogate pair"),
+}
+"""The template's problems as observations."""
+
+
+def token_checks(row: Tokenised) -> Iterator[Observation]:
+    """Every observation on one tokenised row; too-long rows are the caller's, who knows what to do with them."""
+    for problem in row.problems:
+        code, seen = SAID[problem]
+        yield code, excerpt(row.detail, 120) or seen
+    if not row.problems and True not in row.mask:
+        yield "D021", "nothing in the row is supervised"
+
+
+class SpecialTokens:
+    """Finds the base's special tokens where they stand written out in a row's text."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        special = (tokenizer.added_tokens[number] for number in tokenizer.special_ids)
+        texts = sorted({text for text in special if text.strip()}, key=lambda text: (-len(text), text))
+        self.hints = _shared_starts(texts)
+        self.pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def text_checks(self, record: Record) -> Iterator[Observation]:
+        """A judgement when a turn or the system text holds one."""
+        for text in (record.system or "", *(turn.content for turn in record.turns)):
+            if has_any(text, self.hints) and (match := self.pattern.search(text)):
+                yield "D045", f"'{match[0]}'"
+                return
+
+
+def _shared_starts(texts: Iterable[str]) -> tuple[str, ...]:
+    # most bases have hundreds of special tokens that all start alike, and most texts none of those starts
+    return tuple(sorted({text[:2] for text in texts}))

@@ -1,0 +1,153 @@
+"""Special tokens whose embedding rows were never trained, found in the safetensors without torch.
+
+A base model often carries the chat tokens of its instruct sibling with rows that no gradient ever touched.
+LoRA on attention cannot repair those: the prompt then holds vectors that mean nothing to the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.data.schema.records import Record, Turn
+from lorafit.data.template.template import Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
+from lorafit.errors import BackboneError
+
+EMBEDDING_NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+MAX_HEADER_BYTES = 100 << 20
+SAMPLE = 2048
+MAX_TWINS = 4096
+# shares of what is usual among trained rows below which a row was never trained
+MIN_NORM, MIN_DISTANCE, TWIN_DISTANCE = 0.05, 0.25, 0.01
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """The input embeddings as they lie on disk: `raw` (tokens, hidden), memory-mapped."""
+
+    raw: NDArray[Any]
+    is_bf16: bool
+
+    @classmethod
+    def find(cls, folder: Path) -> EmbeddingTable | None:
+        """The table among the safetensors in `folder`, or None. Raises BackboneError when one is damaged."""
+        for path in sorted(folder.glob("*.safetensors")):
+            header, start = _header(path)
+            for name, entry in header.items():
+                if name.endswith(EMBEDDING_NAMES) and entry.get("dtype") in DTYPES and len(entry["shape"]) == 2:
+                    kind = DTYPES[entry["dtype"]]
+                    begin = start + int(entry["data_offsets"][0])
+                    raw = np.memmap(path, kind, "r", offset=begin, shape=tuple(entry["shape"]))
+                    return cls(raw, entry["dtype"] == "BF16")
+        return None
+
+    def rows(self, ids: Iterable[int]) -> NDArray[np.float32]:
+        """float32 (ids, hidden)."""
+        picked = np.asarray(self.raw[list(ids)])
+        if self.is_bf16:  # bfloat16 is the upper half of a float32
+            return (picked.astype(np.uint32) << 16).view(np.float32)
+        return picked.astype(np.float32)
+
+
+def untrained_special_tokens(
+    tokenizer: TextTokenizer, folder: Path, template: Template | None = None
+) -> tuple[str, ...]:
+    """Special tokens whose embeddings in `folder` were never trained, by id.
+
+    With `template`, only those that its prompts and answers hold; without, all. Empty when `folder` has no
+    safetensors with input embeddings. Raises BackboneError when a safetensors file is damaged.
+
+    A row counts as never trained when it is about zero, about the mean of all rows (how added rows are
+    initialised), about equal to another special token's (trained rows never coincide), or missing.
+    """
+    table = EmbeddingTable.find(folder)
+    if table is None:
+        return ()
+    wanted = sorted(tokenizer.special_ids if template is None else _used(template))
+    present = [token for token in wanted if token < len(table.raw)]
+    lifeless = {token for token in wanted if token >= len(table.raw)}
+    everyone = [token for token in sorted(tokenizer.added_tokens) if token < len(table.raw)][-MAX_TWINS:]
+    ordinary = _ordinary(table, tokenizer)
+    if present and len(ordinary):
+        dead = _about_nothing(table.rows(present), ordinary)
+        twins = _twins(table.rows(everyone), ordinary)
+        lifeless |= {token for token, is_dead in zip(present, dead) if is_dead}
+        lifeless |= {token for token, is_twin in zip(everyone, twins) if is_twin} & set(present)
+    return tuple(tokenizer.added_tokens[token] for token in sorted(lifeless))
+
+
+def _used(template: Template) -> set[int]:
+    """The added tokens of a plain conversation."""
+    turns = (Turn("user", "Hi"), Turn("assistant", "Hello."))
+    return set(template.encode(Record(turns, "probe")).ids) & set(template.tokenizer.added_tokens)
+
+
+def _ordinary(table: EmbeddingTable, tokenizer: TextTokenizer) -> NDArray[np.float32]:
+    """A sample (tokens, hidden) of the rows of ordinary tokens, evenly spaced."""
+    last = min(len(table.raw), tokenizer.vocab_size) - 1
+    picked = np.unique(np.linspace(0, max(last, 0), SAMPLE).astype(int))
+    return table.rows(int(token) for token in picked if token not in tokenizer.added_tokens)
+
+
+def _about_nothing(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> NDArray[np.bool_]:
+    centre = ordinary.mean(axis=0)
+    norms, usual_norm = np.linalg.norm(rows, axis=1), np.median(np.linalg.norm(ordinary, axis=1))
+    apart = np.linalg.norm(rows - centre, axis=1)
+    usual_apart = np.percentile(np.linalg.norm(ordinary - centre, axis=1), 5)
+    found: NDArray[np.bool_] = (
+        ~np.isfinite(norms) | (norms < MIN_NORM * usual_norm) | (apart < MIN_DISTANCE * usual_apart)
+    )
+    return found
+
+
+def _twins(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which of `rows` (tokens, hidden) nearly equals another of them."""
+    near = TWIN_DISTANCE * np.median(np.linalg.norm(ordinary, axis=1))
+    wide = rows.astype(np.float64)
+    squares = np.einsum("th,th->t", wide, wide)
+    distances = squares[:, None] + squares[None, :] - 2 * wide @ wide.T
+    np.fill_diagonal(distances, np.inf)
+    found: NDArray[np.bool_] = (distances < near**2).any(axis=1)
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
+    """(tensor entries by name, where the data begin) of one safetensors file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+                raise ValueError("its header is cut off")
+            entries = json.loads(file.read(length))
+            _check(entries, path.stat().st_size - 8 - length)
+    except OSError as error:
+        raise BackboneError(f"cannot be read ({error.strerror})", where=str(path), fix="check the file") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BackboneError("is no whole safetensors file", where=str(path), fix="download the base again") from error
+    return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
+
+
+def _check(entries: Mapping[str, Any], data_bytes: int) -> None:
+    for entry in _tensors(entries):
+        begin, end = entry["data_offsets"]
+        width = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else 0
+        if not 0 <= begin <= end <= data_bytes or (width and int(np.prod(entry["shape"])) * width != end - begin):
+            raise ValueError("a tensor lies outside the file")
+
+
+def _tensors(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    return (entry for name, entry in entries.items() if name != "__metadata__")

@@ -1,0 +1,1 @@
+"""Raw rows become records: one conversation each, whatever the file's shape."""

@@ -1,0 +1,295 @@
+"""Physical lines of a byte stream, bounded in memory, with what was read past counted."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import os
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import zstandard
+
+from lorafit.data.sources.raw_row import excerpt
+from lorafit.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+LINE_LIMIT_BYTES = 16 << 20
+WIDE = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (b'{\0"\0', "utf-16-le"),
+    (b"[\0{\0", "utf-16-le"),
+    (b'\0{\0"', "utf-16-be"),
+    (b"\0[\0{", "utf-16-be"),
+)
+
+
+class Readable(Protocol):
+    """What a byte stream must offer."""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; empty at the end."""
+
+
+class Utf8Stream:
+    """The bytes of `inner` as UTF-8: a BOM is dropped and UTF-16 or UTF-32 converted, each noted in `file_warnings`."""
+
+    def __init__(self, inner: Readable, file_warnings: Counter[str]) -> None:
+        self.inner = inner
+        self.head = _at_least(inner, 4)
+        self.decoder: codecs.IncrementalDecoder | None = None
+        encoding = next((name for mark, name in WIDE if self.head.startswith(mark)), "")
+        if encoding:
+            file_warnings[f"{encoding[:6].upper()} text"] += 1
+            self.decoder = codecs.getincrementaldecoder(encoding)("surrogatepass" if "16" in encoding else "replace")
+        elif self.head.startswith(codecs.BOM_UTF8):
+            file_warnings["byte order mark"] += 1
+            self.head = self.head[3:]
+
+    def read(self, size: int) -> bytes:
+        """About `size` bytes of UTF-8; empty at the end. Half surrogates come out as the bytes UTF-8 forbids."""
+        while True:
+            block = self.head or self.inner.read(size)
+            self.head = b""
+            if self.decoder is None:
+                return block
+            text = self._decoded(block)
+            if text or not block:
+                return text.encode("utf-8", "surrogatepass")
+
+    def _decoded(self, block: bytes) -> str:
+        assert self.decoder is not None
+        try:
+            return self.decoder.decode(block, final=not block)
+        except UnicodeDecodeError:
+            # a cut-off last character: show it as the replacement character, which no row may hold unseen
+            self.decoder.reset()
+            return "�"
+
+
+def _at_least(stream: Readable, size: int) -> bytes:
+    head = b""
+    while len(head) < size and (block := stream.read(size - len(head))):
+        head += block
+    return head
+
+
+def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
+    r"""(number from 1, bytes without the `\n`, full length in bytes) of every line, the last one too.
+
+    A line longer than `LINE_LIMIT_BYTES` comes cut to that, with its full length: memory stays bounded
+    whatever the file holds. A file that ends in `\n` has no empty line after it.
+    """
+    number, tail, dropped = 1, b"", 0
+    while block := stream.read(BLOCK_BYTES):
+        pieces = (tail + block).split(b"\n") if tail else block.split(b"\n")
+        tail = pieces.pop()
+        for piece in pieces:
+            yield number, piece[:LINE_LIMIT_BYTES], len(piece) + dropped
+            number, dropped = number + 1, 0
+        if len(tail) > LINE_LIMIT_BYTES:
+            dropped += len(tail) - LINE_LIMIT_BYTES
+            tail = tail[:LINE_LIMIT_BYTES]
+    if tail:
+        yield number, tail, len(tail) + dropped
+
+
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PACKED_BLOCK = 1 << 14  # of zstd; small, so that what one block unpacks to stays small too
+KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv and .parquet, each also as .gz or .zst"
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file to read: its `path`, the `name` that places are given with, its `format` and `compression`.
+
+    `hub_id` is set instead of a path for a dataset of the hub. `held_out` marks files that `--holdout` names.
+    """
+
+    path: Path
+    name: str
+    format: str
+    compression: str = ""
+    hub_id: str = ""
+    held_out: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk (compressed ones, when the file is)."""
+        return 0 if self.hub_id else self.path.stat().st_size
+
+    def content_hash(self) -> str:
+        """SHA-256 of the bytes on disk, in hex."""
+        with reading(self), self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile]:
+    """The files that paths, globs and folders in `named` stand for, in the given order, folders and globs sorted.
+
+    Raises DataError when something named does not exist, cannot be read, or is of no known format.
+    """
+    if not named:
+        raise DataError("no data was named", fix="pass a file, a folder, a glob or a hub dataset id")
+    files: list[DataFile] = []
+    for entry in named:
+        files += _files_of(entry, held_out)
+    seen: dict[str, DataFile] = {}
+    for file in files:
+        seen.setdefault(file.hub_id or str(file.path.resolve()), file)
+    return list(seen.values())
+
+
+def _files_of(entry: str, held_out: bool) -> list[DataFile]:
+    path = Path(entry or "\0").expanduser()  # an empty name is no file, and not the folder we are in
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        return _not_a_path(entry, error, held_out)
+    if stat.S_ISDIR(mode):
+        return _folder(path, held_out)
+    if not stat.S_ISREG(mode):
+        raise DataError("is not a regular file", where=entry, fix="write the rows to a file first")
+    return [_data_file(path, held_out)]
+
+
+def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
+    if glob.has_magic(entry):
+        matches = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207
+        found = sorted(path for path in matches if Path(path).is_file())
+        if not found:
+            raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
+        return [_data_file(Path(path), held_out) for path in found]
+    if isinstance(error, PermissionError):
+        raise DataError("cannot be read (permission denied)", where=entry, fix="check its rights") from error
+    if HUB_ID.fullmatch(entry) and not _suffixes(entry)[0] and not Path(entry).parent.is_dir():
+        return [DataFile(Path(entry), entry, "hub", hub_id=entry, held_out=held_out)]
+    raise DataError("no such file", where=entry or "''", fix="check the path") from error
+
+
+def _folder(path: Path, held_out: bool) -> list[DataFile]:
+    found = sorted(
+        Path(root) / name
+        for root, _, names in os.walk(path)
+        for name in names
+        if _suffixes(name)[0] and not name.startswith(".") and "/." not in root.removeprefix(str(path))
+    )
+    if not found:
+        raise DataError("the folder holds no data file", where=str(path), fix=KNOWN)
+    return [_data_file(file, held_out) for file in found]
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """(format, compression) by the name's endings; an empty format when it is none of ours."""
+    parts = [part.lower() for part in Path(name).suffixes]
+    compression = COMPRESSIONS.get(parts[-1], "") if parts else ""
+    if compression:
+        parts.pop()
+    return (FORMATS.get(parts[-1], "") if parts else ""), compression
+
+
+def _data_file(path: Path, held_out: bool) -> DataFile:
+    form, compression = _suffixes(path.name)
+    if not form:
+        raise DataError("is not a data file by its name", where=str(path), fix=KNOWN)
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=str(path), fix="write one row per line into it")
+    return DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)
+
+
+@contextmanager
+def reading(file: DataFile) -> Iterator[None]:
+    """Turn what can go wrong with a file on disk into one DataError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+        raise DataError(
+            f"the compressed file is damaged or cut off ({error})", where=file.name, fix="download or pack it again"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read ({reason})", where=file.name, fix="check the file and its rights") from error
+
+
+class ByteStream:
+    """The decompressed bytes of a file, and how many bytes on disk they have cost so far."""
+
+    def __init__(self, file: DataFile) -> None:
+        self.bytes_done = 0
+        self.disk = file.path.open("rb")
+        self.plain: IO[bytes] = self.disk
+        if file.compression == "gz":
+            self.plain = gzip.GzipFile(fileobj=self.disk)  # type: ignore[assignment]
+        elif file.compression == "zst":
+            self.plain = ZstdStream(self.disk)  # type: ignore[assignment]
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; empty at the end."""
+        block = self.plain.read(size)
+        self.bytes_done = self.disk.tell()
+        return block
+
+    def close(self) -> None:
+        """Close the file."""
+        self.disk.close()
+
+
+def unpacked(file: DataFile) -> IO[bytes]:
+    """A seekable file with the decompressed bytes, for formats that are read from their end."""
+    if not file.compression:
+        return file.path.open("rb")
+    import tempfile
+
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    stream = ByteStream(file)
+    while block := stream.read(1 << 20):
+        spool.write(block)
+    stream.close()
+    spool.seek(0, io.SEEK_SET)
+    return spool
+
+
+class ZstdStream:
+    """Reads decompressed bytes from `disk`, zstd frames one after another.
+
+    Raises EOFError for a stream that was cut off.
+
+    `zstandard`'s own reader takes a stream cut between two blocks for a whole one: half of the rows would be missing
+    in silence.
+    """
+
+    def __init__(self, disk: IO[bytes]) -> None:
+        self.disk = disk
+        self.frame: Any = None  # the open frame's decompressor
+        self.packed = self.plain = b""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; empty at the end."""
+        while not self.plain:
+            self.packed = self.packed or self.disk.read(PACKED_BLOCK)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("its last frame never ends")
+                return b""
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.plain = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = None
+        block, self.plain = self.plain[:size], self.plain[size:]
+        return block

@@ -1,0 +1,248 @@
+"""Template: the one object that renders, tokenises, masks and stops; training and serving both go through it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Encoding
+
+from lorafit.config import read_json
+from lorafit.data.schema.records import Record
+from lorafit.data.template.chat import ChatLayout, enders_of
+from lorafit.data.template.layout import (
+    BOS_DOUBLED,
+    NOT_TEXT,
+    STOP_MISSING,
+    STRADDLED,
+    FallbackLayout,
+    LaidOut,
+    token_mask,
+)
+from lorafit.data.template.renderer import FROZEN_NOW
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
+from lorafit.errors import RunDirError, TemplateError
+
+FALLBACK, CHAT = "fallback", "chat_template"
+FORMAT = 1
+MAX_TEMPLATE_BYTES = 16 << 20
+ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+GOLDEN: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": "What is 12 × 34?\nAnswer briefly."},),
+    ({"role": "user", "content": "Grüße aus Zürich — 你好，世界 🙂\r\n\tdef f(x):  return x**2  # ok \n"},),
+    (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! How can I help?"},
+        {"role": "user", "content": '{"id": 7, "at": "2024-01-01T00:00:00Z"}'},
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row as the model sees it. `ids` (tokens,); `mask` (tokens,) is True where a token is predicted with loss.
+
+    `problems` are names from layout.py; `detail` says in whose words, where there are some.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    problems: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Template:
+    """A chat template bound to a tokenizer. `name` is "chat_template" (the base's own) or "fallback"."""
+
+    def __init__(self, tokenizer: TextTokenizer, source: str | None) -> None:
+        self.tokenizer = tokenizer
+        self._layout = FallbackLayout(tokenizer) if source is None else ChatLayout(source, tokenizer)
+        self.name = FALLBACK if source is None else CHAT
+        self._enders = enders_of(tokenizer) | set(self.stop_ids)
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: TextTokenizer) -> Template:
+        """The base's chat template, or the fallback when it has none. Raises TemplateError when neither can work."""
+        return cls(tokenizer, tokenizer.chat_template)
+
+    @property
+    def source(self) -> str:
+        """The template as Jinja text."""
+        return self._layout.source
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of `source`."""
+        return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer; generation stops at any of them."""
+        return self._layout.stop_ids
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """`stop_ids` as text."""
+        return tuple(self.tokenizer.token_of(token_id) or "" for token_id in self.stop_ids)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with every row of this template, whatever it says."""
+        return self._layout.problems
+
+    @property
+    def jinja_for_export(self) -> str:
+        """The chat template for an exported tokenizer: with it transformers and vLLM render the trained prompt.
+
+        Templates that ask for today's date keep the date they were trained with.
+        """
+        return ASKS_THE_DATE.sub(lambda match: json.dumps(FROZEN_NOW.strftime(match[2])), self.source)
+
+    def encode(self, record: Record) -> Encoded:
+        """One record's ids and mask; see `encode_many`."""
+        return self.encode_many([record])[0]
+
+    def encode_many(self, records: Iterable[Record]) -> list[Encoded]:
+        """Every record's ids and mask, in order. Rows that cannot be encoded have no ids and say why in `problems`.
+
+        Raises TemplateError only when the template does not end within its bounds.
+        """
+        encoded: list[Encoded] = []
+        self._layout.lay_out(records, lambda rows: encoded.extend(self._encoded(rows)))
+        return encoded
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Iterable[Mapping[str, Any]] = (),
+    ) -> str:
+        """The text of `messages`. Raises TemplateError when the template refuses them."""
+        return self._layout.render(messages, add_generation_prompt, tools)
+
+    def prompt_text(self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]] = ()) -> str:
+        """What serving feeds the model, as text, for the model to answer the last of `messages`."""
+        return self.render(messages, True, tools)
+
+    def prompt_ids(self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]] = ()) -> list[int]:
+        """What serving feeds the model, as ids: BOS is in them when the template has it, and must not be added."""
+        return self.tokenizer.encode(self.prompt_text(messages, tools))
+
+    def save(self, path: Path) -> None:
+        """Write template.json; `load` is the inverse and checks its claims. Raises RunDirError on a full disk."""
+        golden = [{"messages": list(asked), "ids": self.prompt_ids(asked)} for asked in self._goldens()]
+        fields = {
+            "format": FORMAT,
+            "name": self.name,
+            "jinja": self.source,
+            "sha256": self.sha256,
+            "tokenizer_sha256": self.tokenizer.content_hash,
+            "stop_ids": list(self.stop_ids),
+            "stop_tokens": list(self.stop_tokens),
+            "golden": golden,
+        }
+        try:
+            path.write_text(json.dumps(fields, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write the template ({error.strerror})", where=str(path), fix="free disk space, or choose --out"
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path, tokenizer: TextTokenizer) -> Template:
+        """The template that `save` wrote, bound to `tokenizer`.
+
+        Raises TemplateError when the file is damaged, or when its prompts would not be the trained ones.
+        """
+        saved = _saved(path)
+        template = cls(tokenizer, None if saved["name"] == FALLBACK else saved["jinja"])
+        if template.source != saved["jinja"] or template.stop_ids != tuple(saved["stop_ids"]):
+            raise _differs(path, "its template or stop token has changed")
+        for golden in saved["golden"]:
+            if template.prompt_ids(golden["messages"]) != golden["ids"]:
+                raise _differs(path, f"the prompt for {json.dumps(golden['messages'][-1].get('content'))[:60]} differs")
+        return template
+
+    def _goldens(self) -> list[Sequence[Mapping[str, Any]]]:
+        """The golden conversations that this template accepts."""
+        kept: list[Sequence[Mapping[str, Any]]] = []
+        for asked in GOLDEN:
+            try:
+                self.render(asked, True)
+            except TemplateError:
+                continue  # some templates take no second turn: there is no prompt to compare then
+            kept.append(asked)
+        return kept
+
+    def _encoded(self, rows: Sequence[LaidOut]) -> list[Encoded]:
+        encodings = self._encodings([row.text for row in rows])
+        return [
+            Encoded([], [], (*row.problems, NOT_TEXT)) if encoding is None else self._masked(row, encoding)
+            for row, encoding in zip(rows, encodings)
+        ]
+
+    def _encodings(self, texts: list[str]) -> Sequence[Encoding | None]:
+        try:
+            return self.tokenizer.encodings(texts)
+        except TypeError:
+            # tokenizers takes no lone surrogates; only the rows that hold one are lost
+            return [None if _has_surrogates(text) else self.tokenizer.encodings([text])[0] for text in texts]
+
+    def _masked(self, row: LaidOut, encoding: Encoding) -> Encoded:
+        if not row.text:
+            return Encoded([], [], row.problems, row.detail)
+        ids, mask, straddled, stopped = token_mask(encoding, row.text, row.spans, self._enders)
+        problems = [*self.problems, *row.problems]
+        if straddled:
+            problems.append(STRADDLED)
+        if not stopped or not row.spans:
+            problems.append(STOP_MISSING)
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id:
+            problems.append(BOS_DOUBLED)
+        return Encoded(ids, mask, tuple(dict.fromkeys(problems)), row.detail)
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    try:
+        saved = read_json(path, TemplateError, max_bytes=MAX_TEMPLATE_BYTES, fix="restore the run directory")
+        digest = hashlib.sha256(saved["jinja"].encode("utf-8", "surrogatepass")).hexdigest()
+        whole = saved["format"] == FORMAT and digest == saved["sha256"] and _proves_something(saved)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TemplateError(
+            "is no template.json of lorafit's", where=str(path), fix="restore the run directory"
+        ) from error
+    if not whole:
+        raise TemplateError(
+            "the template's text is not the one whose SHA-256 was saved",
+            where=str(path),
+            fix="restore the run directory",
+        )
+    return dict(saved)
+
+
+def _proves_something(saved: dict[str, Any]) -> bool:
+    golden = saved["golden"]
+    return bool(golden and saved["name"] and saved["stop_ids"]) and all(
+        each["messages"] and each["ids"] for each in golden
+    )
+
+
+def _differs(path: Path, how: str) -> TemplateError:
+    return TemplateError(
+        f"the served prompt would differ from the trained one ({how})",
+        where=str(path),
+        fix="use the base and tokenizer that the run was trained with",
+    )

@@ -1,0 +1,1 @@
+"""A base's tokenizer, without torch or transformers in this process."""

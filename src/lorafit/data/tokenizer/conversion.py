@@ -1,0 +1,124 @@
+"""What transformers makes of a base's tokenizer files, asked once in a child process and remembered on disk.
+
+Some tokenizer classes of transformers rebuild the whole pipeline from vocabulary and merges, and old bases ship
+a sentencepiece model only. Imitating that here would drift with every release; a child keeps torch out of this
+process, and the answer is kept under the user's cache, keyed by the files' digest and transformers' version.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lorafit.data.tokenizer.files import TokenizerFiles
+from lorafit.errors import BackboneError
+
+BACKEND_FILE, FACTS_FILE = "tokenizer.json", "facts.json"
+TIMEOUT_S = 300
+CHILD = """
+import importlib.util, json, pathlib, sys
+if sys.argv[3] == "without-torch":  # a tokenizer needs none, and looking for it is half of the time
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find_spec(name, package)
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False, local_files_only=True)
+backend = getattr(tokenizer, "backend_tokenizer", None)
+if backend is None:
+    sys.exit(f"ValueError: {type(tokenizer).__name__} has no fast form")
+out = pathlib.Path(sys.argv[2])
+backend.no_truncation()
+backend.no_padding()
+backend.save(str(out / "tokenizer.json"))
+cleans = bool(tokenizer.clean_up_tokenization_spaces) and type(backend.model).__name__ != "BPE"
+named, splits = dict(tokenizer.special_tokens_map), tokenizer.split_special_tokens
+facts = {"named": named, "cleans_up": cleans, "splits_special": splits}
+(out / "facts.json").write_text(json.dumps(facts))
+"""
+
+
+def converted(files: TokenizerFiles) -> Path:
+    """A folder with `tokenizer.json` and `facts.json` (named special tokens, decoding flags) for `files`.
+
+    Raises BackboneError when transformers cannot load the tokenizer.
+    """
+    version = importlib.metadata.version("transformers")
+    home = _cache_home() / f"{files.digest()}-{version}"
+    if not (home / FACTS_FILE).is_file():
+        fresh = Path(tempfile.mkdtemp(prefix="converting-", dir=home.parent))
+        try:
+            _convert(files.folder, fresh)
+            _publish(fresh, home)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return home
+
+
+def _convert(folder: Path, out: Path) -> None:
+    reason = _failure(_run(folder, out, "without-torch"))
+    if reason and "torch" in reason.lower():
+        reason = _failure(_run(folder, out, "with-torch"))
+    if reason:
+        raise BackboneError(
+            f"transformers cannot load the tokenizer ({reason})",
+            where=str(folder),
+            fix="install sentencepiece and protobuf" if _lacks_sentencepiece(folder) else "add a tokenizer.json to it",
+        )
+
+
+def _failure(child: subprocess.CompletedProcess[str]) -> str | None:
+    lines = child.stderr.strip().splitlines() or ["no reason given"]
+    return lines[-1][:300] if child.returncode else None
+
+
+def _lacks_sentencepiece(folder: Path) -> bool:
+    needed = ("sentencepiece", "google")
+    return any(folder.glob("*.model")) and any(importlib.util.find_spec(name) is None for name in needed)
+
+
+def _run(folder: Path, out: Path, torch: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-P", "-c", CHILD, str(folder.resolve()), str(out), torch]
+    try:
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackboneError(
+            f"transformers did not load the tokenizer in {TIMEOUT_S} s", where=str(folder), fix="check its files"
+        ) from error
+
+
+def _publish(fresh: Path, home: Path) -> None:
+    try:
+        fresh.rename(home)
+    except OSError:
+        # another process was quicker: its answer is the same
+        if not (home / FACTS_FILE).is_file():
+            raise
+
+
+def _cache_home() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit" / "tokenizers"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass  # a home that cannot be written costs a conversion per session, no more
+    fallback = Path(tempfile.gettempdir()) / f"lorafit-tokenizers-{os.getuid()}"
+    fallback.mkdir(mode=0o700, exist_ok=True)
+    # a folder of that name made by somebody else is not to be read from
+    return fallback if fallback.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="lorafit-tokenizers-"))
+
+
+def facts_of(home: Path) -> tuple[dict[str, str], bool, bool]:
+    """(named special tokens, cleans up spaces when decoding, splits special tokens) that `converted` wrote."""
+    facts = json.loads((home / FACTS_FILE).read_text())
+    return dict(facts["named"]), bool(facts["cleans_up"]), bool(facts["splits_special"])

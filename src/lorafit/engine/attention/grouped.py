@@ -1,0 +1,174 @@
+"""Attention row by row, in groups of similar length: any device, any precision, capped scores and windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from lorafit.engine.packing import Group, groups_of
+from lorafit.planning.activations import SCORES
+
+
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gather: torch.Tensor,
+    scatter: torch.Tensor,
+    layout: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention within each row; shapes as `packed_attention`, returns (1, tokens, heads, dim)."""
+    groups = groups_of(gather, layout)
+    parts = [_group_attention(query, key, value, scale, window, softcap, group) for group in groups]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return flat.index_select(0, scatter).unsqueeze(0)
+
+
+def _group_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    group: Group,
+) -> torch.Tensor:
+    """Attention of one group of rows; returns (rows * longest, heads, dim)."""
+    q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
+    shares_keys = q.shape[1] != k.shape[1]
+    if window is not None and window >= q.shape[2]:
+        window = None
+    if softcap is not None:
+        mixed = _capped(q, k, v, scale, window, softcap)
+    elif window is None:
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys)
+    else:
+        band = _band(q.shape[2], window, q.device)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scale, enable_gqa=shares_keys)
+    return mixed.transpose(1, 2).flatten(0, 1)
+
+
+def _gathered(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """(1, heads, tokens, dim) → (rows, heads, longest, dim)."""
+    rows, longest = group.tokens.shape
+    tokens_first = tensor[0].transpose(0, 1).index_select(0, group.tokens.flatten())
+    return tokens_first.view(rows, longest, *tokens_first.shape[1:]).transpose(1, 2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(length, length) bool: True where a query may see a key; causal, at most `window` tokens back."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < (window or length))
+
+
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, softcap: float
+) -> torch.Tensor:
+    """softmax(cap · tanh(scores / cap)) · value, as transformers' eager Gemma 2 does it, softmax in fp32."""
+    repeats = query.shape[1] // key.shape[1]
+    hidden = ~_band(query.shape[2], window, query.device)
+    rows: dict[int, list[torch.Tensor]] = {}
+    for row, head, heads in _pieces(key, repeats):
+        q, k, v = query[row, heads], key[row, head], value[row, head]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / softcap) * softcap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        mixed = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        rows.setdefault(row.start, []).append(mixed)
+    return torch.cat([torch.cat(parts, 1) for parts in rows.values()])
+
+
+def _pieces(key: torch.Tensor, repeats: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows, key heads, and the query heads that share them, to be taken at a time, for `key` (rows, kv heads, longest,
+    dim): as many as have SCORES scores, and at least one key head of one row."""
+    rows, kv_heads, longest, _ = key.shape
+    each = max(1, repeats * longest * longest)
+    heads = max(1, min(kv_heads, SCORES // each))
+    at_once = max(1, SCORES // (each * kv_heads))
+    for row in range(0, rows, at_once):
+        for head in range(0, kv_heads, heads):
+            end = min(head + heads, kv_heads)
+            yield slice(row, row + at_once), slice(head, end), slice(head * repeats, end * repeats)
+
+
+def grouped_gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gather: torch.Tensor,
+    scatter: torch.Tensor,
+    layout: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `grouped_attention` for `grad` (1, tokens, heads, dim), in the shapes of query, key and value.
+
+    Written out, since an opaque operator has no autograd inside; scores, which grow with the square of a row, are
+    made again here and never kept. Padded queries have no gradient, and no real query sees a padded key.
+    """
+    parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+    padded = torch.zeros((gather.shape[0], *grad.shape[2:]), dtype=grad.dtype, device=grad.device)
+    padded.index_copy_(0, scatter, grad[0])
+    start = 0
+    for group in groups_of(gather, layout):
+        rows, width = group.tokens.shape
+        g = padded[start : start + rows * width].view(rows, width, *grad.shape[2:]).transpose(1, 2)
+        for part, piece in zip(parts, _group_gradients(g, query, key, value, scale, window, softcap, group)):
+            part.append(piece.transpose(1, 2).flatten(0, 1))
+        start += rows * width
+    return tuple(torch.cat(part).index_select(0, scatter).transpose(0, 1)[None] for part in parts)  # type: ignore[return-value]
+
+
+def _group_gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    group: Group,
+) -> list[torch.Tensor]:
+    """Gradients (rows, heads, longest, dim) of one group, for `grad` of its output in that shape."""
+    q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
+    repeats = q.shape[1] // k.shape[1]
+    hidden = ~_band(q.shape[2], window, q.device)
+    grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    for row, head, heads in _pieces(k, repeats):
+        piece = _piece_gradients(grad[row, heads], q[row, heads], k[row, head], v[row, head], hidden, scale, softcap)
+        for whole, part, places in zip(grads, piece, (heads, head, head), strict=True):
+            whole[row, places] = part
+    return grads
+
+
+def _piece_gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> list[torch.Tensor]:
+    """Gradients of these queries, keys and values; `hidden` is True where a query may not see a key."""
+    kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    capped = torch.tanh(scores / softcap) if softcap is not None else None
+    seen = scores if softcap is None or capped is None else capped * softcap
+    chances = torch.softmax(seen.masked_fill(hidden, float("-inf")), dim=-1)
+    of_chances = (grad @ v.transpose(-1, -2)).float()
+    of_scores = chances * (of_chances - (of_chances * chances).sum(-1, keepdim=True))
+    if capped is not None:
+        of_scores = of_scores * (1 - capped * capped)
+    of_scores = (of_scores * scale).to(q.dtype)
+    of_key, of_value = of_scores.transpose(-1, -2) @ q, chances.to(q.dtype).transpose(-1, -2) @ grad
+    summed = [piece.unflatten(1, (kv_heads, repeats)).sum(2) for piece in (of_key, of_value)]
+    return [of_scores @ k, *summed]

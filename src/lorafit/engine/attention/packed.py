@@ -1,0 +1,298 @@
+"""Attention for packed rows: block-diagonal without a dense mask, as one opaque operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from lorafit.engine.attention.grouped import grouped_attention, grouped_gradients
+from lorafit.engine.packing import Segments, on_host
+from lorafit.errors import BackboneError
+
+HALF = (torch.bfloat16, torch.float16)
+CUDNN_WIDEST_HEAD = 128
+ROUND_WIDTH = 256
+
+ROWS = "Tensor cu_seqlens, Tensor gather, Tensor scatter, Tensor layout, float scale, SymInt? window, float? softcap"
+# a bare Library: torch.library.custom_op takes 0.25 ms a call longer on a slow processor, 16 ms a step of 32 layers
+LIBRARY = torch.library.Library("lorafit", "FRAGMENT")
+LIBRARY.define(
+    f"packed_attention(Tensor query, Tensor key, Tensor value, {ROWS}) -> (Tensor, Tensor)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+LIBRARY.define(
+    f"packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {ROWS})"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+
+
+def takes_flash(query: Tensor, softcap: float | None) -> bool:
+    """True where a flash kernel does the work, and keeps (heads, tokens) log-sums for its backward."""
+    return query.device.type == "cuda" and query.dtype in HALF and softcap is None
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    layout: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each row; returns (1, tokens, heads, dim) and log-sums (heads, tokens), or (0, 0).
+
+    query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`.
+    """
+    layout = on_host(layout)
+    if not takes_flash(query, softcap):
+        assert int(layout[-1]), "rows in a graph have lengths that groups cannot be told from"
+        mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
+        return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
+    if _is_even(query, layout, window):
+        out, sums = _even_forward(query, key, value, layout, scale)
+    else:
+        out, sums = _uneven_forward(query, key, value, cu_seqlens, int(layout[1]), scale, window)
+    return out.contiguous(), sums  # kernels lay it out as the queries lie, token by token nearly always
+
+
+def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _, heads, tokens, dim = query.shape
+    sums = (heads, tokens) if takes_flash(query, softcap=others[-1]) else (0, 0)
+    return query.new_empty((1, tokens, heads, dim)), query.new_empty(sums, dtype=torch.float32)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    cu_seqlens: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    layout: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes, laid out token by token."""
+    layout = on_host(layout)
+    if not takes_flash(query, softcap):
+        return grouped_gradients(grad, query, key, value, gather, scatter, layout, scale, window, softcap)
+    if _is_even(query, layout, window):
+        return _even_backward(grad, query, key, value, out, sums, layout, scale)
+    return _uneven_backward(grad, query, key, value, out, sums, cu_seqlens, int(layout[1]), scale, window)
+
+
+def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (_token_major(tensor.new_empty(tensor.shape)) for tensor in inputs[:3])
+    return query, key, value
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *rows, scale, window, softcap = inputs
+    ctx.save_for_backward(query, key, value, *output, *rows)
+    ctx.how = (scale, window, softcap)
+
+
+def _gradient(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+    grads = packed_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how)
+    return (*grads, *(None,) * 7)
+
+
+LIBRARY.impl("packed_attention", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("packed_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafit::packed_attention", _forward_shapes, lib=LIBRARY)
+torch.library.register_fake("lorafit::packed_attention_backward", _backward_shapes, lib=LIBRARY)
+torch.library.register_autograd("lorafit::packed_attention", _gradient, setup_context=_remember, lib=LIBRARY)
+
+packed_attention_op = torch.ops.lorafit.packed_attention.default
+packed_attention_backward = torch.ops.lorafit.packed_attention_backward.default
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    """(1, heads, tokens, dim) with a token's heads beside each other, as projections write them."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_even(query: Tensor, layout: Tensor, window: int | None) -> bool:
+    """Rows of one length, which cuDNN takes as one batch; told from the rows alone, so that equal steps run alike.
+
+    cuDNN builds a plan for each shape (0.15 s, once): rows that differ hardly ever repeat a shape, and a lone row
+    only where its length is round.
+    """
+    rows, width = layout[:2].tolist()
+    even = len(layout) == 2 and rows * width == query.shape[2] and (rows > 1 or width % ROUND_WIDTH == 0)
+    return even and window is None and query.shape[-1] <= CUDNN_WIDEST_HEAD and _is_hopper(query.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Where cuDNN was measured to be the faster one."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _rows(tensor: Tensor, layout: Tensor) -> Tensor:
+    """(1, heads, tokens, dim) → (rows, heads, width, dim), without a copy where tokens lie one after another."""
+    return tensor[0].transpose(0, 1).unflatten(0, layout.tolist()).transpose(1, 2)
+
+
+def _even_forward(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_rows(tensor, layout) for tensor in (query, key, value))
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    out = found[0].transpose(1, 2).reshape(1, query.shape[2], query.shape[1], query.shape[3])
+    return out, found[1].reshape(query.shape[1], query.shape[2])  # (rows, heads, width, 1) in truth, undone below
+
+
+def _even_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, layout: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, g, o = (_rows(tensor, layout) for tensor in (query, key, value, grad.transpose(1, 2), out.transpose(1, 2)))
+    rows, width = layout.tolist()
+    sums = sums.reshape(rows, query.shape[1], width, 1)
+    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state of a dropout that is not there
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, o, sums, unused, unused, None, None, None, width, width, 0.0, True, scale=scale
+    )
+    return tuple(_unflat(piece.transpose(1, 2).flatten(0, 1), query.shape[2]) for piece in grads)  # type: ignore[return-value]
+
+
+def _uneven_forward(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_flat(tensor) for tensor in (query, key, value))
+    left = window - 1 if window else -1
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=left, window_size_right=0,
+    )  # fmt: skip
+    return out.unsqueeze(0), sums
+
+
+def _uneven_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_flat(tensor) for tensor in (query, key, value))
+    left = window - 1 if window else -1
+    unused = torch.empty(2, dtype=torch.uint64, device=query.device)
+    grads = torch.ops.aten._flash_attention_backward(
+        grad[0], q, k, v, out[0], sums, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, unused, unused,
+        scale=scale, window_size_left=left, window_size_right=0,
+    )  # fmt: skip
+    return tuple(_unflat(piece, query.shape[2]) for piece in grads)  # type: ignore[return-value]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(1, heads, tokens, dim) → (tokens, heads, dim)."""
+    return tensor[0].transpose(0, 1)
+
+
+def _unflat(grad: Tensor, tokens: int) -> Tensor:
+    """(tokens, heads, dim) → (1, heads, tokens, dim), a token's heads beside each other."""
+    assert grad.shape[0] == tokens, grad.shape
+    return grad.contiguous().transpose(0, 1).unsqueeze(0)
+
+
+PACKED = "lorafit_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Segments | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment.
+
+    query (1, heads, tokens, dim); key and value (1, kv heads, tokens, dim); returns (1, tokens, heads, dim).
+    `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores.
+    """
+    if segments is None or attention_mask is not None:
+        raise BackboneError(
+            "this family does not hand its arguments down to attention, so its rows cannot be packed",
+            where=type(module).__name__,
+            fix="choose another base, and report this one",
+        )
+    if unused.get("s_aux") is not None:
+        raise BackboneError("attention sinks are not supported for packed rows", where=type(module).__name__)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rows = (segments.gather, segments.scatter, segments.layout)
+    if takes_flash(query, softcap) or torch.compiler.is_compiling():
+        options = (scale, sliding_window, softcap)
+        return packed_attention_op(query, key, value, segments.cu_seqlens, *rows, *options)[0], None
+    return grouped_attention(query, key, value, *rows, scale, sliding_window, softcap), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Within it `model` attends within segments: for training and its evaluation."""
+    before = model.config._attn_implementation
+    use_packed_attention(model)
+    try:
+        yield
+    finally:
+        _core(model).set_attn_implementation(before)
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Within it `model` attends as transformers' SDPA (or eager, for soft-capped families) does: for generation."""
+    before = model.config._attn_implementation
+    use_plain_attention(model)
+    try:
+        yield
+    finally:
+        _core(model).set_attn_implementation(before)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Switch `model` to packed attention. Raises BackboneError for a family that has its own fixed attention."""
+    _core(model).set_attn_implementation(PACKED)
+    if model.config._attn_implementation != PACKED:
+        raise BackboneError(
+            f"{type(_core(model)).__name__} does not take its attention from transformers' AttentionInterface",
+            fix="lorafit cannot pack rows for this family",
+        )
+
+
+def use_plain_attention(model: Any) -> None:
+    """Switch `model` to SDPA, or to eager attention where the family caps its scores, which SDPA cannot."""
+    text = model.config.get_text_config()
+    plain = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+    _core(model).set_attn_implementation(plain)
+
+
+def _core(model: Any) -> Any:
+    """The transformers model under a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,1 @@
+"""Decoder layers as training runs them: compiled, recomputed, offloaded."""

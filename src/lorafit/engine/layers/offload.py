@@ -1,0 +1,228 @@
+"""HostOffload: what layers save for their backward waits in pinned host memory, moved while other layers compute.
+
+Saved-tensor hooks around each layer hand every large tensor to a stream that copies it to the host while the next
+layers run; on the way back a second stream brings a layer's tensors home while layers behind it are at work. As
+torchtune's `OffloadActivations` does it, but that a schedule made from bytes says what may be on the card when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 1 << 20
+"""Smaller tensors stay: their copies would cost more launches than memory."""
+CHUNK_BYTES = 1 << 30
+"""Pinned memory is taken in chunks of this size; torch rounds such requests up to powers of two."""
+ALIGNMENT = 512
+
+
+class PinnedArena:
+    """Page-locked host memory handed out from the start again at every micro-batch, in the same order."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+        self.chunk, self.used = 0, 0
+        self.filled = 0  # chunks that the last micro-batch needed
+        self.ahead: Thread | None = None
+
+    def pin_ahead(self, size_bytes: int) -> None:
+        """Take as many whole chunks as `size_bytes` hold, in the background: page-locking a GiB takes a good part of a
+        second, and the processor's other cores are idle while layers are compiled."""
+        missing = (size_bytes - self.reserved_bytes) // CHUNK_BYTES
+        if missing > 0:
+            self._wait()
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            self.ahead = Thread(target=self._pin, args=(missing, device), name="pin-ahead", daemon=True)
+            self.ahead.start()
+
+    def _pin(self, count: int, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread
+        for _ in range(count):
+            try:
+                self.chunks.append(_pinned(CHUNK_BYTES))
+            except RuntimeError:
+                return  # no more can be locked: whoever needs it asks again, and is told
+
+    def _wait(self) -> None:
+        if self.ahead is not None:
+            self.ahead.join()
+            self.ahead = None
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that is page-locked."""
+        return sum(chunk.numel() for chunk in self.chunks)
+
+    def restart(self) -> None:
+        """Everything handed out so far is free again."""
+        self.filled = self.chunk + (self.used > 0)
+        self.chunk, self.used = 0, 0
+
+    def trim(self) -> None:
+        """Give back the chunks that the micro-batch before the last restart did not need."""
+        self._wait()
+        if len(self.chunks) > self.filled:
+            del self.chunks[self.filled :]
+            # older torch keeps them for whoever asks next
+            if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+                torch.accelerator.empty_host_cache()
+
+    def take(self, like: Tensor) -> Tensor:
+        """A flat pinned tensor of the size and dtype of `like`."""
+        size = like.numel() * like.element_size()
+        self._wait()
+        while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
+            self.chunk, self.used = self.chunk + 1, 0
+        if self.chunk == len(self.chunks):
+            self.chunks.append(_pinned(max(CHUNK_BYTES, size)))
+        piece = self.chunks[self.chunk][self.used : self.used + size]
+        self.used += -(-size // ALIGNMENT) * ALIGNMENT
+        return piece.view(like.dtype)
+
+
+def _pinned(size_bytes: int) -> Tensor:
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+@dataclass(eq=False, slots=True)
+class OffloadedTensor:
+    """A saved tensor that left: where it is, how it lay in memory, and when it arrived and is back."""
+
+    host: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    source: Tensor | None
+    sent: Any = None
+    back: Tensor | None = None
+    ready: Any = None
+
+
+class HostOffload:
+    """Saved-tensor hooks that send large saved tensors of some layers to the host and bring them back in time.
+
+    `schedule[i]` says which layers' tensors may be on the card while layer i works, in either pass: those from that
+    index on (`planning.OffloadSchedule`); its last entry is for the loss. Without one, two layers at a time.
+    """
+
+    def __init__(self) -> None:
+        self.arena = PinnedArena()
+        self.schedule: Sequence[int] = ()
+        self.away: dict[int, list[OffloadedTensor]] = {}
+        self.released, self.called, self.sent_bytes = 0, 0, 0
+        cuda = torch.cuda.is_available()
+        self.d2h_stream, self.h2d_stream = (torch.cuda.Stream() if cuda else None for _ in range(2))
+
+    def begin(self) -> None:
+        """A new micro-batch: whatever waited for the last one's backward is gone."""
+        self.away, self.sent_bytes, self.released, self.called = {}, 0, 0, 1 << 30
+        self.arena.restart()
+        if self.d2h_stream is not None and self.h2d_stream is not None:
+            # the arena's first bytes are written again only after the last backward has read them
+            self.d2h_stream.wait_stream(self.h2d_stream)
+
+    @contextmanager
+    def around(self, index: int, leaves: bool, keep: frozenset[int]) -> Iterator[None]:
+        """Around the forward of layer `index`: its saved tensors leave, but for storages in `keep` (data pointers).
+
+        A layer whose tensors stay calls back, in its backward, what the layers before it will need.
+        """
+        self._release(self._first(index))
+        mine = self.away.setdefault(index, []) if leaves else None
+
+        def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
+            return self._send(mine, tensor) if mine is not None and _may_leave(tensor, keep) else tensor
+
+        def unpack(saved: Tensor | OffloadedTensor) -> Tensor:
+            self._call_back(min(self._first(index), index))
+            return _fetched(saved) if isinstance(saved, OffloadedTensor) else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def end_forward(self, layers: int) -> None:
+        """The last layer has run: make the room that the loss is promised."""
+        self._release(self._first(layers))
+
+    def _first(self, index: int) -> int:
+        return self.schedule[index] if index < len(self.schedule) else max(0, index - 1)
+
+    def _release(self, first: int) -> None:
+        """Wait, on the device, until the tensors of layers before `first` have left; then forget the originals."""
+        for index in range(self.released, first):
+            for away in self.away.get(index, ()):
+                if away.sent is not None:
+                    torch.cuda.current_stream().wait_event(away.sent)
+                away.source = None
+        self.released = max(self.released, first)
+
+    def _send(self, mine: list[OffloadedTensor], tensor: Tensor) -> OffloadedTensor:
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        away = OffloadedTensor(self.arena.take(tensor), tensor.shape, tensor.stride(), flat)
+        if self.d2h_stream is None:
+            away.host.copy_(flat)
+        else:
+            self.d2h_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.d2h_stream):
+                away.host.copy_(flat, non_blocking=True)
+                away.sent = self.d2h_stream.record_event()
+        mine.append(away)
+        self.sent_bytes += flat.numel() * flat.element_size()
+        return away
+
+    def _call_back(self, first: int) -> None:
+        """Start bringing home what layers from `first` on sent, the last layer's first."""
+        for index in sorted((index for index in self.away if first <= index < self.called), reverse=True):
+            self._fetch(self.away[index])
+        self.called = min(self.called, first)
+
+    def _fetch(self, layer: list[OffloadedTensor]) -> None:
+        """Into memory of the computing stream, which frees it too; what has not left yet simply stays."""
+        for away in layer:
+            away.back, away.source = away.source, None
+        gone = [away for away in layer if away.back is None]
+        for away in gone:
+            away.back = torch.empty_like(away.host, device="cuda" if self.h2d_stream is not None else "cpu")
+        if self.h2d_stream is None:
+            for away in gone:
+                away.back.copy_(away.host)  # type: ignore[union-attr]
+            return
+        self.h2d_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.h2d_stream):
+            for away in gone:
+                self.h2d_stream.wait_event(away.sent)
+                away.back.copy_(away.host, non_blocking=True)  # type: ignore[union-attr]
+                away.ready = self.h2d_stream.record_event()
+
+
+def _fetched(saved: OffloadedTensor) -> Tensor:
+    if saved.ready is not None:
+        torch.cuda.current_stream().wait_event(saved.ready)
+    assert saved.back is not None, "a saved tensor is asked for twice: retain_graph is not supported"
+    home, saved.back = saved.back, None
+    return home.as_strided(saved.shape, saved.stride)
+
+
+def _may_leave(tensor: Tensor, keep: frozenset[int]) -> bool:
+    large = tensor.numel() * tensor.element_size() >= LEAST_BYTES
+    return (
+        large and tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in keep and _is_dense(tensor)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """True when its elements fill one stretch of memory, in whatever order."""
+    wanted = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride != wanted:
+            return False
+        wanted *= size
+    return wanted == prod(tensor.shape)

@@ -1,0 +1,328 @@
+"""The loss of a packed micro-batch: summed cross entropy over supervised positions, logits never whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from lorafit.engine.loss.kernel import HAS_TRITON, losses_to_gradient
+from lorafit.engine.loss.logit_rules import LogitSteps, logit_steps
+from lorafit.engine.packing import MicroBatch, collate
+
+CHUNK_BYTES = 256 << 20
+"""Largest size of one chunk's logits."""
+
+IGNORED = -100
+"""A target that has no loss and no gradient, as in torch."""
+
+ROW_MULTIPLE = 16
+"""Chunks have a multiple of so many rows, which is what matrix units want."""
+
+
+def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
+    """Hidden rows whose logits, of `itemsize` bytes each, take CHUNK_BYTES at most (one row at least)."""
+    rows = CHUNK_BYTES // (vocabulary * itemsize)
+    return max(rows // ROW_MULTIPLE * ROW_MULTIPLE, min(rows, ROW_MULTIPLE), 1)
+
+
+def chunked_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    steps: LogitSteps,
+    chunk_rows: int | None = None,
+    share: float | Tensor = 1.0,
+) -> Tensor:
+    """`share` times the sum over rows of the cross entropy of `steps(head(hidden))` against `targets`, in fp32.
+
+    hidden (rows, hidden), targets (rows,) int64, IGNORED for rows that do not count, `head` maps (n, hidden) to
+    (n, vocabulary). The gradient reaches `hidden` and the parameters of `head` that train; under no_grad only the loss
+    is computed. `chunk_rows` is by default what CHUNK_BYTES allow. A `share` given here, not multiplied by afterwards,
+    costs the gradient in half precision no rounding of its own; as a tensor () in fp32 it may change under a graph.
+    """
+    if chunk_rows is None:
+        with torch.no_grad():
+            empty = head(hidden[:0])  # tells vocabulary and dtype, under autocast and adapters too
+        chunk_rows = rows_per_chunk(empty.shape[-1], empty.element_size())
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    differentiable = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedLoss.apply(hidden, targets, head, steps, chunk_rows, share, differentiable, *trained)
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: nn.Module,
+        steps: LogitSteps,
+        chunk_rows: int,
+        share: float | Tensor,
+        differentiable: bool,
+        *trained: Tensor,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if differentiable else None
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in trained] if differentiable else []
+        weight, ctx.power = _weight_and_power(share)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            if grad_hidden is None:
+                losses, _ = losses_and_gradient(head(hidden[rows]), targets[rows], steps)
+                total += losses.sum()
+            else:
+                losses, to_hidden, *to_trained = _chunk(hidden[rows], targets[rows], head, steps, weight, trained)
+                total += losses.sum()
+                grad_hidden[rows] = to_hidden
+                for accumulated, grad in zip(sums, to_trained, strict=True):
+                    accumulated += grad
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, *sums)
+            ctx.dtypes = [weight.dtype for weight in trained]
+        return total * share
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *sums = ctx.saved_tensors
+        factor = grad * ctx.power
+        scaled = [(total * factor).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
+        return (grad_hidden * factor, None, None, None, None, None, None, *scaled)
+
+
+Weight = float | Tensor
+
+
+def _weight_and_power(share: Weight) -> tuple[Weight, Weight]:
+    """`share` as a weight of 1 to 2 and a power of two.
+
+    The gradient's logits take the weight in fp32 before they are rounded; the power, which rounds nothing, is left
+    for the end, since fp16 would lose the logits of unlikely tokens below it.
+    """
+    if isinstance(share, Tensor):
+        mantissas, exponents = torch.frexp(share)
+        return 2.0 * mantissas, torch.ldexp(torch.ones_like(share), exponents - 1)
+    mantissa, exponent = math.frexp(share)
+    return 2.0 * mantissa, 2.0 ** (exponent - 1)
+
+
+def _chunk(
+    hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, weight: Weight, trained: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Losses (rows,) of a chunk, and `weight` times their sum's gradient in `hidden` and in each of `trained`."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        logits = head(leaf)
+    losses, grad_logits = losses_and_gradient(logits.detach(), targets, steps, weight)
+    # an adapter that is switched off trains, yet takes no part
+    grads = torch.autograd.grad(logits, (leaf, *trained), grad_logits, allow_unused=True, materialize_grads=True)
+    return [losses, *grads]
+
+
+def apply_steps(logits: Tensor, steps: LogitSteps) -> Tensor:
+    """The family's logits in fp32, from what its head gave."""
+    scaled = logits.float() * steps.scale
+    return scaled if steps.cap is None else torch.tanh(scaled / steps.cap) * steps.cap
+
+
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) in fp32, and `weight` times the gradient of their sum in `logits`, in its dtype.
+
+    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale; 0 for IGNORED. `logits` is overwritten.
+    """
+    if HAS_TRITON and logits.is_cuda:
+        return losses_to_gradient(logits, targets, steps, weight), logits
+    return losses_and_gradient_in_torch(logits, targets, steps, weight)
+
+
+def losses_and_gradient_in_torch(
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same, without a kernel of its own."""
+    z = logits.float().mul_(steps.scale) if logits.dtype is not torch.float32 else logits.mul_(steps.scale)
+    counts = targets[:, None] != IGNORED
+    slope = torch.where(counts, steps.scale * weight, 0.0).to(z.dtype)
+    if steps.cap is not None:
+        z = z.div_(steps.cap).tanh_()
+        slope = (1 - z * z).mul_(slope)
+        z = z.mul_(steps.cap)
+    normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
+    own = targets[:, None].where(counts, 0)
+    losses = (normaliser - z.gather(1, own)).where(counts, 0.0)[:, 0]
+    gradient = z.sub_(normaliser).exp_()
+    gradient.scatter_add_(1, own, torch.full_like(normaliser, -1.0))
+    return losses, gradient.mul_(slope).to(logits.dtype)
+
+
+# largest relative difference that rounding explains: own logits may be scaled and capped in their own dtype
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+PROOF_TOKENS = 64
+"""Supervised tokens on which the chunked loss is compared with the model's own logits."""
+
+Row = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyLoss:
+    """How one model's loss is computed: in chunks with `steps` after the head, or from whole logits (None).
+
+    Made once a model, by `vocabulary_loss_for`; `reason` says in one line why logits are whole.
+    """
+
+    steps: LogitSteps | None
+    reason: str = ""
+
+    @classmethod
+    def expected(cls, model: Any) -> VocabularyLoss:
+        """What the family's table says, without a proof."""
+        steps, name = logit_steps(unwrapped(model).config), type(unwrapped(model)).__name__
+        if steps is None:
+            return cls(None, f"{name} may change its logits after the head in a way that lorafit does not know")
+        if _head(model) is None:
+            return cls(None, f"{name} has no head that lorafit can call")
+        return cls(steps)
+
+    def summed(self, model: Any, batch: MicroBatch, share: float | Tensor = 1.0) -> Tensor:
+        """`share` (a tensor () in fp32, where it changes under a recorded graph) times the sum (not mean) of the token
+        losses, in fp32.
+
+        `share` is one over the whole step's supervised tokens: a mean over each micro-batch, averaged over the step,
+        would weigh tokens by their neighbours. Multiplying the result by it would round the gradient once more.
+        """
+        if self.steps is None:
+            return cross_entropy(supervised_logits(model, batch).float(), batch.targets, reduction="sum") * share
+        head = _head(model)
+        assert head is not None, "the model lost its head since its loss was chosen"
+        with _watched(head, starve=True) as seen:
+            _run(model, batch)
+        assert len(seen) == 1, "the model does not call its head once"
+        hidden, autocast = seen[0]
+        with autocast:
+            return chunked_loss(hidden[0], batch.targets, head, self.steps, share=share)
+
+
+def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
+    """Summed loss of `batch` in fp32, in chunks where the family's table says how; see VocabularyLoss.summed."""
+    return VocabularyLoss.expected(model).summed(model, batch)
+
+
+def supervised_logits(model: Any, batch: MicroBatch) -> Tensor:
+    """Logits (supervised tokens, vocabulary) at the positions that predict a supervised token.
+
+    The head runs at those positions only (transformers' `logits_to_keep`), so prompt tokens cost no vocabulary.
+    """
+    logits: Tensor = _run(model, batch).logits[0]
+    return logits
+
+
+def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
+    """The chunked loss if it is that of the model's own logits on `rows`, else the loss from whole logits.
+
+    `model` must be on packed attention. Never a wrong loss: logits, loss and gradient are compared.
+    """
+    expected = VocabularyLoss.expected(model)
+    head = _head(model)
+    if head is None:
+        return expected
+    steps = expected.steps or LogitSteps()  # the table does not know: perhaps there is no step at all
+    was_training = model.training
+    model.eval()
+    batch = collate(rows).to(next(head.parameters()).device)
+    first = slice(0, PROOF_TOKENS)
+    difference = _difference(
+        model, head, replace(batch, predictors=batch.predictors[first], targets=batch.targets[first]), steps
+    )
+    model.train(was_training)
+    if difference is None:
+        return VocabularyLoss(steps)
+    name = type(unwrapped(model)).__name__
+    return VocabularyLoss(None, f"{name}'s logits are made whole, which takes more memory: {difference}")
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model within PEFT's and DistributedDataParallel's wrappers."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _head(model: Any) -> nn.Module | None:
+    core = unwrapped(model)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _run(model: Any, batch: MicroBatch) -> Any:
+    return model(
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        attention_mask=None,
+        use_cache=False,
+        logits_to_keep=batch.predictors,
+        segments=batch.segments,
+    )
+
+
+@contextmanager
+def _watched(head: nn.Module, *, starve: bool) -> Iterator[list[tuple[Tensor, torch.autocast]]]:
+    """What the head is given within, (1, tokens, hidden) each, and under which autocast; `starve` gives it no token.
+
+    The model's own forward runs, so its family, PEFT and DistributedDataParallel all do their part.
+    """
+    seen: list[tuple[Tensor, torch.autocast]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        seen.append((inputs[0], _autocast_here(inputs[0].device.type)))
+        return (inputs[0][:, :0], *inputs[1:]) if starve else None
+
+    handle = head.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _autocast_here(device: str) -> torch.autocast:
+    """The autocast in force, to be entered again: accelerate's ends with the model's forward, before the loss."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+
+def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps) -> str | None:
+    """How the chunked loss departs from the model's own logits on `batch`; None when rounding explains it."""
+    with torch.no_grad(), _watched(head, starve=False) as seen:
+        own = _run(model, batch).logits[0]
+    if len(seen) != 1 or seen[0][0].shape[:2] != (1, batch.supervised):
+        return "its head is not called once, on the supervised tokens"
+    hidden, autocast = seen[0]
+    leaf = hidden[0].detach().requires_grad_()
+    with autocast:
+        given = head(leaf)
+        chunked = chunked_loss(leaf, batch.targets, head, steps)
+    logits = apply_steps(given, steps)
+    if logits.shape != own.shape:
+        return f"its head gives {logits.shape[1]} logits and the model {own.shape[1]}"
+    whole = cross_entropy(logits, batch.targets, reduction="sum")
+    gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (chunked, whole)]
+    for name, (got, expected) in {"logits": (logits, own), "loss": (chunked, whole), "gradient": gradients}.items():
+        off = _relative(got.detach(), expected.detach())
+        if not off <= TOLERANCE.get(given.dtype, 1e-2):
+            return f"after the head it takes steps that lorafit does not know ({name} {off:.1%} off)"
+    return None
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-9))
