@@ -1,8 +1,8 @@
 """The fault campaign: kill, damage, fill, block and poison runs, and see whether they end in the same bits.
 
-`python bench/faults.py` prints the table of docs/reliability.md (about ten minutes on one core); `--short` is the
-form that the test suite runs. A parent process imports everything once and forks the runs it kills. Exit code 1 when
-lorafit lost anything.
+`python bench/faults.py` prints the figures of docs/internals/checkpoints.md (about ten minutes on one core); `--short`
+is the form that the test suite runs. A parent process imports everything once and forks the runs it kills. Exit code
+1 when lorafit lost anything.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Where the memory goes, per setting: the picture of docs/engine.md, from the plan's own estimate. No torch, no card.
+"""Where the memory goes, per setting: the picture of docs/concepts/memory.md, from the plan itself. No torch, no GPU.
 
-    python bench/memory_picture.py docs/engine-memory.svg     # or a .png, to look at
+    python bench/memory_picture.py docs/concepts/memory.svg     # or a .png, to look at
 
 One bar a setting: a Llama-3.1-8B shape in NF4, r = 16 on q and v, steps of 4 × 2,048 tokens on an H200. The same
 numbers give the same file. Measured peaks are typed in below, with what they were measured under.

@@ -1,4 +1,4 @@
-"""The defects of the classic QLoRA code, one test each. See docs/recipe.md."""
+"""The defects of the classic QLoRA code, one test each. See docs/guides/train.md."""
 
 import warnings
 
