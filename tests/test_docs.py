@@ -170,11 +170,12 @@ def test_every_finding_has_a_section():
         assert code in sections, f"docs/findings.md has no section {code}"
 
 
-def test_the_architecture_page_quotes_the_main_path_as_it_runs():
+@pytest.mark.parametrize(("mark", "file"), [("main path", "api/train.py"), ("one step", "training/loop.py")])
+def test_the_architecture_page_quotes_the_code_that_runs(mark, file):
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    quoted = re.search(r"<!-- main path -->\n```python\n(.*?)```", page, re.DOTALL)
+    quoted = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", page, re.DOTALL)
     assert quoted is not None and len(quoted[1].splitlines()) >= 5
-    assert solid(quoted[1]) in solid((ROOT / "src/lorafit/api/train.py").read_text(encoding="utf-8"))
+    assert solid(quoted[1]) in solid((ROOT / "src/lorafit" / file).read_text(encoding="utf-8"))
 
 
 def solid(code: str) -> str:
