@@ -36,7 +36,7 @@ def report(*_: Any) -> None:
     functions: dict[str, int] = collections.Counter(file for file, _ in entered)
     packages: dict[str, list[str]] = collections.defaultdict(list)
     for file in sorted(functions):
-        packages[file.split(os.sep)[0]].append(f"{file.partition(os.sep)[2] or file}({functions[file]})")
+        packages[Path(file).parts[0]].append(f"{file.partition(os.sep)[2] or file}({functions[file]})")
     for package, files in packages.items():
         print(f"{package} {len(files)}: {' '.join(files)}", file=sys.stderr)
     print(json.dumps({"files": len(functions), "functions": len(entered)}), file=sys.stderr, flush=True)

@@ -20,9 +20,8 @@ from matplotlib.patches import Patch
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.memory import DataStats, PlanInputs
-from lorafit.memory.activations import Execution
-from lorafit.memory.estimate import memory_of
-from lorafit.memory.execution_plan import ExecutionPlan, plan_execution
+from lorafit.memory.execution_plan import ExecutionPlan, memory_of, plan_execution
+from lorafit.memory.footprint import Execution
 from lorafit.shapes import ModelShape
 
 GIB = 1 << 30

@@ -50,10 +50,9 @@ import transformers
 from parity_products import quick_products
 from transformers import TrainerCallback
 
-from lorafit.api.train import train
-from lorafit.api.trained_run import TrainedRun
+from lorafit.api.train import TrainedRun, train
 from lorafit.backbone import FrozenLinear4bit, computing_in
-from lorafit.backbone.precision import computes_in_fp8, default_device
+from lorafit.backbone.architecture import computes_in_fp8, default_device
 from lorafit.config import load_recipe, resolve
 from lorafit.demo import BASE, RECIPE, TASKS, Task, write_split
 from lorafit.demo.tasks import rows as task_rows
@@ -61,7 +60,7 @@ from lorafit.errors import LorafitError, UsageError
 from lorafit.evaluate import exact_match
 from lorafit.export import Row, TransformersModel
 from lorafit.export.verify.comparison import Reference
-from lorafit.training.batches.steps import StepDataset
+from lorafit.training.batches import StepDataset
 
 LOSS_BOUND = 0.005
 """Largest relative difference of one step's loss."""

@@ -11,7 +11,7 @@ from random import Random
 
 import numpy as np
 
-from lorafit.api.trained_run import TrainedRun
+from lorafit.api.train import TrainedRun
 from lorafit.data import TextTokenizer
 from lorafit.demo import TASKS, Task
 from lorafit.demo.tasks import Row

@@ -11,7 +11,7 @@ import lorafit
 from little_run import write_rows
 from lorafit.demo import BASE
 from lorafit.errors import DataError, UsageError
-from lorafit.training.batches.steps import StepDataset
+from lorafit.training.batches import StepDataset
 
 
 @pytest.fixture

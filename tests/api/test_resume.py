@@ -15,9 +15,8 @@ import pytest
 from transformers import TrainerCallback
 
 from little_run import settings, write_rows
-from lorafit.api.manifest import environment
+from lorafit.api.manifest import environment, layout_of, resume_from
 from lorafit.api.observer import Observer
-from lorafit.api.resume import layout_of, resume_from
 from lorafit.api.train import train
 from lorafit.cli import main
 from lorafit.config.memory_policy import MemoryPolicy

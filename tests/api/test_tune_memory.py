@@ -11,9 +11,8 @@ import torch
 
 from little_run import encoded_rows, settings
 from little_trainer import training_loop
-from lorafit.api import tune_memory as module
-from lorafit.api.build_model import BuiltModel, enforce_budget
-from lorafit.api.tune_memory import _work, tune_memory
+from lorafit.api import build_model as module
+from lorafit.api.build_model import BuiltModel, _work, enforce_budget, tune_memory
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
@@ -27,7 +26,7 @@ from lorafit.objectives import Sft
 from lorafit.runs import RunDir
 from lorafit.training import EventLog
 from lorafit.training import loop as loop_module
-from lorafit.training.guards.allocator_watch import AllocatorWatch
+from lorafit.training.guards.memory_retry import AllocatorWatch
 
 
 def built(config):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lorafit.backbone import FrozenLinear4bit, compute_dtype, load_backbone
-from lorafit.backbone.precision import computes_in_fp8
+from lorafit.backbone.architecture import computes_in_fp8
 from lorafit.config import RunConfig
 from lorafit.errors import BackboneError
 from tiny_models import save_base

@@ -1,6 +1,6 @@
 import pytest
 
-from lorafit.config.units import at_least, at_most, size_in_words
+from lorafit.config.foreign_text import at_least, at_most, size_in_words
 from lorafit.hardware.device import GIB
 
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from lorafit.engine import PAGE_BYTES, allocator, let_blocks_grow, lock_pages_by_threads
-from lorafit.engine.allocator import VARIABLES, fixed_blocks
+from lorafit.engine import PAGE_BYTES, let_blocks_grow, lock_pages_by_threads
+from lorafit.engine import runtime as allocator
+from lorafit.engine.runtime import VARIABLES, fixed_blocks
 
 GETTER, SETTER = "_accelerator_getAllocatorSettings", "_accelerator_setAllocatorSettings"
 GROWING = "expandable_segments:True"
@@ -234,7 +235,7 @@ def test_torch_itself_takes_the_setting_beside_the_users():
 ON_CARD = """
 import bitsandbytes, json, torch
 from lorafit.engine import let_blocks_grow
-from lorafit.engine.allocator import fixed_blocks
+from lorafit.engine.runtime import fixed_blocks
 before = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
 let_blocks_grow()
 torch.cuda.set_per_process_memory_fraction((1 << 30) / torch.cuda.mem_get_info()[1])

@@ -6,7 +6,7 @@ import torch
 
 from lorafit.engine import warm_compiler
 
-room = sys.modules["lorafit.engine.compiler"]
+room = sys.modules["lorafit.engine.runtime"]
 
 
 def state():

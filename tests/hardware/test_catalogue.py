@@ -1,4 +1,4 @@
-from lorafit.hardware.catalogue import CARDS
+from lorafit.hardware.device import CARDS
 
 
 def test_every_row_of_the_table_is_plausible():

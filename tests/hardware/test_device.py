@@ -71,7 +71,7 @@ def test_a_card_outside_the_table_keeps_its_memory_and_says_what_is_assumed():
 
 
 def test_a_name_in_the_table_leads_to_its_own_row():
-    from lorafit.hardware.catalogue import CARDS
+    from lorafit.hardware.device import CARDS
 
     for card in CARDS:
         for name in (card.name, *card.aliases):

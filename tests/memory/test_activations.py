@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.memory.activations import LOSS_CHUNK_BYTES, SCORES, Execution, activations
+from lorafit.memory.footprint import LOSS_CHUNK_BYTES, SCORES, Execution, activations
 from lorafit.memory.inputs import MicroBatch
 from lorafit.shapes import ModelShape
 from planning_shapes import LLAMA_8B, shape

@@ -7,8 +7,8 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
 from lorafit.memory import DataStats, PlanInputs, estimate_memory
-from lorafit.memory.activations import Execution
-from lorafit.memory.estimate import kept_in_words
+from lorafit.memory.execution_plan import kept_in_words
+from lorafit.memory.footprint import Execution
 from planning_shapes import LLAMA_1B, LLAMA_8B, PHI3, facts, shape
 
 H200 = hardware_named("H200")

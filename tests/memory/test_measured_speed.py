@@ -11,7 +11,7 @@ from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB
 from lorafit.memory import DataStats, PlanInputs, estimate_memory
 from lorafit.memory.execution_plan import plan_execution
-from lorafit.memory.static_memory import CUDA_CONTEXT_BYTES
+from lorafit.memory.footprint import CUDA_CONTEXT_BYTES
 from planning_shapes import LLAMA_1B, shape
 
 H200 = hardware_named("H200")

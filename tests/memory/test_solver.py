@@ -5,9 +5,8 @@ import pytest
 
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware.device import GIB
-from lorafit.memory.layer_costs import Split
+from lorafit.memory.layer_costs import Split, timeline_s
 from lorafit.memory.solver import LayerCosts, Link, Room, micro_sizes, solve, solve_micro
-from lorafit.memory.timeline import timeline_s
 from planning_shapes import random_case
 
 TOKENS = 8192

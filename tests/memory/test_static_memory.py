@@ -3,7 +3,7 @@ import pytest
 from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
-from lorafit.memory.static_memory import (
+from lorafit.memory.footprint import (
     NF4_BYTES,
     movable_embedding_bytes,
     static_memory,

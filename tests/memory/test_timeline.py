@@ -3,8 +3,7 @@
 import pytest
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.memory.layer_costs import LayerCosts, Link, Split
-from lorafit.memory.timeline import offload_schedule, timeline_s
+from lorafit.memory.layer_costs import LayerCosts, Link, Split, offload_schedule, timeline_s
 from planning_shapes import random_case
 
 COSTS = LayerCosts(8, 100, 40, 10, 1.0, 2.0, 0.5, 1.1, loss_s=1.0)

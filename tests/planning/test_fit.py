@@ -7,7 +7,7 @@ from lorafit.config import RunConfig
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
 from lorafit.memory import DataStats, PlanInputs, estimate_memory
-from lorafit.planning.fit import obstacles
+from lorafit.planning.pitfalls import obstacles
 from planning_shapes import GPT2, LLAMA_1B, LLAMA_8B, TINY, facts, shape
 
 H100 = hardware_named("H100")

@@ -6,7 +6,7 @@ from lorafit.config import resolve
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
 from lorafit.planning import make_plan
-from lorafit.planning.matrix import DEFAULT_SERVING, MATRIX, SERVING, Case, choose, rank_limit
+from lorafit.planning.decisions import DEFAULT_SERVING, MATRIX, SERVING, Case, choose, rank_limit
 from planning_shapes import TINY, facts, shape
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from lorafit.errors import RunDirError
 from lorafit.runs import RunLock
-from lorafit.runs.lock import LOCK, OWNER, Owner
+from lorafit.runs.writing import LOCK, OWNER, Owner
 
 CONTEXT = multiprocessing.get_context("fork")
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from lorafit.api.merge import MergedRun, merge
 from lorafit.api.observer import Observer
-from lorafit.api.train import train
-from lorafit.api.trained_run import TrainedRun
+from lorafit.api.train import TrainedRun, train
 from lorafit.config import load_recipe
 from lorafit.demo import BASE, RECIPE, task_named, write_split
 from lorafit.evaluate import ExactMatch, exact_match

@@ -1,4 +1,4 @@
-"""train: data and a base in, a run directory with a proved-loadable adapter out."""
+"""TrainedRun: what `train` gives back."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafit.api.build_model import BuiltModel, build_model
-from lorafit.api.manifest import Manifest, fingerprint_of, new_run_id, write_relied_on
+from lorafit.api.build_model import BuiltModel, build_model, tune_memory
+from lorafit.api.manifest import (
+    Manifest,
+    fingerprint_of,
+    known_identity,
+    layout_of,
+    new_run_id,
+    refuse_at_end,
+    refuse_stopped,
+    resume_from,
+    save_result,
+    write_relied_on,
+)
 from lorafit.api.observer import Observer
 from lorafit.api.plan import plan_prepared
 from lorafit.api.preflight import before_loading, before_reading, require_ready
-from lorafit.api.resume import known_identity, layout_of, refuse_at_end, refuse_stopped, resume_from, save_result
 from lorafit.api.settings import require_base, require_data, settle, template_for
-from lorafit.api.trained_run import TrainedRun
-from lorafit.api.tune_memory import tune_memory
 from lorafit.backbone import redirect_library_logs
 from lorafit.config import Resolved, RunConfig
-from lorafit.data import Prepared, Template, prepare, require_clean
+from lorafit.data import Prepared, Rows, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
+from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
+from lorafit.methods.lora import Counts
 from lorafit.runs import RunDir, RunIdentity, RunLock
 from lorafit.runs.lookup import OtherRows, Place, begin_anew, find_place, next_free, put_back
 from lorafit.runs.signals import EarlySignals, StopSignals
@@ -42,6 +52,41 @@ from lorafit.training import (
     deterministic,
     get_available_reporting_integrations,
 )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run: its directory, the live model, and what it took."""
+
+    run: RunDir
+    resolved: Resolved
+    model: Any
+    template: Template
+    train_rows: Rows
+    held_out_rows: Rows
+    findings: list[Finding]
+    counts: Counts
+    steps: int
+    tokens: int
+    train_s: float
+    loss: float
+    eval_loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return {
+            "run": str(self.run.path),
+            "steps": self.steps,
+            "train_rows": len(self.train_rows),
+            "held_out_rows": len(self.held_out_rows),
+            "loss": self.loss,
+            "eval_loss": self.eval_loss,
+            "train_s": round(self.train_s, 2),
+            "tokens_per_s": round(self.tokens / max(self.train_s, 1e-9)),
+            "trainable_parameters": self.counts.trainable,
+            "total_parameters": self.counts.total,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
 
 
 def train(

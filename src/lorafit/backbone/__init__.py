@@ -1,23 +1,23 @@
 """The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
 
-from lorafit.backbone.architecture import output_head, text_decoder, unwrapped
+from lorafit.backbone.architecture import compute_dtype, default_device, output_head, text_decoder, unwrapped
 from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
-from lorafit.backbone.kernels.convert import (
+from lorafit.backbone.kernels.frozen_linear import (
+    FrozenLinear4bit,
     dequantise,
     dequantize_linear,
     dequantize_linears,
     forget_quantisation,
+    freeze_linears,
     quantise,
     true_numel,
 )
-from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit, freeze_linears
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config
-from lorafit.backbone.precision import compute_dtype, default_device
 
 __all__ = [
     "FreshWeight",

@@ -1,4 +1,4 @@
-"""Architecture: what a base's config.json says it is, and its modules without their weights."""
+"""What a base's config.json says it is, its modules without weights, and the precision it computes in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lorafit.config import read_json
+from lorafit.backbone.kernels.frozen_linear_op import kernels_work
+from lorafit.config import RunConfig, read_json
 from lorafit.errors import BackboneError
 
 
@@ -131,3 +132,48 @@ def _check_quantisation(quantisation: Any, folder: Path) -> None:
 def one_line(error: BaseException) -> str:
     """The message of another library's error, in one line of at most 300 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (8, 9)
+
+
+def default_device() -> torch.device:
+    """The current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -> torch.dtype:
+    """`config.compute` as a dtype; `auto` is bf16 where the card has it, else fp16, and fp32 on a CPU.
+
+    With "fp8" only the frozen matmuls are in FP8, and all else in bf16.
+    """
+    if config.compute != "auto":
+        return DTYPES[config.compute]
+    place = default_device() if device is None else torch.device(device)
+    if place.type != "cuda":
+        return torch.float32
+    # emulated bf16 is slower than fp16, so it does not count
+    with torch.cuda.device(place):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
+    """Whether the frozen matmuls run in FP8. Raises BackboneError where the settings ask for it and it cannot be."""
+    if config.compute != "fp8":
+        return False
+    if config.quantization == "none":
+        raise BackboneError("compute=fp8 is for a base in 4 bits", fix="use quantization=nf4, or compute=bf16")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < FP8_CAPABILITY:
+        raise BackboneError(
+            f"compute=fp8 needs an NVIDIA card of compute capability 8.9 or more, and this is {_in_words(device)}",
+            fix="use compute=bf16",
+        )
+    if not kernels_work(device.index if device.index is not None else torch.cuda.current_device()):
+        raise BackboneError("compute=fp8 needs Triton and a C compiler that it can use", fix="use compute=bf16")
+    return True
+
+
+def _in_words(device: torch.device) -> str:
+    return f"an {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "a CPU"

@@ -17,12 +17,18 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lorafit.backbone.architecture import is_prequantised, linears_to_quantise, read_architecture, skeleton
+from lorafit.backbone.architecture import (
+    compute_dtype,
+    default_device,
+    is_prequantised,
+    linears_to_quantise,
+    read_architecture,
+    skeleton,
+)
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.bitsandbytes_import import QuantState
-from lorafit.backbone.kernels.convert import dequantise, quantise
+from lorafit.backbone.kernels.frozen_linear import dequantise, quantise
 from lorafit.backbone.kernels.frozen_linear_op import unpack
-from lorafit.backbone.precision import compute_dtype, default_device
 from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import BackboneError
 

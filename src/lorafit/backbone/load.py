@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 
 from lorafit.backbone.architecture import (
     architecture_of,
+    compute_dtype,
+    computes_in_fp8,
+    default_device,
     is_prequantised,
     linears_to_quantise,
     one_line,
@@ -25,7 +28,6 @@ from lorafit.backbone.architecture import (
 from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.bitsandbytes_import import Params4bit
 from lorafit.backbone.kernels.frozen_linear import freeze_linears
-from lorafit.backbone.precision import compute_dtype, computes_in_fp8, default_device
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError
 

@@ -16,7 +16,7 @@ from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import RunFinished, UsageError
 
 if TYPE_CHECKING:
-    from lorafit.api.trained_run import TrainedRun
+    from lorafit.api.train import TrainedRun
 
 EXAMPLES = """Examples:
 

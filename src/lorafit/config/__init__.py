@@ -1,10 +1,9 @@
 """Settings: one frozen `RunConfig`, and `resolve`, which says where each value came from."""
 
 from lorafit.config.base_files import MergeBase, base_folder
-from lorafit.config.foreign_text import parse_json, read_json
+from lorafit.config.foreign_text import parse_bytes, parse_json, read_json
 from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
 from lorafit.config.run_config import MAX_SCALE, PLANNED, RunConfig
-from lorafit.config.units import parse_bytes
 
 __all__ = [
     "MAX_SCALE",

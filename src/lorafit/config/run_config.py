@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorafit.config.foreign_text import parse_bytes
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.config.setting_aliases import SETTING_ALIASES, translate
-from lorafit.config.units import parse_bytes
 from lorafit.errors import UsageError
 from lorafit.findings import is_code_prefix
 

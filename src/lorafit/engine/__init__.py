@@ -1,16 +1,8 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
-from lorafit.engine.allocator import (
-    PAGE_BYTES,
-    allocator_retries,
-    let_blocks_grow,
-    lock_pages_by_threads,
-    release_memory,
-)
 from lorafit.engine.attention.packed import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.autotune.dry_run import Rehearsal, rehearse
 from lorafit.engine.autotune.problem import Work
-from lorafit.engine.compiler import warm_compiler
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.generate import generate
 from lorafit.engine.isolation import Isolation, assert_isolated
@@ -18,6 +10,14 @@ from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.loss.vocabulary import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
 from lorafit.engine.packing import MicroBatch, Segments, Step, collate
+from lorafit.engine.runtime import (
+    PAGE_BYTES,
+    allocator_retries,
+    let_blocks_grow,
+    lock_pages_by_threads,
+    release_memory,
+    warm_compiler,
+)
 
 __all__ = [
     "PAGE_BYTES",

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine.allocator import fixed_blocks, release_memory
 from lorafit.engine.attention.packed import ROUND_WIDTH
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.loss.vocabulary import IGNORED
 from lorafit.engine.packing import MicroBatch, Segments, layout_on, on_host
+from lorafit.engine.runtime import fixed_blocks, release_memory
 
 SIZES = 16
 """Sizes up to the largest, equally far apart: steps of a like number of examples differ by a share of that."""

@@ -13,8 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.memory.layer_costs import LayerCosts, Link, Split
-from lorafit.memory.timeline import IN_FLIGHT, timeline_s
+from lorafit.memory.layer_costs import IN_FLIGHT, LayerCosts, Link, Split, timeline_s
 
 __all__ = ["LayerCosts", "Link", "Room", "Solution", "solve", "solve_micro"]
 

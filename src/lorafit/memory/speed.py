@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
 from lorafit.hardware.device import CORE_GFLOPS
-from lorafit.memory.activations import Activations, Execution
+from lorafit.memory.footprint import NF4_BYTES, Activations, Execution
 from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import LayerCosts
-from lorafit.memory.static_memory import NF4_BYTES
 from lorafit.shapes import ModelShape, Projection
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from lorafit.config import RunConfig
 from lorafit.findings import Finding, Severity
 from lorafit.hardware import Hardware, hardware_named
-from lorafit.hardware.catalogue import PRICES_AS_OF
-from lorafit.hardware.device import CORE_GFLOPS_RANGE
-from lorafit.memory.activations import Execution, activations, execution_of
-from lorafit.memory.estimate import MemoryEstimate, memory_of
-from lorafit.memory.execution_plan import FRAGMENTATION, UNCERTAINTY, ExecutionPlan, plan_execution
+from lorafit.hardware.device import CORE_GFLOPS_RANGE, PRICES_AS_OF
+from lorafit.memory.execution_plan import (
+    FRAGMENTATION,
+    UNCERTAINTY,
+    ExecutionPlan,
+    MemoryEstimate,
+    memory_of,
+    plan_execution,
+)
+from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, activations, execution_of
 from lorafit.memory.inputs import DataStats, PlanInputs
-from lorafit.memory.static_memory import CUDA_CONTEXT_BYTES, Component
 from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)

@@ -1,17 +1,206 @@
-"""The classic pitfalls of a LoRA run, P1 to P7 (P5, mixed templates, is judged from the data by `data/`)."""
+"""P0 to P7: what keeps a run from finishing, and the classic pitfalls of a LoRA run."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from typing import Any
 
-from lorafit.config import RunConfig
+from lorafit.config import RunConfig, parse_bytes
+from lorafit.config.foreign_text import at_least, at_most
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.config.units import at_least, at_most
 from lorafit.findings import Finding, Severity
-from lorafit.hardware import Hardware
-from lorafit.memory.estimate import MemoryEstimate
+from lorafit.hardware.device import CARDS, GIB, Hardware, from_card
+from lorafit.memory.execution_plan import MemoryEstimate, estimate_memory
 from lorafit.memory.inputs import PlanInputs
-from lorafit.planning.matrix import rank_limit
+from lorafit.planning.decisions import rank_limit
+
+FREEZABLE = (None, "nf4", "fp4")
+TENTH = GIB // 10
+"""Advice is given in tenths of a GiB, rounded up, so that following it is enough."""
+
+
+def obstacles(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
+    """Find everything that would stop the run: memory, a base of the wrong kind, rows beyond its positions."""
+    yield from _kind(inputs)
+    yield from _positions(inputs)
+    yield from _optimizer(inputs)
+    yield from _budget(inputs)
+    if not memory.fits(inputs.hardware):
+        yield _too_large(inputs, memory)
+    elif memory.peak_bytes * (1 + memory.uncertainty) > inputs.hardware.memory_bytes:
+        yield _tight(inputs, memory)
+
+
+def _kind(inputs: PlanInputs) -> Iterator[Finding]:
+    """Find a base that is quantised already, or whose layers cannot be."""
+    shape, quantization = inputs.shape, inputs.config.quantization
+
+    def stop(message: str, where: str, why: str, fix: str) -> Finding:
+        return Finding("P0", Severity.ERROR, message, where=where, why=why, fix=fix)
+
+    if shape.quantized not in FREEZABLE:
+        why = "lorafit freezes 16-bit checkpoints, or 4-bit ones of bitsandbytes"
+        seen = f"the base is already quantised with {shape.quantized:.40}"
+        yield stop(seen, "base", why, "choose the base's 16-bit checkpoint")
+    elif shape.quantized and quantization == "none":
+        yield stop(
+            f"the base is already in {shape.quantized}, and quantization is none",
+            "quantization",
+            "4-bit weights cannot be loaded as 16-bit ones",
+            "set quantization: nf4, or choose the base's 16-bit checkpoint",
+        )
+    if shape.linear_class == "Conv1D" and quantization == "nf4":
+        yield stop(
+            f"{shape.family} keeps its projections in Conv1D layers, which are not supported in 4 bits",
+            "quantization",
+            "their weights lie transposed, and the 4-bit layer is a Linear",
+            "set quantization: none, or choose a base with linear layers",
+        )
+
+
+def _positions(inputs: PlanInputs) -> Iterator[Finding]:
+    shape, longest = inputs.shape, inputs.stats.longest
+    if shape.max_positions and longest > shape.max_positions:
+        learned = shape.learned_positions
+        yield Finding(
+            "P0",
+            Severity.ERROR if learned else Severity.WARNING,
+            f"the longest row has {longest:,} tokens, and the base was made for {shape.max_positions:,}",
+            where="data",
+            why="it has no positions beyond that" if learned else "it has never seen positions beyond that",
+            fix=f"set max_length: {shape.max_positions} and on_long: drop, or choose a base with a longer context",
+        )
+
+
+def _optimizer(inputs: PlanInputs) -> Iterator[Finding]:
+    if not inputs.on_cuda and inputs.config.optimizer not in ("auto", "adamw"):
+        yield Finding(
+            "P0",
+            Severity.ERROR,
+            f"the optimizer is {inputs.config.optimizer}, and there is no CUDA card",
+            where="optimizer",
+            why="the 8-bit optimizers are CUDA kernels",
+            fix="set optimizer: adamw, or leave it on auto",
+        )
+
+
+def _budget_bytes(inputs: PlanInputs) -> int | None:
+    return parse_bytes(inputs.config.gpu_memory, "gpu_memory") if inputs.config.gpu_memory else None
+
+
+def _budget(inputs: PlanInputs) -> Iterator[Finding]:
+    """Find a budget beyond the device's memory, which stays the limit."""
+    budget = _budget_bytes(inputs)
+    if budget and budget > inputs.hardware.memory_bytes:
+        there = at_most(inputs.hardware.memory_bytes)
+        yield Finding(
+            "P0",
+            Severity.WARNING,
+            f"gpu_memory is {at_least(budget)}, and {inputs.hardware.name} has {there}",
+            where="gpu_memory",
+            why=f"a budget cannot add memory: the plan is for {there}",
+            fix="lower gpu_memory, leave it out, or name a larger card with gpu",
+        )
+
+
+def _is_budgeted(inputs: PlanInputs) -> bool:
+    """True when the setting `gpu_memory` is the limit, and not the device."""
+    budget = _budget_bytes(inputs)
+    return budget is not None and budget <= inputs.hardware.memory_bytes
+
+
+def _there(inputs: PlanInputs) -> str:
+    """Return the memory there is, with its limit's name."""
+    has = at_most(inputs.hardware.memory_bytes)
+    return f"gpu_memory allows {has}" if _is_budgeted(inputs) else f"{inputs.hardware.name} has {has}"
+
+
+def _too_large(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
+    return Finding(
+        "P0",
+        Severity.ERROR,
+        f"the run needs about {at_least(memory.peak_bytes)}, and {_there(inputs)}",
+        where="memory",
+        why="it would end in out-of-memory",
+        fix=what_would_fit(inputs, memory.uncertainty),
+    )
+
+
+def _tight(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
+    return Finding(
+        "P0",
+        Severity.WARNING,
+        f"the run needs about {at_least(memory.peak_bytes)} ± {memory.uncertainty:.0%}, and {_there(inputs)}",
+        where="memory",
+        why="the estimate is not exact enough to promise that it fits",
+        fix=what_would_fit(inputs, memory.uncertainty),
+    )
+
+
+def what_would_fit(inputs: PlanInputs, margin: float = 0.0) -> str:
+    """Return the smallest change of settings that fits with the estimate's `margin` to spare.
+
+    Where no change does, return the memory, and the smallest GPU, that would do with all of them.
+    """
+    remedies = list(_remedies(inputs))
+    for remedy in remedies:
+        if _fits(inputs.with_settings(**remedy), margin):
+            return f"set {_settings(remedy)}"
+    together: dict[str, Any] = {}
+    for remedy in remedies:
+        together |= remedy
+        if together != remedy and _fits(inputs.with_settings(**together), margin):
+            return f"set {_settings(together)}"
+    return _more_memory(inputs.with_settings(**together), together, margin)
+
+
+def _fits(inputs: PlanInputs, margin: float) -> bool:
+    return estimate_memory(inputs).peak_bytes * (1 + margin) <= inputs.hardware.memory_bytes
+
+
+def _remedies(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
+    """Name the changes that save memory, the least painful first.
+
+    A memory policy on auto tries smaller micro-batches itself.
+    """
+    auto = {"memory_policy": "auto"} if inputs.config.memory_policy != "auto" else {}
+    if auto:
+        yield auto
+    shape = inputs.shape
+    if inputs.config.quantization == "none" and shape.quantized is None and shape.linear_class == "Linear":
+        yield {"quantization": "nf4"}
+
+
+def _more_memory(inputs: PlanInputs, changes: dict[str, Any], margin: float) -> str:
+    def fits(tenths: int) -> bool:
+        return _fits(inputs.on(inputs.hardware.with_memory(tenths * TENTH)), margin)
+
+    # the run's need depends on the memory given, so the least that is enough has to be searched for
+    here, step = inputs.hardware.memory_bytes // TENTH, 1
+    while not fits(here + step):
+        step *= 2
+    beyond = range(here + step // 2 + 1, here + step)
+    enough = TENTH * (beyond.start + bisect_left(beyond, True, key=fits))
+    with_changes = f" with {_settings(changes)}" if changes else ""
+    if _is_budgeted(inputs):
+        budget = at_least(enough).replace(" ", "").replace(",", "")
+        return f"choose a smaller base, shorter rows, or gpu_memory: {budget}{with_changes}"
+    card = _smallest_card(enough, inputs.compute) if inputs.on_cuda else None
+    hint = f", as a card like '{card.name}' has" if card else ""
+    return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"
+
+
+def _smallest_card(size_bytes: int, compute: str) -> Hardware | None:
+    """Return the GPU with the least memory that has this much and supports `compute`; None when there is none."""
+    cards = sorted((from_card(card) for card in CARDS), key=lambda card: card.memory_bytes)
+    able = [card for card in cards if {"bf16": card.bf16, "fp8": card.fp8}.get(compute, True)]
+    return next((card for card in able if card.memory_bytes >= size_bytes), None)
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    return " and ".join(f"{key}: {value}" for key, value in changes.items())
+
 
 MAX_DROPOUT = 0.1
 

@@ -1,9 +1,8 @@
 """The life of a run directory: layout, lock, identity, lookup, staged writes, signals. No torch."""
 
 from lorafit.runs.identity import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
-from lorafit.runs.lock import RunLock
 from lorafit.runs.run_dir import RunDir, adapter_hashes, changed_file, file_hash, require_trained_adapter, write_text
-from lorafit.runs.staged_folder import follow_umask, staged_folder, sync
+from lorafit.runs.writing import RunLock, follow_umask, staged_folder, sync
 
 __all__ = [
     "FREE",

@@ -12,8 +12,8 @@ from pathlib import Path
 from lorafit.config import PLANNED, Resolved, RunConfig
 from lorafit.errors import LorafitError, RunDirError, RunFinished
 from lorafit.runs.identity import FREE, RunFingerprint, RunIdentity, differing_settings, held_settings
-from lorafit.runs.lock import RunLock
 from lorafit.runs.run_dir import RunDir
+from lorafit.runs.writing import RunLock
 
 REJECTED = "rejected.jsonl"
 ANEW = "pass --restart to begin anew (the old run is moved aside), or choose another --out"

@@ -15,8 +15,7 @@ from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
 from lorafit.errors import AdapterError, RunDirError
 from lorafit.runs.identity import RunIdentity
-from lorafit.runs.lock import LOCK, OWNER
-from lorafit.runs.staged_folder import sync
+from lorafit.runs.writing import LOCK, OWNER, sync
 
 PLACES = ("base", "revision", "data", "holdout")
 """Settings that name files: a run goes by what is in them."""

@@ -1,22 +1,19 @@
 """Training: an explicit loop over packed steps, its checkpoints, guards and logs."""
 
-from lorafit.training.batches.steps import StepDataset, largest_micro_batch, largest_within
-from lorafit.training.checkpoints.folder import Checkpoint
-from lorafit.training.checkpoints.resume import clear_unfinished, newest_whole, set_aside
+from lorafit.training.batches import StepDataset, largest_micro_batch, largest_within
+from lorafit.training.checkpoints.folder import Checkpoint, clear_unfinished, newest_whole, set_aside
 from lorafit.training.checkpoints.snapshot import ADAPTER
-from lorafit.training.guards.deterministic import deterministic
 from lorafit.training.guards.memory_retry import TunedMemory
-from lorafit.training.logging.events import EventLog, RunEvent
-from lorafit.training.logging.metrics_log import MetricsLog
 from lorafit.training.logging.progress import StepProgress, TrainingProgress
+from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
 from lorafit.training.loop import TrainingLoop
-from lorafit.training.optimization import (
+from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype, deterministic
+from lorafit.training.transformers_parts import (
     TrainerCallback,
     get_available_reporting_integrations,
     total_steps,
     training_arguments,
 )
-from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype
 
 __all__ = [
     "ADAPTER",

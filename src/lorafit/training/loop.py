@@ -20,11 +20,8 @@ from lorafit.errors import TrainingError
 from lorafit.methods import Method
 from lorafit.objectives import Objective
 from lorafit.runs.signals import StopSignals
-from lorafit.training.batches.prefetch import Prefetched
-from lorafit.training.batches.steps import Layout, StepDataset
-from lorafit.training.callbacks import Callbacks
-from lorafit.training.checkpoints.folder import Checkpoint
-from lorafit.training.checkpoints.resume import newest_whole
+from lorafit.training.batches import Layout, Prefetched, StepDataset
+from lorafit.training.checkpoints.folder import Checkpoint, newest_whole
 from lorafit.training.checkpoints.snapshot import (
     ADAPTER,
     Snapshot,
@@ -33,13 +30,13 @@ from lorafit.training.checkpoints.snapshot import (
 )
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
 from lorafit.training.distributed import Processes
-from lorafit.training.guards.allocator_watch import AllocatorWatch
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
-from lorafit.training.guards.memory_retry import MemoryRetry, TunedMemory, too_little_memory
-from lorafit.training.logging.events import EventLog
-from lorafit.training.logging.progress import StepProgress, TrainingClock, TrainingProgress
-from lorafit.training.logging.step_log import StepLog, StepNumbers
-from lorafit.training.optimization import (
+from lorafit.training.guards.memory_retry import AllocatorWatch, MemoryRetry, TunedMemory, too_little_memory
+from lorafit.training.logging.progress import StepLog, StepNumbers, StepProgress, TrainingClock, TrainingProgress
+from lorafit.training.logging.run_logs import EventLog
+from lorafit.training.schedule import OneByOne, autocast_dtype, compute_dtype
+from lorafit.training.transformers_parts import (
+    Callbacks,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -49,7 +46,6 @@ from lorafit.training.optimization import (
     training_arguments,
     withhold_unless_finite,
 )
-from lorafit.training.schedule import OneByOne, autocast_dtype, compute_dtype
 
 FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves with every step that overflows
 

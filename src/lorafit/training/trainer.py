@@ -7,9 +7,9 @@ from typing import Any
 
 from lorafit.data import Rows
 from lorafit.errors import CheckpointError
-from lorafit.training.checkpoints.resume import newest_whole
+from lorafit.training.checkpoints.folder import newest_whole
 from lorafit.training.loop import TrainingLoop
-from lorafit.training.optimization import Trainer
+from lorafit.training.transformers_parts import Trainer
 
 
 class LorafitTrainer(Trainer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorafit.backbone
-from lorafit.backbone.kernels.nf4 import code_values, kernel_takes, unpack_e4m3, unpack_weight
+from lorafit.backbone.kernels.frozen_linear_op import code_values, kernel_takes, unpack_e4m3, unpack_weight
 
 KERNELS = Path(lorafit.backbone.__file__).parent.joinpath("kernels", "nf4_kernels.py")
 needs_triton = pytest.mark.skipif(

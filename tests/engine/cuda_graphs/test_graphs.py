@@ -9,8 +9,9 @@ import torch
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, allocator, collate, packed
+from lorafit.engine import DecoderLayers, Graphs, VocabularyLoss, collate, packed
 from lorafit.engine import cuda_graphs as graphs
+from lorafit.engine import runtime as allocator
 from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 

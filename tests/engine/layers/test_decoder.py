@@ -16,8 +16,9 @@ from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine import DecoderLayers, Work, collate, packed, rehearse, summed_loss
 from lorafit.engine.autotune.measure import feed_forward_products, measure_level
-from lorafit.engine.layers import offload, recompute
-from lorafit.engine.layers.recompute import feed_forward_widths
+from lorafit.engine.layers import decoder as recompute
+from lorafit.engine.layers import offload
+from lorafit.engine.layers.decoder import feed_forward_widths
 from lorafit.methods.lora import attach
 from tiny_models import save_base, stir
 

@@ -3,7 +3,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.errors import AdapterError
 from lorafit.methods.lora import resolve_targets
-from lorafit.methods.lora.targets import linear_names, matching, unambiguous
+from lorafit.methods.lora.attach import linear_names, matching, unambiguous
 from tiny_models import FAMILIES, tiny_config
 
 SPLIT = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "mixtral", "qwen3_moe"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from little_run import encoded_rows, settings
 from lorafit.data import largest_step
 from lorafit.training import largest_micro_batch, largest_within
-from lorafit.training.batches.steps import Layout, StepDataset
+from lorafit.training.batches import Layout, StepDataset
 
 LENGTHS = (9, 12, 15, 30, 31, 32, 20, 8, 11, 26, 5, 17)
 EPOCHS = 5

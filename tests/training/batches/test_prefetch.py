@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorafit.engine import collate
-from lorafit.training.batches.prefetch import AHEAD, Prefetched, pinned
+from lorafit.training.batches import AHEAD, Prefetched, pinned
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from lorafit.training.checkpoints.states import generators_state, restore_generators
+from lorafit.training.checkpoints.snapshot import generators_state, restore_generators
 
 
 def draws():

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from safetensors.torch import load, save
 
-from lorafit.training.checkpoints.states import optimizer_state, restore_optimizer
+from lorafit.training.checkpoints.snapshot import optimizer_state, restore_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda weights: torch.optim.AdamW(weights, lr=0.01),

@@ -1,8 +1,8 @@
 import pytest
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.training.guards.allocator_watch import IN_A_ROW, AllocatorWatch
-from lorafit.training.logging.events import EventLog
+from lorafit.training.guards.memory_retry import IN_A_ROW, AllocatorWatch
+from lorafit.training.logging.run_logs import EventLog
 
 
 class Layers:

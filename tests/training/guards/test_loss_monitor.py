@@ -15,7 +15,7 @@ from lorafit.errors import AdapterError, TrainingError
 from lorafit.methods.lora import attach
 from lorafit.training import EventLog, MetricsLog
 from lorafit.training.guards.loss_monitor import MIN_SEEN, WINDOW, LossMonitor, SpikeRule
-from lorafit.training.logging.step_log import StepNumbers
+from lorafit.training.logging.progress import StepNumbers
 from tiny_models import save_base
 
 ROWS = encoded_rows(20, 9, 30, 14, 8, 11, 25, 17, 12, 21)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lorafit.training.optimization import withhold_unless_finite
+from lorafit.training.transformers_parts import withhold_unless_finite
 
 BAD = [(float("nan"), 1.0), (1.0, float("nan")), (float("inf"), 1.0), (1.0, float("-inf"))]
 

@@ -1,6 +1,6 @@
 """Lines that a disk refuses come later, in order, and no half line stays."""
 
-from lorafit.training.logging.events import LineFile
+from lorafit.training.logging.run_logs import LineFile
 
 
 def test_a_disk_that_refuses_gets_the_lines_later_and_in_order(tmp_path):

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 from lorafit.training import MetricsLog
-from lorafit.training.logging.metrics_log import line_of
+from lorafit.training.logging.run_logs import line_of
 
 HISTORY = [
     {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 0.1, "epoch": 0.5, "step": 1},

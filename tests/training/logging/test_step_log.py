@@ -13,7 +13,7 @@ from little_trainer import training_loop
 from lorafit.backbone import load_backbone
 from lorafit.methods.lora import attach
 from lorafit.training import MetricsLog
-from lorafit.training.logging.step_log import StepLog, StepNumbers
+from lorafit.training.logging.progress import StepLog, StepNumbers
 from tiny_models import save_base
 
 LENGTHS = (20, 9, 30, 14, 8, 11, 25, 17, 12, 21)

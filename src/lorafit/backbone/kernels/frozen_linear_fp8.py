@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from lorafit.backbone.bitsandbytes_import import QuantState
-from lorafit.backbone.kernels.frozen_linear_op import LIBRARY, frozen_linear, frozen_product, holder_of, op_arguments
-from lorafit.backbone.kernels.nf4 import E4M3, block_scales, unpack_e4m3
+from lorafit.backbone.kernels.frozen_linear_op import (
+    E4M3,
+    LIBRARY,
+    block_scales,
+    frozen_linear,
+    frozen_product,
+    holder_of,
+    op_arguments,
+    unpack_e4m3,
+)
 
 MULTIPLE = 16
 """`torch._scaled_mm` takes matrices whose widths are multiples of this."""

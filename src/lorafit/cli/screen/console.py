@@ -227,7 +227,7 @@ def loss(value: float) -> str:
 
 def gib(size_bytes: float) -> str:
     """Bytes as people read them."""
-    from lorafit.config.units import size_in_words  # pydantic stays out of --help
+    from lorafit.config.foreign_text import size_in_words  # pydantic stays out of --help
 
     return size_in_words(size_bytes)
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorafit.engine.packing import Group, groups_of
-from lorafit.memory.activations import SCORES
+from lorafit.memory.footprint import SCORES
 
 
 def grouped_attention(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine.allocator import allocator_retries, release_memory
 from lorafit.engine.autotune.problem import (
     HOST_SHARE,
     SLACK_BYTES,
@@ -33,6 +32,7 @@ from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import HostEmbedding, keep_embeddings_on_host
 from lorafit.engine.packing import MicroBatch
+from lorafit.engine.runtime import allocator_retries, release_memory
 from lorafit.hardware.detect import available_bytes
 
 LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine.allocator import release_memory
 from lorafit.engine.autotune.measure import (
     LevelCost,
     feed_forward_products,
@@ -27,11 +26,20 @@ from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.loss.vocabulary import CHUNK_BYTES
 from lorafit.engine.packing import MicroBatch
+from lorafit.engine.runtime import release_memory
 from lorafit.errors import TrainingError
 from lorafit.hardware.detect import available_bytes
-from lorafit.memory.layer_costs import FILLED, LayerCosts, Link, Split, graph_tokens
+from lorafit.memory.layer_costs import (
+    FILLED,
+    LayerCosts,
+    Link,
+    OffloadSchedule,
+    Split,
+    fullest_bytes,
+    graph_tokens,
+    offload_schedule,
+)
 from lorafit.memory.solver import Room, Solution, solve, solve_micro
-from lorafit.memory.timeline import OffloadSchedule, fullest_bytes, offload_schedule
 
 SLACK_BYTES = 192 << 20
 """Bytes left free for cuBLAS and cuDNN."""

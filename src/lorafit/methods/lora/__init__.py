@@ -1,10 +1,15 @@
 """LoRA adapters: attached, saved, loaded, merged; the only room that imports peft."""
 
-from lorafit.methods.lora.adapter_folder import AdapterSnapshot, load_adapter, restore_adapter, save_adapter
-from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config
-from lorafit.methods.lora.deltas import Delta, Deltas
+from lorafit.methods.lora.adapter_folder import (
+    AdapterSnapshot,
+    Delta,
+    Deltas,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+)
+from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
 from lorafit.methods.lora.lora import Lora
-from lorafit.methods.lora.targets import resolve_targets
 
 __all__ = [
     "AdapterSnapshot",

@@ -1,14 +1,11 @@
-"""The adapter's folder: PEFT's format, safetensors only, and nothing in it trusted before it is checked.
-
-`save_adapter` and `load_adapter` are inverse of each other; so are `AdapterSnapshot` and `restore_adapter`.
-"""
+"""An adapter on disk, in PEFT's format: saved, checked, loaded; and its deltas."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafit.config import MAX_SCALE, RunConfig, read_json
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, VerificationError
 from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
-from lorafit.methods.lora.attach import check_attached
-from lorafit.methods.lora.targets import linear_names, matching
+from lorafit.methods.lora.attach import check_attached, linear_names, matching
 from lorafit.runs import staged_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -247,3 +243,67 @@ def _pair(module: str, sides: dict[str, Tensor], rank: int, folder: Path) -> tup
     if sides["A"].shape[0] != rank or sides["B"].shape[1] != rank:
         raise AdapterError(f"{module}'s weights do not have rank {rank}", where=where)
     return sides["A"], sides["B"]
+
+
+EXPERTS = ".experts."
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The low-rank update of one weight: A (r, in), B (out, r), fp32, and the scale alpha / r."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def dense(self) -> Tensor:
+        """`scale · B @ A` (out, in) in fp32."""
+        return (self.b.float() @ self.a.float()) * self.scale
+
+
+class Deltas(Mapping[str, Delta]):
+    """Base parameter name (`….q_proj.weight`) -> its Delta."""
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        self._deltas = dict(deltas)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Deltas:
+        """The deltas of the adapter in `folder`. Raises AdapterError, or VerificationError for an untrained one."""
+        files = AdapterFiles.open(folder)
+        deltas = {f"{name}.weight": Delta(a, b, files.scale) for name, (a, b) in files.weights().items()}
+        for name, delta in deltas.items():
+            # an expert that no token was routed to stays as it was
+            if EXPERTS not in name and not bool(delta.dense().any()):
+                raise VerificationError(
+                    f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
+                )
+        return cls(deltas)
+
+    def check_found(self, names: Iterable[str]) -> None:
+        """Raise VerificationError unless every delta's weight is among `names`."""
+        lost = sorted(set(self) - set(names))
+        if lost:
+            raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return `weight` (out, in) plus its delta, summed in fp32 and rounded once to the weight's dtype.
+
+        A weight without a delta comes back as it is. Raises VerificationError when the shapes differ.
+        """
+        delta = self.get(name)
+        if delta is None:
+            return weight
+        update, shape = delta.dense(), tuple(weight.shape)
+        if update.shape != weight.shape:
+            raise VerificationError(f"the adapter's delta {tuple(update.shape)} does not fit {name} {shape}")
+        return (weight.float() + update.to(weight.device)).to(weight.dtype)
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)

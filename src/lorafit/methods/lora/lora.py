@@ -17,12 +17,12 @@ from lorafit.methods.lora.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFiles,
     AdapterSnapshot,
+    Deltas,
     load_adapter,
     restore_adapter,
     save_adapter,
 )
 from lorafit.methods.lora.attach import attach
-from lorafit.methods.lora.deltas import Deltas
 
 
 class Lora:

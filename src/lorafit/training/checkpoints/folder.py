@@ -1,4 +1,4 @@
-"""Checkpoint: a folder `step-000120` that is whole, proved so by its manifest; no pickle in any of them."""
+"""Checkpoint: a folder that is whole, proved so by its manifest; and the newest one to resume from."""
 
 from __future__ import annotations
 
@@ -148,3 +148,41 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 def _sealed(manifest: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A checkpoint that was passed over, and why."""
+
+    folder: Path
+    reason: str
+
+    @property
+    def step(self) -> int:
+        return step_of(self.folder) or 0
+
+
+def newest_whole(folder: Path, run: str) -> tuple[Checkpoint | None, list[Damaged]]:
+    """The newest checkpoint of `run` in `folder` that verifies, and the newer ones that do not."""
+    damaged: list[Damaged] = []
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            return Checkpoint.open(path, run=run), damaged
+        except CheckpointError as error:
+            damaged.append(Damaged(path, error.what))
+    return None, damaged
+
+
+def set_aside(damaged: list[Damaged]) -> None:
+    """Rename damaged checkpoints to step-N.damaged, so that the run writes its own there. OSError when it cannot."""
+    for one in damaged:
+        aside = one.folder.with_name(f"{one.folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        one.folder.rename(aside)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing or removing: nothing of it was a checkpoint."""
+    for pattern in (".step-*.staged", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)

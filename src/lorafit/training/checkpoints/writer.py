@@ -22,7 +22,7 @@ from lorafit.training.checkpoints.folder import (
     seal,
 )
 from lorafit.training.checkpoints.snapshot import Snapshot
-from lorafit.training.logging.events import EventLog
+from lorafit.training.logging.run_logs import EventLog
 
 FREE_SPACE_MARGIN = 1.1
 

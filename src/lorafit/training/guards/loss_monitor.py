@@ -11,8 +11,8 @@ from typing import Any
 from lorafit.config import RunConfig
 from lorafit.data import Rows
 from lorafit.errors import TrainingError
-from lorafit.training.logging.events import EventLog
-from lorafit.training.logging.step_log import StepNumbers
+from lorafit.training.logging.progress import StepNumbers
+from lorafit.training.logging.run_logs import EventLog
 
 WINDOW = 64  # finite losses that the median is taken over
 MIN_SEEN = 16  # steps before the rule judges: the first losses fall fast

@@ -1,5 +1,4 @@
-"""Torch's allocators: blocks on the card that grow, page-locking by threads, giving memory back, and how often the
-card's had to give back and ask again."""
+"""torch's allocators and its compiler, set up before a base is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +8,10 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 
 import torch
 
@@ -139,3 +141,36 @@ def _set(settings: str) -> None:
     newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     (newer or torch.cuda.memory._set_allocator_settings)(settings)
     _set_here[:] = [settings]
+
+
+IMPORTS = ("torch.distributed.tensor.experimental", "sympy.physics.units")
+"""The slow ones of what the first compile imports (torch 2.11 and 2.13); one that a release lacks is passed over."""
+
+
+def warm_compiler() -> threading.Thread:
+    """Do in the background what the first compile would have to; it waits less."""
+    thread = threading.Thread(target=_warm, name="warm-compiler", daemon=True)
+    thread.start()
+    return thread
+
+
+def _warm() -> None:
+    import torch._inductor.compile_fx  # noqa: F401
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
+    AsyncCompile.wakeup()  # else the workers start with the first kernel
+    _hash_sources()
+    for name in IMPORTS:
+        with suppress(ImportError):
+            import_module(name)
+
+
+def _hash_sources() -> None:
+    """Of torch (1.2 s) and of Triton (0.6 s), once a process: part of every cache key."""
+    from torch._inductor.codecache import torch_key
+    from torch.utils._triton import has_triton, triton_hash_with_backend
+
+    torch_key()
+    if has_triton():
+        triton_hash_with_backend()
