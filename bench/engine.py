@@ -1,4 +1,4 @@
-"""The engine's speed beside its peers, on one card, in one session: each arm does the same work and prints a JSON line.
+"""The engine's speed beside its peers, on one GPU, in one session: each arm does the same work and prints a JSON line.
 
     python bench/engine.py base DIR                  # a random Llama-3.1-8B-shaped base in NF4, with a small tokenizer
     python bench/engine.py run ARM DIR [options]     # one arm, one line
@@ -143,7 +143,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
 
     class Watch(Observer):
         attached_at = 0.0
-        rehearsal: object = None
+        dry_run: object = None
         events: tuple[str, ...] = ()
 
         def on_event(self, event: object) -> None:
@@ -152,8 +152,8 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         def on_model(self, counts: object, base: str) -> None:
             self.attached_at = time.perf_counter()
 
-        def on_dry_run(self, rehearsal: object) -> None:
-            self.rehearsal = rehearsal
+        def on_dry_run(self, dry_run: object) -> None:
+            self.dry_run = dry_run
 
     warm = options.warm
     watch, timed = Watch(), Marks()
@@ -176,21 +176,21 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     lengths = run.train_rows.lengths
     tokens = float(lengths.mean()) * examples
     seconds = (marks[-1] - marks[1]) / (run.steps - warm)
-    rehearsal = watch.rehearsal
+    dry_run = watch.dry_run
     return {
         "tokens_s": round(tokens / seconds),
         "step_ms": round(seconds * 1e3, 1),
         "tokens": round(tokens),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "first_s": round(marks[0] - watch.attached_at, 1),
-        "compile_s": round(rehearsal.compile_s, 1) if rehearsal else 0,
-        "policy": str(rehearsal.policy) if rehearsal else "",
-        "attempts": [f"{tried.policy}: {tried.peak_bytes / GIB:.2f} GiB" for tried in rehearsal.attempts]
-        if rehearsal
+        "compile_s": round(dry_run.compile_s, 1) if dry_run else 0,
+        "policy": str(dry_run.policy) if dry_run else "",
+        "attempts": [f"{tried.policy}: {tried.peak_bytes / GIB:.2f} GiB" for tried in dry_run.attempts]
+        if dry_run
         else [],
         "events": watch.events,
-        "measure_s": round(rehearsal.measure_s, 1) if rehearsal else 0,
-        "rehearsal_s": round(rehearsal.elapsed_s, 1) if rehearsal else 0,
+        "measure_s": round(dry_run.measure_s, 1) if dry_run else 0,
+        "rehearsal_s": round(dry_run.elapsed_s, 1) if dry_run else 0,
         "save_ms": round(timed.save_ms, 1),  # of the training thread, for the last step's checkpoint
         "compute": options.compute,
         "deterministic": options.deterministic,

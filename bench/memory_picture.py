@@ -111,12 +111,12 @@ class Bar:
 
 def bar_of(setting: Setting) -> Bar:
     """The plan's estimate for `setting`, less the CUDA context."""
-    shape, card = ModelShape.from_config(LLAMA_8B, "Llama-3.1-8B"), hardware_named("H200")
+    shape, gpu = ModelShape.from_config(LLAMA_8B, "Llama-3.1-8B"), hardware_named("H200")
     config = RunConfig(
         max_length=8192, examples_per_step=4, dropout=0.0, optimizer="adamw", memory_policy=setting.policy
     )
     execution = PEERS if setting.peers else None
-    inputs = PlanInputs(config, ROWS, shape, card)
+    inputs = PlanInputs(config, ROWS, shape, gpu)
     plan = plan_execution(inputs, execution)
     estimate = memory_of(plan, inputs, execution)
     sizes = {part.name: part.size_bytes for part in estimate.components if part.name != OUTSIDE}
@@ -156,7 +156,7 @@ def draw(bars: list[Bar]) -> Figure:
     axes.set_xlim(0, 44)
     axes.set_xticks(range(0, 37, 4))
     axes.set_xlabel(
-        "GiB on the card at the fullest moment, as planned (hatched below a bar: GiB of host memory)",
+        "GiB on the GPU at the fullest moment, as planned (hatched below a bar: GiB of host memory)",
         loc="left",
         fontsize=9,
     )

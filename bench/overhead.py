@@ -2,9 +2,9 @@
 
     python bench/overhead.py [--targets qv|all-linear] [--steps 30] [--profile]
 
-A random Llama of hidden size 64 in NF4, driven as `lorafit.train` drives a model on a card: compiled layers, packed
+A random Llama of hidden size 64 in NF4, driven as `lorafit.train` drives a model on a GPU: compiled layers, packed
 attention, autocast, chunked loss. Frozen linears and attention are hollow here, for their kernels on a CPU are not
-those of a card: what an operator's own Python and its launches cost there comes on top. Prints one JSON line;
+those of a GPU: what an operator's own Python and its launches cost there comes on top. Prints one JSON line;
 `--profile` adds where the time goes, by function.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def random_model(folder: Path, targets: str) -> Any:
-    """A random Llama in bf16 and NF4 with adapters, which unpacks its weights in each call as on a card."""
+    """A random Llama in bf16 and NF4 with adapters, which unpacks its weights in each call as on a GPU."""
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=600, dtype=torch.bfloat16,

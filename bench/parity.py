@@ -2,12 +2,12 @@
 
     python bench/parity.py [--base demo|FOLDER] [--compute fp32|bf16|fp8] [--steps 50] [--seed N]
     python bench/parity.py gradients [--base demo|FOLDER] [--compute bf16|fp8] [--seeds 0,1,2] [--examples N]
-    python bench/parity.py fp8 [--task orders] [--seeds 0,1,2] [--floor]    # a card of compute capability 8.9 or more
+    python bench/parity.py fp8 [--task orders] [--seeds 0,1,2] [--floor]    # a GPU of compute capability 8.9 or more
     python bench/parity.py fp8 --task orders-worded                 # held-out loss well away from zero
     python bench/parity.py fp8 --emulate                            # on a CPU: FP8's rounding, without its speed
 
 The first trains the same steps from the same adapters twice, through `lorafit.train` (packed rows, the frozen op, the
-chunked loss, on a card compiled layers under the policy) and in bench/parity_reference.py (padded rows, no lorafit),
+chunked loss, on a GPU compiled layers under the policy) and in bench/parity_reference.py (padded rows, no lorafit),
 and compares each step's loss; with `--compute fp8` the other side is in bf16. A second line gives the reference
 lorafit's adapters anew at each step: at a high learning rate rounding alone drives two equal trainings apart, and
 `--floor`, the reference against itself with each row alone, shows how far; it also shows how far training came, for
@@ -18,7 +18,7 @@ with that of the same rows in fp32: two sides that round alike still differ, so 
 to the truth. lorafit may be farther from it than the reference by the factor ERROR_BOUND.
 
 The third trains a demo task to its end in bf16 and in FP8 and compares what came of it. With `--emulate` the operands
-of the frozen matmuls are rounded as on a card, their products summed in fp32, and all else is in fp32. `--floor` adds
+of the frozen matmuls are rounded as on a GPU, their products summed in fp32, and all else is in fp32. `--floor` adds
 the training without FP8 once more, in smaller micro-batches: the same steps but for the order of their sums. A demo
 task is learnt almost whole, and what remains of its loss hangs on a handful of rows; in `orders-worded` the fields
 stand in a random order under random names, as real answers hold what no model can know. Its loss is over all of the
@@ -93,7 +93,7 @@ class Record(TrainerCallback):
 
 
 class EmulatedFp8(TrainerCallback):
-    """From the beginning of training on, the frozen matmuls' operands are rounded to e4m3 as on a card."""
+    """From the beginning of training on, the frozen matmuls' operands are rounded to e4m3 as on a GPU."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         for linear in [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]:
@@ -160,7 +160,7 @@ def lorafit_steps(
 
 
 def how_layers_ran(run: TrainedRun) -> str:
-    """The policy that the rehearsal settled on, and what it noted, such as a layer that does not compile."""
+    """The policy that the dry run settled on, and what it noted, such as a layer that does not compile."""
     if not run.run.engine.exists():
         return f"one operation at a time, policy {run.resolved.config.memory_policy}"
     known = json.loads(run.run.engine.read_text())
@@ -307,11 +307,11 @@ def endings(folder: Path, task: Task, seed: int, arms: Sequence[Arm], **settings
 
 
 def compare_fp8(options: argparse.Namespace) -> bool:
-    """Print the table of the third mode; False when a seed is out of bounds. Raises BackboneError without a card."""
+    """Print the table of the third mode; False when a seed is out of bounds. Raises BackboneError without a GPU."""
     if not options.emulate:
         computes_in_fp8(resolve(flags={"compute": "fp8"}).config, default_device())
     elif torch.cuda.is_available():
-        raise UsageError("FP8 is emulated on a CPU alone", where="--emulate", fix="leave it out, or hide the card")
+        raise UsageError("FP8 is emulated on a CPU alone", where="--emulate", fix="leave it out, or hide the GPU")
     exact, fp8 = (Arm("fp32"), Arm("fp32", (EmulatedFp8(),))) if options.emulate else (Arm("bf16"), Arm("fp8"))
     arms = (exact, fp8, Arm(exact.compute, memory_policy=f"micro_tokens={FLOOR_TOKENS}"))[: 3 if options.floor else 2]
     task = ENDING_TASKS[options.task]
@@ -370,7 +370,7 @@ def machine() -> str:
 
 
 def free() -> None:
-    """The run before this one leaves the card."""
+    """The run before this one leaves the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

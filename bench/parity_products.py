@@ -25,5 +25,5 @@ class ThroughFp64(TorchDispatchMode):
 
 
 def quick_products() -> AbstractContextManager[Any]:
-    """Within it backward is quick in bf16 on a CPU; a card needs no help."""
+    """Within it backward is quick in bf16 on a CPU; a GPU needs no help."""
     return nullcontext() if torch.cuda.is_available() else ThroughFp64()

@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # two test processes on two cores: more threads only g
 
 
 def pytest_collection_modifyitems(items):
-    """Skip `gpu` tests, saying why, where there is no card."""
+    """Skip `gpu` tests, saying why, where there is no GPU."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -84,7 +84,7 @@ def test_a_run_whose_folder_another_process_trains_in_ends_too(made, tmp_path):
 
 def test_a_folder_that_went_before_training_began_is_an_error_that_names_it(made, tmp_path):
     class Removing(Observer):
-        def on_dry_run(self, rehearsal):
+        def on_dry_run(self, dry_run):
             shutil.rmtree(tmp_path / "run")
 
     with pytest.raises(RunDirError, match=r"run/\.lock: cannot be locked \(No such file"):

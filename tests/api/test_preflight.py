@@ -113,14 +113,14 @@ def test_space_is_wanted_for_checkpoints_and_for_an_export(planned, tmp_path, mo
     assert [finding.severity.value for finding in found] == ([severity] if severity else [])
 
 
-def test_a_card_that_torch_cannot_use_is_an_error():
-    card = Hardware(name="NVIDIA H200", kind="cuda", memory_bytes=1 << 37)
-    assert codes(preflight._card(card, lambda: False)) == ["S005"]
-    assert codes(preflight._card(card, lambda: True)) == []
+def test_a_gpu_that_torch_cannot_use_is_an_error():
+    gpu = Hardware(name="NVIDIA H200", kind="cuda", memory_bytes=1 << 37)
+    assert codes(preflight._gpu(gpu, lambda: False)) == ["S005"]
+    assert codes(preflight._gpu(gpu, lambda: True)) == []
     processor = Hardware(
         name="cpu", kind="cpu", memory_bytes=1 << 30, notes=("an H200 is here, but torch has no CUDA",)
     )
-    (finding,) = preflight._card(processor, lambda: False)
+    (finding,) = preflight._gpu(processor, lambda: False)
     assert (finding.code, finding.severity) == ("S005", Severity.WARNING)
 
 

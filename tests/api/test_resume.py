@@ -348,8 +348,8 @@ def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):
     assert_same(whole, stopped)
 
 
-def on_a_card(max_length, micro_tokens, policy="keep"):
-    """What a trainer on a card, whose policy was rehearsed, runs in."""
+def on_a_gpu(max_length, micro_tokens, policy="keep"):
+    """What a trainer on a GPU, whose policy was tried, runs in."""
     config = settings(max_length=max_length, memory_policy="recompute")
     return layout_of(config, TunedMemory(micro_tokens), SimpleNamespace(policy=MemoryPolicy.parse(policy, 8)))
 
@@ -357,16 +357,16 @@ def on_a_card(max_length, micro_tokens, policy="keep"):
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        (on_a_card(2048, 9000), None),
-        (on_a_card(1024, 9000), "differ: micro_tokens of evaluations was 2048 and is 1024"),
-        (on_a_card(2048, 4096), "differ: micro_tokens was 9000 and is 4096"),
-        (on_a_card(2048, 9000, "recompute"), "differ: policy was keep and is recompute_layers=8"),
+        (on_a_gpu(2048, 9000), None),
+        (on_a_gpu(1024, 9000), "differ: micro_tokens of evaluations was 2048 and is 1024"),
+        (on_a_gpu(2048, 4096), "differ: micro_tokens was 9000 and is 4096"),
+        (on_a_gpu(2048, 9000, "recompute"), "differ: policy was keep and is recompute_layers=8"),
     ],
 )
-def test_on_a_card_the_rehearsed_policy_counts_and_max_tokens_bears_on_evaluations_alone(stopped, now, said):
+def test_on_a_gpu_the_tried_policy_counts_and_max_tokens_bears_on_evaluations_alone(stopped, now, said):
     run, events = RunDir(stopped), EventLog()
     identity = RunIdentity.read(run.identity)
-    began = {**environment(), "compile": "auto", "deterministic": False, **on_a_card(2048, 9000)}
+    began = {**environment(), "compile": "auto", "deterministic": False, **on_a_gpu(2048, 9000)}
     resume_from(run, replace(identity, environment=began), now, events)
     changed = [event.message for event in events.seen if event.kind == "environment_changed"]
     assert [said in message for message in changed] == ([True] if said else [])

@@ -1,4 +1,4 @@
-"""train on a card: whatever the policy, the same losses, and the run says what it did."""
+"""train on a GPU: whatever the policy, the same losses, and the run says what it did."""
 
 import json
 
@@ -26,7 +26,7 @@ DIALS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("on-card")
+    place = tmp_path_factory.mktemp("on-GPU")
     save_base(place / "base", hidden_size=256, num_hidden_layers=LAYERS, max_position_embeddings=1024)
     return place, write_rows(place / "rows.jsonl", 60)
 

@@ -1,4 +1,4 @@
-"""What the rehearsal runs is what training runs."""
+"""What the dry run runs is what training runs."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.demo import BASE
-from lorafit.engine import PAGE_BYTES, Rehearsal
+from lorafit.engine import PAGE_BYTES, DryRun
 from lorafit.engine.attention.packed import PACKED
 from lorafit.methods import method_of
 from lorafit.methods.lora import attach, count_parameters
@@ -35,7 +35,7 @@ def built(config):
     return BuiltModel(model, method_of(config), Sft(), count_parameters(model), "")
 
 
-def test_the_rehearsal_computes_under_the_autocast_of_training(tmp_path, monkeypatch):
+def test_the_dry_run_computes_under_the_autocast_of_training(tmp_path, monkeypatch):
     for room in (module, loop_module):
         monkeypatch.setattr(room, "autocast_dtype", lambda model, device: torch.bfloat16)
     config = settings(max_steps=1, rank=2)
@@ -62,7 +62,7 @@ def test_a_budget_leaves_room_for_what_a_growing_block_takes_beyond_torchs_limit
     assert [round(fraction * (80 << 30)) for fraction in fractions] == [(8 << 30) - PAGE_BYTES]
 
 
-def test_the_largest_micro_batch_is_rehearsed():
+def test_the_largest_micro_batch_is_tried():
     config = settings(max_steps=1, rank=2, max_length=64, examples_per_step=4)
     work = _work(built(config), config, encoded_rows(9, 12, 15, 30, 31, 32, 20, 8), torch.device("cpu"))
     assert work.longest == 32
@@ -75,22 +75,22 @@ LARGEST = sum((9, 12, 15, 30, 31, 32, 20, 8))  # all eight are one step
 
 
 @pytest.fixture
-def on_a_card(monkeypatch):
-    """A CPU passes for a card whose rehearsal finds `policy`; what it was asked to fit stands in `works`."""
+def on_a_gpu(monkeypatch):
+    """A CPU passes for a GPU whose dry run finds `policy`; what it was asked to fit stands in `works`."""
     works = []
 
     def found(model, layers, work, budget, *, solves):
         assert model.config._attn_implementation == PACKED  # of its backward passes too
         works.append((work, solves, layers.policy))
-        policy = on_a_card.policy if solves else layers.policy
-        figures = {field.name: 0 for field in fields(Rehearsal)}
-        return Rehearsal(**figures | {"policy": policy, "schedule": ()})
+        policy = on_a_gpu.policy if solves else layers.policy
+        figures = {field.name: 0 for field in fields(DryRun)}
+        return DryRun(**figures | {"policy": policy, "schedule": ()})
 
-    on_a_card.policy, on_a_card.works = MemoryPolicy(), works
-    monkeypatch.setattr(module, "rehearse", found)
+    on_a_gpu.policy, on_a_gpu.works = MemoryPolicy(), works
+    monkeypatch.setattr(module, "try", found)
     monkeypatch.setattr(module, "budget_bytes", lambda config: 2)
     monkeypatch.setattr(module, "default_device", lambda: torch.device("cuda"))
-    return on_a_card
+    return on_a_gpu
 
 
 GIVEN = {"max_length": 64, "examples_per_step": 8, "max_steps": 1}
@@ -108,14 +108,14 @@ def tuned(made, run, events=None, **given):
         yield found
 
 
-def rehearsed(made, run, **given):
+def dry_run_of(made, run, **given):
     """What the dry run found, and the most tokens of a micro-batch."""
-    with tuned(made, run, **given) as (memory, rehearsal):
-        return rehearsal, memory.micro_tokens
+    with tuned(made, run, **given) as (memory, dry_run):
+        return dry_run, memory.micro_tokens
 
 
-def test_graphs_last_as_long_as_training(made, tmp_path, on_a_card):
-    on_a_card.policy, events = MemoryPolicy(cuda_graph_max_tokens=64), EventLog()
+def test_graphs_last_as_long_as_training(made, tmp_path, on_a_gpu):
+    on_a_gpu.policy, events = MemoryPolicy(cuda_graph_max_tokens=64), EventLog()
     events.at(7)
     with tuned(made, RunDir(tmp_path), events, **GIVEN) as (memory, _):
         graphs = memory.graphs
@@ -127,9 +127,9 @@ def test_graphs_last_as_long_as_training(made, tmp_path, on_a_card):
     assert [(event.kind, event.step) for event in events.seen] == [("no_graphs", 7)]
 
 
-def test_a_run_that_was_tight_goes_on_with_the_policy_that_it_was_turned_to(made, tmp_path, on_a_card):
+def test_a_run_that_was_tight_goes_on_with_the_policy_that_it_was_turned_to(made, tmp_path, on_a_gpu):
     retries, run = itertools.count(), RunDir(tmp_path)
-    on_a_card.policy, events = MemoryPolicy(offloaded_layers=1), EventLog()
+    on_a_gpu.policy, events = MemoryPolicy(offloaded_layers=1), EventLog()
     with tuned(made, run, events, **GIVEN) as (memory, _):
         assert memory.watches_allocator
         layers = memory.layers
@@ -144,8 +144,8 @@ def test_a_run_that_was_tight_goes_on_with_the_policy_that_it_was_turned_to(made
 
 
 @pytest.mark.parametrize("policy", [MemoryPolicy(), MemoryPolicy(recompute_layers=2)])
-def test_without_graphs_none_are_made(made, tmp_path, on_a_card, policy):
-    on_a_card.policy = policy
+def test_without_graphs_none_are_made(made, tmp_path, on_a_gpu, policy):
+    on_a_gpu.policy = policy
     with tuned(made, RunDir(tmp_path), **GIVEN) as (memory, _):
         assert memory.graphs is None
 
@@ -159,27 +159,27 @@ def test_without_graphs_none_are_made(made, tmp_path, on_a_card, policy):
     ],
 )
 def test_the_policy_that_is_written_says_the_micro_batch_and_a_resumed_run_has_it_again(
-    made, tmp_path, on_a_card, found, written, micro_tokens
+    made, tmp_path, on_a_gpu, found, written, micro_tokens
 ):
-    run, on_a_card.policy = RunDir(tmp_path), found
-    rehearsal, found_tokens = rehearsed(made, run, **GIVEN)
-    assert json.loads(run.engine.read_text())["policy"] == str(rehearsal.policy) == written
+    run, on_a_gpu.policy = RunDir(tmp_path), found
+    dry_run, found_tokens = dry_run_of(made, run, **GIVEN)
+    assert json.loads(run.engine.read_text())["policy"] == str(dry_run.policy) == written
     assert found_tokens == micro_tokens
-    assert on_a_card.works[0][0].max_length == LARGEST
+    assert on_a_gpu.works[0][0].max_length == LARGEST
     run.settings.write_text("")
-    on_a_card.policy = MemoryPolicy(recompute_layers=1)
-    again, found_tokens = rehearsed(made, run, **GIVEN)
-    assert (again.policy, found_tokens) == (rehearsal.policy, micro_tokens)
-    assert not on_a_card.works[1][1]
+    on_a_gpu.policy = MemoryPolicy(recompute_layers=1)
+    again, found_tokens = dry_run_of(made, run, **GIVEN)
+    assert (again.policy, found_tokens) == (dry_run.policy, micro_tokens)
+    assert not on_a_gpu.works[1][1]
 
 
-def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(made, tmp_path, on_a_card):
+def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(made, tmp_path, on_a_gpu):
     run = RunDir(tmp_path)
     run.settings.write_text("")
     run.write_json(run.engine, {"policy": "recompute_layers=1", "schedule": []})
-    rehearsal, micro_tokens = rehearsed(made, run, **GIVEN)
-    assert rehearsal.policy == MemoryPolicy(recompute_layers=1)
-    assert micro_tokens == on_a_card.works[0][0].max_length == 64
+    dry_run, micro_tokens = dry_run_of(made, run, **GIVEN)
+    assert dry_run.policy == MemoryPolicy(recompute_layers=1)
+    assert micro_tokens == on_a_gpu.works[0][0].max_length == 64
 
 
 @pytest.mark.parametrize(
@@ -192,20 +192,20 @@ def test_a_run_begun_when_micro_batches_did_not_grow_goes_on_in_its_layout(made,
     ],
 )
 def test_a_policy_by_hand_has_the_micro_batch_that_it_says_else_max_tokens(
-    made, tmp_path, on_a_card, wish, micro_tokens
+    made, tmp_path, on_a_gpu, wish, micro_tokens
 ):
     run = RunDir(tmp_path)
-    assert rehearsed(made, run, **GIVEN, **wish)[1] == micro_tokens
-    work, solves, _ = on_a_card.works[0]
+    assert dry_run_of(made, run, **GIVEN, **wish)[1] == micro_tokens
+    work, solves, _ = on_a_gpu.works[0]
     assert (work.max_length, solves) == (64, False)
 
 
 def test_on_a_processor_too_a_micro_batch_is_as_large_as_was_said(made, tmp_path):
-    assert rehearsed(made, RunDir(tmp_path), **GIVEN, memory_policy="micro_tokens=100")[1] == 100
-    assert rehearsed(made, RunDir(tmp_path), **GIVEN)[1] == 64
+    assert dry_run_of(made, RunDir(tmp_path), **GIVEN, memory_policy="micro_tokens=100")[1] == 100
+    assert dry_run_of(made, RunDir(tmp_path), **GIVEN)[1] == 64
 
 
-def test_a_whole_step_is_rehearsed_where_it_is_to_run(made):
+def test_a_whole_step_is_tried_where_it_is_to_run(made):
     config, device = settings(rank=2, **GIVEN), torch.device("cpu")
     work = _work(made, config, ROWS, device, grows=True)
     assert work.max_length == work.batch_of(work.max_length).tokens == LARGEST
@@ -243,23 +243,23 @@ def test_a_whole_step_is_rehearsed_where_it_is_to_run(made):
     ],
 )
 def test_a_run_that_goes_on_keeps_its_policy_unless_another_or_another_budget_is_asked_for(
-    made, tmp_path, on_a_card, then, now, taken_up
+    made, tmp_path, on_a_gpu, then, now, taken_up
 ):
-    run, on_a_card.policy = RunDir(tmp_path), MemoryPolicy(recompute_mlp_layers=1)
+    run, on_a_gpu.policy = RunDir(tmp_path), MemoryPolicy(recompute_mlp_layers=1)
     run.settings.write_text("")
     run.write_json(run.engine, {"policy": "recompute_layers=2,micro_tokens=78", "schedule": [], **then})
-    found, _ = rehearsed(made, run, **GIVEN, **now)
+    found, _ = dry_run_of(made, run, **GIVEN, **now)
     assert (found.policy == MemoryPolicy(recompute_layers=2, micro_tokens=78)) == taken_up
-    assert not (taken_up and on_a_card.works[-1][1])
+    assert not (taken_up and on_a_gpu.works[-1][1])
     if taken_up and "planned" in then:  # whichever way it was called
         assert then.items() <= json.loads(run.engine.read_text()).items()
 
 
-def test_another_policy_given_on_the_way_is_the_one_that_runs(made, tmp_path, on_a_card):
+def test_another_policy_given_on_the_way_is_the_one_that_runs(made, tmp_path, on_a_gpu):
     run = RunDir(tmp_path)
-    rehearsed(made, run, **GIVEN)
+    dry_run_of(made, run, **GIVEN)
     run.settings.write_text("")
     wish = {"memory_policy": "recompute_layers=1,micro_tokens=40"}
     for _ in range(2):  # and from then on it is the run's
-        assert rehearsed(made, run, **GIVEN, **wish)[0].policy == MemoryPolicy(recompute_layers=1, micro_tokens=40)
+        assert dry_run_of(made, run, **GIVEN, **wish)[0].policy == MemoryPolicy(recompute_layers=1, micro_tokens=40)
         assert json.loads(run.engine.read_text())["asked"] == wish["memory_policy"]

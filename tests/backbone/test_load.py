@@ -85,7 +85,7 @@ def test_auto_compute_is_fp32_on_a_cpu():
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_compute_on_a_card_is_bf16_where_it_has_it_else_fp16(monkeypatch, has_bf16, expected):
+def test_auto_compute_on_a_gpu_is_bf16_where_it_has_it_else_fp16(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     assert compute_dtype(RunConfig(), "cuda:0") == expected

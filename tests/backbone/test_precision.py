@@ -40,9 +40,9 @@ def test_a_run_trained_in_fp8_still_answers_on_a_device_without_it(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_card_that_has_it_every_frozen_linear_is_in_fp8(tmp_path):
+def test_on_a_gpu_that_has_it_every_frozen_linear_is_in_fp8(tmp_path):
     if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs a card of compute capability 8.9")
+        pytest.skip("needs a GPU of compute capability 8.9")
     base = save_base(tmp_path / "base", intermediate_size=128)  # whole blocks of 64 in every row
     model = load_backbone(RunConfig(base=str(base), compute="fp8"))
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]

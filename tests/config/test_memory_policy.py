@@ -54,7 +54,7 @@ def test_policies_are_read_as_people_write_them(text, policy):
     "text",
     [
         "", "kept", "feed_forward", "recompute_mlp_layers=", "recompute_mlp_layers=-1", "recompute_mlp_layers=1.5",
-        "offloaded_layers=all", "recompute_layers=1,keep", "micro_tokens=0", "embeddings=card",
+        "offloaded_layers=all", "recompute_layers=1,keep", "micro_tokens=0", "embeddings=GPU",
         "recompute_layers=1,recompute_layers=2", "recompute_layers=1,,", "layers=3", "recompute_layers=1e3",
         "recompute_layers=9999999999", "host_embeddings=on,host_embeddings=on", "weights=4bit",
         "weights=dense,dequantized_layers=3", "recompute_layers=²",

@@ -36,7 +36,7 @@ def test_boundaries_are_cumulative_lengths():
 
 
 @pytest.mark.gpu
-def test_on_a_card_the_layout_is_known_by_what_stands_for_it():
+def test_on_a_gpu_the_layout_is_known_by_what_stands_for_it():
     segments = Segments.of_lengths([30, 29, 3])
     there = segments.to("cuda")
     assert there.layout.is_cuda, "an operator given a tensor of the CPU has its output taken for unaligned"
@@ -49,7 +49,7 @@ def test_on_a_card_the_layout_is_known_by_what_stands_for_it():
 
 
 @pytest.mark.gpu
-def test_compiled_attention_on_a_card_has_its_output_taken_for_aligned(monkeypatch):
+def test_compiled_attention_on_a_gpu_has_its_output_taken_for_aligned(monkeypatch):
     found = []
 
     def note(graph):

@@ -189,12 +189,12 @@ def test_a_broken_generation_config_is_one_sentence(make_run, tmp_path):
     assert not (run.path / "exports" / "merged-quantized").exists()
 
 
-def test_licences_go_along_and_the_card_names_the_base(trained, tmp_path):
+def test_licences_go_along_and_the_gpu_names_the_base(trained, tmp_path):
     (trained.base / "LICENSE.txt").write_text("be nice")
     folder = merge(trained.path, out=tmp_path / "out").folder
     assert (folder / "LICENSE.txt").read_text() == "be nice"
-    card = (folder / "README.md").read_text()
-    assert "rank 4" in card and str(trained.base.parent) not in card
+    gpu = (folder / "README.md").read_text()
+    assert "rank 4" in gpu and str(trained.base.parent) not in gpu
 
 
 def test_nothing_is_written_where_something_already_is(trained, tmp_path):

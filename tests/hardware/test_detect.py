@@ -21,13 +21,13 @@ def smi(monkeypatch):
     return pretend
 
 
-def test_the_card_is_the_one_nvidia_smi_names_with_what_is_free_on_it(smi):
+def test_the_gpu_is_the_one_nvidia_smi_names_with_what_is_free_on_it(smi):
     smi(H200)
-    card = detect.detect_hardware()
-    assert (card.name, card.kind, card.capability) == ("NVIDIA H200", "cuda", (9, 0))
-    assert card.memory_bytes == 143156 << 20
-    assert (card.bf16, card.fp8, card.count) == (True, True, 1)
-    assert card.tflops_bf16 == 989
+    gpu = detect.detect_hardware()
+    assert (gpu.name, gpu.kind, gpu.capability) == ("NVIDIA H200", "cuda", (9, 0))
+    assert gpu.memory_bytes == 143156 << 20
+    assert (gpu.bf16, gpu.fp8, gpu.count) == (True, True, 1)
+    assert gpu.tflops_bf16 == 989
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def test_the_card_is_the_one_nvidia_smi_names_with_what_is_free_on_it(smi):
 def test_cuda_visible_devices_is_respected(smi, monkeypatch, visible, name, count):
     smi(TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    card = detect.detect_hardware()
-    assert (card.name, card.count) == (name, count)
+    gpu = detect.detect_hardware()
+    assert (gpu.name, gpu.count) == (name, count)
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "5", "NoDevFiles"])
-def test_hidden_cards_leave_the_processor(smi, monkeypatch, visible):
+def test_hidden_gpus_leave_the_processor(smi, monkeypatch, visible):
     smi(TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert detect.detect_hardware().kind == "cpu"
@@ -55,15 +55,15 @@ def test_hidden_cards_leave_the_processor(smi, monkeypatch, visible):
 
 def test_memory_that_others_take_is_said(smi):
     smi(TWO.splitlines()[1])
-    card = detect.detect_hardware()
-    assert card.memory_bytes == 6000 << 20
-    assert "6.1 GiB of the card are taken" in card.notes[-1]
+    gpu = detect.detect_hardware()
+    assert gpu.memory_bytes == 6000 << 20
+    assert "6.1 GiB of the GPU are taken" in gpu.notes[-1]
 
 
-def test_a_card_that_says_little_is_still_planned_for(smi):
+def test_a_gpu_that_says_little_is_still_planned_for(smi):
     smi("0, GPU-1, NVIDIA GB10, [N/A], [N/A], 12.1")
-    card = detect.detect_hardware()
-    assert (card.kind, card.capability, card.fp8) == ("cuda", (12, 1), True)
+    gpu = detect.detect_hardware()
+    assert (gpu.kind, gpu.capability, gpu.fp8) == ("cuda", (12, 1), True)
 
 
 def test_a_torch_without_cuda_makes_it_a_cpu_run_and_says_so(smi, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_torch_without_cuda_makes_it_a_cpu_run_and_says_so(smi, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["", "NVIDIA-SMI has failed because it couldn't communicate", "0, GPU", "a\n\x00,,,,,"]
 )
-def test_what_is_no_list_of_cards_leaves_the_processor(smi, text):
+def test_what_is_no_list_of_gpus_leaves_the_processor(smi, text):
     smi(text)
     assert detect.detect_hardware().kind == "cpu"
 
@@ -132,19 +132,19 @@ def test_an_unlimited_container_is_no_limit(monkeypatch):
     assert detect.detect_processor().memory_bytes == GIB
 
 
-def test_a_named_card_and_a_budget_are_planned_for_instead_of_the_machine(smi):
+def test_a_named_gpu_and_a_budget_are_planned_for_instead_of_the_machine(smi):
     smi(H200)
     assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="8GiB")).to_dict()["name"] == "RTX 4090"
     assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="8GiB")).memory_bytes == 8 * GIB
     assert detect.hardware_for(RunConfig(gpu_memory="8GiB")).name == "NVIDIA H200"
     assert detect.hardware_for(RunConfig(gpu="cpu")).kind == "cpu"
-    with pytest.raises(UsageError, match="no card ''"):
+    with pytest.raises(UsageError, match="no GPU ''"):
         detect.hardware_for(RunConfig(gpu=""))
-    with pytest.raises(UsageError, match="no card"):
+    with pytest.raises(UsageError, match="no GPU"):
         detect.hardware_for(RunConfig(gpu="abacus"))
 
 
-def test_no_budget_is_larger_than_the_card(smi):
+def test_no_budget_is_larger_than_the_gpu(smi):
     smi(TWO.splitlines()[1])
     assert detect.hardware_for(RunConfig(gpu_memory="80GiB")).memory_bytes == 6000 << 20
     assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="80GiB")) == detect.hardware_for(
@@ -153,10 +153,10 @@ def test_no_budget_is_larger_than_the_card(smi):
     assert detect.hardware_for(RunConfig(gpu="cpu", gpu_memory="80000GiB")).memory_bytes < 80_000 * GIB
 
 
-def test_a_budget_without_a_card_means_a_card_of_that_size(smi):
+def test_a_budget_without_a_gpu_means_a_gpu_of_that_size(smi):
     smi("")
-    card = detect.hardware_for(RunConfig(gpu_memory="8GiB"))
-    assert (card.kind, card.memory_bytes) == ("cuda", 8 * GIB)
+    gpu = detect.hardware_for(RunConfig(gpu_memory="8GiB"))
+    assert (gpu.kind, gpu.memory_bytes) == ("cuda", 8 * GIB)
 
 
 def test_a_run_here_has_the_device_here_whatever_is_planned_for(smi):

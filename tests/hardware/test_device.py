@@ -2,11 +2,11 @@ import pytest
 
 from lorafit.errors import UsageError
 from lorafit.hardware import hardware_named
-from lorafit.hardware.device import GIB, find_card, from_card, generic_card
+from lorafit.hardware.device import GIB, find_gpu, from_gpu, generic_gpu
 
 
 @pytest.mark.parametrize(
-    ("written", "card"),
+    ("written", "GPU"),
     [
         ("RTX 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
@@ -31,14 +31,14 @@ from lorafit.hardware.device import GIB, find_card, from_card, generic_card
         ("b200", "B200"),
     ],
 )
-def test_a_card_is_known_as_people_and_drivers_write_it(written, card):
-    assert hardware_named(written).name == card
+def test_a_gpu_is_known_as_people_and_drivers_write_it(written, gpu):
+    assert hardware_named(written).name == gpu
 
 
 @pytest.mark.parametrize(
     ("written", "near"), [("rtx 4095", "RTX 409"), ("h1000", "H100"), ("A1OO", "A"), ("RTX 9999", "RTX"), ("", "")]
 )
-def test_an_unknown_card_is_an_error_with_the_nearest_one(written, near):
+def test_an_unknown_gpu_is_an_error_with_the_nearest_one(written, near):
     with pytest.raises(UsageError, match=f"did you mean '{near}") as caught:
         hardware_named(written)
     assert "--gpu-memory" in str(caught.value)
@@ -49,8 +49,8 @@ def test_an_unknown_card_is_an_error_with_the_nearest_one(written, near):
     [("T4", False, False), ("V100", False, False), ("A100", True, False), ("4090", True, True), ("H100", True, True)],
 )
 def test_precisions_follow_the_generation(name, bf16, fp8):
-    card = hardware_named(name)
-    assert (card.bf16, card.fp8) == (bf16, fp8)
+    gpu = hardware_named(name)
+    assert (gpu.bf16, gpu.fp8) == (bf16, fp8)
 
 
 def test_what_the_driver_keeps_is_not_planned_with():
@@ -58,22 +58,22 @@ def test_what_the_driver_keeps_is_not_planned_with():
 
 
 def test_a_budget_replaces_the_memory_and_nothing_else():
-    card = hardware_named("H100")
-    small = card.with_memory(8 * GIB)
+    gpu = hardware_named("H100")
+    small = gpu.with_memory(8 * GIB)
     assert small.memory_bytes == 8 * GIB
-    assert {**small.to_dict(), "memory_bytes": 0} == {**card.to_dict(), "memory_bytes": 0}
+    assert {**small.to_dict(), "memory_bytes": 0} == {**gpu.to_dict(), "memory_bytes": 0}
 
 
-def test_a_card_outside_the_table_keeps_its_memory_and_says_what_is_assumed():
-    card = generic_card(10 * GIB, (7, 5))
-    assert (card.memory_bytes, card.bf16, card.kind) == (10 * GIB, False, "cuda")
-    assert "assumed" in card.notes[0]
+def test_a_gpu_outside_the_table_keeps_its_memory_and_says_what_is_assumed():
+    gpu = generic_gpu(10 * GIB, (7, 5))
+    assert (gpu.memory_bytes, gpu.bf16, gpu.kind) == (10 * GIB, False, "cuda")
+    assert "assumed" in gpu.notes[0]
 
 
 def test_a_name_in_the_table_leads_to_its_own_row():
-    from lorafit.hardware.device import CARDS
+    from lorafit.hardware.device import GPUS
 
-    for card in CARDS:
-        for name in (card.name, *card.aliases):
-            assert find_card(name) is card, name
-        assert from_card(card).name == card.name
+    for gpu in GPUS:
+        for name in (gpu.name, *gpu.aliases):
+            assert find_gpu(name) is gpu, name
+        assert from_gpu(gpu).name == gpu.name

@@ -48,7 +48,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("config", "tokens", "checkpointing", "targets", "quantization", "measured_gib"), MEASURED)
-def test_the_estimate_is_within_its_uncertainty_of_what_a_card_measured(
+def test_the_estimate_is_within_its_uncertainty_of_what_a_gpu_measured(
     config, tokens, checkpointing, targets, quantization, measured_gib
 ):
     policy = {"on": "recompute", "off": "keep"}[checkpointing]

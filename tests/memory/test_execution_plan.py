@@ -137,7 +137,7 @@ def test_more_memory_is_never_slower():
     assert speeds[-1] > 1.2 * speeds[0]
 
 
-def test_everything_stays_on_a_large_card_and_weights_lie_unpacked_there():
+def test_everything_stays_on_a_large_gpu_and_weights_lie_unpacked_there():
     plan, _, _ = planned()
     assert (plan.policy, plan.host_bytes) == (MemoryPolicy(dequantized_layers=32), 0)
 
@@ -223,16 +223,16 @@ def test_weights_kept_unpacked_take_two_bytes_each_and_no_time():
 
 @pytest.mark.parametrize("budget_gib", [16, 31, 36, 40, 44, 60, 141])
 def test_weights_are_unpacked_into_what_keeping_everything_leaves_and_never_for_anything_else(budget_gib):
-    card = H200.with_memory(budget_gib * GIB)
-    plan, memory, _ = planned(hardware=card, compute="bf16")
-    assert memory.peak_bytes * (1 + memory.uncertainty) <= card.memory_bytes
+    gpu = H200.with_memory(budget_gib * GIB)
+    plan, memory, _ = planned(hardware=gpu, compute="bf16")
+    assert memory.peak_bytes * (1 + memory.uncertainty) <= gpu.memory_bytes
     if plan.policy.dequantized_layers:
         assert plan.policy.keeps_everything
     if 0 < plan.policy.dequantized_layers < 32:
         more = planned(
-            hardware=card, compute="bf16", memory_policy=f"dequantized_layers={plan.policy.dequantized_layers + 1}"
+            hardware=gpu, compute="bf16", memory_policy=f"dequantized_layers={plan.policy.dequantized_layers + 1}"
         )[1]
-        assert more.peak_bytes * (1 + more.uncertainty) > card.memory_bytes
+        assert more.peak_bytes * (1 + more.uncertainty) > gpu.memory_bytes
     assert (plan.policy.dequantized_layers == 32) == (budget_gib >= 60)
 
 
@@ -248,8 +248,8 @@ def test_steps_that_wait_for_the_processor_run_as_graphs_before_room_goes_to_cop
     assert mid[0].policy.cuda_graph_max_tokens == 1600 and 0 < mid[0].policy.dequantized_layers < 32
     assert tight[0].policy == MemoryPolicy()  # copies of some layers gain nothing where the processor is waited for
     assert roomy[0].step_s < mid[0].step_s < tight[0].step_s / 2
-    for plan, memory, card in (roomy, mid):
-        assert memory.peak_bytes * (1 + memory.uncertainty) <= card.memory_bytes
+    for plan, memory, gpu in (roomy, mid):
+        assert memory.peak_bytes * (1 + memory.uncertainty) <= gpu.memory_bytes
         assert plan.graph_bytes == next(part.size_bytes for part in memory.components if part.name == "CUDA graphs")
         assert memory.needed_bytes == tight[1].needed_bytes
 

@@ -51,7 +51,7 @@ def test_a_micro_batch_may_grow_to_the_step_until_nothing_is_gained(step, max_le
     assert most_tokens(step, max_length) == most
 
 
-def test_only_a_card_gains_by_larger_micro_batches():
+def test_only_a_gpu_gains_by_larger_micro_batches():
     counted = DataStats(2000, 300_000, 150_000, 900, 150.0, largest_step=3_600)
     assert inputs(stats=counted).most_tokens == 3_600
     assert inputs(stats=counted, hardware=CPU).most_tokens == 2048

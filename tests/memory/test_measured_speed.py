@@ -59,25 +59,23 @@ def run_of(examples, policy, compute, budget_gib):
 
 
 def planned(rows, policy, compute, budget, stats):
-    run, card = run_of(rows, policy, compute, budget)
-    return plan_execution(PlanInputs(run, stats, shape(), card))
+    run, gpu = run_of(rows, policy, compute, budget)
+    return plan_execution(PlanInputs(run, stats, shape(), gpu))
 
 
 @pytest.mark.parametrize(("rows", "examples", "policy", "compute", "budget_gib", "measured", "peak_gib"), MEASURED)
-def test_the_predicted_speed_is_within_a_tenth_of_what_a_card_did(
+def test_the_predicted_speed_is_within_a_tenth_of_what_a_gpu_did(
     rows, examples, policy, compute, budget_gib, measured, peak_gib
 ):
-    run, card = run_of(examples, policy, compute, budget_gib)
-    assert plan_execution(PlanInputs(run, rows, shape(), card)).tokens_per_s == pytest.approx(measured, rel=0.10)
+    run, gpu = run_of(examples, policy, compute, budget_gib)
+    assert plan_execution(PlanInputs(run, rows, shape(), gpu)).tokens_per_s == pytest.approx(measured, rel=0.10)
 
 
 def test_so_it_is_with_adapters_of_every_linear():
-    run, card = run_of(4, "dequantized_layers=31", "bf16", 48)
+    run, gpu = run_of(4, "dequantized_layers=31", "bf16", 48)
     run = run.model_copy(update={"targets": "all-linear"})
-    assert plan_execution(PlanInputs(run, dense(4, 2048), shape(), card)).tokens_per_s == pytest.approx(
-        16_159, rel=0.10
-    )
-    memory = estimate_memory(PlanInputs(run, dense(4, 2048), shape(), card))
+    assert plan_execution(PlanInputs(run, dense(4, 2048), shape(), gpu)).tokens_per_s == pytest.approx(16_159, rel=0.10)
+    memory = estimate_memory(PlanInputs(run, dense(4, 2048), shape(), gpu))
     assert memory.peak_bytes - CUDA_CONTEXT_BYTES == pytest.approx(44.09 * GIB, rel=memory.uncertainty)
 
 
@@ -85,32 +83,32 @@ def test_so_it_is_with_adapters_of_every_linear():
     ("rows", "examples", "policy", "compute", "budget_gib", "measured", "peak_gib"),
     [row for row in MEASURED if row[-1]],
 )
-def test_the_estimated_peak_is_within_its_uncertainty_of_what_a_card_did(
+def test_the_estimated_peak_is_within_its_uncertainty_of_what_a_gpu_did(
     rows, examples, policy, compute, budget_gib, measured, peak_gib
 ):
     """Copies on their way to the host may fill the budget beyond the estimate, the least that must be there."""
-    run, card = run_of(examples, policy, compute, budget_gib)
-    memory = estimate_memory(PlanInputs(run, rows, shape(), card))
+    run, gpu = run_of(examples, policy, compute, budget_gib)
+    memory = estimate_memory(PlanInputs(run, rows, shape(), gpu))
     peak = peak_gib * GIB + CUDA_CONTEXT_BYTES
     most = memory.peak_bytes * (1 + memory.uncertainty)
     assert memory.peak_bytes * (1 - memory.uncertainty) < peak
-    assert peak < (max(most, card.memory_bytes) if "offload" in policy else most)
+    assert peak < (max(most, gpu.memory_bytes) if "offload" in policy else most)
 
 
 def test_so_it_is_with_a_small_model_whose_steps_are_graphs():
     """1B, 1 × 1,024 tokens: 11.7 ms a step. Rows of one length share a bucket, so that nothing runs beside its graph,
     and the peak is below what the plan allows for: a micro-batch as a graph and one beside it."""
-    run, card = run_of(1, "dequantized_layers=16,cuda_graph_max_tokens=1024", "bf16", None)
-    plan = plan_execution(PlanInputs(run, dense(1, 1024), shape(LLAMA_1B), card))
+    run, gpu = run_of(1, "dequantized_layers=16,cuda_graph_max_tokens=1024", "bf16", None)
+    plan = plan_execution(PlanInputs(run, dense(1, 1024), shape(LLAMA_1B), gpu))
     assert plan.tokens_per_s == pytest.approx(87_465, rel=0.10)
-    memory = estimate_memory(PlanInputs(run, dense(1, 1024), shape(LLAMA_1B), card))
+    memory = estimate_memory(PlanInputs(run, dense(1, 1024), shape(LLAMA_1B), gpu))
     peak = 4.02 * GIB + CUDA_CONTEXT_BYTES
     assert memory.peak_bytes - plan.graph_bytes < peak * (1 + memory.uncertainty)
     assert memory.peak_bytes > peak * (1 - memory.uncertainty)
 
 
 def test_what_recomputing_everything_costs_is_what_the_probe_paid():
-    """17,375 and 11,798 tokens/s on the same card, before the engine was built."""
+    """17,375 and 11,798 tokens/s on the same GPU, before the engine was built."""
     kept, recomputed = (
         planned(4, policy, "bf16", None, dense(4, 2048)).tokens_per_s for policy in ("keep", "recompute")
     )
@@ -118,7 +116,7 @@ def test_what_recomputing_everything_costs_is_what_the_probe_paid():
 
 
 def test_a_step_of_2048_tokens_waits_for_the_processor():
-    """The card computed for 110 of its 144 ms."""
+    """The GPU computed for 110 of its 144 ms."""
     costs = planned(1, "keep", "bf16", None, dense(1, 2048)).costs
     assert costs.forward_s == costs.backward_s == costs.launch_s
     assert 32 * 2 * costs.launch_s + costs.loss_s == pytest.approx(0.144, rel=0.10)

@@ -115,8 +115,8 @@ def test_embeddings_move_only_when_that_pays():
     assert not solve(LLAMA_8B, replace(room, host_bytes=GIB - 1)).policy.host_embeddings
 
 
-def test_a_slow_card_beside_a_fast_link_offloads_everything_for_nothing():
-    """A card five times slower at 25 GB/s, as the design reckons."""
+def test_a_slow_gpu_beside_a_fast_link_offloads_everything_for_nothing():
+    """A GPU five times slower at 25 GB/s, as the design reckons."""
     slow = replace(
         LLAMA_8B, forward_s=0.025, backward_s=0.045, recompute_feed_forward_s=0.0135, recompute_layer_s=0.025
     )

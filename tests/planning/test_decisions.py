@@ -55,10 +55,10 @@ def test_the_base_stays_in_16_bits_only_where_it_fits():
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit():
-    card = hardware_named("H100")
+    gpu = hardware_named("H100")
     roomy, tight = (
         MemoryPolicy.parse(values(room, config=LLAMA_1B)["memory_policy"], 16)
-        for room in (card, card.with_memory(3 * GIB))
+        for room in (gpu, gpu.with_memory(3 * GIB))
     )
     assert (roomy.recompute_layers, roomy.recompute_mlp_layers, roomy.offloaded_layers) == (0, 0, 0)
     assert tight.recompute_layers + tight.recompute_mlp_layers + tight.offloaded_layers > 0
@@ -74,7 +74,7 @@ def test_the_decision_about_activations_says_what_it_does_and_what_it_takes():
     assert re.search(r"\d+\.\d k tok/s predicted; [67]\.\d GiB ± 10% of 8\.0 GiB$", outcome.reason)
 
 
-def test_a_step_is_one_micro_batch_where_a_card_has_room_for_it():
+def test_a_step_is_one_micro_batch_where_a_gpu_has_room_for_it():
     outcome = decided(hardware_named("H100"), config=LLAMA_1B, examples_per_step=4)["memory_policy"]
     assert outcome.value == "dequantized_layers=16,micro_tokens=3600,cuda_graph_max_tokens=3600"
     words = (
@@ -96,7 +96,7 @@ def test_large_moments_are_kept_in_8_bits():
     assert values(LAPTOP, config=LLAMA_1B, **settings)["optimizer"] == "paged_adamw_8bit"
 
 
-def test_layers_are_compiled_where_there_is_a_card():
+def test_layers_are_compiled_where_there_is_a_gpu():
     assert values()["compile"] == "on"
     assert values(CPU)["compile"] == "off"
     assert values(compile="off")["compile"] == "off"
@@ -168,11 +168,11 @@ def test_fp8_is_never_planned_and_keeps_the_base_in_4_bits_where_it_was_asked_fo
 
 
 @pytest.mark.parametrize(
-    ("card", "rows", "settings", "offered"),
+    ("GPU", "rows", "settings", "offered"),
     [("H100", 2_000, {}, True), ("A100 40GB", 2_000, {}, False), ("H100", 20_000, {"quantization": "none"}, False)],
 )
-def test_fp8_is_offered_where_the_card_has_it_and_the_base_is_in_4_bits(card, rows, settings, offered):
-    reason = decided(hardware_named(card), rows=rows, config=LLAMA_8B, **settings)["compute"].reason
+def test_fp8_is_offered_where_the_gpu_has_it_and_the_base_is_in_4_bits(gpu, rows, settings, offered):
+    reason = decided(hardware_named(gpu), rows=rows, config=LLAMA_8B, **settings)["compute"].reason
     assert ("compute=fp8" in reason) is offered
 
 

@@ -40,12 +40,12 @@ def test_a_run_that_fits_has_no_obstacle():
     ],
 )
 def test_what_the_fix_says_really_fits(config, memory_gib, settings):
-    card = H100.with_memory(memory_gib * GIB)
-    [finding] = found(card, config, **settings)
+    gpu = H100.with_memory(memory_gib * GIB)
+    [finding] = found(gpu, config, **settings)
     assert (finding.code, finding.severity.value) == ("P0", "error")
     changes = yaml.safe_load("{" + finding.fix.removeprefix("set ").replace(" and ", ", ") + "}")
     assert changes
-    assert found(card, config, **{**settings, **changes}) == []
+    assert found(gpu, config, **{**settings, **changes}) == []
 
 
 def test_activations_on_auto_make_8b_fit_where_no_setting_by_hand_would():
@@ -54,13 +54,13 @@ def test_activations_on_auto_make_8b_fit_where_no_setting_by_hand_would():
 
 
 @pytest.mark.parametrize("gib", [3, 4, 5, 5.8, 6])
-def test_the_memory_and_the_card_that_are_advised_are_enough_with_the_error_to_spare(gib):
-    """8B needs 5.6 GiB, give or take a tenth: neither a budget of 6 nor a card of 6 GB is a promise."""
+def test_the_memory_and_the_gpu_that_are_advised_are_enough_with_the_error_to_spare(gib):
+    """8B needs 5.6 GiB, give or take a tenth: neither a budget of 6 nor a GPU of 6 GB is a promise."""
     [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B)
     advised = float(re.search(r"([\d.]+) GiB of memory", finding.fix)[1])
-    card = hardware_named(re.search(r"a card like '(.+?)'", finding.fix)[1])
+    gpu = hardware_named(re.search(r"a GPU like '(.+?)'", finding.fix)[1])
     assert gib < advised
-    assert found(H100.with_memory(int(advised * GIB)), LLAMA_8B) == found(card, LLAMA_8B) == []
+    assert found(H100.with_memory(int(advised * GIB)), LLAMA_8B) == found(gpu, LLAMA_8B) == []
 
 
 def test_a_processor_s_advice_is_enough_too_though_more_memory_also_holds_more():
@@ -70,9 +70,9 @@ def test_a_processor_s_advice_is_enough_too_though_more_memory_also_holds_more()
 
 
 @pytest.mark.parametrize(("compute", "able"), [("bf16", "bf16"), ("fp8", "fp8")])
-def test_a_card_that_is_advised_has_the_precision_of_the_run(compute, able):
+def test_a_gpu_that_is_advised_has_the_precision_of_the_run(compute, able):
     [finding] = found(H100.with_memory(5 * GIB), LLAMA_8B, compute=compute)
-    assert getattr(hardware_named(re.search(r"a card like '(.+?)'", finding.fix)[1]), able)
+    assert getattr(hardware_named(re.search(r"a GPU like '(.+?)'", finding.fix)[1]), able)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_a_card_that_is_advised_has_the_precision_of_the_run(compute, able):
         (None, 5, "and H100 has 5.0 GiB"),
     ],
 )
-def test_a_budget_is_not_said_to_be_all_that_the_card_has(gpu_memory, gib, said):
+def test_a_budget_is_not_said_to_be_all_that_the_gpu_has(gpu_memory, gib, said):
     [finding] = found(H100.with_memory(int(gib * GIB)), LLAMA_8B, gpu_memory=gpu_memory)
     assert finding.message.endswith(said)
 
 
-def test_a_budget_beyond_the_card_is_said_once_and_adds_nothing():
+def test_a_budget_beyond_the_gpu_is_said_once_and_adds_nothing():
     [finding] = found(hardware_named("RTX 4090"), gpu_memory="80GiB")
     assert (finding.code, finding.severity.value, finding.where) == ("P0", "warning", "gpu_memory")
     assert finding.message == "gpu_memory is 80.0 GiB, and RTX 4090 has 23.5 GiB"
@@ -97,11 +97,11 @@ def test_a_budget_beyond_the_card_is_said_once_and_adds_nothing():
     assert [message.endswith("RTX 3050 Laptop has 3.9 GiB") for message in messages] == [True, True]
 
 
-def test_a_base_that_cannot_fit_names_the_memory_and_a_card_that_has_it():
+def test_a_base_that_cannot_fit_names_the_memory_and_a_gpu_that_has_it():
     [finding] = found(hardware_named("RTX 3050 Laptop"), LLAMA_8B)
     assert "smaller base" in finding.fix
     needed = float(re.search(r"([\d.]+) GiB of memory", finding.fix)[1])
-    named = hardware_named(re.search(r"a card like '(.+?)'", finding.fix)[1])
+    named = hardware_named(re.search(r"a GPU like '(.+?)'", finding.fix)[1])
     assert named.memory_bytes >= 0.99 * needed * GIB > hardware_named("RTX 3050 Laptop").memory_bytes
 
 
@@ -143,7 +143,7 @@ def test_an_8_bit_optimizer_without_cuda_stops_the_run(optimizer):
     assert codes(CPU) == []
 
 
-def test_who_set_a_budget_is_told_the_one_that_does_and_not_another_card():
+def test_who_set_a_budget_is_told_the_one_that_does_and_not_another_gpu():
     [finding] = found(H100.with_memory(4 * GIB), LLAMA_8B, gpu_memory="4GiB")
     advised = re.search(r"or gpu_memory: ([\d.]+)GiB$", finding.fix)[1]
     enough = H100.with_memory(int(float(advised) * GIB))

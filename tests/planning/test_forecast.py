@@ -29,7 +29,7 @@ def test_adapters_are_forecast_for_the_device_given():
     assert run.cost_usd == run.duration.cost_usd(H100)
 
 
-def test_a_full_run_is_priced_for_all_its_cards():
+def test_a_full_run_is_priced_for_all_its_gpus():
     run = forecast(PlanInputs(RunConfig(), facts(), shape(), H100), full=True)
     assert run.gpus > 1
     assert run.cost_usd == run.duration.cost_usd(H100, run.gpus)
@@ -71,7 +71,7 @@ def test_steps_are_sets_of_examples(settings, rows, steps):
         (LLAMA_8B, 4096, "off", "all-linear", 509),
     ],
 )
-def test_the_range_holds_what_a_card_measured(config, tokens, checkpointing, targets, measured_ms):
+def test_the_range_holds_what_a_gpu_measured(config, tokens, checkpointing, targets, measured_ms):
     examples = tokens // 512
     run = RunConfig(
         max_length=tokens, targets=targets, gradient_checkpointing=checkpointing, examples_per_step=examples,
@@ -104,10 +104,10 @@ def test_evaluations_take_time_too():
 
 
 def test_the_price_is_the_time_at_the_assumed_range():
-    card = hardware_named("H100")
-    taken = duration(LLAMA_8B, RunConfig(memory_policy="recompute"), card, facts())
-    assert taken.cost_usd(card)[0] == pytest.approx(taken.time_s[0] / 3600 * card.usd_per_hour[0])
-    assert taken.cost_usd(card, 4)[1] == pytest.approx(4 * taken.time_s[1] / 3600 * card.usd_per_hour[1])
+    gpu = hardware_named("H100")
+    taken = duration(LLAMA_8B, RunConfig(memory_policy="recompute"), gpu, facts())
+    assert taken.cost_usd(gpu)[0] == pytest.approx(taken.time_s[0] / 3600 * gpu.usd_per_hour[0])
+    assert taken.cost_usd(gpu, 4)[1] == pytest.approx(4 * taken.time_s[1] / 3600 * gpu.usd_per_hour[1])
     assert any("assumed" in line for line in taken.assumes)
 
 
@@ -140,12 +140,12 @@ def test_few_tokens_take_what_starting_the_kernels_takes():
     assert duration(LLAMA_8B, graphs, hardware_named("H200"), few).time_s[0] < times[0] / 3
 
 
-@pytest.mark.parametrize(("card", "config"), [("H100", {}), ("RTX 4090", {}), ("H200", {"num_hidden_layers": 80})])
-def test_the_cards_hold_weights_gradients_and_optimizer(card, config):
-    device, model = hardware_named(card), shape(**config)
-    cards = gpus_needed(model, device)
-    assert cards * device.memory_bytes * 0.8 >= 16 * model.parameters > (cards - 1) * device.memory_bytes * 0.8
-    assert full_memory(inputs(model=model, hardware=device), cards).fits(device)
+@pytest.mark.parametrize(("GPU", "config"), [("H100", {}), ("RTX 4090", {}), ("H200", {"num_hidden_layers": 80})])
+def test_the_gpus_hold_weights_gradients_and_optimizer(gpu, config):
+    device, model = hardware_named(gpu), shape(**config)
+    gpus = gpus_needed(model, device)
+    assert gpus * device.memory_bytes * 0.8 >= 16 * model.parameters > (gpus - 1) * device.memory_bytes * 0.8
+    assert full_memory(inputs(model=model, hardware=device), gpus).fits(device)
 
 
 def test_several_gpus_means_at_least_two():

@@ -81,7 +81,7 @@ def test_the_chosen_row_is_the_plan_itself():
     assert chosen.peak_bytes == plan.memory.needed_bytes <= plan.memory.peak_bytes
 
 
-def test_what_unpacked_weights_take_of_a_large_card_is_nothing_that_a_method_needs():
+def test_what_unpacked_weights_take_of_a_large_gpu_is_nothing_that_a_method_needs():
     small, large = (
         make_plan(
             resolve(flags={"memory_policy": policy, "quantization": "nf4"}), facts(), shape(), hardware_named("H200")
@@ -100,7 +100,7 @@ def test_a_16_bit_base_needs_more_and_may_not_fit():
     assert by_method["QLoRA"].fits
 
 
-def test_full_fine_tuning_takes_several_cards_and_their_price():
+def test_full_fine_tuning_takes_several_gpus_and_their_price():
     full = options(hardware_named("H100"))[0]
     assert full.gpus == 2  # 16 bytes × 8.03 B parameters in 80 % of 78 GiB each
     assert full.hardware == "H100"

@@ -85,7 +85,7 @@ def test_full_fine_tuning_is_planned_but_not_run():
     assert dict(plan.settings())["compute"] == "bf16"
 
 
-def test_full_fine_tuning_without_a_card_is_planned_for_one():
+def test_full_fine_tuning_without_a_gpu_is_planned_for_one():
     _, plan = planned(CPU, rows=200_000, config=TINY, goal="accuracy")
     assert plan.hardware.name == "H100"
 

@@ -7,7 +7,7 @@ import pytest
 from lorafit.config import resolve
 from lorafit.errors import RunDirError, RunFinished
 from lorafit.runs import RunDir, RunFingerprint, RunIdentity, RunLock, held_settings
-from lorafit.runs.lookup import begin_anew, find_place, next_free, refuse_finished
+from lorafit.runs.lookup import find_target, next_free, refuse_finished, set_run_aside
 
 
 def settled(**given):
@@ -34,33 +34,33 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_new_run_goes_to_a_folder_named_after_data_and_base():
-    place = find_place(settled())
-    assert (str(place.run.path), place.goes_on) == ("runs/rows-base", False)
+    place = find_target(settled())
+    assert (str(place.run.path), place.resumes) == ("runs/rows-base", False)
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_the_same_settings_find_their_run_again(here, finished):
     begun(here / "runs/rows-base-2", settled(), finished=finished)
     begun(here / "runs/rows-base", settled(lr=0.5))
-    place = find_place(settled())
-    assert (place.run.path.name, place.goes_on) == ("rows-base-2", True)
+    place = find_target(settled())
+    assert (place.run.path.name, place.resumes) == ("rows-base-2", True)
 
 
 def test_other_settings_go_to_the_next_free_folder(here):
     begun(here / "runs/rows-base", settled())
-    place = find_place(settled(lr=0.5))
-    assert (place.run.path.name, place.goes_on) == ("rows-base-2", False)
+    place = find_target(settled(lr=0.5))
+    assert (place.run.path.name, place.resumes) == ("rows-base-2", False)
     assert next_free(settled()).path.name == "rows-base-2"
 
 
 def test_what_was_planned_is_taken_over_and_what_is_set_must_agree(here):
     run = begun(here / "run", settled())
-    place = find_place(settled(out="run"))
+    place = find_target(settled(out="run"))
     taken = place.settled(settled(out="run"))
     assert (taken.config.rank, taken.sources["rank"].value) == (8, "run")
-    assert find_place(settled(out="run", rank=8)).goes_on
+    assert find_target(settled(out="run", rank=8)).resumes
     with pytest.raises(RunDirError, match=r"begun with rank = 8, now it is 32 \(and alpha\)"):
-        find_place(settled(out="run", rank=32))
+        find_target(settled(out="run", rank=32))
     assert run.config().rank == 8
 
 
@@ -69,7 +69,7 @@ def test_a_named_folder_refuses_other_settings_with_both_values(here):
     with pytest.raises(
         RunDirError, match=r"unfinished run here was begun with lr = 0\.0002, now it is 0\.5; .*--restart"
     ) as caught:
-        find_place(settled(out="run", lr=0.5))
+        find_target(settled(out="run", lr=0.5))
     assert "\n" not in str(caught.value)
 
 
@@ -78,15 +78,15 @@ def test_the_settings_of_a_run_as_a_recipe_go_on_with_it(here):
     from lorafit.config import load_recipe
 
     run = begun(here / "run", settled(lr=0.01))
-    assert find_place(resolve(load_recipe(run.settings), {"out": "run"})).goes_on
+    assert find_target(resolve(load_recipe(run.settings), {"out": "run"})).resumes
 
 
 def test_restart_moves_the_run_aside_and_never_deletes(here):
     for number in (1, 2):
         run = begun(here / "run", settled(seed=number))
-        place = find_place(settled(out="run"), restart=True)
-        assert not place.goes_on
-        assert begin_anew(place.run).name == f"run.aside-{number}"
+        place = find_target(settled(out="run"), restart=True)
+        assert not place.resumes
+        assert set_run_aside(place.run).name == f"run.aside-{number}"
         assert RunDir(here / f"run.aside-{number}").config().seed == number
         assert sorted(path.name for path in (here / f"run.aside-{number}").iterdir()) == [
             "fingerprint.json",
@@ -96,14 +96,14 @@ def test_restart_moves_the_run_aside_and_never_deletes(here):
 
 
 def test_restart_where_nothing_is_begins_a_run(here):
-    place = find_place(settled(out="run"), restart=True)
-    assert begin_anew(place.run) is None
+    place = find_target(settled(out="run"), restart=True)
+    assert set_run_aside(place.run) is None
 
 
 def test_restart_does_not_touch_a_run_that_is_training(here):
     run = begun(here / "run", settled())
     with RunLock(run.path), pytest.raises(RunDirError, match="is training this run"):
-        begin_anew(run)
+        set_run_aside(run)
     assert run.holds_run
 
 
@@ -119,7 +119,7 @@ def test_a_folder_with_other_peoples_files_is_left_alone_even_with_restart(here)
     (here / "run" / "thesis.tex").write_text("")
     for restart in (False, True):
         with pytest.raises(RunDirError, match=r"holds other files, such as thesis\.tex"):
-            find_place(settled(out="run"), restart=restart)
+            find_target(settled(out="run"), restart=restart)
 
 
 def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
@@ -135,22 +135,22 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
         ".lock.json",
     ):
         (run.path / name).write_text("")
-    assert not find_place(settled(out="run")).goes_on
+    assert not find_target(settled(out="run")).resumes
 
 
 def test_a_run_whose_fingerprint_is_lost_is_not_taken_for_another(here):
     begun(here / "run", settled()).identity.unlink()
     with pytest.raises(RunDirError, match="cannot go on"):
-        find_place(settled(out="run"))
+        find_target(settled(out="run"))
 
 
 def test_a_damaged_run_that_may_be_the_one_is_not_passed_over_in_silence(here):
     run = begun(here / "runs/rows-base", settled())
     run.identity.write_text("{")
     with pytest.raises(RunDirError, match=r"rows-base.*cannot be read.*--restart"):
-        find_place(settled())
-    assert find_place(settled(), restart=True).run == RunDir(Path("runs/rows-base"))
-    assert find_place(settled(lr=0.5)).run.path.name == "rows-base-2", "that run is not meant"
+        find_target(settled())
+    assert find_target(settled(), restart=True).run == RunDir(Path("runs/rows-base"))
+    assert find_target(settled(lr=0.5)).run.path.name == "rows-base-2", "that run is not meant"
     run.settings.write_text("{")
     with pytest.raises(RunDirError, match=r"rows-base.*cannot be told from a new one.*--out"):
-        find_place(settled())
+        find_target(settled())

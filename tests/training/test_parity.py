@@ -88,8 +88,8 @@ def test_fp8_may_lose_a_percent_of_loss_and_a_point_of_matches_and_no_more(parit
     assert not judged(trained_loss=float("nan"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here, which may well compute in FP8")
-def test_without_a_card_the_fp8_mode_says_in_one_sentence_what_it_needs(parity, monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which may well compute in FP8")
+def test_without_a_gpu_the_fp8_mode_says_in_one_sentence_what_it_needs(parity, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parity.py", "fp8"])
     with pytest.raises(SystemExit, match=r"compute capability 8\.9") as ended:
         parity.main()

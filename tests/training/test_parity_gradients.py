@@ -5,7 +5,7 @@ import torch
 
 from tiny_models import save_base
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench/parity.py gradients is the form for a card")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench/parity.py gradients is the form for a GPU")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

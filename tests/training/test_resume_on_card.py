@@ -1,4 +1,4 @@
-"""On a card, with --deterministic: a run that goes on ends in the bits it would have had, 8-bit moments too."""
+"""On a GPU, with --deterministic: a run that goes on ends in the bits it would have had, 8-bit moments too."""
 
 import os
 

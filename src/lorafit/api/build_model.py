@@ -21,15 +21,15 @@ from lorafit.data import Rows, largest_step, steps_per_epoch
 from lorafit.engine import (
     PAGE_BYTES,
     DecoderLayers,
+    DryRun,
     Graphs,
     MicroBatch,
-    Rehearsal,
     Work,
     assert_isolated,
+    find_policy,
     let_blocks_grow,
     lock_pages_by_threads,
     packed,
-    rehearse,
     vocabulary_loss_for,
     warm_compiler,
 )
@@ -113,14 +113,14 @@ def _samples(rows: Rows) -> list[tuple[Any, Any]]:
 
 GRADIENT_BYTES = 4
 AUTO = "auto"
-CARD_SHARE = 0.97
+GPU_SHARE = 0.97
 """Of the GPU's free memory, when no budget is set."""
 
 
 @contextlib.contextmanager
 def tune_memory(
     built: BuiltModel, resolved: Resolved, rows: Rows, run: RunDir, events: EventLog
-) -> Iterator[tuple[TunedMemory, Rehearsal | None]]:
+) -> Iterator[tuple[TunedMemory, DryRun | None]]:
     """Run the model's layers as the memory policy says within the block; yields that and what the dry run found.
 
     The policy is solved and proved on a GPU, and taken as it is written on a CPU. A resumed run keeps the policy it
@@ -141,7 +141,7 @@ def tune_memory(
     solves = wish.asked == AUTO and before is None
     work = _work(built, config, rows, device, grows=solves)
     with packed(built.model):  # the backward passes too: what they recompute has to attend as the forward did
-        found = rehearse(built.model, layers, work, budget_bytes(config), solves=solves)
+        found = find_policy(built.model, layers, work, budget_bytes(config), solves=solves)
     found = replace(found, policy=found.policy.sized(work.max_length, config.max_length))
     layers.policy = found.policy
     report = _Report(run, layers, found, before or wish)
@@ -205,7 +205,7 @@ class _Report:
 
     run: RunDir
     layers: DecoderLayers
-    found: Rehearsal
+    found: DryRun
     wish: _Wish
 
     def write(self) -> None:
@@ -225,7 +225,7 @@ def _tuned(
     config: RunConfig,
     rows: Rows,
     layers: DecoderLayers,
-    found: Rehearsal,
+    found: DryRun,
     events: EventLog,
     changed: Callable[[], object],
 ) -> TunedMemory:
@@ -245,10 +245,10 @@ def _tuned(
 
 
 def budget_bytes(config: RunConfig) -> int:
-    """Bytes that the run may reserve on the card: `gpu_memory`, or nearly all that is free."""
+    """Bytes that the run may reserve on the GPU: `gpu_memory`, or nearly all that is free."""
     free, total = torch.cuda.mem_get_info()
     if config.gpu_memory is None:
-        return int((free + torch.cuda.memory_reserved()) * CARD_SHARE)
+        return int((free + torch.cuda.memory_reserved()) * GPU_SHARE)
     return min(parse_bytes(config.gpu_memory, "gpu_memory"), total)
 
 

@@ -21,7 +21,7 @@ from lorafit.backbone import base_fingerprint
 from lorafit.config import Resolved, RunConfig, base_folder
 from lorafit.data import Prepared, Record, Template
 from lorafit.data.checks.whole_set import write_split
-from lorafit.engine import Rehearsal
+from lorafit.engine import DryRun
 from lorafit.errors import RunDirError, TrainingStopped
 from lorafit.findings import Finding
 from lorafit.runs import (
@@ -36,7 +36,7 @@ from lorafit.runs import (
     held_settings,
     write_text,
 )
-from lorafit.runs.lookup import OtherRows, Place, refuse_finished, refuse_other_content
+from lorafit.runs.lookup import OtherRows, RunTarget, refuse_finished, refuse_other_content
 from lorafit.training import (
     ADAPTER,
     Checkpoint,
@@ -69,11 +69,11 @@ def new_run_id() -> str:
 
 def environment() -> dict[str, Any]:
     """What besides the fingerprint decides the last bits of a run: versions, the device, and threads on a CPU."""
-    on_card = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     here: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     here["lorafit"] = __version__  # not the installed package's: a checkout on PYTHONPATH has none
-    here["device"] = torch.cuda.get_device_name() if on_card else f"CPU ({torch.backends.cpu.get_cpu_capability()})"
-    return here if on_card else here | {"threads": torch.get_num_threads()}
+    here["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    return here if on_gpu else here | {"threads": torch.get_num_threads()}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _sample_line(record: Record) -> str:
 HELD_OUT_TOKENS = "micro_tokens of evaluations"
 
 
-def known_identity(place: Place, config: RunConfig, now: RunFingerprint) -> RunIdentity:
+def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> RunIdentity:
     """The identity of the run in `place`, if `now`, by the settings `config`, is what it is trained from.
 
     Raises RunDirError naming what differs, OtherRows for a finished run over other rows in a folder that nobody named.
@@ -221,16 +221,16 @@ def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], e
     return checkpoint
 
 
-def layout_of(config: RunConfig, memory: TunedMemory, rehearsal: Rehearsal | None) -> dict[str, Any]:
+def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None) -> dict[str, Any]:
     """Return what of a run's layout its last bits depend on, as JSON values.
 
     On a GPU the policy that was tried counts, whatever the settings say: a resumed run keeps it.
     """
     tokens = memory.micro_tokens
     layout = {key: getattr(config, key) for key in LAYOUT if key != "max_length"}
-    if rehearsal is not None:
+    if dry_run is not None:
         del layout["memory_policy"]
-        layout["policy"] = str(replace(rehearsal.policy, micro_tokens=None))
+        layout["policy"] = str(replace(dry_run.policy, micro_tokens=None))
     return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_length)}
 
 

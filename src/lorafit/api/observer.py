@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
-    from lorafit.engine import Rehearsal
+    from lorafit.engine import DryRun
     from lorafit.findings import Finding
     from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
@@ -37,8 +37,8 @@ class Observer:
     def on_model(self, counts: Counts, base: str) -> None:
         """Adapters are on the frozen base, and packed rows are proved isolated."""
 
-    def on_dry_run(self, rehearsal: Rehearsal | None) -> None:
-        """The largest micro-batch has been run once on the card (None: there is no card, and nothing to rehearse)."""
+    def on_dry_run(self, dry_run: DryRun | None) -> None:
+        """The largest micro-batch has been run once on the GPU (None: there is no GPU, and nothing to try)."""
 
     def on_step(self, progress: StepProgress) -> None:
         """After each optimizer step."""

@@ -40,14 +40,14 @@ def before_reading(config: RunConfig, run: RunDir) -> list[Finding]:
     ]
 
 
-def before_loading(planned: PlannedRun, run: RunDir, card_is_usable: Callable[[], bool]) -> list[Finding]:
-    """What needs the plan: the files of a base from the hub, space for checkpoints and an export, a usable card."""
+def before_loading(planned: PlannedRun, run: RunDir, gpu_is_usable: Callable[[], bool]) -> list[Finding]:
+    """What needs the plan: the files of a base from the hub, space for checkpoints and an export, a usable GPU."""
     config = planned.resolved.config
     is_local = Path(config.base).expanduser().is_dir()
     return [
         *(() if is_local else _base_files(base_folder(config.base, config.revision, weights=True))),
         *_space(planned, run),
-        *_card(planned.plan.hardware, card_is_usable),
+        *_gpu(planned.plan.hardware, gpu_is_usable),
     ]
 
 
@@ -140,19 +140,19 @@ def _export_bytes(planned: PlannedRun) -> float:
     return planned.plan.shape.parameters * format_named(DEFAULT_FORMAT).bytes_per_weight
 
 
-def _card(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]:
+def _gpu(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]:
     if hardware.kind == "cuda" and not is_usable():
         yield Finding(
             "S005",
             Severity.ERROR,
             f"{hardware.name} is here, and torch cannot use it",
-            where="card",
+            where="GPU",
             why="the run would go to the processor, hundreds of times slower",
-            fix="install a torch build for your driver, or hide the card (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+            fix="install a torch build for your driver, or hide the GPU (CUDA_VISIBLE_DEVICES=) to train on the CPU",
         )
     if hardware.kind == "cpu":
         for note in hardware.notes:
-            yield Finding("S005", Severity.WARNING, note, where="card", fix="install torch with CUDA to train on it")
+            yield Finding("S005", Severity.WARNING, note, where="GPU", fix="install torch with CUDA to train on it")
 
 
 def _existing(path: Path) -> Path:

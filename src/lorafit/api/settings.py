@@ -11,7 +11,7 @@ from lorafit.config.setting_aliases import our_name
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir
-from lorafit.runs.lookup import find_place
+from lorafit.runs.lookup import find_target
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -97,7 +97,7 @@ def preflight(
     require_data(resolved)
     require_base(resolved)
     base_folder(resolved.config.base, resolved.config.revision)
-    find_place(resolved, restart=restart)
+    find_target(resolved, restart=restart)
 
 
 def require_data(resolved: Resolved) -> None:

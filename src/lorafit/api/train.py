@@ -41,7 +41,7 @@ from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
 from lorafit.methods.lora import Counts
 from lorafit.runs import RunDir, RunIdentity, RunLock
-from lorafit.runs.lookup import OtherRows, Place, begin_anew, find_place, next_free, put_back
+from lorafit.runs.lookup import OtherRows, RunTarget, find_target, next_free, restore_run, set_run_aside
 from lorafit.runs.signals import EarlySignals, StopSignals
 from lorafit.training import (
     Checkpoint,
@@ -113,18 +113,18 @@ def train(
     require_base(resolved)
     _require_one_process_here(resolved)
     with EarlySignals() as signals:
-        place = find_place(resolved, restart=restart)
+        place = find_target(resolved, restart=restart)
         signals.run = place.run
         try:
             with _old_run_aside(place.run, restart):
                 return _train_in(place, resolved, watch, list(callbacks))
         except OtherRows:
-            fresh = Place(next_free(resolved), goes_on=False, is_named=False)
+            fresh = RunTarget(next_free(resolved), resumes=False, is_named=False)
             signals.run = fresh.run
             return _train_in(fresh, resolved, watch, list(callbacks))
 
 
-def _train_in(place: Place, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
+def _train_in(place: RunTarget, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
     """Train in `place`. Raises OtherRows when a finished run of other rows is there, and nobody named it."""
     run = place.run
     early = before_reading(resolved.config, run)
@@ -134,11 +134,11 @@ def _train_in(place: Place, resolved: Resolved, watch: Observer, callbacks: list
         settings, template = place.settled(resolved), template_for(resolved)
         # a resumed run has its split and its rejected rows already
         data = prepare(
-            settings.config, template, run_dir=None if place.goes_on else run.path, on_progress=watch.on_reading
+            settings.config, template, run_dir=None if place.resumes else run.path, on_progress=watch.on_reading
         )
         watch.on_data(data)
         require_clean(data)
-        known = _known(place, settings.config, template, data) if place.goes_on else None
+        known = _known(place, settings.config, template, data) if place.resumes else None
         planned = plan_prepared(settings, data, hardware_here(settings.config))
         watch.on_plan(planned.plan, planned.resolved)
         late = before_loading(planned, run, torch.cuda.is_available)
@@ -168,10 +168,10 @@ def _train_model(
         events.record("whole_logits", 0, built.note)
     metrics = MetricsLog(run.metrics)
     with (
-        tune_memory(built, resolved, data.train, run, events) as (memory, rehearsal),
+        tune_memory(built, resolved, data.train, run, events) as (memory, dry_run),
         StopSignals(watch.on_stopping) as signals,
     ):
-        watch.on_dry_run(rehearsal)
+        watch.on_dry_run(dry_run)
         loop = TrainingLoop(
             built.model,
             built.method,
@@ -189,7 +189,7 @@ def _train_model(
             before_save=manifest.require_whole,
             run=manifest.run_id,
         )
-        layout = layout_of(resolved.config, memory, rehearsal)
+        layout = layout_of(resolved.config, memory, dry_run)
         known, checkpoint = _begun(manifest, identity.result(), layout, events)
         started = time.perf_counter()
         loop.run(checkpoint.folder if checkpoint else None)
@@ -210,7 +210,7 @@ def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics
     manifest.require_whole(run.adapter / "adapter_model.safetensors", run.adapter / "adapter_config.json")
 
 
-def _known(place: Place, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
+def _known(place: RunTarget, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
     """Return the identity of the run to resume, in whose folder what other verbs rely on is written anew.
 
     Raises RunFinished when the run is at its end.
@@ -275,22 +275,22 @@ def _aside(work: Callable[[], RunIdentity]) -> Future[RunIdentity]:
 @contextlib.contextmanager
 def _old_run_aside(run: RunDir, restart: bool) -> Iterator[None]:
     """Move the old run aside for a `restart`, and put it back when the new one never begins."""
-    aside = begin_anew(run) if restart else None
+    aside = set_run_aside(run) if restart else None
     try:
         yield
     except BaseException:
-        put_back(aside, run)
+        restore_run(aside, run)
         raise
 
 
 @contextlib.contextmanager
-def _opened(place: Place, config: RunConfig) -> Iterator[RunLock]:
+def _opened(place: RunTarget, config: RunConfig) -> Iterator[RunLock]:
     """Lock the folder of `place` within the block; a run that never started leaves nothing in a new one."""
     run, is_new, is_own = place.run, not place.run.path.exists(), False
     run.require_writable()
     try:
         with RunLock(run.path) as lock, redirect_library_logs(run.log), deterministic(config.deterministic):
-            if run.holds_run != place.goes_on:
+            if run.holds_run != place.resumes:
                 raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
             try:
                 yield lock

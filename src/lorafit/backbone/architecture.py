@@ -144,7 +144,7 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -> torch.dtype:
-    """`config.compute` as a dtype; `auto` is bf16 where the card has it, else fp16, and fp32 on a CPU.
+    """`config.compute` as a dtype; `auto` is bf16 where the GPU has it, else fp16, and fp32 on a CPU.
 
     With "fp8" only the frozen matmuls are in FP8, and all else in bf16.
     """
@@ -167,7 +167,7 @@ def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < FP8_CAPABILITY:
         raise BackboneError(
-            f"compute=fp8 needs an NVIDIA card of compute capability 8.9 or more, and this is {_in_words(device)}",
+            f"compute=fp8 needs an NVIDIA GPU of compute capability 8.9 or more, and this is {_in_words(device)}",
             fix="use compute=bf16",
         )
     if not kernels_work(device.index if device.index is not None else torch.cuda.current_device()):

@@ -112,7 +112,7 @@ def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
         raise BackboneError(
             "the base does not fit into the device's memory",
             where=str(folder),
-            fix="use a smaller base or a larger card",
+            fix="use a smaller base or a larger GPU",
         ) from error
     except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         if "ignore_mismatched_sizes" in str(error):

@@ -53,7 +53,7 @@ class Resolved:
         """True when a recipe, a flag or the run going on set `key` to more than "auto": the plan leaves it alone."""
         return self.sources[key] in (Source.RECIPE, Source.FLAG, Source.RUN) and getattr(self.config, key) != "auto"
 
-    def going_on(self, run: RunConfig, keys: Iterable[str]) -> Resolved:
+    def resuming(self, run: RunConfig, keys: Iterable[str]) -> Resolved:
         """The same settings with `run`'s values for those of `keys` that nobody set: they were planned back then."""
         values = {key: getattr(run, key) for key in keys if not self.is_set(key)}
         config = self.config.model_copy(update=values)

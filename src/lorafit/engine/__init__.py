@@ -1,7 +1,7 @@
 """Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
 
 from lorafit.engine.attention.packed import packed, unpacked, use_packed_attention, use_plain_attention
-from lorafit.engine.autotune.dry_run import Rehearsal, rehearse
+from lorafit.engine.autotune.dry_run import DryRun, find_policy
 from lorafit.engine.autotune.problem import Work
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.generate import generate
@@ -27,9 +27,9 @@ __all__ = [
     "release_memory",
     "DecoderLayers",
     "Graphs",
-    "Rehearsal",
+    "DryRun",
+    "find_policy",
     "Work",
-    "rehearse",
     "Isolation",
     "MicroBatch",
     "Segments",

@@ -104,13 +104,13 @@ def _with(values: NDArray[np.integer], more: NDArray[np.integer]) -> NDArray[np.
 
 
 MOST = 32
-"""Buckets that are kept. A graph takes some 3 MB of the card for 16 layers (H200), unseen by torch's allocator."""
+"""Buckets that are kept. A graph takes some 3 MB of the GPU for 16 layers (H200), unseen by torch's allocator."""
 
 ROOM = 1.1
 """The pool's first block against what one micro-batch takes: what is lost between blocks that come and go."""
 
 Pass = Callable[[MicroBatch, Tensor | float], Tensor]
-"""Forward and backward of a micro-batch on the card, and its loss (), detached, times the share given."""
+"""Forward and backward of a micro-batch on the GPU, and its loss (), detached, times the share given."""
 
 
 def recordable(layers: DecoderLayers) -> bool:
@@ -291,7 +291,7 @@ class _Frame:
         self.loss = self.share
 
     def take(self, batch: MicroBatch, share: float) -> None:
-        """Put `batch` and `share` where the graph finds them, without waiting for the card."""
+        """Put `batch` and `share` where the graph finds them, without waiting for the GPU."""
         filled = self.bucket.filled(batch.to("cpu"))
         self.filled.copy_(filled.pin_memory() if self.filled.is_cuda else filled, non_blocking=True)
         self.share.fill_(share)

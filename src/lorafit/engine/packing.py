@@ -28,7 +28,7 @@ class Segments:
 
     `cu_seqlens` (rows + 1,) int32 as variable-length kernels want them; `gather` (padded tokens,) the groups' token
     indices, one group after another; `scatter` (tokens,) for each packed token its place in `gather`; `layout`
-    (2 × groups,) int64: each group's rows and their width, by falling width; on a card, only what `on_host` knows it
+    (2 × groups,) int64: each group's rows and their width, by falling width; on a GPU, only what `on_host` knows it
     by. Where a graph fixes all but `cu_seqlens`, `layout` is the most rows and their largest width, then
     an empty group, and `gather` and `scatter` mean nothing.
     """
@@ -83,7 +83,7 @@ class Segments:
 
 
 def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
-    """`layout` for operators that run on `device`: where that is a card, an empty tensor there that stands for it.
+    """`layout` for operators that run on `device`: where that is a GPU, an empty tensor there that stands for it.
 
     One input on the CPU would have the compiler take an operator's outputs for unaligned, and what reads them for
     unable to load 16 bytes at a time (`backbone/kernels/frozen_linear_op.py` has more).
@@ -97,7 +97,7 @@ def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
 
 
 def on_host(layout: torch.Tensor) -> torch.Tensor:
-    """The layout (2 × groups,) that can be read without waiting for a card."""
+    """The layout (2 × groups,) that can be read without waiting for a GPU."""
     if not layout.is_cuda:
         return layout
     host = _ON_HOST.get(layout.data_ptr())
@@ -106,7 +106,7 @@ def on_host(layout: torch.Tensor) -> torch.Tensor:
 
 
 _ON_HOST: dict[int, torch.Tensor] = {}
-"""Layouts by the address of what stands for them on a card. Addresses come round again, so this stays small; what lies
+"""Layouts by the address of what stands for them on a GPU. Addresses come round again, so this stays small; what lies
 at one of them now was entered last."""
 
 

@@ -30,14 +30,14 @@ PINNED = "pinned_"
 MOST_THREADS = 8
 PINNED_PAGES_STAY = (5, 12)
 """Linux: since this release a page that was locked stays its process's own when that forks. Before, what the process
-then wrote could go to a new page, and the card read the old one; memory of CUDA's own is left out of forks."""
+then wrote could go to a new page, and the GPU read the old one; memory of CUDA's own is left out of forks."""
 
 _set_here: list[str] = []
 """The settings that this module made last: not every torch has something that reads them back."""
 
 
 def let_blocks_grow() -> None:
-    """Have torch's blocks on the card grow from here on: where sizes vary, far less is lost between them.
+    """Have torch's blocks on the GPU grow from here on: where sizes vary, far less is lost between them.
 
     The variable that asks for this is read when CUDA starts, which importing bitsandbytes does; torch also takes it
     later, and blocks that are there already stay as they are. Whoever set it, to whichever value, is left alone.

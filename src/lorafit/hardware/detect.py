@@ -1,4 +1,4 @@
-"""detect_hardware: the card or the processor of this machine, found without torch."""
+"""detect_hardware: the GPU or the processor of this machine, found without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from lorafit.config import RunConfig, parse_bytes
-from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_card, from_card, generic_card, hardware_named
+from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_gpu, from_gpu, generic_gpu, hardware_named
 
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 TIMEOUT_S = 20
@@ -54,8 +54,8 @@ def hardware_for(config: RunConfig) -> Hardware:
         return device
     budget = parse_bytes(config.gpu_memory, "gpu_memory")
     if device.kind == "cpu" and config.gpu is None:
-        note = "no card is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
-        return replace(generic_card(budget), notes=(note,))
+        note = "no GPU is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
+        return replace(generic_gpu(budget), notes=(note,))
     return device.with_memory(min(device.memory_bytes, budget))
 
 
@@ -68,23 +68,23 @@ def hardware_here(config: RunConfig) -> Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """The first CUDA card that CUDA_VISIBLE_DEVICES leaves, with the memory free on it; else the processor."""
-    cards = visible_cards(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not cards:
+    """The first CUDA GPU that CUDA_VISIBLE_DEVICES leaves, with the memory free on it; else the processor."""
+    gpus = visible_gpus(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not gpus:
         return detect_processor()
     if _torch_version().endswith("+cpu"):
-        note = f"{cards[0].name} is here, but the installed torch is built without CUDA"
+        note = f"{gpus[0].name} is here, but the installed torch is built without CUDA"
         return replace(detect_processor(), notes=(note,))
-    return replace(_hardware(cards[0]), count=len(cards))
+    return replace(_hardware(gpus[0]), count=len(gpus))
 
 
-def visible_cards(seen: list[Seen], visible: str | None) -> list[Seen]:
-    """The cards that `CUDA_VISIBLE_DEVICES` leaves, in its order: indices or UUIDs, up to the first unknown one."""
+def visible_gpus(seen: list[Seen], visible: str | None) -> list[Seen]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order: indices or UUIDs, up to the first unknown one."""
     if visible is None:
         return seen
     chosen: list[Seen] = []
     for token in (part.strip() for part in visible.split(",")):
-        match = next((card for card in seen if token and (token == card.index or card.uuid.startswith(token))), None)
+        match = next((gpu for gpu in seen if token and (token == gpu.index or gpu.uuid.startswith(token))), None)
         if match is None:
             break  # CUDA ignores everything from the first invalid entry on
         chosen.append(match)
@@ -108,16 +108,16 @@ def detect_processor() -> Hardware:
 
 
 def parse_nvidia_smi(text: str) -> list[Seen]:
-    """The cards in the CSV that `nvidia-smi --query-gpu` prints for QUERY; lines it cannot read are left out."""
-    cards = []
+    """The GPUs in the CSV that `nvidia-smi --query-gpu` prints for QUERY; lines it cannot read are left out."""
+    gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) == len(QUERY.split(",")) and cells[0].isdigit():
             index, uuid, name, total, free, capability = cells
             major, _, minor = capability.partition(".")
             known = major.isdigit() and minor.isdigit()
-            cards.append(Seen(index, uuid, name, _mib(total), _mib(free), (int(major), int(minor)) if known else None))
-    return cards
+            gpus.append(Seen(index, uuid, name, _mib(total), _mib(free), (int(major), int(minor)) if known else None))
+    return gpus
 
 
 def _torch_version() -> str:
@@ -141,15 +141,15 @@ def _nvidia_smi() -> list[Seen]:
 
 
 def _hardware(seen: Seen) -> Hardware:
-    card = find_card(seen.name)
-    base = from_card(card) if card else generic_card((seen.total_mib or 0) << 20, seen.capability)
+    gpu = find_gpu(seen.name)
+    base = from_gpu(gpu) if gpu else generic_gpu((seen.total_mib or 0) << 20, seen.capability)
     capability = seen.capability or base.capability
     assert capability is not None
     free = seen.free_mib << 20 if seen.free_mib is not None else base.memory_bytes
     notes = base.notes
     if seen.free_mib is not None and seen.total_mib and seen.free_mib < 0.9 * seen.total_mib:
         taken = (seen.total_mib - seen.free_mib) / 1024
-        notes += (f"{taken:.1f} GiB of the card are taken by other programs or its driver",)
+        notes += (f"{taken:.1f} GiB of the GPU are taken by other programs or its driver",)
     return replace(
         base,
         name=seen.name,

@@ -15,7 +15,7 @@ ELECTRICITY = (0.02, 0.06)
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """One row of the table; `capability` is CUDA's, bandwidths are in GB/s."""
 
     name: str
@@ -34,113 +34,113 @@ TURING, AMPERE, AMPERE_PRO, ADA, HOPPER, BLACKWELL, BLACKWELL_RTX = (
 PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both ways busy
 HOME = (0.05, 0.20)
 
-CARDS: tuple[Card, ...] = (
+GPUS: tuple[Gpu, ...] = (
     # data centre
-    Card("T4", 15360, TURING, 65, 320, PCIE3, (0.15, 0.60)),
-    Card("V100 16GB", 16384, (7, 0), 125, 900, PCIE3, (0.15, 3.10), ("V100", "V100-SXM2-16GB", "V100-PCIE-16GB")),
-    Card("V100 32GB", 32768, (7, 0), 125, 900, PCIE3, (0.25, 3.90), ("V100-SXM2-32GB", "V100-PCIE-32GB")),
-    Card("A10", 23028, AMPERE, 125, 600, PCIE4, (0.40, 1.30)),
-    Card("A10G", 23028, AMPERE, 70, 600, PCIE4, (0.50, 1.25)),
-    Card("A16", 15356, AMPERE, 36, 200, PCIE4, (0.20, 0.60)),
-    Card("A30", 24576, AMPERE_PRO, 165, 933, PCIE4, (0.30, 1.00)),
-    Card("A40", 46068, AMPERE, 150, 696, PCIE4, (0.35, 1.30)),
-    Card("L4", 23034, ADA, 121, 300, PCIE4_X8, (0.35, 0.90)),
-    Card("L40", 46068, ADA, 181, 864, PCIE4, (0.60, 1.30)),
-    Card("L40S", 46068, ADA, 362, 864, PCIE4, (0.70, 2.00)),
+    Gpu("T4", 15360, TURING, 65, 320, PCIE3, (0.15, 0.60)),
+    Gpu("V100 16GB", 16384, (7, 0), 125, 900, PCIE3, (0.15, 3.10), ("V100", "V100-SXM2-16GB", "V100-PCIE-16GB")),
+    Gpu("V100 32GB", 32768, (7, 0), 125, 900, PCIE3, (0.25, 3.90), ("V100-SXM2-32GB", "V100-PCIE-32GB")),
+    Gpu("A10", 23028, AMPERE, 125, 600, PCIE4, (0.40, 1.30)),
+    Gpu("A10G", 23028, AMPERE, 70, 600, PCIE4, (0.50, 1.25)),
+    Gpu("A16", 15356, AMPERE, 36, 200, PCIE4, (0.20, 0.60)),
+    Gpu("A30", 24576, AMPERE_PRO, 165, 933, PCIE4, (0.30, 1.00)),
+    Gpu("A40", 46068, AMPERE, 150, 696, PCIE4, (0.35, 1.30)),
+    Gpu("L4", 23034, ADA, 121, 300, PCIE4_X8, (0.35, 0.90)),
+    Gpu("L40", 46068, ADA, 181, 864, PCIE4, (0.60, 1.30)),
+    Gpu("L40S", 46068, ADA, 362, 864, PCIE4, (0.70, 2.00)),
     # plain "A100" means the smaller one: a plan for 40 GB also runs on 80
-    Card("A100 40GB", 40960, AMPERE_PRO, 312, 1555, PCIE4, (0.80, 3.70), ("A100", "A100-SXM4-40GB", "A100-PCIE-40GB")),
-    Card("A100 80GB", 81920, AMPERE_PRO, 312, 2039, PCIE4, (1.10, 5.10), ("A100-SXM4-80GB", "A100 80GB PCIe")),
-    Card("H100", 81559, HOPPER, 989, 3350, PCIE5, (1.90, 7.00), ("H100 80GB HBM3", "H100 SXM", "H100 80GB")),
-    Card("H100 PCIe", 81559, HOPPER, 756, 2000, PCIE5, (1.80, 5.00), ("H100 80GB PCIe",)),
-    Card("H100 NVL", 95830, HOPPER, 835, 3900, PCIE5, (1.90, 5.00)),
-    Card("H200", 143771, HOPPER, 989, 4800, PCIE5, (2.30, 8.00), ("H200 SXM", "H200 141GB", "H200 141GB HBM3e")),
-    Card("H200 NVL", 143771, HOPPER, 835, 4800, PCIE5, (2.20, 7.00)),
-    Card("GH200", 97871, HOPPER, 989, 4000, 300.0, (1.50, 6.00), ("GH200 480GB", "GH200 96GB")),
-    Card("B200", 183359, BLACKWELL, 2250, 8000, PCIE5, (2.90, 14.00), ("B200 180GB", "B200 192GB")),
+    Gpu("A100 40GB", 40960, AMPERE_PRO, 312, 1555, PCIE4, (0.80, 3.70), ("A100", "A100-SXM4-40GB", "A100-PCIE-40GB")),
+    Gpu("A100 80GB", 81920, AMPERE_PRO, 312, 2039, PCIE4, (1.10, 5.10), ("A100-SXM4-80GB", "A100 80GB PCIe")),
+    Gpu("H100", 81559, HOPPER, 989, 3350, PCIE5, (1.90, 7.00), ("H100 80GB HBM3", "H100 SXM", "H100 80GB")),
+    Gpu("H100 PCIe", 81559, HOPPER, 756, 2000, PCIE5, (1.80, 5.00), ("H100 80GB PCIe",)),
+    Gpu("H100 NVL", 95830, HOPPER, 835, 3900, PCIE5, (1.90, 5.00)),
+    Gpu("H200", 143771, HOPPER, 989, 4800, PCIE5, (2.30, 8.00), ("H200 SXM", "H200 141GB", "H200 141GB HBM3e")),
+    Gpu("H200 NVL", 143771, HOPPER, 835, 4800, PCIE5, (2.20, 7.00)),
+    Gpu("GH200", 97871, HOPPER, 989, 4000, 300.0, (1.50, 6.00), ("GH200 480GB", "GH200 96GB")),
+    Gpu("B200", 183359, BLACKWELL, 2250, 8000, PCIE5, (2.90, 14.00), ("B200 180GB", "B200 192GB")),
     # workstation
-    Card("RTX A2000 12GB", 12282, AMPERE, 32, 288, PCIE4, HOME, ("RTX A2000",)),
-    Card("RTX A4000", 16376, AMPERE, 77, 448, PCIE4, (0.10, 0.60)),
-    Card("RTX A4500", 20470, AMPERE, 95, 640, PCIE4, (0.15, 0.60)),
-    Card("RTX A5000", 24564, AMPERE, 111, 768, PCIE4, (0.16, 0.80)),
-    Card("RTX A6000", 49140, AMPERE, 155, 768, PCIE4, (0.33, 1.30), ("A6000",)),
-    Card("RTX 4000 Ada", 20475, ADA, 107, 360, PCIE4, (0.20, 0.60)),
-    Card("RTX 5000 Ada", 32760, ADA, 261, 576, PCIE4, (0.40, 0.90)),
-    Card("RTX 6000 Ada", 49140, ADA, 364, 960, PCIE4, (0.50, 1.30), ("6000 Ada",)),
-    Card(
+    Gpu("RTX A2000 12GB", 12282, AMPERE, 32, 288, PCIE4, HOME, ("RTX A2000",)),
+    Gpu("RTX A4000", 16376, AMPERE, 77, 448, PCIE4, (0.10, 0.60)),
+    Gpu("RTX A4500", 20470, AMPERE, 95, 640, PCIE4, (0.15, 0.60)),
+    Gpu("RTX A5000", 24564, AMPERE, 111, 768, PCIE4, (0.16, 0.80)),
+    Gpu("RTX A6000", 49140, AMPERE, 155, 768, PCIE4, (0.33, 1.30), ("A6000",)),
+    Gpu("RTX 4000 Ada", 20475, ADA, 107, 360, PCIE4, (0.20, 0.60)),
+    Gpu("RTX 5000 Ada", 32760, ADA, 261, 576, PCIE4, (0.40, 0.90)),
+    Gpu("RTX 6000 Ada", 49140, ADA, 364, 960, PCIE4, (0.50, 1.30), ("6000 Ada",)),
+    Gpu(
         "RTX PRO 6000 Blackwell", 97887, BLACKWELL_RTX, 504, 1792, PCIE5, (0.90, 2.50),
         ("RTX PRO 6000", "RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Blackwell Workstation Edition"),
     ),
     # desktop
-    Card("RTX 2060", 6144, TURING, 26, 336, PCIE3, HOME),
-    Card("RTX 2060 12GB", 12288, TURING, 29, 336, PCIE3, HOME),
-    Card("RTX 2060 Super", 8192, TURING, 29, 448, PCIE3, HOME),
-    Card("RTX 2070", 8192, TURING, 30, 448, PCIE3, HOME),
-    Card("RTX 2070 Super", 8192, TURING, 36, 448, PCIE3, HOME),
-    Card("RTX 2080", 8192, TURING, 40, 448, PCIE3, HOME),
-    Card("RTX 2080 Super", 8192, TURING, 45, 496, PCIE3, HOME),
-    Card("RTX 2080 Ti", 11264, TURING, 54, 616, PCIE3, HOME),
-    Card("TITAN RTX", 24576, TURING, 131, 672, PCIE3, (0.10, 0.30)),
-    Card("RTX 3050", 8192, AMPERE, 18, 224, PCIE4_X8, HOME),
-    Card("RTX 3060", 12288, AMPERE, 26, 360, PCIE4, HOME, ("RTX 3060 12GB",)),
-    Card("RTX 3060 Ti", 8192, AMPERE, 32, 448, PCIE4, HOME),
-    Card("RTX 3070", 8192, AMPERE, 41, 448, PCIE4, HOME),
-    Card("RTX 3070 Ti", 8192, AMPERE, 43, 608, PCIE4, HOME),
-    Card("RTX 3080", 10240, AMPERE, 60, 760, PCIE4, HOME, ("RTX 3080 10GB",)),
-    Card("RTX 3080 12GB", 12288, AMPERE, 61, 912, PCIE4, HOME),
-    Card("RTX 3080 Ti", 12288, AMPERE, 68, 912, PCIE4, HOME),
-    Card("RTX 3090", 24576, AMPERE, 71, 936, PCIE4, (0.12, 0.45)),
-    Card("RTX 3090 Ti", 24564, AMPERE, 80, 1008, PCIE4, (0.14, 0.50)),
-    Card("RTX 4060", 8188, ADA, 30, 272, PCIE4_X8, HOME),
-    Card("RTX 4060 Ti", 8188, ADA, 44, 288, PCIE4_X8, HOME, ("RTX 4060 Ti 8GB",)),
-    Card("RTX 4060 Ti 16GB", 16380, ADA, 44, 288, PCIE4_X8, HOME),
-    Card("RTX 4070", 12282, ADA, 58, 504, PCIE4, HOME),
-    Card("RTX 4070 Super", 12282, ADA, 71, 504, PCIE4, HOME),
-    Card("RTX 4070 Ti", 12282, ADA, 80, 504, PCIE4, HOME),
-    Card("RTX 4070 Ti Super", 16376, ADA, 88, 672, PCIE4, HOME),
-    Card("RTX 4080", 16376, ADA, 97, 717, PCIE4, (0.15, 0.40)),
-    Card("RTX 4080 Super", 16376, ADA, 104, 736, PCIE4, (0.15, 0.40)),
-    Card("RTX 4090", 24564, ADA, 165, 1008, PCIE4, (0.25, 0.75), ("RTX 4090 24GB",)),
-    Card("RTX 5050", 8151, BLACKWELL_RTX, 26, 320, PCIE5_X8, HOME),
-    Card("RTX 5060", 8151, BLACKWELL_RTX, 38, 448, PCIE5_X8, HOME),
-    Card("RTX 5060 Ti", 8151, BLACKWELL_RTX, 47, 448, PCIE5_X8, HOME, ("RTX 5060 Ti 8GB",)),
-    Card("RTX 5060 Ti 16GB", 16311, BLACKWELL_RTX, 47, 448, PCIE5_X8, HOME),
-    Card("RTX 5070", 12227, BLACKWELL_RTX, 62, 672, PCIE5, HOME),
-    Card("RTX 5070 Ti", 16303, BLACKWELL_RTX, 88, 896, PCIE5, (0.10, 0.30)),
-    Card("RTX 5080", 16303, BLACKWELL_RTX, 113, 960, PCIE5, (0.15, 0.45)),
-    Card("RTX 5090", 32607, BLACKWELL_RTX, 209, 1792, PCIE5, (0.35, 0.95)),
+    Gpu("RTX 2060", 6144, TURING, 26, 336, PCIE3, HOME),
+    Gpu("RTX 2060 12GB", 12288, TURING, 29, 336, PCIE3, HOME),
+    Gpu("RTX 2060 Super", 8192, TURING, 29, 448, PCIE3, HOME),
+    Gpu("RTX 2070", 8192, TURING, 30, 448, PCIE3, HOME),
+    Gpu("RTX 2070 Super", 8192, TURING, 36, 448, PCIE3, HOME),
+    Gpu("RTX 2080", 8192, TURING, 40, 448, PCIE3, HOME),
+    Gpu("RTX 2080 Super", 8192, TURING, 45, 496, PCIE3, HOME),
+    Gpu("RTX 2080 Ti", 11264, TURING, 54, 616, PCIE3, HOME),
+    Gpu("TITAN RTX", 24576, TURING, 131, 672, PCIE3, (0.10, 0.30)),
+    Gpu("RTX 3050", 8192, AMPERE, 18, 224, PCIE4_X8, HOME),
+    Gpu("RTX 3060", 12288, AMPERE, 26, 360, PCIE4, HOME, ("RTX 3060 12GB",)),
+    Gpu("RTX 3060 Ti", 8192, AMPERE, 32, 448, PCIE4, HOME),
+    Gpu("RTX 3070", 8192, AMPERE, 41, 448, PCIE4, HOME),
+    Gpu("RTX 3070 Ti", 8192, AMPERE, 43, 608, PCIE4, HOME),
+    Gpu("RTX 3080", 10240, AMPERE, 60, 760, PCIE4, HOME, ("RTX 3080 10GB",)),
+    Gpu("RTX 3080 12GB", 12288, AMPERE, 61, 912, PCIE4, HOME),
+    Gpu("RTX 3080 Ti", 12288, AMPERE, 68, 912, PCIE4, HOME),
+    Gpu("RTX 3090", 24576, AMPERE, 71, 936, PCIE4, (0.12, 0.45)),
+    Gpu("RTX 3090 Ti", 24564, AMPERE, 80, 1008, PCIE4, (0.14, 0.50)),
+    Gpu("RTX 4060", 8188, ADA, 30, 272, PCIE4_X8, HOME),
+    Gpu("RTX 4060 Ti", 8188, ADA, 44, 288, PCIE4_X8, HOME, ("RTX 4060 Ti 8GB",)),
+    Gpu("RTX 4060 Ti 16GB", 16380, ADA, 44, 288, PCIE4_X8, HOME),
+    Gpu("RTX 4070", 12282, ADA, 58, 504, PCIE4, HOME),
+    Gpu("RTX 4070 Super", 12282, ADA, 71, 504, PCIE4, HOME),
+    Gpu("RTX 4070 Ti", 12282, ADA, 80, 504, PCIE4, HOME),
+    Gpu("RTX 4070 Ti Super", 16376, ADA, 88, 672, PCIE4, HOME),
+    Gpu("RTX 4080", 16376, ADA, 97, 717, PCIE4, (0.15, 0.40)),
+    Gpu("RTX 4080 Super", 16376, ADA, 104, 736, PCIE4, (0.15, 0.40)),
+    Gpu("RTX 4090", 24564, ADA, 165, 1008, PCIE4, (0.25, 0.75), ("RTX 4090 24GB",)),
+    Gpu("RTX 5050", 8151, BLACKWELL_RTX, 26, 320, PCIE5_X8, HOME),
+    Gpu("RTX 5060", 8151, BLACKWELL_RTX, 38, 448, PCIE5_X8, HOME),
+    Gpu("RTX 5060 Ti", 8151, BLACKWELL_RTX, 47, 448, PCIE5_X8, HOME, ("RTX 5060 Ti 8GB",)),
+    Gpu("RTX 5060 Ti 16GB", 16311, BLACKWELL_RTX, 47, 448, PCIE5_X8, HOME),
+    Gpu("RTX 5070", 12227, BLACKWELL_RTX, 62, 672, PCIE5, HOME),
+    Gpu("RTX 5070 Ti", 16303, BLACKWELL_RTX, 88, 896, PCIE5, (0.10, 0.30)),
+    Gpu("RTX 5080", 16303, BLACKWELL_RTX, 113, 960, PCIE5, (0.15, 0.45)),
+    Gpu("RTX 5090", 32607, BLACKWELL_RTX, 209, 1792, PCIE5, (0.35, 0.95)),
     # laptop
-    Card("RTX 2060 Laptop", 6144, TURING, 18, 264, PCIE3, ELECTRICITY),
-    Card("RTX 2070 Laptop", 8192, TURING, 24, 384, PCIE3, ELECTRICITY),
-    Card("RTX 2080 Laptop", 8192, TURING, 31, 384, PCIE3, ELECTRICITY),
-    Card("RTX 3050 Laptop", 4096, AMPERE, 11, 192, PCIE4_X8, ELECTRICITY),
-    Card("RTX 3060 Laptop", 6144, AMPERE, 20, 336, PCIE4_X8, ELECTRICITY),
-    Card("RTX 3070 Laptop", 8192, AMPERE, 30, 448, PCIE4_X8, ELECTRICITY),
-    Card("RTX 3080 Laptop", 16384, AMPERE, 36, 448, PCIE4_X8, ELECTRICITY, ("RTX 3080 Laptop 16GB",)),
-    Card("RTX 3080 Laptop 8GB", 8192, AMPERE, 36, 448, PCIE4_X8, ELECTRICITY),
-    Card("RTX 4050 Laptop", 6141, ADA, 18, 192, PCIE4_X8, ELECTRICITY, ("RTX 4050",)),
-    Card("RTX 4060 Laptop", 8188, ADA, 23, 256, PCIE4_X8, ELECTRICITY),
-    Card("RTX 4070 Laptop", 8188, ADA, 31, 256, PCIE4_X8, ELECTRICITY),
-    Card("RTX 4080 Laptop", 12282, ADA, 49, 432, PCIE4, ELECTRICITY),
-    Card("RTX 4090 Laptop", 16376, ADA, 65, 576, PCIE4, ELECTRICITY),
-    Card("RTX 5060 Laptop", 8151, BLACKWELL_RTX, 29, 384, PCIE5_X8, ELECTRICITY),
-    Card("RTX 5070 Laptop", 8151, BLACKWELL_RTX, 36, 384, PCIE5_X8, ELECTRICITY),
-    Card("RTX 5070 Ti Laptop", 12227, BLACKWELL_RTX, 47, 672, PCIE5_X8, ELECTRICITY),
-    Card("RTX 5080 Laptop", 16303, BLACKWELL_RTX, 61, 896, PCIE5_X8, ELECTRICITY),
-    Card("RTX 5090 Laptop", 24463, BLACKWELL_RTX, 83, 896, PCIE5_X8, ELECTRICITY),
+    Gpu("RTX 2060 Laptop", 6144, TURING, 18, 264, PCIE3, ELECTRICITY),
+    Gpu("RTX 2070 Laptop", 8192, TURING, 24, 384, PCIE3, ELECTRICITY),
+    Gpu("RTX 2080 Laptop", 8192, TURING, 31, 384, PCIE3, ELECTRICITY),
+    Gpu("RTX 3050 Laptop", 4096, AMPERE, 11, 192, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 3060 Laptop", 6144, AMPERE, 20, 336, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 3070 Laptop", 8192, AMPERE, 30, 448, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 3080 Laptop", 16384, AMPERE, 36, 448, PCIE4_X8, ELECTRICITY, ("RTX 3080 Laptop 16GB",)),
+    Gpu("RTX 3080 Laptop 8GB", 8192, AMPERE, 36, 448, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 4050 Laptop", 6141, ADA, 18, 192, PCIE4_X8, ELECTRICITY, ("RTX 4050",)),
+    Gpu("RTX 4060 Laptop", 8188, ADA, 23, 256, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 4070 Laptop", 8188, ADA, 31, 256, PCIE4_X8, ELECTRICITY),
+    Gpu("RTX 4080 Laptop", 12282, ADA, 49, 432, PCIE4, ELECTRICITY),
+    Gpu("RTX 4090 Laptop", 16376, ADA, 65, 576, PCIE4, ELECTRICITY),
+    Gpu("RTX 5060 Laptop", 8151, BLACKWELL_RTX, 29, 384, PCIE5_X8, ELECTRICITY),
+    Gpu("RTX 5070 Laptop", 8151, BLACKWELL_RTX, 36, 384, PCIE5_X8, ELECTRICITY),
+    Gpu("RTX 5070 Ti Laptop", 12227, BLACKWELL_RTX, 47, 672, PCIE5_X8, ELECTRICITY),
+    Gpu("RTX 5080 Laptop", 16303, BLACKWELL_RTX, 61, 896, PCIE5_X8, ELECTRICITY),
+    Gpu("RTX 5090 Laptop", 24463, BLACKWELL_RTX, 83, 896, PCIE5_X8, ELECTRICITY),
 )  # fmt: skip
 
 
 GIB = 1 << 30
 CORE_PEAK_GFLOPS = 100.0
-"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz. It stands beside a card's data sheet."""
+"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz. It stands beside a GPU's data sheet."""
 CORE_GFLOPS_RANGE = (25.0, 60.0)
 """fp32 GFLOP/s of one core in training: the 3.5 M-parameter demo base ran 4–8 k tokens/s on two. A time is a range."""
 CORE_GFLOPS = 40.0
 """One value within CORE_GFLOPS_RANGE, where settings are compared and a range has no order."""
 LEAST_HOST_BYTES = 8 * GIB
-"""ASSUMED of a host that is not this one: memory to pin for activations, at least; else as much as the card has."""
+"""ASSUMED of a host that is not this one: memory to pin for activations, at least; else as much as the GPU has."""
 DRIVER_SHARE = 0.02
-"""Share of a card's memory that its driver keeps: what nvidia-smi reports less what torch can reach."""
+"""Share of a GPU's memory that its driver keeps: what nvidia-smi reports less what torch can reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,43 +192,43 @@ class Hardware:
 
 
 def hardware_named(name: str) -> Hardware:
-    """The card people call `name`: `RTX 4090`, `h100`, `NVIDIA A100-SXM4-80GB`. Raises UsageError for others."""
-    card = find_card(name)
-    if card is None:
-        fix = f"did you mean '{_nearest(name)}'? For another card, pass --gpu-memory with its memory"
-        raise UsageError(f"no card '{name:.60}' is known", where="gpu", fix=fix)
-    return from_card(card)
+    """The GPU people call `name`: `RTX 4090`, `h100`, `NVIDIA A100-SXM4-80GB`. Raises UsageError for others."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        fix = f"did you mean '{_nearest(name)}'? For another GPU, pass --gpu-memory with its memory"
+        raise UsageError(f"no GPU '{name:.60}' is known", where="gpu", fix=fix)
+    return from_gpu(gpu)
 
 
-def find_card(name: str) -> Card | None:
-    """The table's row for a card as its maker, driver or owner writes it; None when there is none."""
+def find_gpu(name: str) -> Gpu | None:
+    """The table's row for a GPU as its maker, driver or owner writes it; None when there is none."""
     return _BY_KEY.get(_key(name))
 
 
-def from_card(card: Card) -> Hardware:
+def from_gpu(gpu: Gpu) -> Hardware:
     """The hardware that a row of the table describes."""
-    major, minor = card.capability
-    memory = round((card.memory_mib << 20) * (1 - DRIVER_SHARE))
+    major, minor = gpu.capability
+    memory = round((gpu.memory_mib << 20) * (1 - DRIVER_SHARE))
     return Hardware(
-        name=card.name,
+        name=gpu.name,
         kind="cuda",
         memory_bytes=memory,
         host_bytes=max(LEAST_HOST_BYTES, memory),
-        capability=card.capability,
+        capability=gpu.capability,
         bf16=major >= 8,
         fp8=(major, minor) >= (8, 9),
-        tflops_bf16=card.tflops,
-        bandwidth_gbs=card.bandwidth_gbs,
-        link_gbs=card.link_gbs,
-        usd_per_hour=card.usd_per_hour,
+        tflops_bf16=gpu.tflops,
+        bandwidth_gbs=gpu.bandwidth_gbs,
+        link_gbs=gpu.link_gbs,
+        usd_per_hour=gpu.usd_per_hour,
     )
 
 
-def generic_card(memory_bytes: int, capability: tuple[int, int] | None = None) -> Hardware:
-    """A card that is not in the table: this much memory, and the speed of a small card of its time, assumed."""
+def generic_gpu(memory_bytes: int, capability: tuple[int, int] | None = None) -> Hardware:
+    """A GPU that is not in the table: this much memory, and the speed of a small GPU of its time, assumed."""
     capability = capability or (8, 6)
     return Hardware(
-        name=f"card with {size_in_words(memory_bytes)}",
+        name=f"GPU with {size_in_words(memory_bytes)}",
         kind="cuda",
         memory_bytes=memory_bytes,
         host_bytes=max(LEAST_HOST_BYTES, memory_bytes),
@@ -239,13 +239,13 @@ def generic_card(memory_bytes: int, capability: tuple[int, int] | None = None) -
         bandwidth_gbs=300.0,
         link_gbs=12.0,
         usd_per_hour=(0.05, 0.50),
-        notes=("no data sheet for this card: its speed and price are assumed, its memory is not",),
+        notes=("no data sheet for this GPU: its speed and price are assumed, its memory is not",),
     )
 
 
 def _nearest(name: str) -> str:
     """The name in the table that looks most like `name`, as its key or as it is written."""
-    names = {card.name.lower(): card.name for card in CARDS}
+    names = {gpu.name.lower(): gpu.name for gpu in GPUS}
     near = difflib.get_close_matches(_key(name), _BY_KEY, n=1, cutoff=0.6)
     if near:
         return _BY_KEY[near[0]].name
@@ -253,7 +253,7 @@ def _nearest(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """`NVIDIA GeForce RTX 4090` and `rtx-4090` are one card."""
+    """`NVIDIA GeForce RTX 4090` and `rtx-4090` are one GPU."""
     text = re.sub(r"[^a-z0-9]+", " ", name.lower())
     text = re.sub(r"\b(mobile|with max q design)\b", "laptop", text)
     text = re.sub(r"\b(nvidia|geforce|tesla|quadro|gpu|graphics|generation|gen)\b", " ", text)
@@ -261,4 +261,4 @@ def _key(name: str) -> str:
     return re.sub(r"^rtx(?=\d{4}(?!ada))", "", text.replace(" ", ""))
 
 
-_BY_KEY = {_key(name): card for card in reversed(CARDS) for name in (card.name, *card.aliases)}
+_BY_KEY = {_key(name): gpu for gpu in reversed(GPUS) for name in (gpu.name, *gpu.aliases)}

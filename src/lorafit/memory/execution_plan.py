@@ -29,10 +29,10 @@ UNCERTAINTY, UNCERTAINTY_ELSEWHERE = 0.10, 0.30
 """Half-width of the memory estimate. 17 runs of eager layers (Llama 1B and 8B, Qwen 3, Gemma 2, Phi 3; with and without
 recomputation) lay within it on an H200; CPUs and families without a gated feed-forward were only counted."""
 STEP_S = 0.0095
-"""Seconds of each optimizer step on a card beside its micro-batches: clipping, the optimizer, what the Trainer does
+"""Seconds of each optimizer step on a GPU beside its micro-batches: clipping, the optimizer, what the Trainer does
 before the next one starts. Of an H200 (8B, 2026-11-22): a step less its kernels."""
 GRAPH_STEP_S = 0.0015
-"""The same where micro-batches are CUDA graphs: the processor does the rest while the card computes. Of the same card:
+"""The same where micro-batches are CUDA graphs: the processor does the rest while the GPU computes. Of the same GPU:
 a step of 1,024 tokens of 1B, 11.7 ms, less its kernels."""
 WORTH_UNPACKING = 0.005
 """Predicted gain in speed below which spare memory is left alone."""

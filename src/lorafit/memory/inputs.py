@@ -20,7 +20,7 @@ SUPERVISED_SPREAD = 1.25
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
 """Bytes of AdamW's two moments for each trained weight: in fp32, or in 8 bits with an fp32 scale per 256 each."""
 OPTIMIZER_SHARE = 0.03
-"""Share of a card's memory that AdamW's 32-bit moments may take before 8-bit ones are chosen. Those are launched
+"""Share of a GPU's memory that AdamW's 32-bit moments may take before 8-bit ones are chosen. Those are launched
 tensor by tensor, and the paged ones wait for the device every step."""
 
 

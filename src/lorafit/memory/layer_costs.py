@@ -216,14 +216,14 @@ FILLED = 1.125
 """The most that a micro-batch grows when it is padded to the size of its bucket."""
 
 
-def graph_tokens(tokens: int, card_s: float, launch_s: float, mean_tokens: float) -> int:
+def graph_tokens(tokens: int, gpu_s: float, launch_s: float, mean_tokens: float) -> int:
     """Return the most tokens of a micro-batch that waits for the processor; 0 where the mean one does not wait.
 
     `card_s` is a layer's forward and backward on the GPU with `tokens` tokens, the most of any micro-batch. `launch_s`
     is the processor's time to start the kernels of one direction.
     """
     waits_s = 2 * launch_s * (1 + WAITING)
-    most = tokens if card_s <= waits_s else int(tokens * waits_s / card_s)
+    most = tokens if gpu_s <= waits_s else int(tokens * waits_s / gpu_s)
     return most if min(mean_tokens, tokens) <= most else 0
 
 

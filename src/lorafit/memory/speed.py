@@ -17,9 +17,9 @@ from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70
-"""Of the card's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
+"""Of the GPU's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
 TAIL_S = 1.5e-9
-"""What a matmul loses at its end, where part of the card has no tile left to work on, for each value of the dimension
+"""What a matmul loses at its end, where part of the GPU has no tile left to work on, for each value of the dimension
 that it sums over: with unpacking, the 14 ms that a second micro-batch cost on an H200. ASSUMED alike on others."""
 ATTENTION_TRAFFIC = 2.2
 """Bytes that attention moves forward for each byte of its queries, keys, values and output: most of what short rows
@@ -39,9 +39,9 @@ RECOMPUTE = 1.1
 """A layer's recomputation against its first forward pass."""
 FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
 """Least time of a layer's pass in one direction: the processor's, starting its kernels. Compiled: what 2,048 tokens of
-8B took on an H200's host (144 ms a step, of which the card computed for 110); eager: ASSUMED. Other hosts differ."""
+8B took on an H200's host (144 ms a step, of which the GPU computed for 110); eager: ASSUMED. Other hosts differ."""
 DENSE_LAUNCH_S = 1.4e-3
-"""The same where the weights lie unpacked, or are in 16 bits anyway: at 1.7 ms a pass the card, and no longer the
+"""The same where the weights lie unpacked, or are in 16 bits anyway: at 1.7 ms a pass the GPU, and no longer the
 processor, sets the pace (2,048 tokens of 8B on such a host); a profile of the processor, which slows it, had 1.4."""
 GRAPH_LAUNCH_S = 1.0e-4
 """The same within a CUDA graph: some 30 kernels a pass, each of at least 3 µs (arithmetic)."""

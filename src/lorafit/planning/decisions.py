@@ -68,7 +68,7 @@ MATRIX: tuple[Rule, ...] = (
     Rule("full fine-tuning", 0, "none", "every weight trains", "nothing is frozen, so nothing is quantised",
          least=HUGE + 1, goal="accuracy"),
     Rule("QLoRA", 8, "nf4", "a strict budget: the smallest adapter that learns",
-         "a strict budget: a 4-bit base needs the smallest card", goal="budget"),
+         "a strict budget: a 4-bit base needs the smallest GPU", goal="budget"),
     Rule("QLoRA", 8, "nf4", "so few rows would be memorised by a larger adapter",
          "a 4-bit base loses less than so few rows can teach", most=SMALL - 1),
     Rule("LoRA", 16, "none", "the usual amount of data", "the base fits in 16 bits, so nothing is lost to quantisation",
@@ -272,7 +272,7 @@ def _compile(inputs: PlanInputs) -> tuple[str, str]:
 
 def _optimizer(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
-        return "adamw", "moments in 32 bits, sharded over the cards"
+        return "adamw", "moments in 32 bits, sharded over the GPUs"
     value = inputs.with_settings(optimizer="auto").optimizer
     if not inputs.on_cuda:
         return value, "a CPU: the 8-bit optimizers need CUDA"

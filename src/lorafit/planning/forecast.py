@@ -35,7 +35,7 @@ BYTES_PER_PARAMETER = 16
 """bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
 USABLE = 0.8
 LEAST_GPUS = 2
-REFERENCE_CARD = "H100"
+REFERENCE_GPU = "H100"
 """Full fine-tuning is planned for this GPU where there is none."""
 LEARNING_RATE = 1e-5
 REASON = "training every weight on several GPUs is not built yet; the recipe says what such a run looks like"
@@ -69,7 +69,7 @@ def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:
     held_out = round(inputs.stats.holdout_rows * inputs.stats.mean_tokens * _evaluations(inputs, steps))
     if inputs.on_cuda and execution_of(inputs).fused:
         low, high = _predicted(plan, steps, held_out)
-        assumes = f"{plan.tokens_per_s:,.0f} tokens/s predicted from the card's data sheet"
+        assumes = f"{plan.tokens_per_s:,.0f} tokens/s predicted from the GPU's data sheet"
     else:
         low, high = _eager(inputs, plan, steps, held_out)
         assumes = _speed_in_words(inputs.hardware)
@@ -158,7 +158,7 @@ def _speed_in_words(hardware: Hardware) -> str:
     if hardware.kind == "cpu":
         return f"{hardware.cores} cores at {CORE_GFLOPS_RANGE[0]:.0f}–{CORE_GFLOPS_RANGE[1]:.0f} GFLOP/s each"
     low, high = CUDA_UTILISATION
-    return f"{low:.0%}–{high:.0%} of the card's {hardware.tflops_bf16:.0f} TFLOP/s in 16 bits"
+    return f"{low:.0%}–{high:.0%} of the GPU's {hardware.tflops_bf16:.0f} TFLOP/s in 16 bits"
 
 
 def _price_in_words(hardware: Hardware) -> str:
@@ -184,21 +184,21 @@ class Forecast:
 def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
     """Return the forecast of training adapters, or with `full` of training every weight."""
     if full:
-        inputs = inputs.on(full_card(inputs.hardware))
+        inputs = inputs.on(full_gpu(inputs.hardware))
         gpus = gpus_needed(inputs.shape, inputs.hardware)
         return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
     plan = plan_execution(inputs)
     return Forecast(inputs.hardware, 1, memory_of(plan, inputs), estimate_duration(inputs, plan))
 
 
-def full_card(hardware: Hardware) -> Hardware:
+def full_gpu(hardware: Hardware) -> Hardware:
     """Return the GPU that a full run is planned for: `hardware` itself, unless that is a CPU."""
-    return hardware if hardware.kind == "cuda" else hardware_named(REFERENCE_CARD)
+    return hardware if hardware.kind == "cuda" else hardware_named(REFERENCE_GPU)
 
 
-def gpus_needed(shape: ModelShape, card: Hardware) -> int:
+def gpus_needed(shape: ModelShape, gpu: Hardware) -> int:
     """Return how many GPUs hold weights, gradients and optimizer, sharded, in 80 % of their memory."""
-    return max(LEAST_GPUS, math.ceil(shape.parameters * BYTES_PER_PARAMETER / (USABLE * card.memory_bytes)))
+    return max(LEAST_GPUS, math.ceil(shape.parameters * BYTES_PER_PARAMETER / (USABLE * gpu.memory_bytes)))
 
 
 def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
@@ -210,7 +210,7 @@ def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
     passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
     sharded = shape.parameters * BYTES_PER_PARAMETER // gpus
     components = (
-        Component("weights, gradients, optimizer", sharded, f"16 bytes a parameter over {gpus} cards"),
+        Component("weights, gradients, optimizer", sharded, f"16 bytes a parameter over {gpus} GPUs"),
         Component("activations", passing, f"one micro-batch of {batch.tokens:,} tokens, recomputed"),
         Component("fragmentation", round(FRAGMENTATION * passing), f"{FRAGMENTATION:.0%} of what comes and goes"),
         Component("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and workspaces"),

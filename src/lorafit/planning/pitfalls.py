@@ -10,7 +10,7 @@ from lorafit.config import RunConfig, parse_bytes
 from lorafit.config.foreign_text import at_least, at_most
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.findings import Finding, Severity
-from lorafit.hardware.device import CARDS, GIB, Hardware, from_card
+from lorafit.hardware.device import GIB, GPUS, Hardware, from_gpu
 from lorafit.memory.execution_plan import MemoryEstimate, estimate_memory
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.decisions import rank_limit
@@ -78,7 +78,7 @@ def _optimizer(inputs: PlanInputs) -> Iterator[Finding]:
         yield Finding(
             "P0",
             Severity.ERROR,
-            f"the optimizer is {inputs.config.optimizer}, and there is no CUDA card",
+            f"the optimizer is {inputs.config.optimizer}, and there is no CUDA GPU",
             where="optimizer",
             why="the 8-bit optimizers are CUDA kernels",
             fix="set optimizer: adamw, or leave it on auto",
@@ -100,7 +100,7 @@ def _budget(inputs: PlanInputs) -> Iterator[Finding]:
             f"gpu_memory is {at_least(budget)}, and {inputs.hardware.name} has {there}",
             where="gpu_memory",
             why=f"a budget cannot add memory: the plan is for {there}",
-            fix="lower gpu_memory, leave it out, or name a larger card with gpu",
+            fix="lower gpu_memory, leave it out, or name a larger GPU with gpu",
         )
 
 
@@ -186,16 +186,16 @@ def _more_memory(inputs: PlanInputs, changes: dict[str, Any], margin: float) -> 
     if _is_budgeted(inputs):
         budget = at_least(enough).replace(" ", "").replace(",", "")
         return f"choose a smaller base, shorter rows, or gpu_memory: {budget}{with_changes}"
-    card = _smallest_card(enough, inputs.compute) if inputs.on_cuda else None
-    hint = f", as a card like '{card.name}' has" if card else ""
+    gpu = _smallest_gpu(enough, inputs.compute) if inputs.on_cuda else None
+    hint = f", as a GPU like '{gpu.name}' has" if gpu else ""
     return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"
 
 
-def _smallest_card(size_bytes: int, compute: str) -> Hardware | None:
+def _smallest_gpu(size_bytes: int, compute: str) -> Hardware | None:
     """Return the GPU with the least memory that has this much and supports `compute`; None when there is none."""
-    cards = sorted((from_card(card) for card in CARDS), key=lambda card: card.memory_bytes)
-    able = [card for card in cards if {"bf16": card.bf16, "fp8": card.fp8}.get(compute, True)]
-    return next((card for card in able if card.memory_bytes >= size_bytes), None)
+    gpus = sorted((from_gpu(gpu) for gpu in GPUS), key=lambda gpu: gpu.memory_bytes)
+    able = [gpu for gpu in gpus if {"bf16": gpu.bf16, "fp8": gpu.fp8}.get(compute, True)]
+    return next((gpu for gpu in able if gpu.memory_bytes >= size_bytes), None)
 
 
 def _settings(changes: dict[str, Any]) -> str:
@@ -293,7 +293,7 @@ def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, 
 
 
 def _fp8(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
-    """The same for fp8, which only newer cards have, over a 4-bit base."""
+    """The same for fp8, which only newer GPUs have, over a 4-bit base."""
     if config.compute != "fp8":
         return
     if not hardware.fp8:

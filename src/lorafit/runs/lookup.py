@@ -24,11 +24,11 @@ class OtherRows(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunTarget:
     """The folder of a run, and whether a run of the same settings is there already."""
 
     run: RunDir
-    goes_on: bool
+    resumes: bool
     is_named: bool  # by --out
 
     def settled(self, resolved: Resolved) -> Resolved:
@@ -36,13 +36,13 @@ class Place:
 
         Layout may be planned anew, for the memory there is today, unless the last bits are asked for.
         """
-        if not self.goes_on:
+        if not self.resumes:
             return resolved
         keys = set(PLANNED) if resolved.config.deterministic else set(PLANNED) - FREE
-        return resolved.going_on(self.run.config(), keys)
+        return resolved.resuming(self.run.config(), keys)
 
 
-def find_place(resolved: Resolved, *, restart: bool = False) -> Place:
+def find_target(resolved: Resolved, *, restart: bool = False) -> RunTarget:
     """Where these settings train. Raises RunDirError when --out names a folder that holds another run or other files.
 
     Without --out it is runs/DATA-BASE, with -2, -3, … behind it: the first that holds a run of these settings, or is
@@ -55,13 +55,13 @@ def find_place(resolved: Resolved, *, restart: bool = False) -> Place:
             run.refuse_if_taken()
         elif not restart:
             refuse_other_settings(run, resolved)
-        return Place(run, goes_on=run.holds_run and not restart, is_named=True)
+        return RunTarget(run, resumes=run.holds_run and not restart, is_named=True)
     for run in _candidates(resolved):
         if not run.holds_run and not run.foreign():
             break
         if run.holds_run and _is_alike(run, resolved, restart=restart):
-            return Place(run, goes_on=not restart, is_named=False)
-    return Place(run, goes_on=False, is_named=False)
+            return RunTarget(run, resumes=not restart, is_named=False)
+    return RunTarget(run, resumes=False, is_named=False)
 
 
 def next_free(resolved: Resolved) -> RunDir:
@@ -92,7 +92,7 @@ def refuse_finished(run: RunDir) -> None:
         raise RunFinished("this run has trained to its end, nothing is left to do", where=str(run.path), fix=ANEW)
 
 
-def begin_anew(run: RunDir) -> Path | None:
+def set_run_aside(run: RunDir) -> Path | None:
     """Move the run in `run` aside; where it is now, or None when there was none. RunDirError while it is training."""
     if not run.holds_run:
         return None
@@ -100,7 +100,7 @@ def begin_anew(run: RunDir) -> Path | None:
         return run.move_aside()
 
 
-def put_back(aside: Path | None, run: RunDir) -> None:
+def restore_run(aside: Path | None, run: RunDir) -> None:
     """Undo `begin_anew`, where the run that was to take the place never began; its rejected rows stay to be read."""
     if aside is None or run.holds_run:
         return

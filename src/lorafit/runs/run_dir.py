@@ -95,7 +95,7 @@ class RunDir:
 
     @property
     def engine(self) -> Path:
-        """How the layers were run: the policy that the rehearsal settled on, and what it measured."""
+        """How the layers were run: the policy that the dry run settled on, and what it measured."""
         return self.path / "engine.json"
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafit.config import read_json
 from lorafit.errors import BackboneError
-from lorafit.shapes.families import Family, Place
+from lorafit.shapes.families import Family, RunTarget
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -47,7 +47,7 @@ class Dimensions:
         """The value of a letter, or None when config.json does not say."""
         return self.letters.get(letter) or None
 
-    def layers_of(self, place: Place) -> int:
+    def layers_of(self, place: RunTarget) -> int:
         """How many layers are of this kind."""
         sparse = self.sparse_layers
         return {"all": self.layers, "sparse": sparse, "dense": self.layers - sparse}[place]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["q", "k", "v", "qkv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
-Place = Literal["all", "dense", "sparse"]
+RunTarget = Literal["all", "dense", "sparse"]
 ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o", "attention"})
 
 
@@ -31,7 +31,7 @@ class Part:
     outputs: str
     bias: str = ""
     when: str = "true"
-    place: Place = "all"
+    place: RunTarget = "all"
     stacked: bool = False
 
 
@@ -65,7 +65,7 @@ def _attention(bias: str = "", out_bias: str = "", out: str = "o_proj", module: 
     )
 
 
-def _gated(bias: str = "", width: str = "f", module: str = "mlp", place: Place = "all") -> tuple[Part, ...]:
+def _gated(bias: str = "", width: str = "f", module: str = "mlp", place: RunTarget = "all") -> tuple[Part, ...]:
     return (
         Part(f"{module}.gate_proj", "gate", "h", width, bias, place=place),
         Part(f"{module}.up_proj", "up", "h", width, bias, place=place),

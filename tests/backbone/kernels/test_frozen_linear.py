@@ -88,7 +88,7 @@ def test_the_kernel_for_few_rows_is_fed_the_same_weight(double):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [1, 16, 17, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_on_a_card_output_and_gradient_are_those_of_the_dequantised_weight(dtype, rows):
+def test_on_a_gpu_output_and_gradient_are_those_of_the_dequantised_weight(dtype, rows):
     linear = quantise(weight(256, 128).cuda().to(dtype), torch.randn(256).cuda().to(dtype))
     packed = linear.weight.data.clone()
     dense = dequantise(linear)
@@ -108,7 +108,7 @@ def test_on_a_card_output_and_gradient_are_those_of_the_dequantised_weight(dtype
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_card_only_the_packed_weight_is_kept_for_backward():
+def test_on_a_gpu_only_the_packed_weight_is_kept_for_backward():
     linear = quantise(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16))
     x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     before = torch.cuda.memory_allocated()

@@ -224,13 +224,13 @@ needs_fp8 = pytest.mark.skipif(
 @needs_fp8
 @pytest.mark.parametrize(("rows", "columns"), [(96, 128), (1024, 512), (4096, 1024)])
 @pytest.mark.parametrize("tokens", [1, 17, 300])
-def test_on_a_card_output_and_gradient_are_those_of_the_cpus_arithmetic(rows, columns, tokens):
+def test_on_a_gpu_output_and_gradient_are_those_of_the_cpus_arithmetic(rows, columns, tokens):
     layer, x, g = linear(rows, columns, device="cuda"), normal(tokens, columns), normal(tokens, rows, seed=2)
     found = output_and_gradient(layer, x.cuda(), g.cuda())
     reference = FrozenLinear4bit.to(copy.deepcopy(layer), "cpu")
-    for on_card, on_cpu in zip(found, output_and_gradient(reference, x, g)):
+    for on_gpu, on_cpu in zip(found, output_and_gradient(reference, x, g)):
         # the same rounded numbers, summed in the 14 bits or so that fast accumulation has
-        assert difference(on_card.cpu(), on_cpu) < 0.02
+        assert difference(on_gpu.cpu(), on_cpu) < 0.02
     exact = dequantise(layer, torch.float32).cpu()
     assert difference(found[0].cpu(), x.float() @ exact.T) < BOUND
     assert difference(found[1].cpu(), g.float() @ exact) < BOUND
@@ -238,7 +238,7 @@ def test_on_a_card_output_and_gradient_are_those_of_the_cpus_arithmetic(rows, co
 
 @pytest.mark.gpu
 @needs_fp8
-def test_on_a_card_it_compiles_whole_for_any_length():
+def test_on_a_gpu_it_compiles_whole_for_any_length():
     torch._dynamo.reset()
     layer = FeedForward(device="cuda")
     compiled = torch.compile(lambda x: layer(x), fullgraph=True, dynamic=True)

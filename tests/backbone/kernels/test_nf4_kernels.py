@@ -68,7 +68,7 @@ def test_a_cpu_keeps_bitsandbytes_own_path():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("block", [64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_on_a_card_the_kernel_gives_the_bits_of_bitsandbytes(block, double, dtype):
+def test_on_a_gpu_the_kernel_gives_the_bits_of_bitsandbytes(block, double, dtype):
     for shape in [*SHAPES, (512, 896), (272, 4096)]:
         packed, scales, _, state = quantised(shape, block, double, "cuda")
         state.dtype = dtype
@@ -79,9 +79,9 @@ def test_on_a_card_the_kernel_gives_the_bits_of_bitsandbytes(block, double, dtyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "block"), [((96, 128), 64), ((272, 4096), 4096), ((1024, 512), 256), ((16, 64), 64)])
-def test_on_a_card_both_orientations_hold_what_a_cpu_makes_of_the_weight(shape, block):
+def test_on_a_gpu_both_orientations_hold_what_a_cpu_makes_of_the_weight(shape, block):
     if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs a card of compute capability 8.9")
+        pytest.skip("needs a GPU of compute capability 8.9")
     packed, scales, dense, _ = quantised(shape, block, device="cuda")
     inverse = 448 / dense.abs().amax(1)
     on_cpu = [tensor.cpu() for tensor in scales]

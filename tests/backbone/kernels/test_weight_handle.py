@@ -155,7 +155,7 @@ def test_handles_are_read_on_the_cpu_whatever_the_default_device():
 
 
 @pytest.mark.gpu
-def test_on_a_card_a_handle_lies_there_and_is_known_without_being_read():
+def test_on_a_gpu_a_handle_lies_there_and_is_known_without_being_read():
     layer = linear(dtype=torch.bfloat16).cuda()
     assert layer._handle.is_cuda and holder_of(layer._handle) is layer
     assert holder_of(layer._handle.clone()) is layer  # a copy is read

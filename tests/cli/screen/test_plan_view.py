@@ -13,8 +13,8 @@ from planning_shapes import shape
 def shown(capsys):
     def show(gib):
         rows = DataStats(640, 640 * 500, 640 * 500, 2048, 500.0)
-        card = hardware_named("H200").with_memory(gib * GIB)
-        show_plan(make_plan(resolve({}, {"max_length": 8192}), rows, shape(), card))
+        gpu = hardware_named("H200").with_memory(gib * GIB)
+        show_plan(make_plan(resolve({}, {"max_length": 8192}), rows, shape(), gpu))
         captured = capsys.readouterr()
         return " ".join((captured.out + captured.err).split())
 
@@ -28,7 +28,7 @@ def test_the_plan_says_what_the_policy_does_and_what_the_host_holds(shown):
     assert "host memory" in text
 
 
-def test_what_stays_on_the_card_needs_no_host_memory(shown):
+def test_what_stays_on_the_gpu_needs_no_host_memory(shown):
     text = shown(100)
     assert "every activation stays on the device" in text
     assert "host memory" not in text

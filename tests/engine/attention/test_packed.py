@@ -190,14 +190,14 @@ def test_what_attention_returns_lies_as_compiled_code_takes_it_to():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[256] * 4, [100, 300, 7, 1]])
-def test_on_a_card_too_with_every_kernel(lengths):
+def test_on_a_gpu_too_with_every_kernel(lengths):
     assert_laid_out_as_compiled_code_takes_them_to_be("cuda", lengths, torch.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[256] * 8, [100, 300, 7, 1], [512]])
 @pytest.mark.parametrize("window", [None, 64])
-def test_every_kernel_on_the_card_is_the_textbooks_forward_and_backward(lengths, window):
+def test_every_kernel_on_the_gpu_is_the_textbooks_forward_and_backward(lengths, window):
     generator = torch.Generator("cuda").manual_seed(0)
     sizes = ((1, sum(lengths), 8, 64), (1, sum(lengths), 2, 64), (1, sum(lengths), 2, 64))
     leaves = [

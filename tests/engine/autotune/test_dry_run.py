@@ -1,4 +1,4 @@
-"""Which policies are rehearsed, one after another, and which one a run ends up with."""
+"""Which policies are tried, one after another, and which one a run ends up with."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ START = Problem(COSTS, Room(BUDGET, 64 << 30, Link(50e9, 50e9)), 2048, WORK)
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """The attempts from a problem with so much room, on a card where whatever stands takes `standing` bytes."""
+    """The attempts from a problem with so much room, on a GPU where whatever stands takes `standing` bytes."""
 
     def made(room_mb, standing_mb, needs_mb):
         def attempt(model, layers, work, budget, problem):
@@ -141,8 +141,8 @@ def test_shrinking_that_went_too_far_is_taken_back(monkeypatch):
     assert recomputed[1] < recomputed[0]
 
 
-class Card:
-    """A card whose allocator holds, after each pass, what is listed in MB; None: it asked again and has 3,000."""
+class Gpu:
+    """A GPU whose allocator holds, after each pass, what is listed in MB; None: it asked again and has 3,000."""
 
     def __init__(self, monkeypatch, after_passes):
         self.after, self.reserved, self.asked, self.passes = list(after_passes), 2000, 0, 0
@@ -171,10 +171,10 @@ class Card:
     ],
 )
 def test_a_micro_batch_runs_until_the_allocator_rests(monkeypatch, after_passes, passes, asked_again, grew):
-    card, tried, model = Card(monkeypatch, after_passes), dry_run._Passes(), torch.nn.Linear(2, 2)
+    gpu, tried, model = Gpu(monkeypatch, after_passes), dry_run._Passes(), torch.nn.Linear(2, 2)
     model.weight.grad = torch.ones(2, 2)
-    tried.settle(card.run, model, WORK, BUDGET)
-    assert (card.passes, tried.asked_again, tried.grew) == (passes, asked_again, grew)
+    tried.settle(gpu.run, model, WORK, BUDGET)
+    assert (gpu.passes, tried.asked_again, tried.grew) == (passes, asked_again, grew)
     assert tried.state, "the optimizer's state lies between what passes leave"
     assert model.weight.grad is None  # as after a step
 

@@ -65,7 +65,7 @@ def test_a_run_that_barely_fits_gives_up_as_little_as_its_policy_was_solved_for(
     link = Link(6e9, 6e9)
     layers = turned(Room(COSTS.layers * COSTS.kept_bytes - 200 * MB, link=link))
     solved, schedule = layers.policy, layers.schedule
-    layers.policy = replace(solved, host_embeddings=True, micro_tokens=2048)  # as the rehearsal left them
+    layers.policy = replace(solved, host_embeddings=True, micro_tokens=2048)  # as the dry run left them
     assert layers.less()
     relieved = layers.policy
     assert relieved.host_embeddings and relieved.micro_tokens == 2048
@@ -120,7 +120,7 @@ def test_a_run_is_not_turned_to_other_micro_batches_or_embeddings_in_its_middle(
 
 
 def peak_of(costs, policy, schedule):
-    """The fullest moment of a micro-batch whose offloaded layers are on the card when `schedule` says so."""
+    """The fullest moment of a micro-batch whose offloaded layers are on the GPU when `schedule` says so."""
     split = Split(costs, policy.recompute_layers, policy.recompute_layers + policy.recompute_mlp_layers)
     saved = [costs.saved[split.level(layer)] for layer in range(costs.layers)]
     there = (
@@ -206,7 +206,7 @@ KEPT = LevelCost(saved_bytes=92 * MB, working_bytes=100 * MB, forward_s=0.0015, 
         (KEPT, 900.0, 4000, True, 1024),
         (KEPT, 900.0, 4000, False, 0),
         (KEPT, 900.0, 3000, True, 0),  # a second micro-batch's memory is not there
-        # the largest waits for the card, the mean one does not
+        # the largest waits for the GPU, the mean one does not
         (replace(KEPT, backward_s=0.0051), 500.0, 4000, True, 521),
         (replace(KEPT, backward_s=0.0051), 700.0, 4000, True, 0),
     ],

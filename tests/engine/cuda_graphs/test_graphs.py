@@ -1,4 +1,4 @@
-"""Micro-batches as CUDA graphs: what is recorded when, where gradients go, and on a card the same bits."""
+"""Micro-batches as CUDA graphs: what is recorded when, where gradients go, and on a GPU the same bits."""
 
 from types import SimpleNamespace
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(layers, recorded):
     assert seen == [32] * 3 and recorded.made == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, where recording works")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where recording works")
 def test_where_recording_fails_training_goes_on_and_says_so(small):
     batch = batch_of((20, 12))
     seen = []
@@ -204,7 +204,7 @@ def test_where_recording_fails_training_goes_on_and_says_so(small):
 
 
 @pytest.fixture(scope="module")
-def on_card(tmp_path_factory):
+def on_gpu(tmp_path_factory):
     base = save_base(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
     config = resolve(flags={"base": str(base), "dropout": 0.1, "targets": "all-linear", "rank": 4}).config
     model = attach(load_backbone(config), config)
@@ -216,7 +216,7 @@ def trained_weights(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def steps_on_card(model, policy, *, records=True, spoil=None):
+def steps_on_gpu(model, policy, *, records=True, spoil=None):
     """Losses and gradients of a few steps of two micro-batches, with dropout; and the layers and graphs afterwards."""
     loss, found = VocabularyLoss.expected(model), []
 
@@ -253,35 +253,35 @@ def steps_on_card(model, policy, *, records=True, spoil=None):
         MemoryPolicy(cuda_graph_max_tokens=512, dequantized_layers=3),
     ],
 )
-def test_a_replayed_micro_batch_has_the_bits_of_one_that_was_not_recorded(on_card, policy):
-    found, layers, made = steps_on_card(on_card, policy)
-    wanted, _, never = steps_on_card(on_card, policy, records=False)
+def test_a_replayed_micro_batch_has_the_bits_of_one_that_was_not_recorded(on_gpu, policy):
+    found, layers, made = steps_on_gpu(on_gpu, policy)
+    wanted, _, never = steps_on_gpu(on_gpu, policy, records=False)
     assert made.replays >= 6 and never.replays == 0 and layers.notes == []
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
     assert all(float(got.norm()) > 0 for got in found)
 
 
 @pytest.mark.gpu
-def test_a_filled_micro_batch_has_the_gradient_of_the_plain_one(on_card):
-    on_card.eval()  # without dropout: masks are drawn over other shapes
-    found, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
-    wanted, _, _ = steps_on_card(on_card, MemoryPolicy())
-    on_card.train()
+def test_a_filled_micro_batch_has_the_gradient_of_the_plain_one(on_gpu):
+    on_gpu.eval()  # without dropout: masks are drawn over other shapes
+    found, _, made = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512))
+    wanted, _, _ = steps_on_gpu(on_gpu, MemoryPolicy())
+    on_gpu.train()
     assert made.replays >= 6
     for got, want in zip(found, wanted, strict=True):
         assert float((got - want).norm() / want.norm()) < 2e-2
 
 
 @pytest.mark.gpu
-def test_a_recording_that_breaks_leaves_training_as_it_was(on_card):
-    found, layers, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), spoil=torch.cuda.synchronize)
+def test_a_recording_that_breaks_leaves_training_as_it_was(on_gpu):
+    found, layers, made = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512), spoil=torch.cuda.synchronize)
     assert made.failed and made.replays == 0 and len(layers.notes) == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    plain, _, _ = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
+    plain, _, _ = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
     # filled up in either, and dropout goes on where it stood
     assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
     assert all(bool(got.isfinite().all()) and float(got.norm()) > 0 for got in found)
-    again, _, _ = steps_on_card(on_card, MemoryPolicy())  # a card that is left unharmed
+    again, _, _ = steps_on_gpu(on_gpu, MemoryPolicy())  # a GPU that is left unharmed
     assert all(bool(got.isfinite().all()) for got in again)
 
 
@@ -290,12 +290,12 @@ def no_memory():
 
 
 @pytest.mark.gpu
-def test_after_memory_ran_out_while_recording_the_same_graphs_can_be_made_again(on_card):
+def test_after_memory_ran_out_while_recording_the_same_graphs_can_be_made_again(on_gpu):
     with pytest.raises(torch.OutOfMemoryError):
-        steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), spoil=no_memory)
+        steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512), spoil=no_memory)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    found, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
-    wanted, _, _ = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
+    found, _, made = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512))
+    wanted, _, _ = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512), records=False)
     assert made.replays >= 6
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
 
@@ -309,17 +309,17 @@ def blocks(request):
 
 
 @pytest.mark.gpu
-def test_graphs_that_were_let_go_are_recorded_again(on_card, blocks):
-    loss = VocabularyLoss.expected(on_card)
+def test_graphs_that_were_let_go_are_recorded_again(on_gpu, blocks):
+    loss = VocabularyLoss.expected(on_gpu)
 
     def there_and_back(batch, share):
-        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
-            value = loss.summed(on_card, batch, share)
+        with packed(on_gpu), torch.autocast("cuda", dtype=torch.bfloat16):
+            value = loss.summed(on_gpu, batch, share)
         value.backward()
         return value.detach()
 
-    with DecoderLayers(on_card, MemoryPolicy(cuda_graph_max_tokens=512)) as layers:
-        made = Graphs(layers, longest=40, trained=trained_weights(on_card), arena_bytes=1 << 26)
+    with DecoderLayers(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512)) as layers:
+        made = Graphs(layers, longest=40, trained=trained_weights(on_gpu), arena_bytes=1 << 26)
         for _ in range(2):
             for _ in range(3):
                 made.run(batch_of(LENGTHS[0]), 1.0, there_and_back)
@@ -328,9 +328,9 @@ def test_graphs_that_were_let_go_are_recorded_again(on_card, blocks):
 
 
 @pytest.mark.gpu
-def test_graphs_give_their_memory_back(on_card, blocks):
+def test_graphs_give_their_memory_back(on_gpu, blocks):
     torch.cuda.synchronize()
-    _, _, made = steps_on_card(on_card, MemoryPolicy(cuda_graph_max_tokens=512))
+    _, _, made = steps_on_gpu(on_gpu, MemoryPolicy(cuda_graph_max_tokens=512))
     before = torch.cuda.memory_reserved()
     made.forget()
     torch.cuda.empty_cache()

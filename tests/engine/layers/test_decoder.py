@@ -14,7 +14,7 @@ from lorafit.backbone import load_backbone
 from lorafit.backbone.kernels import frozen_linear_op
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine import DecoderLayers, Work, collate, packed, rehearse, summed_loss
+from lorafit.engine import DecoderLayers, Work, collate, find_policy, packed, summed_loss
 from lorafit.engine.autotune.measure import feed_forward_products, measure_level
 from lorafit.engine.layers import decoder as recompute
 from lorafit.engine.layers import offload
@@ -24,7 +24,7 @@ from tiny_models import save_base, stir
 
 LAYOUTS = ((5, 9, 17), (8, 3, 2, 4), (33,), (5, 9, 17, 4, 4, 4, 4, 4))
 TOKENS = 89  # no width of the model
-BACKEND = "aot_eager_decomp_partition"  # what decides about saved tensors is the same as on a card
+BACKEND = "aot_eager_decomp_partition"  # what decides about saved tensors is the same as on a GPU
 
 
 def rows_of(lengths, seed=0):
@@ -206,7 +206,7 @@ def test_relief_is_what_the_policy_was_solved_for_and_else_tightening(adapted):
 
 
 class OnCard:
-    """A frozen linear on a card with room for `room` copies, as far as keeping them goes."""
+    """A frozen linear on a GPU with room for `room` copies, as far as keeping them goes."""
 
     def __init__(self, name, log, room):
         self.name, self.log, self.room = name, log, room
@@ -259,7 +259,7 @@ def resolve_config(hidden, inner):
 
 
 @pytest.fixture(scope="module")
-def on_card(tmp_path_factory):
+def on_gpu(tmp_path_factory):
     base = save_base(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
     config = resolve(flags={"base": str(base), "dropout": 0.0, "targets": "all-linear", "rank": 4}).config
     model = attach(load_backbone(config), config)
@@ -267,7 +267,7 @@ def on_card(tmp_path_factory):
     return model.train()
 
 
-def gradient_on_card(model, lengths):
+def gradient_on_gpu(model, lengths):
     model.zero_grad()
     with packed(model), torch.autocast("cuda", dtype=torch.bfloat16):
         summed_loss(model, collate(rows_of(lengths)).to("cuda")).backward()
@@ -284,54 +284,54 @@ def gradient_on_card(model, lengths):
         "recompute_layers=1,recompute_mlp_layers=1,offloaded_layers=3",
     ],
 )
-def test_on_a_card_every_setting_has_the_gradient_of_keeping_everything(on_card, spec):
+def test_on_a_gpu_every_setting_has_the_gradient_of_keeping_everything(on_gpu, spec):
     for lengths in ((64, 200, 33), (128, 128)):
-        with DecoderLayers(on_card, MemoryPolicy()):
-            wanted = gradient_on_card(on_card, lengths)
-        with DecoderLayers(on_card, MemoryPolicy.parse(spec, 3)) as layers:
-            got = gradient_on_card(on_card, lengths)
+        with DecoderLayers(on_gpu, MemoryPolicy()):
+            wanted = gradient_on_gpu(on_gpu, lengths)
+        with DecoderLayers(on_gpu, MemoryPolicy.parse(spec, 3)) as layers:
+            got = gradient_on_gpu(on_gpu, lengths)
         assert layers.notes == []
         assert float((got - wanted).norm() / wanted.norm()) < 2e-2  # bf16; kernels are fused differently
 
 
 @pytest.mark.gpu
-def test_offloading_changes_no_bit_and_leaves_less_on_the_card(on_card):
+def test_offloading_changes_no_bit_and_leaves_less_on_the_gpu(on_gpu):
     found = {}
     for spec in ("keep", "offloaded_layers=3"):
-        with DecoderLayers(on_card, MemoryPolicy.parse(spec, 3)) as layers:
-            gradient_on_card(on_card, (300, 200))
+        with DecoderLayers(on_gpu, MemoryPolicy.parse(spec, 3)) as layers:
+            gradient_on_gpu(on_gpu, (300, 200))
             torch.cuda.reset_peak_memory_stats()
-            found[spec] = gradient_on_card(on_card, (300, 200)), layers.offload.sent_bytes
+            found[spec] = gradient_on_gpu(on_gpu, (300, 200)), layers.offload.sent_bytes
     assert torch.equal(found["keep"][0], found["offloaded_layers=3"][0])
     assert found["offloaded_layers=3"][1] > 0
 
 
 @pytest.mark.gpu
-def test_the_rehearsal_finds_a_policy_within_the_budget(on_card):
+def test_the_dry_run_finds_a_policy_within_the_budget(on_gpu):
     def loss_of(batch, share):
-        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
-            return summed_loss(on_card, batch) * share
+        with packed(on_gpu), torch.autocast("cuda", dtype=torch.bfloat16):
+            return summed_loss(on_gpu, batch) * share
 
     work = Work(
         batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),
         loss_of=loss_of, max_length=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
     )  # fmt: skip
-    layers = DecoderLayers(on_card, MemoryPolicy())
+    layers = DecoderLayers(on_gpu, MemoryPolicy())
     budget = torch.cuda.memory_reserved() + (1 << 30)
-    found = rehearse(on_card, layers, work, budget, solves=True)
+    found = find_policy(on_gpu, layers, work, budget, solves=True)
     assert found.peak_bytes <= budget and found.attempts[-1].fits
-    assert all(weight.grad is None for weight in on_card.parameters())
+    assert all(weight.grad is None for weight in on_gpu.parameters())
 
 
 @pytest.mark.gpu
-def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_card):
+def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_gpu):
     batch = collate(rows_of([512] * 8)).to("cuda")
 
     def run_model():
-        with packed(on_card), torch.autocast("cuda", dtype=torch.bfloat16):
-            return summed_loss(on_card, batch)
+        with packed(on_gpu), torch.autocast("cuda", dtype=torch.bfloat16):
+            return summed_loss(on_gpu, batch)
 
-    layers = DecoderLayers(on_card, MemoryPolicy())
+    layers = DecoderLayers(on_gpu, MemoryPolicy())
     products = feed_forward_products(layers, batch.tokens)
     keep, light = (measure_level(layers, run_model, level) for level in ("keep", "feed_forward"))
     assert products.size_bytes == keep.saved_bytes - light.saved_bytes > 0
@@ -340,24 +340,24 @@ def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_ca
 
 
 @pytest.mark.gpu
-def test_dense_weights_have_the_same_gradient_and_go_when_memory_is_short(on_card):
+def test_dense_weights_have_the_same_gradient_and_go_when_memory_is_short(on_gpu):
     lengths = (64, 200, 33)
 
     def kept(layers):
         return [sum(linear.dense is not None for linear in linears) for linears in layers.frozen]
 
-    with DecoderLayers(on_card, MemoryPolicy()) as layers:
+    with DecoderLayers(on_gpu, MemoryPolicy()) as layers:
         assert kept(layers) == [0, 0, 0]
-        wanted = gradient_on_card(on_card, lengths)
-    with DecoderLayers(on_card, MemoryPolicy(dequantized_layers=3)) as layers:
+        wanted = gradient_on_gpu(on_gpu, lengths)
+    with DecoderLayers(on_gpu, MemoryPolicy(dequantized_layers=3)) as layers:
         assert kept(layers) == [7, 7, 7]
-        on_card.to("cuda")  # the Trainer does so
+        on_gpu.to("cuda")  # the Trainer does so
         assert kept(layers) == [7, 7, 7]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        every = gradient_on_card(on_card, lengths)
+        every = gradient_on_gpu(on_gpu, lengths)
         assert layers.notes == [] and layers.reduce_memory()
         assert kept(layers) == [7, 0, 0]
-        some = gradient_on_card(on_card, lengths)
+        some = gradient_on_gpu(on_gpu, lengths)
         assert layers.reduce_memory() and kept(layers) == [0, 0, 0]
         # layers with a copy and without one share their code
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

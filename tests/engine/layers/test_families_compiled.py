@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, save_base, stir
 
 # where two of four experts are chosen, rounding in bf16 sends tokens to others: all four take part here
 ALL_EXPERTS = {"mixtral": {"num_experts_per_tok": 4}, "qwen3_moe": {"num_experts_per_tok": 4}}
-BACKEND = "aot_eager_decomp_partition"  # traced and cut as on a card, and quicker than compiling
+BACKEND = "aot_eager_decomp_partition"  # traced and cut as on a GPU, and quicker than compiling
 
 
 def adapted(family, folder, **settings):
@@ -53,6 +53,6 @@ def test_layers_compile_whole_and_have_the_gradient_of_eager_ones(family, tmp_pa
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", ["keep", "feed_forward"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_so_they_do_on_a_card_in_bf16(family, level, tmp_path):
+def test_so_they_do_on_a_gpu_in_bf16(family, level, tmp_path):
     # what the compiler fuses is rounded once, and not after each operation
     compare(adapted(family, tmp_path, compute="bf16"), level, "cuda", "inductor", 5e-2, autocast=True)

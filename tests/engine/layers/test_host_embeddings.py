@@ -1,4 +1,4 @@
-"""Embeddings on the host answer as they did, and their bytes leave the card."""
+"""Embeddings on the host answer as they did, and their bytes leave the GPU."""
 
 import os
 
@@ -146,7 +146,7 @@ def test_the_kernel_interpreted_reads_the_right_rows(width, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_card_rows_are_the_tables_and_the_host_is_not_waited_for(dtype):
+def test_on_a_gpu_rows_are_the_tables_and_the_host_is_not_waited_for(dtype):
     table = torch.randn(20_000, 2048).to(dtype).pin_memory()
     embedding = nn.Embedding(20_000, 2048, _weight=table).requires_grad_(False)
     ids = torch.randint(0, 20_000, (1, 4096), device="cuda")
@@ -163,7 +163,7 @@ def test_on_a_card_rows_are_the_tables_and_the_host_is_not_waited_for(dtype):
 
 
 @pytest.mark.gpu
-def test_the_cards_memory_falls_by_the_table(bases):
+def test_the_gpus_memory_falls_by_the_table(bases):
     model = load_backbone(config_of(bases("llama", vocab_size=200_000)), device="cuda")
     size = model.get_input_embeddings().weight.numel() * 2
     before = torch.cuda.memory_allocated()

@@ -294,7 +294,7 @@ def test_the_kernel_interpreted_is_the_torch_code(steps, dtype, monkeypatch):
     monkeypatch.setattr("lorafit.engine.loss.kernel.BLOCK", 64)
     logits = (torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
     targets = torch.tensor([0, VOCABULARY - 1, 63, 64, IGNORED, 100])
-    # the interpreter cuts bf16 off where a card rounds
+    # the interpreter cuts bf16 off where a GPU rounds
     kernel_matches(logits, targets, steps, 1e-6 if dtype is torch.float32 else 8e-3)
 
 
@@ -311,7 +311,7 @@ def test_the_kernel_makes_a_wrong_target_and_a_bad_logit_visible():
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("vocabulary", [1000, 128_256, 262_144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_kernel_on_a_card_is_the_torch_code(dtype, vocabulary, steps):
+def test_the_kernel_on_a_gpu_is_the_torch_code(dtype, vocabulary, steps):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = (torch.randn(33, vocabulary, generator=generator, device="cuda") * 4).to(dtype)
     targets = torch.randint(0, vocabulary, (33,), generator=generator, device="cuda")
@@ -321,7 +321,7 @@ def test_the_kernel_on_a_card_is_the_torch_code(dtype, vocabulary, steps):
 
 
 @pytest.mark.gpu
-def test_the_peak_on_a_card_is_a_few_chunks(monkeypatch):
+def test_the_peak_on_a_gpu_is_a_few_chunks(monkeypatch):
     """8,000 rows of 128,256 logits would take 2 GB in bf16, and as much again for their gradient."""
     monkeypatch.setattr(vocabulary_loss, "CHUNK_BYTES", 64 << 20)
     head = nn.Linear(512, 128_256, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)

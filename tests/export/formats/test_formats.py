@@ -18,7 +18,7 @@ def test_a_format_is_found_by_its_name_and_an_unknown_one_is_refused():
 
 
 @pytest.mark.parametrize(("dtype", "short"), [(torch.float16, "fp16"), (torch.float32, "fp32")])
-def test_the_formats_precision_reaches_weights_config_and_card(trained, tmp_path, dtype, short):
+def test_the_formats_precision_reaches_weights_config_and_gpu(trained, tmp_path, dtype, short):
     form = Safetensors(dtype=dtype)
     folder = merge(trained.path, out=tmp_path / "out", export_format=form).folder
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}

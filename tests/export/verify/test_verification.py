@@ -173,7 +173,7 @@ def test_rows_that_supervise_nothing_are_left_out_and_none_at_all_is_an_error(tr
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compute", ["auto", "fp16", "fp32"])
-def test_a_run_on_a_card_is_merged_and_verified_there(make_run, rows, tmp_path, compute):
+def test_a_run_on_a_gpu_is_merged_and_verified_there(make_run, rows, tmp_path, compute):
     run = make_run(tmp_path, compute=compute)
     result = verify(run.live, merge(run.path).folder, rows, "quantized")
     assert result.passed and result.floors < 10, result.reason

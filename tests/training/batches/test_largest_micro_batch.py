@@ -1,4 +1,4 @@
-"""What is rehearsed is as large as anything that training will run."""
+"""What is tried is as large as anything that training will run."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def every_micro_batch(rows, config, micro_tokens):
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=14), st.integers(1, 5), st.integers(1, 3))
-def test_a_whole_step_is_rehearsed_where_none_of_the_run_is_larger(lengths, examples, seed):
+def test_a_whole_step_is_tried_where_none_of_the_run_is_larger(lengths, examples, seed):
     config, rows = settings(examples_per_step=examples, epochs=EPOCHS, seed=seed), encoded_rows(*lengths)
     step = largest_step(rows.lengths, examples, seed, EPOCHS * -(-len(rows) // examples))
     whole = int(rows.lengths[step].sum())

@@ -71,7 +71,7 @@ def test_it_works_while_the_caller_does():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_tensor_of_a_micro_batch_is_pinned_and_unchanged():
     import numpy as np
 

@@ -65,7 +65,7 @@ def test_it_gives_the_new_setting_its_time_and_stops_at_the_tightest():
         (
             MemoryPolicy(offloaded_layers=8),
             MemoryPolicy(offloaded_layers=8),
-            "less stays on the card now",
+            "less stays on the GPU now",
         ),  # by a tighter schedule
     ],
 )

@@ -1,6 +1,6 @@
 """Training with graphs, on a CPU that replays by doing the same again: the trainer's part of it.
 
-What a graph is on a card stands in tests/engine/test_graphs.py.
+What a graph is on a GPU stands in tests/engine/test_graphs.py.
 """
 
 from dataclasses import replace

@@ -300,8 +300,8 @@ def test_rows_of_a_micro_batch_are_counted(base, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_on_a_card_that_is_really_too_small_the_step_is_done_in_pieces(base, tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_that_is_really_too_small_the_step_is_done_in_pieces(base, tmp_path):
     """The allocator itself refuses: the model and half of the activations are all there is room for."""
     options = {"max_length": 40_000, "examples_per_step": 40, "optimizer": "adamw"}
     config = settings(base=base, quantization="none", compute="fp32", **options)

@@ -107,9 +107,9 @@ def test_a_first_step_that_is_bad_leaves_fresh_moments():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["fused", "8-bit"])
-def test_on_a_card_the_verdict_never_comes_to_the_host_before_the_fused_update(kind):
+def test_on_a_gpu_the_verdict_never_comes_to_the_host_before_the_fused_update(kind):
     parameters = [torch.nn.Parameter(weight.detach().cuda()) for weight in weights()]
     optimizer = OPTIMIZERS[kind](parameters)
 

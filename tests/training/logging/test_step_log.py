@@ -1,4 +1,4 @@
-"""StepLog: every step once, in order, one step late; and nothing within a step waits for the card."""
+"""StepLog: every step once, in order, one step late; and nothing within a step waits for the GPU."""
 
 import json
 from collections import Counter
@@ -171,8 +171,8 @@ def test_a_run_that_stops_early_still_logs_its_last_step(base, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_on_a_card_no_step_waits_for_it(tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_no_step_waits_for_it(tmp_path):
     """torch itself refuses every synchronising call between a step's beginning and its end."""
 
     class Forbid(TrainerCallback):

@@ -1,7 +1,7 @@
 """Unpacking a 4-bit weight: bitsandbytes' own three launches, or one Triton kernel that gives the same bits.
 
-The kernel stands in for bitsandbytes on CUDA cards of capability 8.0 and up, once it has shown there that it gives
-the same bits; CPUs, other vendors' cards, FP4, and weights whose number is no multiple of 8 keep bitsandbytes' path.
+The kernel stands in for bitsandbytes on CUDA GPUs of capability 8.0 and up, once it has shown there that it gives
+the same bits; CPUs, other vendors' GPUs, FP4, and weights whose number is no multiple of 8 keep bitsandbytes' path.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NESTED_BLOCK = 256
 """Block size of the second quantisation, fixed in bitsandbytes."""
 
 KERNEL_CAPABILITY = (8, 0)
-"""The oldest cards that Triton supports."""
+"""The oldest GPUs that Triton supports."""
 
 E4M3 = torch.float8_e4m3fn
 
@@ -82,7 +82,7 @@ def kernel_takes(packed: Tensor, scales: Scales, quant_type: str, count: int) ->
 
 @cache
 def kernels_work(device: int) -> bool:
-    """Whether Triton is there, builds the kernel for card `device`, and it gives bitsandbytes' bits."""
+    """Whether Triton is there, builds the kernel for GPU `device`, and it gives bitsandbytes' bits."""
     if nf4_kernels is None or torch.version.cuda is None:
         return False
     if torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY:
@@ -153,9 +153,9 @@ _HOLDERS: WeakValueDictionary[int, Holder] = WeakValueDictionary()
 def handle_for(holder: Holder, device: torch.device) -> Tensor:
     """A new handle (1,) int64 for the weight of `holder`, which lies on `device`; good while `holder` lives.
 
-    It lies there too, if that is a card: where one input of an operator is no tensor of the card's, the compiler takes
+    It lies there too, if that is a GPU: where one input of an operator is no tensor of the GPU's, the compiler takes
     the operator's output for unaligned, and what reads it for unable to load 16 bytes at a time (`has_unaligned_input`
-    in torch/_inductor/ir.py). There it is known by its address, since reading it would wait for the card.
+    in torch/_inductor/ir.py). There it is known by its address, since reading it would wait for the GPU.
     """
     number = next(_NUMBERS)
     handle = torch.tensor([number], device=handle_device(device))
@@ -166,7 +166,7 @@ def handle_for(holder: Holder, device: torch.device) -> Tensor:
 
 
 def handle_device(weight: torch.device) -> torch.device:
-    """Where the handle of a weight lies: on the weight's card, else where a loader may not have it, on the CPU."""
+    """Where the handle of a weight lies: on the weight's GPU, else where a loader may not have it, on the CPU."""
     return weight if weight.type == "cuda" else torch.device("cpu")
 
 

@@ -173,7 +173,7 @@ def _launch(
     constants: tuple[Any, ...],
     warps: int,
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, *constants)` on the card of the tensors.
+    """`kernel[grid](*tensors, *numbers, *constants)` on the GPU of the tensors.
 
     Triton's own launch spends 22 µs on finding what it built for such arguments, and starting that spends 6 (one core
     of a server CPU); a step of an 8B model launches 448 times. So what was built is kept, by all that Triton

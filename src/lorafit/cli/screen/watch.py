@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
-    from lorafit.engine import Rehearsal
+    from lorafit.engine import DryRun
     from lorafit.findings import Finding
     from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
@@ -107,15 +107,15 @@ class ConsoleObserver(Observer):
             self.status.update("compiling, and trying the largest micro-batch")
             self.status.start()
 
-    def on_dry_run(self, rehearsal: Rehearsal | None) -> None:
+    def on_dry_run(self, dry_run: DryRun | None) -> None:
         if self.status:
             self.status.stop()
-        if rehearsal is not None:
+        if dry_run is not None:
             heading(
                 "dry run",
-                f"[bold]{gib(rehearsal.peak_bytes)}[/bold] of {gib(rehearsal.budget_bytes)} on the largest "
-                f"micro-batch, memory policy {rehearsal.policy}; {duration(rehearsal.elapsed_s)}, "
-                f"{duration(rehearsal.compile_s)} of them compiling",
+                f"[bold]{gib(dry_run.peak_bytes)}[/bold] of {gib(dry_run.budget_bytes)} on the largest "
+                f"micro-batch, memory policy {dry_run.policy}; {duration(dry_run.elapsed_s)}, "
+                f"{duration(dry_run.compile_s)} of them compiling",
             )
         self.progress.start()
 

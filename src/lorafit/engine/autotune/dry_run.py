@@ -74,7 +74,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRun:
     """Hold the policy that fits, and how it was found.
 
     Attributes:
@@ -100,7 +100,7 @@ class Rehearsal:
     attempts: tuple[Attempt, ...]
 
 
-def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *, solves: bool) -> Rehearsal:
+def find_policy(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *, solves: bool) -> DryRun:
     """Set `layers` to the fastest policy that fits `budget_bytes` (when `solves`), and prove it by a dry run.
 
     A policy that needs more than was reckoned is solved again for that much less room, or made smaller. One that was
@@ -115,7 +115,7 @@ def rehearse(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *
         attempts = tuple(_attempts(model, layers, work, budget_bytes, problem))
         layers.offload.arena.trim()
     layers.policy = replace(layers.policy, host_embeddings=isinstance(model.get_input_embeddings(), HostEmbedding))
-    return Rehearsal(
+    return DryRun(
         policy=layers.policy,
         schedule=tuple(layers.offload.schedule),
         peak_bytes=attempts[-1].peak_bytes,
@@ -241,7 +241,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         graph_bytes=passes.graph_bytes,
         retries=tuple(passes.retries),
         elapsed_s=time.perf_counter() - started,
-        # an allocator that has to give back and ask again stops the card each time: it fits, but crawls. One that still
+        # an allocator that has to give back and ask again stops the GPU each time: it fits, but crawls. One that still
         # grows may come to that: reason enough to solve again, none to change what somebody set, or to end the run
         fits=reserved <= budget_bytes
         and passes.ended

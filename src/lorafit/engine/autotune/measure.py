@@ -158,7 +158,7 @@ def feed_forward_products(layers: DecoderLayers, tokens: int) -> Products | None
 
 
 def link_rates() -> tuple[float, float]:
-    """Bytes a second from the card to pinned host memory and back, both ways busy at once."""
+    """Bytes a second from the GPU to pinned host memory and back, both ways busy at once."""
     here = [torch.empty(COPY_BYTES, device="cuda", dtype=torch.uint8) for _ in range(2)]
     there = [torch.empty(COPY_BYTES, pin_memory=True, dtype=torch.uint8) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -177,7 +177,7 @@ def link_rates() -> tuple[float, float]:
 
 
 def _timed(work: Any) -> float:
-    """Median seconds of `work` on the card."""
+    """Median seconds of `work` on the GPU."""
     times = []
     for _ in range(REPEATS + 1):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

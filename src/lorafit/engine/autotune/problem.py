@@ -390,7 +390,7 @@ def _movable_bytes(model: Any) -> int:
 def does_not_fit() -> TrainingError:
     """The error of a row that no setting makes fit."""
     return TrainingError(
-        "the longest row does not fit into the card's memory, or the budget, with everything recomputed and offloaded",
+        "the longest row does not fit into the GPU's memory, or the budget, with everything recomputed and offloaded",
         where="memory",
-        fix="shorten the longest rows (--on-long drop), lower rank or targets, or use a larger card",
+        fix="shorten the longest rows (--on-long drop), lower rank or targets, or use a larger GPU",
     )

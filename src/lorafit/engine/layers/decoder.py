@@ -196,10 +196,10 @@ class DecoderLayers:
     def _unpack_weights(self, keep: bool = True) -> None:
         """Keep the dequantized weights of `policy.dequantized_layers` layers on the GPU; a CPU has its own copies."""
         dense = self.policy.dequantized_layers if keep else 0
-        on_card = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
-        for module in chain(*on_card[dense:]):  # before anything is taken
+        on_gpu = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
+        for module in chain(*on_gpu[dense:]):  # before anything is taken
             module.drop_dense()
-        for module in chain(*on_card[:dense]):
+        for module in chain(*on_gpu[:dense]):
             if not module.copies:
                 module.keep_dense()
         self._weights = [_storages(layer) for layer in self.layers]

@@ -1,4 +1,4 @@
-"""Frozen input embeddings in host memory: their bytes leave the card, and each step reads only the rows it needs."""
+"""Frozen input embeddings in host memory: their bytes leave the GPU, and each step reads only the rows it needs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BLOCK = 1024
 
 
 class HostEmbedding(nn.Embedding):
-    """An embedding whose table is in host memory wherever the model is; pinned, where there is a card.
+    """An embedding whose table is in host memory wherever the model is; pinned, where there is a GPU.
 
-    The table is no parameter: `.to(device)` leaves it alone, `model.device` is still the card, and
+    The table is no parameter: `.to(device)` leaves it alone, `model.device` is still the GPU, and
     DistributedDataParallel, which wants all parameters on one device, does not see it. `state_dict` has it.
     """
 
@@ -51,8 +51,8 @@ def keep_embeddings_on_host(model: Any) -> bool:
     """Move the frozen input embeddings of `model` (PEFT's wrapper or not) to host memory; the answers stay the same.
 
     False, and nothing done, where they cannot go: tied to the head, trained, adapted, or of a class that does more
-    than look up and scale. Frees entries · width · itemsize bytes of the card; of the host's memory it takes up to
-    twice that where there is a card, for torch rounds pinned blocks up to a power of two.
+    than look up and scale. Frees entries · width · itemsize bytes of the GPU; of the host's memory it takes up to
+    twice that where there is a GPU, for torch rounds pinned blocks up to a power of two.
     """
     core = unwrapped(model)
     embedding = core.get_input_embeddings()
@@ -62,13 +62,13 @@ def keep_embeddings_on_host(model: Any) -> bool:
         return False
     weight = embedding.weight.detach()
     table = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=torch.cuda.is_available()).copy_(weight)
-    was_on_card = weight.is_cuda
+    was_on_gpu = weight.is_cuda
     del embedding.weight, weight
     # a scaled family's own forward runs as before, and its `super().forward` is HostEmbedding's
     own = type(embedding)
     embedding.__class__ = HostEmbedding if own is nn.Embedding else type(own.__name__, (own, HostEmbedding), {})
     embedding._table = table
-    if was_on_card:
+    if was_on_gpu:
         torch.cuda.empty_cache()
     return True
 

@@ -2,7 +2,7 @@
 
 Saved-tensor hooks around each layer hand every large tensor to a stream that copies it to the host while the next
 layers run; on the way back a second stream brings a layer's tensors home while layers behind it are at work. As
-torchtune's `OffloadActivations` does it, but that a schedule made from bytes says what may be on the card when.
+torchtune's `OffloadActivations` does it, but that a schedule made from bytes says what may be on the GPU when.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class OffloadedTensor:
 class HostOffload:
     """Saved-tensor hooks that send large saved tensors of some layers to the host and bring them back in time.
 
-    `schedule[i]` says which layers' tensors may be on the card while layer i works, in either pass: those from that
+    `schedule[i]` says which layers' tensors may be on the GPU while layer i works, in either pass: those from that
     index on (`planning.OffloadSchedule`); its last entry is for the loss. Without one, two layers at a time.
     """
 

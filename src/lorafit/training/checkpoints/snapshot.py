@@ -73,7 +73,7 @@ def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _page_again(optimizer: Any) -> None:
-    """Move the moments of a paged optimizer back into its paged memory: loading left them on the card."""
+    """Move the moments of a paged optimizer back into its paged memory: loading left them on the GPU."""
     if not getattr(optimizer, "is_paged", False):
         return
     for weight, state in optimizer.state.items():
@@ -85,10 +85,10 @@ def _page_again(optimizer: Any) -> None:
 
 
 def generators_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """torch's generators (CPU, and each visible card's) as byte tensors; Python's and numpy's for JSON."""
+    """torch's generators (CPU, and each visible GPU's) as byte tensors; Python's and numpy's for JSON."""
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"cuda.{card}": state.cpu() for card, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"cuda.{gpu}": state.cpu() for gpu, state in enumerate(torch.cuda.get_rng_state_all())}
     version, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     numpy_state = [str(name), np.asarray(keys).tolist(), int(place), int(has_gauss), float(cached)]
@@ -96,12 +96,12 @@ def generators_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_generators(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
-    """Set every generator to what `generators_state` gave; cards that were not there then keep theirs."""
+    """Set every generator to what `generators_state` gave; GPUs that were not there then keep theirs."""
     torch.random.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
-        for card in range(torch.cuda.device_count()):
-            if f"cuda.{card}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{card}"], card)
+        for gpu in range(torch.cuda.device_count()):
+            if f"cuda.{gpu}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{gpu}"], gpu)
     version, words, gauss = rest["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, place, has_gauss, cached = rest["numpy"]
@@ -110,22 +110,22 @@ def restore_generators(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, A
 
 @dataclass(frozen=True, slots=True)
 class RandomStreams:
-    """The CPU's stream and, for training on a card, that card's. Reading them does not wait for the card."""
+    """The CPU's stream and, for training on a GPU, that GPU's. Reading them does not wait for the GPU."""
 
     cpu: torch.Tensor
-    card: torch.Tensor | None
+    gpu: torch.Tensor | None
 
     @classmethod
     def now(cls, device: torch.device) -> RandomStreams:
         """The streams as they stand."""
-        card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.random.get_rng_state(), card)
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.random.get_rng_state(), gpu)
 
     def restore(self, device: torch.device) -> None:
         """Set the streams back."""
         torch.random.set_rng_state(self.cpu)
-        if self.card is not None:
-            torch.cuda.set_rng_state(self.card, device)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, device)
 
 
 ADAPTER, OPTIMIZER, RANDOM = "adapter", "optimizer.safetensors", "random.safetensors"

@@ -77,7 +77,7 @@ def _what_gave_way(before: MemoryPolicy, after: MemoryPolicy) -> str:
         return "more is recomputed now"
     if after.offloaded_layers > before.offloaded_layers:
         return f"{after.offloaded_layers} layers keep theirs on the host now, where {before.offloaded_layers} did"
-    return "less stays on the card now"
+    return "less stays on the GPU now"
 
 
 # what libraries below torch say instead of raising torch.OutOfMemoryError
@@ -170,7 +170,7 @@ class MemoryRetry:
         A micro-batch that does not fit is halved.
         """
         total = torch.zeros((), device=self.device)
-        # on a GPU steps may run in micro-batches far larger than `max_length`; what is not rehearsed does not
+        # on a GPU steps may run in micro-batches far larger than `max_length`; what is not tried does not
         layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
         waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
         while waiting:
@@ -334,5 +334,5 @@ def _too_large(rows: Rows, row: int, during: str) -> TrainingError:
     return TrainingError(
         f"the memory ran out in {during} on a single row of {int(rows.lengths[row])} tokens",
         where=rows.source(row),
-        fix="shorten or drop that row (max_length with --on-long drop), lower rank or targets, or use a larger card",
+        fix="shorten or drop that row (max_length with --on-long drop), lower rank or targets, or use a larger GPU",
     )

@@ -49,7 +49,7 @@ class StepLog:
     """A queue of steps whose numbers are on their way to the host.
 
     `push` starts an asynchronous copy into pinned memory and returns at once. `ready` waits for all but the newest
-    step, `flush` for all of them; each step comes out once, in order. So the host may run one step ahead of the card.
+    step, `flush` for all of them; each step comes out once, in order. So the host may run one step ahead of the GPU.
     """
 
     def __init__(self) -> None:
@@ -57,10 +57,10 @@ class StepLog:
 
     def push(self, numbers: StepNumbers, measured: torch.Tensor) -> None:
         """Queue a step; `measured` (2,) holds its loss and gradient norm, wherever they were computed."""
-        on_card = measured.is_cuda
-        host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=on_card)
-        host.copy_(measured, non_blocking=on_card)
-        copied = torch.cuda.Event() if on_card else None
+        on_gpu = measured.is_cuda
+        host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=on_gpu)
+        host.copy_(measured, non_blocking=on_gpu)
+        copied = torch.cuda.Event() if on_gpu else None
         if copied is not None:
             copied.record(torch.cuda.current_stream(measured.device))
         self.awaited.append(_Awaited(numbers, host, copied))
@@ -123,7 +123,7 @@ class TrainingProgress:
 
 
 def memory_in_use() -> int:
-    """Peak bytes: reserved on the card where there is one, else resident in this process."""
+    """Peak bytes: reserved on the GPU where there is one, else resident in this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
