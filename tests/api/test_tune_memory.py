@@ -87,7 +87,7 @@ def on_a_gpu(monkeypatch):
         return DryRun(**figures | {"policy": policy, "schedule": ()})
 
     on_a_gpu.policy, on_a_gpu.works = MemoryPolicy(), works
-    monkeypatch.setattr(module, "try", found)
+    monkeypatch.setattr(module, "find_policy", found)
     monkeypatch.setattr(module, "budget_bytes", lambda config: 2)
     monkeypatch.setattr(module, "default_device", lambda: torch.device("cuda"))
     return on_a_gpu
