@@ -1,5 +1,6 @@
 """The command line as its users meet it: exit codes, sentences, JSON, and no traceback."""
 
+import errno
 import json
 import os
 import re
@@ -318,7 +319,6 @@ def test_check_with_a_base_runs_the_pitfalls_too(run, data):
 
 
 def test_a_full_disk_is_one_sentence(run, data, monkeypatch):
-    import errno
 
     from lorafit.api import check as room
 
@@ -338,6 +338,19 @@ def test_a_fault_of_ours_asks_for_a_report_without_a_trace(run, data, monkeypatc
     code, _, err = run("check", data)
     assert code == 70
     assert "internal error (ZeroDivisionError: division by zero)" in err
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_full_memory_is_one_sentence_with_a_fix(run, data, monkeypatch, problem):
+    from lorafit.api import check as room
+
+    def full(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(room, "prepare", full)
+    code, _, err = run("check", data)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "memory that this process may use is full; free some, or raise the limit" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])

@@ -1,6 +1,11 @@
 """The cache: a second run finds the rows, and only when nothing they depend on has changed."""
 
 import errno
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 import made_data as made
 from lorafit.data import cache
 from lorafit.data.gather import Gatherer
+from lorafit.data.sealed_folder import MANIFEST, is_whole
 from lorafit.errors import DataError
 
 ROWS = [made.row(number) for number in range(25)]
@@ -72,16 +78,138 @@ def test_a_killed_build_is_never_found(path: Path, monkeypatch: pytest.MonkeyPat
     assert made.prepared(path).summary.kept == 25
 
 
-@pytest.mark.parametrize("name", ["facts.json", "tokens.bin", "text.bin", "line.npy", "names.json"])
-def test_a_damaged_entry_is_built_again(path: Path, name: str) -> None:
+def test_a_flipped_bit_in_any_file_is_a_miss_and_the_entry_is_made_again(path: Path) -> None:
     before = made.prepared(path)
     (entry,) = (path.parent / "cache").iterdir()
-    damaged = entry / name
-    damaged.write_bytes(damaged.read_bytes()[:-5] + b"" if name != "tokens.bin" else b"1234")
-    after = made.prepared(path)
-    assert not after.summary.cached
-    assert after.train.content_hash == before.train.content_hash
+    names = [file.name for file in entry.iterdir() if file.stat().st_size]
+    assert {"facts.json", "tokens.bin", "text.bin", "leader.npy", "names.json", "manifest.json"} <= {
+        *names,
+        "tokens.bin",
+    }
+    for name in names:
+        flip(entry / name)
+        assert not is_whole(entry), f"a flipped bit in {name} was not seen"
+        after = made.prepared(path)
+        assert not after.summary.cached, f"an entry with a flipped bit in {name} was taken"
+        assert after.train.content_hash == before.train.content_hash
+        assert made.prepared(path).summary.cached
+
+
+@pytest.mark.parametrize("harm", ["cut", "grown", "missing", "more", "no manifest", "odd manifest"])
+def test_an_entry_that_is_not_as_it_was_sealed_is_a_miss(path: Path, harm: str) -> None:
+    made.prepared(path)
+    (entry,) = (path.parent / "cache").iterdir()
+    damaged = entry / "text.bin"
+    content = damaged.read_bytes()
+    if harm == "missing":
+        damaged.unlink()
+    elif harm == "more":
+        (entry / "other.npy").write_bytes(b"")
+    elif harm == "no manifest":
+        (entry / MANIFEST).unlink()
+    elif harm == "odd manifest":
+        (entry / MANIFEST).write_text("[" * 100_000)
+    else:
+        damaged.write_bytes(content[:-5] if harm == "cut" else content + b"x")
+    assert not is_whole(entry)
+    assert not made.prepared(path).summary.cached
     assert made.prepared(path).summary.cached
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle of `file`."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_threads_and_processes_share_an_empty_cache(path: Path) -> None:
+    """Two processes that take themselves for number 7, as two containers do, and four threads in each."""
+    code = (
+        "import os, sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
+        "os.getpid = lambda: 7\n"
+        "import made_data as made; path = Path(sys.argv[1])\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print({r.train.content_hash for r in pool.map(lambda _: made.prepared(path), range(4))})\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        shutil.rmtree(path.parent / "cache", ignore_errors=True)
+        racers = [subprocess.Popen(command, stdout=subprocess.PIPE, env=surroundings) for _ in range(2)]
+        answers = {racer.communicate(timeout=60)[0] for racer in racers}
+        assert [racer.returncode for racer in racers] == [0, 0]
+        assert answers == {f"{ {made.prepared(path).train.content_hash} }\n".encode()}
+        assert [entry.name for entry in (path.parent / "cache").iterdir() if entry.name.endswith(".partial")] == []
+
+
+def test_a_damaged_entry_is_replaced_by_many_at_once(path: Path) -> None:
+    made.prepared(path)
+    (entry,) = (path.parent / "cache").iterdir()
+    for _ in range(3):
+        flip(entry / "line.npy")
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: made.prepared(path), range(4)))
+        assert len({result.train.content_hash for result in results}) == 1
+        assert is_whole(entry)
+
+
+def test_entries_that_vanish_under_the_housekeeping_do_not_fail_the_work(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.prepared(path)
+    (entry,) = (path.parent / "cache").iterdir()
+    for number in range(3):
+        shutil.copytree(entry, entry.with_name(f"{number:064x}"))
+    original = Path.rglob
+
+    def vanishing(self: Path, pattern: str) -> Any:
+        found = list(original(self, pattern))
+        shutil.rmtree(self, ignore_errors=True) if self.name.startswith("000") else None
+        return found
+
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    made.write(path, ROWS)
+    assert made.prepared(path).summary.kept == 25
+
+
+def test_an_entry_that_always_vanishes_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(place: Path, build: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(cache, "kept", kept)
+    with pytest.raises(DataError, match="removed or changed at once"):
+        made.prepared(path)
+
+
+def test_only_entries_are_ever_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LORAFIT_CACHE may be a folder whose `data` is the user's own."""
+    monkeypatch.setattr(cache, "LIMIT_BYTES", 10)
+    mine = path.parent / "cache" / "my-corpus"
+    mine.mkdir(parents=True)
+    made.write(mine / "rows.jsonl", ROWS)
+    made.prepared(path)
+    assert (mine / "rows.jsonl").read_bytes() == made.jsonl(ROWS)
+
+
+def test_what_killed_builds_left_behind_goes_after_a_day(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = path.parent / "cache" / f"{'a' * 64}.killed.partial" / "new"
+    left.mkdir(parents=True)
+    (left / "tokens.bin").write_bytes(b"1234")
+    made.prepared(path)
+    assert left.exists()
+    monkeypatch.setattr(cache, "STALE_S", -1.0)
+    made.write(path, ROWS)
+    made.prepared(path)
+    assert not left.parent.exists()
+
+
+def test_an_entry_has_the_rights_of_any_other_folder(path: Path) -> None:
+    made.prepared(path)
+    (entry,) = (path.parent / "cache").iterdir()
+    plain = path.parent / "plain"
+    plain.mkdir()
+    assert entry.stat().st_mode == plain.stat().st_mode
 
 
 def test_a_full_disk_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_a_fixed_file_has_nothing_left_to_fix(tmp_path: Path) -> None:
 
 def test_the_input_is_never_written_over(tmp_path: Path) -> None:
     path = made.write(tmp_path / "in.jsonl", [made.row(1)])
-    with pytest.raises(DataError, match="is one of the files to fix"):
+    with pytest.raises(DataError, match="is an input of this command"):
         fix(path, path)
 
 
@@ -114,3 +114,27 @@ def test_mapped_fields_are_written_under_the_names_that_need_no_map(tmp_path: Pa
     mapped = {"instruction": "Subject", "response": "Agent Reply"}
     fix_rows(resolve({}, {"data": str(path), "field_map": mapped}).config, tmp_path / "clean.jsonl")
     assert json.loads((tmp_path / "clean.jsonl").read_text()) == {"instruction": "a", "response": "b", "id": 7}
+
+
+def test_an_input_named_like_the_rejected_file_is_never_destroyed(tmp_path: Path) -> None:
+    path = made.write(tmp_path / "clean.jsonl.rejected.jsonl", [made.row(1), made.row(2)])
+    with pytest.raises(DataError, match="is an input of this command"):
+        fix(path, tmp_path / "clean.jsonl")
+    assert path.read_bytes() == made.jsonl([made.row(1), made.row(2)])
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_rows_set_aside_earlier_are_never_written_over(tmp_path: Path) -> None:
+    path = made.write(tmp_path / "in.jsonl", [made.row(1)])
+    earlier = made.write(tmp_path / "out.jsonl.rejected.jsonl", b"precious")
+    with pytest.raises(DataError, match="is there already"):
+        fix(path, tmp_path / "out.jsonl")
+    assert earlier.read_bytes() == b"precious"
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_foreign_partial_file_stays_as_it_is(tmp_path: Path) -> None:
+    partial = made.write(tmp_path / "out.jsonl.partial", b"precious")
+    fix(made.write(tmp_path / "in.jsonl", [made.row(1)]), tmp_path / "out.jsonl")
+    assert partial.read_bytes() == b"precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.partial"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import re
 import sys
 from typing import Annotated, Any, NoReturn
@@ -95,6 +96,9 @@ def _told(error: Exception, given: list[str]) -> LorafitError:
         return error
     if hasattr(error, "format_message"):  # of the command line's own parser
         return _misuse(error, given)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        fix = "free some, or raise the limit that ulimit -v or the container sets"
+        return LorafitError("the memory that this process may use is full", fix=fix)
     if isinstance(error, OSError):
         place = str(error.filename) if error.filename else None
         return LorafitError(error.strerror or str(error), where=place, fix="check the disk and the path")

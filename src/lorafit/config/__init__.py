@@ -1,19 +1,22 @@
 """Settings: one frozen `RunConfig`, and `resolve`, which says where each value came from."""
 
 from lorafit.config.base_files import MergeBase, base_folder
-from lorafit.config.foreign_text import parse_bytes, parse_json, read_json
+from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_json
+from lorafit.config.new_files import NewFiles
 from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
 from lorafit.config.run_config import MAX_SCALE, PLANNED, RunConfig
 
 __all__ = [
     "MAX_SCALE",
     "MergeBase",
+    "NewFiles",
     "PLANNED",
     "Resolved",
     "RunConfig",
     "Source",
     "base_folder",
     "load_recipe",
+    "one_line",
     "parse_assignments",
     "parse_bytes",
     "parse_json",

@@ -67,6 +67,17 @@ _STRING = "tag:yaml.org,2002:str"
 _MISREAD = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 
 
+def one_line(problem: BaseException | str, limit: int = 200) -> str:
+    """What another library says of a `problem`, as one printable line of at most `limit` characters.
+
+    An OSError is told in the system's words, and an error without words by its kind.
+    """
+    text = problem if isinstance(problem, str) else getattr(problem, "strerror", None) or str(problem)
+    words = " ".join(str(text)[: 16 * limit].split()) or type(problem).__name__
+    shown = "".join(char if char.isprintable() else "�" for char in words[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
 def read_json(
     path: Path, error: type[LorafitError], *, max_bytes: int = MAX_JSON_BYTES, fix: str | None = None
 ) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class RunConfig(BaseModel):
         (), description="findings to leave out: warnings by code prefix, errors by whole code"
     )
     max_length: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
+    max_unpacked: str = Field("64GiB", description="most that a packed data file may unpack to")
 
     # the method
     method: Literal["lora"] = Field("lora", description="what is trained: lora, low-rank adapters on a frozen base")
@@ -183,11 +184,11 @@ class RunConfig(BaseModel):
             raise UsageError(f"'{value:.40}' is no NVIDIA GPU, and lorafit trains on no other", where="gpu", fix=fix)
         return value
 
-    @field_validator("gpu_memory")
+    @field_validator("gpu_memory", "max_unpacked")
     @classmethod
-    def _is_a_size(cls, value: str | None) -> str | None:
+    def _is_a_size(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
-            parse_bytes(value, "gpu_memory")
+            parse_bytes(value, info.field_name or "")
         return value
 
 

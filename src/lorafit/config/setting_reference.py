@@ -20,6 +20,7 @@ ADVICE = {
     "select": "Set it to look at one kind of finding alone.",
     "ignore": "Silence what you have read and accept.",
     "max_length": "Set it just above your longest row; plan shows what it costs.",
+    "max_unpacked": "Raise it for a packed file that you trust and that unpacks to more.",
     "goal": "Use budget to pay less, accuracy for many rows, tenants for one base with many adapters.",
     "serving": "Use adapters where one base serves several of them.",
     "method": "Leave it: lora is the one method there is today.",

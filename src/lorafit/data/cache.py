@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.config import RunConfig
 from lorafit.data.gather import compares, ignored_codes
+from lorafit.data.sealed_folder import STAGED, kept, touch
 from lorafit.data.sources.files import DataFile
 from lorafit.data.sources.tables import hub_fingerprint
 from lorafit.data.store import Stored
@@ -26,6 +28,8 @@ FORMAT = 2
 """Raise it when the same input gives other rows or other facts than before."""
 LIMIT_BYTES = 20 << 30
 STALE_S = 86_400.0
+ENTRY = re.compile(r"[0-9a-f]{64}(\..+\.partial)?")
+"""The names that entries have. Nothing else is ever removed: LORAFIT_CACHE may point to a folder of the user's own."""
 
 
 def key_of(config: RunConfig, template: Template | None, files: Sequence[DataFile]) -> str:
@@ -53,57 +57,58 @@ def default_folder() -> Path:
     return (Path(named) if named else home / "lorafit") / "data"
 
 
+ATTEMPTS = 3
+"""How often rows are made again that cannot be read back, or that somebody else removes meanwhile."""
+
+
 def stored(key: str, folder: Path, build: Callable[[Path], None]) -> tuple[Stored, bool]:
     """(the rows under `key`, True when they had been there); `build` fills a new folder with them.
 
-    Raises DataError when the disk is full or the folder cannot be written; nothing half-built is ever found.
+    Raises DataError when the disk is full or the folder cannot be written. An entry is taken only when it is whole to
+    the byte (see sealed_folder.py), whoever wrote it: threads, processes and containers may share the folder.
     """
     place = folder / key
-    if (found := _found(place)) is not None:
-        return found, True
-    partial = folder / f"{key}.{os.getpid()}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        build(partial)
-        _publish(partial, place)
-        _make_room(folder, place)
+        for _ in range(ATTEMPTS):
+            found = kept(place, build)
+            # an entry can vanish or be damaged between the two: others make room in the same folder
+            with suppress(FileNotFoundError, EOFError, ValueError, KeyError):
+                rows = Stored.open(place)
+                touch(place)
+                if not found:
+                    _make_room(folder, place)
+                return rows, found
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(
-            f"cannot keep the rows there ({reason})", where=str(folder), fix="make room, or set LORAFIT_CACHE"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Stored.open(place), False
+        raise _unusable(folder, error.strerror or str(error)) from error
+    raise _unusable(folder, "they are removed or changed at once")
 
 
-def _found(place: Path) -> Stored | None:
-    """The complete entry at `place`; None when there is none, or one that somebody damaged."""
-    try:
-        found = Stored.open(place)
-    except (OSError, ValueError, KeyError):
-        return None
-    with contextlib.suppress(OSError):  # in a cache that others own
-        os.utime(place)
-    return found
-
-
-def _publish(partial: Path, place: Path) -> None:
-    if place.exists() and _found(place) is None:
-        shutil.rmtree(place)
-    try:
-        partial.rename(place)
-    except OSError:
-        if _found(place) is None:  # otherwise another run has built the same meanwhile
-            raise
+def _unusable(folder: Path, reason: str) -> DataError:
+    return DataError(f"cannot keep the rows there ({reason})", where=str(folder), fix="make room, or set LORAFIT_CACHE")
 
 
 def _make_room(folder: Path, newest: Path) -> None:
-    """Delete what killed runs left behind, and the longest unused entries beyond 20 GiB."""
-    now, total = time.time(), 0
-    entries = [entry for entry in folder.iterdir() if entry.is_dir()]
-    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
-        total += sum(file.stat().st_size for file in entry.iterdir())
-        stale = entry.name.endswith(".partial") and now - entry.stat().st_mtime > STALE_S
-        if stale or (total > LIMIT_BYTES and entry != newest and not entry.name.endswith(".partial")):
+    """Delete what killed runs left behind, and the longest unused entries beyond 20 GiB.
+
+    Housekeeping never fails the work: others may remove or rename every entry meanwhile.
+    """
+    total = 0
+    for used, size, entry in sorted(_entries(folder), reverse=True):
+        total += size
+        is_staged = entry.name.endswith(STAGED)
+        is_stale = is_staged and time.time() - used > STALE_S
+        if is_stale or (total > LIMIT_BYTES and entry != newest and not is_staged):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """(when it was last written or used, its bytes, its path) of every entry that is there still."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if not ENTRY.fullmatch(entry.name):
+                continue
+            with suppress(OSError):
+                inside = [path.stat() for path in entry.rglob("*")]
+                used = entry.stat().st_mtime
+                # a build that goes on shows in its files, not in the folder around them
+                yield max([used, *(one.st_mtime for one in inside)]), sum(one.st_size for one in inside), entry

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import RunConfig
+from lorafit.config import NewFiles, RunConfig, parse_bytes
 from lorafit.data.checks.rows import CONTROL_BYTES
 from lorafit.data.dedup import hash64
 from lorafit.data.sources.files import find_files
@@ -60,36 +60,25 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
 
     Fields that `field_map` names get our names. Texts are trimmed, line ends made `\\n`, control characters removed,
     exact copies left out; every other field stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`.
-    Raises DataError when `out` is there already or cannot be written; nothing half-written stays behind.
+    Raises DataError when one of the two is there already, is an input or cannot be written.
     """
     files = find_files(config.data)
-    if any(file.path.resolve() == out.resolve() for file in files):
-        raise DataError("is one of the files to fix", where=str(out), fix="name another file to write to")
-    if out.exists():
-        raise DataError("is there already", where=str(out), fix="name another file to write to, or remove it")
-    report = FixReport(str(out))
-    partial, rejected = out.with_name(out.name + ".partial"), out.with_name(out.name + ".rejected.jsonl")
-    try:
-        with partial.open("wb") as clean, rejected.open("wb") as refused:
-            seen: set[int] = set()
-            reader = RowReader(files)
-            for row in reader:
-                report.read += 1
-                line = _fixed_line(row, seen, report, config.field_map)
-                if isinstance(line, Reject):
-                    report.rejected += 1
-                    place = line.place(files[row.file].name, row.line)
-                    refused.write(rejected_line(place, line, row.raw))
-                elif line:
-                    report.written += 1
-                    clean.write(line)
-        partial.replace(out)
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(out), fix="check the folder") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    report, reader = FixReport(str(out)), RowReader(files, parse_bytes(config.max_unpacked))
+    rejected = out.with_name(out.name + ".rejected.jsonl")
+    with NewFiles([out, rejected], inputs=[file.path for file in files], error=DataError) as new:
+        clean, refused = new.streams
+        seen: set[int] = set()
+        for row in reader:
+            report.read += 1
+            line = _fixed_line(row, seen, report, config.field_map)
+            if isinstance(line, Reject):
+                report.rejected += 1
+                refused.write(rejected_line(line.place(files[row.file].name, row.line), line, row.raw))
+            elif line:
+                report.written += 1
+                clean.write(line)
         if not report.rejected:
-            rejected.unlink(missing_ok=True)
+            new.leave_out(rejected)
     report.file_warnings = dict(sum(reader.file_warnings.values(), Counter()))
     report.rejected_file = str(rejected) if report.rejected else None
     return report

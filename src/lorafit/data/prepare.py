@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.config import RunConfig, base_folder
+from lorafit.config import RunConfig, base_folder, parse_bytes
 from lorafit.data.cache import default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
 from lorafit.data.checks.untrained_tokens import untrained_special_tokens
@@ -77,7 +77,7 @@ def prepare(
 def _gather(
     config: RunConfig, template: Template | None, files: Sequence[DataFile], folder: Path, listener: Listener | None
 ) -> None:
-    reader = RowReader(files)
+    reader = RowReader(files, parse_bytes(config.max_unpacked))
     Gatherer(config, template, reader, StoreWriter(folder), Clock(listener, reader.bytes_total)).run()
 
 

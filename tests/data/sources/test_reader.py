@@ -227,7 +227,7 @@ def test_progress_ends_at_the_bytes_of_all_files(tmp_path: Path) -> None:
 
 
 def test_large_parquet_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.data.sources.tables.PARQUET_BATCH_BYTES", 100_000)
+    monkeypatch.setattr("lorafit.data.sources.parquet.BATCH_BYTES", 100_000)
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([{"a": "x" * 30_000 + str(number)} for number in range(9)]), sink)
     path = made.write(tmp_path / "a.parquet", sink.getvalue())

@@ -169,3 +169,14 @@ def test_a_refusal_holds_the_words_of_the_template() -> None:
     renderer = TemplateRenderer("{{ raise_exception('roles must alternate') }}", {})
     assert renderer.render(Request([{"role": "user", "content": "hi"}])) == Refusal("roles must alternate")
     assert REFUSED == "refused"
+
+
+def test_the_environment_does_not_reach_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    renderer = TemplateRenderer("{{ messages[0].content }}", {})
+    renderer.render(Request([{"role": "user", "content": "hi"}]))
+    surroundings = Path(f"/proc/{renderer._child.process.pid}/environ")
+    if not surroundings.exists():
+        pytest.skip("this system does not show a process's environment")
+    names = {entry.split(b"=")[0].decode() for entry in surroundings.read_bytes().split(b"\0") if entry}
+    assert names <= {"LC_ALL", "PATH", "PYTHONUTF8", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"}

@@ -157,9 +157,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a child process was started")
+        raise AssertionError("transformers was asked")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(tokenizer_conversion, "_run", refuse)
 
 
 def assert_like_transformers(folder: Path) -> None:
@@ -256,9 +256,9 @@ def breaks(folder: Path, name: str, content: bytes) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("tokenizer.json", b"{", "tokenizer.json: the tokenizer cannot be loaded"),
-        ("tokenizer.json", b'{"model": 3}', "tokenizer.json: the tokenizer cannot be loaded"),
-        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: the tokenizer cannot be loaded"),
+        ("tokenizer.json", b"{", "tokenizer.json: the tokenizer cannot be used"),
+        ("tokenizer.json", b'{"model": 3}', "tokenizer.json: the tokenizer cannot be used"),
+        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: the tokenizer cannot be used"),
         ("tokenizer_config.json", b"[1]", "tokenizer_config.json: is not a JSON object"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: is not valid JSON"),
         ("special_tokens_map.json", b"\xff", "special_tokens_map.json: is not UTF-8"),

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import IO, Any, Protocol
 
 import zstandard
 
+from lorafit.config import one_line
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.errors import DataError
 from lorafit.runs import file_hash
@@ -93,24 +95,33 @@ def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
     A line longer than `LINE_LIMIT_BYTES` comes cut to that, with its full length: memory stays bounded
     whatever the file holds. A file that ends in `\n` has no empty line after it.
     """
-    number, tail, dropped = 1, b"", 0
+    number, tail, length = 1, bytearray(), 0
     while block := stream.read(BLOCK_BYTES):
-        pieces = (tail + block).split(b"\n") if tail else block.split(b"\n")
-        tail = pieces.pop()
+        pieces = block.split(b"\n")
+        rest = pieces.pop()
+        if pieces and length:
+            first = pieces[0]
+            pieces[0] = bytes(tail + first[: LINE_LIMIT_BYTES - len(tail)])
+            yield number, pieces[0], length + len(first)
+            del pieces[0]
+            number, tail, length = number + 1, bytearray(), 0
         for piece in pieces:
-            yield number, piece[:LINE_LIMIT_BYTES], len(piece) + dropped
-            number, dropped = number + 1, 0
-        if len(tail) > LINE_LIMIT_BYTES:
-            dropped += len(tail) - LINE_LIMIT_BYTES
-            tail = tail[:LINE_LIMIT_BYTES]
-    if tail:
-        yield number, tail, len(tail) + dropped
+            yield number, piece[:LINE_LIMIT_BYTES], len(piece)
+            number += 1
+        tail += rest[: LINE_LIMIT_BYTES - len(tail)]
+        length += len(rest)
+    if length:
+        yield number, bytes(tail), length
 
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-PACKED_BLOCK = 1 << 14  # of zstd; small, so that what one block unpacks to stays small too
+MAX_UNPACKED = 64 << 30
+"""More than any instruction data take. A ratio would be no judge: equal rows pack a thousandfold."""
+PACKED_BLOCK = 1 << 10
+"""Bytes of zstd that are unpacked at once: they are 32 MiB at most, since four bytes (a block of one repeated byte) can
+stand for 128 KiB."""
 KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv and .parquet, each also as .gz or .zst"
 
 
@@ -156,10 +167,10 @@ def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile
 
 
 def _files_of(entry: str, held_out: bool) -> list[DataFile]:
-    path = Path(entry or "\0").expanduser()  # an empty name is no file, and not the folder we are in
     try:
+        path = Path(entry or "\0").expanduser()  # an empty name is no file, and not the folder we are in
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         return _not_a_path(entry, error, held_out)
     if stat.S_ISDIR(mode):
         return _folder(path, held_out)
@@ -171,7 +182,7 @@ def _files_of(entry: str, held_out: bool) -> list[DataFile]:
 def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
     if glob.has_magic(entry):
         matches = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207
-        found = sorted(path for path in matches if Path(path).is_file())
+        found = sorted(path for path in matches if os.path.isfile(path))  # noqa: PTH113 - unreadable ones raise nothing
         if not found:
             raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
         return [_data_file(Path(path), held_out) for path in found]
@@ -207,9 +218,11 @@ def _data_file(path: Path, held_out: bool) -> DataFile:
     form, compression = _suffixes(path.name)
     if not form:
         raise DataError("is not a data file by its name", where=str(path), fix=KNOWN)
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), fix="write one row per line into it")
-    return DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)
+    file = DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)
+    with reading(file):
+        if path.stat().st_size == 0:
+            raise DataError("the file is empty", where=str(path), fix="write one row per line into it")
+    return file
 
 
 @contextmanager
@@ -218,19 +231,25 @@ def reading(file: DataFile) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+        reason = one_line(error)
         raise DataError(
-            f"the compressed file is damaged or cut off ({error})", where=file.name, fix="download or pack it again"
+            f"the compressed file is damaged or cut off ({reason})", where=file.name, fix="download or pack it again"
         ) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"cannot be read ({reason})", where=file.name, fix="check the file and its rights") from error
+        raise DataError(
+            f"cannot be read ({one_line(error)})", where=file.name, fix="check the file and its rights"
+        ) from error
 
 
 class ByteStream:
-    """The decompressed bytes of a file, and how many bytes on disk they have cost so far."""
+    """The decompressed bytes of a file, and how many bytes on disk they have cost so far.
 
-    def __init__(self, file: DataFile) -> None:
-        self.bytes_done = 0
+    Raises DataError when a compressed file unpacks to more than `max_unpacked` bytes.
+    """
+
+    def __init__(self, file: DataFile, max_unpacked: int = MAX_UNPACKED) -> None:
+        self.name, self.max_unpacked = file.name, max_unpacked if file.compression else None
+        self.bytes_done = self.bytes_out = 0
         self.disk = file.path.open("rb")
         self.plain: IO[bytes] = self.disk
         if file.compression == "gz":
@@ -242,6 +261,9 @@ class ByteStream:
         """At most `size` bytes; empty at the end."""
         block = self.plain.read(size)
         self.bytes_done = self.disk.tell()
+        self.bytes_out += len(block)
+        if self.max_unpacked is not None and self.bytes_out > self.max_unpacked:
+            raise too_much_unpacked(self.name, self.max_unpacked)
         return block
 
     def close(self) -> None:
@@ -249,17 +271,29 @@ class ByteStream:
         self.disk.close()
 
 
-def unpacked(file: DataFile) -> IO[bytes]:
+def too_much_unpacked(name: str, max_unpacked: int) -> DataError:
+    """What is said of a packed file beyond the cap."""
+    return DataError(
+        f"unpacks to more than {max_unpacked / 2**30:,.4g} GiB (max_unpacked)",
+        where=name,
+        fix="if you trust the file, raise the cap with --set max_unpacked=1TiB",
+    )
+
+
+def unpacked(file: DataFile, max_unpacked: int) -> IO[bytes]:
     """A seekable file with the decompressed bytes, for formats that are read from their end."""
     if not file.compression:
         return file.path.open("rb")
-    import tempfile
-
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    stream = ByteStream(file)
-    while block := stream.read(1 << 20):
-        spool.write(block)
-    stream.close()
+    stream = ByteStream(file, max_unpacked)
+    try:
+        while block := stream.read(BLOCK_BYTES):
+            spool.write(block)
+    except BaseException:
+        spool.close()
+        raise
+    finally:
+        stream.close()
     spool.seek(0, io.SEEK_SET)
     return spool
 
@@ -267,29 +301,36 @@ def unpacked(file: DataFile) -> IO[bytes]:
 class ZstdStream:
     """Reads decompressed bytes from `disk`, zstd frames one after another.
 
-    Raises EOFError for a stream that was cut off.
-
-    `zstandard`'s own reader takes a stream cut between two blocks for a whole one: half of the rows would be missing
-    in silence.
+    Raises EOFError for a stream that was cut off. `zstandard`'s own reader takes a stream cut between two blocks for a
+    whole one: half of the rows would be missing in silence.
     """
 
     def __init__(self, disk: IO[bytes]) -> None:
         self.disk = disk
         self.frame: Any = None  # the open frame's decompressor
-        self.packed = self.plain = b""
+        self.packed = b""
+        self.plain, self.start = b"", 0  # what is unpacked, and how much of it was handed out
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; empty at the end."""
-        while not self.plain:
-            self.packed = self.packed or self.disk.read(PACKED_BLOCK)
-            if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("its last frame never ends")
-                return b""
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.plain = self.frame.decompress(self.packed)
-            self.packed = self.frame.unused_data if self.frame.eof else b""
-            if self.frame.eof:
-                self.frame = None
-        block, self.plain = self.plain[:size], self.plain[size:]
-        return block
+        """`size` bytes; fewer at the end only."""
+        parts: list[bytes] = []
+        while size and (self.start < len(self.plain) or self._unpack()):
+            part = self.plain[self.start : self.start + size]
+            parts.append(part)
+            self.start += len(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _unpack(self) -> bool:
+        """Unpack the next few bytes. False at the end."""
+        self.packed = self.packed or self.disk.read(PACKED_BLOCK)
+        if not self.packed:
+            if self.frame is not None:
+                raise EOFError("its last frame never ends")
+            return False
+        self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+        self.plain, self.start = self.frame.decompress(self.packed), 0
+        self.packed = self.frame.unused_data if self.frame.eof else b""
+        if self.frame.eof:
+            self.frame = None
+        return True

@@ -55,7 +55,8 @@ def rejected_line(source: str, reject: Reject, raw: bytes) -> bytes:
 
 MAX_DEPTH = 64
 CUT_OFF = "cut off before its end"
-FENCE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]')
+# possessive, and with a text that never ends: no character is looked at twice
+FENCE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -85,8 +86,11 @@ class _FieldTwice(Exception):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _FieldTwice(next(name for name in names if names.count(name) > 1))
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _FieldTwice(name)
+            seen.add(name)
     return fields
 
 

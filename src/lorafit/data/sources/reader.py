@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from lorafit.data.sources.files import (
     BLOCK_BYTES,
     LINE_LIMIT_BYTES,
+    MAX_UNPACKED,
     ByteStream,
     DataFile,
     Readable,
@@ -16,8 +17,9 @@ from lorafit.data.sources.files import (
     lines,
     reading,
 )
+from lorafit.data.sources.parquet import parquet_rows
 from lorafit.data.sources.raw_row import CUT_OFF, RawRow, Reject, parse_row
-from lorafit.data.sources.tables import csv_rows, hub_rows, parquet_rows
+from lorafit.data.sources.tables import csv_rows, hub_rows
 from lorafit.errors import DataError
 
 Element = tuple[int, bytes, int]
@@ -164,10 +166,13 @@ HEAD_BYTES = 1 << 16
 
 
 class RowReader:
-    """Iterates over the rows of `files`. `bytes_done` and `file_warnings` (per file) grow meanwhile."""
+    """Iterates over the rows of `files`. `bytes_done` and `file_warnings` (per file) grow meanwhile.
 
-    def __init__(self, files: Sequence[DataFile]) -> None:
-        self.files = files
+    No packed file may unpack to more than `max_unpacked` bytes: DataError.
+    """
+
+    def __init__(self, files: Sequence[DataFile], max_unpacked: int = MAX_UNPACKED) -> None:
+        self.files, self.max_unpacked = files, max_unpacked
         self.bytes_total = sum(file.size_bytes for file in files)
         self.bytes_done = 0
         self.file_warnings: dict[int, Counter[str]] = {index: Counter() for index in range(len(files))}
@@ -183,7 +188,9 @@ class RowReader:
         if file.format == "hub":
             yield from hub_rows(index, file)
         elif file.format == "parquet":
-            yield from parquet_rows(index, file, lambda share: self._at(before + int(share * file.size_bytes)))
+            yield from parquet_rows(
+                index, file, self.max_unpacked, lambda share: self._at(before + int(share * file.size_bytes))
+            )
         else:
             yield from self._text_rows(index, file, before)
 
@@ -192,7 +199,7 @@ class RowReader:
 
     def _text_rows(self, index: int, file: DataFile, before: int) -> Iterator[RawRow]:
         with reading(file):
-            disk = ByteStream(file)
+            disk = ByteStream(file, self.max_unpacked)
             try:
                 stream = Utf8Stream(disk, self.file_warnings[index])
                 head = _first_text(stream)
@@ -227,10 +234,11 @@ class _Rewound:
 
 def _first_text(stream: Utf8Stream) -> bytes:
     """The first bytes, enough to see what kind of file it is; blanks before them are part of it."""
-    head = b""
-    while len(head.lstrip()) < HEAD_BYTES and len(head) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
+    head, shown = bytearray(), 0
+    while shown < HEAD_BYTES and len(head) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
         head += block
-    return head
+        shown += len(block) if shown else len(block.lstrip())
+    return bytes(head)
 
 
 def _is_one_object(start: bytes) -> bool:

@@ -1,20 +1,19 @@
-"""Rows of CSV files, Parquet files and hub data sets; no value is guessed."""
+"""Rows of CSV files and hub data sets; no value is guessed."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain
 from typing import Any
 
-from lorafit.data.sources.files import LINE_LIMIT_BYTES, DataFile, Readable, lines, reading, unpacked
+from lorafit.config import one_line
+from lorafit.data.sources.files import LINE_LIMIT_BYTES, DataFile, Readable, lines
 from lorafit.data.sources.raw_row import RawRow, Reject, excerpt
 from lorafit.errors import DataError
 
-PARQUET_BATCH_ROWS = 1024
-PARQUET_BATCH_BYTES = 8 << 20
 SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -84,35 +83,6 @@ def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawR
     return RawRow(index, line, raw, dict(zip(header, cells, strict=True)))
 
 
-def parquet_rows(index: int, file: DataFile, on_share: Callable[[float], None]) -> Iterator[RawRow]:
-    """The rows of a Parquet file; a row's place counts from 1. `on_share` hears which share has been read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with reading(file), unpacked(file) as stream:
-        try:
-            table = pq.ParquetFile(stream)
-            line = 0
-            for batch in table.iter_batches(batch_size=_batch_rows(table.metadata)):
-                size = batch.nbytes // max(1, len(batch))
-                for fields in batch.to_pylist():
-                    line += 1
-                    yield RawRow(index, line, b"", without_nulls(fields), size_bytes=size)
-                on_share(line / max(1, table.metadata.num_rows))
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            message = str(error).splitlines()[0]
-            raise DataError(
-                f"is no readable Parquet file ({message})", where=file.name, fix="write it again"
-            ) from error
-
-
-def _batch_rows(metadata: Any) -> int:
-    """Rows to read at once, so that rows of megabytes do not fill the memory."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-    return max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // max(1, row_bytes)))
-
-
 def without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with the nulls taken out that Arrow puts into nested records for fields they do not have."""
     return {name: _pruned(cell) if isinstance(cell, list | dict) else cell for name, cell in value.items()}
@@ -144,9 +114,8 @@ def hub_dataset(hub_id: str) -> Any:
     try:
         return datasets.load_dataset(hub_id, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"'{hub_id}' is no local file, and no dataset with a train split either ({reason})",
+            f"'{hub_id}' is no local file, and no dataset with a train split either ({one_line(error)})",
             fix="check the name, or download it once and pass the files",
         ) from error
 

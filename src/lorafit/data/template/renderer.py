@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from lorafit.data.bounded_child import child_environment, command_of
 from lorafit.errors import TemplateError
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -204,16 +204,12 @@ def _unbounded(where: str, reason: str) -> TemplateError:
 
 
 def _spawn() -> subprocess.Popen[bytes]:
-    # -P: the worker's folder holds modules of ours that must not shadow anything
-    command = [sys.executable, "-P", str(WORKER)]
-    # the C locale keeps a locale archive of 200 MB out of the address space
-    surroundings = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "1"}
     return subprocess.Popen(
-        command,
+        command_of(WORKER),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=surroundings,
+        env=child_environment(),
         start_new_session=True,  # Ctrl-C is the parent's to handle
     )
 

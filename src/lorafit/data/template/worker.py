@@ -3,7 +3,7 @@
 A chat template is code from whoever published the base. The jinja2 sandbox keeps it off files and the
 interpreter, but not off the clock and the memory: `range(99999)` nested twice runs for hours, and `s|replace`
 can make terabytes in one call. So templates run here, under RLIMIT_AS and a CPU timer whose signal kills this
-process; the parent (template_renderer.py) sees the pipe close. Run by path, so it imports nothing of lorafit.
+process; the parent (renderer.py) sees the pipe close. Run by path, so it imports nothing of lorafit.
 
 Frames on stdin and stdout are an 8-byte length and JSON. The first frame is [source, variables, now, bytes, seconds]:
 the template, its special tokens, the date it is told, and its bounds (seconds for one text). Each later frame

@@ -11,19 +11,26 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from lorafit.config import one_line
+from lorafit.data.bounded_child import child_environment
+from lorafit.data.sealed_folder import kept
 from lorafit.data.tokenizer.files import TokenizerFiles
 from lorafit.errors import BackboneError
 
 BACKEND_FILE, FACTS_FILE = "tokenizer.json", "facts.json"
 TIMEOUT_S = 300
+MAX_BYTES, MAX_CPU_S = 16 << 30, 120
+"""What a conversion may take: the files are somebody else's. Torch alone reserves gigabytes of addresses."""
 CHILD = """
-import importlib.util, json, pathlib, sys
+import importlib.util, json, pathlib, resource, sys
+if sys.platform == "linux":
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[4]),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[5]),) * 2)
 if sys.argv[3] == "without-torch":  # a tokenizer needs none, and looking for it is half of the time
     find_spec = importlib.util.find_spec
     importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find_spec(name, package)
@@ -49,14 +56,20 @@ def converted(files: TokenizerFiles) -> Path:
     Raises BackboneError when transformers cannot load the tokenizer.
     """
     version = importlib.metadata.version("transformers")
-    home = _cache_home() / f"{files.digest()}-{version}"
-    if not (home / FACTS_FILE).is_file():
-        fresh = Path(tempfile.mkdtemp(prefix="converting-", dir=home.parent))
-        try:
-            _convert(files.folder, fresh)
-            _publish(fresh, home)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    home = cache_home() / f"{files.digest()}-{version}"
+
+    def convert(fresh: Path) -> None:
+        fresh.mkdir()
+        _convert(files.folder, fresh)
+
+    try:
+        kept(home, convert)
+    except OSError as error:
+        raise BackboneError(
+            f"the converted tokenizer cannot be kept ({one_line(error)})",
+            where=str(home.parent),
+            fix="make room, or set XDG_CACHE_HOME",
+        ) from error
     return home
 
 
@@ -73,8 +86,8 @@ def _convert(folder: Path, out: Path) -> None:
 
 
 def _failure(child: subprocess.CompletedProcess[str]) -> str | None:
-    lines = child.stderr.strip().splitlines() or ["no reason given"]
-    return lines[-1][:300] if child.returncode else None
+    lines = child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"]
+    return one_line(lines[-1], 300) if child.returncode else None
 
 
 def _lacks_sentencepiece(folder: Path) -> bool:
@@ -83,8 +96,9 @@ def _lacks_sentencepiece(folder: Path) -> bool:
 
 
 def _run(folder: Path, out: Path, torch: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-P", "-c", CHILD, str(folder.resolve()), str(out), torch]
+    environment = {**child_environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    limits = (str(MAX_BYTES), str(MAX_CPU_S))
+    command = [sys.executable, "-P", "-c", CHILD, str(folder.resolve()), str(out), torch, *limits]
     try:
         return subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
@@ -95,16 +109,8 @@ def _run(folder: Path, out: Path, torch: str) -> subprocess.CompletedProcess[str
         ) from error
 
 
-def _publish(fresh: Path, home: Path) -> None:
-    try:
-        fresh.rename(home)
-    except OSError:
-        # another process was quicker: its answer is the same
-        if not (home / FACTS_FILE).is_file():
-            raise
-
-
-def _cache_home() -> Path:
+def cache_home() -> Path:
+    """The folder under the user's cache where tokenizers are remembered."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit" / "tokenizers"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -76,14 +76,20 @@ class TokenizerFiles:
         """`bos_token`, `eos_token` and the like of a plain folder (see `is_whole_in`)."""
         return {key: str(self.config[key]) for key in NAMED_TOKENS if self.config.get(key) is not None}
 
+    @property
+    def is_plain(self) -> bool:
+        """True when neither the class nor a setting can make another tokenizer of tokenizer.json."""
+        kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
+        is_generic = kind in GENERIC_CLASSES and not str(self.model.get("model_type")).startswith(REBUILT_MODEL_TYPES)
+        says_more = self.config.keys() - PLAIN_SETTINGS or self.special_map or (self.folder / ADDED).is_file()
+        return is_generic and not says_more
+
     def is_whole_in(self, backend: Tokenizer) -> bool:
         """True for a folder that says nothing of the tokenizer beside `backend`, its loaded tokenizer.json.
 
         Every other folder is transformers' to read: a class may rebuild the pipeline, a setting change a token.
         """
-        kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
-        is_generic = kind in GENERIC_CLASSES and not str(self.model.get("model_type")).startswith(REBUILT_MODEL_TYPES)
-        if not is_generic or self.config.keys() - PLAIN_SETTINGS or self.special_map or (self.folder / ADDED).is_file():
+        if not self.is_plain:
             return False
         # transformers makes every named token a special one
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer, models
 
-from lorafit.config import base_folder
-from lorafit.data.tokenizer.conversion import BACKEND_FILE, converted, facts_of
+from lorafit.config import base_folder, one_line
+from lorafit.data.tokenizer.conversion import BACKEND_FILE, cache_home, converted, facts_of
 from lorafit.data.tokenizer.files import TokenizerFiles
+from lorafit.data.tokenizer.trial import require_bounded
 from lorafit.errors import BackboneError
 
 # WordPiece-style detokenisation, as transformers' `clean_up_tokenization`
@@ -66,20 +68,25 @@ class TextTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; with `add_special_tokens`, framed by BOS and EOS as the tokenizer's own rule has it."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with _panics_are_errors():
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self._frame[0], *ids, *self._frame[1]] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, in parallel, without special tokens."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _panics_are_errors():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """As `encode_batch`, but whole: `.ids`, `.offsets` in characters of the text, `.char_to_token(i)`."""
-        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        with _panics_are_errors():
+            return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _panics_are_errors():
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         if self._cleans_up:
             for old, new in CLEAN_UPS:
                 text = text.replace(old, new)
@@ -156,7 +163,7 @@ class TextTokenizer:
 def _plain(files: TokenizerFiles) -> TextTokenizer | None:
     """The tokenizer as tokenizer.json has it, or None when transformers would change it on loading."""
     path = files.folder / BACKEND_FILE
-    if not path.is_file():
+    if not path.is_file() or not files.is_plain:
         return None
     backend = _loaded(path)
     if not files.is_whole_in(backend):
@@ -177,11 +184,30 @@ def _converted(files: TokenizerFiles) -> TextTokenizer:
 
 
 def _loaded(path: Path) -> Tokenizer:
+    require_bounded(path, cache_home())
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise BackboneError(
-            f"the tokenizer cannot be loaded ({str(error)[:200]})", where=str(path), fix="download the base again"
+            f"the tokenizer cannot be loaded ({one_line(error)})", where=str(path), fix="download the base again"
+        ) from error
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Within it a panic of the tokenizer's Rust code, which is no Exception, becomes a BackboneError.
+
+    The trial finds most patterns that panic; a row can hold the text that it did not think of.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise BackboneError(
+            f"the tokenizer breaks on a text of the data ({one_line(error)})",
+            where="the base's tokenizer.json",
+            fix="do not trust this base's tokenizer, or choose another base",
         ) from error
 
 

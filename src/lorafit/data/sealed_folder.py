@@ -1,0 +1,117 @@
+"""Sealed folders: what is kept on disk between commands, with a manifest that shows every changed byte.
+
+The hash is xxh3-128. It misses a flipped bit, a cut file or a file of another entry once in 2^128 times, and takes a
+quarter of SHA-256's time: 60 ms against 250 ms for the 249 MiB of 200,000 rows, reading from the page cache included.
+It is no defence against somebody who can write into the folder. An unkeyed SHA-256 would be none either, for the
+manifest lies beside what it seals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+MANIFEST = "manifest.json"
+STAGED = ".partial"
+BLOCK_BYTES = 1 << 18
+"""Small enough to be hashed while it is in the processor's cache."""
+
+READERS = 4
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of every file in `folder`: sizes and hashes, and the manifest's own hash."""
+    listed = _measured_all(sorted(folder.iterdir()))
+    (folder / MANIFEST).write_text(_sealed(json.dumps(listed)), encoding="utf-8")
+
+
+def is_whole(folder: Path) -> bool:
+    """True when `folder` holds exactly what was sealed, byte for byte."""
+    try:
+        manifest = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = manifest.partition("\n")[0]
+        if manifest != _sealed(files):
+            return False
+        listed: dict[str, list[int | str]] = json.loads(files)
+        if {path.name for path in folder.iterdir()} != {*listed, MANIFEST}:
+            return False
+        return _measured_all([folder / name for name in listed]) == listed
+    except (OSError, ValueError):
+        return False
+
+
+def _sealed(files: str) -> str:
+    """The manifest: one line of JSON, and one with the hash of the first."""
+    return f"{files}\n{xxhash.xxh3_128_hexdigest(files.encode())}\n"
+
+
+def _measured_all(paths: Sequence[Path]) -> dict[str, list[int | str]]:
+    """By name, [size in bytes, xxh3-128 in hex] of every file. Reading and hashing let other threads run."""
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        return dict(zip([path.name for path in paths], pool.map(_measured, paths)))
+
+
+def _measured(path: Path) -> list[int | str]:
+    digest, buffer, size = xxhash.xxh3_128(), bytearray(BLOCK_BYTES), 0
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
+    return [size, digest.hexdigest()]
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """A place in `folder` that no other thread, process or container writes to; it is gone after the block.
+
+    The place itself does not exist yet: who makes it gives it the user's own rights, and not those of mkdtemp.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=STAGED, dir=folder))
+    try:
+        yield around / "new"
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+
+
+def publish(fresh: Path, place: Path) -> None:
+    """Seal `fresh` and rename it to `place`. A whole folder that stands there already is kept instead.
+
+    Raises OSError. Several may publish at once: each leaves a whole folder there, never a mixture.
+    """
+    seal(fresh)
+    try:
+        fresh.rename(place)
+    except OSError:
+        if is_whole(place):
+            return  # somebody else has built the same meanwhile
+        with suppress(FileNotFoundError):  # or has put it aside as well
+            place.rename(fresh.with_name("damaged"))
+        fresh.rename(place)
+
+
+def kept(place: Path, build: Callable[[Path], None]) -> bool:
+    """Make sure that a whole folder stands at `place`. True when it had been there; otherwise `build` fills a new one.
+
+    Raises OSError, and what `build` raises.
+    """
+    if is_whole(place):
+        return True
+    with staged(place.parent, place.name) as fresh:
+        build(fresh)
+        publish(fresh, place)
+    return False
+
+
+def touch(place: Path) -> None:
+    """Note that the folder at `place` is in use, where that is allowed."""
+    with suppress(OSError):
+        os.utime(place)
