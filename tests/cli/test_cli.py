@@ -14,6 +14,7 @@ import pytest
 from little_run import write_rows
 from lorafit.cli import main
 from lorafit.cli.screen import console
+from lorafit.data import Template
 from lorafit.demo import BASE
 
 
@@ -42,7 +43,7 @@ FLAGS = {
     "check": f"--base --show --fix --select --ignore {DATA_FLAGS} --set --json --help",
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
-    "chat": "--prompt --compare --max-new-tokens --temperature --json --help",
+    "chat": "--prompt --system --compare --max-new-tokens --temperature --json --help",
     "merge": "--onto --out --json --help",
     "demo": "--task --seed --out --json --help",
     "settings": "--json --help",
@@ -264,7 +265,7 @@ def test_debug_shows_the_traceback():
     assert "RunDirError" in ended.stderr
 
 
-def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path):
+def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     given = ("--base", BASE, "--out", folder, "--set", "max_steps=3", "--set", "lr=5e-3")
     code, out, _ = run("train", data, *given)
@@ -289,6 +290,12 @@ def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path):
     code, out, _ = run("chat", folder, "--prompt", "Hello", "--compare", "--json", "--max-new-tokens", 5)
     assert code == 0
     assert set(json.loads(out)) == {"prompt", "tuned", "base"}
+    asked = []
+    render = Template.prompt_ids
+    monkeypatch.setattr(Template, "prompt_ids", lambda self, messages: asked.append(messages) or render(self, messages))
+    assert run("chat", folder, "--prompt", "Hello", "--system", "Be brief.", "--max-new-tokens", 1)[0] == 0
+    assert asked[-1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    monkeypatch.undo()
     code, out, _ = run("chat", folder, "--prompt", "Hello", "--compare", "--max-new-tokens", 5)
     assert "base" in out
     assert "tuned" in out

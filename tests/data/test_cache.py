@@ -53,9 +53,7 @@ def test_settings_that_do_not_touch_the_rows_keep_the_cache(path: Path, settings
     assert made.prepared(path, **settings).summary.cached
 
 
-@pytest.mark.parametrize(
-    "settings", [{"field_map": {"input": "instruction"}}, {"ignore": ("D013",)}, {"ignore": ("D03",)}]
-)
+@pytest.mark.parametrize("settings", [{"field_map": {"system": "input"}}, {"ignore": ("D013",)}, {"ignore": ("D03",)}])
 def test_settings_that_do_touch_the_rows_do_not(path: Path, settings: dict[str, Any]) -> None:
     made.prepared(path)
     assert not made.prepared(path, **settings).summary.cached

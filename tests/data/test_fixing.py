@@ -23,14 +23,14 @@ def fixed(path: Path, rows: bytes | list[dict[str, Any]]) -> tuple[list[Any], Fi
 
 
 def test_texts_are_trimmed_line_ends_unified_and_controls_removed(tmp_path: Path) -> None:
-    rows, report = fixed(tmp_path, [{"instruction": " a\r\nb\rc ", "response": "x\x07y"}, made.row(1)])
-    assert rows == [{"instruction": "a\nb\nc", "response": "xy"}, made.row(1)]
+    rows, report = fixed(tmp_path, [{"instruction": "  a\r\nb\rc ", "response": "x\x07y"}, made.row(1)])
+    assert rows == [{"instruction": "  a\nb\nc", "response": "xy"}, made.row(1)]
     assert (report.trimmed, report.newlines, report.controls) == (1, 1, 1)
     assert report.changes == "1 rows trimmed, 1 with line ends mended, 1 without control characters"
 
 
 def test_a_file_without_mechanical_faults_is_said_to_have_none(tmp_path: Path) -> None:
-    rows, report = fixed(tmp_path, [{"instruction": "a", "response": 5}, made.row(1)])
+    rows, report = fixed(tmp_path, [{"instruction": "a", "response": "b", "id": 5}, made.row(1)])
     assert len(rows) == 2 and report.changes == "nothing"
 
 

@@ -417,7 +417,7 @@ def test_progress_is_told_with_rows_and_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("rows.txt", b"hello", "is not a data file by its name"),
+        ("rows.doc", b"hello", "is not a data file by its name"),
         ("rows.jsonl", b"", "the file is empty"),
         ("rows.jsonl", b'{"words": "a"}\n', "the rows' fields (words) are none of"),
         ("rows.json", b'{"data": [\n1]}', "holds one JSON object"),

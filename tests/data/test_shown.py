@@ -4,7 +4,8 @@ from pathlib import Path
 
 import made_data as made
 import made_tokenizers
-from lorafit.data import Template, show_rows
+from lorafit.data import Template, TextTokenizer, show_rows
+from lorafit.data.shown import token_texts
 
 
 def test_a_shown_row_says_what_is_supervised_and_where_it_stops(tmp_path: Path) -> None:
@@ -25,9 +26,16 @@ def test_no_more_rows_are_shown_than_asked_for(tmp_path: Path) -> None:
 
 
 def test_characters_of_several_tokens_are_shown_whole(tmp_path: Path) -> None:
-    template = Template.for_tokenizer(made_tokenizers.family_tokenizer(tmp_path / "base", "qwen2_5"))
-    row = {"prompt": "Grüße 👋 привет 你好", "completion": "Straße €5 \ufffd!"}
-    path = made.write(tmp_path / "rows.jsonl", [row])
-    (shown,) = show_rows(made.prepared(path, template, holdout=0.0), template, 1)
-    assert row["prompt"] in "".join(token.text for token in shown.tokens if not token.supervised)
-    assert "".join(token.text for token in shown.tokens if token.supervised) == row["completion"] + "<|im_end|>"
+    tokenizer = made_tokenizers.family_tokenizer(tmp_path / "base", "qwen2_5")
+    text = "Grüße 👋 你好 � x"
+    ids = tokenizer.encode(text)
+    texts = token_texts(ids, [True] * len(ids), tokenizer)
+    assert "".join(texts) == text and len(texts) == len(ids)
+    assert "👋" in texts or " 👋" in texts
+
+
+def test_blanks_that_begin_a_token_are_shown(tmp_path: Path) -> None:
+    folder = made_tokenizers.save(tmp_path / "base", made_tokenizers.metaspace(), eos_token="<unk>")
+    tokenizer = TextTokenizer.from_folder(folder)
+    ids = tokenizer.encode("in the end")
+    assert "".join(token_texts(ids, [False] * len(ids), tokenizer)).strip() == "in the end"

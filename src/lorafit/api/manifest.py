@@ -172,6 +172,8 @@ def _sample_line(record: Record) -> str:
     sample: dict[str, Any] = {"messages": record.messages(), "source": record.source}
     if record.tools:
         sample["tools"] = [dict(tool) for tool in record.tools]
+    if any(turn.loss is not None for turn in record.turns):
+        sample["loss"] = [turn.loss for turn in record.turns]
     return json.dumps(sample, ensure_ascii=False) + "\n"
 
 

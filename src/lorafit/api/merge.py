@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -101,9 +101,19 @@ def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROW
     lines = run.samples.read_text(encoding="utf-8", errors="replace").splitlines()[:limit]
     try:
         samples = [json.loads(line) for line in lines]
-        records = [Record.from_messages(one["messages"], one["source"], one.get("tools", ())) for one in samples]
+        records = [_record(one) for one in samples]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fix = "give the train command again, which writes it anew"
         raise VerificationError("the file is damaged", where=str(run.samples), fix=fix) from error
     encoded = template.encode_many(records)
     return [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
+
+
+def _record(sample: dict[str, Any]) -> Record:
+    """Return the record of one line that the run kept, with the turns that were not taught."""
+    record = Record.from_messages(sample["messages"], sample["source"], sample.get("tools", ()))
+    if not (flags := sample.get("loss")):
+        return record
+    return replace(
+        record, turns=tuple(replace(turn, loss=flag) for turn, flag in zip(record.turns, flags, strict=True))
+    )

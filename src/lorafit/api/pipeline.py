@@ -65,7 +65,8 @@ class AdapterTrainingPipeline:
         """`scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
         given = {**settings, "base": base_model_id, "rank": adapter_rank, "alpha": float(scaling_factor)}
         self.config = resolve(flags=given).config
-        self.template = Template.for_tokenizer(TextTokenizer.from_base(base_model_id, self.config.revision))
+        tokenizer = TextTokenizer.from_base(base_model_id, self.config.revision)
+        self.template = Template.for_tokenizer(tokenizer, self.config.template)
 
     def load_frozen_backbone(self) -> Any:
         """The base in 4 bits (or as `quantization` says), every parameter frozen. Raises BackboneError."""
@@ -82,9 +83,9 @@ class AdapterTrainingPipeline:
         """Rows of any shape lorafit reads → a Dataset with `messages` and the rendered `text`. Raises DataError."""
         records = parse_rows(raw_rows, self.config.field_map)
         for record in records:
-            if record.tools or any(turn.extra for turn in record.turns):
-                fix = "train rows with tools through lorafit.train, which hands them to the chat template"
-                raise DataError("tool calls do not fit into these columns", where=record.source, fix=fix)
+            if record.tools or record.is_document or any(turn.extra or turn.loss is not None for turn in record.turns):
+                what = "tool calls, reasoning, loss flags and documents do not fit into these columns"
+                raise DataError(what, where=record.source, fix="train such rows through lorafit.train")
         texts = [self.template.render(record.messages(), add_generation_prompt=False) for record in records]
         return Dataset.from_dict(
             {

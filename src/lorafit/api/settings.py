@@ -58,7 +58,7 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     placed = dict(recipe)
     for key, value in recipe.items():
-        if our_name(key, RunConfig.model_fields) in ("base", "data"):
+        if our_name(key, RunConfig.model_fields) in ("base", "data", "template"):
             placed[key] = [seen(name) for name in value] if isinstance(value, list) else seen(value)
     return placed
 
@@ -78,15 +78,15 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
     there = dict(settings)
     for key, value in settings.items():
-        if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout"):
+        if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout", "template"):
             there[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
     return there
 
 
 def template_for(resolved: Resolved) -> Template:
-    """The template rows of this run are rendered with: the base's own, or the fallback."""
+    """The template that renders this run's rows: the named file, the base's own, or the fallback."""
     config = resolved.config
-    return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision))
+    return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision), config.template)
 
 
 def preflight(

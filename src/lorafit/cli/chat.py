@@ -33,6 +33,9 @@ def chat(
         str, typer.Argument(help="The run directory that train made, or a merged model.", show_default=False)
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.", show_default=False)] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System text before the conversation.", show_default=False)
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned side by side.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
@@ -46,7 +49,7 @@ def chat(
     session = load(run)
     if compare and session.is_merged:
         raise UsageError("a merged model has no base to compare with", where="--compare", fix="name the run instead")
-    answering = _Answering(session, compare, max_new_tokens, temperature)
+    answering = _Answering(session, system, compare, max_new_tokens, temperature)
     if prompt is not None:
         answering.once(prompt, json)
         return
@@ -54,12 +57,15 @@ def chat(
 
 
 class _Answering:
-    def __init__(self, session: Session, compare: bool, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, session: Session, system: str | None, compare: bool, max_new_tokens: int, temperature: float
+    ) -> None:
         self.session, self.compare = session, compare
+        self.before: Messages = [{"role": "system", "content": system}] if system else []
         self.answer = partial(session.answer, max_new_tokens=max_new_tokens, temperature=temperature)
 
     def once(self, prompt: str, json: bool) -> None:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [*self.before, {"role": "user", "content": prompt}]
         if not json:
             self.reply(messages)
             return
@@ -84,7 +90,7 @@ class _Answering:
         return answer
 
     def converse(self) -> None:
-        messages: Messages = []
+        messages: Messages = [*self.before]
         at_terminal = sys.stdin.isatty()
         if at_terminal:
             say(f"[dim]one line a turn; {COMMANDS}[/dim]")
@@ -97,7 +103,7 @@ class _Answering:
             if word in LEAVE if at_terminal else not word:
                 return
             if at_terminal and word.startswith("/"):
-                messages = [] if word == "/new" else messages
+                messages = [*self.before] if word == "/new" else messages
                 say(f"[dim]{'a new conversation' if word == '/new' else COMMANDS}[/dim]")
                 continue
             messages.append({"role": "user", "content": line})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Annotated, Any, Literal
 
@@ -42,8 +43,11 @@ class RunConfig(BaseModel):
 
     # how rows are read and judged
     field_map: dict[str, str] = Field(default_factory=dict, description="field names, as response=answer_text")
+    encoding: str | None = Field(None, description="how text files are written, as cp1252; default UTF-8 and UTF-16")
+    template: str | None = Field(None, description="chat template file (Jinja); default the base's own")
     on_bad: Literal["stop", "drop"] = Field("stop", description="rows that cannot be read: stop the run, or drop them")
     on_long: Literal["error", "drop", "split-turns"] = Field("error", description="rows longer than max_length")
+    split_answers: bool = Field(False, description="each answer is its own example, after the turns before it")
     holdout: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.05, description="held-out share of the rows, or a file"
     )
@@ -175,6 +179,15 @@ class RunConfig(BaseModel):
                 fix=f"set alpha to {MAX_SCALE * self.rank:g} or less (twice the rank is usual)",
             )
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_an_encoding(cls, value: str | None) -> str | None:
+        try:
+            return codecs.lookup(value).name if value else None
+        except LookupError:
+            fix = "write cp1252, latin-1, shift_jis, gb18030 or another that Python knows"
+            raise UsageError(f"'{value:.30}' is no encoding", where="encoding", fix=fix) from None
 
     @field_validator("gpu")
     @classmethod

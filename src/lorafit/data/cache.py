@@ -24,7 +24,7 @@ from lorafit.errors import DataError
 if TYPE_CHECKING:
     from lorafit.data.template.template import Template
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same input gives other rows or other facts than before."""
 LIMIT_BYTES = 20 << 30
 STALE_S = 86_400.0
@@ -39,6 +39,8 @@ def key_of(config: RunConfig, template: Template | None, files: Sequence[DataFil
         "files": [[file.name, _content(file), file.held_out] for file in files],
         "template": [template.sha256, template.tokenizer.content_hash] if template else None,
         "field_map": sorted(config.field_map.items()),
+        "encoding": config.encoding,
+        "split_answers": config.split_answers,
         "on_long": config.on_long if template else None,
         "max_length": config.max_length if template else None,
         "ignored": [*ignored_codes(config), "" if compares(config) else "near copies"],

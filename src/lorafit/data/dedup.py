@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.schema.records import Record
+from lorafit.data.schema.records import Record, Turn
 
 LONG_WORD = 8
 
@@ -32,17 +33,23 @@ class Compared:
     question: list[bytes]
     answer: list[bytes]
     letters: int
+    is_document: bool = False
 
     @classmethod
     def of(cls, record: Record) -> Compared:
         """The words of `record`."""
-        asked = "\n".join([record.system or "", *(turn.content for turn in record.turns[:-1])])
-        answered = record.turns[-1].content
-        return cls(asked.lower().encode().split(), answered.lower().encode().split(), len(asked) + len(answered))
+        asked = "\n".join(
+            [record.system or "", *(turn.content if not turn.extra else _said(turn) for turn in record.turns[:-1])]
+        )
+        answered = _said(record.turns[-1])
+        words, letters = answered.lower().encode().split(), len(asked) + len(answered)
+        return cls(asked.lower().encode().split(), words, letters, record.is_document)
 
     def hashes(self) -> tuple[int, int]:
         """64-bit hashes of the question and of the answer: equal when all words are."""
-        return hash64(b" ".join(self.question)), hash64(b" ".join(self.answer))
+        answer = hash64(b" ".join(self.answer))
+        # nobody asks for a document: two of them contradict nothing
+        return (answer if self.is_document else hash64(b" ".join(self.question))), answer
 
     def words(self) -> list[int]:
         """A 32-bit hash (CRC-32) of every word; of every letter, in scripts that put no blanks between words."""
@@ -50,6 +57,15 @@ class Compared:
         if self.letters > LONG_WORD * len(words):
             words = [letter.encode() for letter in b"".join(words).decode()]
         return list(map(crc32, words)) or [0]
+
+
+def _said(turn: Turn) -> str:
+    """All that a turn says: its reasoning, its text and its calls."""
+    if not turn.extra:
+        return turn.content
+    return "\n".join(
+        [turn.reasoning, turn.content, *(json.dumps(call.get("function"), default=str) for call in turn.calls)]
+    )
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.config import NewFiles, RunConfig, parse_bytes
-from lorafit.data.checks.rows import CONTROL_BYTES
+from lorafit.data.checks.findings import CODES
+from lorafit.data.checks.rows import CONTROL_BYTES, text_checks
 from lorafit.data.dedup import hash64
+from lorafit.data.gather import ignored_codes
+from lorafit.data.schema.shapes import ANSWERS, Shape, detect, renamed
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.raw_row import RawRow, Reject, parse_row, rejected_line
 from lorafit.data.sources.reader import RowReader
@@ -45,7 +48,7 @@ class FixReport:
             "with line ends mended": self.newlines,
             "without control characters": self.controls,
             "exact copies left out": self.duplicates,
-            "unreadable rows set aside": self.rejected,
+            "unusable rows set aside": self.rejected,
         }
         odd = {f"× {what}": count for what, count in self.file_warnings.items()}
         return ", ".join(f"{count:,} {what}" for what, count in (odd | counts).items() if count) or "nothing"
@@ -58,19 +61,23 @@ class FixReport:
 def fix_rows(config: RunConfig, out: Path) -> FixReport:
     """Write the rows of `config.data` to `out` as clean JSONL.
 
-    Fields that `field_map` names get our names. Texts are trimmed, line ends made `\\n`, control characters removed,
-    exact copies left out; every other field stays as it is. Rows that cannot be read go to `out` + `.rejected.jsonl`.
-    Raises DataError when one of the two is there already, is an input or cannot be written.
+    Blanks at the end of texts are removed, line ends made `\\n`, control characters removed, exact copies left out,
+    and fields renamed as `config.field_map` says; every other field stays as it is. Rows that cannot be read, or that
+    `check` would reject without a base, go to `out` + `.rejected.jsonl`. Raises DataError when one of the two is there
+    already, is an input or cannot be written.
     """
-    files = find_files(config.data)
+    files = find_files(config.data, encoding=config.encoding)
+    if splits := {file.split for file in files if file.split} - {"train"}:
+        what = f"the data hold files for {' and '.join(sorted(splits))}, which are not to be mixed into one"
+        raise DataError(what, where=config.data[0], fix="name one file after the other, each with an OUT of its own")
     report, reader = FixReport(str(out)), RowReader(files, parse_bytes(config.max_unpacked))
     rejected = out.with_name(out.name + ".rejected.jsonl")
     with NewFiles([out, rejected], inputs=[file.path for file in files], error=DataError) as new:
         clean, refused = new.streams
-        seen: set[int] = set()
+        rows = _Rows(config, report, files[0].name)
         for row in reader:
             report.read += 1
-            line = _fixed_line(row, seen, report, config.field_map)
+            line = rows.fixed(row)
             if isinstance(line, Reject):
                 report.rejected += 1
                 refused.write(rejected_line(line.place(files[row.file].name, row.line), line, row.raw))
@@ -84,32 +91,66 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
     return report
 
 
-def _fixed_line(row: RawRow, seen: set[int], report: FixReport, mapped: Mapping[str, str]) -> bytes | Reject:
-    """The row's new line, empty when it is a copy, or why it cannot be read."""
-    fields, had_controls = row.fields, False
-    if fields is None and row.reject is not None and row.reject.code == "D005":
-        parsed = parse_row(row.raw.translate(None, CONTROL_BYTES))
-        fields, had_controls = (None if isinstance(parsed, Reject) else parsed), True
-    if fields is None:
-        assert row.reject is not None
-        return row.reject
-    ours = {theirs: name for name, theirs in mapped.items()}
-    fields = {ours.get(name, name): value for name, value in fields.items()}
-    changes = _Changes()
-    text = json.dumps(changes.fixed(fields), ensure_ascii=False, default=str)
-    try:
-        line = text.encode() + b"\n"
-    except UnicodeEncodeError:
-        return Reject("D043", "holds half a surrogate pair")
-    key = hash64(line)
-    if key in seen:
-        report.duplicates += 1
-        return b""
-    seen.add(key)
-    report.trimmed += changes.trimmed
-    report.newlines += changes.newlines
-    report.controls += changes.controls or had_controls
-    return line
+class _Rows:
+    """Mends row after row; the shape is that of the first row that can be read."""
+
+    def __init__(self, config: RunConfig, report: FixReport, name: str) -> None:
+        self.config, self.report, self.name = config, report, name
+        self.ignored = ignored_codes(config)
+        self.seen: set[int] = set()
+        self.shape: Shape | None = None
+
+    def fixed(self, row: RawRow) -> bytes | Reject:
+        """The row's new line, empty when it is a copy, or why it cannot be used."""
+        fields, had_controls = _readable(row)
+        if isinstance(fields, Reject):
+            return fields
+        changes = _Changes()
+        mended = changes.fixed(self._renamed(fields))
+        if fault := self._fault(mended):
+            return fault
+        try:
+            line = json.dumps(mended, ensure_ascii=False, default=str).encode() + b"\n"
+        except UnicodeEncodeError:
+            return Reject("D043", "holds half a surrogate pair")
+        key = hash64(line)
+        if key in self.seen:
+            self.report.duplicates += 1
+            return b""
+        self.seen.add(key)
+        self.report.trimmed += changes.trimmed
+        self.report.newlines += changes.newlines
+        self.report.controls += changes.controls or had_controls
+        return line
+
+    def _renamed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row under lorafit's names; where the answer was chosen, without the columns of other answers."""
+        row = renamed(fields, self.config.field_map)
+        chosen = set(ANSWERS) & set(self.config.field_map)
+        return {name: value for name, value in row.items() if name in chosen or name not in ANSWERS} if chosen else row
+
+    def _fault(self, fields: Mapping[str, Any]) -> Reject | None:
+        """Why `check` would reject the mended row, if it would."""
+        if self.shape is None:
+            self.shape = detect([fields], {name: name for name in self.config.field_map if name in fields}, self.name)
+        record = self.shape.record(fields, self.name)
+        if isinstance(record, Reject):
+            return record
+        seen = [*text_checks(record)]
+        if lost := self.shape.lost(fields, record):
+            seen.append(("D038", lost))
+        return next((Reject(*one) for one in seen if CODES[one[0]].rejects and one[0] not in self.ignored), None)
+
+
+def _readable(row: RawRow) -> tuple[Mapping[str, Any] | Reject, bool]:
+    """(the row's fields, whether control characters had to be taken out before they could be read)."""
+    if row.fields is not None:
+        return row.fields, False
+    assert row.reject is not None, "a row without fields says why"
+    if row.reject.code != "D005":
+        return row.reject, False
+    parsed = parse_row(row.raw.translate(None, CONTROL_BYTES))
+    return (row.reject if isinstance(parsed, Reject) else parsed), True
 
 
 class _Changes:
@@ -133,6 +174,6 @@ class _Changes:
             text, self.newlines = text.replace("\r\n", "\n").replace("\r", "\n"), True
         if CONTROLS.search(text):
             text, self.controls = CONTROLS.sub("", text), True
-        stripped = text.strip()
+        stripped = text.rstrip()  # blanks on the left may be the indentation of code
         self.trimmed = self.trimmed or stripped != text
         return stripped

@@ -1,4 +1,4 @@
-"""Records from rows that are already Python mappings: the Python API's way in."""
+"""Gathering: every row read, judged, tokenised and stored; and rows that are Python mappings already."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorafit.config import RunConfig
 from lorafit.data.checks.findings import CODES, RowOutcomes
 from lorafit.data.checks.rows import Observation, SpecialTokens, Tokenised, text_checks, token_checks
 from lorafit.data.dedup import Compared, duplicates_of, hash64, leaders, near_copies, signatures
-from lorafit.data.schema.records import Record, split_at_turns, up_to_last_answer
+from lorafit.data.schema.records import Record, each_answer_alone, split_at_turns, up_to_last_answer
 from lorafit.data.schema.shapes import Shape, detect
 from lorafit.data.sources.raw_row import RawRow, Reject
 from lorafit.data.sources.reader import RowReader
@@ -46,8 +46,9 @@ def parse_rows(raw_rows: Iterable[Mapping[str, Any]], field_map: Mapping[str, st
     for number, row in enumerate(rows, start=1):
         record = shape.record(row, f"row:{number}")
         if isinstance(record, Reject):
-            raise DataError(record.reason, where=f"row:{number}", fix="mend or leave out the row")
-        if fault := next((seen for code, seen in text_checks(record) if CODES[code].rejects), ""):
+            raise DataError(record.reason, where=f"row:{number}", fix=record.fix or "mend or leave out the row")
+        faults = (seen for code, seen in text_checks(record) if CODES[code].rejects)
+        if fault := shape.lost(row, record) or next(faults, ""):
             raise DataError(fault, where=record.source, fix="mend or leave out the row")
         records.append(up_to_last_answer(record))
     return records
@@ -56,7 +57,7 @@ def parse_rows(raw_rows: Iterable[Mapping[str, Any]], field_map: Mapping[str, st
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 8 << 20
 CHUNKS_AHEAD = 2
-IGNORABLE = ("D013", "D021", "D022", "D023", "D026", "D045")
+IGNORABLE = ("D013", "D021", "D022", "D023", "D026", "D038", "D039", "D045")
 """Codes that reject a row unless the user ignores them: such a row can be trained on, if not well."""
 Item = tuple[RawRow, Record]
 Kept = tuple[RawRow, Record, Tokenised]
@@ -70,6 +71,8 @@ class Untokenised:
     mask: list[bool] = field(default_factory=list)
     problems: tuple[str, ...] = ()
     detail: str = ""
+    lost_answers: int = 0
+    lost_tokens: int = 0
 
 
 class Gatherer:
@@ -85,6 +88,7 @@ class Gatherer:
         self.compares = compares(config)
         self.shape: Shape | None = None
         self.copies_s = 0.0
+        self.largest_id = -1
 
     def run(self) -> None:
         """Read everything. One thread tokenises while this one reads and judges."""
@@ -115,6 +119,8 @@ class Gatherer:
                 self.outcomes.names[file]: dict(seen) for file, seen in self.reader.file_warnings.items() if seen
             },
             "copies_s": self.copies_s,
+            "unused": self.shape.unused(self.outcomes.fields_seen) if self.shape else [],
+            "largest_id": self.largest_id,
         }
         self.writer.finish({**columns, LEADER: leader}, facts)
 
@@ -141,9 +147,16 @@ class Gatherer:
             record = self._record(row)
             if isinstance(record, Reject):
                 self.outcomes.reject(row, record)
-            elif self._accepts(row, record, self._judged(record)):
-                items.append((row, up_to_last_answer(record)))
+            elif self._accepts(row, record, self._judged(row, record)):
+                self.outcomes.note_fields(row, record)
+                items += [(row, one) for one in self._examples(record)]
         return items
+
+    def _examples(self, record: Record) -> list[Record]:
+        """What is tokenised of the record: all of it, or each of its answers alone."""
+        if self.config.split_answers:
+            return each_answer_alone(record)
+        return [up_to_last_answer(record)]
 
     def _record(self, row: RawRow) -> Record | Reject:
         if row.fields is None or self.shape is None:
@@ -151,8 +164,11 @@ class Gatherer:
             return row.reject
         return self.shape.record(row.fields, f"{self.outcomes.names[row.file]}:{row.line}")
 
-    def _judged(self, record: Record) -> list[Observation]:
+    def _judged(self, row: RawRow, record: Record) -> list[Observation]:
+        assert self.shape is not None and row.fields is not None, "a record has a shape and fields"
         seen = list(text_checks(record))
+        if lost := self.shape.lost(row.fields, record):
+            seen.append(("D038", lost))
         return [*seen, *self.special.text_checks(record)] if self.special else seen
 
     def _accepts(self, row: RawRow, record: Record, observations: Sequence[Observation]) -> bool:
@@ -171,12 +187,30 @@ class Gatherer:
 
     def _store(self, items: Sequence[Item], encoded: Future[Sequence[Tokenised]]) -> None:
         keep: list[Kept] = []
-        for (row, record), one in zip(items, encoded.result(), strict=True):
-            pieces = self._checked(row, record, one)
-            self.outcomes.counts.kept += bool(pieces)
-            keep += pieces
+        examples = zip(items, encoded.result(), strict=True)
+        if self.config.split_answers:
+            for _, group in itertools.groupby(examples, key=lambda example: example[0][0].number):
+                keep += self._row_kept(list(group))
+        else:
+            for example in examples:
+                keep += self._row_kept((example,))
         if keep:
             self._write(keep)
+
+    def _row_kept(self, group: Sequence[tuple[Item, Tokenised]]) -> list[Kept]:
+        """What is kept of one row's examples; the row counts once, as kept when one of them is."""
+        counts = self.outcomes.counts
+        rejected, dropped = counts.rejected, counts.dropped
+        pieces = [piece for (row, record), one in group for piece in self._checked(row, record, one)]
+        counts.kept += bool(pieces)
+        if len(group) > 1:
+            counts.split += bool(pieces)
+            gone = min(1, counts.rejected - rejected) if not pieces else 0
+            counts.rejected, counts.dropped = rejected + gone, dropped + (0 if pieces or gone else 1)
+        for _, _, one in pieces:
+            if one.lost_answers:
+                self.outcomes.note_tokens(one)
+        return pieces
 
     def _checked(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
         """The examples that the row makes: one, several when it is split, none when it is not kept."""
@@ -209,6 +243,7 @@ class Gatherer:
     def _write(self, keep: Sequence[Kept]) -> None:
         total = sum(len(one.ids) for _, _, one in keep)
         ids = np.fromiter(itertools.chain.from_iterable(one.ids for _, _, one in keep), np.int32, total)
+        self.largest_id = max(self.largest_id, int(ids.max(initial=-1)))
         mask = np.fromiter(itertools.chain.from_iterable(one.mask for _, _, one in keep), np.bool_, total)
         texts = [record_to_json(record) for _, record, _ in keep]
         compared = [Compared.of(record) for _, record, _ in keep]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lorafit.config import RunConfig, base_folder, parse_bytes
 from lorafit.data.cache import default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
-from lorafit.data.checks.untrained_tokens import untrained_special_tokens
+from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_special_tokens
 from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
 from lorafit.data.gather import Gatherer
 from lorafit.data.pack import packed_fill, steps_per_epoch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorafit.data.template.template import Template
 
 FILL_STEPS = 1000
+PLACEHOLDER_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,54 @@ def prepare(
     With `run_dir` the split and the rejected rows are written there.
     """
     started = time.monotonic()
-    files = find_files(config.data)
-    if isinstance(config.holdout, str):
-        files += find_files((config.holdout,), held_out=True)
+    files, left_out = _files_to_read(config)
     key = key_of(config, template, files)
     rows, cached = stored(
         key, cache_dir or default_folder(), lambda folder: _gather(config, template, files, folder, on_progress)
     )
     held = _held(config, files, rows)
-    whole = WholeSet(rows, held, config.holdout)
+    whole = WholeSet(rows, held, config.holdout, any(file.held_out for file in files))
     train, holdout = whole.rows.select(np.flatnonzero(~held)), whole.rows.select(np.flatnonzero(held))
-    findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template)]
+    findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template, rows)]
+    findings += _left_out_findings(left_out, files)
     findings = chosen(sorted(findings, key=lambda one: one.code), config.select, config.ignore)
     summary = _summary(config, template, whole, train, holdout, time.monotonic() - started, cached)
     return Prepared(train, holdout, findings, summary, _recorded(rows, run_dir, train, holdout))
+
+
+def _files_to_read(config: RunConfig) -> tuple[list[DataFile], list[DataFile]]:
+    """(files to read, files that stay out): of a folder, test files are left out and validation files held out.
+
+    Raises DataError when nothing of the named data is left to train on.
+    """
+    found = find_files(config.data, encoding=config.encoding)
+    held: list[DataFile] = []
+    if isinstance(config.holdout, str):
+        held = find_files((config.holdout,), held_out=True, encoding=config.encoding)
+    named = {file.hub_id or file.path.resolve() for file in held}
+    # one file on both sides is D032's to tell
+    found = [file for file in found if (file.hub_id or file.path.resolve()) not in named] or found
+    train = [file for file in found if file.split in ("", "train")]
+    if not train:
+        where, names = config.data[0], ", ".join(file.name for file in found[:4]) or config.data[0]
+        what = f"nothing is left to train on: by their names all files are for validation or tests ({names})"
+        raise DataError(what, where=where, fix="name the files to train on themselves")
+    validation = [] if named or not config.holdout else [file for file in found if file.split == "validation"]
+    held += [replace(file, held_out=True) for file in validation]
+    return train + held, [file for file in found if file.split and file not in train and file not in validation]
+
+
+def _left_out_findings(left_out: Sequence[DataFile], files: Sequence[DataFile]) -> list[Finding]:
+    """Which files of a folder are not read, and which are held out, by their names."""
+    held = [file.name for file in files if file.held_out and file.split]
+    if not left_out and not held:
+        return []
+    names = [file.name for file in left_out]
+    parts = [f"held out: {', '.join(held[:4])}"] if held else []
+    parts += [f"not read: {', '.join(names[:4])}"] if names else []
+    rule = CODES["D052"]
+    message = f"splits by the names of files: {'; '.join(parts)}"
+    return [Finding("D052", Severity.INFO, message, (names or held)[0], rule.why, rule.fix, len(names) + len(held))]
 
 
 def _gather(
@@ -82,8 +117,9 @@ def _gather(
 
 
 def _held(config: RunConfig, files: Sequence[DataFile], rows: Stored) -> NDArray[np.bool_]:
-    if isinstance(config.holdout, str):
+    if any(file.held_out for file in files):
         return np.array([file.held_out for file in files], np.bool_)[rows.rows.file]
+    assert not isinstance(config.holdout, str), "a file that is named is held out"
     return held_out(group_of(rows), rows.exact, config.holdout, config.seed)
 
 
@@ -91,14 +127,23 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     strict = {code for code, rule in CODES.items() if rule.rejects and config.on_bad == "stop"} - {"D020"}
     if config.on_long == "error":
         strict.add("D020")
-    return FindingCounts.from_dict(rows.facts["finding_counts"]).findings(strict)
+    counts, kept = FindingCounts.from_dict(rows.facts["finding_counts"]), rows.facts["counts"]["kept"]
+    if "D046" in counts.seen and counts.seen["D046"].count <= PLACEHOLDER_SHARE * kept:
+        del counts.seen["D046"]
+    if "D025" in counts.seen:
+        answers, tokens = rows.facts["lost"]
+        counts.seen["D025"].detail = f"{answers:,} answers of {tokens:,} tokens are not learnt"
+    return counts.findings(strict)
 
 
-def _base_findings(config: RunConfig, template: Template | None) -> list[Finding]:
-    """Special tokens of the template that the base never learnt; needs the base's weights on disk."""
+def _base_findings(config: RunConfig, template: Template | None, rows: Stored) -> list[Finding]:
+    """Tokens that the base has no embedding for, or never learnt; needs the base's weights on disk."""
     if template is None or not config.base:
         return []
     folder = base_folder(config.base, config.revision)
+    missing = missing_embeddings(folder, rows, template.tokenizer)
+    if missing:
+        return missing
     tokens = untrained_special_tokens(template.tokenizer, folder, template)
     if not tokens:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,12 @@ from lorafit.data.store import Rows
 if TYPE_CHECKING:
     from lorafit.data.prepare import Prepared
     from lorafit.data.template.template import Template
+    from lorafit.data.tokenizer.tokenizer import TextTokenizer
+
+
+BROKEN = "\ufffd"
+MOST_TOKENS = 8
+"""A character is four bytes at most; a run of replacement characters that the row itself holds must end somewhere."""
 
 HALF = "\ufffd"
 """What a part of a character decodes to."""
@@ -45,26 +52,30 @@ def show_rows(prepared: Prepared, template: Template, count: int) -> list[ShownR
 
 def _shown(rows: Rows, position: int, template: Template) -> ShownRow:
     ids, mask = rows.ids(position).tolist(), rows.mask(position).tolist()
-    texts = _texts(template, ids)
-    tokens = tuple(
+    texts = token_texts(ids, mask, template.tokenizer)
+    tokens = (
         ShownToken(text, supervised, token in template.stop_ids)
         for text, token, supervised in zip(texts, ids, mask, strict=True)
     )
-    return ShownRow(rows.source(position), tokens)
+    return ShownRow(rows.source(position), tuple(tokens))
 
 
-def _texts(template: Template, ids: list[int]) -> list[str]:
-    """The text that each of `ids` adds. The last token of a character has all of it, those before have none."""
+def token_texts(ids: Sequence[int], mask: Sequence[bool], tokenizer: TextTokenizer) -> list[str]:
+    """The text of each token. A character of several tokens stands whole at the last of them, the others are empty.
 
-    def decoded(start: int, end: int) -> str:
-        return template.tokenizer.decode(ids[start:end], skip_special_tokens=False)
-
-    # decoded beside the tokens before, so that a word keeps its space
-    texts, before, begun = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        known, text = decoded(before, begun), decoded(before, end)
-        is_whole = not text.endswith(HALF) or end - begun >= MOST_TOKENS or end == len(ids)
-        texts.append(text[len(known) :] if is_whole else "")
-        if is_whole:
-            before, begun = begun, end
+    Each text is what the token adds to the one before it, because decoders drop the blank that begins a text.
+    """
+    texts: list[str] = []
+    first = 0  # of the tokens whose character is not whole yet
+    for place, supervised in enumerate(mask):
+        before = list(ids[max(0, first - 1) : first])
+        known = tokenizer.decode(before, skip_special_tokens=False)
+        whole = tokenizer.decode([*before, *ids[first : place + 1]], skip_special_tokens=False)
+        text = whole.removeprefix(known)
+        resumes = place + 1 < len(ids) and mask[place + 1] == supervised and place - first < MOST_TOKENS
+        if text.endswith(BROKEN) and resumes:
+            texts.append("")
+            continue
+        texts.append(text)
+        first = place + 1
     return texts

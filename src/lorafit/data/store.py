@@ -276,13 +276,17 @@ _encode_ascii = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
 def record_to_json(record: Record) -> bytes:
     """The record without its source as one line of UTF-8; `record_from_json` is the inverse."""
-    turns = [
-        [turn.role, turn.content, turn.extra] if turn.extra else [turn.role, turn.content] for turn in record.turns
-    ]
+    turns = [_turn_to_json(turn) for turn in record.turns]
     plain = [record.system, turns, record.tools] if record.tools else [record.system, turns]
     # what only a template reads may hold anything, half surrogates too: those must survive as escapes
     encode = _encode if not (record.tools or any(turn.extra for turn in record.turns)) else _encode_ascii
     return encode(plain).encode()
+
+
+def _turn_to_json(turn: Turn) -> list[Any]:
+    if turn.loss is not None:
+        return [turn.role, turn.content, turn.extra, turn.loss]
+    return [turn.role, turn.content, turn.extra] if turn.extra else [turn.role, turn.content]
 
 
 def record_from_json(raw: bytes, source: str) -> Record:

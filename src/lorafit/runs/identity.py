@@ -16,7 +16,8 @@ LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
 FREE = frozenset(
     (
         # named by content, not by place: the base, the rows and the template have hashes of their own
-        "base", "revision", "data", "field_map", "on_bad", "on_long", "holdout", "out", "max_unpacked",
+        "base", "revision", "data", "encoding", "template", "split_answers", "field_map", "on_bad",
+        "on_long", "holdout", "out", "max_unpacked",
         # what is shown, kept, asked of the plan, or sent to trackers
         "select", "ignore", "goal", "serving", "gpu", "gpu_memory", "report_to", "eval_steps", "save_steps",
         "save_minutes", "keep_last", "keep_best", "max_bad_steps",

@@ -41,7 +41,7 @@ def test_every_alias_of_the_answer_is_known(question: str, answer: str) -> None:
         ({"instruction": "do", "input": "this"}, "do\nthis"),
         ({"instruction": "do", "input": ""}, "do"),
         ({"instruction": "do", "input": None}, "do"),
-        ({"instruction": "do\n", "input": " this "}, "do\nthis"),
+        ({"instruction": "do\n", "input": "\n  this "}, "do\n  this"),
         ({"instruction": "", "input": "this"}, "this"),
     ],
 )
@@ -70,7 +70,7 @@ def test_openai_messages_keep_all_turns_tools_and_tool_calls() -> None:
     assert (result.system, result.tools) == ("s", ({"type": "function"},))
     assert result.turns == (
         Turn("user", "ab"),
-        Turn("assistant", "", {"tool_calls": calls}),
+        Turn("assistant", "", {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}),
         Turn("tool", "42", {"tool_call_id": "1"}),
         Turn("assistant", "done"),
     )
@@ -130,21 +130,16 @@ def test_a_prompt_and_a_completion_may_be_turns() -> None:
     assert turns({"prompt": [ask], "completion": [say]}) == ASKED
     system = {"role": "system", "content": "be brief"}
     assert record({"prompt": [system, ask], "completion": [say]}).system == "be brief"
+    assert turns({"prompt": [ask], "completion": "say"}) == turns({"prompt": "ask", "completion": [say]}) == ASKED
     # of a conversation every answer is learnt, and here only the last one is to be
-    fault = reject({"prompt": [ask], "completion": [say]}, {"prompt": [ask, say, ask], "completion": [say]})
-    assert fault.code == "D012" and "the prompt has an assistant turn" in fault.reason
-    assert reject({"prompt": "a", "completion": "b"}, {"prompt": [ask], "completion": "b"}).code == "D012"
+    spoken = record({"prompt": [ask, say, ask], "completion": [say]})
+    assert [turn.taught for turn in spoken.turns] == [False, False, False, True]
     assert reject({"prompt": "a", "completion": "b"}, {"prompt": [ask], "completion": [3]}).code == "D012"
 
 
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        (
-            {"messages": '[{"role": "user", "content": "a"}]'},
-            "'messages' is a text, not a list of turns; write the list",
-        ),
-        ({"conversations": "[]"}, "'conversations' is a text, not a list of turns; write the list"),
         ({"text": "### Q: a ### A: b", "id": 3}, "do not say what of it is asked .* write prompt and completion"),
     ],
 )
@@ -173,7 +168,7 @@ CONVERSATIONS = {"conversations": [{"from": "human", "value": "a"}, {"from": "gp
         (INSTRUCTION, {"instruction": "a", "response": 42}, "D012", "the field 'response' is a number, not text"),
         (INSTRUCTION, {"instruction": ["a"], "response": "b"}, "D012", "the field 'instruction' is a list, not text"),
         (INSTRUCTION, {**INSTRUCTION, "input": 3}, "D012", "the field 'input' is a number, not text"),
-        (INSTRUCTION, {**INSTRUCTION, "system": {}}, "D012", "the field 'system' is an object, not text"),
+        (INSTRUCTION, {**INSTRUCTION, "system": {"a": 1}}, "D012", "the field 'system' is an object, not text"),
         (MESSAGES, {"text": "a"}, "D010", "no field 'messages'"),
         (MESSAGES, {"messages": None}, "D011", "the field 'messages' is not a list of turns"),
         (MESSAGES, {"messages": "a"}, "D012", "the field 'messages' is not a list of turns"),
@@ -188,7 +183,7 @@ CONVERSATIONS = {"conversations": [{"from": "human", "value": "a"}, {"from": "gp
             "D012",
             "turn 1: the field 'content' is a number, not text",
         ),
-        (MESSAGES, {**MESSAGES, "tools": "f"}, "D012", "the field 'tools' is not a list of objects"),
+        (MESSAGES, {**MESSAGES, "tools": ["f"]}, "D012", "the field 'tools' is not a list of objects"),
         (CONVERSATIONS, {"conversations": [{"from": "gpt"}]}, "D010", "turn 1: no field 'value'"),
         (
             CONVERSATIONS,

@@ -68,7 +68,7 @@ def test_a_name_of_a_hub_dataset_is_one(tmp_path: Path, monkeypatch: pytest.Monk
         (("",), "no such file"),
         (("a\0b.jsonl",), "no such file"),
         (("*.nothing",), "no file matches the pattern"),
-        (("notes.txt",), "is not a data file by its name"),
+        (("notes.txt",), "is a text file"),
         (("empty.jsonl",), "the file is empty"),
         (("bare",), "the folder holds no data file"),
         (("pipe.jsonl",), "is not a regular file"),

@@ -138,7 +138,7 @@ def test_jsonl_rows_in_a_json_file_are_read_as_such(tmp_path: Path) -> None:
 
 def test_one_object_over_several_lines_is_no_list_of_rows(tmp_path: Path) -> None:
     path = made.write(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=1).encode())
-    with pytest.raises(DataError, match="holds one JSON object"):
+    with pytest.raises(DataError, match="one object whose 'data' holds the rows"):
         read(path)
 
 
@@ -183,7 +183,7 @@ def test_csv_separators_are_seen_in_the_header(tmp_path: Path, separator: str) -
         (b"a,b,c\nd,e\n", [(2, "D008")]),
         (b"a\nd,e\n", [(2, "D008")]),
         (b"\xe9,b\nd,e\n", [(2, "D004")]),
-        (b'"a"x,b\nd,e\n', [(2, "D001")]),
+        (b'"a"x,b\nd,e\n', [(2, "D053")]),
     ],
 )
 def test_bad_csv_rows_are_rejected_and_the_next_read(
@@ -194,10 +194,16 @@ def test_bad_csv_rows_are_rejected_and_the_next_read(
     assert fields(rows) == [{"instruction": "d", "response": "e"}]
 
 
-@pytest.mark.parametrize("header", [b"a,a\n", b"a,,b\n"])
-def test_a_csv_header_must_name_its_columns(tmp_path: Path, header: bytes) -> None:
-    with pytest.raises(DataError, match="names a column twice or not at all"):
+@pytest.mark.parametrize(("header", "what"), [(b"a,a\n", "names the column 'a' twice"), (b",\n", "names no column")])
+def test_a_csv_header_must_name_its_columns(tmp_path: Path, header: bytes, what: str) -> None:
+    with pytest.raises(DataError, match=what):
         read(made.write(tmp_path / "a.csv", header + b"1,2\n"))
+
+
+def test_a_csv_cell_under_no_name_is_rejected_unless_it_is_an_index(tmp_path: Path) -> None:
+    rows = read(made.write(tmp_path / "a.csv", b",instruction,,response\n0,a,,b\nx,a,,b\n1,a,lost,b\n"))
+    assert fields(rows) == [{"instruction": "a", "response": "b"}]
+    assert rejects(rows) == [(3, "D008"), (4, "D008")]
 
 
 def test_a_broken_parquet_file_is_one_sentence(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from lorafit.data.checks.rows import Observation, marker_styles
+from lorafit.data.checks.rows import Observation, Tokenised, marker_styles
 from lorafit.data.schema.records import Record
 from lorafit.data.sources.raw_row import RawRow, Reject, rejected_line
 from lorafit.findings import Finding, Severity
@@ -39,13 +39,16 @@ CODES: dict[str, Code] = {
     "D004": _bad(
         "bytes that are not UTF-8",
         "its letters would be guessed",
-        "convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        "say how it is written, for Windows mostly --set encoding=cp1252",
     ),
     "D005": _bad("raw control characters", "JSON forbids it unescaped", "lorafit check --fix removes it"),
     "D006": _bad("a line too long to be a row", "it is longer than 16 MiB", "check that the file has line ends"),
     "D007": _bad("too deep nesting", "no training row nests deeper than 64 levels", "flatten the row"),
     "D008": _bad(
         "cells that do not fit the header", "its cells cannot be named", "quote cells that hold the separator"
+    ),
+    "D053": _bad(
+        "broken CSV", "its cells cannot be told apart", 'close each quote, and write a quote inside a cell as ""'
     ),
     "D009": Code(
         "file_warnings read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
@@ -65,6 +68,22 @@ CODES: dict[str, Code] = {
     "D019": Code(
         "turns after the last answer", "what follows the last answer is not trained on", "end with the assistant"
     ),
+    "D037": Code("columns that are not used", "nothing in them is learnt", "name them with --map where they should be"),
+    "D038": _bad(
+        "a field that would be lost",
+        "its meaning is known, and this shape of row has no place for it",
+        "give it a place (--map input=NAME), choose the answer (--map response=NAME), or --ignore D038",
+    ),
+    "D051": Code(
+        "a loss flag on a turn that is no answer",
+        "only the assistant's words are learnt",
+        "take the flag out, or set it to 0",
+    ),
+    "D052": Code(
+        "files left out by their names",
+        "what tests the result must not be trained on",
+        "name a file itself to train on it",
+    ),
     # the tokens
     "D020": _bad(
         "longer than max_length",
@@ -76,7 +95,9 @@ CODES: dict[str, Code] = {
     "D023": _bad("BOS doubled", "serving sends it once: the prompts would differ", "take BOS out of the text"),
     "D024": _bad("refused by the chat template", "it cannot be rendered", "mend the row, or use another template"),
     "D025": Code(
-        "earlier answers not supervised", "the template rewrites them later on", "see what check --show marks"
+        "earlier answers not supervised",
+        "the template rewrites them later on",
+        "--set split_answers=true makes each answer its own example",
     ),
     "D026": _bad(
         "a prompt that serving would not send",
@@ -86,6 +107,11 @@ CODES: dict[str, Code] = {
     "D027": Code("an answer that the template changed", "it is not learnt as you wrote it", "see check --show"),
     "D028": Code("a token across an answer's edge", "it is not supervised", "start the answer on a line of its own"),
     "D029": Code("tools that the template does not show", "the model never sees them", "use a template with tools"),
+    "D039": _bad(
+        "text that the template leaves out",
+        "the model would never see it",
+        "name a template that shows it (--set template=FILE), take it out of the rows, or --ignore D039",
+    ),
     # the set as a whole
     "D030": Code("exact copies", "copies are learnt by heart", "lorafit check --fix drops them"),
     "D031": Code("near copies", "near copies count double", "thin them out"),
@@ -113,7 +139,21 @@ CODES: dict[str, Code] = {
         "it would be read as the token, not as text: an end-of-turn there teaches the model to stop",
         "take it out of the text; if the rows are already templated, store the plain turns",
     ),
+    "D046": Code(
+        "placeholders instead of answers", "the model would learn to say them", "write the answers, or drop the rows"
+    ),
+    "D047": Code("HTML left in the text", "the model would learn to write it", "convert it to plain text or Markdown"),
+    "D049": Code(
+        "one system text in all rows",
+        "the model is only taught to answer after it",
+        "serve with the same system text: lorafit chat RUN --system TEXT",
+    ),
     # the base
+    "D048": Code(
+        "tokens without a row in the base's embedding table",
+        "the first step would end in an index error",
+        "take the added token out of the tokenizer, or use a base whose embeddings were resized for it",
+    ),
     "D050": Code(
         "special tokens that the base never learnt",
         "LoRA leaves the embeddings alone: the model reads these tokens as noise",
@@ -138,6 +178,7 @@ class Seen:
     count: int = 0
     places: list[str] = field(default_factory=list)
     detail: str = ""
+    fix: str = ""
 
 
 @dataclass
@@ -146,9 +187,11 @@ class FindingCounts:
 
     seen: dict[str, Seen] = field(default_factory=dict)
 
-    def add(self, code: str, place: str, detail: str = "") -> None:
-        """Count one sighting."""
+    def add(self, code: str, place: str, detail: str = "", fix: str = "") -> None:
+        """Count one sighting; `fix` mends it, where the code's own fix does not."""
         self.add_all(code, 1, [(place, detail)])
+        entry = self.seen[code]
+        entry.fix = entry.fix or fix
 
     def add_all(self, code: str, count: int, first: Sequence[tuple[str, str]]) -> None:
         """Count `count` sightings, of which `first` holds the first few places and what was seen there."""
@@ -165,7 +208,8 @@ class FindingCounts:
         message = f"{rule.title} in {entry.count:,} {unit}{plural}"
         if entry.detail:
             message += f": {entry.detail}" if entry.count == 1 else f"; the first: {entry.detail}"
-        return Finding(code, severity, message, entry.places[0], rule.why, rule.fix, entry.count, tuple(entry.places))
+        fix = entry.fix or rule.fix
+        return Finding(code, severity, message, entry.places[0], rule.why, fix, entry.count, tuple(entry.places))
 
     def findings(self, strict: Iterable[str]) -> list[Finding]:
         """One finding per code seen; codes in `strict` are errors, the others warnings."""
@@ -176,7 +220,7 @@ class FindingCounts:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_dict` is its inverse."""
-        return {code: [entry.count, entry.places, entry.detail] for code, entry in self.seen.items()}
+        return {code: [entry.count, entry.places, entry.detail, entry.fix] for code, entry in self.seen.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> FindingCounts:
@@ -210,6 +254,12 @@ class RowOutcomes:
     counts: Counts = field(default_factory=Counts)
     finding_counts: FindingCounts = field(default_factory=FindingCounts)
     markers: dict[str, list[Any]] = field(default_factory=dict)
+    fields_seen: set[str] = field(default_factory=set)
+    turn_fields_seen: set[str] = field(default_factory=set)
+    system: str | None = None
+    rows_noted: int = 0
+    lost_answers: int = 0
+    lost_tokens: int = 0
 
     def reject(self, row: RawRow, reject: Reject, *, dropped: bool = False) -> None:
         """Count a row that will not be trained on, and keep it with the reason."""
@@ -219,7 +269,7 @@ class RowOutcomes:
             self.counts.rejected += 1
         place = reject.place(self.names[row.file], row.line)
         near = f" near “{reject.excerpt}”" if reject.excerpt else ""
-        self.finding_counts.add(reject.code, place, reject.reason + near)
+        self.finding_counts.add(reject.code, place, reject.reason + near, reject.fix)
         raw = row.raw or json.dumps(row.fields, default=str).encode()
         self.rejected.write(rejected_line(place, reject, raw))
 
@@ -231,6 +281,30 @@ class RowOutcomes:
                 entry = self.markers.setdefault(STYLES_APART.join(marker_styles(record)), [0, record.source])
                 entry[0] += 1
 
+    def note_tokens(self, one: Tokenised) -> None:
+        """Count what the template takes from the loss in a row that is kept."""
+        self.lost_answers += one.lost_answers
+        self.lost_tokens += one.lost_tokens
+
+    def note_fields(self, row: RawRow, record: Record) -> None:
+        """Note the names of a row's fields, of its turns' further fields, and its system text."""
+        self.fields_seen.update(row.fields or ())
+        for turn in record.turns:
+            if turn.extra:
+                self.turn_fields_seen.update(turn.extra)
+        if not self.rows_noted:
+            self.system = record.system
+        elif record.system != self.system:
+            self.system = None
+        self.rows_noted += 1
+
     def facts(self) -> dict[str, Any]:
         """Everything but the rejected rows, JSON-ready."""
-        return {"counts": asdict(self.counts), "finding_counts": self.finding_counts.to_dict(), "markers": self.markers}
+        return {
+            "counts": asdict(self.counts),
+            "finding_counts": self.finding_counts.to_dict(),
+            "markers": self.markers,
+            "turn_fields": sorted(self.turn_fields_seen),
+            "system": self.system if self.rows_noted > 1 else None,
+            "lost": [self.lost_answers, self.lost_tokens],
+        }

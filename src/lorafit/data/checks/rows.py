@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -48,6 +49,24 @@ SECRETS = {
     "a JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
 }
 
+PLACEHOLDERS = frozenset(
+    (
+        "n/a", "n.a", "nan", "null", "undefined", "todo", "tbd", "tba", "tbc", "fixme", "xxx", "placeholder",
+        "see above", "see below", "as above", "same as above", "ditto", "lorem ipsum", "insert answer here",
+        "your answer here", "answer here", "to be done", "to be added", "coming soon", "fill in",
+    )
+)  # fmt: skip
+"""Answers that stand for an answer that nobody has written."""
+PLACEHOLDER_LENGTH = 40
+PLACEHOLDER_BLANKS = " \t\r\n.…!*_[]()<>{}-"
+HTML_HINTS = ("</", "<br", "<p>", "&nbsp;", "&amp;", "&lt;", "&gt;", "&quot;", "&#")
+HTML = re.compile(
+    r"</(?:p|div|span|li|ul|ol|a|b|i|u|em|strong|h[1-6]|table|tr|td|th|font|blockquote|pre|code)>|<br\s*/?>|<p>"
+    r"|&(?:nbsp|amp|lt|gt|quot|#\d{1,5}|#x[0-9a-fA-F]{1,4});",
+    re.IGNORECASE,
+)
+FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
 
 def text_checks(record: Record) -> Iterator[Observation]:
     """Every observation on one record."""
@@ -57,21 +76,35 @@ def text_checks(record: Record) -> Iterator[Observation]:
     except UnicodeEncodeError:
         yield "D043", "holds half a surrogate pair"
         return
-    yield from _answers(record)
-    if len(record.turns) != 2:
-        yield from _order(record)
+    if not record.is_document:
+        yield from _answers(record)
+        if len(record.turns) != 2:
+            yield from _order(record)
     yield from _hygiene(text, raw)
 
 
 def _answers(record: Record) -> Iterator[Observation]:
-    for turn in record.turns:
-        if turn.role == "assistant" and "tool_calls" not in turn.extra and not turn.content.strip():
+    taught = False
+    for number, turn in enumerate(record.turns, start=1):
+        taught |= turn.taught
+        if turn.loss and turn.role != "assistant":
+            yield "D051", f"turn {number} is the {turn.role}'s, and its loss flag says to learn it"
+        if turn.taught and not turn.content.strip() and not turn.calls:
             yield "D013", "the response is empty"
             break
+        if turn.taught and len(turn.content) < PLACEHOLDER_LENGTH and _is_placeholder(turn.content):
+            yield "D046", f"“{excerpt(turn.content.strip())}”"
+    if not taught:
+        yield "D021", "every answer is flagged as not to be learnt"
     if record.turns[0].role == "user" and not record.turns[0].content.strip():
         yield "D014", "the prompt is empty"
-    if len(record.turns) > 1 and record.turns[-1].content.strip() == record.turns[-2].content.strip() != "":
+    asked, answered = record.turns[-2:] if len(record.turns) > 1 else record.turns * 2
+    if asked is not answered and asked.role == "user" and asked.content.strip() == answered.content.strip() != "":
         yield "D015", "the response is the prompt"
+
+
+def _is_placeholder(answer: str) -> bool:
+    return answer.strip(PLACEHOLDER_BLANKS).lower() in PLACEHOLDERS
 
 
 def _order(record: Record) -> Iterator[Observation]:
@@ -93,13 +126,26 @@ def _hygiene(text: str, raw: bytes) -> Iterator[Observation]:
         yield "D041", f"U+{ord(_first_control(text)):04X}"
     if not text.isascii() and (match := MOJIBAKE.search(text)):
         yield "D042", f"'{excerpt(text[max(0, match.start() - 10) : match.end() + 10])}'"
+    if ("<" in text or "&" in text) and has_any(text, HTML_HINTS) and (found := HTML.search(FENCED.sub("", text))):
+        yield "D047", f"'{excerpt(found[0])}'"
     if kind := secret_kind(text):
         yield "D044", kind
 
 
 def text_of(record: Record) -> str:
     """All text of a record, turn after turn."""
-    return "\n".join([record.system or "", *(turn.content for turn in record.turns)])
+    return "\n".join(texts_of(record))
+
+
+def texts_of(record: Record) -> list[str]:
+    """Every text of a record: system, contents, reasoning, and calls as JSON."""
+    texts = [record.system or ""]
+    for turn in record.turns:
+        texts.append(turn.content)
+        if turn.extra:
+            texts.append(turn.reasoning)
+            texts += [json.dumps(call.get("function"), ensure_ascii=False, default=str) for call in turn.calls]
+    return texts
 
 
 def marker_styles(record: Record) -> list[str]:
@@ -147,6 +193,12 @@ class Tokenised(Protocol):
     @property
     def detail(self) -> str: ...
 
+    @property
+    def lost_answers(self) -> int: ...
+
+    @property
+    def lost_tokens(self) -> int: ...
+
 
 SAID: dict[str, Observation] = {
     problems.STOP_MISSING: ("D022", "an answer is not followed by a supervised stop token"),
@@ -157,6 +209,7 @@ SAID: dict[str, Observation] = {
     problems.PROMPT_SPLIT: ("D028", "the tokenizer splits the prompt otherwise when an answer follows"),
     problems.CONTENT_CHANGED: ("D027", "the template dropped or rewrote part of an answer"),
     problems.STRADDLED: ("D028", "a token covers the edge of an answer"),
+    problems.TEXT_MISSING: ("D039", "the template leaves out a text of the row"),
     problems.TOOLS_IGNORED: ("D029", "the template does not read tools"),
     problems.TOO_LARGE: ("D006", "more text than any context holds"),
     problems.NOT_TEXT: ("D043", "holds half a surrogate pair"),
@@ -168,9 +221,18 @@ def token_checks(row: Tokenised) -> Iterator[Observation]:
     """Every observation on one tokenised row; too-long rows are the caller's, who knows what to do with them."""
     for problem in row.problems:
         code, seen = SAID[problem]
-        yield code, excerpt(row.detail, 120) or seen
-    if not row.problems and True not in row.mask:
+        detailed = problem in DETAILED and (problem != problems.CONTENT_CHANGED or not _lacks_text(row))
+        yield code, (excerpt(row.detail, 120) if detailed else "") or seen
+    if row.ids and True not in row.mask:
         yield "D021", "nothing in the row is supervised"
+
+
+DETAILED = (problems.REFUSED, problems.TEXT_MISSING, problems.CONTENT_CHANGED)
+"""The problems that `detail` belongs to, the first of them that a row has."""
+
+
+def _lacks_text(row: Tokenised) -> bool:
+    return problems.TEXT_MISSING in row.problems
 
 
 class SpecialTokens:
@@ -184,7 +246,7 @@ class SpecialTokens:
 
     def text_checks(self, record: Record) -> Iterator[Observation]:
         """A judgement when a turn or the system text holds one."""
-        for text in (record.system or "", *(turn.content for turn in record.turns)):
+        for text in texts_of(record):
             if has_any(text, self.hints) and (match := self.pattern.search(text)):
                 yield "D045", f"'{match[0]}'"
                 return

@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.data.checks.findings import CODES, EXAMPLES
 from lorafit.data.schema.records import Record, Turn
+from lorafit.data.sources.raw_row import excerpt
+from lorafit.data.store import SUPERVISED, Rows, Stored
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import BackboneError
+from lorafit.findings import Finding, Severity
 
 EMBEDDING_NAMES = (
     "embed_tokens.weight",
@@ -88,6 +92,40 @@ def untrained_special_tokens(
         lifeless |= {token for token, is_dead in zip(present, dead) if is_dead}
         lifeless |= {token for token, is_twin in zip(everyone, twins) if is_twin} & set(present)
     return tuple(tokenizer.added_tokens[token] for token in sorted(lifeless))
+
+
+def missing_embeddings(folder: Path, rows: Stored, tokenizer: TextTokenizer) -> list[Finding]:
+    """One error when a row holds an id that the base's embedding table has no row for.
+
+    Without safetensors in `folder` its config.json says how many rows the table has.
+    """
+    count = _table_rows(folder)
+    if count is None or rows.facts["largest_id"] < count:
+        return []
+    store = rows.rows
+    places = np.flatnonzero((store.tokens & ~SUPERVISED) >= count)
+    found = np.searchsorted(store.offsets, places, side="right") - 1
+    token = int(store.tokens[places[0]] & ~SUPERVISED)
+    every = Rows(store)
+    examples = tuple(every.source(int(row)) for row in np.unique(found)[:EXAMPLES])
+    message = (
+        f"the token '{excerpt(tokenizer.token_of(token) or '')}' has the id {token:,}, "
+        f"and the base's embedding table has {count:,} rows"
+    )
+    rule = CODES["D048"]
+    return [Finding("D048", Severity.ERROR, message, examples[0], rule.why, rule.fix, len(np.unique(found)), examples)]
+
+
+def _table_rows(folder: Path) -> int | None:
+    table = EmbeddingTable.find(folder)
+    if table is not None:
+        return len(table.raw)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = (config.get("text_config") or config).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _used(template: Template) -> set[int]:

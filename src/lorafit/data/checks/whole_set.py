@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lorafit.data.checks.findings import CODES, EXAMPLES, STYLES_APART, FindingCounts
 from lorafit.data.dedup import duplicates_of, leaders, mixed
+from lorafit.data.schema.records import CALLS, REASONING
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.data.store import Rows, Stored
 from lorafit.findings import Finding, Severity
@@ -88,26 +89,25 @@ LABEL_SHARE = 0.05
 FEW_LABELS = 10
 MIXED_SHARE = 0.01
 
+MOST_NAMES = 12
+KNOWN_TURN_FIELDS = (REASONING, CALLS, "name", "tool_call_id", "id")
+
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class WholeSet:
-    """The gathered rows, which of them are held out (n,), and `--holdout`: a share, or a file that holds those."""
+    """The gathered rows, which of them are held out (n,), `--holdout`, and whether files of their own hold those."""
 
     stored: Stored
     held: Mask
     holdout: float | str
+    held_by_file: bool = False
 
     @cached_property
     def rows(self) -> Rows:
         """All rows, of both sides."""
         return Rows(self.stored.rows)
-
-    @property
-    def held_by_file(self) -> bool:
-        """Whether the held-out rows come from a file of their own."""
-        return isinstance(self.holdout, str)
 
     @property
     def exact_copies(self) -> Mask:
@@ -118,7 +118,9 @@ class WholeSet:
     def near_copies(self) -> Mask:
         """True (n,) for rows that nearly repeat an earlier row."""
         own = np.arange(len(self.held))
-        return np.asarray((self.stored.leader != own) & ~self.exact_copies)
+        # examples of one row share its beginning
+        apart = self.stored.row[self.stored.leader] != self.stored.row
+        return np.asarray((self.stored.leader != own) & apart & ~self.exact_copies)
 
     def findings(self) -> list[Finding]:
         """Every finding that needs all rows."""
@@ -127,7 +129,8 @@ class WholeSet:
         self._sides(finding_counts)
         self._contradictions(finding_counts)
         found = [finding_counts.finding(code, Severity.WARNING) for code in sorted(finding_counts.seen)]
-        return found + self._common_answer() + self._mixed() + self._file_warnings() + self._empty_sides()
+        found += self._common_answer() + self._mixed() + self._file_warnings() + self._empty_sides()
+        return found + self._unused() + self._one_system()
 
     def _copies(self, finding_counts: FindingCounts) -> None:
         first, leader = first_with(self.stored.exact), self.stored.leader
@@ -195,6 +198,25 @@ class WholeSet:
                 _finding("D009", Severity.INFO, f"read past: {', '.join(parts)}", name, sum(file_warnings.values()))
             )
         return found
+
+    def _unused(self) -> list[Finding]:
+        """Columns, and fields of turns, that nothing was read from."""
+        facts = self.stored.facts
+        turns = [f"{name} (of a turn)" for name in facts["turn_fields"] if name not in KNOWN_TURN_FIELDS]
+        names = [*(excerpt(str(name), 30) or "one without a name" for name in facts["unused"]), *turns]
+        if not names:
+            return []
+        also = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        message = f"columns that are not used: {', '.join(names[:MOST_NAMES])}{also}"
+        return [_finding("D037", Severity.INFO, message, facts["names"][0], len(names))]
+
+    def _one_system(self) -> list[Finding]:
+        """A system text that every row has: the model must be served with it."""
+        facts = self.stored.facts
+        if not facts["system"]:
+            return []
+        message = f"all rows share one system text: “{excerpt(facts['system'])}”"
+        return [_finding("D049", Severity.INFO, message, facts["names"][0], facts["counts"]["kept"])]
 
     def _empty_sides(self) -> list[Finding]:
         name = self.stored.facts["names"][0]

@@ -1,4 +1,4 @@
-"""Record: one training example, whatever file and row shape it came from; and where a long one is cut."""
+"""Record: one training example of any file and row shape; and where a long one is cut."""
 
 from __future__ import annotations
 
@@ -6,18 +6,48 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+REASONING, CALLS = "reasoning_content", "tool_calls"
+"""Under which names `Turn.extra` holds an answer's reasoning and its calls, whatever the row called them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation. `extra` keeps what only a chat template understands (tool_calls, name)."""
+    """One message of a conversation.
+
+    Attributes:
+        role: system, user, assistant, tool, or document (a text without a conversation around it).
+        content: its text.
+        extra: reasoning (REASONING), parsed tool calls (CALLS), `name`, `tool_call_id`, and fields for the template.
+        loss: the row's own flag; None where the row has none. Only answers are ever taught.
+    """
 
     role: str
     content: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    loss: bool | None = None
+
+    @property
+    def taught(self) -> bool:
+        """Whether the turn is an answer to learn."""
+        return self.role == "assistant" and self.loss is not False
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning before the answer; empty without any."""
+        return str(self.extra.get(REASONING, ""))
+
+    @property
+    def calls(self) -> Sequence[Mapping[str, Any]]:
+        """The tool calls, each as {"type": "function", "function": {"name": …, "arguments": {…}}}."""
+        found: Sequence[Mapping[str, Any]] = self.extra.get(CALLS, ())
+        return found
 
     def message(self) -> dict[str, Any]:
         """The turn as chat templates and OpenAI clients write it."""
         return {"role": self.role, "content": self.content, **self.extra}
+
+
+DOCUMENT = "document"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +78,17 @@ class Record:
         return head + [turn.message() for turn in self.turns]
 
     @property
+    def is_document(self) -> bool:
+        """Whether the record is one text of which every token is taught."""
+        return self.turns[0].role == DOCUMENT
+
+    @property
+    def taught_places(self) -> list[int]:
+        """Where in `messages()` the answers to learn stand."""
+        first = 1 if self.system else 0
+        return [place for place, turn in enumerate(self.turns, first) if turn.taught]
+
+    @property
     def prompt(self) -> list[dict[str, Any]]:
         """The messages before the last assistant turn: what the model is asked."""
         return self.messages()[:-1]
@@ -62,9 +103,22 @@ Row = TypeVar("Row")
 
 
 def up_to_last_answer(record: Record) -> Record:
-    """The record without the turns after its last answer: nothing in them is learnt."""
-    last = max(place for place, turn in enumerate(record.turns) if turn.role == "assistant")
-    return record if last == len(record.turns) - 1 else replace(record, turns=record.turns[: last + 1])
+    """The record without the turns after its last taught answer, from which nothing is learnt.
+
+    A record without a taught answer stays whole.
+    """
+    turns = record.turns
+    last = next((place for place in range(len(turns) - 1, -1, -1) if turns[place].taught), len(turns) - 1)
+    return record if last == len(turns) - 1 else replace(record, turns=turns[: last + 1])
+
+
+def each_answer_alone(record: Record) -> list[Record]:
+    """One record for each taught answer, ending in it, with the turns before it as context."""
+    places = [place for place, turn in enumerate(record.turns) if turn.taught and (place or record.system)]
+    if len(places) < 2:
+        return [record]
+    context = [replace(turn, loss=False) if turn.role == "assistant" else turn for turn in record.turns]
+    return [replace(record, turns=(*context[:place], record.turns[place])) for place in places]
 
 
 def split_at_turns(
@@ -81,7 +135,7 @@ def split_at_turns(
     too_long = first = 0
     while first < len(begins):
         longer = [replace(record, turns=record.turns[begins[first] : end]) for end in ends[first:]]
-        answered = [piece for piece in longer if any(turn.role == "assistant" for turn in piece.turns)]
+        answered = [up_to_last_answer(piece) for piece in longer if any(turn.taught for turn in piece.turns)]
         encoded = encode(answered)
         fitting = [(piece, row) for piece, row in zip(answered, encoded, strict=True) if fits(row)]
         if not fitting:
@@ -89,5 +143,5 @@ def split_at_turns(
             first += 1
             continue
         pieces.append(fitting[-1])
-        first = ends.index(begins[first] + len(fitting[-1][0].turns)) + 1
+        first = next(place for place, end in enumerate(ends) if end >= begins[first] + len(fitting[-1][0].turns)) + 1
     return pieces, too_long

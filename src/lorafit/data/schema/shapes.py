@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from lorafit.data.schema.records import Record, Turn
+from lorafit.data.schema.fields import (
+    Fields,
+    from_json,
+    is_empty,
+    kind_of,
+    optional_fault,
+    read_calls,
+    read_tools,
+    text_fault,
+)
+from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
+from lorafit.data.schema.turns import REASONING_NAMES, read_turn
+from lorafit.data.schema.unknown_rows import listed, table, unknown_rows
 from lorafit.data.sources.raw_row import Reject, excerpt
 from lorafit.errors import DataError, UsageError
 
-Fields = Mapping[str, Any]
 ANSWERS = ("response", "output", "completion", "answer")
-MAPPABLE = ("system", "instruction", "input", "prompt", *ANSWERS, "messages", "conversations", "tools")
-OPTIONAL = ("system", "input", "tools")
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+SYSTEMS = ("system", "system_prompt", "system_message")
+INPUTS = ("input", "context")
+TOOLS = ("tools", "functions")
+LISTS = ("messages", "conversations")
+MAPPABLE = (
+    "system", "instruction", "input", "prompt", *ANSWERS, *LISTS, "tools", "history", "reasoning", "text",
+)  # fmt: skip
+OPTIONAL = ("system", "input", "tools", "history", "reasoning")
+MEANT = frozenset(
+    (
+        *SYSTEMS, *INPUTS, *TOOLS, *ANSWERS, *LISTS, *REASONING_NAMES, "instruction", "prompt", "question", "query",
+        "history", "chat_template_kwargs", "documents", "image", "images", "video", "videos", "audio", "audios",
+    )
+)  # fmt: skip
+"""Fields whose meaning is known: a row never loses what stands in one of them."""
+EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history"))
 
 
 ANSWER_HINTS = ("answer", "response", "reply", "completion", "output", "resolution", "target", "label")
@@ -50,7 +62,13 @@ ASKED_HINTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """`kind` (instruction, prompt, messages or conversations), the `answer` field, and the names the user mapped."""
+    """How one dataset spells its rows.
+
+    Attributes:
+        kind: instruction, prompt, messages, conversations, calls (a query, and calls as its answers) or text.
+        answer: the field of the answer, where the kind has one.
+        mapped: the user's own names, as {ours: theirs}.
+    """
 
     kind: str
     answer: str = ""
@@ -64,8 +82,28 @@ class Shape:
             "prompt": f"prompt/{self.answer}",
             "messages": "messages (OpenAI)",
             "conversations": "conversations (ShareGPT)",
+            "calls": "query/answers/tools (xLAM)",
+            "text": "text (documents)",
         }
         return names[self.kind]
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The fields that rows of this shape are read from."""
+        by_kind = {
+            "instruction": ("instruction", self.answer, *EXCHANGE),
+            "prompt": ("prompt", self.answer, *EXCHANGE),
+            "messages": ("messages", *SYSTEMS, *TOOLS),
+            "conversations": ("conversations", *SYSTEMS, *TOOLS),
+            "calls": ("query", "answers", *SYSTEMS, *TOOLS),
+            "text": ("text",),
+        }
+        return frozenset(by_kind[self.kind])
+
+    @cached_property
+    def _unused(self) -> frozenset[str]:
+        chosen = ANSWERS if self.answer in self.mapped else ()
+        return MEANT - self.used - set(chosen) - set(self.mapped.values())
 
     def record(self, fields: Fields, source: str) -> Record | Reject:
         """The record that `fields` spell, or the Reject that says which field is at fault."""
@@ -73,64 +111,85 @@ class Shape:
         read: Callable[[Fields, str], Record | Reject] = {
             "instruction": self._instruction,
             "prompt": self._prompt,
-            "messages": self._messages,
-            "conversations": self._conversations,
+            "messages": self._list,
+            "conversations": self._list,
+            "calls": self._called,
+            "text": self._document,
         }[self.kind]
         return read(row, source)
 
+    def lost(self, fields: Fields, record: Record) -> str:
+        """What a field of known meaning holds that the record does not, in words; empty when nothing is lost."""
+        for name in fields.keys() & self._unused:
+            value = fields[name]
+            if not is_empty(value) and not _is_said(value, record):
+                return f"the field '{name}' is not used in rows of {self.title}"
+        return ""
+
+    def unused(self, names: set[str]) -> list[str]:
+        """Those of the rows' field names that nothing is read from, sorted."""
+        taken = set(self.mapped.values())
+        displaced = {ours for ours, theirs in self.mapped.items() if ours != theirs}
+        return sorted(name for name in names if name not in taken and (name in displaced or name not in self.used))
+
     def _instruction(self, row: Fields, source: str) -> Record | Reject:
-        fault = _text_fault(row, "instruction") or _text_fault(row, self.answer) or _optional_fault(row, "input")
-        if fault:
-            return fault
-        asked = row["instruction"]
-        if extra := (row.get("input") or "").strip():
-            asked = f"{asked.rstrip()}\n{extra}" if asked.strip() else extra
-        return _exchange(row, asked, row[self.answer], source)
+        return text_fault(row, "instruction") or _exchange(row, "instruction", self.answer, source)
 
     def _prompt(self, row: Fields, source: str) -> Record | Reject:
         asked, answered = row.get("prompt"), row.get(self.answer)
-        if isinstance(asked, list) and isinstance(answered, list):
-            return _asked_in_turns(row, asked, answered, source)
-        fault = _text_fault(row, "prompt") or _text_fault(row, self.answer)
-        return fault or _exchange(row, row["prompt"], row[self.answer], source)
+        if isinstance(asked, list) or isinstance(answered, list):
+            return _asked_in_turns(row, self.answer, source)
+        return text_fault(row, "prompt") or _exchange(row, "prompt", self.answer, source)
 
-    def _messages(self, row: Fields, source: str) -> Record | Reject:
-        return _conversation(row, "messages", _openai_turn, source)
+    def _list(self, row: Fields, source: str) -> Record | Reject:
+        return _conversation(row, self.kind, source)
 
-    def _conversations(self, row: Fields, source: str) -> Record | Reject:
-        return _conversation(row, "conversations", _sharegpt_turn, source)
+    def _called(self, row: Fields, source: str) -> Record | Reject:
+        if fault := text_fault(row, "query"):
+            return fault
+        calls = read_calls(row.get("answers"), "answers")
+        if isinstance(calls, Reject):
+            return calls
+        return _assembled(row, [Turn("user", row["query"]), Turn("assistant", "", {CALLS: calls})], source)
+
+    def _document(self, row: Fields, source: str) -> Record | Reject:
+        fault = text_fault(row, "text")
+        if fault is None and not row["text"].strip():
+            fault = Reject("D013", "the text is empty")
+        return fault or Record((Turn(DOCUMENT, row["text"]),), source)
 
 
 def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
-    """The row with each mapped field under the name lorafit knows it by."""
+    """The row with each mapped field under the name lorafit knows it by, and no longer under its own."""
     if not mapped:
         return fields
-    return {**fields, **{ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}}
+    taken = set(mapped.values())
+    kept = {name: value for name, value in fields.items() if name not in taken}
+    return kept | {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
 
 
 def check_map(mapped: Mapping[str, str]) -> None:
-    """Raises UsageError when `--map` names a field that lorafit does not know."""
+    """Raises UsageError when `--map` names a field that lorafit does not know, or one field twice."""
     for ours in mapped:
         if ours not in MAPPABLE:
             near = difflib.get_close_matches(ours, MAPPABLE, n=1)
             fix = f"did you mean '{near[0]}'?" if near else "the left side is one of " + ", ".join(MAPPABLE)
             raise UsageError(f"'{ours}' is no field of a row", where="--map", fix=fix)
+    theirs, count = Counter(mapped.values()).most_common(1)[0] if mapped else ("", 0)
+    if count > 1:
+        raise UsageError(f"the field '{excerpt(theirs, 30)}' is mapped twice", where="--map", fix="map it once")
 
 
 def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Shape:
     """The shape most of `rows` have. Raises DataError naming the fields there are when it is none of ours."""
     check_map(mapped)
     _check_mapped_names(rows, mapped)
-    votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped))))
+    if len(rows) == 1 and (found := table(rows[0], where)):
+        raise DataError(found[0], where=where, fix=found[1])
+    votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped), mapped)))
     if not votes:
-        if known := _known_trouble(rows):
-            raise DataError(known[0], where=where, fix=known[1])
-        names = _listed(str(name) for row in rows[:100] for name in row)
-        raise DataError(
-            f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations",
-            where=where,
-            fix=f"name them, as in {_suggested_map(rows)}",
-        )
+        what, fix = unknown_rows(rows, mapped, where)
+        raise DataError(what, where=where, fix=fix)
     kind, answer = votes.most_common(1)[0][0]
     return Shape(kind, answer, dict(mapped))
 
@@ -141,154 +200,167 @@ def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> No
     for ours, theirs in mapped.items():
         if names and theirs not in names and ours not in OPTIONAL:
             near = difflib.get_close_matches(theirs, names, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else f"the rows have {_listed(names)}"
+            fix = f"did you mean '{near[0]}'?" if near else f"the rows have {listed(names)}"
             message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"
             raise UsageError(message, where="--map", fix=fix)
 
 
-def _suggested_map(rows: Sequence[Fields]) -> str:
-    """The flags that name a question and an answer among the rows' own fields, to be pasted."""
-    names = list(dict.fromkeys(str(name) for row in rows[:100] for name in row))
-    answer = next((name for hint in ANSWER_HINTS for name in names if hint in name.lower()), None)
-    asked = next((name for hint in ASKED_HINTS for name in names if hint in name.lower() and name != answer), None)
-    if answer is None or asked is None:
-        return "--map instruction=question --map response=answer_text"
-    return " ".join(f"--map {shlex.quote(word)}" for word in (f"instruction={asked}", f"response={answer}"))
+def _shape_of(row: Fields, mapped: Mapping[str, str]) -> tuple[str, str] | None:
+    if "text" in mapped and "text" in row:
+        return "text", ""
+    named = [name for name in ANSWERS if name in mapped and name in row]
+    answers = [*named, *(name for name in ANSWERS if name in row and name not in named)]
+    answer = next((name for name in answers if not is_empty(row[name])), answers[0] if answers else "")
+    asked = [kind for kind in ("instruction", "prompt") if answer and kind in row]
+    wished = [kind for kind in asked if kind in mapped]
+    lists = [] if wished else [kind for kind in LISTS if _is_list(row.get(kind))]
+    if lists:
+        return lists[0], ""
+    if asked:
+        return (wished or asked)[0], answer
+    return ("calls", "") if "query" in row and "answers" in row else None
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted({excerpt(name, 30) for name in names})[:12]) or "none"
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
 
 
-def _known_trouble(rows: Sequence[Fields]) -> tuple[str, str] | None:
-    """What is wrong, and what to do, with rows of a kind that people often have; None for others."""
-    for name in ("messages", "conversations"):
-        if any(isinstance(row.get(name), str) for row in rows):
-            return f"the field '{name}' is a text, not a list of turns", "write the list itself, not its JSON in quotes"
-    if (
-        rows
-        and all("text" in row for row in rows)
-        and not any({*ANSWERS, "prompt", "instruction"} & {*row} for row in rows)
-    ):
-        what = "the rows have a 'text' and do not say what of it is asked and what is answered"
-        return what, "write prompt and completion, or messages: the template and the loss go by them"
-    return None
+def _is_said(value: Any, record: Record) -> bool:
+    """Whether all that a known field says stands in the record anyway, as a copy of one of its texts."""
+    if not isinstance(value, str):
+        return False
+    wanted = "".join(value.split())
+    return any(
+        wanted in "".join(text.split()) for text in (record.system or "", *(turn.content for turn in record.turns))
+    )
 
 
-def _shape_of(row: Fields) -> tuple[str, str] | None:
-    for kind in ("messages", "conversations"):
-        if isinstance(row.get(kind), list):
-            return kind, ""
-    answer = next((name for name in ANSWERS if name in row), "")
-    for kind in ("instruction", "prompt"):
-        if answer and kind in row:
-            return kind, answer
-    return None
+def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Reject:
+    """A question with its input, after what was said before, and the answer."""
+    if EXCHANGE.isdisjoint(row) and isinstance(row.get(answers), str):
+        return Record((Turn("user", row[asks]), Turn("assistant", row[answers])), source)  # most rows
+    before = _history(row)
+    extra = _optional(row, INPUTS)
+    reasoned = _optional(row, REASONING_NAMES)
+    for part in (_answer_fault(row, answers), before, extra, reasoned):
+        if isinstance(part, Reject):
+            return part
+    assert isinstance(before, list) and isinstance(extra, str) and isinstance(reasoned, str)
+    asked = row[asks]
+    if extra := extra.strip("\r\n").rstrip():
+        asked = f"{asked.rstrip()}\n{extra}" if asked.strip() else extra
+    answer = Turn("assistant", row[answers], {REASONING: reasoned} if reasoned else {})
+    return _assembled(row, [*before, Turn("user", asked), answer], source)
 
 
-def _text_fault(row: Fields, name: str) -> Reject | None:
-    if name not in row:
-        near = difflib.get_close_matches(name, [str(key) for key in row], n=1)
-        hint = f" (there is '{excerpt(near[0])}')" if near else ""
-        return Reject("D010", f"no field '{name}'{hint}")
-    if row[name] is None:
-        return Reject("D011", f"the field '{name}' is null")
-    return _optional_fault(row, name)
+def _answer_fault(row: Fields, name: str) -> Reject | None:
+    fault = text_fault(row, name)
+    if fault and isinstance(row.get(name), list):
+        other = next((str(key) for key in row if str(key).startswith(f"{name}-") and isinstance(row[key], str)), "")
+        fix = f"--map {name}={other}" if other else "write the text of one of them into it"
+        return replace(fault, reason=f"{fault.reason}; an export of Argilla?", fix=fix)
+    return fault
 
 
-def _optional_fault(row: Fields, name: str) -> Reject | None:
-    value = row.get(name)
-    if value is None or isinstance(value, str):
-        return None
-    return Reject("D012", f"the field '{name}' is {_kind(value)}, not text")
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    return {**kinds, dict: "an object", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
-
-
-def _exchange(row: Fields, asked: str, answered: str, source: str) -> Record | Reject:
-    if fault := _optional_fault(row, "system"):
-        return fault
-    return Record((Turn("user", asked), Turn("assistant", answered)), source, row.get("system") or None)
-
-
-def _asked_in_turns(row: Fields, asked: list[Any], answered: list[Any], source: str) -> Record | Reject:
-    """TRL's conversational prompt and completion: turns on both sides."""
-    if any(isinstance(message, dict) and message.get("role") == "assistant" for message in asked):
-        # only the completion is to be learnt, and of a conversation every answer is
-        return Reject(
-            "D012", "the prompt has an assistant turn; where that is to be learnt too, make 'messages' of all"
-        )
-    return _conversation({**row, "messages": [*asked, *answered]}, "messages", _openai_turn, source)
-
-
-def _conversation(row: Fields, name: str, read: Callable[[Any], Turn | Reject], source: str) -> Record | Reject:
-    if name not in row:
-        return _text_fault(row, name) or Reject("D010", f"no field '{name}'")
-    if not isinstance(row[name], list):
-        code = "D011" if row[name] is None else "D012"
-        return Reject(code, f"the field '{name}' is not a list of turns")
+def _history(row: Fields) -> list[Turn] | Reject:
+    """The turns before the question: pairs of a question and an answer, or messages."""
+    value = row.get("history")
+    if is_empty(value):
+        return []
+    try:
+        rounds = from_json(value)
+    except ValueError as error:
+        return Reject("D012", f"the field 'history' is a text that is no JSON ({error})", fix="write the list itself")
+    if not isinstance(rounds, list):
+        return Reject("D012", f"the field 'history' is {kind_of(rounds)}, not a list of rounds", fix=HISTORY_FIX)
     turns: list[Turn] = []
-    for number, message in enumerate(row[name], start=1):
-        turn = read(message)
+    for number, one in enumerate(rounds, start=1):
+        if isinstance(one, dict):
+            read = [read_turn(one)]
+        elif isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one):
+            read = [Turn("user", one[0]), Turn("assistant", one[1])]
+        else:
+            return Reject("D012", f"round {number} of 'history' is no pair of texts", fix=HISTORY_FIX)
+        for turn in read:
+            if isinstance(turn, Reject):
+                return Reject(turn.code, f"round {number} of 'history': {turn.reason}", fix=turn.fix)
+            turns.append(turn)
+    return turns
+
+
+HISTORY_FIX = 'write [["question", "answer"], …]'
+
+
+def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
+    """The one text under any of `names`; empty when none has one."""
+    found, holder = "", ""
+    for name in names:
+        value = row.get(name)
+        if is_empty(value):
+            continue
+        if not isinstance(value, str):
+            return optional_fault(row, name) or ""
+        if found and found != value:
+            return Reject("D012", f"the fields '{holder}' and '{name}' hold two texts of one meaning", fix="join them")
+        found, holder = value, name
+    return found
+
+
+def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
+    """TRL's conversational prompt and completion: turns on one side or on both, answers of the prompt untaught."""
+    sides = []
+    for name, role in (("prompt", "user"), (answer, "assistant")):
+        value = row.get(name)
+        if not isinstance(value, list) and (fault := text_fault(row, name)):
+            return fault
+        turns = _turns(value) if isinstance(value, list) else [Turn(role, str(value))]
+        if isinstance(turns, Reject):
+            return Reject(turns.code, f"'{name}', {turns.reason}", fix=turns.fix)
+        sides.append(turns)
+    context = [Turn(turn.role, turn.content, turn.extra, False) if turn.taught else turn for turn in sides[0]]
+    return _assembled(row, [*context, *sides[1]], source)
+
+
+def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
+    if name not in row:
+        return text_fault(row, name) or Reject("D010", f"no field '{name}'")
+    try:
+        value = from_json(row[name])
+    except ValueError:
+        value = None
+    if not isinstance(value, list):
+        code = "D011" if row[name] is None else "D012"
+        fix = 'write [{"role": "user", "content": "…"}, …]'
+        return Reject(code, f"the field '{name}' is not a list of turns", fix=fix)
+    turns = _turns(value)
+    return turns if isinstance(turns, Reject) else _assembled(row, turns, source)
+
+
+def _turns(messages: Sequence[Any]) -> list[Turn] | Reject:
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, start=1):
+        turn = read_turn(message)
         if isinstance(turn, Reject):
-            return Reject(turn.code, f"turn {number}: {turn.reason}")
+            return Reject(turn.code, f"turn {number}: {turn.reason}", fix=turn.fix)
         turns.append(turn)
-    fault = _optional_fault(row, "system")
-    tools = row.get("tools") or []
-    if fault is None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        fault = Reject("D012", "the field 'tools' is not a list of objects")
-    return fault or _assembled(turns, tuple(tools), row.get("system") or None, source)
+    return turns
 
 
-def _assembled(turns: list[Turn], tools: tuple[Fields, ...], system: str | None, source: str) -> Record | Reject:
-    if turns and turns[0].role in ("system", "developer"):
-        system = "\n".join(part for part in (system, turns.pop(0).content) if part) or None
+def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
+    """The record of `turns`, with the row's own system text and tools."""
+    system = _optional(row, SYSTEMS)
+    if isinstance(system, Reject):
+        return system
+    tools: tuple[Fields, ...] = ()
+    for name in TOOLS:
+        if row.get(name):
+            read = read_tools(row, name)
+            if isinstance(read, Reject):
+                return read
+            tools += read
+    if turns and turns[0].role == "system":
+        own = turns.pop(0).content
+        system = own if system in ("", own) else "\n".join(part for part in (system, own) if part)
     if not any(turn.role == "assistant" for turn in turns):
         return Reject("D016", "the conversation has no assistant turn")
-    return Record(tuple(turns), source, system, tools)
-
-
-def _openai_turn(message: Any) -> Turn | Reject:
-    if not isinstance(message, dict):
-        return Reject("D012", f"is {_kind(message)}, not an object with role and content")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        return Reject("D012", f"the role '{excerpt(str(role))}' is none of {', '.join(sorted(ROLES))}")
-    extra = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
-    if message.get("content") is None and "tool_calls" in extra:
-        return Turn(role, "", extra)
-    content = _content(message, "content")
-    return content if isinstance(content, Reject) else Turn(role, content, extra)
-
-
-def _sharegpt_turn(message: Any) -> Turn | Reject:
-    if not isinstance(message, dict):
-        return Reject("D012", f"is {_kind(message)}, not an object with from and value")
-    speaker = message.get("from", message.get("role"))
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        known = ", ".join(sorted(SHAREGPT_ROLES))
-        return Reject("D012", f"the speaker '{excerpt(str(speaker))}' is none of {known}")
-    content = _content(message, "content" if "content" in message and "value" not in message else "value")
-    return content if isinstance(content, Reject) else Turn(role, content)
-
-
-def _content(message: Fields, name: str) -> str | Reject:
-    """The text of a turn; a list of text parts counts as one text."""
-    value = message.get(name)
-    if isinstance(value, list):
-        return _joined(value)
-    return value if isinstance(value, str) else _text_fault(message, name) or ""
-
-
-def _joined(parts: Iterable[Any]) -> str | Reject:
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-        if not isinstance(text, str):
-            return Reject("D012", "the content holds something that is not text (an image?)")
-        texts.append(text)
-    return "".join(texts)
+    return Record(tuple(turns), source, system or None, tools)

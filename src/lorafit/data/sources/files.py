@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -49,12 +49,15 @@ class Readable(Protocol):
 class Utf8Stream:
     """The bytes of `inner` as UTF-8: a BOM is dropped and UTF-16 or UTF-32 converted, each noted in `file_warnings`."""
 
-    def __init__(self, inner: Readable, file_warnings: Counter[str]) -> None:
+    def __init__(self, inner: Readable, file_warnings: Counter[str], named: str = "") -> None:
         self.inner = inner
         self.head = _at_least(inner, 4)
         self.decoder: codecs.IncrementalDecoder | None = None
         encoding = next((name for mark, name in WIDE if self.head.startswith(mark)), "")
-        if encoding:
+        if named and not encoding and not self.head.startswith(codecs.BOM_UTF8):
+            file_warnings[f"{named} text"] += 1
+            self.decoder = codecs.getincrementaldecoder(named)("replace")
+        elif encoding:
             file_warnings[f"{encoding[:6].upper()} text"] += 1
             self.decoder = codecs.getincrementaldecoder(encoding)("surrogatepass" if "16" in encoding else "replace")
         elif self.head.startswith(codecs.BOM_UTF8):
@@ -114,7 +117,26 @@ def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
         yield number, bytes(tail), length
 
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+OTHER_KINDS = {
+    ".xlsx": ("is an Excel workbook", "save the sheet as 'CSV UTF-8' in Excel, and name that file"),
+    ".xls": ("is an Excel workbook", "save the sheet as 'CSV UTF-8' in Excel, and name that file"),
+    ".ods": ("is a LibreOffice sheet", "save it as CSV, and name that file"),
+    ".txt": (
+        "is a text file",
+        "name it .csv or .tsv if it is a table; else write one JSON object per line to a .jsonl",
+    ),
+    ".yaml": ("is YAML", "name a recipe alone, or write the rows as .jsonl"),
+}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Words in the names of files and folders that say which split they are."""
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_UNPACKED = 64 << 30
@@ -122,7 +144,7 @@ MAX_UNPACKED = 64 << 30
 PACKED_BLOCK = 1 << 10
 """Bytes of zstd that are unpacked at once: they are 32 MiB at most, since four bytes (a block of one repeated byte) can
 stand for 128 KiB."""
-KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv and .parquet, each also as .gz or .zst"
+KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv, .parquet and .arrow, each also as .gz or .zst"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +152,7 @@ class DataFile:
     """A file to read: its `path`, the `name` that places are given with, its `format` and `compression`.
 
     `hub_id` is set instead of a path for a dataset of the hub. `held_out` marks files that `--holdout` names.
+    `encoding` is how the user says that text is written. `split` is train, validation or test, by the file's name.
     """
 
     path: Path
@@ -138,6 +161,8 @@ class DataFile:
     compression: str = ""
     hub_id: str = ""
     held_out: bool = False
+    encoding: str = ""
+    split: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -150,7 +175,7 @@ class DataFile:
             return file_hash(self.path)
 
 
-def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile]:
+def find_files(named: Sequence[str], *, held_out: bool = False, encoding: str | None = None) -> list[DataFile]:
     """The files that paths, globs and folders in `named` stand for, in the given order, folders and globs sorted.
 
     Raises DataError when something named does not exist, cannot be read, or is of no known format.
@@ -159,7 +184,7 @@ def find_files(named: Sequence[str], *, held_out: bool = False) -> list[DataFile
         raise DataError("no data was named", fix="pass a file, a folder, a glob or a hub dataset id")
     files: list[DataFile] = []
     for entry in named:
-        files += _files_of(entry, held_out)
+        files += [replace(file, encoding=encoding or "") for file in _files_of(entry, held_out)]
     seen: dict[str, DataFile] = {}
     for file in files:
         seen.setdefault(file.hub_id or str(file.path.resolve()), file)
@@ -185,7 +210,7 @@ def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
         found = sorted(path for path in matches if os.path.isfile(path))  # noqa: PTH113 - unreadable ones raise nothing
         if not found:
             raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
-        return [_data_file(Path(path), held_out) for path in found]
+        return [replace(_data_file(path, held_out), split=_split_of(path.name)) for path in map(Path, found)]
     if isinstance(error, PermissionError):
         raise DataError("cannot be read (permission denied)", where=entry, fix="check its rights") from error
     if HUB_ID.fullmatch(entry) and not _suffixes(entry)[0] and not Path(entry).parent.is_dir():
@@ -200,9 +225,31 @@ def _folder(path: Path, held_out: bool) -> list[DataFile]:
         for name in names
         if _suffixes(name)[0] and not name.startswith(".") and "/." not in root.removeprefix(str(path))
     )
+    found = [file for file in found if _is_no_companion(file)]
     if not found:
         raise DataError("the folder holds no data file", where=str(path), fix=KNOWN)
-    return [_data_file(file, held_out) for file in found]
+    return [_in_folder(path, file, held_out) for file in found]
+
+
+def _in_folder(root: Path, file: Path, held_out: bool) -> DataFile:
+    splits = [split for part in file.relative_to(root).parts if (split := _split_of(part))]
+    return replace(_data_file(file, held_out), split=splits[0] if splits else "")
+
+
+def _split_of(name: str) -> str:
+    """The split that a file's or folder's name speaks of; empty without one."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def _is_no_companion(file: Path) -> bool:
+    """Whether a file holds rows: beside those of `datasets.save_to_disk` lie its own notes and caches."""
+    if file.name in ("dataset_dict.json", "dataset_info.json", "state.json"):
+        beside = (file.parent / "dataset_dict.json", file.parent / "state.json")
+        return not any(note.is_file() for note in beside)
+    if file.suffix != ".arrow" or not (file.parent / "state.json").is_file():
+        return True
+    return not file.name.startswith("cache-")
 
 
 def _suffixes(name: str) -> tuple[str, str]:
@@ -216,6 +263,8 @@ def _suffixes(name: str) -> tuple[str, str]:
 
 def _data_file(path: Path, held_out: bool) -> DataFile:
     form, compression = _suffixes(path.name)
+    if not form and (kind := OTHER_KINDS.get(path.suffix.lower())):
+        raise DataError(kind[0], where=str(path), fix=kind[1])
     if not form:
         raise DataError("is not a data file by its name", where=str(path), fix=KNOWN)
     file = DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)

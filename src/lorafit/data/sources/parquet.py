@@ -1,4 +1,4 @@
-"""Rows of Parquet files, a bounded number of bytes at a time."""
+"""Rows of Parquet and Arrow files, a bounded number of bytes at a time."""
 
 from __future__ import annotations
 
@@ -45,6 +45,38 @@ def parquet_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callab
             raise DataError(
                 f"is no readable Parquet file ({one_line(error)})", where=file.name, fix="write it again"
             ) from error
+
+
+def arrow_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable[[float], None]) -> Iterator[RawRow]:
+    """The rows of an Arrow file, as `datasets` saves them to disk; a row's place counts from 1."""
+    import pyarrow as pa
+
+    with reading(file), unpacked(file, max_unpacked) as stream:
+        try:
+            size, line = file.size_bytes, 0
+            for batch in _arrow_batches(stream):
+                for start in range(0, len(batch), BATCH_ROWS):
+                    part = batch.slice(start, BATCH_ROWS)
+                    row_bytes = part.nbytes // max(1, len(part))
+                    for fields in part.to_pylist():
+                        line += 1
+                        yield RawRow(index, line, b"", without_nulls(fields), size_bytes=row_bytes)
+                on_share(min(1.0, stream.tell() / max(1, size)))
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            what = f"is no readable Arrow file ({one_line(error)})"
+            raise DataError(what, where=file.name, fix="save it again") from error
+
+
+def _arrow_batches(stream: Any) -> Iterator[Any]:
+    """Record batches of either format: a stream, as `datasets` writes, or a file with a footer."""
+    import pyarrow as pa
+
+    head = stream.read(6)
+    stream.seek(0)
+    if head == b"ARROW1":
+        table = pa.ipc.open_file(stream)
+        return (table.get_batch(number) for number in range(table.num_record_batches))
+    return iter(pa.ipc.open_stream(stream))
 
 
 def _batch_rows(metadata: Any) -> int:

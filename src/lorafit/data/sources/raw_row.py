@@ -29,7 +29,8 @@ RAW_LIMIT_BYTES = 64 * 1024
 class Reject:
     """A row that cannot be used: its `code`, what was seen (`reason`), and the 1-based `column` where known.
 
-    `line_offset` counts the line ends between the row's first line and the fault; `excerpt` is the text there.
+    `line_offset` counts the line ends between the row's first line and the fault; `excerpt` is the text there. `fix`
+    is what mends this fault, where the code's own fix does not.
     """
 
     code: str
@@ -37,6 +38,7 @@ class Reject:
     column: int = 0
     line_offset: int = 0
     excerpt: str = ""
+    fix: str = ""
 
     def place(self, name: str, line: int) -> str:
         """`file:line:column`, or `file:line` when the fault has no column."""

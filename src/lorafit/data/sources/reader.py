@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from lorafit.data.schema.unknown_rows import container
 from lorafit.data.sources.files import (
     BLOCK_BYTES,
     LINE_LIMIT_BYTES,
@@ -17,7 +18,7 @@ from lorafit.data.sources.files import (
     lines,
     reading,
 )
-from lorafit.data.sources.parquet import parquet_rows
+from lorafit.data.sources.parquet import arrow_rows, parquet_rows
 from lorafit.data.sources.raw_row import CUT_OFF, RawRow, Reject, parse_row
 from lorafit.data.sources.tables import csv_rows, hub_rows
 from lorafit.errors import DataError
@@ -187,8 +188,9 @@ class RowReader:
     def _rows_of(self, index: int, file: DataFile, before: int) -> Iterator[RawRow]:
         if file.format == "hub":
             yield from hub_rows(index, file)
-        elif file.format == "parquet":
-            yield from parquet_rows(
+        elif file.format in ("parquet", "arrow"):
+            rows_of = parquet_rows if file.format == "parquet" else arrow_rows
+            yield from rows_of(
                 index, file, self.max_unpacked, lambda share: self._at(before + int(share * file.size_bytes))
             )
         else:
@@ -201,7 +203,7 @@ class RowReader:
         with reading(file):
             disk = ByteStream(file, self.max_unpacked)
             try:
-                stream = Utf8Stream(disk, self.file_warnings[index])
+                stream = Utf8Stream(disk, self.file_warnings[index], file.encoding)
                 head = _first_text(stream)
                 for row in self._by_format(index, file, _Rewound(stream, head), head):
                     self.bytes_done = before + disk.bytes_done
@@ -211,12 +213,12 @@ class RowReader:
 
     def _by_format(self, index: int, file: DataFile, stream: _Rewound, head: bytes) -> Iterator[RawRow]:
         if file.format == "csv":
-            return csv_rows(stream, index, file)
+            return csv_rows(stream, index, file, self.file_warnings[index])
         start = head.lstrip()
         if start.startswith(b"[") and (file.format == "json" or _opens_an_array(start)):
             return array_rows(stream, index, self.file_warnings[index])
         if file.format == "json" and start.startswith(b"{") and _is_one_object(start):
-            raise DataError("holds one JSON object, not a list of rows", where=file.name, fix="save the list itself")
+            raise _one_object(stream, file)
         return jsonl_rows(stream, index, self.file_warnings[index])
 
 
@@ -239,6 +241,21 @@ def _first_text(stream: Utf8Stream) -> bytes:
         head += block
         shown += len(block) if shown else len(block.lstrip())
     return bytes(head)
+
+
+def _one_object(stream: _Rewound, file: DataFile) -> DataError:
+    """What the file's one object is, and how its rows are taken out of it."""
+    text = b""
+    while len(text) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
+        text += block
+    parsed = parse_row(text)
+    found = None if isinstance(parsed, Reject) else container(parsed, file.name)
+    if found:
+        return DataError(found[0], where=file.name, fix=found[1])
+    pretty = "if its objects stand one below the other, name it .jsonl and write each on one line"
+    return DataError(
+        "holds one JSON object, not a list of rows", where=file.name, fix=f"save the list itself; {pretty}"
+    )
 
 
 def _is_one_object(start: bytes) -> bool:

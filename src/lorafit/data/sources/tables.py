@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain
@@ -35,52 +37,75 @@ class CsvLines:
         return raw.decode("utf-8", "surrogateescape") + "\n"
 
 
-def csv_rows(stream: Readable, index: int, file: DataFile) -> Iterator[RawRow]:
-    """The rows under the header line; a row's place is the line it starts on."""
+def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counter[str]) -> Iterator[RawRow]:
+    """The rows under the header line; a row's place is the line it starts on.
+
+    Excel's `sep=` line names the separator. Rows of blank cells are counted and passed by.
+    """
     csv.field_size_limit(LINE_LIMIT_BYTES)
     text = CsvLines(stream)
     first = next(text, "")
-    table = csv.reader(chain([first], text), delimiter=_separator(first), strict=True)
-    header = _header(table, file)
+    named = SEPARATOR_LINE.fullmatch(first.strip())
+    separator = named[1] if named else _separator(first)
+    table = csv.reader(chain(() if named else (first,), text), delimiter=separator, strict=True)
+    before = 1 if named else 0
+    header = _header(table, file, before + 1)
+    if not header[0]:
+        file_warnings["index column without a name"] += 1
     while True:
-        start, text.cut = table.line_num + 1, False
+        start, text.cut = before + table.line_num + 1, False
         try:
             cells = next(table, None)
         except csv.Error as error:
-            yield RawRow(index, start, b"", reject=Reject("D001", f"broken CSV: {error}"))
+            yield RawRow(index, start, b"", reject=Reject("D053", str(error)))
             continue
         if cells is None:
             return
         if text.cut:
             yield RawRow(index, start, b"", reject=Reject("D006", "a line of the row is over 16 MiB long"))
-        elif cells:
+        elif any(map(str.strip, cells)):
             yield _csv_row(index, start, header, cells)
+        elif cells:
+            file_warnings["row of blank cells"] += 1
+
+
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t|]*', re.IGNORECASE)
 
 
 def _separator(header: str) -> str:
     return max(SEPARATORS, key=header.count)
 
 
-def _header(table: Iterator[list[str]], file: DataFile) -> list[str]:
+def _header(table: Iterator[list[str]], file: DataFile, line: int) -> list[str]:
+    """The columns' names; one without a name is kept as "" (an index, or what Excel leaves behind)."""
+    where = f"{file.name}:{line}"
     try:
         header = [name.strip() for name in next(table, [])]
     except csv.Error as error:
-        raise DataError(f"the header line is broken ({error})", where=f"{file.name}:1", fix="mend it") from error
-    if len(set(header)) != len(header) or not all(header):
-        raise DataError("the header line names a column twice or not at all", where=f"{file.name}:1", fix="mend it")
+        raise DataError(f"the header line is broken ({error})", where=where, fix="close each quote of it") from error
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+        what = f"the header line names the column '{excerpt(twice[0])}' twice"
+        raise DataError(what, where=where, fix="rename one of the two")
+    if not any(header):
+        raise DataError("the first line names no column", where=where, fix="write the columns' names into it")
     return header
 
 
 def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawRow:
     raw = json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
     if len(cells) != len(header):
-        reason = f"{len(cells)} cells under a header of {len(header)}"
-        return RawRow(index, line, raw, reject=Reject("D008", reason))
-    for name, cell in zip(header, cells, strict=True):
+        if any(cell.strip() for cell in cells[len(header) :]) or len(cells) < len(header):
+            reason = f"{len(cells)} cells under a header of {len(header)}"
+            return RawRow(index, line, raw, reject=Reject("D008", reason))
+        cells = cells[: len(header)]
+    for place, (name, cell) in enumerate(zip(header, cells, strict=True)):
         if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
             reject = Reject("D004", f"the cell '{excerpt(name)}' holds bytes that are not UTF-8")
             return RawRow(index, line, raw, reject=reject)
-    return RawRow(index, line, raw, dict(zip(header, cells, strict=True)))
+        if not name and cell.strip() and not (place == 0 and cell.strip().isdigit()):
+            reject = Reject("D008", f"cell {place + 1} has no column name", fix="name the column in the header")
+            return RawRow(index, line, raw, reject=reject)
+    return RawRow(index, line, raw, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 
 
 def without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:

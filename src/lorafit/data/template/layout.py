@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Encoding
 
-from lorafit.data.schema.records import Record
+from lorafit.data.schema.records import CALLS, REASONING, Record
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
 
@@ -41,6 +41,9 @@ PROMPT_SPLIT = "prompt-split"
 TOOLS_IGNORED = "tools-ignored"
 """The row has tools or tool calls, and the template does not read them."""
 
+TEXT_MISSING = "text-missing"
+"""A text of the prompt's side is not in the rendered row; `Encoded.detail` says which turn's."""
+
 TOO_LARGE = "too-large"
 """The row holds more text than is ever rendered (`MAX_ROW_CHARACTERS`); there are no ids."""
 
@@ -57,6 +60,7 @@ ALL_PROBLEMS = (
     STRADDLED,
     PROMPT_SPLIT,
     TOOLS_IGNORED,
+    TEXT_MISSING,
     TOO_LARGE,
     NOT_TEXT,
 )
@@ -71,12 +75,23 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A row's text and its supervised spans [start, end) in characters; `problems` as in layout.py."""
+    """One row as text.
+
+    Attributes:
+        text: the rendered row; empty when there is none.
+        spans: the supervised parts [start, end) in characters.
+        problems: names from this module.
+        detail: what the template said (REFUSED), or which turn is at fault (TEXT_MISSING, CONTENT_CHANGED).
+        lost: answers that should be learnt and are not supervised.
+        is_document: whether the template has no part in the text.
+    """
 
     text: str
     spans: tuple[Span, ...] = ()
     problems: tuple[str, ...] = ()
     detail: str = ""
+    lost: tuple[str, ...] = ()
+    is_document: bool = False
 
 
 def cleaned(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
@@ -85,20 +100,34 @@ def cleaned(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
     The one place where contents are changed: training and serving both pass through it, and twice is as once.
     """
     return [
-        {key: _clean(value) if key == "content" else value for key, value in message.items() if value is not None}
+        {key: _clean(value) if key in CLEANED else value for key, value in message.items() if value is not None}
         for message in messages
     ]
+
+
+CLEANED = ("content", REASONING)
 
 
 def _clean(content: Any) -> Any:
     return content.replace("\r\n", "\n").replace("\r", "\n").rstrip() if isinstance(content, str) else content
 
 
-def messages_of(record: Record) -> list[Message]:
-    """The record's cleaned messages up to its last answer; what follows it can teach nothing."""
-    messages = cleaned(record.messages())
-    last = max(answers_in(messages), default=len(messages) - 1)
-    return messages[: last + 1]
+def messages_of(record: Record) -> tuple[list[Message], list[int]]:
+    """(cleaned messages up to the last answer to learn, where the answers to learn stand).
+
+    What follows that answer can teach nothing.
+    """
+    messages, taught = cleaned(record.messages()), record.taught_places
+    return (messages[: taught[-1] + 1] if taught else messages), taught
+
+
+def document_of(record: Record, bos: str, eos: str) -> LaidOut:
+    """A text without a conversation: all of it is supervised, and EOS ends it."""
+    text = record.turns[0].content.replace("\r\n", "\n").replace("\r", "\n")
+    if len(text) > MAX_ROW_CHARACTERS:
+        return LaidOut("", problems=(TOO_LARGE,))
+    whole = f"{bos}{text}{eos}"
+    return LaidOut(whole, ((len(bos), len(whole)),), is_document=True)
 
 
 def answers_in(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -163,6 +192,14 @@ CHUNK_ROWS = 1024
 SOURCE = Path(__file__).with_name("fallback.jinja")
 
 
+def _left_out(record: Record, messages: Sequence[Message]) -> tuple[str, ...]:
+    """What of the row the fallback template cannot show."""
+    more = [message for message in messages if len(message) > 2]
+    tools = bool(record.tools) or any(CALLS in message for message in more)
+    reasoning = any(REASONING in message for message in more)
+    return (*((TOOLS_IGNORED,) if tools else ()), *((CONTENT_CHANGED,) if reasoning else ()))
+
+
 class FallbackLayout:
     """Lays rows out as fallback.jinja does, in plain Python: on a million rows Jinja would cost more than tokenising.
 
@@ -196,12 +233,15 @@ class FallbackLayout:
         return self._text(cleaned(messages), add_generation_prompt)[0]
 
     def _laid(self, record: Record) -> LaidOut:
-        messages = messages_of(record)
+        if record.is_document:
+            return document_of(record, self.bos, self.eos)
+        messages, taught = messages_of(record)
         if characters_in(messages) > MAX_ROW_CHARACTERS:
             return LaidOut("", problems=(TOO_LARGE,))
-        text, spans = self._text(messages, False)
-        uses_tools = record.tools or any("tool_calls" in message for message in messages)
-        return LaidOut(text, tuple(spans), (TOOLS_IGNORED,) if uses_tools else ())
+        text, found = self._text(messages, False)
+        if len(found) != len(taught):
+            found = [span for place, span in zip(answers_in(messages), found, strict=True) if place in taught]
+        return LaidOut(text, tuple(found), _left_out(record, messages))
 
     def _text(self, messages: list[dict[str, Any]], ask: bool) -> tuple[str, list[Span]]:
         parts, spans, length = [self.bos], [], len(self.bos)

@@ -14,7 +14,7 @@ from tokenizers import Encoding
 
 from lorafit.config import read_json
 from lorafit.data.schema.records import Record
-from lorafit.data.template.chat import ChatLayout, enders_of
+from lorafit.data.template.chat import ChatLayout
 from lorafit.data.template.layout import (
     BOS_DOUBLED,
     NOT_TEXT,
@@ -24,11 +24,12 @@ from lorafit.data.template.layout import (
     LaidOut,
     token_mask,
 )
+from lorafit.data.template.probe import enders_of
 from lorafit.data.template.renderer import FROZEN_NOW
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import RunDirError, TemplateError
 
-FALLBACK, CHAT = "fallback", "chat_template"
+FALLBACK, CHAT, FILE = "fallback", "chat_template", "file"
 FORMAT = 1
 MAX_TEMPLATE_BYTES = 16 << 20
 ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
@@ -47,27 +48,32 @@ GOLDEN: tuple[tuple[dict[str, str], ...], ...] = (
 class Encoded:
     """A row as the model sees it. `ids` (tokens,); `mask` (tokens,) is True where a token is predicted with loss.
 
-    `problems` are names from layout.py; `detail` says in whose words, where there are some.
+    `problems` are names from layout.py; `detail` says in whose words, where there are some. `lost_answers` of about
+    `lost_tokens` should be learnt and are not supervised.
     """
 
     ids: list[int]
     mask: list[bool]
     problems: tuple[str, ...] = ()
     detail: str = ""
+    lost_answers: int = 0
+    lost_tokens: int = 0
 
 
 class Template:
-    """A chat template bound to a tokenizer. `name` is "chat_template" (the base's own) or "fallback"."""
+    """A chat template bound to a tokenizer. `name` is "chat_template" (the base's own), "file" or "fallback"."""
 
-    def __init__(self, tokenizer: TextTokenizer, source: str | None) -> None:
+    def __init__(self, tokenizer: TextTokenizer, source: str | None, name: str = CHAT) -> None:
         self.tokenizer = tokenizer
         self._layout = FallbackLayout(tokenizer) if source is None else ChatLayout(source, tokenizer)
-        self.name = FALLBACK if source is None else CHAT
+        self.name = FALLBACK if source is None else name
         self._enders = enders_of(tokenizer) | set(self.stop_ids)
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: TextTokenizer) -> Template:
-        """The base's chat template, or the fallback when it has none. Raises TemplateError when neither can work."""
+    def for_tokenizer(cls, tokenizer: TextTokenizer, file: str | None = None) -> Template:
+        """The template in `file`, else the base's own, else the fallback. Raises TemplateError when none can work."""
+        if file:
+            return cls(tokenizer, _read_source(Path(file)), FILE)
         return cls(tokenizer, tokenizer.chat_template)
 
     @property
@@ -160,7 +166,7 @@ class Template:
         Raises TemplateError when the file is damaged, or when its prompts would not be the trained ones.
         """
         saved = _saved(path)
-        template = cls(tokenizer, None if saved["name"] == FALLBACK else saved["jinja"])
+        template = cls(tokenizer, None if saved["name"] == FALLBACK else saved["jinja"], str(saved["name"]))
         if template.source != saved["jinja"] or template.stop_ids != tuple(saved["stop_ids"]):
             raise _differs(path, "its template or stop token has changed")
         for golden in saved["golden"]:
@@ -197,14 +203,30 @@ class Template:
         if not row.text:
             return Encoded([], [], row.problems, row.detail)
         ids, mask, straddled, stopped = token_mask(encoding, row.text, row.spans, self._enders)
-        problems = [*self.problems, *row.problems]
+        if mask:
+            mask[0] = False  # nothing stands before the first token that could predict it
+        problems = [*(() if row.is_document else self.problems), *row.problems]
         if straddled:
             problems.append(STRADDLED)
-        if not stopped or not row.spans:
+        if not stopped:
             problems.append(STOP_MISSING)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id:
             problems.append(BOS_DOUBLED)
-        return Encoded(ids, mask, tuple(dict.fromkeys(problems)), row.detail)
+        lost = sum(map(len, self.tokenizer.encode_batch(row.lost))) if row.lost else 0
+        return Encoded(ids, mask, tuple(dict.fromkeys(problems)), row.detail, len(row.lost), lost)
+
+
+def _read_source(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        if len(raw) > MAX_TEMPLATE_BYTES:
+            raise TemplateError("is too large for a chat template", where=str(path), fix="name a file of Jinja text")
+        return raw.decode("utf-8")
+    except OSError as error:
+        what = f"the chat template cannot be read ({error.strerror})"
+        raise TemplateError(what, where=str(path), fix="name a file of Jinja text with --set template=FILE") from error
+    except UnicodeDecodeError as error:
+        raise TemplateError("the chat template is no UTF-8 text", where=str(path), fix="save it as UTF-8") from error
 
 
 def _has_surrogates(text: str) -> bool:

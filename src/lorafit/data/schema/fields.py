@@ -1,0 +1,162 @@
+"""What single fields hold: texts, JSON inside strings, loss flags, tool schemas and tool calls."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorafit.data.sources.raw_row import Reject, excerpt
+
+Fields = Mapping[str, Any]
+LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised", "learn")
+"""Fields of a turn by which other tools say whether it is learnt (OpenAI, Axolotl, ms-swift and others)."""
+FLAG_NAMES = frozenset(LOSS_FLAGS)
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a JSON value in words."""
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return {**kinds, dict: "an object", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+
+
+def text_fault(row: Fields, name: str) -> Reject | None:
+    """What is wrong with a field that must be a text."""
+    if name not in row:
+        near = difflib.get_close_matches(name, [str(key) for key in row], n=1)
+        hint = f" (there is '{excerpt(near[0])}')" if near else ""
+        return Reject("D010", f"no field '{name}'{hint}")
+    if row[name] is None:
+        return Reject("D011", f"the field '{name}' is null")
+    return optional_fault(row, name)
+
+
+def optional_fault(row: Fields, name: str) -> Reject | None:
+    """What is wrong with a field that may be missing or null, and otherwise must be a text."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return None
+    return Reject("D012", f"the field '{name}' is {kind_of(value)}, not text")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether the value says nothing: null, blanks, an empty list or object."""
+    return value is None or (
+        not value.strip() if isinstance(value, str) else isinstance(value, list | dict) and not value
+    )
+
+
+def from_json(value: Any) -> Any:
+    """The value that a JSON text holds; any other value as it is. Raises ValueError for a text that is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
+
+
+def without_null_members(value: Any) -> Any:
+    """The value without the nulls in objects that Arrow writes for members that other rows have."""
+    if isinstance(value, dict):
+        return {name: without_null_members(cell) for name, cell in value.items() if cell is not None}
+    return [without_null_members(cell) for cell in value] if isinstance(value, list) else value
+
+
+def loss_flag(message: Fields) -> bool | Reject | None:
+    """The turn's own loss flag; None without one."""
+    found: bool | None = None
+    for name in LOSS_FLAGS:
+        value = message.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            fix = "write 1 or true for an answer to learn, 0 or false for any other"
+            return Reject(
+                "D012", f"the loss flag '{name}' is {excerpt(repr(value), 20)}, not 0, 1, true or false", fix=fix
+            )
+        if found is not None and found != bool(value):
+            return Reject("D012", f"the loss flag '{name}' contradicts another one", fix="keep one of the two flags")
+        found = bool(value)
+    return found
+
+
+def read_tools(row: Fields, name: str) -> tuple[Fields, ...] | Reject:
+    """The tool schemas of a field, each as {"type": "function", "function": {…}}; a JSON text is parsed."""
+    try:
+        tools = from_json(row[name]) if not is_empty(row[name]) else []
+    except ValueError as error:
+        return Reject("D012", f"the field '{name}' is a text that is no JSON ({error})", fix="write the list itself")
+    if isinstance(row[name], list):
+        tools = without_null_members(tools)
+    if not isinstance(tools, list):
+        return Reject("D012", f"the field '{name}' is not a list of objects", fix="write a list of tool schemas")
+    read = [_tool(tool) for tool in tools]
+    if any(tool is None for tool in read):
+        return Reject("D012", f"the field '{name}' is not a list of objects", fix="write a list of tool schemas")
+    return tuple(tool for tool in read if tool is not None)
+
+
+def _tool(value: Any) -> Fields | None:
+    try:
+        tool = from_json(value)
+        if not isinstance(tool, dict):
+            return None
+        if "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": {key: part for key, part in tool.items() if key != "type"}}
+        function = tool.get("function")
+        if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+            tool = {**tool, "function": {**function, "parameters": from_json(function["parameters"])}}
+    except ValueError:
+        return None
+    return tool
+
+
+def read_calls(value: Any, name: str) -> list[Fields] | Reject:
+    """The calls of an answer in one form, arguments as objects; `name` is the field that holds them."""
+    try:
+        calls = from_json(value)
+    except ValueError as error:
+        fix = 'write {"name": …, "arguments": {…}}, or make it an answer in plain text'
+        return Reject("D012", f"the call in '{name}' is no JSON ({error})", fix=fix)
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        one = _call(call)
+        if isinstance(one, Reject):
+            return one
+        read.append(one)
+    return read
+
+
+def _call(value: Any) -> Fields | Reject:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return Reject("D012", "a tool call has no name", fix='write {"name": …, "arguments": {…}}')
+    given = next((key for key in ("arguments", "parameters", "args", "input") if function.get(key) is not None), "")
+    arguments = _arguments(function.get(given))
+    if isinstance(arguments, Reject):
+        return arguments
+    rest = {
+        key: part for key, part in function.items() if key not in ("name", given, "id", "type") and part is not None
+    }
+    rest.pop("arguments", None)
+    known = {"id": value["id"]} if value.get("id") is not None else {}
+    if function is not value:
+        apart = ("id", "type", "function")
+        known |= {key: part for key, part in value.items() if key not in apart and part is not None}
+    return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments, **rest}}
+
+
+def _arguments(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    try:
+        arguments = from_json(value)
+    except ValueError as error:
+        return Reject("D012", f"the call's arguments are no JSON ({error})", fix="write the arguments as an object")
+    if not isinstance(arguments, dict):
+        what = f"the call's arguments are {kind_of(arguments)}, not an object"
+        return Reject("D012", what, fix="write the arguments as an object")
+    # a text was written by the model, nulls and all; only objects have been through Arrow
+    return without_null_members(arguments) if isinstance(value, dict) else arguments

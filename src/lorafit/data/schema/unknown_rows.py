@@ -1,0 +1,154 @@
+"""What rows of no known shape seem to be, and what to do with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lorafit.data.schema.fields import Fields
+from lorafit.data.sources.raw_row import excerpt
+
+ASKS = ("instruction", "prompt", "question", "query", "input", "user", "ask", "problem", "text", "sentence")
+SAYS = ("response", "output", "completion", "answer", "target", "reply", "assistant", "solution", "label", "answers")
+CHOSEN = ("chosen", "preferred_output", "chosen_response")
+REJECTED = ("rejected", "non_preferred_output", "rejected_response")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names, sorted, the first twelve of them."""
+    return ", ".join(sorted({excerpt(name, 30) for name in names})[:12]) or "none"
+
+
+def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> tuple[str, str]:
+    """(what is wrong, what to do) with rows that have none of the known shapes."""
+    first = next((row for row in rows if row), {})
+    wrapped = _wrapper(first, where) if len(rows) == 1 else None
+    for trouble in (_preferences(first, where), _export(first), wrapped, _text(rows)):
+        if trouble:
+            return trouble
+    names = listed(str(name) for row in rows[:100] for name in row)
+    what = f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations"
+    return what, f"name them, as in {suggested_map(first, mapped)}"
+
+
+def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
+    """`--map` with the row's own columns; with made-up ones where no two texts can be found."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+            return _flag("messages", name)
+    apart = (*mapped.values(), "system", "system_prompt")
+    texts = [str(name) for name, value in row.items() if isinstance(value, str) and name not in apart]
+    asks, says = _nearest(texts, ASKS), _nearest(texts, SAYS)
+    left = [name for name in texts if name not in (asks, says)]
+    asks = asks or (left.pop(0) if left else "")
+    says = says or (left.pop(0) if left else "")
+    if not asks or not says:
+        return "--map instruction=question --map response=answer_text"
+    ours = "instruction" if asks != "prompt" else "prompt"
+    return " ".join(_flag(*pair) for pair in ((ours, asks), ("response", says)) if pair[0] != pair[1])
+
+
+def _flag(ours: str, theirs: str) -> str:
+    plain = theirs.replace("_", "").replace("-", "").isalnum()
+    return f"--map {ours}={theirs}" if plain else f"--map '{ours}={theirs}'"
+
+
+def _nearest(names: Sequence[str], wanted: Sequence[str]) -> str:
+    """The first of `names` that is one of `wanted`, or holds one of them, whatever its case."""
+    for one in wanted:
+        for name in names:
+            if name.lower() == one:
+                return name
+    return next((name for one in wanted for name in names if one in name.lower()), "")
+
+
+def _preferences(row: Fields, where: str) -> tuple[str, str] | None:
+    """Pairs of a better and a worse answer (DPO)."""
+    better, worse = (next((name for name in names if name in row), "") for names in (CHOSEN, REJECTED))
+    if not better or not worse:
+        return None
+    what = f"the rows are preference data ('{better}' and '{worse}'), and lorafit trains on one answer a row"
+    if isinstance(row[better], str):
+        asks = _nearest([str(name) for name in row], ASKS) or "prompt"
+        ask = "" if asks in ("prompt", "instruction") else f"{_flag('prompt', asks)} "
+        return what, f"train on the better answers: {ask}{_flag('completion', better)}"
+    if isinstance(row.get("input"), dict):
+        turns = f"{{'messages': r['input']['messages'] + r[{better!r}], 'tools': r['input'].get('tools') or []}}"
+        return what, f"train on the better answers: {_rewritten(where, turns)}"
+    if "prompt" in row and isinstance(row[better], list) and _begins_with_answer(row[better]):
+        return what, f"train on the better answers: {_flag('completion', better)}"
+    return what, f"train on the better answers: {_flag('messages', better)}"
+
+
+def _begins_with_answer(turns: list[Any]) -> bool:
+    return bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") == "assistant"
+
+
+def container(row: Any, where: str) -> tuple[str, str] | None:
+    """(what it is, the line that unpacks it) for one JSON object that holds all rows; None for any other."""
+    return (table(row, where) or _wrapper(row, where)) if isinstance(row, dict) and row else None
+
+
+def _wrapper(row: Fields, where: str) -> tuple[str, str] | None:
+    lists = [name for name, value in row.items() if _is_rows(value)]
+    if len(lists) == 1 and not lists[0].startswith(("messages", "conversation")):
+        name = lists[0]
+        return f"the file is one object whose '{excerpt(name, 30)}' holds the rows", _unpacked(where, f"d[{name!r}]")
+    return None
+
+
+def table(row: Fields, where: str) -> tuple[str, str] | None:
+    """As `container`, but only for an object whose every member is one column."""
+    values = list(row.values())
+    if len(values) < 2:
+        return None
+    if all(isinstance(value, dict) and value for value in values) and len({tuple(value) for value in values}) == 1:
+        rows = "[dict(zip(d, r)) for r in zip(*(c.values() for c in d.values()))]"
+        return "the file is a table by columns, as pandas' to_json writes it", _unpacked(where, rows)
+    if all(_is_column(value) for value in values) and len({len(value) for value in values}) == 1:
+        rows = "[dict(zip(d, r)) for r in zip(*d.values())]"
+        return "the file is a table by columns, one list for each", _unpacked(where, rows)
+    return None
+
+
+def _is_rows(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        return False
+    return not any("role" in row or "from" in row or "parts" in row for row in value)
+
+
+def _rewritten(where: str, row: str) -> str:
+    """The line that makes each row `r` of a JSONL file into `row`."""
+    rows = f"[json.loads(line) for line in open({where!r}, encoding='utf-8') if line.strip()]"
+    return f'python -c "import json; [print(json.dumps({row})) for r in {rows}]" > rows.jsonl'
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not any(isinstance(cell, dict) for cell in value)
+
+
+def _unpacked(where: str, rows: str) -> str:
+    code = f"import json; d = json.load(open({where!r}, encoding='utf-8')); [print(json.dumps(r)) for r in {rows}]"
+    return f'python -c "{code}" > rows.jsonl'
+
+
+def _export(row: Fields) -> tuple[str, str] | None:
+    """Exports whose turns are not rows of fields: of annotation tools, and whole conversations in one text."""
+    for name, value in row.items():
+        if isinstance(value, str) and re.search(r"(?i)\b(user|human):.*\bassistant:", value, re.DOTALL):
+            what = f"the field '{excerpt(str(name), 30)}' holds a whole conversation as one text"
+            return what, "write its turns as messages, or train on every token of it: " + _flag("text", str(name))
+    prompt = row.get("prompt")
+    if isinstance(prompt, dict) and "replies" in prompt:
+        return "the rows are trees of conversations (OpenAssistant)", "write each path of a tree as one row of messages"
+    if isinstance(row.get("annotations"), list) and isinstance(row.get("data"), dict):
+        return "the rows are an export of Label Studio", "export them as CSV or JSON-MIN, whose columns can be mapped"
+    return None
+
+
+def _text(rows: Sequence[Fields]) -> tuple[str, str] | None:
+    if not rows or not all("text" in row for row in rows) or any({*SAYS} & {*row} for row in rows):
+        return None
+    what = "the rows have a 'text' and do not say what of it is asked and what is answered"
+    return what, "write prompt and completion, or --map text=text to train on every token of it"

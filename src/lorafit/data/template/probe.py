@@ -1,0 +1,145 @@
+"""What is learnt of a chat template once: how it ends answers, and how it reads reasoning and calls."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.data.schema.records import CALLS, REASONING
+from lorafit.data.template.layout import PROMPT_DIFFERS, PROMPT_SPLIT, Message
+from lorafit.data.template.renderer import Refusal, Rendering, Request, TemplateRenderer
+from lorafit.data.template.spans import Ending, cuts_of
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
+from lorafit.errors import TemplateError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Under which name a template reads reasoning, and whether it takes a call's arguments as objects."""
+
+    reasoning: str = REASONING
+    takes_objects: bool = True
+
+    def written(self, messages: list[Message]) -> list[Message]:
+        """The messages as the template reads them."""
+        if self.reasoning == REASONING and self.takes_objects:
+            return messages
+        return [self._one(message) if len(message) > 2 else message for message in messages]
+
+    def _one(self, message: Message) -> Message:
+        one = {self.reasoning if key == REASONING else key: value for key, value in message.items()}
+        if CALLS in one and not self.takes_objects:
+            one[CALLS] = [_with_text_arguments(call) for call in one[CALLS]]
+        return one
+
+
+def _with_text_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}}
+
+
+def reading_of(renderer: TemplateRenderer) -> Reading:
+    """How the template reads reasoning and calls, learnt by showing it one of each."""
+    names = [name for name in REASONING_NAMES if _shows(renderer, {"content": ANSWER, name: REASON})]
+    reasoning = names[0] if names else REASONING
+    called = {"id": "Zq7xkWv5t", "type": "function", "function": {"name": "probe", "arguments": {"x": REASON}}}
+    takes_objects = _shows(renderer, {"content": "", CALLS: [called]})
+    as_text = {"content": "", CALLS: [_with_text_arguments(called)]}
+    return Reading(reasoning, takes_objects or not _shows(renderer, as_text))
+
+
+def _shows(renderer: TemplateRenderer, answer: Message) -> bool:
+    messages: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", **answer}]
+    found = renderer.render(Request(messages))
+    return isinstance(found, Rendering) and REASON in found.text
+
+
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+REASON = "Wv5tqz"
+QUESTION, ANSWER = "What is it?", "Zq7xk"
+# how answers begin, one of each kind that pre-tokenizers treat apart
+FIRST_WORDS = ("Yes", "no", "12", "é", "中", '"x"', "{", "- a", "<b>")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was learnt: the `ending` of answers, the tokens that stop one, and what is wrong with every row."""
+
+    ending: Ending
+    stop_ids: tuple[int, ...]
+    marks_blocks: bool
+    problems: tuple[str, ...]
+    reading: Reading
+
+
+def probe(renderer: TemplateRenderer, tokenizer: TextTokenizer) -> Probe:
+    """Render a plain question and answer and see. Raises TemplateError when the template cannot show them."""
+    rendering = _rendered(renderer, ANSWER)
+    start = rendering.text.rfind(ANSWER)
+    if start < 0:
+        raise TemplateError(
+            "the chat template does not show the assistant's answer", fix="use a base with a chat template for text"
+        )
+    end = start + len(ANSWER)
+    stop, stop_end = _stop_in(rendering.text, end, tokenizer)
+    block_end = next((last for first, last in rendering.spans if first <= start < last), None)
+    ending = Ending(
+        closing=rendering.text[end:stop_end],
+        after=rendering.text[stop_end:],
+        overhang=0 if block_end is None else block_end - stop_end,
+        tokens=tuple(tokenizer.added_tokens[token_id] for token_id in sorted(enders_of(tokenizer))),
+    )
+    prompt_length, shared = rendering.cuts[0]
+    problems = (PROMPT_DIFFERS,) if shared < prompt_length else ()
+    if not problems and _splits_otherwise(renderer, tokenizer):
+        problems = (PROMPT_SPLIT,)
+    return Probe(ending, _stop_ids(stop, tokenizer), block_end is not None, problems, reading_of(renderer))
+
+
+def enders_of(tokenizer: TextTokenizer) -> frozenset[int]:
+    """Special tokens that could end a turn; blanks (Gemma has tokens of newlines) could not."""
+    return frozenset(each for each in tokenizer.special_ids if tokenizer.added_tokens[each].strip())
+
+
+def _rendered(renderer: TemplateRenderer, answer: str) -> Rendering:
+    messages: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
+    found = renderer.render(Request(messages, cuts=cuts_of(messages, [1])))
+    if isinstance(found, Refusal):
+        raise TemplateError(
+            f"the chat template refuses a plain question and answer ({found.reason})",
+            fix="mend chat_template in the base's tokenizer",
+        )
+    return found
+
+
+def _stop_in(text: str, start: int, tokenizer: TextTokenizer) -> tuple[int | None, int]:
+    """(id of the first added token at or after `start`, where it ends), or (None, start) when there is none."""
+    encoding = tokenizer.encodings([text])[0]
+    for token_id, (_, last) in zip(encoding.ids, encoding.offsets):
+        token = tokenizer.added_tokens.get(token_id, "")
+        if last > start and token.strip():
+            return token_id, text.index(token, start) + len(token)
+    return None, start
+
+
+def _stop_ids(stop: int | None, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """The turn's own stop token first, then EOS, which ends a text whatever the template."""
+    found = [token_id for token_id in (stop, tokenizer.eos_id) if token_id is not None]
+    if not found:
+        raise TemplateError(
+            "the chat template ends answers with no special token, and the tokenizer has no EOS",
+            fix="choose a base whose tokenizer_config.json names an eos_token",
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _splits_otherwise(renderer: TemplateRenderer, tokenizer: TextTokenizer) -> bool:
+    for word in FIRST_WORDS:
+        rendering = _rendered(renderer, word)
+        prompt = tokenizer.encode(rendering.text[: rendering.cuts[0][0]])
+        if tokenizer.encode(rendering.text)[: len(prompt)] != prompt:
+            return True
+    return False
