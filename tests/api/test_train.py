@@ -93,7 +93,7 @@ def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
 @pytest.mark.parametrize(
     ("error", "words", "given"),
     [
-        (BackboneError, "no base model there", {"base": "./nowhere"}),
+        (BackboneError, "the base is not a folder", {"base": "./nowhere"}),
         (UsageError, "no base model was named", {"base": None}),
         (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
         (LorafitError, "nope", {"targets": "nope_proj"}),

@@ -181,14 +181,14 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["train", "{data}", "--base", "./nowhere"], 1, "no base model there"),
+        (["train", "{data}", "--base", "./nowhere"], 1, "the base is not a folder"),
         (["train", "{data}"], 2, "no base model was named"),
         (["train", "{data}", "--base", "{base}", "--set", "warmup_steps=9"], 2, "write warmup: the share"),
         (["train", "{data}", "--warmup", "0.1"], 2, "has no flag --warmup; write --set warmup=0.1"),
         (["train", "{data}", "--learning-rate", "1e-4"], 2, "has no flag --learning-rate; write --lr"),
         (["merge", "{folder}", "--onot", "original"], 2, "did you mean --onto?"),
-        (["plan", "{data}", "--base", "{base}", "--gpu", "M2 Max"], 2, "is no NVIDIA GPU"),
-        (["check", "{data}", "--select", "D99"], 2, "begins no code of a finding"),
+        (["plan", "{data}", "--base", "{base}", "--gpu", "M2 Max"], 2, "is not an NVIDIA GPU"),
+        (["check", "{data}", "--select", "D99"], 2, "no finding's code starts with"),
         (["settings", "rnk"], 2, "did you mean 'rank'"),
         (["explain", "D999"], 2, "no finding has the code 'D999'"),
         (["chekc", "{data}"], 2, "did you mean 'lorafit check'?"),

@@ -6,7 +6,7 @@ from lorafit.hardware.device import GIB, find_gpu, from_gpu, generic_gpu
 
 
 @pytest.mark.parametrize(
-    ("written", "GPU"),
+    ("written", "gpu"),
     [
         ("RTX 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
