@@ -195,7 +195,7 @@ def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
 
 def test_a_finished_run_is_not_trained_again(made, whole):
     before = (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    with pytest.raises(RunFinished, match="trained to its end"):
+    with pytest.raises(RunFinished, match="this run is complete"):
         train(*made, out=whole, **SETTINGS)
     assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
 
@@ -284,7 +284,7 @@ def test_a_second_process_is_refused(made, stopped):
 def test_an_adapter_that_cannot_be_written_is_not_the_end(made, whole, tmp_path, monkeypatch):
 
     def full(*_, **__):
-        raise RunDirError("it cannot be written (No space left on device)", where="adapter")
+        raise RunDirError("the folder cannot be written (No space left on device)", where="adapter")
 
     monkeypatch.setattr(Lora, "save", full)
     with pytest.raises(RunDirError, match=r"No space left on device.*go on with: lorafit train"):
@@ -406,7 +406,7 @@ def test_a_run_that_the_minutes_save_ends_in_the_same_bits(made, whole, tmp_path
     assert_same(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("step", "said"), [(2, "begins again: there is no checkpoint yet"), (4, "goes on from the")])
+@pytest.mark.parametrize(("step", "said"), [(2, "starts over: there is no checkpoint yet"), (4, "resumes from the")])
 def test_a_second_signal_names_a_checkpoint_only_where_there_is_one(made, tmp_path, step, said):
     class Twice(Send):
         def on_step_begin(self, args, state, control, **given):

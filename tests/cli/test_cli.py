@@ -214,8 +214,8 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "lots"], 2, "not a size"),
-        (["chat", "{folder}"], 1, "no run here"),
-        (["merge", "{folder}"], 1, "no run here"),
+        (["chat", "{folder}"], 1, "holds no run"),
+        (["merge", "{folder}"], 1, "holds no run"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
     ],
@@ -365,7 +365,7 @@ def test_a_signal_before_the_libraries_are_imported_is_one_sentence_and_its_exit
     monkeypatch.setattr("lorafit.api.settings.preflight", preflight)
     code, _, err = run("train", data, "--base", BASE)
     assert code == 128 + number
-    assert err == f"stopped: {number.name} before training began; nothing was lost\n"
+    assert err == f"stopped: {number.name} stopped the run before training, nothing was lost\n"
 
 
 def test_ctrl_c_is_one_sentence_and_exit_code_130(run, data, monkeypatch):
