@@ -209,7 +209,7 @@ def test_other_rows_are_refused_and_nothing_of_the_run_changes(made, whole, stop
     for changed in ([*lines[1:], lines[0]], lines[:-1]):  # another order, and a row less
         other = tmp_path / "rows.jsonl"
         other.write_text("".join(changed))
-        with pytest.raises(RunDirError, match=r"begun with the training rows = sha256 \w+, now it is sha256"):
+        with pytest.raises(RunDirError, match=r"started with the training rows = sha256 \w+, now it is sha256"):
             train(other, base, out=run, **SETTINGS)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
     assert before == after
@@ -241,7 +241,7 @@ def test_another_base_under_the_same_name_is_refused(made, stopped, tmp_path):
     other = shutil.copytree(base, tmp_path / "base")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(RunDirError, match="begun with the base = sha256"):
+    with pytest.raises(RunDirError, match="started with the base = sha256"):
         train(rows, str(other), out=stopped, **SETTINGS)
 
 
@@ -394,7 +394,7 @@ def test_which_rows_were_held_out_is_written_again_where_that_is_gone(made, whol
 def test_another_holdout_is_called_that_and_not_other_rows(made, whole, stopped):
     for run in (stopped, whole):
         with pytest.raises(
-            RunDirError, match=r"begun with holdout = 0\.2, now it is 0\.1 \(and the training rows, the "
+            RunDirError, match=r"started with holdout = 0\.2, now it is 0\.1 \(and the training rows, the "
         ):
             train(*made, out=run, **{**SETTINGS, "holdout": 0.1})
 

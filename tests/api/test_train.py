@@ -135,7 +135,7 @@ def test_a_missing_data_file_is_named(tmp_path):
 
 def test_another_run_is_never_overwritten(tiny_run):
     before = (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(RunDirError, match="the finished run in this folder has"):
+    with pytest.raises(RunDirError, match="the finished run in this folder was started with"):
         train(tiny_run.train_rows.store.names[0], str(BASE), out=tiny_run.run.path)
     assert (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes() == before
 

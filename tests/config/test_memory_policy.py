@@ -104,7 +104,7 @@ def test_two_wishes_about_activations_must_be_one(checkpointing, activations, ag
         wanted = "recompute" if activations == "auto" else activations
         assert RunConfig(**settings).memory_policy == wanted
     else:
-        with pytest.raises(UsageError, match="memory_policy says"):
+        with pytest.raises(UsageError, match="and memory_policy to"):
             RunConfig(**settings)
 
 

@@ -59,7 +59,7 @@ def test_what_was_planned_is_taken_over_and_what_is_set_must_agree(here):
     taken = place.settled(settled(out="run"))
     assert (taken.config.rank, taken.sources["rank"].value) == (8, "run")
     assert find_target(settled(out="run", rank=8)).resumes
-    with pytest.raises(RunDirError, match=r"has rank = 8, now it is 32 \(and alpha\)"):
+    with pytest.raises(RunDirError, match=r"started with rank = 8, now it is 32 \(and alpha\)"):
         find_target(settled(out="run", rank=32))
     assert run.config().rank == 8
 
@@ -67,7 +67,7 @@ def test_what_was_planned_is_taken_over_and_what_is_set_must_agree(here):
 def test_a_named_folder_refuses_other_settings_with_both_values(here):
     begun(here / "run", settled())
     with pytest.raises(
-        RunDirError, match=r"unfinished run in this folder has lr = 0\.0002, now it is 0\.5; .*--restart"
+        RunDirError, match=r"unfinished run in this folder was started with lr = 0\.0002, now it is 0\.5; .*--restart"
     ) as caught:
         find_target(settled(out="run", lr=0.5))
     assert "\n" not in str(caught.value)

@@ -182,7 +182,7 @@ def _refusal(run: RunDir, found: list[tuple[str, str, str]]) -> RunDirError:
     more = f" (and {', '.join(name for name, _, _ in found[1:])})" if len(found) > 1 else ""
     state = "finished" if run.is_finished else "unfinished"
     return RunDirError(
-        f"the {state} run in this folder has {what} = {then}, now it is {now}{more}",
+        f"the {state} run in this folder was started with {what} = {then}, now it is {now}{more}",
         where=str(run.path),
         fix=RESTART_FIX,
     )
