@@ -65,7 +65,7 @@ class BackboneError(LorafitError):
 
 
 class AdapterError(LorafitError):
-    """Targets that do not exist in the model, or adapter files that must not be trusted."""
+    """Targets that the model lacks, or adapter files that must not be trusted."""
 
 
 class PlanError(LorafitError):

@@ -168,7 +168,7 @@ def test_fp8_is_never_planned_and_keeps_the_base_in_4_bits_where_it_was_asked_fo
 
 
 @pytest.mark.parametrize(
-    ("GPU", "rows", "settings", "offered"),
+    ("gpu", "rows", "settings", "offered"),
     [("H100", 2_000, {}, True), ("A100 40GB", 2_000, {}, False), ("H100", 20_000, {"quantization": "none"}, False)],
 )
 def test_fp8_is_offered_where_the_gpu_has_it_and_the_base_is_in_4_bits(gpu, rows, settings, offered):

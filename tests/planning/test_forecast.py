@@ -140,7 +140,7 @@ def test_few_tokens_take_what_starting_the_kernels_takes():
     assert duration(LLAMA_8B, graphs, hardware_named("H200"), few).time_s[0] < times[0] / 3
 
 
-@pytest.mark.parametrize(("GPU", "config"), [("H100", {}), ("RTX 4090", {}), ("H200", {"num_hidden_layers": 80})])
+@pytest.mark.parametrize(("gpu", "config"), [("H100", {}), ("RTX 4090", {}), ("H200", {"num_hidden_layers": 80})])
 def test_the_gpus_hold_weights_gradients_and_optimizer(gpu, config):
     device, model = hardware_named(gpu), shape(**config)
     gpus = gpus_needed(model, device)

@@ -11,11 +11,11 @@ from lorafit.errors import BackboneError
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
 MergeBase = Literal["quantized", "original"]
-"""Base that a merge starts from: the dequantized 4-bit base that was trained on, or the checkpoint as stored."""
+"""Base that a merge starts from. It is the dequantized 4-bit base of training, or the checkpoint as stored."""
 
 
 def base_folder(base: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """Return the folder with `base`'s configuration and tokenizer, and with `weights` its safetensors.
+    """Return the folder with `base`'s configuration, tokenizer and, with `weights`, safetensors.
 
     A local path is used as it is. Any other name is a hub id, which is downloaded, or found in the local hub cache
     without a network. Raises BackboneError when neither has the base.

@@ -35,7 +35,7 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 TINY = 1e-6
-"""Share of a tenth that rounding ignores, so that `6.2GiB` truncated to whole bytes stays 6.2."""
+"""Share of a tenth that rounding ignores. `6.2GiB` truncated to whole bytes stays 6.2."""
 
 
 def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -> str:
@@ -103,9 +103,9 @@ def parse_json(raw: bytes, where: str, error: type[LorafitError], *, fix: str | 
 
 
 def read_recipe(path: Path, texts: Collection[str] = ()) -> Any:
-    """Return the content of the YAML file at `path`, with the values of `texts` as text.
+    """Return the content of the YAML file at `path`.
 
-    Raises UsageError with the line for a file that is not plain YAML.
+    The values of `texts` stay text. Raises UsageError with the line for a file that is not plain YAML.
     """
     fix = "write a short YAML file of settings"
     try:

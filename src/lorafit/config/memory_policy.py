@@ -31,7 +31,7 @@ FIX = (
     "host_embeddings=on,micro_tokens=4096, recompute_layers=8, dequantized_layers=16 or cuda_graph_max_tokens=2048"
 )
 STEPS_DOWN = 4
-"""Steps in which `next_smaller` changes all layers: a quarter at a time saves enough memory in few retries."""
+"""Steps in which `next_smaller` changes all layers. A quarter at a time saves enough memory in few retries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class MemoryPolicy:
 
     @classmethod
     def parse(cls, text: str, layers: int) -> MemoryPolicy:
-        """Return the policy in `text`, clamped to a model with `layers` layers; the inverse of `str`.
+        """Return the policy in `text`, clamped to a model with `layers` layers.
 
-        A short form (`keep`, `recompute` or `offload`, for every layer) may precede the counts. Raises UsageError for
-        any other text.
+        `str` is the inverse. A short form (`keep`, `recompute` or `offload`, for every layer) may precede the counts.
+        Raises UsageError for any other text.
         """
         words = [word.strip() for word in text.split(",")]
         short = {"recompute": cls(recompute_layers=layers), "offload": cls(offloaded_layers=layers)}

@@ -53,9 +53,9 @@ class Resolved:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def is_set(self, key: str) -> bool:
-        """Return True when a recipe, a flag or the resumed run set `key` to another value than "auto".
+        """Return True when a recipe, a flag or the resumed run set `key`.
 
-        The plan does not decide such a setting.
+        The plan does not decide such a setting. The value "auto" counts as not set.
         """
         return self.sources[key] in (Source.RECIPE, Source.FLAG, Source.RUN) and getattr(self.config, key) != "auto"
 
@@ -155,7 +155,7 @@ def _number(value: Any) -> Any:
 
 
 def reject_unknown(values: Mapping[str, Any], name: str) -> None:
-    """Raise UsageError for keys of `values` that are not settings; `name` is the file they come from."""
+    """Raise UsageError for keys of `values` that are not settings. `name` is their origin."""
     if problems := _unknown(translate(values, RunConfig.model_fields), name):
         raise _joined(problems)
 

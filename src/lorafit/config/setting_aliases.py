@@ -113,7 +113,7 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "overwrite_output_dir": {False: {}},
     "group_by_length": {False: {}},
 }
-"""Alias -> each value with an exact counterpart -> settings; {} when lorafit does the same by default."""
+"""Alias -> value with an exact counterpart -> settings. {} means that lorafit does the same by default."""
 VALUES: dict[str, dict[Any, Any]] = {
     "optimizer": {
         "adamw_torch": "adamw",
@@ -331,24 +331,24 @@ def _translate_checkpointing(rest: dict[str, tuple[str, Any]], made: Translated)
         if name not in rest:
             continue
         key, value = rest.pop(name)
-        asked = POLICIES.get(value.lower() if isinstance(value, str) else value)
+        implied = POLICIES.get(value.lower() if isinstance(value, str) else value)
         policy = made.values.get("memory_policy", rest.get("activations", ("", "auto"))[1])
-        if asked is None:
+        if implied is None:
             made.problems[key] = "write memory_policy: recompute, keep or auto"
-        elif asked != "auto" and policy in ("auto", None):
+        elif implied != "auto" and policy in ("auto", None):
             made.values.pop("memory_policy", None)
             rest.pop("activations", None)
-            made.put("memory_policy", asked, key)
-        elif asked != "auto" and not _agrees(str(policy), asked):
-            made.problems[key] = f"{CONFLICT} {asked}, and memory_policy to {policy}; leave it out"
+            made.put("memory_policy", implied, key)
+        elif implied != "auto" and not _agrees(str(policy), implied):
+            made.problems[key] = f"{CONFLICT} {implied}, and memory_policy to {policy}; leave it out"
 
 
-def _agrees(text: str, asked: str) -> bool:
+def _agrees(text: str, implied: str) -> bool:
     try:
         policy = MemoryPolicy.parse(text, layers=1 << 20)
     except UsageError:
         return True  # RunConfig reports an invalid policy
-    return not policy.recompute_mlp_layers and (policy.recompute_layers > 0) == (asked == "recompute")
+    return not policy.recompute_mlp_layers and (policy.recompute_layers > 0) == (implied == "recompute")
 
 
 def _dataset_paths(value: Any) -> list[str] | None:

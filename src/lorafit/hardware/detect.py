@@ -19,17 +19,15 @@ from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_gpu, from_g
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 TIMEOUT_S = 20
 CORE_USD_PER_HOUR = (0.02, 0.05)
-"""ASSUMED price in USD an hour of one CPU core on a public cloud, low and high."""
+"""ASSUMED price (low, high) of one cloud CPU core in USD an hour."""
 PINNED_SHARE = 0.5
 """Share of the host's free memory that activations may pin. Pinned memory cannot be paged out."""
 CGROUP_MEMORY = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Files of a container's memory in cgroup v2 and v1: limit, use, and the field of idle file cache.
-
-The kernel frees idle file cache on demand, so it does not count as used.
-"""
+"""Files of a container's memory in cgroup v2 and v1. They are limit, use, and statistics with the field of idle file
+cache. The kernel frees idle file cache on demand, so it does not count as used."""
 
 
 @dataclass(frozen=True, slots=True)

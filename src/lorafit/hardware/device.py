@@ -1,4 +1,4 @@
-"""Hardware: the GPU or CPU that a run is planned for, and the catalogue of GPUs."""
+"""Hardware: the GPU or CPU of a plan, and the catalogue of GPUs."""
 
 from __future__ import annotations
 
@@ -143,15 +143,15 @@ GPUS: tuple[Gpu, ...] = (
 
 GIB = 1 << 30
 CORE_PEAK_GFLOPS = 100.0
-"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz. A CPU's counterpart of a data sheet."""
+"""ASSUMED fp32 peak of one core in GFLOP/s. It is AVX2 with two FMA units at 3 GHz, in place of a data sheet."""
 CORE_GFLOPS_RANGE = (25.0, 60.0)
 """fp32 GFLOP/s of one core in training, for time ranges. The 3.5 M-parameter demo base ran 4–8 k tokens/s on two."""
 CORE_GFLOPS = 40.0
 """One value within CORE_GFLOPS_RANGE, for comparing settings: ranges have no order."""
 LEAST_HOST_BYTES = 8 * GIB
-"""ASSUMED memory that another machine can pin for activations: as much as its GPU has, and at least this much."""
+"""ASSUMED least memory that another machine can pin for activations. It can pin as much as its GPU has, or this."""
 DRIVER_SHARE = 0.02
-"""Share of a GPU's memory that its driver keeps: nvidia-smi's figure less the memory that torch can allocate."""
+"""Share of a GPU's memory that its driver keeps. It is nvidia-smi's figure less the memory that torch can allocate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def hardware_named(name: str) -> Hardware:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """Return the catalogue's row for any spelling of a GPU's name; None for an unknown GPU."""
+    """Return the catalogue's row for any spelling of a GPU's name, or None."""
     return _BY_KEY.get(_key(name))
 
 
@@ -282,7 +282,7 @@ def _nearest(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """Return the key of a GPU's name: `NVIDIA GeForce RTX 4090` and `rtx-4090` have the same."""
+    """Return the key of a GPU's name. `NVIDIA GeForce RTX 4090` and `rtx-4090` have the same key."""
     text = re.sub(r"[^a-z0-9]+", " ", name.lower())
     text = re.sub(r"\b(mobile|with max q design)\b", "laptop", text)
     text = re.sub(r"\b(nvidia|geforce|tesla|quadro|gpu|graphics|generation|gen)\b", " ", text)

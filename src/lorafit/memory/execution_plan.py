@@ -29,10 +29,10 @@ UNCERTAINTY, UNCERTAINTY_ELSEWHERE = 0.10, 0.30
 """Half-width of the memory estimate. 17 runs of eager layers (Llama 1B and 8B, Qwen 3, Gemma 2, Phi 3; with and without
 recompute) lay within it on an H200; CPUs and families without a gated feed-forward are estimated, not measured."""
 STEP_S = 0.0095
-"""Seconds of each optimizer step on a GPU beside its micro-batches: clipping, the optimizer, and the trainer's work
-before the next step. Measured on an H200 (8B, 2026-11-22) as a step less its kernels."""
+"""Seconds of each optimizer step on a GPU beside its micro-batches. They go to clipping, the optimizer, and the
+trainer's work before the next step. Measured on an H200 (8B, 2026-11-22) as a step less its kernels."""
 GRAPH_STEP_S = 0.0015
-"""The same for micro-batches in CUDA graphs: the CPU does that work while the GPU computes. Measured on the same GPU as
+"""The same for micro-batches in CUDA graphs. The CPU does that work while the GPU computes. Measured on the same GPU as
 a step of 1,024 tokens of 1B, 11.7 ms, less its kernels."""
 WORTH_DEQUANTIZING = 0.005
 """Predicted gain in speed below which spare memory is not filled with dequantized weights."""
@@ -77,10 +77,10 @@ class ExecutionPlan:
 
 
 def plan_execution(inputs: PlanInputs, execution: Execution | None = None) -> ExecutionPlan:
-    """Return the execution plan of the settings' memory policy, or on auto of the fastest that fits.
+    """Return the execution plan of the settings' memory policy.
 
-    The fastest policy leaves memory free for the estimate's error, if one can. When nothing fits, the plan is that of
-    the smallest policy. Raises AdapterError for wrong targets.
+    On auto it is the fastest policy that fits, with memory free for the estimate's error if possible. When nothing
+    fits, it is the smallest policy. Raises AdapterError for wrong targets.
     """
     policy = inputs.policy or _fitting(inputs, execution)
     batch = inputs.micro_batch(policy.micro_tokens or inputs.config.max_length)
@@ -135,7 +135,7 @@ def _costs(
 
 
 def _mask_bytes(inputs: PlanInputs) -> int:
-    """Return the bytes of one entry of a dropout mask: CUDA keeps a boolean, a CPU the scaled noise."""
+    """Return the bytes of one entry of a dropout mask. CUDA keeps a boolean, a CPU the scaled noise."""
     if not inputs.config.dropout:
         return 0
     return 1 if inputs.on_cuda else inputs.width
@@ -198,9 +198,10 @@ def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
 
 
 def graph_bytes(costs: LayerCosts, policy: MemoryPolicy, tokens: int) -> int:
-    """Return the memory of the CUDA graphs of `policy`, from the costs of a micro-batch of `tokens`.
+    """Return the memory of the CUDA graphs of `policy`.
 
-    It is that of a second micro-batch, because micro-batches without graphs need their own.
+    It is that of a second micro-batch, because micro-batches without graphs need their own. `costs` are those of a
+    micro-batch of `tokens`.
     """
     size = Split(costs, 0, policy.recompute_mlp_layers).device_bytes(0) * (1 + FRAGMENTATION)
     return round(size * FILLED * min(1.0, policy.cuda_graph_max_tokens / tokens))
@@ -256,9 +257,9 @@ def _plan(
 
 
 def _micro_batch_s(policy: MemoryPolicy, largest: LayerCosts, room: Room, share: float) -> float:
-    """Return the seconds of a micro-batch with this share of the tokens of the `largest` one.
+    """Return the seconds of a micro-batch with a share of the largest one's tokens.
 
-    `room` is that of the largest micro-batch.
+    `largest` and `room` are those of the largest micro-batch.
     """
     costs = largest.scaled(share)
     if policy.offloaded_layers and room.link:

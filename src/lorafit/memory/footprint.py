@@ -11,7 +11,7 @@ from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatch, PlanI
 from lorafit.shapes.shape import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in NF4: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales."""
+"""Bytes of a weight in NF4. It has 4 bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales."""
 QUANT_STATE_BYTES = 2048
 """Code tables and allocation slack of one quantized matrix."""
 CUDA_CONTEXT_BYTES = 7 * GIB // 8
@@ -124,14 +124,14 @@ def _process(inputs: PlanInputs) -> Component:
 
 
 LOSS_CHUNK_BYTES = 256 << 20
-"""Largest size of one chunk's logits in the engine's loss, which overwrites them with their gradient."""
+"""Largest size of one chunk's logits in the engine's loss. Their gradient overwrites them."""
 OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
-"""Scores (rows, heads, queries, keys) that grouped attention stores at a time, and copies of them. Scores take 256 MiB
-in fp32; the five copies are scores, capped scores, softmax and two gradients."""
+"""Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
+in fp32. The five copies are scores, capped scores, softmax and two gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +227,9 @@ def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stre
 
 
 def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:
-    """Return the bytes of capped scores and their copies that compiled attention stores at a time.
+    """Return the bytes of capped scores, with copies, that compiled attention stores.
 
-    At least the scores of one key head of the longest row are stored (engine/attention/grouped.py).
+    It stores at least the scores of one key head of the longest row at a time (engine/attention/grouped.py).
     """
     if not shape.capped_scores or not execution.fused:
         return 0

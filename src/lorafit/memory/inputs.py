@@ -14,11 +14,11 @@ from lorafit.shapes import ModelShape, resolve_targets
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Bytes of an activation by compute dtype. fp8 narrows only the operands of frozen matmuls, which are temporary."""
 LARGEST_TOKENS = 16_384
-"""Tokens beyond which a larger micro-batch gains nothing: its fixed costs are about 3 % of its time."""
+"""Tokens beyond which a larger micro-batch gains nothing. Its fixed costs are about 3 % of its time."""
 SUPERVISED_SPREAD = 1.25
 """Supervised share of the most supervised micro-batch, relative to the mean one."""
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
-"""Bytes of AdamW's two moments for each trained weight: in fp32, or in 8 bits with an fp32 scale per 256 each."""
+"""Bytes of AdamW's two moments for each trained weight. They are in fp32, or in 8 bits with an fp32 scale per 256."""
 OPTIMIZER_SHARE = 0.03
 """Share of a GPU's memory up to which AdamW's moments stay in 32 bits. The 8-bit optimizers are slower: they launch
 kernels tensor by tensor, and the paged ones wait for the device every step."""
@@ -98,7 +98,7 @@ class PlanInputs:
 
     @cached_property
     def compute(self) -> str:
-        """Matmul precision: the setting, or on auto bf16 if the GPU has it, fp16 on other GPUs, fp32 on a CPU."""
+        """Matmul precision. On auto it is bf16 if the GPU has it, fp16 on other GPUs, fp32 on a CPU."""
         if self.config.compute != "auto":
             return self.config.compute
         if not self.on_cuda:
@@ -128,7 +128,7 @@ class PlanInputs:
 
     @property
     def optimizer(self) -> str:
-        """Optimizer: the setting, or on auto AdamW in 32 bits while its moments fit OPTIMIZER_SHARE of the GPU."""
+        """Optimizer. On auto its moments are in 32 bits while they fit OPTIMIZER_SHARE of the GPU, else in 8."""
         if self.config.optimizer != "auto":
             return self.config.optimizer
         small = self.adapter_parameters * ADAM_BYTES <= OPTIMIZER_SHARE * self.hardware.memory_bytes
@@ -141,7 +141,7 @@ class PlanInputs:
 
     @property
     def largest_step_tokens(self) -> int:
-        """Tokens of the run's largest step: as counted, or those of a step of the longest rows."""
+        """Tokens of the run's largest step. Without a count they are those of a step of the longest rows."""
         step = self.stats.largest_step or self.config.examples_per_step * self.stats.longest
         return max(1, min(step, self.stats.tokens or step))
 

@@ -1,4 +1,4 @@
-"""Layer costs: bytes and seconds of equal decoder layers, and the timeline of compute and copies."""
+"""Layer costs: bytes and seconds of decoder layers, and the timeline of compute and copies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LEVELS = (WHOLE, FEED_FORWARD, KEEP) = range(3)
 
 @dataclass(frozen=True, slots=True)
 class LayerCosts:
-    """Hold the bytes and seconds of one of `layers` equal layers, and of the loss, for one micro-batch.
+    """Hold the bytes and seconds of one layer, and of the loss, for one micro-batch.
 
     Attributes:
-        layers: Decoder layers.
+        layers: Decoder layers, all with equal costs.
         kept_bytes: Saved for the backward pass when nothing is recomputed.
         feed_forward_bytes: Saved for the backward pass when the MLP is recomputed.
         whole_bytes: Saved for the backward pass when the layer is recomputed: its input.
@@ -112,7 +112,7 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Hold the rates of the link between device and pinned host memory, while the device computes.
+    """Hold the link's rates between device and pinned host memory, while the device computes.
 
     Attributes:
         to_host_bytes_s: Bytes a second to the host.
@@ -179,7 +179,7 @@ class Split:
         return first * whole + light * feed_forward + (count - first - light) * keep
 
     def fewest(self, size_bytes: int) -> int:
-        """Return the fewest first layers that save at least this much, or all layers when none do."""
+        """Return the fewest first layers that save at least this much. Otherwise return all layers."""
         if size_bytes <= 0:
             return 0
         for level, end in ((WHOLE, self.whole), (FEED_FORWARD, self.light), (KEEP, self.costs.layers)):
@@ -207,13 +207,16 @@ class Split:
         return PeakMemory(self.stays_bytes(layer, offload), self.in_flight_bytes(layer, offload), self.beside(layer))
 
     def _peak_layers(self, offload: int) -> list[int]:
-        """Return the layers whose backward can be the peak: each level's last, and those around the offload."""
+        """Return the layers whose backward can be the peak.
+
+        They are the last of each level, and those around the end of the offloaded layers.
+        """
         layers = self.costs.layers
         tops = (self.light - 1, self.whole - 1, offload - 1, offload)
         return [layers, layers - 1, *(top for top in tops if 0 <= top < layers - 1)]
 
     def size_bytes(self, layer: int, offload: int) -> int:
-        """Return the bytes on the device in the backward of the layer with this index; index `layers` is the loss."""
+        """Return the bytes on the device in the backward of this layer. Index `layers` is the loss."""
         return self.stays_bytes(layer, offload) + self.in_flight_bytes(layer, offload) + self.beside(layer)
 
     def stays_bytes(self, layer: int, offload: int) -> int:
@@ -222,7 +225,7 @@ class Split:
         return self.saved_by(top) - self.saved_by(offload) if offload < top else 0
 
     def in_flight_bytes(self, layer: int, offload: int) -> int:
-        """Return the bytes of this layer and the one before it, as far as they are offloaded."""
+        """Return the offloaded bytes of this layer and the one before it."""
         top = min(layer + 1, self.costs.layers)
         saved = self.costs.saved
         return sum(saved[self.level(index)] for index in range(max(top - 2, 0), min(top, offload)))
@@ -235,10 +238,10 @@ FILLED = 1.125
 
 
 def graph_tokens(tokens: int, gpu_s: float, launch_s: float, mean_tokens: float) -> int:
-    """Return the largest micro-batch in tokens that waits for the CPU; 0 when the mean one does not wait.
+    """Return the largest micro-batch in tokens that waits for the CPU.
 
-    `gpu_s` is a layer's forward and backward on the GPU for `tokens`, the largest micro-batch. `launch_s` is the CPU's
-    time to launch the kernels of one direction.
+    It is 0 when the mean one does not wait. `gpu_s` is a layer's forward and backward on the GPU for `tokens`, the
+    largest micro-batch. `launch_s` is the CPU's time to launch the kernels of one direction.
     """
     waits_s = 2 * launch_s * (1 + WAITING)
     most = tokens if gpu_s <= waits_s else int(tokens * waits_s / gpu_s)
@@ -288,7 +291,7 @@ def offload_schedule(
 
 
 def fullest_bytes(costs: LayerCosts, policy: MemoryPolicy, schedule: OffloadSchedule) -> int:
-    """Return the peak of saved and working bytes on the device under `policy` and its schedule."""
+    """Return the peak of saved and working bytes on the device under a schedule."""
     split = Split.of(policy, costs)
     firsts = schedule.on_device_from
     return max(
@@ -300,11 +303,12 @@ def fullest_bytes(costs: LayerCosts, policy: MemoryPolicy, schedule: OffloadSche
 
 
 def timeline_s(costs: LayerCosts, policy: MemoryPolicy, link: Link, room_bytes: int, by_bytes: bool = True) -> float:
-    """Return the seconds of one micro-batch under `offload_schedule`, with two copy streams beside the compute stream.
+    """Return the seconds of one micro-batch under `offload_schedule`.
 
-    A layer's copy to the host starts after its forward and after the previous copy. A copy to the device starts when
-    the schedule requires it and the previous copy is done. Layers that the schedule has on the device during the loss
-    stay there and are not copied back. Copies slow down the layers beside them by `link.drag` of their time.
+    Two copy streams run beside the compute stream. A layer's copy to the host starts after its forward and after the
+    previous copy. A copy to the device starts when the schedule requires it and the previous copy is done. Layers that
+    the schedule has on the device during the loss stay there and are not copied back. Copies slow down the layers
+    beside them by `link.drag` of their time.
     """
     split = Split.of(policy, costs)
     saved = [costs.saved[split.level(layer)] for layer in range(policy.offloaded_layers)]

@@ -98,10 +98,11 @@ def solve(costs: LayerCosts, room: Room, bound_s: float = math.inf) -> Solution 
 def solve_micro(
     costs: LayerCosts, room: Room, *, tokens: int, longest: int, step_tokens: float | None = None
 ) -> Solution | None:
-    """Return the fastest policy over micro-batches of `tokens`, half of them, …, down to the `longest` row.
+    """Return the fastest policy over all sizes of the micro-batch.
 
-    `costs` are those of `tokens`. The solution's `step_s` is that of a step of `step_tokens` (default `tokens`), at the
-    speed of full micro-batches. A policy without host memory wins unless another is faster by WORTH_PINNING.
+    The sizes are `tokens`, half of them, …, down to the `longest` row. `costs` are those of `tokens`. The solution's
+    `step_s` is that of a step of `step_tokens` (default `tokens`), at the speed of full micro-batches. A policy without
+    host memory wins unless another is faster by WORTH_PINNING.
     """
     step_tokens = step_tokens or tokens
     best = _over_sizes(costs, room, tokens, longest, step_tokens)
@@ -177,7 +178,7 @@ def _best_of(
 
 
 def _least_offload(split: Split, room: Room) -> int | None:
-    """Return the fewest layers to offload so that the rest fits the room; None when none suffice."""
+    """Return the fewest layers to offload so that the rest fits; None when nothing fits."""
     layers, room_bytes = split.costs.layers, room.device_bytes
     at_loss = split.saved_by(layers) + split.beside(layers)
     if at_loss <= room_bytes and split.device_bytes(0) <= room_bytes:
@@ -195,7 +196,7 @@ def _least_offload(split: Split, room: Room) -> int | None:
 
 
 def _least_s(split: Split, room: Room) -> float:
-    """Return a lower bound of the seconds: the work, and copying the excess to the host."""
+    """Return a lower bound of the seconds: work, and copying the excess to the host."""
     costs = split.costs
     excess = split.saved_by(costs.layers) + split.beside(costs.layers) - room.device_bytes
     if excess <= 0 or room.link is None:

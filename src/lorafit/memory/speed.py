@@ -18,10 +18,10 @@ from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70
-"""Shares of the GPU's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
+"""Shares of the 16-bit peak that matmuls and attention reach, and of the memory bandwidth."""
 TAIL_S = 1.5e-9
-"""Seconds that a matmul loses at its end, when part of the GPU has no tile left, for each value of the summed
-dimension. With dequantizing it makes the 14 ms that a second micro-batch cost on an H200. ASSUMED for other GPUs."""
+"""Seconds that a matmul loses at its end for each value of the summed dimension. Part of the GPU has no tile left then.
+With dequantizing it makes the 14 ms that a second micro-batch cost on an H200. ASSUMED for other GPUs."""
 ATTENTION_TRAFFIC = 2.2
 """Bytes that attention's forward moves for each byte of its queries, keys, values and output. They take most of the
 time of short rows. Fitted to 0.48 ms a layer for 32 × 256 tokens and 1.15 ms for 4 × 2,048, forward and backward, on an
@@ -40,13 +40,13 @@ INTO = ("gate", "up", "gate_up")
 RECOMPUTE = 1.1
 """Time of a layer's recompute relative to its first forward pass."""
 FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
-"""Least seconds of a layer's pass in one direction: the CPU's time to launch its kernels. Compiled: 2,048 tokens of 8B
+"""Least seconds of a layer's pass in one direction. The CPU launches its kernels in them. Compiled: 2,048 tokens of 8B
 on an H200's host took 144 ms a step, of which the GPU computed for 110. Eager: ASSUMED. Other hosts differ."""
 DENSE_LAUNCH_S = 1.4e-3
 """The same for dequantized or 16-bit weights. At 1.7 ms a pass the GPU and no longer the CPU is the limit (2,048 tokens
 of 8B on such a host). A profile of the CPU, which slows it down, had 1.4 ms."""
 GRAPH_LAUNCH_S = 1.0e-4
-"""The same within a CUDA graph: about 30 kernels a pass, each of at least 3 µs (arithmetic)."""
+"""The same within a CUDA graph. A pass has about 30 kernels, each of at least 3 µs (arithmetic)."""
 EMULATED = 0.25
 """Speed of a CPU in a 16-bit precision that it lacks, relative to fp32."""
 

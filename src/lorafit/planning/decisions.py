@@ -76,7 +76,7 @@ class Rule:
 
 
 SMALL, MEDIUM, HUGE = 5_000, 50_000, 100_000
-"""Numbers of rows: below SMALL little data, up to MEDIUM the usual amount, above HUGE enough for every weight."""
+"""Limits of the matrix in rows. Below SMALL is little data, up to MEDIUM the usual, above HUGE enough to train all."""
 
 MATRIX: tuple[Rule, ...] = (
     Rule("full fine-tuning", 0, "none", "every weight trains", "nothing is frozen, so nothing is quantized",
@@ -110,7 +110,7 @@ def choose(case: Case) -> Rule:
 
 
 def rank_limit(rows: int) -> int:
-    """Return the largest rank that `rows` rows can fill: 8 below 5,000, 16 to 50,000, 32 above."""
+    """Return the largest rank that `rows` rows can fill. It is 8 below 5,000, 16 to 50,000, 32 above."""
     return choose(Case(rows, "balanced", False)).rank
 
 

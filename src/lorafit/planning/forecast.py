@@ -24,15 +24,16 @@ from lorafit.shapes import ModelShape
 PREDICTED_SPREAD = (0.85, 1.6)
 """Range of compiled layers' time, relative to the predicted time."""
 CUDA_UTILISATION = (0.18, 0.45)
-"""Share of the GPU's 16-bit peak that eager layers reach: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
+"""Share of the GPU's 16-bit peak that eager layers reach. It was 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
 """Least milliseconds of a micro-batch per eager layer, forward and backward, for launching kernels. An H200 with a slow
 CPU took 9 ms a layer for any number of tokens."""
 LOAD_GBS = (0.3, 2.0)
 START_S = (5.0, 25.0)
-"""Rate of loading the base in GB/s of its 16-bit size, and seconds of importing the libraries."""
+"""Rate of loading the base in GB/s of its 16-bit size, and seconds of imports."""
 BYTES_PER_PARAMETER = 16
-"""bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
+"""Bytes of a parameter in full fine-tuning. They are bf16 weight and gradient (2 + 2), fp32 master weight (4) and two
+fp32 moments of AdamW (8)."""
 USABLE = 0.8
 LEAST_GPUS = 2
 REFERENCE_GPU = "H100"
@@ -120,10 +121,10 @@ def _recomputed(plan: ExecutionPlan) -> float:
 
 
 def token_flops(inputs: PlanInputs, recomputed: float) -> float:
-    """Return the FLOPs of training on one token, with the share `recomputed` of a second forward.
+    """Return the FLOPs of training on one token.
 
-    The sum covers the forward and the input's gradient through frozen weights, attention over half a row, and the
-    adapters' own gradient.
+    The share `recomputed` of the forward pass runs twice. The sum covers the forward and the input's gradient through
+    frozen weights, attention over half a row, and the adapters' own gradient.
     """
     shape = inputs.shape
     head = shape.vocab * shape.hidden
@@ -180,7 +181,14 @@ def _price_in_words(hardware: Hardware) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Hold the memory on each of `gpus` devices like `hardware`, and the duration of the whole run."""
+    """Hold the memory and duration of a run.
+
+    Attributes:
+        hardware: Device of the run.
+        gpus: Number of devices.
+        memory: Peak memory of each device.
+        duration: Duration of the whole run.
+    """
 
     hardware: Hardware
     gpus: int

@@ -209,7 +209,7 @@ MAX_DROPOUT = 0.1
 
 
 def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
-    """Return a finding for each pitfall that the settings run into, in the order of the codes."""
+    """Return a finding for each pitfall of the settings, in the order of the codes."""
     return [
         *_no_attention(inputs),
         *_checkpointing(inputs, memory),
@@ -276,7 +276,10 @@ def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
 
 
 def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
-    """Yield severity, message and reason for a precision that the device lacks, or that exceeds the base's."""
+    """Yield severity, message and reason for an unsuitable precision.
+
+    The device lacks it, or it exceeds the base's.
+    """
     cuda = hardware.kind == "cuda"
     if config.compute == "fp32" and config.quantization == "nf4" and cuda:
         yield (

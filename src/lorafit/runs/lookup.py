@@ -150,7 +150,7 @@ def _differing(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
 def _row_settings_that_differ(
     then: RunConfig, now: RunConfig, rows_then: RunFingerprint, rows_now: RunFingerprint
 ) -> list[tuple[str, str, str]]:
-    """Return (key, then, now) of the changed settings that select other rows from the same files."""
+    """Return (key, then, now) of the changed settings that select other rows."""
     is_cut = "error" not in (then.on_long, now.on_long)  # otherwise no row is longer than max_length
     holdout = ("holdout",) if rows_then.held_out_rows != rows_now.held_out_rows else ()
     trained = ("on_bad", "on_long", "field_map") if rows_then.train_rows != rows_now.train_rows else ()

@@ -28,7 +28,7 @@ LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", 
     "engine.json",
     "events.jsonl",
 }
-"""Names allowed in the folder of a new run: reports of a run that never started, and the demo's data."""
+"""Names allowed in the folder of a new run. They are reports of a run that never started, and the demo's data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class RunDir:
             raise RunDirError(what, where=str(self.path), fix="choose an empty or new folder for --out")
 
     def foreign(self) -> list[str]:
-        """Return the names in the folder that are not leftovers of a run that never started."""
+        """Return the names in the folder other than leftovers of a run that never started."""
         if not self.path.is_dir():
             return []
         names = sorted(path.name for path in self.path.iterdir())
@@ -167,7 +167,7 @@ class RunDir:
         return name in LEFTOVERS or (name.startswith(".") and name.endswith(".staged"))
 
     def move_aside(self) -> Path:
-        """Rename the folder to the first free of NAME.aside-1, -2, … and return its new path."""
+        """Rename the folder to the first free NAME.aside-1, -2, … and return that path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.aside-{number}")).exists():
             number += 1
@@ -272,7 +272,7 @@ def adapter_hashes(folder: Path) -> dict[str, str]:
 
 
 def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
-    """Return the first file of `hashes` that is missing, unreadable or changed in `folder`; None without one."""
+    """Return the first file of `hashes` that is missing, unreadable or changed, or None."""
     for name, digest in hashes.items():
         try:
             if file_hash(folder / name) != digest:

@@ -92,9 +92,10 @@ class EarlySignals(SignalHandlers):
 
 
 class StopSignals(SignalHandlers):
-    """Record signals during training: SIGINT and SIGTERM stop it after a complete step, SIGUSR1 saves a checkpoint.
+    """Record signals during training, within a `with` block.
 
-    A second stopping signal raises StoppedAtOnce immediately.
+    SIGINT and SIGTERM stop it after a complete step, and SIGUSR1 saves a checkpoint. A second stopping signal raises
+    StoppedAtOnce immediately.
 
     Attributes:
         on_stop: Called in the handler with the signal's number.

@@ -25,10 +25,11 @@ from lorafit.errors import RunDirError
 
 @contextmanager
 def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new sibling of `folder` to write into, which is synced and renamed at the end.
+    """Yield a new sibling of `folder` to write into.
 
-    When the block raises, the sibling is removed. With `replace` an existing `folder` is replaced. Raises RunDirError
-    for an existing folder otherwise, for a full disk, and for a place that is not writable.
+    At the end the sibling is synced and renamed to `folder`. When the block raises, it is removed. With `replace` an
+    existing `folder` is replaced. Raises RunDirError for an existing folder otherwise, for a full disk, and for a place
+    that is not writable.
     """
     if folder.exists() and not replace:
         raise RunDirError("the folder already exists", where=str(folder), fix="remove it, or choose another with --out")

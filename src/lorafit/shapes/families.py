@@ -290,4 +290,4 @@ ALIASES: Mapping[str, str] = {
     "smollm": "llama",
     "mistral3": "mistral",
 }
-"""Other model type -> its name in FAMILIES: the wrapper of a text_config, or an older name."""
+"""Other model type -> its name in FAMILIES. It wraps a text_config, or is an older name."""

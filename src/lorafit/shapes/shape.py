@@ -313,7 +313,7 @@ PRESETS: Mapping[str, tuple[Role, ...]] = {"qv": ("q", "v"), "attention": ("q", 
 
 
 def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
-    """Return the names of the linear modules that `targets` selects, in the order of the layer.
+    """Return the names of the linear modules that `targets` selects, in layer order.
 
     `qv` and `attention` go by the role of a projection, so `o` may be called `dense` or `out_proj`. `all-linear` is
     every linear of the decoder except routers, without lm_head. Raises AdapterError with the model's own names when a
