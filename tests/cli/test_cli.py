@@ -206,7 +206,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
             "--set says '4GiB'",
         ),
         (["train", "{data}", "--base", "{base}", "--deterministic", "--set", "deterministic=off"], 2, "name it once"),
-        (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is 1 and 2"),
+        (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is set to 1 and to 2"),
         (["train", "{data}", "--base", "{base}", "--holdout", "2026-02-31"], 1, "2026-02-31: no such file"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "8"], 2, "write it like 8GiB"),
         (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
