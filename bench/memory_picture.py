@@ -97,7 +97,7 @@ ON_HOST: dict[str, Any] = {"facecolor": "white", "hatch": "\\\\\\\\", "edgecolor
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What one setting takes at its fullest moment, in GiB by part, and on the host."""
+    """What one setting takes at its peak, in GiB by part, and on the host."""
 
     setting: Setting
     parts: dict[str, float]
@@ -127,7 +127,7 @@ def bar_of(setting: Setting) -> Bar:
 
 
 def _parts(sizes: dict[str, int], head: int, plan: ExecutionPlan) -> dict[str, int]:
-    at_loss = plan.moment.working_bytes == plan.costs.loss_bytes
+    at_loss = plan.peak.working_bytes == plan.costs.loss_bytes
     working = sizes["loss or one layer's backward"]
     return {
         "base in NF4": sizes["base, linear layers"] + sizes["norms, biases, stacked experts"],
@@ -156,7 +156,7 @@ def draw(bars: list[Bar]) -> Figure:
     axes.set_xlim(0, 44)
     axes.set_xticks(range(0, 37, 4))
     axes.set_xlabel(
-        "GiB on the GPU at the fullest moment, as planned (hatched below a bar: GiB of host memory)",
+        "GiB on the GPU at the peak, as planned (hatched below a bar: GiB of host memory)",
         loc="left",
         fontsize=9,
     )

@@ -1,4 +1,4 @@
-"""What a user can get wrong, as one tree. Imports nothing.
+"""Errors: the tree of everything a user can get wrong. The module imports nothing.
 
     LorafitError                exit code 1
     ├── UsageError              exit code 2: a flag, key or value that does not exist or does not fit
@@ -6,25 +6,29 @@
     ├── TemplateError           a chat template that fails, or a prompt that differs from the trained one
     ├── BackboneError           a base model that is missing, incomplete or of a kind lorafit cannot freeze
     ├── AdapterError            targets that do not exist, adapter files that must not be trusted
-    ├── PlanError               a run that cannot fit or finish on the hardware at hand
-    ├── RunDirError             a run directory that is missing, taken, full or not writable
+    ├── PlanError               a run that cannot fit or finish on its hardware
+    ├── RunDirError             a run directory that is missing, in use, full or not writable
     │   ├── CheckpointError     a checkpoint that is damaged, or that belongs to another run
-    │   └── RunFinished         exit code 0: there is nothing left to train
+    │   └── RunFinished         exit code 0: the run is complete
     ├── TrainingError           a run that had to stop
-    │   └── TrainingStopped     exit code 130 or 143: a signal asked for it; the run can go on
+    │   └── TrainingStopped     exit code 130 or 143: a signal stopped the run, which can resume
     └── VerificationError       an artefact that is not the model that was trained
 
-Every error is one sentence: what happened, where, and what to do. The command line prints it without a
-traceback; broken invariants of lorafit itself are `assert`s and do show one.
+Every error is one sentence: what happened, where, and the fix. The command line prints it without a
+traceback. Broken invariants of lorafit itself are `assert`s, which show a traceback.
 """
 
 from __future__ import annotations
 
 
 class LorafitError(Exception):
-    """Base of every error a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
-    `what` happened, `where` (a file:line, a key, a path) and the `fix`; the message joins them.
+    Attributes:
+        what: What happened.
+        where: A file:line, a settings key or a path.
+        fix: What the user can do.
+        sentence: The three joined, which is the message.
     """
 
     exit_code = 1
@@ -36,10 +40,10 @@ class LorafitError(Exception):
 
     @property
     def sentence(self) -> str:
-        """The whole message as the command line prints it."""
-        place = f"{self.where}: " if self.where else ""
-        cure = f"; {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{cure}"
+        """The complete message, as the command line prints it."""
+        where = f"{self.where}: " if self.where else ""
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{where}{self.what}{fix}"
 
 
 class UsageError(LorafitError):
@@ -57,19 +61,19 @@ class TemplateError(LorafitError):
 
 
 class BackboneError(LorafitError):
-    """A base model that is missing, incomplete, or of a kind that cannot be frozen in 4 bits."""
+    """A base model that is missing, incomplete, or of a kind that lorafit cannot freeze."""
 
 
 class AdapterError(LorafitError):
-    """Targets that do not exist in the model, or adapter files that must not be trusted."""
+    """Targets that the model lacks, or adapter files that must not be trusted."""
 
 
 class PlanError(LorafitError):
-    """A run that cannot fit or finish on the hardware at hand."""
+    """A run that cannot fit or finish on its hardware."""
 
 
 class RunDirError(LorafitError):
-    """A run directory that is missing, already taken, full or not writable."""
+    """A run directory that is missing, in use, full or not writable."""
 
 
 class CheckpointError(RunDirError):
@@ -77,7 +81,7 @@ class CheckpointError(RunDirError):
 
 
 class RunFinished(RunDirError):
-    """The run in this directory has trained to its end: nothing is wrong, and nothing is left to do."""
+    """The run in this directory is complete. It ends the command without being a failure."""
 
     exit_code = 0
     label = "finished"
@@ -88,7 +92,7 @@ class TrainingError(LorafitError):
 
 
 class TrainingStopped(TrainingError):
-    """A signal asked the run to stop; it did so after a whole step, and can go on from there."""
+    """A signal stopped the run after a complete step. The same command resumes it."""
 
     label = "stopped"
 
@@ -98,7 +102,10 @@ class TrainingStopped(TrainingError):
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """A second stopping signal, `number`, fell while training ran. Never reaches a user: TrainingStopped does."""
+    """A second stopping signal, `number`, arrived during training.
+
+    It never reaches a user: EarlySignals turns it into TrainingStopped.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -1,7 +1,11 @@
-"""Finding: one judgement with a code, like a linter's rule. Every code has a section in docs/findings.md.
+"""Finding: one judgement with a code, like a linter's rule.
 
-`P0` is what cannot finish, `P1`..`P7` are the classic pitfalls of a LoRA run, `D0xx` judge the data, `V0xx` the merged
-artefact. Rooms return findings; only `cli/` prints them.
+Every code has a section in docs/findings.md. Packages return findings; only `cli/` prints them.
+
+    P0          settings that cannot finish
+    P1 … P7     the classic pitfalls of a LoRA run
+    D0xx        the data
+    V0xx        the merged artefact
 """
 
 from __future__ import annotations
@@ -20,13 +24,16 @@ CODES = (
     *(f"S{number:03}" for number in range(1, 6)),
     "V001",
 )
-"""Every code. Each has a section in docs/findings.md."""
+"""Every code of a finding."""
 PAGES = (Path(__file__).with_name("findings.md"), Path(__file__).parents[2] / "docs" / "findings.md")
-"""The page of all findings: inside an installed package, else in the repository."""
+"""Places of the page of all findings: inside an installed package, else in the repository."""
 
 
 class Severity(StrEnum):
-    """How bad: an ERROR stops the run before it starts, a WARNING is shown and recorded, INFO is recorded."""
+    """Severity of a finding.
+
+    An ERROR stops the run before it starts. A WARNING is shown and recorded, INFO is recorded.
+    """
 
     ERROR = "error"
     WARNING = "warning"
@@ -35,10 +42,17 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was seen (`message`), where, why it matters, and the fix.
+    """Hold one judgement.
 
-    `where` is a `file:line`, a settings key or a path; `count` says how often, when one finding speaks for
-    many rows, and `examples` then names the first few places.
+    Attributes:
+        code: Code of the rule.
+        severity: How bad it is.
+        message: What was found.
+        where: A `file:line`, a settings key or a path.
+        why: Why it matters.
+        fix: What to do about it.
+        count: Occurrences, when one finding stands for many rows.
+        examples: The first few places of those rows.
     """
 
     code: str
@@ -51,41 +65,44 @@ class Finding:
     examples: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; `from_dict` is its inverse."""
+        """Return a JSON-ready mapping; `from_dict` is the inverse."""
         return asdict(self) | {"severity": self.severity.value, "examples": list(self.examples)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Finding:
-        """The finding that `to_dict` wrote."""
+        """Return the finding that `to_dict` wrote."""
         return cls(**{**fields, "severity": Severity(fields["severity"]), "examples": tuple(fields["examples"])})
 
 
 def is_code_prefix(text: str) -> bool:
-    """True when a code begins with `text`."""
+    """Return True when a code starts with `text`."""
     return bool(text) and any(code.startswith(text) for code in CODES)
 
 
 def explanations() -> dict[str, tuple[str, str]]:
-    """Code -> (title, text) of every finding, as docs/findings.md has them."""
+    """Return code -> (title, text) of every finding, from docs/findings.md."""
     page = next(page for page in PAGES if page.is_file()).read_text(encoding="utf-8")
     sections = re.findall(r"^## ([A-Z]\d+): (.*)\n((?:(?!#).*\n?)*)", page, re.MULTILINE)
     return {code: (title, text.strip()) for code, title, text in sections}
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """True when any finding must stop the run."""
+    """Return True when any finding is an error."""
     return any(finding.severity is Severity.ERROR for finding in findings)
 
 
 def chosen(findings: Iterable[Finding], select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Finding]:
-    """The findings that `is_chosen` leaves."""
+    """Return the findings for which `is_chosen` is true."""
     wanted, unwanted = tuple(select), tuple(ignore)
     return [finding for finding in findings if is_chosen(finding.code, finding.severity, wanted, unwanted)]
 
 
 def is_chosen(code: str, severity: Severity, select: tuple[str, ...], ignore: tuple[str, ...]) -> bool:
-    """Whether a finding is to be reported. Of warnings and notes those whose code starts with one of `select` (all,
-    when empty) and with none of `ignore`; an error always, unless `ignore` has its whole code."""
+    """Return True when a finding is reported.
+
+    Warnings and notes need a code that starts with one of `select` (empty: any) and with none of `ignore`. Errors are
+    always reported, unless `ignore` holds their whole code.
+    """
     if severity is Severity.ERROR:
         return code not in ignore
     return (not select or code.startswith(select)) and not code.startswith(ignore)

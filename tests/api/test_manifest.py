@@ -87,7 +87,7 @@ def test_a_folder_that_went_before_training_began_is_an_error_that_names_it(made
         def on_dry_run(self, dry_run):
             shutil.rmtree(tmp_path / "run")
 
-    with pytest.raises(RunDirError, match=r"run/\.lock: cannot be locked \(No such file"):
+    with pytest.raises(RunDirError, match=r"run/\.lock: the run cannot be locked \(No such file"):
         train(*made, out=tmp_path / "run", observer=Removing(), **SETTINGS)
     assert not (tmp_path / "run").exists()
 

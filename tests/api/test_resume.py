@@ -195,7 +195,7 @@ def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
 
 def test_a_finished_run_is_not_trained_again(made, whole):
     before = (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    with pytest.raises(RunFinished, match="trained to its end"):
+    with pytest.raises(RunFinished, match="this run is complete"):
         train(*made, out=whole, **SETTINGS)
     assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
 
@@ -209,7 +209,7 @@ def test_other_rows_are_refused_and_nothing_of_the_run_changes(made, whole, stop
     for changed in ([*lines[1:], lines[0]], lines[:-1]):  # another order, and a row less
         other = tmp_path / "rows.jsonl"
         other.write_text("".join(changed))
-        with pytest.raises(RunDirError, match=r"begun with the training rows = sha256 \w+, now it is sha256"):
+        with pytest.raises(RunDirError, match=r"started with the training rows = sha256 \w+, now it is sha256"):
             train(other, base, out=run, **SETTINGS)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
     assert before == after
@@ -241,7 +241,7 @@ def test_another_base_under_the_same_name_is_refused(made, stopped, tmp_path):
     other = shutil.copytree(base, tmp_path / "base")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(RunDirError, match="begun with the base = sha256"):
+    with pytest.raises(RunDirError, match="started with the base = sha256"):
         train(rows, str(other), out=stopped, **SETTINGS)
 
 
@@ -284,7 +284,7 @@ def test_a_second_process_is_refused(made, stopped):
 def test_an_adapter_that_cannot_be_written_is_not_the_end(made, whole, tmp_path, monkeypatch):
 
     def full(*_, **__):
-        raise RunDirError("it cannot be written (No space left on device)", where="adapter")
+        raise RunDirError("the folder cannot be written (No space left on device)", where="adapter")
 
     monkeypatch.setattr(Lora, "save", full)
     with pytest.raises(RunDirError, match=r"No space left on device.*go on with: lorafit train"):
@@ -394,7 +394,7 @@ def test_which_rows_were_held_out_is_written_again_where_that_is_gone(made, whol
 def test_another_holdout_is_called_that_and_not_other_rows(made, whole, stopped):
     for run in (stopped, whole):
         with pytest.raises(
-            RunDirError, match=r"begun with holdout = 0\.2, now it is 0\.1 \(and the training rows, the "
+            RunDirError, match=r"started with holdout = 0\.2, now it is 0\.1 \(and the training rows, the "
         ):
             train(*made, out=run, **{**SETTINGS, "holdout": 0.1})
 
@@ -406,7 +406,7 @@ def test_a_run_that_the_minutes_save_ends_in_the_same_bits(made, whole, tmp_path
     assert_same(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("step", "said"), [(2, "begins again: there is no checkpoint yet"), (4, "goes on from the")])
+@pytest.mark.parametrize(("step", "said"), [(2, "starts over: there is no checkpoint yet"), (4, "resumes from the")])
 def test_a_second_signal_names_a_checkpoint_only_where_there_is_one(made, tmp_path, step, said):
     class Twice(Send):
         def on_step_begin(self, args, state, control, **given):

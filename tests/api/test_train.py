@@ -93,7 +93,7 @@ def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
 @pytest.mark.parametrize(
     ("error", "words", "given"),
     [
-        (BackboneError, "no base model there", {"base": "./nowhere"}),
+        (BackboneError, "the base is not a folder", {"base": "./nowhere"}),
         (UsageError, "no base model was named", {"base": None}),
         (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
         (LorafitError, "nope", {"targets": "nope_proj"}),
@@ -135,7 +135,7 @@ def test_a_missing_data_file_is_named(tmp_path):
 
 def test_another_run_is_never_overwritten(tiny_run):
     before = (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(RunDirError, match="the finished run here was begun with"):
+    with pytest.raises(RunDirError, match="the finished run in this folder was started with"):
         train(tiny_run.train_rows.store.names[0], str(BASE), out=tiny_run.run.path)
     assert (tiny_run.run.adapter / "adapter_model.safetensors").read_bytes() == before
 
@@ -244,7 +244,7 @@ class Signalled(Observer):
 def test_sigterm_before_training_leaves_nothing_or_the_old_run_in_its_place(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     given = {"base": str(BASE), "out": tmp_path / "run", "max_steps": 1}
-    with pytest.raises(TrainingStopped, match="SIGTERM before training began") as stopped:
+    with pytest.raises(TrainingStopped, match="SIGTERM stopped the run before training") as stopped:
         train(data, **given, observer=Signalled(signal.SIGTERM))
     assert stopped.value.exit_code == 143
     assert not (tmp_path / "run").exists()

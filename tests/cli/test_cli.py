@@ -183,14 +183,14 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["train", "{data}", "--base", "./nowhere"], 1, "no base model there"),
+        (["train", "{data}", "--base", "./nowhere"], 1, "the base is not a folder"),
         (["train", "{data}"], 2, "no base model was named"),
         (["train", "{data}", "--base", "{base}", "--set", "warmup_steps=9"], 2, "write warmup: the share"),
         (["train", "{data}", "--warmup", "0.1"], 2, "has no flag --warmup; write --set warmup=0.1"),
         (["train", "{data}", "--learning-rate", "1e-4"], 2, "has no flag --learning-rate; write --lr"),
         (["merge", "{folder}", "--onot", "original"], 2, "did you mean --onto?"),
-        (["plan", "{data}", "--base", "{base}", "--gpu", "M2 Max"], 2, "is no NVIDIA GPU"),
-        (["check", "{data}", "--select", "D99"], 2, "begins no code of a finding"),
+        (["plan", "{data}", "--base", "{base}", "--gpu", "M2 Max"], 2, "is not an NVIDIA GPU"),
+        (["check", "{data}", "--select", "D99"], 2, "no finding's code starts with"),
         (["settings", "rnk"], 2, "did you mean 'rank'"),
         (["explain", "D999"], 2, "no finding has the code 'D999'"),
         (["chekc", "{data}"], 2, "did you mean 'lorafit check'?"),
@@ -208,7 +208,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
             "--set says '4GiB'",
         ),
         (["train", "{data}", "--base", "{base}", "--deterministic", "--set", "deterministic=off"], 2, "name it once"),
-        (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is 1 and 2"),
+        (["check", "{data}", "--set", "seed=1", "--set", "seed=2"], 2, "'seed' is set to 1 and to 2"),
         (["train", "{data}", "--base", "{base}", "--holdout", "2026-02-31"], 1, "2026-02-31: no such file"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "8"], 2, "write it like 8GiB"),
         (["train", "{data}", "--base", "{base}", "--on-bad", "maybe"], 2, "on_bad"),
@@ -216,8 +216,8 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "lots"], 2, "not a size"),
-        (["chat", "{folder}"], 1, "no run here"),
-        (["merge", "{folder}"], 1, "no run here"),
+        (["chat", "{folder}"], 1, "holds no run"),
+        (["merge", "{folder}"], 1, "holds no run"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
     ],
@@ -385,7 +385,7 @@ def test_a_signal_before_the_libraries_are_imported_is_one_sentence_and_its_exit
     monkeypatch.setattr("lorafit.api.settings.preflight", preflight)
     code, _, err = run("train", data, "--base", BASE)
     assert code == 128 + number
-    assert err == f"stopped: {number.name} before training began; nothing was lost\n"
+    assert err == f"stopped: {number.name} stopped the run before training, nothing was lost\n"
 
 
 def test_ctrl_c_is_one_sentence_and_exit_code_130(run, data, monkeypatch):

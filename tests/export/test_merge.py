@@ -199,7 +199,7 @@ def test_licences_go_along_and_the_gpu_names_the_base(trained, tmp_path):
 
 def test_nothing_is_written_where_something_already_is(trained, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(RunDirError, match="already there"):
+    with pytest.raises(RunDirError, match="already exists"):
         merge(trained.path, out=tmp_path / "out")
 
 

@@ -138,9 +138,9 @@ def test_a_named_gpu_and_a_budget_are_planned_for_instead_of_the_machine(smi):
     assert detect.hardware_for(RunConfig(gpu="RTX 4090", gpu_memory="8GiB")).memory_bytes == 8 * GIB
     assert detect.hardware_for(RunConfig(gpu_memory="8GiB")).name == "NVIDIA H200"
     assert detect.hardware_for(RunConfig(gpu="cpu")).kind == "cpu"
-    with pytest.raises(UsageError, match="no GPU ''"):
+    with pytest.raises(UsageError, match="unknown GPU ''"):
         detect.hardware_for(RunConfig(gpu=""))
-    with pytest.raises(UsageError, match="no GPU"):
+    with pytest.raises(UsageError, match="unknown GPU"):
         detect.hardware_for(RunConfig(gpu="abacus"))
 
 

@@ -185,9 +185,9 @@ def test_shared_embeddings_stay_where_lm_head_needs_them():
         (MemoryPolicy(recompute_layers=32), "each layer's input; the rest is recomputed"),
         (
             MemoryPolicy(recompute_layers=2, recompute_mlp_layers=3),
-            "of 2 layers their input, of 3 all but their feed-forward, of the rest everything",
+            "the input of 2 layers, all but the feed-forward of 3, everything of the rest",
         ),
-        (MemoryPolicy(offloaded_layers=30), "what 2 of 32 layers keep there until their backward pass"),
+        (MemoryPolicy(offloaded_layers=30), "activations of 2 of 32 layers, kept until their backward pass"),
     ],
 )
 def test_the_estimate_says_what_is_kept(policy, words):

@@ -1,6 +1,6 @@
 import pytest
 
-from lorafit.memory.layer_costs import FEED_FORWARD, KEEP, WHOLE, LayerCosts, Moment, Split
+from lorafit.memory.layer_costs import FEED_FORWARD, KEEP, WHOLE, LayerCosts, PeakMemory, Split
 
 COSTS = LayerCosts(
     10, 100, 40, 10, 1.0, 2.0, 0.5, 1.1, 50, 60, 70, fixed_working_bytes=20, fixed_s=0.25, launch_s=0.5,
@@ -22,18 +22,18 @@ def test_the_fewest_layers_that_save_so_much(size):
 
 
 def test_the_fullest_moment_is_at_the_loss_when_everything_is_kept():
-    assert Split(COSTS, 0, 0).fullest(0) == Moment(1000, 0, 55)
-    assert SPLIT.fullest(0) == Moment(640, 0, 55)
+    assert Split(COSTS, 0, 0).peak(0) == PeakMemory(1000, 0, 55)
+    assert SPLIT.peak(0) == PeakMemory(640, 0, 55)
 
 
 def test_what_is_recomputed_is_alive_when_most_of_the_rest_is_still_saved():
-    assert Split(COSTS, 10, 10).fullest(0) == Moment(100, 0, 70)
-    assert Split(COSTS, 0, 10).fullest(0) == Moment(400, 0, 60)
+    assert Split(COSTS, 10, 10).peak(0) == PeakMemory(100, 0, 70)
+    assert Split(COSTS, 0, 10).peak(0) == PeakMemory(400, 0, 60)
 
 
 def test_an_offloaded_layer_is_there_while_it_works_and_while_it_travels():
-    assert Split(COSTS, 0, 0).fullest(10) == Moment(0, 200, 55)
-    assert Split(COSTS, 0, 0).fullest(4) == Moment(600, 0, 55)
+    assert Split(COSTS, 0, 0).peak(10) == PeakMemory(0, 200, 55)
+    assert Split(COSTS, 0, 0).peak(4) == PeakMemory(600, 0, 55)
     assert Split(COSTS, 0, 0).device_bytes(9) == 100 + 100 + 55  # the last layer and the one before it
 
 

@@ -47,9 +47,9 @@ def test_adapters_gradients_and_optimizer_are_counted_from_the_targets():
 
 def test_a_cpu_computes_in_fp32_and_keeps_dense_copies_in_half_of_what_is_left():
     memory = parts(CPU, shape(TINY))
-    assert memory["dequantised copies"] == 4 * shape(TINY).linear_parameters
+    assert memory["dequantized copies"] == 4 * shape(TINY).linear_parameters
     large = parts(CPU)
-    assert 0 < large["dequantised copies"] < 8 * GIB
+    assert 0 < large["dequantized copies"] < 8 * GIB
     assert large["embeddings and lm_head"] == 4 * 2 * 128256 * 4096
 
 

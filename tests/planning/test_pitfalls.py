@@ -47,7 +47,7 @@ def test_p1_no_attention_projection_among_the_targets(targets, bad):
 def test_p2_a_policy_of_which_a_cpu_has_no_use(activations, named):
     settings = {"memory_policy": activations, "compute": "fp32"}
     messages = [finding.message for finding in found(CPU, **settings) if finding.code == "P2"]
-    assert messages == ([f"activations ask for {named}, and a CPU has no use for them"] if named else [])
+    assert messages == ([f"memory_policy sets {named}, which a CPU does not use"] if named else [])
     assert "P2" not in [code for code, _ in codes(H100, **(settings | {"compute": "bf16"}))]
 
 

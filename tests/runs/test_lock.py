@@ -88,7 +88,9 @@ def test_a_lock_of_another_container_on_this_machine_that_was_killed_is_stale(tm
 def test_the_lock_of_another_machine_stands_and_says_what_to_do(tmp_path):
     left_by(tmp_path, boot="another", host="elsewhere", pid=77)
     with (
-        pytest.raises(RunDirError, match=r"process 77 on elsewhere .*if that machine is gone, remove .*\.lock\.json"),
+        pytest.raises(
+            RunDirError, match=r"process 77 on elsewhere .*if that machine no longer exists, remove .*\.lock\.json"
+        ),
         RunLock(tmp_path),
     ):
         pass
@@ -121,7 +123,7 @@ def test_where_the_disk_has_no_flock_the_owners_process_decides(tmp_path, monkey
 def test_a_disk_that_refuses_locks_is_one_sentence(tmp_path, monkeypatch):
     without_flock(monkeypatch, errno.ENOLCK)
     with (
-        pytest.raises(RunDirError, match=r"\.lock: cannot be locked \(No locks available\); .*--out"),
+        pytest.raises(RunDirError, match=r"\.lock: the run cannot be locked \(No locks available\); .*--out"),
         RunLock(tmp_path),
     ):
         pass

@@ -59,7 +59,7 @@ def test_what_was_planned_is_taken_over_and_what_is_set_must_agree(here):
     taken = place.settled(settled(out="run"))
     assert (taken.config.rank, taken.sources["rank"].value) == (8, "run")
     assert find_target(settled(out="run", rank=8)).resumes
-    with pytest.raises(RunDirError, match=r"begun with rank = 8, now it is 32 \(and alpha\)"):
+    with pytest.raises(RunDirError, match=r"started with rank = 8, now it is 32 \(and alpha\)"):
         find_target(settled(out="run", rank=32))
     assert run.config().rank == 8
 
@@ -67,7 +67,7 @@ def test_what_was_planned_is_taken_over_and_what_is_set_must_agree(here):
 def test_a_named_folder_refuses_other_settings_with_both_values(here):
     begun(here / "run", settled())
     with pytest.raises(
-        RunDirError, match=r"unfinished run here was begun with lr = 0\.0002, now it is 0\.5; .*--restart"
+        RunDirError, match=r"unfinished run in this folder was started with lr = 0\.0002, now it is 0\.5; .*--restart"
     ) as caught:
         find_target(settled(out="run", lr=0.5))
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_restart_does_not_touch_a_run_that_is_training(here):
 
 def test_a_finished_run_says_so_with_exit_code_zero(here):
     run = begun(here / "run", settled(), finished=True)
-    with pytest.raises(RunFinished, match=r"nothing is left to do; pass --restart") as caught:
+    with pytest.raises(RunFinished, match=r"nothing is left to train; pass --restart") as caught:
         refuse_finished(run)
     assert (caught.value.exit_code, caught.value.label) == (0, "finished")
 
@@ -140,7 +140,7 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
 
 def test_a_run_whose_fingerprint_is_lost_is_not_taken_for_another(here):
     begun(here / "run", settled()).identity.unlink()
-    with pytest.raises(RunDirError, match="cannot go on"):
+    with pytest.raises(RunDirError, match="cannot resume"):
         find_target(settled(out="run"))
 
 
@@ -152,5 +152,5 @@ def test_a_damaged_run_that_may_be_the_one_is_not_passed_over_in_silence(here):
     assert find_target(settled(), restart=True).run == RunDir(Path("runs/rows-base"))
     assert find_target(settled(lr=0.5)).run.path.name == "rows-base-2", "that run is not meant"
     run.settings.write_text("{")
-    with pytest.raises(RunDirError, match=r"rows-base.*cannot be told from a new one.*--out"):
+    with pytest.raises(RunDirError, match=r"rows-base.*cannot be compared.*--out"):
         find_target(settled())

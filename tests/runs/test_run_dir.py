@@ -28,19 +28,19 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(RunDirError, match=r"no run here.*run\.yaml"):
+    with pytest.raises(RunDirError, match=r"holds no run.*run\.yaml"):
         RunDir.open(tmp_path)
 
 
 def test_a_run_without_adapter_is_told_to_finish(tmp_path):
     (tmp_path / "run.yaml").write_text("rank: 8\n")
-    with pytest.raises(RunDirError, match="no adapter: its training has not finished"):
+    with pytest.raises(RunDirError, match="no adapter because its training has not finished"):
         RunDir.open(tmp_path)
 
 
 def test_a_path_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="cannot write there"):
+    with pytest.raises(RunDirError, match="not writable"):
         RunDir.create(tmp_path / "file" / "run")
 
 

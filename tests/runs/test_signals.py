@@ -17,7 +17,10 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopping_signal_unwinds_what_is_inside_and_is_one_sentence(number):
     before, cleaned = [signal.getsignal(one) for one in NUMBERS], []
-    with pytest.raises(TrainingStopped, match=f"{number.name} before training began") as stopped, EarlySignals():
+    with (
+        pytest.raises(TrainingStopped, match=f"{number.name} stopped the run before training") as stopped,
+        EarlySignals(),
+    ):
         try:
             # what a library tries must not swallow it
             with contextlib.suppress(Exception):
@@ -49,7 +52,7 @@ def test_a_second_signal_in_training_says_how_to_go_on(number):
 def test_a_checkpoint_is_named_only_where_there_is_one(tmp_path, name):
     if name is not None:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    said = "goes on from the newest checkpoint" if name == "step-000120" else "there is no checkpoint yet"
+    said = "resumes from the newest checkpoint" if name == "step-000120" else "there is no checkpoint yet"
     with pytest.raises(TrainingStopped, match=said), EarlySignals() as signals, StopSignals():
         signals.run = RunDir(tmp_path)
         os.kill(os.getpid(), signal.SIGTERM)

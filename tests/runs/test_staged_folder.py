@@ -23,7 +23,7 @@ def test_an_error_leaves_nothing_behind(tmp_path, error):
 def test_an_existing_folder_is_an_error_and_stays(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").write_text("x")
-    with pytest.raises(RunDirError, match="already there"), staged_folder(tmp_path / "out"):
+    with pytest.raises(RunDirError, match="already exists"), staged_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "keep").exists()
 

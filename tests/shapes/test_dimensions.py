@@ -47,7 +47,7 @@ def test_sparse_layers_are_counted_as_the_config_says(changes, sparse):
 
 @pytest.mark.parametrize("layers", [513, 10**9, 1 << 39])
 def test_more_layers_than_any_decoder_has_are_a_slip_in_the_config(layers):
-    with pytest.raises(BackboneError, match=f"config.json says that there are {layers:,} layers; check config.json"):
+    with pytest.raises(BackboneError, match=f"config.json has {layers:,} layers; check config.json"):
         read_dimensions({**LLAMA_8B, "num_hidden_layers": layers}, FAMILIES["llama"], "a-base")
     assert read_dimensions({**LLAMA_8B, "num_hidden_layers": 512}, FAMILIES["llama"], "a-base").layers == 512
 

@@ -88,5 +88,5 @@ def test_an_alias_leads_to_a_family():
 
 def test_a_family_has_one_module_for_each_path():
     for family, row in FAMILIES.items():
-        paths = [part.path for part in row.parts if part.place != "dense"]
+        paths = [part.path for part in row.parts if part.layers != "dense"]
         assert len(paths) == len(set(paths)), family

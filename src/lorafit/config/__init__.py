@@ -1,4 +1,4 @@
-"""Settings: one frozen `RunConfig`, and `resolve`, which says where each value came from."""
+"""Settings: the frozen `RunConfig`, and `resolve`, which records the source of each value."""
 
 from lorafit.config.base_files import MergeBase, base_folder
 from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_json

@@ -1,4 +1,4 @@
-"""Where the files of a base model are: a local folder, or a hub snapshot. No torch, no weights read."""
+"""Base files: the local folder or hub snapshot of a base model. No torch, no weights read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lorafit.errors import BackboneError
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
 MergeBase = Literal["quantized", "original"]
-"""Base that a merge starts from: the dequantised 4-bit one that was trained, or the checkpoint as stored."""
+"""Base that a merge starts from. It is the dequantized 4-bit base of training, or the checkpoint as stored."""
 
 
 def base_folder(base: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """The folder that holds `base`'s configuration and tokenizer, and with `weights` its safetensors too.
+    """Return the folder with `base`'s configuration, tokenizer and, with `weights`, safetensors.
 
-    A local path is used as it is. Anything else is a hub id: downloaded, or found in the local hub cache
-    when there is no network. Raises BackboneError when neither has it.
+    A local path is used as it is. Any other name is a hub id, which is downloaded, or found in the local hub cache
+    without a network. Raises BackboneError when neither has the base.
     """
     if not base:
         raise BackboneError("no base model was named", fix="pass --base with a local folder or a hub id")
@@ -31,12 +31,12 @@ def base_folder(base: str, revision: str | None = None, *, weights: bool = False
         return local
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or base.endswith("/")
     if looks_local or local.exists():
-        raise BackboneError("no base model there", where=base, fix="point --base at a folder that holds config.json")
+        raise BackboneError("the base is not a folder", where=base, fix="point --base at a folder with a config.json")
     return _snapshot(base, revision, weights)
 
 
 def _snapshot(base: str, revision: str | None, weights: bool) -> Path:
-    # imported here: it costs a tenth of a second, and a local base never needs it
+    # imported here because it takes a tenth of a second, and a local base does not need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

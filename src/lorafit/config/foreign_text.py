@@ -1,4 +1,4 @@
-"""Text that somebody wrote: sizes, JSON and YAML, read with limits on size and depth."""
+"""Foreign text: sizes, JSON and YAML from users, read with limits on size and depth."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from lorafit.errors import LorafitError, UsageError
 
 _UNITS = {"": 1} | {unit + binary: 2**power for binary in ("", "i") for unit, power in zip("kmgt", (10, 20, 30, 40))}
 _MOST = 1e18
-_LEAST_BARE = 2**20  # who writes 8 means GiB, not bytes
+_LEAST_BARE = 2**20  # a small number without a unit, such as 8, means GiB and not bytes
 
 
 def parse_bytes(text: str, where: str = "size") -> int:
-    """Return the bytes in `text`; `GB` is 2**30, as `GiB` is.
+    """Return the bytes in `text`.
 
-    A GPU sold with 8 GB has 8 GiB. Raises UsageError for what is no size, and for a small number without a unit.
+    `GB` is 2**30 as `GiB` is, because a GPU sold with 8 GB has 8 GiB. Raises UsageError for any other text, and for a
+    small number without a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or match[2] == "i" or not 0 < float(match[1]) <= _MOST:
@@ -34,13 +35,13 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 TINY = 1e-6
-"""Share of a tenth that rounding ignores: `6.2GiB` truncated to whole bytes is still 6.2."""
+"""Share of a tenth that rounding ignores. `6.2GiB` truncated to whole bytes stays 6.2."""
 
 
 def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -> str:
-    """Return bytes as people read them: `5.9 GiB`, `1.0 KiB`.
+    """Return bytes in words, such as `5.9 GiB` or `1.0 KiB`.
 
-    Needs are rounded up (`at_least`) and limits down (`at_most`), so that a sentence never compares equal numbers.
+    Use `at_least` for a need and `at_most` for a limit. A sentence then never compares two equal numbers.
     """
     unit, size = next(((unit, size) for unit, size in UNITS if size_bytes >= size), ("B", 1))
     if unit == "B":
@@ -59,9 +60,9 @@ def at_most(size_bytes: float) -> str:
 
 
 MAX_JSON_BYTES = 4 << 20
-"""Far more than any configuration takes; callers allow more for what is long by nature (a weight index)."""
+"""Largest JSON file, far beyond any configuration. Callers allow more for a weight index."""
 MAX_YAML_BYTES = 1 << 20
-"""A recipe is a page, but a run may name thousands of data files."""
+"""Largest recipe. Most are a page long, but a run may list thousands of data files."""
 MAX_DEPTH = 32
 _STRING = "tag:yaml.org,2002:str"
 _MISREAD = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
@@ -81,40 +82,43 @@ def one_line(problem: BaseException | str, limit: int = 200) -> str:
 def read_json(
     path: Path, error: type[LorafitError], *, max_bytes: int = MAX_JSON_BYTES, fix: str | None = None
 ) -> dict[str, Any]:
-    """The JSON object in the file at `path`. Raises `error`, in one sentence, for anything else."""
+    """Return the JSON object in the file at `path`. Raises `error` for any other content."""
     try:
         with path.open("rb") as stream:
-            raw = stream.read(max_bytes + 1)  # not the size that stat gives: a pipe has none
+            raw = stream.read(max_bytes + 1)  # stat gives no size for a pipe
     except OSError as problem:
-        raise error(f"cannot be read ({problem.strerror})", where=str(path), fix=fix) from problem
+        raise error(f"the file cannot be read ({problem.strerror})", where=str(path), fix=fix) from problem
     if len(raw) > max_bytes:
-        raise error(f"is larger than {max_bytes >> 20} MiB", where=str(path), fix=fix)
+        raise error(f"the file is larger than {max_bytes >> 20} MiB", where=str(path), fix=fix)
     return parse_json(raw, str(path), error, fix=fix)
 
 
 def parse_json(raw: bytes, where: str, error: type[LorafitError], *, fix: str | None = None) -> dict[str, Any]:
-    """The JSON object in `raw`, whose size the caller has limited. Raises `error` for anything else."""
+    """Return the JSON object in `raw`. Raises `error` for any other content.
+
+    The caller limits the size.
+    """
     try:
         content = json.loads(raw.decode("utf-8-sig"))
     except RecursionError as problem:
-        raise error(f"nests deeper than {MAX_DEPTH} levels", where=where, fix=fix) from problem
+        raise error(f"the JSON nests deeper than {MAX_DEPTH} levels", where=where, fix=fix) from problem
     except UnicodeDecodeError as problem:
-        raise error("is not UTF-8", where=where, fix=fix) from problem
+        raise error("the text is not UTF-8", where=where, fix=fix) from problem
     except ValueError as problem:
-        raise error("is not valid JSON", where=where, fix=fix) from problem
+        raise error("the text is not valid JSON", where=where, fix=fix) from problem
     if not isinstance(content, dict):
-        raise error("is not a JSON object", where=where, fix=fix)
+        raise error("the text is not a JSON object", where=where, fix=fix)
     if _is_deep(content):
-        raise error(f"nests deeper than {MAX_DEPTH} levels", where=where, fix=fix)
+        raise error(f"the JSON nests deeper than {MAX_DEPTH} levels", where=where, fix=fix)
     return content
 
 
 def read_recipe(path: Path, texts: Collection[str] = ()) -> Any:
-    """What the YAML file at `path` holds, the keys in `texts` as text.
+    """Return the content of the YAML file at `path`.
 
-    Raises UsageError, naming the line, for what is no plain YAML.
+    The values of `texts` stay text. Raises UsageError with the line for a file that is not plain YAML.
     """
-    fix = "a recipe is a short YAML of settings"
+    fix = "write a short YAML file of settings"
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_YAML_BYTES + 1)
@@ -129,16 +133,18 @@ def read_recipe(path: Path, texts: Collection[str] = ()) -> Any:
         return parse_yaml(text, texts)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
-        raise UsageError(f"the recipe is not valid YAML ({error.problem})", where=place, fix="mend it there") from error
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+        what = f"the recipe is not valid YAML ({error.problem})"
+        raise UsageError(what, where=where, fix="correct this line") from error
     except yaml.YAMLError as error:
-        raise UsageError("the recipe is not valid YAML", where=str(path), fix="mend the syntax") from error
+        raise UsageError("the recipe is not valid YAML", where=str(path), fix="correct the syntax") from error
 
 
 def parse_yaml(text: str, texts: Collection[str] = ()) -> Any:
-    """What `text` holds as YAML, dates and base-60 numbers as text. Raises yaml.YAMLError.
+    """Return the content of YAML `text`, with dates and base-60 numbers as text.
 
-    Under the keys in `texts` numbers and booleans stay text too. A key that stands twice is refused.
+    The keys in `texts` keep numbers and booleans as text too. Raises yaml.YAMLError for invalid YAML and for a
+    duplicate key.
     """
     loader = _PlainLoader(text)
     try:
@@ -167,23 +173,23 @@ class _PlainLoader(yaml.SafeLoader):  # libyaml's loader overflows the stack of 
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: Any) -> Any:
         if ":" in node.value:
-            return node.value  # base 60: '1:30' is a text to everybody else
+            return node.value  # YAML 1.1 reads '1:30' as a number in base 60
         is_whole = node.tag.endswith(":int")
         try:
             number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
             float(number)
         except (ValueError, OverflowError) as error:
-            raise yaml.MarkedYAMLError(problem="this is no number", problem_mark=node.start_mark) from error
+            raise yaml.MarkedYAMLError(problem="not a number", problem_mark=node.start_mark) from error
         return number
 
 
-# '2026-13-45' is a name, and no date that cannot be
+# without timestamps, so that a name such as '2026-13-45' is not read as an invalid date
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()

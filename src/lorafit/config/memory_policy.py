@@ -1,4 +1,7 @@
-"""MemoryPolicy: what each layer keeps, recomputes or sends to host memory, as one setting that can be written down."""
+"""MemoryPolicy: the layers that keep, recompute or offload their activations, as one setting.
+
+`parse` reads a policy from text, and `str` writes it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ OLD_WORDS = {
     "host_embeddings=on": "host_embeddings=on",
     "weights=dense": "dequantized_layers=all",
 }
-"""Shorter words for the fields, accepted wherever a policy is parsed."""
+"""Short and older names of the fields, which `parse` accepts."""
 ON_HOST = "host_embeddings=on"
 ALL_DEQUANTIZED = "dequantized_layers=all"
 FIX = (
@@ -28,21 +31,21 @@ FIX = (
     "host_embeddings=on,micro_tokens=4096, recompute_layers=8, dequantized_layers=16 or cuda_graph_max_tokens=2048"
 )
 STEPS_DOWN = 4
-"""`next_smaller` changes a quarter of the layers at a time: enough to see, few enough retries."""
+"""Steps in which `next_smaller` changes all layers. A quarter at a time saves enough memory in few retries."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """Say how activations survive until their backward pass, and how large a micro-batch is.
+    """Hold how activations are stored until the backward pass, and the size of a micro-batch.
 
     Attributes:
         recompute_mlp_layers: Layers, after the recomputed ones, that recompute only the inner values of their MLP.
-        recompute_layers: First layers that keep their input alone and are recomputed.
-        offloaded_layers: First layers whose kept tensors wait in pinned host memory.
+        recompute_layers: First layers that keep only their input and are recomputed.
+        offloaded_layers: First layers whose kept tensors are offloaded to pinned host memory.
         host_embeddings: Whether the frozen input embeddings stay in host memory.
-        micro_tokens: The most tokens of one micro-batch; None for the setting `max_length`.
-        dequantized_layers: First layers whose 4-bit weights lie dequantized on the GPU too.
-        cuda_graph_max_tokens: The most tokens of a micro-batch that runs as a CUDA graph. Policies that recompute
+        micro_tokens: Largest micro-batch in tokens; None for the setting `max_length`.
+        dequantized_layers: First layers whose weights are also on the GPU dequantized.
+        cuda_graph_max_tokens: Largest micro-batch in tokens that runs as a CUDA graph. Policies that recompute
             layers or use host memory run none.
     """
 
@@ -60,9 +63,10 @@ class MemoryPolicy:
 
     @classmethod
     def parse(cls, text: str, layers: int) -> MemoryPolicy:
-        """Return the policy that `text` writes, clamped to a model with `layers` layers; the inverse of `str`.
+        """Return the policy in `text`, clamped to a model with `layers` layers.
 
-        A short form (`keep`, `recompute` and `offload`: every layer) may stand before the counts. Raises UsageError.
+        `str` is the inverse. A short form (`keep`, `recompute` or `offload`, for every layer) may precede the counts.
+        Raises UsageError for any other text.
         """
         words = [word.strip() for word in text.split(",")]
         short = {"recompute": cls(recompute_layers=layers), "offload": cls(offloaded_layers=layers)}
@@ -70,7 +74,7 @@ class MemoryPolicy:
         for word in words[words[0] in SHORT_FORMS :]:
             key, value = _assignment(word, text, layers)
             if key in given:
-                raise UsageError(f"'{text:.80}' says {key} twice", where="memory_policy", fix=FIX)
+                raise UsageError(f"'{text:.80}' sets {key} twice", where="memory_policy", fix=FIX)
             given[key] = value
         return replace(short.get(words[0], cls()), **given).clamped(layers)
 
@@ -83,12 +87,12 @@ class MemoryPolicy:
 
     @property
     def keeps_everything(self) -> bool:
-        """True when nothing is recomputed and nothing waits in host memory."""
+        """True when nothing is recomputed or offloaded."""
         return not (self.recompute_mlp_layers or self.recompute_layers or self.offloaded_layers or self.host_embeddings)
 
     @property
     def takes_graphs(self) -> bool:
-        """True when every micro-batch runs the same operations, so that CUDA graphs can record it."""
+        """True when every micro-batch runs the same operations, which CUDA graphs require."""
         return not (self.recompute_layers or self.offloaded_layers or self.host_embeddings)
 
     def clamped(self, layers: int) -> MemoryPolicy:
@@ -103,25 +107,25 @@ class MemoryPolicy:
         )
 
     def sized(self, tokens: int, max_length: int) -> MemoryPolicy:
-        """Return the policy with its micro-batch of `tokens` written down.
+        """Return the policy with `tokens` as its micro-batch.
 
-        A size already set stays; a size equal to `max_length` is left out, since that is the default.
+        A size that is already set stays. A size equal to `max_length` is left out, because it is the default.
         """
         size = self.micro_tokens or tokens
         return replace(self, micro_tokens=None if size == max_length else size)
 
     def level(self, layer: int) -> str:
-        """Return what the layer with this index recomputes: `whole`, `feed_forward`, or `keep` for nothing."""
+        """Return the level at which a layer recomputes: `whole`, `feed_forward`, or `keep` for none."""
         if layer < self.recompute_layers:
             return "whole"
         return "feed_forward" if layer < self.recompute_layers + self.recompute_mlp_layers else "keep"
 
     def next_smaller(self, layers: int, tokens: int | None = None, longest: int = 1) -> MemoryPolicy | None:
-        """Return the next policy with clearly less GPU memory, or None at the end.
+        """Return the next policy with clearly less GPU memory, or None after the last one.
 
-        The order: half of the dequantized weights at a time, CUDA graphs, MLPs recomputed, layers recomputed, layers
-        offloaded, embeddings moved, micro-batches halved down to the `longest` row. `tokens` is the micro-batch while
-        `micro_tokens` is None; without either its size stays.
+        The steps, in order: halve the dequantized layers, drop CUDA graphs, recompute MLPs, recompute layers, offload
+        layers, move the embeddings, halve micro-batches down to the `longest` row. `tokens` is the micro-batch while
+        `micro_tokens` is None. When both are None, the micro-batch keeps its size.
         """
         policy = self.clamped(layers)
         if policy.dequantized_layers:
@@ -141,7 +145,7 @@ class MemoryPolicy:
         return policy._smaller_everywhere(layers, tokens, longest)
 
     def _smaller_everywhere(self, layers: int, tokens: int | None, longest: int) -> MemoryPolicy | None:
-        """Continue `next_smaller` once every layer is offloaded."""
+        """Return the next smaller policy once every layer is offloaded."""
         if self.recompute_layers < layers:
             return replace(self, recompute_layers=layers, recompute_mlp_layers=0)
         if not self.host_embeddings:
@@ -153,7 +157,7 @@ class MemoryPolicy:
 
 
 def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
-    """Return one `key=value` of a policy. Raises UsageError for anything else."""
+    """Return the field and value of one `key=value`. Raises UsageError for any other text."""
     key, equals, value = (part.strip() for part in word.partition("="))
     pair = OLD_WORDS.get(f"{key}={value}", f"{OLD_WORDS.get(key, key)}{equals}{value}")
     if pair == ON_HOST:
@@ -166,5 +170,5 @@ def _assignment(word: str, text: str, layers: int) -> tuple[str, int | bool]:
         or not re.fullmatch(r"[0-9]{1,9}", value)
         or (key == "micro_tokens" and not int(value))
     ):
-        raise UsageError(f"'{text:.80}' is no memory policy", where="memory_policy", fix=FIX)
+        raise UsageError(f"'{text:.80}' is not a memory policy", where="memory_policy", fix=FIX)
     return key, int(value)

@@ -1,4 +1,7 @@
-"""Where each setting came from: default < recipe < flag, and the plan for what nobody set."""
+"""Resolve: the value and source of each setting: default < recipe < flag.
+
+The plan decides settings that neither recipe nor flag sets.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from pydantic import ValidationError
 
 from lorafit.config.foreign_text import parse_yaml, read_recipe
 from lorafit.config.run_config import PLANNED, TEXTS, RunConfig
-from lorafit.config.setting_aliases import CODE, Translated, translate
+from lorafit.config.setting_aliases import CODE, CONFLICT, Translated, translate
 from lorafit.errors import UsageError
 
 
 class _SeveralProblems(UsageError):
-    """Several settings that cannot be used, a line each."""
+    """Several invalid settings, one a line."""
 
     @property
     def sentence(self) -> str:
@@ -26,7 +29,7 @@ class _SeveralProblems(UsageError):
 
 
 class Source(StrEnum):
-    """Who set a value."""
+    """Source of a value."""
 
     DEFAULT = "default"
     RECIPE = "recipe"
@@ -37,12 +40,12 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings of a run and, for each, who set it.
+    """Hold the settings of a run and the source of each.
 
     Attributes:
-        config: every setting.
-        sources: setting -> who set it.
-        names: setting -> the name it was given under, where that is another.
+        config: Every setting.
+        sources: Setting -> its source.
+        names: Setting -> the alias that set it, for settings set by an alias.
     """
 
     config: RunConfig
@@ -50,17 +53,23 @@ class Resolved:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def is_set(self, key: str) -> bool:
-        """True when a recipe, a flag or the run going on set `key` to more than "auto": the plan leaves it alone."""
+        """Return True when a recipe, a flag or the resumed run set `key`.
+
+        The plan does not decide such a setting. The value "auto" counts as not set.
+        """
         return self.sources[key] in (Source.RECIPE, Source.FLAG, Source.RUN) and getattr(self.config, key) != "auto"
 
     def resuming(self, run: RunConfig, keys: Iterable[str]) -> Resolved:
-        """The same settings with `run`'s values for those of `keys` that nobody set: they were planned back then."""
+        """Return the settings with the resumed `run`'s values for those of `keys` that nobody set.
+
+        These values were planned when the run started.
+        """
         values = {key: getattr(run, key) for key in keys if not self.is_set(key)}
         config = self.config.model_copy(update=values)
         return Resolved(config, {**self.sources, **dict.fromkeys(values, Source.RUN)}, self._names_but(values))
 
     def planned(self, values: Mapping[str, Any]) -> Resolved:
-        """The same settings with the plan's `values` for the keys in PLANNED that nobody set."""
+        """Return the settings with the plan's `values` for the keys in PLANNED that nobody set."""
         unknown = set(values) - set(PLANNED)
         assert not unknown, f"the plan may not decide {sorted(unknown)}"
         fresh = {key: value for key, value in values.items() if not self.is_set(key)}
@@ -68,7 +77,7 @@ class Resolved:
         return Resolved(config, {**self.sources, **dict.fromkeys(fresh, Source.PLAN)}, self._names_but(fresh))
 
     def table(self) -> list[tuple[str, Any, str]]:
-        """(key, value, source) of every setting, in the order of RunConfig."""
+        """Return (key, value, source) of every setting, in the order of RunConfig."""
         return [(key, getattr(self.config, key), self.sources[key].value) for key in type(self.config).model_fields]
 
     def _names_but(self, replaced: Iterable[str]) -> dict[str, str]:
@@ -76,10 +85,10 @@ class Resolved:
 
 
 def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | None = None) -> Resolved:
-    """Settle every setting: flags over the recipe over the defaults; None among flags means 'not given'.
+    """Return every setting with its source: flags override the recipe, the recipe overrides the defaults.
 
-    Names that other tools use are translated. Raises one UsageError for all unknown keys and all values that do not
-    fit. When a rank is set without an alpha, alpha follows it at alpha / rank = 2.
+    None among flags means 'not given'. Setting aliases are translated. A rank without an alpha sets alpha to twice the
+    rank. Raises one UsageError for all unknown keys and all invalid values.
     """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     from_recipe, from_flags = (translate(values, RunConfig.model_fields) for values in (recipe or {}, given))
@@ -98,15 +107,18 @@ def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | 
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe YAML; paths in it stay as written. Raises UsageError when it is no recipe."""
+    """Return the mapping in a recipe YAML, with paths as written. Raises UsageError for any other file."""
     loaded = read_recipe(path, TEXTS)
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UsageError("a recipe is a mapping of settings", where=str(path), fix="write lines like 'rank: 16'")
+        raise UsageError("the recipe is not a mapping of settings", where=str(path), fix="write lines like 'rank: 16'")
     return loaded
 
 
 def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[str, Any]:
-    """`key=value` pairs as `flag` takes them; values are read as YAML scalars or lists, those of TEXTS as they are."""
+    """Return the `key=value` pairs of `flag`.
+
+    Values are YAML scalars or lists; those of TEXTS stay text. Raises UsageError for any other form.
+    """
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -120,19 +132,20 @@ def parse_assignments(assignments: Sequence[str], flag: str = "--set") -> dict[s
                 f"'{text[:80]}' is not a value", where=f"{flag} {key.strip()}", fix="quote it for the shell"
             ) from error
         if values.setdefault(key.strip(), value) != value:
-            raise UsageError(f"'{key.strip()}' is {values[key.strip()]} and {value}", where=flag, fix="name it once")
+            what = f"'{key.strip()}' is set to {values[key.strip()]} and to {value}"
+            raise UsageError(what, where=flag, fix="set it once")
     return values
 
 
 def _text(text: str) -> Any:
-    # '*.jsonl', '007' and '2026-01-01' mean themselves; quotes and brackets are YAML's
+    # '*.jsonl', '007' and '2026-01-01' stay text; quotes and brackets are YAML's
     if text[:1] in ("[", "{", "'", '"') and text:
         return parse_yaml(text)
     return None if text in ("null", "~") else text
 
 
 def _number(value: Any) -> Any:
-    # YAML 1.1 reads '2e-4' as text (it wants 2.0e-4); everyone who types a learning rate means the number
+    # YAML 1.1 reads '2e-4' as text because it lacks the dot of 2.0e-4, but a learning rate is a number
     if isinstance(value, str):
         try:
             return float(value)
@@ -142,7 +155,7 @@ def _number(value: Any) -> Any:
 
 
 def reject_unknown(values: Mapping[str, Any], name: str) -> None:
-    """UsageError for the keys of `values` that are no settings; `name` says where they stand."""
+    """Raise UsageError for keys of `values` that are not settings. `name` is their origin."""
     if problems := _unknown(translate(values, RunConfig.model_fields), name):
         raise _joined(problems)
 
@@ -151,30 +164,30 @@ def _unknown(translated: Translated, name: str) -> list[UsageError]:
     problems = []
     for key, advice in translated.problems.items():
         if key == CODE:
-            what = f"lorafit never runs Python code out of a base's folder ({CODE})"
+            what = f"lorafit never runs Python code from a base's folder ({CODE})"
         else:
-            what = f"'{key}' in {name}" if advice.startswith("it says") else f"unknown setting '{key}' in {name}"
+            what = f"'{key}' in {name}" if advice.startswith(CONFLICT) else f"unknown setting '{key}' in {name}"
         problems.append(UsageError(what, fix=advice))
     return problems
 
 
 def _joined(problems: Sequence[UsageError]) -> UsageError:
-    """One error for all of `problems`, a line each where they are several."""
+    """Return one error for all of `problems`, with a line for each of several."""
     if len(problems) == 1:
         return problems[0]
     lines = (_in_a_list(problem) for problem in problems)
-    what = f"{len(problems)} settings cannot be used:\n  " + "\n  ".join(lines)
+    what = f"{len(problems)} settings are invalid:\n  " + "\n  ".join(lines)
     return _SeveralProblems(what, fix="list all settings with 'lorafit settings'")
 
 
 def _in_a_list(problem: UsageError) -> str:
-    """The problem without the words that all of them share."""
+    """Return the problem without the words that all problems of a list share."""
     name, _, _ = problem.what.removeprefix("unknown setting ").partition(" in ")
     return problem.sentence if problem.where else f"{name.strip(chr(39))}: {problem.fix}"
 
 
 def _misfits(values: Mapping[str, Any]) -> list[UsageError]:
-    """An error for each value that does not fit."""
+    """Return an error for each invalid value."""
     try:
         RunConfig(**values)
     except ValidationError as error:
@@ -185,7 +198,7 @@ def _misfits(values: Mapping[str, Any]) -> list[UsageError]:
 
 
 def _one_a_key(error: ValidationError) -> list[Any]:
-    # a union reports one error for each of its kinds
+    # pydantic reports one error for each member of a union
     return list({str(one["loc"][:1]): one for one in reversed(error.errors())}.values())[::-1]
 
 
@@ -193,8 +206,8 @@ def _misfit(error: Any, where: str) -> UsageError:
     key = str(error["loc"][0]) if error["loc"] else where
     field = RunConfig.model_fields.get(key)
     fix = f"{key} is: {field.description}" if field else "see 'lorafit settings'"
-    said = str(error["msg"]).lower().removeprefix("value error, ")
-    return UsageError(f"{error.get('input')!r} does not fit: {said}", where=key, fix=fix)
+    reason = str(error["msg"]).lower().removeprefix("value error, ")
+    return UsageError(f"{error.get('input')!r} is invalid: {reason}", where=key, fix=fix)
 
 
 def _validated(values: Mapping[str, Any], where: str) -> RunConfig:

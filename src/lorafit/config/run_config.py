@@ -1,4 +1,4 @@
-"""RunConfig: every setting of a run, frozen. The defaults are the QLoRA recipe as its author meant it."""
+"""RunConfig: every setting of a run, frozen. The defaults are the author's QLoRA recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafit.errors import UsageError
 from lorafit.findings import is_code_prefix
 
 MAX_SCALE = 1024.0
-"""The largest alpha / rank: an adapter beyond it is refused, written or read."""
+"""Largest alpha / rank. lorafit neither writes nor reads an adapter with a larger one."""
 OTHER_MAKERS = re.compile(
     r"\b(?:apple|m[1-9](?: ?(?:pro|max|ultra))?|amd|radeon|rx ?\d{3,4}\w*|mi\d{2,3}\w*|instinct|"
     r"intel|arc|gaudi ?\d?|tpu\w*|ascend\w*|adreno)\b",
@@ -27,80 +27,79 @@ TargetPreset = Literal["qv", "attention", "all-linear"]
 
 
 class RunConfig(BaseModel):
-    """One run. The object travels whole; nobody copies its fields elsewhere.
+    """Hold every setting of one run.
 
-    Fields that the plan may fill in when neither the recipe nor a flag sets them are listed in
-    `PLANNED`; their defaults here hold where no plan is made (the Python API).
+    The object is passed on as a whole, and its fields are not copied elsewhere. `PLANNED` lists the settings that the
+    plan decides when neither the recipe nor a flag sets them. Their defaults apply in the Python API, which makes no
+    plan.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # what is trained on what
+    # base and data
     base: str = Field("", description="base model: a local folder, or a hub id")
     revision: str | None = Field(None, description="hub revision of the base")
     data: tuple[str, ...] = Field((), description="data files, globs, a folder, or a hub dataset id")
     out: str | None = Field(None, description="run directory; default runs/NAME")
 
-    # how rows are read and judged
+    # rows and findings
     field_map: dict[str, str] = Field(default_factory=dict, description="field names, as response=answer_text")
     encoding: str | None = Field(None, description="how text files are written, as cp1252; default UTF-8 and UTF-16")
     template: str | None = Field(None, description="chat template file (Jinja); default the base's own")
-    on_bad: Literal["stop", "drop"] = Field("stop", description="rows that cannot be read: stop the run, or drop them")
+    on_bad: Literal["stop", "drop"] = Field("stop", description="unreadable rows: stop the run, or drop them")
     on_long: Literal["error", "drop", "split-turns"] = Field("error", description="rows longer than max_length")
     split_answers: bool = Field(False, description="each answer is its own example, after the turns before it")
     holdout: Annotated[float, Field(ge=0, lt=1)] | str = Field(
-        0.05, description="held-out share of the rows, or a file"
+        0.05, description="held-out share of the rows, or a file of held-out rows"
     )
     select: tuple[str, ...] = Field((), description="warnings and notes to show, by code prefix; empty means all")
-    ignore: tuple[str, ...] = Field(
-        (), description="findings to leave out: warnings by code prefix, errors by whole code"
-    )
-    max_length: int = Field(2048, ge=8, description="tokens of the longest row; on a CPU also of a micro-batch")
+    ignore: tuple[str, ...] = Field((), description="findings to hide: warnings by code prefix, errors by whole code")
+    max_length: int = Field(2048, ge=8, description="longest row in tokens; on a CPU also the largest micro-batch")
     max_unpacked: str = Field("64GiB", description="most that a packed data file may unpack to")
 
     # the method
-    method: Literal["lora"] = Field("lora", description="what is trained: lora, low-rank adapters on a frozen base")
-    goal: Goal = Field("balanced", description="what the decision matrix optimises for")
-    serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")
+    method: Literal["lora"] = Field("lora", description="training method: lora, low-rank adapters on a frozen base")
+    goal: Goal = Field("balanced", description="aim of the decision matrix")
+    serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result is served")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantized) or none")
     compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
-        "auto", description="matmul precision; auto asks the GPU, fp8 is for the frozen matmuls"
+        "auto", description="matmul precision; auto depends on the GPU, fp8 is for the frozen matmuls"
     )
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
     targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
-    memory_policy: str = Field("auto", description="keep, recompute, offload, or counts; auto fits it into the memory")
+    memory_policy: str = Field("auto", description="keep, recompute, offload, or counts; auto fits the memory")
     compile: Literal["auto", "on", "off"] = Field("auto", description="compile the decoder layer; auto: on CUDA")
 
-    # the optimisation
+    # the optimization
     lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in warm-up")
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm clip")
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "auto", description="AdamW and how it keeps its moments; auto asks the GPU"
+        "auto", description="AdamW and the precision of its moments; auto depends on the GPU"
     )
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="most steps, whatever the epochs")
+    max_steps: int | None = Field(None, ge=1, description="most optimizer steps; overrides epochs")
     examples_per_step: int = Field(16, ge=1, description="examples in one optimizer step")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default once an epoch")
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default once an epoch")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: one epoch")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: one epoch")
     save_minutes: float = Field(
         15.0, ge=0, allow_inf_nan=False, description="most minutes between two checkpoints; 0: no limit"
     )
-    max_bad_steps: int = Field(3, ge=1, description="steps in a row with NaN or infinite numbers before the run stops")
+    max_bad_steps: int = Field(3, ge=1, description="consecutive steps with NaN or infinite values that stop the run")
     on_spike: Literal["record", "rollback"] = Field(
-        "record", description="a loss spike: record it, or go back to the last checkpoint without its rows"
+        "record", description="a loss spike: record it, or resume from the last checkpoint without its rows"
     )
-    keep_last: int = Field(2, ge=1, description="checkpoints kept")
-    keep_best: int = Field(1, ge=0, description="older checkpoints also kept, by held-out loss")
-    deterministic: bool = Field(False, description="bit-identical runs on CUDA, somewhat slower; a CPU always is")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints to keep")
+    keep_best: int = Field(1, ge=0, description="older checkpoints to keep by held-out loss")
+    deterministic: bool = Field(False, description="bit-identical runs on CUDA, somewhat slower; CPU runs always are")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all randomness")
 
     # the machine
-    gpu: str | None = Field(None, description="plan for this GPU instead of the one found")
+    gpu: str | None = Field(None, description="plan for this GPU instead of the detected one")
     gpu_memory: str | None = Field(None, description="most GPU memory to use, as 8GB")
     report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
 
@@ -136,7 +135,7 @@ class RunConfig(BaseModel):
         for code in value:
             if not is_code_prefix(code):
                 fix = "write D01 or D044, several with commas between; lorafit explain lists all"
-                raise UsageError(f"'{code:.20}' begins no code of a finding", where=info.field_name or "", fix=fix)
+                raise UsageError(f"no finding's code starts with '{code:.20}'", where=info.field_name or "", fix=fix)
         return value
 
     @field_validator("targets", mode="before")
@@ -174,7 +173,7 @@ class RunConfig(BaseModel):
     def _scale_can_be_loaded(self) -> RunConfig:
         if self.alpha / self.rank > MAX_SCALE:
             raise UsageError(
-                f"alpha / rank is {self.alpha / self.rank:g}, and at most {MAX_SCALE:g} can be loaded again",
+                f"alpha / rank is {self.alpha / self.rank:g}, and adapters load with at most {MAX_SCALE:g}",
                 where="alpha",
                 fix=f"set alpha to {MAX_SCALE * self.rank:g} or less (twice the rank is usual)",
             )
@@ -193,8 +192,8 @@ class RunConfig(BaseModel):
     @classmethod
     def _is_of_nvidia(cls, value: str | None) -> str | None:
         if value is not None and OTHER_MAKERS.search(value):
-            fix = "name an NVIDIA GPU, or plan for the processor with gpu: cpu"
-            raise UsageError(f"'{value:.40}' is no NVIDIA GPU, and lorafit trains on no other", where="gpu", fix=fix)
+            fix = "name an NVIDIA GPU, or plan for the CPU with gpu: cpu"
+            raise UsageError(f"'{value:.40}' is not an NVIDIA GPU, which lorafit needs", where="gpu", fix=fix)
         return value
 
     @field_validator("gpu_memory", "max_unpacked")
@@ -206,11 +205,11 @@ class RunConfig(BaseModel):
 
 
 PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "memory_policy", "serving")
-"""Settings the plan decides when nobody else did."""
+"""Settings that the plan decides when neither recipe nor flag sets them."""
 _TEXTS = frozenset(
     key
     for key, field in RunConfig.model_fields.items()
     if field.annotation in (str, str | None, tuple[str, ...], dict[str, str])
 )
 TEXTS = _TEXTS | {theirs for theirs, ours in SETTING_ALIASES.items() if ours in _TEXTS}
-"""Settings that are text, by each of their names: nothing in them is read as a number or a boolean."""
+"""Settings that are text, by each of their names. Their values are never read as numbers or booleans."""

@@ -1,4 +1,7 @@
-"""Translate the setting names of transformers, PEFT, TRL, Axolotl, LLaMA-Factory and older releases into ours."""
+"""Setting aliases: names of other tools, translated into lorafit's.
+
+The tools are transformers, PEFT, TRL, Axolotl and LLaMA-Factory. Names of older lorafit releases count as well.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ SETTING_ALIASES = {
     "random_seed": "seed",
     "random_state": "seed",
 }
-"""Their name -> ours, where the value stays as it is."""
+"""Alias -> setting, for aliases whose values need no translation."""
 SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "load_in_4bit": {True: {"quantization": "nf4"}, False: {"quantization": "none"}},
     "load_in_8bit": {False: {}},
@@ -110,7 +113,7 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "overwrite_output_dir": {False: {}},
     "group_by_length": {False: {}},
 }
-"""Their name -> each value that has an exact counterpart; {} where lorafit does the same without a setting."""
+"""Alias -> value with an exact counterpart -> settings. {} means that lorafit does the same by default."""
 VALUES: dict[str, dict[Any, Any]] = {
     "optimizer": {
         "adamw_torch": "adamw",
@@ -121,13 +124,13 @@ VALUES: dict[str, dict[Any, Any]] = {
     "schedule": {"constant_with_warmup": "constant"},
     "report_to": {"none": (), "None": ()},
 }
-"""Our name -> values as others spell them."""
+"""Setting -> value of another tool -> lorafit's value."""
 ATTENTION = "leave it out: lorafit chooses attention itself"
-PACKED = "leave it out: rows are packed, and never see each other"
+PACKED = "leave it out: rows are packed, and never attend to each other"
 OWN_TEMPLATE = "leave it out: rows are rendered with the base's own chat template"
-MACHINE = "leave it out: lorafit decides it from the machine"
+MACHINE = "leave it out: lorafit chooses it for the machine"
 ONE_GPU = "leave it out: lorafit trains on one GPU"
-ANSWERS_ONLY = "leave it out: the loss is taken on answers alone"
+ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains plain LoRA"
@@ -162,7 +165,7 @@ ADVICE = {
     "wandb_project": "write report_to: wandb, and set WANDB_PROJECT in the environment",
     "wandb_entity": "write report_to: wandb, and set WANDB_ENTITY in the environment",
     "resume_from_checkpoint": "leave it out: the same command resumes the run",
-    "overwrite_output_dir": "leave it out, and add --restart to begin anew",
+    "overwrite_output_dir": "leave it out, and add --restart to start over",
     "hub_model_id": "leave it out: lorafit writes folders and uploads nothing",
     "push_to_hub": "leave it out: lorafit writes folders and uploads nothing",
     "gradient_checkpointing_kwargs": "leave it out: recompute is never reentrant",
@@ -175,7 +178,7 @@ ADVICE = {
     "offload": "write memory_policy: offload",
     "restart": "pass --restart to lorafit train",
 }
-"""Their name -> what to write instead, where no exact counterpart exists."""
+"""Alias without an exact counterpart -> advice on what to write instead."""
 CHECKPOINTING = ("gradient_checkpointing", "use_gradient_checkpointing", "activation_checkpointing")
 POLICIES = {
     **dict.fromkeys((True, "on", "true", "reentrant", "unsloth"), "recompute"),
@@ -186,17 +189,19 @@ DEVICE_BATCH = ("per_device_train_batch_size", "micro_batch_size", "per_device_b
 ACCUMULATION = "gradient_accumulation_steps"
 DATASET_KEYS = {"path", "type", "ds_type"}
 CODE = "trust_remote_code"
-NO_CODE = "leave it out, and choose a base that transformers has built in"
+NO_CODE = "leave it out, and choose a base that transformers supports itself"
+CONFLICT = "it is set to"
+"""Start of the advice for two names that set one setting to different values."""
 
 
 @dataclass
 class Translated:
-    """Settings under our names.
+    """Hold settings under lorafit's names.
 
     Attributes:
-        values: our name -> value.
-        names: our name -> the name it was given under, where that differs.
-        problems: each name that cannot be translated -> what to write instead.
+        values: Setting -> value.
+        names: Setting -> the alias that set it, for settings set by an alias.
+        problems: Name that cannot be translated -> advice.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -204,10 +209,10 @@ class Translated:
     problems: dict[str, str] = field(default_factory=dict)
 
     def put(self, ours: str, value: Any, theirs: str) -> None:
-        """Set `ours`, unless another name has set it to something else."""
+        """Set `ours`, or note a problem when another name has set it to another value."""
         if ours in self.values and self.values[ours] != value:
             first = self.names.get(ours, ours)
-            self.problems[theirs] = f"it says {value}, and {first} says {self.values[ours]}; name it once"
+            self.problems[theirs] = f"{CONFLICT} {value}, and {first} to {self.values[ours]}; set it once"
             return
         self.values[ours] = value
         if ours != theirs:
@@ -215,7 +220,10 @@ class Translated:
 
 
 def translate(given: Mapping[str, Any], known: Collection[str]) -> Translated:
-    """`given` under the names in `known`; names that are neither known nor translatable are problems."""
+    """Return `given` under the names in `known`.
+
+    Names that are neither known nor aliases are problems.
+    """
     made = Translated()
     rest: dict[str, tuple[str, Any]] = {}
     for key, value in given.items():
@@ -231,7 +239,7 @@ def translate(given: Mapping[str, Any], known: Collection[str]) -> Translated:
 
 
 def our_name(key: str, known: Collection[str]) -> str:
-    """The setting that `key` names; `key` itself where none has that name."""
+    """Return the setting that `key` names, or `key` itself for an unknown name."""
     plain = key.lower().replace("-", "_")
     if key in known or plain in known:
         return key if key in known else plain
@@ -244,18 +252,18 @@ def our_name(key: str, known: Collection[str]) -> str:
 
 
 def aliases_of(setting: str) -> tuple[str, ...]:
-    """Every other name that sets `setting`."""
+    """Return every alias of `setting`."""
     switches = [name for name, values in SWITCHES.items() if any(setting in made for made in values.values())]
     more = CHECKPOINTING if setting == "memory_policy" else DEVICE_BATCH if setting == "examples_per_step" else ()
     return (*(theirs for theirs, ours in SETTING_ALIASES.items() if ours == setting), *switches, *more)
 
 
 def advice_for(key: str, known: Collection[str]) -> str:
-    """What to write instead of the unknown setting `key`."""
+    """Return the advice on what to write instead of the unknown setting `key`."""
     plain = key.lower().replace("-", "_")
     if plain in ADVICE:
         return ADVICE[plain]
-    # 'learningrate' is 'learning_rate' to whoever types it
+    # 'learningrate' means 'learning_rate'
     squeezed = {name.replace("_", ""): name for name in (*SETTING_ALIASES, *known)}
     exact = squeezed.get(plain.replace("_", ""))
     near = [exact] if exact else difflib.get_close_matches(plain, [*known, *SETTING_ALIASES], n=1, cutoff=0.7)
@@ -274,7 +282,7 @@ def _translate_one(plain: str, key: str, value: Any, made: Translated, known: Co
     if plain == CODE:
         made.problems[key] = NO_CODE
     elif value is None and (ours or plain in SWITCHES or plain in ADVICE):
-        return  # recipes of others leave keys blank
+        return  # recipes of other tools leave keys blank
     elif ours:
         made.put(ours, _value(ours, value), key)
     elif plain in SWITCHES:
@@ -304,7 +312,7 @@ def _written(switch: str) -> list[str]:
 
 
 def _translate_batch(rest: dict[str, tuple[str, Any]], made: Translated) -> None:
-    """A device's batch times its accumulation is the step's examples, on one GPU."""
+    """Set examples_per_step to the device's batch times its accumulation: lorafit uses one GPU."""
     named = next((name for name in DEVICE_BATCH if name in rest), None)
     if named is None:
         return
@@ -318,33 +326,36 @@ def _translate_batch(rest: dict[str, tuple[str, Any]], made: Translated) -> None
 
 
 def _translate_checkpointing(rest: dict[str, tuple[str, Any]], made: Translated) -> None:
-    """Gradient checkpointing names a memory policy; beside a policy the two must agree."""
+    """Translate gradient checkpointing into a memory policy. A policy that is set too must agree with it."""
     for name in CHECKPOINTING:
         if name not in rest:
             continue
         key, value = rest.pop(name)
-        asked = POLICIES.get(value.lower() if isinstance(value, str) else value)
+        implied = POLICIES.get(value.lower() if isinstance(value, str) else value)
         policy = made.values.get("memory_policy", rest.get("activations", ("", "auto"))[1])
-        if asked is None:
+        if implied is None:
             made.problems[key] = "write memory_policy: recompute, keep or auto"
-        elif asked != "auto" and policy in ("auto", None):
+        elif implied != "auto" and policy in ("auto", None):
             made.values.pop("memory_policy", None)
             rest.pop("activations", None)
-            made.put("memory_policy", asked, key)
-        elif asked != "auto" and not _agrees(str(policy), asked):
-            made.problems[key] = f"it says {asked}, and memory_policy says {policy}; leave it out"
+            made.put("memory_policy", implied, key)
+        elif implied != "auto" and not _agrees(str(policy), implied):
+            made.problems[key] = f"{CONFLICT} {implied}, and memory_policy to {policy}; leave it out"
 
 
-def _agrees(text: str, asked: str) -> bool:
+def _agrees(text: str, implied: str) -> bool:
     try:
         policy = MemoryPolicy.parse(text, layers=1 << 20)
     except UsageError:
-        return True  # said when the policy itself is read
-    return not policy.recompute_mlp_layers and (policy.recompute_layers > 0) == (asked == "recompute")
+        return True  # RunConfig reports an invalid policy
+    return not policy.recompute_mlp_layers and (policy.recompute_layers > 0) == (implied == "recompute")
 
 
 def _dataset_paths(value: Any) -> list[str] | None:
-    """The files of Axolotl's `datasets`, where each entry is a file and nothing else that would be lost."""
+    """Return the files of Axolotl's `datasets`; None when an entry holds more than a file.
+
+    Other keys of an entry would be lost.
+    """
     shapes: tuple[Callable[[dict[str, Any]], bool], ...] = (
         lambda one: set(one) <= DATASET_KEYS,
         lambda one: isinstance(one.get("path"), str),

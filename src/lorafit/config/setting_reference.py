@@ -1,4 +1,7 @@
-"""Describe each setting: default, values, meaning, advice and other names. Screen and docs are made from this."""
+"""Setting reference: default, values, meaning, advice and aliases of each setting.
+
+`lorafit settings` and docs/reference/settings.md are made from it.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,33 @@ from lorafit.config.run_config import PLANNED, RunConfig
 from lorafit.config.setting_aliases import aliases_of
 
 ADVICE = {
-    "base": "Take an instruct model that already does your task halfway.",
-    "revision": "Pin a commit where a run must be repeated later.",
+    "base": "Choose an instruct model that can already do part of your task.",
+    "revision": "Pin a commit when you must repeat the run later.",
     "data": "Run lorafit check on it first.",
-    "out": "Name it where two runs share data and base.",
-    "encoding": "Set cp1252 for a CSV that Excel saved on Windows; UTF-8 and UTF-16 are recognised.",
-    "template": "Name a Jinja file where the base's own template is missing or at fault.",
+    "out": "Set it when two runs share data and base.",
+    "encoding": "Set cp1252 for a CSV that Excel saved on Windows; UTF-8 and UTF-16 are recognized.",
+    "template": "Name a Jinja file when the base's own template is missing or wrong.",
     "split_answers": "Set it for templates that leave earlier reasoning out, so that every answer is taught.",
-    "field_map": "Set it when check names your columns and finds none of its own.",
+    "field_map": "Set it when lorafit check does not recognize your columns.",
     "on_bad": "Use drop once you have read the findings and can do without those rows.",
-    "on_long": "Use split-turns for long conversations, drop where a few rows are outliers.",
-    "holdout": "Raise it for under 500 rows, so that the held-out loss means something.",
-    "select": "Set it to look at one kind of finding alone.",
-    "ignore": "Silence what you have read and accept.",
+    "on_long": "Use split-turns for long conversations, drop when few rows are outliers.",
+    "holdout": "Raise it for under 500 rows, so that the held-out loss is meaningful.",
+    "select": "Set it to show one kind of finding.",
+    "ignore": "Set it to hide findings that you have read and accepted.",
     "max_length": "Set it just above your longest row; plan shows what it costs.",
     "max_unpacked": "Raise it for a packed file that you trust and that unpacks to more.",
     "goal": "Use budget to pay less, accuracy for many rows, tenants for one base with many adapters.",
-    "serving": "Use adapters where one base serves several of them.",
-    "method": "Leave it: lora is the one method there is today.",
-    "quantization": "Use none where the base fits in 16 bits and the last bit of accuracy counts.",
+    "serving": "Use adapters when one base serves several of them.",
+    "method": "Leave it: lora is the only method today.",
+    "quantization": "Use none when the base fits in 16 bits and accuracy matters most.",
     "compute": "Leave it on auto; try fp8 on Hopper or newer for speed.",
     "rank": "Raise it for more than 10,000 rows or a new skill; halve it when it overfits.",
     "alpha": "Leave it at twice the rank.",
     "dropout": "Raise it to 0.1 for under 1,000 rows; set 0 for the most speed.",
-    "targets": "Use all-linear where the data move the model far: a new format, language or domain.",
+    "targets": "Use all-linear for a new format, language or domain.",
     "memory_policy": "Leave it on auto; set recompute when memory runs out.",
-    "compile": "Set off to look for a fault, or for runs of a few steps.",
-    "lr": "Halve it when the loss jumps; double it when the loss hardly falls.",
+    "compile": "Set off to debug, or for runs of a few steps.",
+    "lr": "Halve it when the loss spikes; double it when the loss hardly falls.",
     "schedule": "Leave it on cosine.",
     "warmup": "Raise it to 0.1 when the first steps are unsteady.",
     "weight_decay": "Leave it.",
@@ -45,15 +48,15 @@ ADVICE = {
     "max_steps": "Set it for a trial run.",
     "examples_per_step": "Lower it for under 500 rows, so that enough steps are taken.",
     "eval_steps": "Set it for long epochs.",
-    "save_steps": "Set it where a lost hour is dear; save_minutes usually does.",
-    "save_minutes": "Lower it on machines that can be taken away.",
-    "max_bad_steps": "Leave it: a run with infinite numbers is wrong.",
-    "on_spike": "Use rollback for long runs that nobody watches.",
-    "keep_last": "Raise it to look at the run's history.",
-    "keep_best": "Raise it to choose among several.",
+    "save_steps": "Set it for a fixed interval in steps; save_minutes is usually enough.",
+    "save_minutes": "Lower it on machines that can be preempted.",
+    "max_bad_steps": "Leave it: NaN or infinite values mean that the run is broken.",
+    "on_spike": "Use rollback for long unattended runs.",
+    "keep_last": "Raise it to inspect earlier states of the run.",
+    "keep_best": "Raise it to choose among several checkpoints.",
     "deterministic": "Set it to compare two runs bit by bit on one GPU.",
-    "seed": "Change it to see how much of a result is luck.",
-    "gpu": "Set it to plan for a GPU you do not have here.",
+    "seed": "Change it to measure how much a result varies.",
+    "gpu": "Set it to plan for a GPU of another machine.",
     "gpu_memory": "Set it to share a GPU, or to plan for a smaller one.",
     "report_to": "Install the tracker first, as in pip install tensorboard.",
 }
@@ -83,17 +86,17 @@ EXAMPLES = {
 
 @dataclass(frozen=True, slots=True)
 class SettingReference:
-    """One setting.
+    """Describe one setting.
 
     Attributes:
-        name: its key in a recipe and after --set.
-        default: the value where nobody sets it.
-        values: the kind of its values, or the words it takes.
-        meaning: what it sets.
-        advice: when to change it.
-        aliases: other names it is taken under.
-        is_planned: whether the plan decides it where nobody does.
-        assignment: an example, as `lr=1e-4`.
+        name: Key in a recipe and after --set.
+        default: Value when nobody sets it.
+        values: Type of its values, or the accepted words.
+        meaning: What it sets.
+        advice: When to change it.
+        aliases: Other accepted names.
+        is_planned: Whether the plan decides it when nobody sets it.
+        assignment: An example, such as `lr=1e-4`.
     """
 
     name: str
@@ -107,7 +110,7 @@ class SettingReference:
 
     @property
     def shown_default(self) -> str:
-        """The default in words."""
+        """Default in words."""
         if self.default is None or self.default in ((), {}, ""):
             return "–"
         planned = " (or as planned)" if self.is_planned and self.default != "auto" else ""
@@ -115,17 +118,17 @@ class SettingReference:
 
     @property
     def example(self) -> str:
-        """How to set it on the command line."""
+        """Command-line flag that sets the example."""
         quoted = f"'{self.assignment}'" if " " in self.assignment else self.assignment
         return f"--set {quoted}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return asdict(self)
 
 
 def describe_setting(key: str) -> SettingReference:
-    """The reference of the setting `key`."""
+    """Return the reference of the setting `key`."""
     field = RunConfig.model_fields[key]
     default = field.get_default(call_default_factory=True)
     values = "a file, a folder, a hub id, or a list" if key == "data" else _values(field.annotation)
@@ -143,7 +146,7 @@ def describe_setting(key: str) -> SettingReference:
 
 
 def _values(annotation: Any) -> str:
-    """The words that a type takes, or its name."""
+    """Return the words that a type accepts, or the type's name."""
     if get_origin(annotation) is Literal:
         return ", ".join(str(word) for word in get_args(annotation))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): ""}

@@ -1,4 +1,4 @@
-"""detect_hardware: the GPU or the processor of this machine, found without torch."""
+"""Detection: the GPU or the CPU of this machine, found without torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_gpu, from_g
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 TIMEOUT_S = 20
 CORE_USD_PER_HOUR = (0.02, 0.05)
-"""ASSUMED price of one processor core on a public cloud, low and high."""
+"""ASSUMED price (low, high) of one cloud CPU core in USD an hour."""
 PINNED_SHARE = 0.5
-"""Share of the host's free memory that activations may pin: it cannot be paged out while they do."""
+"""Share of the host's free memory that activations may pin. Pinned memory cannot be paged out."""
 CGROUP_MEMORY = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Files of a container's memory in cgroup v2 and v1: limit, use, and the field of idle file cache, which gives way."""
+"""Files of a container's memory in cgroup v2 and v1. They are limit, use, and statistics with the field of idle file
+cache. The kernel frees idle file cache on demand, so it does not count as used."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One line of nvidia-smi; memory in MiB, None where the driver does not say."""
+class VisibleGpu:
+    """Hold one line of nvidia-smi.
+
+    Attributes:
+        index: Index of the GPU.
+        uuid: UUID of the GPU.
+        name: Name that the driver gives it.
+        total_mib: Memory in MiB; None when the driver does not report it.
+        free_mib: Free memory in MiB; None when the driver does not report it.
+        capability: CUDA compute capability; None when the driver does not report it.
+    """
 
     index: str
     uuid: str
@@ -42,9 +52,10 @@ class Seen:
 
 
 def hardware_for(config: RunConfig) -> Hardware:
-    """Return the device to plan for: the GPU named by `config.gpu`, else the one found, within `config.gpu_memory`.
+    """Return the device to plan for, within `config.gpu_memory`.
 
-    A budget where there is no GPU means one of that size. Raises UsageError for an unknown GPU.
+    It is the GPU named by `config.gpu`, else the detected one. On a machine without a GPU, `gpu_memory` stands for a
+    GPU of that size. Raises UsageError for an unknown GPU.
     """
     if config.gpu == "cpu":
         device = detect_processor()
@@ -54,13 +65,16 @@ def hardware_for(config: RunConfig) -> Hardware:
         return device
     budget = parse_bytes(config.gpu_memory, "gpu_memory")
     if device.kind == "cpu" and config.gpu is None:
-        note = "no GPU is here: this is for one with that memory; a run here takes the processor (plan: --gpu cpu)"
+        note = "no GPU found: the plan is for a GPU with that memory; a run here uses the CPU (plan: --gpu cpu)"
         return replace(generic_gpu(budget), notes=(note,))
     return device.with_memory(min(device.memory_bytes, budget))
 
 
 def hardware_here(config: RunConfig) -> Hardware:
-    """Return the device of this machine, within `config.gpu_memory`; another GPU may be planned for."""
+    """Return the device of this machine, within `config.gpu_memory`.
+
+    `hardware_for` differs when `config.gpu` names another GPU.
+    """
     device = detect_hardware()
     if config.gpu_memory is None:
         return device
@@ -68,23 +82,26 @@ def hardware_here(config: RunConfig) -> Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """The first CUDA GPU that CUDA_VISIBLE_DEVICES leaves, with the memory free on it; else the processor."""
+    """Return the first GPU in CUDA_VISIBLE_DEVICES with its free memory, else the CPU."""
     gpus = visible_gpus(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not gpus:
         return detect_processor()
     if _torch_version().endswith("+cpu"):
-        note = f"{gpus[0].name} is here, but the installed torch is built without CUDA"
+        note = f"{gpus[0].name} is present, but the installed torch is built without CUDA"
         return replace(detect_processor(), notes=(note,))
     return replace(_hardware(gpus[0]), count=len(gpus))
 
 
-def visible_gpus(seen: list[Seen], visible: str | None) -> list[Seen]:
-    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order: indices or UUIDs, up to the first unknown one."""
+def visible_gpus(gpus: list[VisibleGpu], visible: str | None) -> list[VisibleGpu]:
+    """Return the GPUs in `CUDA_VISIBLE_DEVICES`, in its order.
+
+    It lists indices or UUIDs, and ends at the first unknown entry.
+    """
     if visible is None:
-        return seen
-    chosen: list[Seen] = []
+        return gpus
+    chosen: list[VisibleGpu] = []
     for token in (part.strip() for part in visible.split(",")):
-        match = next((gpu for gpu in seen if token and (token == gpu.index or gpu.uuid.startswith(token))), None)
+        match = next((gpu for gpu in gpus if token and (token == gpu.index or gpu.uuid.startswith(token))), None)
         if match is None:
             break  # CUDA ignores everything from the first invalid entry on
         chosen.append(match)
@@ -92,7 +109,10 @@ def visible_gpus(seen: list[Seen], visible: str | None) -> list[Seen]:
 
 
 def detect_processor() -> Hardware:
-    """This machine's processor: its name, the cores and the memory a run may use, container limits included."""
+    """Return this machine's CPU, with the cores and memory that a run may use.
+
+    Both respect the limits of a container.
+    """
     cores = available_cores()
     flags = _cpu_field("flags") or ""
     gflops = CORE_PEAK_GFLOPS * (2 if "avx512f" in flags else 1)
@@ -107,8 +127,11 @@ def detect_processor() -> Hardware:
     )
 
 
-def parse_nvidia_smi(text: str) -> list[Seen]:
-    """The GPUs in the CSV that `nvidia-smi --query-gpu` prints for QUERY; lines it cannot read are left out."""
+def parse_nvidia_smi(text: str) -> list[VisibleGpu]:
+    """Return the GPUs in the CSV that `nvidia-smi --query-gpu` prints for QUERY.
+
+    Lines of another form are left out.
+    """
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -116,19 +139,20 @@ def parse_nvidia_smi(text: str) -> list[Seen]:
             index, uuid, name, total, free, capability = cells
             major, _, minor = capability.partition(".")
             known = major.isdigit() and minor.isdigit()
-            gpus.append(Seen(index, uuid, name, _mib(total), _mib(free), (int(major), int(minor)) if known else None))
+            pair = (int(major), int(minor)) if known else None
+            gpus.append(VisibleGpu(index, uuid, name, _mib(total), _mib(free), pair))
     return gpus
 
 
 def _torch_version() -> str:
-    """The installed torch's version, read from its metadata: importing it takes seconds."""
+    """Return the installed torch's version from its metadata. Importing torch takes seconds."""
     try:
         return version("torch")
     except PackageNotFoundError:
         return ""
 
 
-def _nvidia_smi() -> list[Seen]:
+def _nvidia_smi() -> list[VisibleGpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -140,19 +164,19 @@ def _nvidia_smi() -> list[Seen]:
     return parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
 
 
-def _hardware(seen: Seen) -> Hardware:
-    gpu = find_gpu(seen.name)
-    base = from_gpu(gpu) if gpu else generic_gpu((seen.total_mib or 0) << 20, seen.capability)
-    capability = seen.capability or base.capability
+def _hardware(gpu: VisibleGpu) -> Hardware:
+    row = find_gpu(gpu.name)
+    base = from_gpu(row) if row else generic_gpu((gpu.total_mib or 0) << 20, gpu.capability)
+    capability = gpu.capability or base.capability
     assert capability is not None
-    free = seen.free_mib << 20 if seen.free_mib is not None else base.memory_bytes
+    free = gpu.free_mib << 20 if gpu.free_mib is not None else base.memory_bytes
     notes = base.notes
-    if seen.free_mib is not None and seen.total_mib and seen.free_mib < 0.9 * seen.total_mib:
-        taken = (seen.total_mib - seen.free_mib) / 1024
-        notes += (f"{taken:.1f} GiB of the GPU are taken by other programs or its driver",)
+    if gpu.free_mib is not None and gpu.total_mib and gpu.free_mib < 0.9 * gpu.total_mib:
+        used = (gpu.total_mib - gpu.free_mib) / 1024
+        notes += (f"{used:.1f} GiB of the GPU are taken by other programs or its driver",)
     return replace(
         base,
-        name=seen.name,
+        name=gpu.name,
         memory_bytes=free,
         capability=capability,
         bf16=capability >= (8, 0),
@@ -176,7 +200,7 @@ def _cpu_field(key: str) -> str | None:
 
 
 def available_cores() -> int:
-    """Cores this process may run on: its affinity, and the quota of its container."""
+    """Return the cores that this process may use, from its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = next(iter(_lines("/sys/fs/cgroup/cpu.max")), "").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
@@ -185,7 +209,10 @@ def available_cores() -> int:
 
 
 def available_bytes() -> int:
-    """Memory this process can still take: the system's, cut to what its container leaves."""
+    """Return the memory that this process can still use.
+
+    It is the system's available memory, at most what its container's limit leaves.
+    """
     info = _meminfo(_lines("/proc/meminfo"))
     available = info.get("MemAvailable") or int(psutil.virtual_memory().available)
     for limit, used, stat, key in CGROUP_MEMORY:

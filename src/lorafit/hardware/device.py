@@ -1,4 +1,4 @@
-"""Hardware: the GPU or processor that a run is planned for, found or named in the catalogue."""
+"""Hardware: the GPU or CPU of a plan, and the catalogue of GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ ELECTRICITY = (0.02, 0.06)
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One row of the table; `capability` is CUDA's, bandwidths are in GB/s."""
+    """Hold one row of the catalogue.
+
+    Attributes:
+        name: Name of the GPU.
+        memory_mib: Memory in MiB.
+        capability: CUDA compute capability.
+        tflops: Dense 16-bit matmul peak in TFLOP/s.
+        bandwidth_gbs: Bandwidth of its own memory in GB/s.
+        link_gbs: Bandwidth to the host in GB/s, each way.
+        usd_per_hour: Price range (low, high), assumed.
+        aliases: Other names.
+    """
 
     name: str
     memory_mib: int
@@ -31,7 +42,7 @@ class Gpu:
 TURING, AMPERE, AMPERE_PRO, ADA, HOPPER, BLACKWELL, BLACKWELL_RTX = (
     (7, 5), (8, 6), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 )  # fmt: skip
-PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both ways busy
+PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both directions busy
 HOME = (0.05, 0.20)
 
 GPUS: tuple[Gpu, ...] = (
@@ -132,24 +143,36 @@ GPUS: tuple[Gpu, ...] = (
 
 GIB = 1 << 30
 CORE_PEAK_GFLOPS = 100.0
-"""ASSUMED fp32 peak of one core in GFLOP/s: AVX2 with two FMA units at 3 GHz. It stands beside a GPU's data sheet."""
+"""ASSUMED fp32 peak of one core in GFLOP/s. It is AVX2 with two FMA units at 3 GHz, in place of a data sheet."""
 CORE_GFLOPS_RANGE = (25.0, 60.0)
-"""fp32 GFLOP/s of one core in training: the 3.5 M-parameter demo base ran 4–8 k tokens/s on two. A time is a range."""
+"""fp32 GFLOP/s of one core in training, for time ranges. The 3.5 M-parameter demo base ran 4–8 k tokens/s on two."""
 CORE_GFLOPS = 40.0
-"""One value within CORE_GFLOPS_RANGE, where settings are compared and a range has no order."""
+"""One value within CORE_GFLOPS_RANGE, for comparing settings: ranges have no order."""
 LEAST_HOST_BYTES = 8 * GIB
-"""ASSUMED of a host that is not this one: memory to pin for activations, at least; else as much as the GPU has."""
+"""ASSUMED least memory that another machine can pin for activations. It can pin as much as its GPU has, or this."""
 DRIVER_SHARE = 0.02
-"""Share of a GPU's memory that its driver keeps: what nvidia-smi reports less what torch can reach."""
+"""Share of a GPU's memory that its driver keeps. It is nvidia-smi's figure less the memory that torch can allocate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device. `memory_bytes` is what a run may use, `tflops_bf16` the dense 16-bit matmul peak in TFLOP/s.
+    """Hold one device.
 
-    `bandwidth_gbs` is to its own memory and `link_gbs` to the host, in GB/s each way; `usd_per_hour` is a range
-    (low, high), assumed. `cores` counts the processor cores that a run may use; `count` the like devices seen.
-    `host_bytes` of the host's memory may be pinned for activations.
+    Attributes:
+        name: Name of the device.
+        kind: `cuda` or `cpu`.
+        memory_bytes: Memory that a run may use.
+        capability: CUDA compute capability.
+        bf16: Whether it multiplies in bf16.
+        fp8: Whether it multiplies in fp8.
+        tflops_bf16: Dense 16-bit matmul peak in TFLOP/s.
+        bandwidth_gbs: Bandwidth of its own memory in GB/s.
+        link_gbs: Bandwidth to the host in GB/s, each way.
+        usd_per_hour: Price range (low, high), assumed.
+        cores: CPU cores that a run may use.
+        count: Visible devices of this machine.
+        host_bytes: Host memory that may be pinned for activations.
+        notes: Assumptions and remarks for the user.
     """
 
     name: str
@@ -168,11 +191,11 @@ class Hardware:
     notes: tuple[str, ...] = ()
 
     def with_memory(self, memory_bytes: int) -> Hardware:
-        """The same device with another memory budget: what `--gpu-memory` asks for."""
+        """Return the same device with another memory budget, as `--gpu-memory` sets it."""
         return replace(self, memory_bytes=memory_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -192,21 +215,24 @@ class Hardware:
 
 
 def hardware_named(name: str) -> Hardware:
-    """The GPU people call `name`: `RTX 4090`, `h100`, `NVIDIA A100-SXM4-80GB`. Raises UsageError for others."""
+    """Return the GPU named `name`, such as `RTX 4090`, `h100` or `NVIDIA A100-SXM4-80GB`.
+
+    Raises UsageError for an unknown name.
+    """
     gpu = find_gpu(name)
     if gpu is None:
         fix = f"did you mean '{_nearest(name)}'? For another GPU, pass --gpu-memory with its memory"
-        raise UsageError(f"no GPU '{name:.60}' is known", where="gpu", fix=fix)
+        raise UsageError(f"unknown GPU '{name:.60}'", where="gpu", fix=fix)
     return from_gpu(gpu)
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The table's row for a GPU as its maker, driver or owner writes it; None when there is none."""
+    """Return the catalogue's row for any spelling of a GPU's name, or None."""
     return _BY_KEY.get(_key(name))
 
 
 def from_gpu(gpu: Gpu) -> Hardware:
-    """The hardware that a row of the table describes."""
+    """Return the hardware that a row of the catalogue describes."""
     major, minor = gpu.capability
     memory = round((gpu.memory_mib << 20) * (1 - DRIVER_SHARE))
     return Hardware(
@@ -225,7 +251,10 @@ def from_gpu(gpu: Gpu) -> Hardware:
 
 
 def generic_gpu(memory_bytes: int, capability: tuple[int, int] | None = None) -> Hardware:
-    """A GPU that is not in the table: this much memory, and the speed of a small GPU of its time, assumed."""
+    """Return a GPU outside the catalogue, with this much memory.
+
+    Its speed is assumed: that of a small GPU of 2020 or later.
+    """
     capability = capability or (8, 6)
     return Hardware(
         name=f"GPU with {size_in_words(memory_bytes)}",
@@ -239,12 +268,12 @@ def generic_gpu(memory_bytes: int, capability: tuple[int, int] | None = None) ->
         bandwidth_gbs=300.0,
         link_gbs=12.0,
         usd_per_hour=(0.05, 0.50),
-        notes=("no data sheet for this GPU: its speed and price are assumed, its memory is not",),
+        notes=("lorafit has no data sheet of this GPU: its speed and price are assumed",),
     )
 
 
 def _nearest(name: str) -> str:
-    """The name in the table that looks most like `name`, as its key or as it is written."""
+    """Return the catalogue's name that is most similar to `name`, by key or by spelling."""
     names = {gpu.name.lower(): gpu.name for gpu in GPUS}
     near = difflib.get_close_matches(_key(name), _BY_KEY, n=1, cutoff=0.6)
     if near:
@@ -253,7 +282,7 @@ def _nearest(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """`NVIDIA GeForce RTX 4090` and `rtx-4090` are one GPU."""
+    """Return the key of a GPU's name. `NVIDIA GeForce RTX 4090` and `rtx-4090` have the same key."""
     text = re.sub(r"[^a-z0-9]+", " ", name.lower())
     text = re.sub(r"\b(mobile|with max q design)\b", "laptop", text)
     text = re.sub(r"\b(nvidia|geforce|tesla|quadro|gpu|graphics|generation|gen)\b", " ", text)

@@ -1,4 +1,4 @@
-"""Memory: what a memory policy costs in bytes and seconds, and the search for the fastest that fits. No torch."""
+"""Memory: the bytes and seconds of a memory policy, and the solver for the fastest. No torch."""
 
 from lorafit.memory.execution_plan import MemoryEstimate, estimate_memory
 from lorafit.memory.footprint import Component

@@ -1,4 +1,4 @@
-"""What is in memory: parts that stay for the whole run, and activations between forward and backward."""
+"""Footprint: the bytes of static memory, and of activations between forward and backward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatch, PlanI
 from lorafit.shapes.shape import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight in NF4: 4 bits, an 8-bit scale per 64, and a 32-bit scale of scales per 256 of those."""
+"""Bytes of a weight in NF4. It has 4 bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales."""
 QUANT_STATE_BYTES = 2048
-"""Code tables and allocation slack of one quantised matrix."""
+"""Code tables and allocation slack of one quantized matrix."""
 CUDA_CONTEXT_BYTES = 7 * GIB // 8
 CPU_PROCESS_BYTES = 5 * GIB // 8
 DENSE_SHARE = 0.5
-"""Share of the memory left that dequantised copies take on a CPU (backbone's own rule)."""
+"""Share of the free memory that dequantized copies take on a CPU (backbone's own rule)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """Hold one part of the peak: its size and what that assumes. A `spare` part only fills unused memory."""
+    """Hold one part of the peak memory.
+
+    Attributes:
+        name: Name of the part.
+        size_bytes: Size of the part.
+        assumes: Assumption behind the size.
+        spare: Whether the part only fills unused memory.
+    """
 
     name: str
     size_bytes: int
@@ -31,21 +38,25 @@ class Component:
 
 
 def total_bytes(components: Iterable[Component]) -> int:
-    """Return the sum of their sizes."""
+    """Return the total size of the components."""
     return sum(component.size_bytes for component in components)
 
 
 def movable_embedding_bytes(inputs: PlanInputs) -> int:
-    """Return the bytes of input embeddings that may live in host memory: on CUDA, unless lm_head shares them."""
+    """Return the bytes of input embeddings that may move to host memory.
+
+    They may on CUDA, unless lm_head shares them.
+    """
     if not inputs.on_cuda or inputs.shape.tied_embeddings:
         return 0
     return inputs.shape.embedding_parameters * inputs.width
 
 
 def dense_bytes(inputs: PlanInputs, layers: int) -> int:
-    """Return the bytes of the dequantized weights of so many layers: 16 bits each, in FP8 eight for each direction.
+    """Return the bytes of the dequantized weights of `layers` layers.
 
-    A CPU keeps its copies in any case, and a base that is not in 4 bits needs none.
+    A weight takes 16 bits, in FP8 eight for each direction. The result is 0 on a CPU, which always keeps copies, and
+    for a base that is not in 4 bits.
     """
     if not inputs.on_cuda or not inputs.in_4_bits:
         return 0
@@ -55,10 +66,10 @@ def dense_bytes(inputs: PlanInputs, layers: int) -> int:
 def static_memory(
     inputs: PlanInputs, *, wide: bool = False, host_embeddings: bool = False, dequantized_layers: int = 0
 ) -> list[Component]:
-    """Return every part that stays for the whole run.
+    """Return every component that stays for the whole run.
 
-    `wide` holds embeddings and lm_head in fp32, `host_embeddings` moves the input embeddings to host memory, and
-    `dequantized_layers` counts the layers whose weights are there dequantized too.
+    `wide` means embeddings and lm_head in fp32. `host_embeddings` moves the input embeddings to host memory.
+    `dequantized_layers` counts the layers with dequantized weights beside the quantized ones.
     """
     base = _base(inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0)
     return [*base, *_dense_copies(inputs, base, dequantized_layers), *_adapters(inputs), _process(inputs)]
@@ -73,14 +84,14 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
     if inputs.in_4_bits:
         matrices = sum(part.count for part in shape.linears)
         size = round(linears * NF4_BYTES) + matrices * QUANT_STATE_BYTES
-        base = Component("base, linear layers", size, "NF4 with double quantisation: 0.516 bytes a weight")
+        base = Component("base, linear layers", size, "NF4 with double quantization: 0.516 bytes a weight")
     else:
         base = Component("base, linear layers", linears * width, f"{8 * width}-bit weights")
     rest = (shape.norm_parameters + shape.expert_parameters) * width
     return [
         base,
-        Component("embeddings and lm_head", outside, f"never quantised: {8 * outside_width}-bit{where}"),
-        Component("norms, biases, stacked experts", rest, f"never quantised: {8 * width}-bit"),
+        Component("embeddings and lm_head", outside, f"never quantized: {8 * outside_width}-bit{where}"),
+        Component("norms, biases, stacked experts", rest, f"never quantized: {8 * width}-bit"),
     ]
 
 
@@ -89,11 +100,11 @@ def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> lis
         return []
     if inputs.on_cuda:
         size = dense_bytes(inputs, layers)
-        why = f"the weights of {layers} of {inputs.shape.layers} layers lie there unpacked too, for speed"
-        return [Component("dequantised copies", size, why, spare=True)] if size else []
+        why = f"the weights of {layers} of {inputs.shape.layers} layers, also dequantized for speed"
+        return [Component("dequantized copies", size, why, spare=True)] if size else []
     left = inputs.hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
     size = max(0, min(inputs.shape.linear_parameters * inputs.width, round(left * DENSE_SHARE)))
-    return [Component("dequantised copies", size, "kept on a CPU for speed, in at most half of the memory left")]
+    return [Component("dequantized copies", size, "kept on a CPU for speed, in at most half of the free memory")]
 
 
 def _adapters(inputs: PlanInputs) -> list[Component]:
@@ -113,23 +124,23 @@ def _process(inputs: PlanInputs) -> Component:
 
 
 LOSS_CHUNK_BYTES = 256 << 20
-"""Largest size of one chunk's logits in the engine's loss, which turns them into their own gradient."""
+"""Largest size of one chunk's logits in the engine's loss. Their gradient overwrites them."""
 OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
-"""Scores (of rows, heads, queries, keys) that grouped attention writes out at a time: 256 MiB in fp32, five times over:
-scores, capped, softmaxed, two gradients."""
+"""Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
+in fp32. The five copies are scores, capped scores, softmax and two gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Say how the layers and the loss are run, as far as memory can tell.
+    """Hold the properties of the layers' and the loss's execution that change memory.
 
     Attributes:
-        fused: Whether layers are compiled, and recompute norms and activations inside a kernel.
-        loss: Logits of `all` positions at once, of the `supervised` ones, or in `chunks`.
+        fused: Whether layers are compiled, so that kernels recompute norms and activations.
+        loss: Positions with logits at one time: `all`, the `supervised` ones, or `chunks` of these.
         wide_stream: Whether the residual stream is in fp32, as peft's `prepare_model_for_kbit_training` leaves it.
     """
 
@@ -139,7 +150,7 @@ class Execution:
 
 
 def execution_of(inputs: PlanInputs) -> Execution:
-    """Return how lorafit runs the layers: compiled on CUDA unless `compile` is off, the loss in chunks."""
+    """Return lorafit's own execution: compiled on CUDA unless `compile` is off, the loss in chunks."""
     compiled = inputs.config.compile
     return Execution(fused=compiled == "on" or (inputs.on_cuda and compiled != "off"))
 
@@ -149,13 +160,13 @@ class Activations:
     """Hold the bytes of one layer, and of the loss, for one micro-batch.
 
     Attributes:
-        layer_bytes: Kept when nothing is recomputed.
-        feed_forward_bytes: Kept when the MLP is recomputed.
+        layer_bytes: Kept by a layer when nothing is recomputed.
+        feed_forward_bytes: Kept by a layer when the MLP is recomputed.
         input_bytes: The layer's input.
-        backward_bytes: Working memory of its backward.
-        weight_bytes: Part of that: the largest dequantised weight.
+        backward_bytes: Working memory of the layer's backward.
+        weight_bytes: Largest dequantized weight, which is part of `backward_bytes`.
         loss_bytes: Working memory of the loss.
-        chunk_bytes: Part of that: a chunk of logits.
+        chunk_bytes: A chunk of logits, which is part of `loss_bytes`.
     """
 
     layer_bytes: int
@@ -178,7 +189,8 @@ def activations(
 ) -> Activations:
     """Return the activations of one micro-batch.
 
-    `width` is the compute dtype's size in bytes, `mask_bytes` that of one entry of a dropout mask (0: no dropout).
+    `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
+    without dropout.
     """
     stream = NORM_BYTES if execution.wide_stream else width
     linears = shape.named(targets)
@@ -188,14 +200,14 @@ def activations(
     )
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
-    passing = _passing_bytes(shape, batch.tokens, width, execution)
+    gradients = _gradient_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
     chunk = _logit_bytes(shape, batch, width, execution)
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
         feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),
         input_bytes=shape.hidden * stream * batch.tokens,
-        backward_bytes=max(passing, _scores_bytes(shape, batch, execution)) + weight,
+        backward_bytes=max(gradients, _scores_bytes(shape, batch, execution)) + weight,
         weight_bytes=weight,
         loss_bytes=chunk + batch.tokens * shape.hidden * (width + 4),
         chunk_bytes=chunk,
@@ -203,7 +215,7 @@ def activations(
 
 
 def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:
-    """Return the bytes that norms and attention keep of a token in one layer."""
+    """Return the bytes that norms and attention of one layer keep per token."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = width * (2 * queries + 2 * keys)
     if any(part.role == "qkv" for part in shape.projections):
@@ -215,9 +227,9 @@ def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stre
 
 
 def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:
-    """Return the bytes of capped scores, and their copies, that a compiled layer's attention writes out at a time.
+    """Return the bytes of capped scores, with copies, that compiled attention stores.
 
-    They are those of one key head of the longest row at least (engine/grouped_attention.py).
+    It stores at least the scores of one key head of the longest row at a time (engine/attention/grouped.py).
     """
     if not shape.capped_scores or not execution.fused:
         return 0
@@ -234,18 +246,21 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
     copies = (2 if fused else 3) if shape.is_gated else 1
     if not part.stacked:
         return inner * copies * part.count * part.active / shape.layers
-    # each token visits a few experts, and is copied for each of them
+    # each token is copied for every expert that it visits
     layers = part.count * part.active / max(shape.experts_per_token, 1)
     return shape.experts_per_token * (inner * copies + 2 * shape.hidden) * layers / shape.layers
 
 
 def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
-    """Return the bytes per token and mean layer that adapters keep: dropout masks, and inputs unless fused."""
+    """Return the bytes per token and mean layer that adapters keep.
+
+    They keep dropout masks, and their inputs unless fused.
+    """
     return (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts) / shape.layers
 
 
-def _passing_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:
-    """Gradients that pass through one layer."""
+def _gradient_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:
+    """Return the bytes of temporary gradients in one layer's backward."""
     inner = max(shape.intermediate, shape.hidden)
     copies = 4 if execution.fused else 3
     return width * tokens * (copies * inner + 4 * shape.hidden)
@@ -254,7 +269,7 @@ def _passing_bytes(shape: ModelShape, tokens: int, width: int, execution: Execut
 def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:
     """Return the bytes of logits and their gradients.
 
-    A chunk becomes its own gradient; in fp32, without a kernel for it, it is there twice. Other tools hold
+    The gradient overwrites a chunk's logits; in fp32, which has no kernel for that, both exist. Other tools hold
     log-probabilities, their gradient and the logits' gradient, each in fp32.
     """
     if execution.loss == "chunks" and not execution.wide_stream:

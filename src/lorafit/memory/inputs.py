@@ -1,4 +1,4 @@
-"""PlanInputs: the settings, data, model and device that a plan is made for, carried as one object."""
+"""PlanInputs: the settings, data stats, model shape and device of a plan, as one object."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from lorafit.hardware import Hardware
 from lorafit.shapes import ModelShape, resolve_targets
 
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
-"""Bytes of an activation. Under fp8 only the operands of frozen matmuls are narrower, and they do not stay."""
+"""Bytes of an activation by compute dtype. fp8 narrows only the operands of frozen matmuls, which are temporary."""
 LARGEST_TOKENS = 16_384
-"""Tokens beyond which a larger micro-batch gains nothing: its fixed costs are some 3 % there."""
+"""Tokens beyond which a larger micro-batch gains nothing. Its fixed costs are about 3 % of its time."""
 SUPERVISED_SPREAD = 1.25
-"""How much more of a micro-batch is supervised than of the mean one."""
+"""Supervised share of the most supervised micro-batch, relative to the mean one."""
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
-"""Bytes of AdamW's two moments for each trained weight: in fp32, or in 8 bits with an fp32 scale per 256 each."""
+"""Bytes of AdamW's two moments for each trained weight. They are in fp32, or in 8 bits with an fp32 scale per 256."""
 OPTIMIZER_SHARE = 0.03
-"""Share of a GPU's memory that AdamW's 32-bit moments may take before 8-bit ones are chosen. Those are launched
-tensor by tensor, and the paged ones wait for the device every step."""
+"""Share of a GPU's memory up to which AdamW's moments stay in 32 bits. The 8-bit optimizers are slower: they launch
+kernels tensor by tensor, and the paged ones wait for the device every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataStats:
-    """Hold the size of the training data after tokenising.
+    """Hold the size of the training data in rows and tokens.
 
     Attributes:
-        rows: Training rows, without those held out.
+        rows: Training rows, without the held-out ones.
         tokens: Tokens of the training rows.
         supervised_tokens: Tokens in the loss.
         longest: Tokens of the longest row.
         mean_tokens: Tokens of the mean row.
-        holdout_rows: Rows kept for evaluation.
-        largest_step: Tokens of the run's largest step; 0 where nobody counted them, for a step of the longest rows.
+        holdout_rows: Held-out rows.
+        largest_step: Tokens of the run's largest step; 0 when not counted, which stands for a step of the longest rows.
     """
 
     rows: int
@@ -54,7 +54,13 @@ class DataStats:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Hold the size of one micro-batch: its tokens, those in the loss, and the longest row's."""
+    """Hold the size of one micro-batch in tokens.
+
+    Attributes:
+        tokens: All tokens.
+        supervised: Tokens in the loss.
+        longest: Tokens of the longest row.
+    """
 
     tokens: int
     supervised: int
@@ -63,7 +69,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Hold everything that memory, time and method are derived from.
+    """Hold the inputs of a plan, from which memory, time and method follow.
 
     Attributes:
         config: Settings of the run.
@@ -92,7 +98,7 @@ class PlanInputs:
 
     @cached_property
     def compute(self) -> str:
-        """The matmul precision: the setting, else bf16 where the device has it, fp16 on other GPUs, fp32 on a CPU."""
+        """Matmul precision. On auto it is bf16 if the GPU has it, fp16 on other GPUs, fp32 on a CPU."""
         if self.config.compute != "auto":
             return self.config.compute
         if not self.on_cuda:
@@ -106,12 +112,12 @@ class PlanInputs:
 
     @property
     def in_4_bits(self) -> bool:
-        """True when the base's linear layers are held in NF4."""
+        """True when the base's linear layers are in NF4."""
         return self.config.quantization == "nf4"
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """Names of the modules that get an adapter. Raises AdapterError for names that the model lacks."""
+        """Names of the modules with an adapter. Raises AdapterError for names that the model lacks."""
         return resolve_targets(self.config.targets, self.shape)
 
     @cached_property
@@ -122,7 +128,7 @@ class PlanInputs:
 
     @property
     def optimizer(self) -> str:
-        """The optimizer: the setting, else AdamW in 32 bits while its moments fit OPTIMIZER_SHARE of the GPU."""
+        """Optimizer. On auto its moments are in 32 bits while they fit OPTIMIZER_SHARE of the GPU, else in 8."""
         if self.config.optimizer != "auto":
             return self.config.optimizer
         small = self.adapter_parameters * ADAM_BYTES <= OPTIMIZER_SHARE * self.hardware.memory_bytes
@@ -130,12 +136,12 @@ class PlanInputs:
 
     @cached_property
     def policy(self) -> MemoryPolicy | None:
-        """The memory policy that the settings ask for; None while they leave it to the plan."""
+        """Memory policy of the settings; None for auto, which the plan decides."""
         return policy_of(self.config, self.shape.layers)
 
     @property
     def largest_step_tokens(self) -> int:
-        """Tokens of the run's largest step: as counted, else those of a step of the longest rows."""
+        """Tokens of the run's largest step. Without a count they are those of a step of the longest rows."""
         step = self.stats.largest_step or self.config.examples_per_step * self.stats.longest
         return max(1, min(step, self.stats.tokens or step))
 
@@ -147,23 +153,26 @@ class PlanInputs:
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens that an automatically chosen micro-batch may have."""
+        """Most tokens of an automatically chosen micro-batch."""
         if not self.on_cuda:
             return self.config.max_length
         return most_tokens(self.largest_step_tokens, self.config.max_length)
 
     def micro_batch(self, limit: int) -> MicroBatch:
-        """Return the largest micro-batch of at most `limit` tokens; a longer row is one alone."""
+        """Return the largest micro-batch of at most `limit` tokens. A longer row has a micro-batch of its own."""
         tokens = min(max(limit, self.stats.longest), self.largest_step_tokens)
         supervised = min(tokens, round(tokens * self.stats.supervised_share * SUPERVISED_SPREAD))
         return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
 
 
 def most_tokens(step_tokens: int, max_length: int) -> int:
-    """Return the most tokens of a micro-batch on a GPU: a whole step, at most LARGEST_TOKENS, at least `max_length`."""
+    """Return the most tokens of a micro-batch on a GPU.
+
+    It holds a whole step, at most LARGEST_TOKENS and at least `max_length`.
+    """
     return max(max_length, min(step_tokens, LARGEST_TOKENS))
 
 
 def policy_of(config: RunConfig, layers: int) -> MemoryPolicy | None:
-    """Return the policy that `memory_policy` asks for; None where it is left to the plan."""
+    """Return the policy in the setting `memory_policy`; None for auto, which the plan decides."""
     return None if config.memory_policy == "auto" else MemoryPolicy.parse(config.memory_policy, layers)

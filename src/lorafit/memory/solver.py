@@ -1,7 +1,7 @@
-"""Solver: the fastest memory policy that fits the room, from bytes and seconds per layer and the link's rates.
+"""Solver: the fastest memory policy that fits, from layer costs and the link's rates.
 
-Every split of the layers into recomputed, partly recomputed and kept ones is tried, with the fewest layers offloaded
-that makes it fit; its seconds are those of its timeline. A lower bound of them leaves most splits out.
+It tries every split of the layers into recomputed, partly recomputed and kept ones, each with the fewest offloaded
+layers that make it fit. The seconds of a split are those of its timeline. A lower bound on them skips most splits.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ __all__ = ["LayerCosts", "Link", "Room", "Solution", "solve", "solve_micro"]
 
 UNLIMITED = 1 << 62
 WORTH_PINNING = 0.01
-"""Gain in speed below which no host memory is pinned: taking it costs seconds, and the prediction is no surer."""
+"""Gain in speed below which no host memory is pinned. Pinning takes seconds, and predictions are not more exact."""
 FINE_LAYERS = 48
-"""Up to so many layers every split is considered."""
+"""Most layers for which every split is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Hold the fastest policy, its seconds, and the bytes that it needs on the device and the host.
+    """Hold the fastest policy.
 
-    Embeddings that the policy moves to the host are subtracted from `device_bytes`.
+    Attributes:
+        policy: The policy.
+        step_s: Seconds of one micro-batch; of one step from `solve_micro`.
+        device_bytes: Bytes needed on the device, less the embeddings that the policy moves to the host.
+        host_bytes: Bytes needed on the host.
     """
 
     policy: MemoryPolicy
@@ -39,15 +43,15 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Hold the memory that activations may fill, and the price of moving them.
+    """Hold the memory available to activations, and the cost of moving them.
 
     Attributes:
-        device_bytes: Left on the device beside static memory, embeddings included in that.
-        host_bytes: Pinned host memory.
-        link: Rates of the link; None where nothing can be offloaded.
-        by_bytes: Whether copies on their way may fill the room; else they are two layers at a time.
+        device_bytes: Free on the device beside static memory, which includes the embeddings.
+        host_bytes: Host memory that may be pinned.
+        link: Rates of the link; None when nothing can be offloaded.
+        by_bytes: Whether layers in flight may fill the free memory; otherwise they are two at a time.
         embedding_bytes: Embeddings that may move to the host.
-        embedding_s: Seconds a micro-batch that this costs.
+        embedding_s: Seconds a micro-batch of having the embeddings on the host.
     """
 
     device_bytes: int
@@ -58,11 +62,11 @@ class Room:
     embedding_s: float = 0.0
 
     def less(self, size_bytes: int) -> Room:
-        """The same with that much less on the device."""
+        """Return the same with `size_bytes` less on the device."""
         return replace(self, device_bytes=self.device_bytes - size_bytes)
 
     def without_embeddings(self) -> Room:
-        """The same with the embeddings in host memory."""
+        """Return the same with the embeddings in host memory."""
         size = self.embedding_bytes
         return replace(
             self, device_bytes=self.device_bytes + size, host_bytes=self.host_bytes - size, embedding_bytes=0
@@ -70,9 +74,9 @@ class Room:
 
 
 def solve(costs: LayerCosts, room: Room, bound_s: float = math.inf) -> Solution | None:
-    """Return the fastest policy that fits `room`; None when none does, or none is faster than `bound_s`.
+    """Return the fastest policy that fits `room`, or None when none is faster than `bound_s`.
 
-    Among equally fast policies the one that changes least wins. Same numbers, same answer.
+    Among equally fast policies the one that changes least wins. The result is deterministic.
     """
     found = _fastest(costs, room, bound_s)
     size = room.embedding_bytes
@@ -94,21 +98,22 @@ def solve(costs: LayerCosts, room: Room, bound_s: float = math.inf) -> Solution 
 def solve_micro(
     costs: LayerCosts, room: Room, *, tokens: int, longest: int, step_tokens: float | None = None
 ) -> Solution | None:
-    """Return the fastest policy over micro-batches of `tokens`, a half, a quarter, …, down to the `longest` row.
+    """Return the fastest policy over all sizes of the micro-batch.
 
-    `costs` are those of `tokens`. `step_s` is that of a step of `step_tokens` (default `tokens`), at the speed of full
-    micro-batches. A policy that needs no host memory wins against one that is faster by less than WORTH_PINNING.
+    The sizes are `tokens`, half of them, …, down to the `longest` row. `costs` are those of `tokens`. The solution's
+    `step_s` is that of a step of `step_tokens` (default `tokens`), at the speed of full micro-batches. A policy without
+    host memory wins unless another is faster by WORTH_PINNING.
     """
-    wanted = step_tokens or tokens
-    best = _over_sizes(costs, room, tokens, longest, wanted)
+    step_tokens = step_tokens or tokens
+    best = _over_sizes(costs, room, tokens, longest, step_tokens)
     if best is None or not best.host_bytes:
         return best
-    alone = _over_sizes(costs, replace(room, link=None, embedding_bytes=0), tokens, longest, wanted)
-    return alone if alone and alone.step_s <= best.step_s * (1 + WORTH_PINNING) else best
+    device_only = _over_sizes(costs, replace(room, link=None, embedding_bytes=0), tokens, longest, step_tokens)
+    return device_only if device_only and device_only.step_s <= best.step_s * (1 + WORTH_PINNING) else best
 
 
 def _over_sizes(costs: LayerCosts, room: Room, tokens: int, longest: int, step_tokens: float) -> Solution | None:
-    """The best of all micro-batches."""
+    """Return the fastest policy over all sizes of the micro-batch."""
     best: Solution | None = None
     for size in micro_sizes(tokens, longest):
         count, share = step_tokens / size, size / tokens
@@ -121,7 +126,7 @@ def _over_sizes(costs: LayerCosts, room: Room, tokens: int, longest: int, step_t
 
 
 def micro_sizes(tokens: int, longest: int) -> Iterator[int]:
-    """`tokens`, half of them, a quarter, …, and at last the longest row; every size holds that row."""
+    """Yield `tokens`, half of them, a quarter, …, and at last the longest row."""
     yield tokens
     while tokens > longest:
         tokens = max(tokens // 2, longest)
@@ -129,7 +134,10 @@ def micro_sizes(tokens: int, longest: int) -> Iterator[int]:
 
 
 def _fastest(costs: LayerCosts, room: Room, bound_s: float) -> Solution | None:
-    """Return the best of all splits; beyond FINE_LAYERS layers, of evenly spread ones and those around the best."""
+    """Return the fastest of all splits.
+
+    Beyond FINE_LAYERS layers only evenly spread splits and those around the best of them are tried.
+    """
     if room.device_bytes < min(size + max(work, costs.loss_bytes) for size, work in zip(costs.saved, costs.working)):
         return None
     last, step = costs.layers, -(-costs.layers // FINE_LAYERS)
@@ -145,7 +153,10 @@ def _fastest(costs: LayerCosts, room: Room, bound_s: float) -> Solution | None:
 def _best_of(
     costs: LayerCosts, room: Room, bound_s: float, wholes: Iterable[int], lights: Iterable[int]
 ) -> Solution | None:
-    """Return the best of these splits, the most promising first, drawing timelines only for those that can win."""
+    """Return the fastest of these splits.
+
+    Splits with the lowest bound come first, and only splits that can win get a timeline.
+    """
     best: Solution | None = None
     splits = [Split(costs, whole, light) for whole, light in product(wholes, lights) if whole <= light]
     for least_s, _, split in sorted((_least_s(split, room), order, split) for order, split in enumerate(splits)):
@@ -157,17 +168,17 @@ def _best_of(
         if split.work_s + _stall_s(split, offload, room) >= bound_s:
             continue
         policy = MemoryPolicy(split.light - split.whole, split.whole, offload)
-        taken = split.work_s
+        seconds = split.work_s
         if offload and room.link:
-            taken = timeline_s(costs, policy, room.link, room.device_bytes, room.by_bytes)
-        if taken < bound_s:
-            bound_s = taken
-            best = Solution(policy, taken, split.device_bytes(offload), split.saved_by(offload))
+            seconds = timeline_s(costs, policy, room.link, room.device_bytes, room.by_bytes)
+        if seconds < bound_s:
+            bound_s = seconds
+            best = Solution(policy, seconds, split.device_bytes(offload), split.saved_by(offload))
     return best
 
 
 def _least_offload(split: Split, room: Room) -> int | None:
-    """Return the fewest layers to offload so that the rest fits the room; None when nothing does."""
+    """Return the fewest layers to offload so that the rest fits; None when nothing fits."""
     layers, room_bytes = split.costs.layers, room.device_bytes
     at_loss = split.saved_by(layers) + split.beside(layers)
     if at_loss <= room_bytes and split.device_bytes(0) <= room_bytes:
@@ -178,14 +189,14 @@ def _least_offload(split: Split, room: Room) -> int | None:
     offload = max(1, *(split.fewest(full - room_bytes) for full in (at_loss, *at_tops)))
     for count in range(offload, layers + 1):
         if split.size_bytes(count - 1, count) > room_bytes:
-            return None  # one layer at work and one in flight are too much already, and later ones save more
+            return None  # one layer in use and one in flight do not fit, and later layers save more
         if split.device_bytes(count) <= room_bytes:
             return count
     return None
 
 
 def _least_s(split: Split, room: Room) -> float:
-    """Return seconds that no offload can beat: the work, and the excess leaving at the link's rate."""
+    """Return a lower bound of the seconds: work, and copying the excess to the host."""
     costs = split.costs
     excess = split.saved_by(costs.layers) + split.beside(costs.layers) - room.device_bytes
     if excess <= 0 or room.link is None:
@@ -194,30 +205,34 @@ def _least_s(split: Split, room: Room) -> float:
 
 
 def _stall_s(split: Split, offload: int, room: Room) -> float:
-    """Return the least seconds that copies cost: the link bounds leaving before the loss, and being back in time."""
+    """Return the least seconds that copies add.
+
+    The link's rates bound when layers have left before the loss, and when they are back for their backward.
+    """
     costs, link = split.costs, room.link
     if not offload or link is None:
         return 0.0
-    gone, asked = _gone(split, offload, room), costs.layers
+    gone, first_request = _gone(split, offload, room), costs.layers
     leaving = split.saved_by(gone)
     out = [leaving / link.to_host_bytes_s - (costs.layers - 1) * costs.forward_s]
     ends = [top for top in {gone, split.light, split.light + 1, split.whole, split.whole + 1, 1} if 0 < top <= gone]
     if not room.by_bytes:
-        # the last offloaded layer runs when all but so many have left; the first call comes so many layers ahead
-        asked = min(asked, gone + IN_FLIGHT - 1)
+        # the last offloaded layer runs when all but IN_FLIGHT have left; copies back start as many layers ahead
+        first_request = min(first_request, gone + IN_FLIGHT - 1)
         gone = max(offload - IN_FLIGHT, 0)
         starts = [start for start in (0, split.whole, split.light) if start < gone]
         sent = ((split.saved_by(gone) - split.saved_by(start), gone - start) for start in starts)
         out += [size / link.to_host_bytes_s - count * costs.forward_s for size, count in sent]
     late = [
-        (leaving - split.saved_by(top - 1)) / link.to_device_bytes_s - _backward_s(split, top, asked) for top in ends
+        (leaving - split.saved_by(top - 1)) / link.to_device_bytes_s - _backward_s(split, top, first_request)
+        for top in ends
     ]
     drags = (link.drag * split.saved_by(offload) / link.to_host_bytes_s, link.drag * leaving / link.to_device_bytes_s)
     return max([drags[0], *out]) + max([drags[1], *late])
 
 
 def _gone(split: Split, offload: int, room: Room) -> int:
-    """Return how many of the first layers must have left before the loss."""
+    """Return the number of first layers that must have left the device before the loss."""
     layers = split.costs.layers
     if not room.by_bytes:
         return max(0, min(offload, layers - IN_FLIGHT))
@@ -227,7 +242,7 @@ def _gone(split: Split, offload: int, room: Room) -> int:
 
 
 def _backward_s(split: Split, start: int, end: int) -> float:
-    """Seconds of the backward of layers `end` - 1 down to `start`."""
+    """Return the seconds of the backward of layers `end` - 1 down to `start`."""
     whole, feed_forward, keep = split.costs.backwards
     light = max(min(split.light, end) - max(start, split.whole), 0)
     return (

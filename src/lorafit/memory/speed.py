@@ -1,7 +1,8 @@
 """Speed: seconds of one layer and of the loss, from a GPU's data sheet.
 
-The shares reproduce ten training runs of one H200 (2026-11-22, 8B, NF4, r = 16 on q and v, compiled layers; the table
-is in tests/memory/test_measured_speed.py). Other GPUs are extrapolated. A run measures its own layers and solves again.
+The constants reproduce ten training runs of one H200 (2026-11-22, 8B, NF4, r = 16 on q and v, compiled layers; the
+table is in tests/memory/test_measured_speed.py). Other GPUs are extrapolated. A run measures its own layers and solves
+again.
 """
 
 from __future__ import annotations
@@ -17,36 +18,37 @@ from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.71, 0.63, 0.70
-"""Of the GPU's 16-bit peak that matmuls and attention reach, and of its memory's bandwidth."""
+"""Shares of the 16-bit peak that matmuls and attention reach, and of the memory bandwidth."""
 TAIL_S = 1.5e-9
-"""What a matmul loses at its end, where part of the GPU has no tile left to work on, for each value of the dimension
-that it sums over: with unpacking, the 14 ms that a second micro-batch cost on an H200. ASSUMED alike on others."""
+"""Seconds that a matmul loses at its end for each value of the summed dimension. Part of the GPU has no tile left then.
+With dequantizing it makes the 14 ms that a second micro-batch cost on an H200. ASSUMED for other GPUs."""
 ATTENTION_TRAFFIC = 2.2
-"""Bytes that attention moves forward for each byte of its queries, keys, values and output: most of what short rows
-take. Fitted to 0.48 ms a layer for 32 × 256 tokens and 1.15 ms for 4 × 2,048, forward and backward, on an H200."""
+"""Bytes that attention's forward moves for each byte of its queries, keys, values and output. They take most of the
+time of short rows. Fitted to 0.48 ms a layer for 32 × 256 tokens and 1.15 ms for 4 × 2,048, forward and backward, on an
+H200."""
 ATTENTION_BACKWARD = 2.5
-"""Attention's backward against its forward."""
+"""Time of attention's backward relative to its forward."""
 FP8_SPEEDUP = 1.55
-"""Frozen matmuls in fp8 against 16 bits, quantising their operands included."""
+"""Speed of frozen matmuls in fp8 relative to 16 bits, including quantization of their operands."""
 FP32_SLOWDOWN = 8.0
 FUSED_TRAFFIC, EAGER_TRAFFIC = (1.0, 1.8), (5.0, 8.0)
 """Bytes moved beside the matmuls, forward and backward, for each byte that a layer keeps."""
 ADAPTER_TRAFFIC = (2.0, 3.0)
-"""Bytes moved, forward and backward, for each byte that goes into or comes out of an adapted linear."""
+"""Bytes moved, forward and backward, for each byte of an adapted linear's input and output."""
 INTO = ("gate", "up", "gate_up")
-"""Projections into a feed-forward's inner values."""
+"""Roles of the projections into a feed-forward's inner values."""
 RECOMPUTE = 1.1
-"""A layer's recomputation against its first forward pass."""
+"""Time of a layer's recompute relative to its first forward pass."""
 FUSED_LAUNCH_S, EAGER_LAUNCH_S = 2.0e-3, 2.5e-3
-"""Least time of a layer's pass in one direction: the processor's, starting its kernels. Compiled: what 2,048 tokens of
-8B took on an H200's host (144 ms a step, of which the GPU computed for 110); eager: ASSUMED. Other hosts differ."""
+"""Least seconds of a layer's pass in one direction. The CPU launches its kernels in them. Compiled: 2,048 tokens of 8B
+on an H200's host took 144 ms a step, of which the GPU computed for 110. Eager: ASSUMED. Other hosts differ."""
 DENSE_LAUNCH_S = 1.4e-3
-"""The same where the weights lie unpacked, or are in 16 bits anyway: at 1.7 ms a pass the GPU, and no longer the
-processor, sets the pace (2,048 tokens of 8B on such a host); a profile of the processor, which slows it, had 1.4."""
+"""The same for dequantized or 16-bit weights. At 1.7 ms a pass the GPU and no longer the CPU is the limit (2,048 tokens
+of 8B on such a host). A profile of the CPU, which slows it down, had 1.4 ms."""
 GRAPH_LAUNCH_S = 1.0e-4
-"""The same within a CUDA graph: some 30 kernels a pass, each of at least 3 µs (arithmetic)."""
+"""The same within a CUDA graph. A pass has about 30 kernels, each of at least 3 µs (arithmetic)."""
 EMULATED = 0.25
-"""A CPU in a 16-bit precision that it does not have, against fp32."""
+"""Speed of a CPU in a 16-bit precision that it lacks, relative to fp32."""
 
 
 def layer_costs(
@@ -60,24 +62,24 @@ def layer_costs(
 ) -> LayerCosts:
     """Return the bytes and seconds of one layer for a micro-batch.
 
-    The mean layer saves its share of what the dequantized layers of `policy` save. With `graphs` a single call starts
+    The dequantized layers of `policy` save time, which is spread over all layers. With `graphs` a single call launches
     all kernels.
     """
     dequantized = policy.dequantized_layers / inputs.shape.layers
     matmuls = _matmuls(inputs, batch.tokens)
     attention = _attention_s(inputs, batch.tokens)
-    out, home = _traffic_s(inputs, batch.tokens, live, execution)
-    fixed = matmuls.tail_s + _unpack_s(inputs) * (1 - dequantized)
-    unpacked = not inputs.in_4_bits or dequantized == 1
-    launch = GRAPH_LAUNCH_S if graphs else _launch_s(inputs, execution, unpacked=unpacked)
-    forward_s = max(launch, matmuls.forward_s + attention + out + fixed)
+    traffic_forward, traffic_backward = _traffic_s(inputs, batch.tokens, live, execution)
+    fixed = matmuls.tail_s + _dequantize_s(inputs) * (1 - dequantized)
+    is_dense = not inputs.in_4_bits or dequantized == 1
+    launch = GRAPH_LAUNCH_S if graphs else _launch_s(inputs, execution, is_dense=is_dense)
+    forward_s = max(launch, matmuls.forward_s + attention + traffic_forward + fixed)
     return LayerCosts(
         layers=inputs.shape.layers,
         kept_bytes=live.layer_bytes,
         feed_forward_bytes=live.feed_forward_bytes,
         whole_bytes=min(live.input_bytes, live.feed_forward_bytes),
         forward_s=forward_s,
-        backward_s=max(launch, matmuls.backward_s + ATTENTION_BACKWARD * attention + home + fixed),
+        backward_s=max(launch, matmuls.backward_s + ATTENTION_BACKWARD * attention + traffic_backward + fixed),
         recompute_feed_forward_s=max(launch, matmuls.forward_s + fixed) * matmuls.feed_forward,
         recompute_layer_s=RECOMPUTE * forward_s,
         kept_working_bytes=live.backward_bytes,
@@ -93,7 +95,7 @@ def layer_costs(
 
 
 def flops_per_s(inputs: PlanInputs) -> float:
-    """Return the FLOP/s of 16-bit (or, as set, 32-bit) matmuls."""
+    """Return the FLOP/s of matmuls in 16 bits, or in 32 bits under fp32."""
     wide, hardware = inputs.width == 4, inputs.hardware
     if not inputs.on_cuda:
         return hardware.cores * CORE_GFLOPS * 1e9 * (1.0 if wide or hardware.bf16 else EMULATED)
@@ -108,7 +110,7 @@ class _Matmuls:
         forward_s: Seconds of the forward pass, without `tail_s`.
         backward_s: Seconds of the backward pass, without `tail_s`.
         tail_s: Seconds of either direction that do not depend on the tokens.
-        feed_forward: Share of the work that goes into the MLP's inner values.
+        feed_forward: Share of the work in projections into the MLP's inner values.
     """
 
     forward_s: float
@@ -122,7 +124,7 @@ def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
     faster = FP8_SPEEDUP if inputs.compute == "fp8" else 1.0
     weights = sum(part.parameters * part.active for part in shape.projections) / shape.layers
     inner = sum(part.parameters * part.active for part in shape.projections if part.role in INTO) / shape.layers
-    # forward sums over a projection's inputs, backward over its outputs: the mean of both stands for either
+    # forward sums over a projection's inputs and backward over its outputs, so the mean is used for both
     depth = sum((part.inputs + part.outputs) / 2 * _calls(part, shape) for part in shape.projections) / shape.layers
     adapters = inputs.adapter_parameters / shape.layers
     frozen = 2 * tokens * weights / (rate * faster)
@@ -135,12 +137,18 @@ def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
 
 
 def _calls(part: Projection, shape: ModelShape) -> float:
-    """Return the matmuls of one forward pass through the model; the experts of a layer are one, grouped."""
+    """Return the matmuls of one forward pass through the model.
+
+    The experts of a layer are one grouped matmul.
+    """
     return part.count * part.active / max(shape.experts_per_token, 1) if part.stacked else part.count
 
 
 def _attention_s(inputs: PlanInputs, tokens: int) -> float:
-    """Return the seconds of scores and their product with the values, each token looking at half a row."""
+    """Return the seconds of scores and their product with the values.
+
+    The mean token attends to half a row.
+    """
     shape, hardware = inputs.shape, inputs.hardware
     flops = 2 * tokens * inputs.stats.mean_tokens * shape.heads * shape.head_dim
     if not inputs.on_cuda:
@@ -151,7 +159,7 @@ def _attention_s(inputs: PlanInputs, tokens: int) -> float:
 
 
 def _moving_s(size_bytes: float, hardware: Hardware) -> float:
-    """Return the seconds of moving so many bytes in the device's own memory; 0 where its bandwidth is not known."""
+    """Return the seconds of moving `size_bytes` in the device's own memory; 0 for unknown bandwidth."""
     return size_bytes / (hardware.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE) if hardware.bandwidth_gbs else 0.0
 
 
@@ -167,18 +175,24 @@ def _traffic_s(inputs: PlanInputs, tokens: int, live: Activations, execution: Ex
     return forward, backward
 
 
-def _unpack_s(inputs: PlanInputs) -> float:
-    """Return the seconds of dequantising one layer's weights once: 4 bits read, the matmul's operand written."""
+def _dequantize_s(inputs: PlanInputs) -> float:
+    """Return the seconds of dequantizing one layer's weights once.
+
+    It reads 4 bits a weight and writes the matmul's operand.
+    """
     if not inputs.in_4_bits:
         return 0.0
     written = 1 if inputs.compute == "fp8" else inputs.width
     return _moving_s(inputs.shape.linear_parameters / inputs.shape.layers * (NF4_BYTES + written), inputs.hardware)
 
 
-def _launch_s(inputs: PlanInputs, execution: Execution, *, unpacked: bool) -> float:
-    """Return the least seconds of a layer's pass in one direction; `unpacked` weights need no dequantising kernels."""
+def _launch_s(inputs: PlanInputs, execution: Execution, *, is_dense: bool) -> float:
+    """Return the least seconds of a layer's pass in one direction.
+
+    Dense weights need no dequantize kernels.
+    """
     if not inputs.on_cuda:
         return 0.0
     if not execution.fused:
         return EAGER_LAUNCH_S
-    return DENSE_LAUNCH_S if unpacked and inputs.compute != "fp8" else FUSED_LAUNCH_S
+    return DENSE_LAUNCH_S if is_dense and inputs.compute != "fp8" else FUSED_LAUNCH_S

@@ -1,4 +1,7 @@
-"""Planning: the method, rank, memory, time, cost and pitfalls of a run, from its data, model and hardware. No torch."""
+"""Planning: the method, memory, time, cost and pitfalls of a run. No torch.
+
+They follow from the data, the model and the hardware.
+"""
 
 from lorafit.planning.decisions import Decision, Option
 from lorafit.planning.pitfalls import pitfalls

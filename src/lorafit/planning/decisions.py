@@ -1,4 +1,4 @@
-"""decide: a value, a reason and a source for every setting the plan may choose; the decision matrix."""
+"""Decisions: the value, reason and source of every planned setting, and the decision matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ Method = Literal["QLoRA", "LoRA", "full fine-tuning"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Hold the matrix's question: training rows, the goal, and whether a 16-bit base would fit."""
+    """Hold the input of the decision matrix.
+
+    Attributes:
+        rows: Training rows.
+        goal: The setting `goal`.
+        fits_16bit: Whether a 16-bit base would fit.
+    """
 
     rows: int
     goal: Goal
@@ -31,8 +37,16 @@ class Case:
 class Rule:
     """Hold one row of the matrix: its condition and its choice.
 
-    It applies from `least` to `most` rows, for `goal` (None: any), and with `needs_16bit` only if the base fits in 16
-    bits.
+    Attributes:
+        method: Method it chooses.
+        rank: Rank it chooses; 0 trains every weight.
+        quantization: Quantization of the base it chooses.
+        rank_reason: Reason for the rank.
+        base_reason: Reason for the quantization.
+        least: Fewest rows it applies to.
+        most: Most rows it applies to; None for any number.
+        goal: Goal it applies to; None for any goal.
+        needs_16bit: Whether it applies only if the base fits in 16 bits.
     """
 
     method: Method
@@ -46,13 +60,13 @@ class Rule:
     needs_16bit: bool = False
 
     def holds(self, case: Case) -> bool:
-        """Whether this row speaks for `case`; the first one that does decides."""
+        """Return whether this row applies to `case`. The first row that applies decides."""
         enough = case.rows >= self.least and (self.most is None or case.rows <= self.most)
         return enough and self.goal in (None, case.goal) and (case.fits_16bit or not self.needs_16bit)
 
     @property
     def when(self) -> str:
-        """The row's condition in words."""
+        """Condition of the row in words."""
         if self.most is None:
             rows = f"more than {self.least - 1:,} rows" if self.least else "any number of rows"
         else:
@@ -62,49 +76,60 @@ class Rule:
 
 
 SMALL, MEDIUM, HUGE = 5_000, 50_000, 100_000
-"""Rows: below SMALL a little data, up to MEDIUM the usual amount, above HUGE enough for every weight."""
+"""Limits of the matrix in rows. Below SMALL is little data, up to MEDIUM the usual, above HUGE enough to train all."""
 
 MATRIX: tuple[Rule, ...] = (
-    Rule("full fine-tuning", 0, "none", "every weight trains", "nothing is frozen, so nothing is quantised",
+    Rule("full fine-tuning", 0, "none", "every weight trains", "nothing is frozen, so nothing is quantized",
          least=HUGE + 1, goal="accuracy"),
-    Rule("QLoRA", 8, "nf4", "a strict budget: the smallest adapter that learns",
-         "a strict budget: a 4-bit base needs the smallest GPU", goal="budget"),
-    Rule("QLoRA", 8, "nf4", "so few rows would be memorised by a larger adapter",
-         "a 4-bit base loses less than so few rows can teach", most=SMALL - 1),
-    Rule("LoRA", 16, "none", "the usual amount of data", "the base fits in 16 bits, so nothing is lost to quantisation",
+    Rule("QLoRA", 8, "nf4", "the budget goal takes the smallest adapter that learns",
+         "the budget goal takes a 4-bit base, which needs the smallest GPU", goal="budget"),
+    Rule("QLoRA", 8, "nf4", "a larger adapter would memorize them",
+         "few rows limit accuracy more than a 4-bit base does", most=SMALL - 1),
+    Rule("LoRA", 16, "none", "the usual amount of data", "the base fits in 16 bits, so quantization loses nothing",
          least=SMALL, most=MEDIUM, needs_16bit=True),
     Rule("QLoRA", 16, "nf4", "the usual amount of data", "the base does not fit in 16 bits",
          least=SMALL, most=MEDIUM),
-    Rule("LoRA", 32, "none", "so many rows can fill a larger adapter",
-         "the base fits in 16 bits, so nothing is lost to quantisation", least=MEDIUM + 1, needs_16bit=True),
-    Rule("QLoRA", 32, "nf4", "so many rows can fill a larger adapter", "the base does not fit in 16 bits",
+    Rule("LoRA", 32, "none", "they can fill a larger adapter",
+         "the base fits in 16 bits, so quantization loses nothing", least=MEDIUM + 1, needs_16bit=True),
+    Rule("QLoRA", 32, "nf4", "they can fill a larger adapter", "the base does not fit in 16 bits",
          least=MEDIUM + 1),
 )  # fmt: skip
 
 SERVING: Mapping[Goal, tuple[Literal["merged", "adapters"], str]] = {
-    "latency": ("merged", "one model with the adapter merged in answers fastest"),
+    "latency": ("merged", "a model with the adapter merged in answers fastest"),
     "tenants": ("adapters", "one base in memory serves many small adapters"),
 }
-DEFAULT_SERVING: tuple[Literal["merged", "adapters"], str] = ("merged", "one model, served by anything")
+DEFAULT_SERVING: tuple[Literal["merged", "adapters"], str] = ("merged", "every server can load a merged model")
 
 
 def choose(case: Case) -> Rule:
-    """The first row of the matrix that holds."""
+    """Return the first row of the matrix that applies to `case`."""
     rule = next((rule for rule in MATRIX if rule.holds(case)), None)
     assert rule is not None, case
     return rule
 
 
 def rank_limit(rows: int) -> int:
-    """The largest rank that so many rows can fill: 8 below 5,000, 16 to 50,000, 32 above."""
+    """Return the largest rank that `rows` rows can fill. It is 8 below 5,000, 16 to 50,000, 32 above."""
     return choose(Case(rows, "balanced", False)).rank
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One row of the matrix with what it would take here; ranges are (low, high), `rank` 0 means every weight.
+    """Hold one row of the matrix with its memory, time and cost. Ranges are (low, high).
 
-    `peak_bytes` are those that it needs: graphs and unpacked weights, which take what is left over, are not among them.
+    Attributes:
+        method: Method of the row.
+        rank: Rank of the row; 0 trains every weight.
+        quantization: Quantization of the base.
+        when: Condition of the row in words.
+        peak_bytes: Peak memory, without CUDA graphs and dequantized weights that only fill spare memory.
+        fits: Whether the peak fits the hardware.
+        hardware: Name of the device.
+        gpus: Number of devices.
+        time_s: Seconds of the whole run.
+        cost_usd: Price of the whole run.
+        chosen: Whether the plan chose this row.
     """
 
     method: str
@@ -120,7 +145,7 @@ class Option:
     chosen: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         fields = asdict(self)
         return fields | {
             "time_s": [round(bound, 1) for bound in self.time_s],
@@ -129,9 +154,10 @@ class Option:
 
 
 def price_options(inputs: PlanInputs, chosen: Rule) -> tuple[Option, ...]:
-    """Price every row of the matrix in memory, time and cost.
+    """Return every row of the matrix with its memory, time and cost.
 
-    `inputs` hold the planned settings, but the memory policy that was asked for: each row chooses its own.
+    `inputs` hold the planned settings, except for the memory policy: that is the user's, so that on auto each row
+    gets its own.
     """
     return tuple(_option(rule, inputs, rule is chosen) for rule in MATRIX)
 
@@ -156,13 +182,20 @@ def _option(rule: Rule, inputs: PlanInputs, chosen: bool) -> Option:
 
 
 ADAPTER_KEYS = ("rank", "alpha", "quantization", "targets")
-"""Settings that ask for an adapter when somebody sets one, whatever the matrix says."""
+"""Settings that imply training an adapter. When one is set, the matrix does not choose full fine-tuning."""
 QUANTIZED = ("nf4", "fp4")
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One setting: its value, why, and who decided (`plan`, or the `recipe` or `flag` that set it)."""
+    """Hold one planned setting.
+
+    Attributes:
+        key: The setting.
+        value: Its value.
+        reason: Reason for the value.
+        source: `plan`, or the `recipe` or `flag` that set it.
+    """
 
     key: str
     value: Any
@@ -170,25 +203,25 @@ class Decision:
     source: str = "plan"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {"key": self.key, "value": self.value, "reason": self.reason, "source": self.source}
 
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The row of the matrix that spoke, and every decision."""
+    """Hold the chosen row of the matrix and every decision."""
 
     rule: Rule
     decisions: tuple[Decision, ...]
 
     @property
     def is_full(self) -> bool:
-        """True when the matrix asks for training every weight."""
+        """True when the matrix chose to train every weight."""
         return self.rule.method == "full fine-tuning"
 
     @property
     def method(self) -> str:
-        """QLoRA over a 4-bit base, LoRA over another, or full fine-tuning."""
+        """Method: QLoRA over a 4-bit base, LoRA over another, or full fine-tuning."""
         if self.is_full:
             return self.rule.method
         quantization = next(decision.value for decision in self.decisions if decision.key == "quantization")
@@ -196,7 +229,10 @@ class Decided:
 
 
 def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
-    """Choose the matrix's row for this data, and a value for each planned setting that nobody set."""
+    """Return the matrix's row for this data, and a decision for each planned setting.
+
+    Settings of the user keep their values.
+    """
     rule = _rule(resolved, inputs)
     decisions: list[Decision] = []
 
@@ -229,7 +265,10 @@ def _rule(resolved: Resolved, inputs: PlanInputs) -> Rule:
 
 
 def fits_16bit(inputs: PlanInputs) -> bool:
-    """True when the base fits unquantised, with the estimate's error to spare and every layer recomputed."""
+    """Return True when the base fits in 16 bits, with every layer recomputed.
+
+    The estimate's error must fit as well.
+    """
     if inputs.shape.quantized or inputs.config.compute == "fp8":
         return False
     changes = {"quantization": "none", "memory_policy": "recompute"}
@@ -243,70 +282,69 @@ def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str
     if shape.linear_class == "Conv1D":
         return "none", f"{shape.family}'s Conv1D layers are not supported in 4 bits"
     if config.compute == "fp8" and rule.rank:
-        return "nf4", "fp8 matmuls take their weights from 4 bits"
+        return "nf4", "fp8 matmuls need 4-bit weights"
     return rule.quantization, rule.base_reason
 
 
 def _compute(inputs: PlanInputs) -> tuple[str, str]:
     value, name = inputs.with_settings(compute="auto").compute, inputs.hardware.name
     reasons = {
-        "bf16": f"{name} multiplies in bf16, whose range never overflows{_beside_bf16(inputs)}",
-        "fp16": f"{name} has no bf16 arithmetic",
-        "fp32": "a CPU: fp32 is its fast and exact precision",
+        "bf16": f"{name} supports bf16, whose range never overflows{_fp8_hint(inputs)}",
+        "fp16": f"{name} does not support bf16",
+        "fp32": "fp32 is the fast and exact precision of a CPU",
     }
     return value, reasons[value]
 
 
-def _beside_bf16(inputs: PlanInputs) -> str:
-    """Return the alternative to bf16; the ratios are an H200's, of an 8B base (docs/performance.md)."""
+def _fp8_hint(inputs: PlanInputs) -> str:
+    """Return the hint at fp8. The ratios are those of an 8B base on an H200 (docs/performance.md)."""
     if inputs.hardware.fp8 and inputs.in_4_bits:
-        return "; compute=fp8 is faster (8B on an H200: 1.4 to 1.5 times), if you choose it"
+        return "; compute=fp8 is faster (8B on an H200: 1.4 to 1.5 times)"
     return ""
 
 
 def _compile(inputs: PlanInputs) -> tuple[str, str]:
     if inputs.on_cuda:
-        return "on", "the decoder layer is compiled once and used for all: its small operations become few"
-    return "off", "a CPU: compiling takes longer than it saves"
+        return "on", "compiling once for all decoder layers fuses their small operations"
+    return "off", "on a CPU compiling takes longer than it saves"
 
 
 def _optimizer(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
-        return "adamw", "moments in 32 bits, sharded over the GPUs"
+        return "adamw", "its 32-bit moments are sharded over the GPUs"
     value = inputs.with_settings(optimizer="auto").optimizer
     if not inputs.on_cuda:
-        return value, "a CPU: the 8-bit optimizers need CUDA"
+        return value, "the 8-bit optimizers need CUDA"
     state = f"{size_in_words(8 * inputs.adapter_parameters)} of {size_in_words(inputs.hardware.memory_bytes)}"
     reasons = {
-        "paged_adamw_8bit": f"moments in 8 bits, paged to the host when memory is short: in 32 they take {state}",
-        "adamw": f"one fused kernel, moments in 32 bits: they take {state}",
+        "paged_adamw_8bit": f"32-bit moments take {state}; 8-bit ones are paged to the host when memory is short",
+        "adamw": f"32-bit moments take {state}, and one fused kernel updates them",
     }
     return value, reasons[value]
 
 
 def _activations(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
-        return "recompute", "activations of every weight's gradient would not fit"
+        return "recompute", "the kept activations of full fine-tuning would not fit"
     plan = plan_execution(inputs)
     memory = memory_of(plan, inputs)
-    why = in_words(plan, inputs.shape.layers)
+    policy = in_words(plan, inputs.shape.layers)
     speed = f"{speed_in_words(plan.tokens_per_s)} predicted; " if inputs.on_cuda else ""
-    there = size_in_words(inputs.hardware.memory_bytes)
-    room = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {there}"
-    return str(plan.policy), f"{why}: {speed}{room}" + (
-        "" if memory.fits(inputs.hardware) else ", and nothing needs less"
-    )
+    available = size_in_words(inputs.hardware.memory_bytes)
+    peak = f"{size_in_words(memory.peak_bytes)} ± {memory.uncertainty:.0%} of {available}"
+    failure = "" if memory.fits(inputs.hardware) else ", and no policy needs less"
+    return str(plan.policy), f"{policy}: {speed}{peak}{failure}"
 
 
 def speed_in_words(tokens_per_s: float) -> str:
-    """A speed as people say it."""
+    """Return a speed in words, such as `18.2 k tok/s`."""
     if tokens_per_s >= 1000:
         return f"{tokens_per_s / 1000:,.1f} k tok/s"
     return f"{tokens_per_s:.3g} tok/s"
 
 
 def in_words(plan: ExecutionPlan, layers: int) -> str:
-    """What a person should know of the plan's policy."""
+    """Return the plan's memory policy in words."""
     policy = plan.policy
     parts = (
         ["every activation stays on the device"]
@@ -320,9 +358,7 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
     if policy.offloaded_layers or policy.host_embeddings:
         parts.append(_on_the_host(policy, plan.host_bytes))
     if policy.dequantized_layers:
-        parts.append(
-            f"the 4-bit weights of {policy.dequantized_layers} of {layers} layers lie unpacked in what is left"
-        )
+        parts.append(f"spare memory holds the dequantized weights of {policy.dequantized_layers} of {layers} layers")
     if plan.graph_bytes:
         parts.append(f"micro-batches of up to {policy.cuda_graph_max_tokens:,} tokens run as CUDA graphs")
     if policy.micro_tokens:
@@ -331,13 +367,8 @@ def in_words(plan: ExecutionPlan, layers: int) -> str:
 
 
 def _on_the_host(policy: MemoryPolicy, size_bytes: int) -> str:
-    kept = (
-        f"what {policy.offloaded_layers} layers keep"
-        if policy.offloaded_layers > 1
-        else "what one layer keeps"
-        if policy.offloaded_layers
-        else ""
-    )
-    waiting = [*([kept] if kept else []), *(["the input embeddings"] if policy.host_embeddings else [])]
-    many = policy.host_embeddings
-    return f"{' and '.join(waiting)} {'wait' if many else 'waits'} in {size_in_words(size_bytes)} of the host's memory"
+    layers = policy.offloaded_layers
+    offloaded = [f"the activations of {layers} {'layers' if layers > 1 else 'layer'}"] if layers else []
+    if policy.host_embeddings:
+        offloaded.append("the input embeddings")
+    return f"{' and '.join(offloaded)} are in host memory ({size_in_words(size_bytes)})"

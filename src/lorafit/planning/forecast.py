@@ -1,4 +1,4 @@
-"""Forecast: the memory, time and money that a run takes, each with what it assumes."""
+"""Forecast: the memory, time and cost of a run, with their assumptions."""
 
 from __future__ import annotations
 
@@ -22,28 +22,36 @@ from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)
-"""Range of compiled layers' time, as shares of the predicted time."""
+"""Range of compiled layers' time, relative to the predicted time."""
 CUDA_UTILISATION = (0.18, 0.45)
-"""Share of the GPU's 16-bit peak of eager layers: 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
+"""Share of the GPU's 16-bit peak that eager layers reach. It was 0.21 at 2,048 tokens and 0.42 at 8,192 (8B, H200)."""
 LAUNCH_MS_PER_LAYER = (2.0, 9.0)
-"""Least time of a micro-batch per eager layer, forward and backward: starting the kernels takes it. An H200 beside a
-slow processor took 9 ms a layer for any number of tokens."""
+"""Least milliseconds of a micro-batch per eager layer, forward and backward, for launching kernels. An H200 with a slow
+CPU took 9 ms a layer for any number of tokens."""
 LOAD_GBS = (0.3, 2.0)
 START_S = (5.0, 25.0)
-"""Importing the libraries and loading the base, at so many GB/s of its 16-bit size."""
+"""Rate of loading the base in GB/s of its 16-bit size, and seconds of imports."""
 BYTES_PER_PARAMETER = 16
-"""bf16 weight and gradient (2 + 2), fp32 master weight (4), two fp32 moments of AdamW (8)."""
+"""Bytes of a parameter in full fine-tuning. They are bf16 weight and gradient (2 + 2), fp32 master weight (4) and two
+fp32 moments of AdamW (8)."""
 USABLE = 0.8
 LEAST_GPUS = 2
 REFERENCE_GPU = "H100"
-"""Full fine-tuning is planned for this GPU where there is none."""
+"""GPU for which full fine-tuning is planned on a machine without one."""
 LEARNING_RATE = 1e-5
-REASON = "training every weight on several GPUs is not built yet; the recipe says what such a run looks like"
+REASON = "lorafit cannot train every weight on several GPUs yet; the recipe only describes such a run"
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """Hold `time_s` (low, high) of the whole run, its optimizer steps, and what that assumes."""
+    """Hold the duration of the whole run.
+
+    Attributes:
+        time_s: Seconds (low, high).
+        steps: Optimizer steps.
+        tokens: Trained tokens.
+        assumes: Assumptions behind time and price.
+    """
 
     time_s: tuple[float, float]
     steps: int
@@ -57,14 +65,14 @@ class Duration:
 
 
 def steps_of(config: RunConfig, stats: DataStats) -> int:
-    """Return the optimizer steps: `epochs` times the steps of one, at most `max_steps`."""
+    """Return the optimizer steps: `epochs` times the steps of one epoch, at most `max_steps`."""
     epoch = max(1, math.ceil(stats.rows / config.examples_per_step))
     steps = math.ceil(config.epochs * epoch)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
 def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:
-    """Return the time of training, evaluations and start-up of a run that goes as `plan` says."""
+    """Return the time of training, evaluations and start-up under an execution plan."""
     steps = steps_of(inputs.config, inputs.stats)
     held_out = round(inputs.stats.holdout_rows * inputs.stats.mean_tokens * _evaluations(inputs, steps))
     if inputs.on_cuda and execution_of(inputs).fused:
@@ -84,7 +92,7 @@ def _trained_tokens(inputs: PlanInputs, steps: int) -> int:
 
 
 def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
-    """Return the seconds of compiled layers: the plan's own."""
+    """Return the seconds of compiled layers, from the plan's own prediction."""
     costs = plan.costs
     forward = (costs.layers * costs.forward_s + costs.loss_s) / plan.tokens
     seconds = steps * plan.step_s + held_out * forward
@@ -94,29 +102,29 @@ def _predicted(plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, f
 
 def _eager(inputs: PlanInputs, plan: ExecutionPlan, steps: int, held_out: int) -> tuple[float, float]:
     """Return the seconds of eager layers, from their arithmetic alone."""
-    again = _recomputed(plan)
-    trained = steps * plan.step_tokens * token_flops(inputs, again)
+    recomputed = _recomputed(plan)
+    trained = steps * plan.step_tokens * token_flops(inputs, recomputed)
     flops = trained + held_out * 2 * inputs.shape.active_parameters
-    packed = 1 - plan.policy.dequantized_layers / inputs.shape.layers
-    floor = _floor_s(inputs, steps * plan.micro_batches, 2 + again, packed)
+    quantized = 1 - plan.policy.dequantized_layers / inputs.shape.layers
+    floor = _floor_s(inputs, steps * plan.micro_batches, 2 + recomputed, quantized)
     slow, fast = _speeds(inputs)
     return max(flops / fast, floor[0]), max(flops / slow, floor[1])
 
 
 def _recomputed(plan: ExecutionPlan) -> float:
-    """Return the share of a forward pass that runs again."""
+    """Return the share of a forward pass that is recomputed."""
     costs, policy = plan.costs, plan.policy
-    again = (
+    seconds = (
         policy.recompute_layers * costs.recompute_layer_s + policy.recompute_mlp_layers * costs.recompute_feed_forward_s
     )
-    return min(1.0, again / (costs.layers * costs.forward_s))
+    return min(1.0, seconds / (costs.layers * costs.forward_s))
 
 
 def token_flops(inputs: PlanInputs, recomputed: float) -> float:
-    """Return the FLOPs of training on one token, with the share `recomputed` of a second forward.
+    """Return the FLOPs of training on one token.
 
-    They are the forward and the input's gradient, both through frozen weights, attention over half a row, and the
-    adapters' own gradient.
+    The share `recomputed` of the forward pass runs twice. The sum covers the forward and the input's gradient through
+    frozen weights, attention over half a row, and the adapters' own gradient.
     """
     shape = inputs.shape
     head = shape.vocab * shape.hidden
@@ -134,23 +142,28 @@ def _evaluations(inputs: PlanInputs, steps: int) -> int:
 
 
 def _speeds(inputs: PlanInputs) -> tuple[float, float]:
-    """Return the FLOP/s, low and high."""
+    """Return the range of FLOP/s (low, high)."""
     narrow, hardware = inputs.width == 2, inputs.hardware
     if not inputs.on_cuda:
         slowed = 0.25 if narrow and not hardware.bf16 else 1.0
-        return tuple(hardware.cores * gflops * 1e9 * slowed for gflops in CORE_GFLOPS_RANGE)  # type: ignore[return-value]
+        low, high = (hardware.cores * gflops * 1e9 * slowed for gflops in CORE_GFLOPS_RANGE)
+        return low, high
     slowed = 1.0 if narrow else 1 / 8
-    return tuple(hardware.tflops_bf16 * 1e12 * share * slowed for share in CUDA_UTILISATION)  # type: ignore[return-value]
+    low, high = (hardware.tflops_bf16 * 1e12 * share * slowed for share in CUDA_UTILISATION)
+    return low, high
 
 
-def _floor_s(inputs: PlanInputs, batches: int, passes: float, packed: float) -> tuple[float, float]:
-    """Return the least seconds of `batches` micro-batches: kernel starts, and dequantizing `packed` of the weights."""
+def _floor_s(inputs: PlanInputs, batches: int, passes: float, quantized: float) -> tuple[float, float]:
+    """Return the least seconds (low, high) of `batches` micro-batches.
+
+    They are kernel launches, and dequantizing the share `quantized` of the weights.
+    """
     if not inputs.on_cuda:
         return 0.0, 0.0
     shape, hardware = inputs.shape, inputs.hardware
-    unpack = passes * packed * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
-    unpack = unpack if inputs.in_4_bits else 0.0
-    low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + unpack) for ms in LAUNCH_MS_PER_LAYER)
+    dequantize_s = passes * quantized * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
+    dequantize_s = dequantize_s if inputs.in_4_bits else 0.0
+    low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + dequantize_s) for ms in LAUNCH_MS_PER_LAYER)
     return low, high
 
 
@@ -168,7 +181,14 @@ def _price_in_words(hardware: Hardware) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Hold the memory on each of `gpus` devices like `hardware`, and the duration of the whole run."""
+    """Hold the memory and duration of a run.
+
+    Attributes:
+        hardware: Device of the run.
+        gpus: Number of devices.
+        memory: Peak memory of each device.
+        duration: Duration of the whole run.
+    """
 
     hardware: Hardware
     gpus: int
@@ -177,12 +197,12 @@ class Forecast:
 
     @property
     def cost_usd(self) -> tuple[float, float]:
-        """The run's price (low, high)."""
+        """Price of the run (low, high)."""
         return self.duration.cost_usd(self.hardware, self.gpus)
 
 
 def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
-    """Return the forecast of training adapters, or with `full` of training every weight."""
+    """Return the forecast of training adapters, or with `full` that of training every weight."""
     if full:
         inputs = inputs.on(full_gpu(inputs.hardware))
         gpus = gpus_needed(inputs.shape, inputs.hardware)
@@ -192,27 +212,30 @@ def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
 
 
 def full_gpu(hardware: Hardware) -> Hardware:
-    """Return the GPU that a full run is planned for: `hardware` itself, unless that is a CPU."""
+    """Return the GPU to plan full fine-tuning for: `hardware`, or REFERENCE_GPU instead of a CPU."""
     return hardware if hardware.kind == "cuda" else hardware_named(REFERENCE_GPU)
 
 
 def gpus_needed(shape: ModelShape, gpu: Hardware) -> int:
-    """Return how many GPUs hold weights, gradients and optimizer, sharded, in 80 % of their memory."""
+    """Return the number of GPUs that hold sharded weights, gradients and optimizer.
+
+    These may take the share USABLE of each GPU's memory.
+    """
     return max(LEAST_GPUS, math.ceil(shape.parameters * BYTES_PER_PARAMETER / (USABLE * gpu.memory_bytes)))
 
 
 def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
-    """Return the peak of one of `gpus` GPUs, everything sharded and activations recomputed."""
+    """Return the peak memory of each of `gpus` GPUs, with everything sharded and activations recomputed."""
     shape = inputs.shape
     batch = inputs.micro_batch(inputs.config.max_length)
     live = activations(shape, (), batch, width=2, execution=Execution())
-    # training every weight keeps each linear's input: about what the layer keeps anyway
-    passing = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
+    # training every weight also keeps each linear's input, about as much again as the layer keeps
+    transient = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
     sharded = shape.parameters * BYTES_PER_PARAMETER // gpus
     components = (
         Component("weights, gradients, optimizer", sharded, f"16 bytes a parameter over {gpus} GPUs"),
-        Component("activations", passing, f"one micro-batch of {batch.tokens:,} tokens, recomputed"),
-        Component("fragmentation", round(FRAGMENTATION * passing), f"{FRAGMENTATION:.0%} of what comes and goes"),
+        Component("activations", transient, f"one micro-batch of {batch.tokens:,} tokens, recomputed"),
+        Component("fragmentation", round(FRAGMENTATION * transient), f"{FRAGMENTATION:.0%} of temporary memory"),
         Component("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and workspaces"),
     )
     peak = sum(component.size_bytes for component in components)
@@ -220,21 +243,24 @@ def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
 
 
 def full_duration(inputs: PlanInputs, gpus: int) -> Duration:
-    """Return the time on `gpus` GPUs: forward, recompute, and both gradients (8 FLOPs a weight and token)."""
+    """Return the duration on `gpus` GPUs.
+
+    Forward, recompute and both gradients take 8 FLOPs a weight and token.
+    """
     steps = steps_of(inputs.config, inputs.stats)
     tokens = _trained_tokens(inputs, steps)
     flops = 8 * inputs.shape.active_parameters * tokens
     slow, fast = (gpus * inputs.hardware.tflops_bf16 * 1e12 * share for share in CUDA_UTILISATION)
     time_s = (flops / fast + START_S[0], flops / slow + START_S[1])
-    return Duration(time_s, steps, tokens, (f"{gpus} × {inputs.hardware.name}, and the price of all of them",))
+    return Duration(time_s, steps, tokens, (f"{gpus} × {inputs.hardware.name}, at the price of all of them",))
 
 
 def not_built() -> Finding:
-    """Return the finding that full fine-tuning cannot run, and the settings that can."""
+    """Return the finding that lorafit cannot run full fine-tuning, with settings that it can run."""
     return Finding(
         "P0",
         Severity.ERROR,
-        "the decision matrix asks for full fine-tuning, and lorafit trains adapters",
+        "the decision matrix chooses full fine-tuning, and lorafit trains only adapters",
         where="goal",
         why=REASON,
         fix="set rank: 32 to train an adapter instead, or goal: balanced",

@@ -1,4 +1,4 @@
-"""P0 to P7: what keeps a run from finishing, and the classic pitfalls of a LoRA run."""
+"""Pitfalls: findings P0 to P7, on settings that cannot finish and mistakes of LoRA runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from lorafit.planning.decisions import rank_limit
 
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10
-"""Advice is given in tenths of a GiB, rounded up, so that following it is enough."""
+"""Unit of memory in advice, a tenth of a GiB. Rounding up makes the advised memory enough."""
 
 
 def obstacles(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
-    """Find everything that would stop the run: memory, a base of the wrong kind, rows beyond its positions."""
+    """Yield a finding for everything that would stop the run.
+
+    These are a base of the wrong kind, rows beyond its positions, an optimizer without CUDA, and memory.
+    """
     yield from _kind(inputs)
     yield from _positions(inputs)
     yield from _optimizer(inputs)
@@ -33,7 +36,7 @@ def obstacles(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
 
 
 def _kind(inputs: PlanInputs) -> Iterator[Finding]:
-    """Find a base that is quantised already, or whose layers cannot be."""
+    """Yield a finding for a base that is already quantized, or that cannot be quantized."""
     shape, quantization = inputs.shape, inputs.config.quantization
 
     def stop(message: str, where: str, why: str, fix: str) -> Finding:
@@ -41,8 +44,8 @@ def _kind(inputs: PlanInputs) -> Iterator[Finding]:
 
     if shape.quantized not in FREEZABLE:
         why = "lorafit freezes 16-bit checkpoints, or 4-bit ones of bitsandbytes"
-        seen = f"the base is already quantised with {shape.quantized:.40}"
-        yield stop(seen, "base", why, "choose the base's 16-bit checkpoint")
+        message = f"the base is already quantized with {shape.quantized:.40}"
+        yield stop(message, "base", why, "choose the base's 16-bit checkpoint")
     elif shape.quantized and quantization == "none":
         yield stop(
             f"the base is already in {shape.quantized}, and quantization is none",
@@ -54,7 +57,7 @@ def _kind(inputs: PlanInputs) -> Iterator[Finding]:
         yield stop(
             f"{shape.family} keeps its projections in Conv1D layers, which are not supported in 4 bits",
             "quantization",
-            "their weights lie transposed, and the 4-bit layer is a Linear",
+            "Conv1D weights are transposed, and the 4-bit layer is a Linear",
             "set quantization: none, or choose a base with linear layers",
         )
 
@@ -66,9 +69,9 @@ def _positions(inputs: PlanInputs) -> Iterator[Finding]:
         yield Finding(
             "P0",
             Severity.ERROR if learned else Severity.WARNING,
-            f"the longest row has {longest:,} tokens, and the base was made for {shape.max_positions:,}",
+            f"the longest row has {longest:,} tokens, and the base supports {shape.max_positions:,}",
             where="data",
-            why="it has no positions beyond that" if learned else "it has never seen positions beyond that",
+            why=f"the base {'has no' if learned else 'was not trained on'} positions beyond that",
             fix=f"set max_length: {shape.max_positions} and on_long: drop, or choose a base with a longer context",
         )
 
@@ -90,28 +93,28 @@ def _budget_bytes(inputs: PlanInputs) -> int | None:
 
 
 def _budget(inputs: PlanInputs) -> Iterator[Finding]:
-    """Find a budget beyond the device's memory, which stays the limit."""
+    """Yield a finding for a budget beyond the device's memory."""
     budget = _budget_bytes(inputs)
     if budget and budget > inputs.hardware.memory_bytes:
-        there = at_most(inputs.hardware.memory_bytes)
+        available = at_most(inputs.hardware.memory_bytes)
         yield Finding(
             "P0",
             Severity.WARNING,
-            f"gpu_memory is {at_least(budget)}, and {inputs.hardware.name} has {there}",
+            f"gpu_memory is {at_least(budget)}, and {inputs.hardware.name} has {available}",
             where="gpu_memory",
-            why=f"a budget cannot add memory: the plan is for {there}",
+            why=f"a budget cannot add memory, so the plan is for {available}",
             fix="lower gpu_memory, leave it out, or name a larger GPU with gpu",
         )
 
 
 def _is_budgeted(inputs: PlanInputs) -> bool:
-    """True when the setting `gpu_memory` is the limit, and not the device."""
+    """Return True when the limit is the setting `gpu_memory` and not the device."""
     budget = _budget_bytes(inputs)
     return budget is not None and budget <= inputs.hardware.memory_bytes
 
 
-def _there(inputs: PlanInputs) -> str:
-    """Return the memory there is, with its limit's name."""
+def _available(inputs: PlanInputs) -> str:
+    """Return the available memory in words, with the name of its limit."""
     has = at_most(inputs.hardware.memory_bytes)
     return f"gpu_memory allows {has}" if _is_budgeted(inputs) else f"{inputs.hardware.name} has {has}"
 
@@ -120,9 +123,9 @@ def _too_large(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
     return Finding(
         "P0",
         Severity.ERROR,
-        f"the run needs about {at_least(memory.peak_bytes)}, and {_there(inputs)}",
+        f"the run needs about {at_least(memory.peak_bytes)}, and {_available(inputs)}",
         where="memory",
-        why="it would end in out-of-memory",
+        why="it would run out of memory",
         fix=what_would_fit(inputs, memory.uncertainty),
     )
 
@@ -131,17 +134,17 @@ def _tight(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
     return Finding(
         "P0",
         Severity.WARNING,
-        f"the run needs about {at_least(memory.peak_bytes)} ± {memory.uncertainty:.0%}, and {_there(inputs)}",
+        f"the run needs about {at_least(memory.peak_bytes)} ± {memory.uncertainty:.0%}, and {_available(inputs)}",
         where="memory",
-        why="the estimate is not exact enough to promise that it fits",
+        why="the run may not fit, because the limit lies within the error of the estimate",
         fix=what_would_fit(inputs, memory.uncertainty),
     )
 
 
 def what_would_fit(inputs: PlanInputs, margin: float = 0.0) -> str:
-    """Return the smallest change of settings that fits with the estimate's `margin` to spare.
+    """Return advice on the smallest change of settings that fits, with the estimate's `margin` free.
 
-    Where no change does, return the memory, and the smallest GPU, that would do with all of them.
+    When no change is enough, the advice names the memory, and the smallest GPU, that fits with all changes.
     """
     remedies = list(_remedies(inputs))
     for remedy in remedies:
@@ -160,9 +163,9 @@ def _fits(inputs: PlanInputs, margin: float) -> bool:
 
 
 def _remedies(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
-    """Name the changes that save memory, the least painful first.
+    """Yield the changes that save memory, the least painful first.
 
-    A memory policy on auto tries smaller micro-batches itself.
+    A memory policy on auto already tries smaller micro-batches.
     """
     auto = {"memory_policy": "auto"} if inputs.config.memory_policy != "auto" else {}
     if auto:
@@ -176,23 +179,23 @@ def _more_memory(inputs: PlanInputs, changes: dict[str, Any], margin: float) -> 
     def fits(tenths: int) -> bool:
         return _fits(inputs.on(inputs.hardware.with_memory(tenths * TENTH)), margin)
 
-    # the run's need depends on the memory given, so the least that is enough has to be searched for
-    here, step = inputs.hardware.memory_bytes // TENTH, 1
-    while not fits(here + step):
+    # the need depends on the available memory, so the least sufficient memory is found by search
+    now, step = inputs.hardware.memory_bytes // TENTH, 1
+    while not fits(now + step):
         step *= 2
-    beyond = range(here + step // 2 + 1, here + step)
-    enough = TENTH * (beyond.start + bisect_left(beyond, True, key=fits))
+    candidates = range(now + step // 2 + 1, now + step)
+    enough = TENTH * (candidates.start + bisect_left(candidates, True, key=fits))
     with_changes = f" with {_settings(changes)}" if changes else ""
     if _is_budgeted(inputs):
         budget = at_least(enough).replace(" ", "").replace(",", "")
         return f"choose a smaller base, shorter rows, or gpu_memory: {budget}{with_changes}"
     gpu = _smallest_gpu(enough, inputs.compute) if inputs.on_cuda else None
-    hint = f", as a GPU like '{gpu.name}' has" if gpu else ""
+    hint = f", as on a GPU like '{gpu.name}'" if gpu else ""
     return f"choose a smaller base, shorter rows, or {at_least(enough)} of memory{with_changes}{hint}"
 
 
 def _smallest_gpu(size_bytes: int, compute: str) -> Hardware | None:
-    """Return the GPU with the least memory that has this much and supports `compute`; None when there is none."""
+    """Return the smallest GPU with `size_bytes` of memory that supports `compute`; None without one."""
     gpus = sorted((from_gpu(gpu) for gpu in GPUS), key=lambda gpu: gpu.memory_bytes)
     able = [gpu for gpu in gpus if {"bf16": gpu.bf16, "fp8": gpu.fp8}.get(compute, True)]
     return next((gpu for gpu in able if gpu.memory_bytes >= size_bytes), None)
@@ -206,7 +209,7 @@ MAX_DROPOUT = 0.1
 
 
 def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
-    """Find everything that a run with these settings would regret, in the order of the codes."""
+    """Return a finding for each pitfall of the settings, in the order of the codes."""
     return [
         *_no_attention(inputs),
         *_checkpointing(inputs, memory),
@@ -224,9 +227,9 @@ def _no_attention(inputs: PlanInputs) -> Iterator[Finding]:
         yield Finding(
             "P1",
             Severity.WARNING,
-            f"no attention projection among the targets ({', '.join(inputs.targets)})",
+            f"the targets ({', '.join(inputs.targets)}) include no attention projection",
             where="targets",
-            why="what a token looks at stays as it was: adapters on the feed-forward layers alone learn less",
+            why="attention stays unchanged, and adapters on feed-forward layers alone learn less",
             fix=f"add {', '.join(sorted(attention))}, or use targets: all-linear",
         )
 
@@ -234,33 +237,33 @@ def _no_attention(inputs: PlanInputs) -> Iterator[Finding]:
 def _checkpointing(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
     policy = inputs.policy
     if policy == MemoryPolicy() and memory.kept_bytes > inputs.hardware.memory_bytes:
-        yield _kept(memory, inputs.hardware)
+        yield _keep_too_large(memory, inputs.hardware)
     idle = _idle(policy) if policy and not inputs.on_cuda else []
     if idle:
         yield Finding(
             "P2",
             Severity.WARNING,
-            f"activations ask for {', '.join(idle)}, and a CPU has no use for them",
+            f"memory_policy sets {', '.join(idle)}, which a CPU does not use",
             where="memory_policy",
             why="a CPU has one memory, and CUDA graphs need CUDA",
             fix="set memory_policy: auto, keep or recompute",
         )
 
 
-def _kept(memory: MemoryEstimate, hardware: Hardware) -> Finding:
+def _keep_too_large(memory: MemoryEstimate, hardware: Hardware) -> Finding:
     return Finding(
         "P2",
         Severity.ERROR,
-        f"activations are kept, and keeping every activation needs about {at_least(memory.kept_bytes)} "
-        f"of the {at_most(hardware.memory_bytes)} there are",
+        f"memory_policy is keep, which needs about {at_least(memory.kept_bytes)} "
+        f"of the available {at_most(hardware.memory_bytes)}",
         where="memory_policy",
-        why="the run would end in out-of-memory at its first full micro-batch",
+        why="the run would run out of memory at its first full micro-batch",
         fix=f"set memory_policy: auto (recomputing every layer needs about {at_least(memory.recomputed_bytes)})",
     )
 
 
 def _idle(policy: MemoryPolicy) -> list[str]:
-    """Return the fields of `policy` that mean something on a GPU alone."""
+    """Return the set fields of `policy` that have an effect only on a GPU."""
     fields = ("offloaded_layers", "dequantized_layers", "cuda_graph_max_tokens", "host_embeddings")
     return [key for key in fields if getattr(policy, key)]
 
@@ -273,32 +276,35 @@ def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
 
 
 def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
-    """Severity, message and reason where a precision is not the device's, or more than the base has."""
+    """Yield severity, message and reason for an unsuitable precision.
+
+    The device lacks it, or it exceeds the base's.
+    """
     cuda = hardware.kind == "cuda"
     if config.compute == "fp32" and config.quantization == "nf4" and cuda:
         yield (
             Severity.WARNING,
-            f"matmuls in fp32 over a 4-bit base on {hardware.name}",
-            "the weights carry 4 bits, so fp32 adds no accuracy, leaves the tensor cores idle and doubles activations",
+            f"compute is fp32 over a 4-bit base on {hardware.name}",
+            "the weights have 4 bits, so fp32 adds no accuracy, leaves the tensor cores idle and doubles activations",
         )
     if config.compute == "bf16" and not hardware.bf16:
         yield (
             Severity.ERROR if cuda else Severity.WARNING,
-            f"compute is bf16, and {hardware.name} has no bf16 arithmetic",
-            "it would be emulated: many times slower" + (", and some kernels refuse it" if cuda else ""),
+            f"compute is bf16, and {hardware.name} does not support bf16",
+            "emulated bf16 is many times slower" + (", and some kernels refuse it" if cuda else ""),
         )
     if config.compute == "fp16" and not cuda:
-        why = "few CPUs multiply in fp16: it is emulated, and its small range overflows"
+        why = "most CPUs emulate fp16, and its small range overflows"
         yield Severity.WARNING, "compute is fp16 on a CPU", why
 
 
 def _fp8(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
-    """The same for fp8, which only newer GPUs have, over a 4-bit base."""
+    """Yield the same for fp8, which needs a newer GPU and a 4-bit base."""
     if config.compute != "fp8":
         return
     if not hardware.fp8:
-        why = "fp8 matmuls begin with Ada and Hopper (capability 8.9); there is no slower way round"
-        yield Severity.ERROR, f"compute is fp8, and {hardware.name} has no fp8 arithmetic", why
+        why = "fp8 matmuls need Ada, Hopper or newer (capability 8.9), and cannot be emulated"
+        yield Severity.ERROR, f"compute is fp8, and {hardware.name} does not support fp8", why
     elif config.quantization == "none":
         why = "fp8 weights are made from the 4-bit ones, block by block"
         yield Severity.ERROR, "compute is fp8, and quantization is none", why
@@ -311,7 +317,7 @@ def _dropout(config: RunConfig) -> Iterator[Finding]:
             Severity.WARNING,
             f"dropout is {config.dropout:g}",
             where="dropout",
-            why="an adapter is small already: above 0.1 it underfits, and training takes longer",
+            why="an adapter is small: above 0.1 it underfits, and training takes longer",
             fix="set dropout: 0.05, or 0.1 for few rows",
         )
 
@@ -321,9 +327,9 @@ def _serving(config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "P6",
             Severity.WARNING,
-            "the goal is latency, and the adapter is to be served unmerged",
+            "the goal is latency, and serving is adapters",
             where="serving",
-            why="every adapted layer then does two more small matmuls for each token",
+            why="an unmerged adapter adds two small matmuls for each token to every adapted layer",
             fix="set serving: merged, or goal: tenants if one base must serve several adapters",
         )
 
@@ -335,8 +341,8 @@ def _rank(inputs: PlanInputs) -> Iterator[Finding]:
         yield Finding(
             "P7",
             Severity.WARNING,
-            f"rank {rank} for {rows:,} rows",
+            f"rank is {rank} for {rows:,} rows",
             where="rank",
-            why=f"so few rows cannot fill more than rank {limit}: the rest learns them by heart",
-            fix=f"set rank: {limit} (and alpha: {2 * limit}), or bring more rows",
+            why=f"{rows:,} rows cannot fill more than rank {limit}, and the excess memorizes them",
+            fix=f"set rank: {limit} (and alpha: {2 * limit}), or add rows",
         )

@@ -1,4 +1,4 @@
-"""plan_recipe: the YAML recipe that reproduces a plan."""
+"""Plan: the decisions, forecast and findings of a run, and the recipe that reproduces it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from lorafit.planning.pitfalls import obstacles, pitfalls
 from lorafit.shapes import ModelShape
 
 WIDTH = 1 << 20
-"""Columns before YAML would fold a line: a setting is one line."""
+"""Columns after which YAML folds a line, so large that each setting stays one line."""
 
 DOCUMENT_END = "...\n"
-"""What PyYAML writes after a bare scalar."""
+"""Marker that PyYAML writes after a bare scalar."""
 
 
 def plan_recipe(plan: Plan, config: RunConfig) -> str:
-    """A recipe for `lorafit train`: every setting that differs from its default, and every planned one with its
-    reason. Of a plan that lorafit cannot run, a recipe that says what the run would be."""
+    """Return a recipe for `lorafit train`.
+
+    It has every setting that differs from its default, and every planned one with its reason. For a plan that lorafit
+    cannot run, the recipe only describes the run.
+    """
     if not plan.runnable:
         return _full_recipe(plan, config)
     decided = {decision.key: decision for decision in plan.decisions}
@@ -69,15 +72,15 @@ def _line(key: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold what a run will do, what it will take, and what is wrong with it. Ranges are (low, high).
+    """Hold the plan of a run. Ranges are (low, high).
 
     Attributes:
-        inputs: What the plan was made for, with every decision in its settings.
+        inputs: Inputs of the plan, with every decision in the settings.
         decided: Every planned setting.
-        targets: Names of the modules that get an adapter.
+        targets: Names of the modules with an adapter.
         run: Memory, time and cost of the run.
-        options: The same for each row of the decision matrix.
-        findings: What is wrong with it.
+        options: Memory, time and cost of each row of the decision matrix.
+        findings: Obstacles and pitfalls of the run.
     """
 
     inputs: PlanInputs
@@ -89,37 +92,37 @@ class Plan:
 
     @property
     def shape(self) -> ModelShape:
-        """The model."""
+        """Sizes of the model."""
         return self.inputs.shape
 
     @property
     def stats(self) -> DataStats:
-        """The size of the data."""
+        """Data stats of the training rows."""
         return self.inputs.stats
 
     @property
     def method(self) -> str:
-        """QLoRA, LoRA, or full fine-tuning."""
+        """Method: QLoRA, LoRA, or full fine-tuning."""
         return self.decided.method
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """Every planned setting with its reason and who decided it."""
+        """Every planned setting with its reason and source."""
         return self.decided.decisions
 
     @property
     def hardware(self) -> Hardware:
-        """The device planned for; `gpus` of them."""
+        """Device of the plan; the run takes `gpus` of them."""
         return self.run.hardware
 
     @property
     def gpus(self) -> int:
-        """Devices that the run takes."""
+        """Number of devices that the run takes."""
         return self.run.gpus
 
     @property
     def memory(self) -> MemoryEstimate:
-        """The peak on each device."""
+        """Peak memory of each device."""
         return self.run.memory
 
     @property
@@ -129,7 +132,7 @@ class Plan:
 
     @property
     def time_assumes(self) -> tuple[str, ...]:
-        """What the times and the price assume."""
+        """Assumptions behind times and price."""
         return self.run.duration.assumes
 
     @property
@@ -139,22 +142,22 @@ class Plan:
 
     @property
     def cost_usd(self) -> tuple[float, float]:
-        """The run's price at the assumed range of prices."""
+        """Price of the run at the assumed range of prices."""
         return self.run.cost_usd
 
     @property
     def runnable(self) -> bool:
-        """False, with a `reason`, when the matrix asks for a method that lorafit cannot run."""
+        """False, with a `reason`, when the matrix chooses a method that lorafit cannot run."""
         return not self.decided.is_full
 
     @property
     def reason(self) -> str:
-        """Why the plan cannot run; empty when it can."""
+        """Reason that the plan cannot run; empty when it can."""
         return "" if self.runnable else REASON
 
     @property
     def trainable_parameters(self) -> int:
-        """Weights that train."""
+        """Trained weights."""
         return self.inputs.adapter_parameters if self.runnable else self.shape.parameters
 
     @property
@@ -164,15 +167,15 @@ class Plan:
 
     @property
     def blocked(self) -> bool:
-        """True when a finding must stop the run before it starts."""
+        """True when an error finding stops the run before it starts."""
         return has_errors(self.findings) or not self.runnable
 
     def settings(self) -> dict[str, Any]:
-        """The planned settings, for `Resolved.planned`."""
+        """Return the planned settings, for `Resolved.planned`."""
         return {decision.key: decision.value for decision in self.decisions}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping: what plan.json holds."""
+        """Return a JSON-ready mapping, the content of plan.json."""
         return {
             "method": self.method,
             "runnable": self.runnable,
@@ -194,15 +197,15 @@ class Plan:
 
 
 def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware: Hardware) -> Plan:
-    """Decide every planned setting that nobody set, estimate memory, time and cost, and judge the result.
+    """Return the plan of a run: its decisions, memory, time, cost and findings.
 
-    Raises AdapterError when the targets are not in the model.
+    Raises AdapterError when the model lacks the targets.
     """
-    asked = PlanInputs(resolved.config, stats, shape, hardware)
-    targets = asked.targets
-    decided = decide(resolved, asked)
-    inputs = asked.with_settings(**{decision.key: decision.value for decision in decided.decisions})
-    # findings and the other rows of the matrix go by the memory policy that was asked for
+    given = PlanInputs(resolved.config, stats, shape, hardware)
+    targets = given.targets
+    decided = decide(resolved, given)
+    inputs = given.with_settings(**{decision.key: decision.value for decision in decided.decisions})
+    # findings and the other rows of the matrix depend on the user's memory policy, not on the planned one
     judged = inputs.with_settings(memory_policy=resolved.config.memory_policy)
     run = forecast(inputs, full=decided.is_full)
     return Plan(
@@ -216,5 +219,5 @@ def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware:
 
 
 def _findings(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
-    judged = chosen(pitfalls(inputs, memory), inputs.config.select, inputs.config.ignore)
-    return [*obstacles(inputs, memory), *judged]  # what cannot finish is never left out
+    reported = chosen(pitfalls(inputs, memory), inputs.config.select, inputs.config.ignore)
+    return [*obstacles(inputs, memory), *reported]  # obstacles are always reported

@@ -1,4 +1,4 @@
-"""The life of a run directory: layout, lock, identity, lookup, staged writes, signals. No torch."""
+"""Runs: layout, lock, identity, lookup, staged writes and signals of a run directory. No torch."""
 
 from lorafit.runs.identity import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
 from lorafit.runs.run_dir import RunDir, adapter_hashes, changed_file, file_hash, require_trained_adapter, write_text

@@ -1,4 +1,7 @@
-"""RunFingerprint: what a run is trained from and how. A run goes on only when nothing of it has changed. No torch."""
+"""RunFingerprint: hashes of a run's data and base, and its settings. No torch.
+
+A run resumes only when its fingerprint is unchanged.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,32 @@ from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 
 LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
-"""Settings of layout and speed: they change no step's examples and nothing that is computed but its last bits."""
+"""Settings of layout and speed. They change no step's examples, and results only in their last bits."""
 FREE = frozenset(
     (
-        # named by content, not by place: the base, the rows and the template have hashes of their own
+        # the fingerprint holds hashes of the base, the rows and the template, so their places may change
         "base", "revision", "data", "encoding", "template", "split_answers", "field_map", "on_bad",
         "on_long", "holdout", "out", "max_unpacked",
-        # what is shown, kept, asked of the plan, or sent to trackers
+        # display, checkpoints, plan and trackers
         "select", "ignore", "goal", "serving", "gpu", "gpu_memory", "report_to", "eval_steps", "save_steps",
         "save_minutes", "keep_last", "keep_best", "max_bad_steps",
         *LAYOUT,
     )
 )  # fmt: skip
-"""Settings that may change while a run is under way. Every other one, new ones too, must stay."""
+"""Settings that may change when a run resumes. All others, new ones included, must stay."""
 
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """Hashes (sha256, hex) of content, and every setting that is not FREE."""
+    """Hold what determines a run; hashes are sha256, hex.
+
+    Attributes:
+        train_rows: Hash of the training rows.
+        held_out_rows: Hash of the held-out rows.
+        template: Hash of the chat template.
+        base: Hash of the base.
+        settings: Every setting that is not in FREE.
+    """
 
     train_rows: str
     held_out_rows: str
@@ -38,7 +49,7 @@ class RunFingerprint:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def differences(self, now: RunFingerprint) -> list[tuple[str, str, str]]:
-        """(what, then, now) for all that differs, most telling first."""
+        """Return (name, then, now) of everything that differs, the most informative first."""
         names = {"base": "the base", "template": "the chat template", "train_rows": "the training rows"}
         found = [
             (words, _short(getattr(self, name)), _short(getattr(now, name)))
@@ -48,12 +59,12 @@ class RunFingerprint:
         return differing_settings(self.settings, now.settings) + found
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; `from_dict` is its inverse."""
+        """Return a JSON-ready mapping; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunFingerprint:
-        """The fingerprint that `to_dict` wrote. TypeError for another mapping."""
+        """Return the fingerprint that `to_dict` wrote. Raises TypeError for any other mapping."""
         made = cls(**fields)
         hashes = (made.train_rows, made.held_out_rows, made.template, made.base)
         if not _are_texts(hashes) or not isinstance(made.settings, Mapping):
@@ -63,10 +74,13 @@ class RunFingerprint:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """`fingerprint.json`: a run's id, by which its checkpoints know it, its fingerprint, and what it began on.
+    """Hold the content of `fingerprint.json`.
 
-    `environment` (versions, device, threads) may change while a run is under way, but then the last bits may, too.
-    `adapter` (file name -> sha256) is what the run ended in; empty before that.
+    Attributes:
+        run: Id of the run, which its checkpoints repeat.
+        fingerprint: What determines the run.
+        environment: Versions, device and threads at its start. Another environment may change the last bits.
+        adapter: File name -> sha256 of the trained adapter; empty before the run ends.
     """
 
     run: str
@@ -76,7 +90,7 @@ class RunIdentity:
 
     @classmethod
     def read(cls, path: Path) -> RunIdentity:
-        """Raises RunDirError when the file is missing or damaged."""
+        """Return the identity in the file at `path`. Raises RunDirError for a missing or damaged file."""
         try:
             saved = read_json(path, RunDirError)
             adapter = dict(saved.get("adapter", {}))
@@ -86,28 +100,31 @@ class RunIdentity:
             return cls(saved["run"], fingerprint, dict(saved["environment"]), adapter)
         except (RunDirError, ValueError, KeyError, TypeError) as error:
             raise RunDirError(
-                "what the run was trained from cannot be read, so it cannot go on",
+                "the run's fingerprint cannot be read, so the run cannot resume",
                 where=str(path),
-                fix="pass --restart, which moves the old run aside",
+                fix="pass --restart, which moves the old run to another folder",
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         saved = {"run": self.run, "fingerprint": self.fingerprint.to_dict(), "environment": dict(self.environment)}
         return {**saved, "adapter": dict(self.adapter)} if self.adapter else saved
 
     def ended_in(self, adapter: Mapping[str, str]) -> RunIdentity:
-        """The identity of the run once it has its adapter (file name -> sha256)."""
+        """Return the identity with the hashes of the trained adapter (file name -> sha256)."""
         return replace(self, adapter=dict(adapter))
 
 
 def held_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that must not change while a run is under way, as JSON values."""
+    """Return the settings that must not change when a run resumes, as JSON values."""
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE}
 
 
 def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, then, now) of the settings that differ; a key that one side lacks was not known to it."""
+    """Return (key, then, now) of the settings that differ.
+
+    A key that one side lacks counts as not set there: another release may not know it.
+    """
     keys = dict.fromkeys([*then, *now])
     return [
         (key, str(then.get(key, "not set")), str(now.get(key, "not set")))

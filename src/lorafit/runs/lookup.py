@@ -1,4 +1,4 @@
-"""Where a run goes: a new folder, or one whose run goes on. No torch."""
+"""Lookup: the folder of a run, new or resumed. No torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,34 @@ from lorafit.runs.run_dir import RunDir
 from lorafit.runs.writing import RunLock
 
 REJECTED = "rejected.jsonl"
-ANEW = "pass --restart to begin anew (the old run is moved aside), or choose another --out"
+RESTART_FIX = "pass --restart to start over (it moves the old run to another folder), or choose another --out"
 
 
 class OtherRows(Exception):
-    """A folder that nobody named holds a finished run of these settings over other rows. Never reaches a user."""
+    """An automatically chosen folder holds a finished run of these settings over other rows.
+
+    It never reaches a user: the run goes to the next free folder.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class RunTarget:
-    """The folder of a run, and whether a run of the same settings is there already."""
+    """Hold the folder of a run.
+
+    Attributes:
+        run: The run directory.
+        resumes: Whether it holds a run of the same settings, which resumes.
+        is_named: Whether --out names it.
+    """
 
     run: RunDir
     resumes: bool
-    is_named: bool  # by --out
+    is_named: bool
 
     def settled(self, resolved: Resolved) -> Resolved:
-        """`resolved`, with what was planned when the run that goes on began.
+        """Return `resolved` with the planned values of the resumed run.
 
-        Layout may be planned anew, for the memory there is today, unless the last bits are asked for.
+        Settings of LAYOUT are planned again for today's memory, unless `deterministic` is set.
         """
         if not self.resumes:
             return resolved
@@ -43,11 +52,12 @@ class RunTarget:
 
 
 def find_target(resolved: Resolved, *, restart: bool = False) -> RunTarget:
-    """Where these settings train. Raises RunDirError when --out names a folder that holds another run or other files.
+    """Return the folder in which these settings train.
 
-    Without --out it is runs/DATA-BASE, with -2, -3, … behind it: the first that holds a run of these settings, or is
-    free. With `restart` the run that is there need not be of these settings: it will be moved aside. Raises RunDirError
-    for a run that may be the one and is damaged: it is not passed over in silence.
+    With --out it is that folder. Otherwise it is the first of runs/DATA-BASE, -2, -3, … that is free or holds a run of
+    these settings. With `restart` an existing run may have other settings, because it is moved aside. Raises
+    RunDirError when --out holds another run or other files. Raises RunDirError for a damaged run that may have these
+    settings, instead of skipping it.
     """
     if resolved.config.out:
         run = RunDir(Path(resolved.config.out))
@@ -59,41 +69,48 @@ def find_target(resolved: Resolved, *, restart: bool = False) -> RunTarget:
     for run in _candidates(resolved):
         if not run.holds_run and not run.foreign():
             break
-        if run.holds_run and _is_alike(run, resolved, restart=restart):
+        if run.holds_run and _has_same_settings(run, resolved, restart=restart):
             return RunTarget(run, resumes=not restart, is_named=False)
     return RunTarget(run, resumes=False, is_named=False)
 
 
 def next_free(resolved: Resolved) -> RunDir:
-    """The first of runs/DATA-BASE, -2, -3, … that holds nothing."""
+    """Return the first of runs/DATA-BASE, -2, -3, … that is free."""
     return next(run for run in _candidates(resolved) if not run.holds_run and not run.foreign())
 
 
 def refuse_other_settings(run: RunDir, resolved: Resolved) -> None:
-    """RunDirError, naming the setting and both its values, when the run in `run` was begun with others."""
+    """Raise RunDirError when the run in `run` was started with other settings.
+
+    The message names the setting and both values.
+    """
     found = _differences(run, resolved)
     if found:
         raise _refusal(run, found)
 
 
 def refuse_other_content(run: RunDir, config: RunConfig, then: RunFingerprint, now: RunFingerprint) -> None:
-    """RunDirError, naming what differs and both values, when the run was trained from something else.
+    """Raise RunDirError when the run was trained from other content.
 
-    `config` has the settings of today: one that chooses among the rows is named before the rows are.
+    The message names the difference and both values. `config` holds today's settings: a changed setting that selects
+    rows is named before the rows.
     """
     found = then.differences(now)
     if found:
-        raise _refusal(run, [*_other_choice(run.config(), config, then, now), *found])
+        raise _refusal(run, [*_row_settings_that_differ(run.config(), config, then, now), *found])
 
 
 def refuse_finished(run: RunDir) -> None:
-    """RunFinished when the run has trained to its end."""
+    """Raise RunFinished when the run is complete."""
     if run.is_finished:
-        raise RunFinished("this run has trained to its end, nothing is left to do", where=str(run.path), fix=ANEW)
+        raise RunFinished("this run is complete, so nothing is left to train", where=str(run.path), fix=RESTART_FIX)
 
 
 def set_run_aside(run: RunDir) -> Path | None:
-    """Move the run in `run` aside; where it is now, or None when there was none. RunDirError while it is training."""
+    """Move the run in `run` aside and return its new folder; None without a run.
+
+    Raises RunDirError while the run is training.
+    """
     if not run.holds_run:
         return None
     with RunLock(run.path):
@@ -101,7 +118,7 @@ def set_run_aside(run: RunDir) -> Path | None:
 
 
 def restore_run(aside: Path | None, run: RunDir) -> None:
-    """Undo `begin_anew`, where the run that was to take the place never began; its rejected rows stay to be read."""
+    """Undo `set_run_aside` when the new run never started. The new run's rejected rows are kept."""
     if aside is None or run.holds_run:
         return
     rejected = run.path / REJECTED
@@ -125,30 +142,33 @@ def _differences(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
 
 def _differing(run: RunDir, resolved: Resolved) -> list[tuple[str, str, str]]:
     then, now = held_settings(run.config()), held_settings(resolved.config)
-    # what nobody sets is planned: the run that goes on has planned it already
+    # settings that nobody sets are planned, and the resumed run has planned them already
     open_keys = {key for key in PLANNED if not resolved.is_set(key)}
-    return [one for one in differing_settings(then, now) if one[0] not in open_keys]
+    return [difference for difference in differing_settings(then, now) if difference[0] not in open_keys]
 
 
-def _other_choice(
+def _row_settings_that_differ(
     then: RunConfig, now: RunConfig, rows_then: RunFingerprint, rows_now: RunFingerprint
 ) -> list[tuple[str, str, str]]:
-    """(key, then, now) of the settings by which the same files give other rows."""
-    is_cut = "error" not in (then.on_long, now.on_long)  # else no row is longer than max_length
+    """Return (key, then, now) of the changed settings that select other rows."""
+    is_cut = "error" not in (then.on_long, now.on_long)  # otherwise no row is longer than max_length
     holdout = ("holdout",) if rows_then.held_out_rows != rows_now.held_out_rows else ()
     trained = ("on_bad", "on_long", "field_map") if rows_then.train_rows != rows_now.train_rows else ()
     keys = (*holdout, *trained, *(("max_length",) if trained and is_cut else ()))
     return differing_settings({key: getattr(then, key) for key in keys}, {key: getattr(now, key) for key in keys})
 
 
-def _is_alike(run: RunDir, resolved: Resolved, *, restart: bool) -> bool:
-    """True for a run of these settings; its identity must be readable, unless the run will be moved aside."""
+def _has_same_settings(run: RunDir, resolved: Resolved, *, restart: bool) -> bool:
+    """Return True for a run of these settings.
+
+    Its identity must be readable, unless `restart` will move the run aside.
+    """
     try:
         if _differing(run, resolved):
             return False
     except LorafitError as error:
         raise RunDirError(
-            f"the run here cannot be told from a new one ({error.what})",
+            f"the settings of this run cannot be compared ({error.what})",
             where=str(run.path),
             fix="choose another --out",
         ) from error
@@ -162,5 +182,7 @@ def _refusal(run: RunDir, found: list[tuple[str, str, str]]) -> RunDirError:
     more = f" (and {', '.join(name for name, _, _ in found[1:])})" if len(found) > 1 else ""
     state = "finished" if run.is_finished else "unfinished"
     return RunDirError(
-        f"the {state} run here was begun with {what} = {then}, now it is {now}{more}", where=str(run.path), fix=ANEW
+        f"the {state} run in this folder was started with {what} = {then}, now it is {now}{more}",
+        where=str(run.path),
+        fix=RESTART_FIX,
     )

@@ -1,4 +1,4 @@
-"""RunDir: the run directory, what lies where in it, and whether its adapter is the one that was trained."""
+"""RunDir: the paths in a run directory, and the check that its adapter is unchanged."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorafit.errors import AdapterError, RunDirError
 from lorafit.runs.identity import RunIdentity
 from lorafit.runs.writing import LOCK, OWNER, sync
 
-PLACES = ("base", "revision", "data", "holdout")
-"""Settings that name files: a run goes by what is in them."""
+FILE_SETTINGS = ("base", "revision", "data", "holdout")
+"""Settings that name files. A run depends on the files' content, so they may move."""
 LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK, OWNER} | {
     "plan.json",
     "template.json",
@@ -28,12 +28,12 @@ LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", 
     "engine.json",
     "events.jsonl",
 }
-"""What may lie in the folder of a new run: reports of one that never started, and the data (the demo's)."""
+"""Names allowed in the folder of a new run. They are reports of a run that never started, and the demo's data."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths inside one run directory. A folder holds a run once `run.yaml` is in it."""
+    """Hold the paths of one run directory. A folder holds a run once it has a `run.yaml`."""
 
     path: Path
 
@@ -71,12 +71,12 @@ class RunDir:
 
     @property
     def split(self) -> Path:
-        """Which rows were held out."""
+        """List of the held-out rows."""
         return self.path / "split.tsv"
 
     @property
     def samples(self) -> Path:
-        """Some held-out rows as {"messages", "source"} lines: what merge verifies on."""
+        """Some held-out rows as {"messages", "source"} lines, on which merge verifies."""
         return self.path / "held-out.jsonl"
 
     @property
@@ -85,49 +85,52 @@ class RunDir:
 
     @property
     def events(self) -> Path:
-        """What happened besides steps: one JSON line each."""
+        """Events other than steps, one JSON line each."""
         return self.path / "events.jsonl"
 
     @property
     def identity(self) -> Path:
-        """The run's id, and the fingerprint of what it is trained from and how."""
+        """Id and fingerprint of the run (RunIdentity)."""
         return self.path / "fingerprint.json"
 
     @property
     def engine(self) -> Path:
-        """How the layers were run: the policy that the dry run settled on, and what it measured."""
+        """Memory policy that the dry run chose, and its measurements."""
         return self.path / "engine.json"
 
     @property
     def holds_run(self) -> bool:
-        """True once a run has started here."""
+        """True once a run has started in this folder."""
         return self.settings.exists()
 
     @property
     def has_checkpoint(self) -> bool:
-        """True when there is a checkpoint, be it whole or not."""
+        """True when there is a checkpoint, even an incomplete one."""
         return any(self.checkpoints.glob("step-*[0-9]"))
 
     @property
     def has_result(self) -> bool:
-        """True when trained weights are here. Their folder appears whole or not at all, by whatever method."""
+        """True when the folder has trained weights. Every method writes them atomically."""
         return any(self.adapter.glob("*.safetensors"))
 
     @property
     def is_finished(self) -> bool:
-        """True when the run here has trained to its end."""
+        """True when the run in this folder is complete."""
         return self.holds_run and self.has_result
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
-        """Make (or reuse, when no run is in it) the folder of a new run, and prove that it can be written."""
+        """Create the folder of a new run and check that it is writable.
+
+        A folder without a run is reused. Raises RunDirError for any other folder.
+        """
         run = cls(path)
         run.refuse_if_taken()
         run.require_writable()
         return run
 
     def require_writable(self) -> None:
-        """Make the folder if it is not there, and write to it. RunDirError when that fails."""
+        """Create the folder if necessary and write to it. Raises RunDirError when that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -135,11 +138,14 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise RunDirError(
-                f"cannot write there ({error.strerror})", where=str(self.path), fix="choose another --out"
+                f"the folder is not writable ({error.strerror})", where=str(self.path), fix="choose another --out"
             ) from error
 
     def refuse_if_taken(self) -> None:
-        """RunDirError when the folder holds a run, or anything that is not a leftover of a run that never started."""
+        """Raise RunDirError when the folder holds a run or other files.
+
+        Leftovers of a run that never started are allowed.
+        """
         if self.holds_run:
             state = "a run" if self.is_finished else "a run that has not finished"
             raise RunDirError(f"this folder already holds {state}", where=str(self.path), fix="choose another --out")
@@ -149,19 +155,19 @@ class RunDir:
             raise RunDirError(what, where=str(self.path), fix="choose an empty or new folder for --out")
 
     def foreign(self) -> list[str]:
-        """Names in the folder that no run left there before it started."""
+        """Return the names in the folder other than leftovers of a run that never started."""
         if not self.path.is_dir():
             return []
         names = sorted(path.name for path in self.path.iterdir())
         return [name for name in names if not self._is_leftover(name)]
 
     def _is_leftover(self, name: str) -> bool:
-        if name == self.checkpoints.name:  # made, empty, before the run begins
+        if name == self.checkpoints.name:  # created empty before the run starts
             return self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())
         return name in LEFTOVERS or (name.startswith(".") and name.endswith(".staged"))
 
     def move_aside(self) -> Path:
-        """Rename the folder to NAME.aside-1, -2, …, the first that is free; where it is now."""
+        """Rename the folder to the first free NAME.aside-1, -2, … and return that path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.aside-{number}")).exists():
             number += 1
@@ -169,7 +175,9 @@ class RunDir:
             self.path.rename(aside)
         except OSError as error:
             raise RunDirError(
-                f"the old run cannot be moved aside ({error.strerror})", where=str(self.path), fix="check the folder"
+                f"the old run's folder cannot be renamed ({error.strerror})",
+                where=str(self.path),
+                fix="check its permissions",
             ) from error
         for name in (LOCK, OWNER):
             (aside / name).unlink(missing_ok=True)
@@ -177,54 +185,54 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """The run in `path`, finished or at least trained to an adapter. RunDirError when there is none."""
+        """Return the run in `path`. Raises RunDirError when it has no adapter, or its local base is missing."""
         run = cls(path)
         if not run.settings.is_file():
             raise RunDirError(
-                "there is no run here (no run.yaml)", where=str(path), fix="pass the folder that train made"
+                "the folder holds no run (no run.yaml)", where=str(path), fix="pass the folder that train created"
             )
         if not run.has_result:
             raise run._unfinished()
         base = Path(run.config().base)
         if base.is_absolute() and not base.exists():
-            fix = "if it has moved, give the train command again with the new --base: the run takes it up"
-            raise RunDirError("the base of this run is not there any more", where=str(base), fix=fix)
+            fix = "if it has moved, repeat the train command with the new --base, which the run then records"
+            raise RunDirError("the base of this run no longer exists", where=str(base), fix=fix)
         return run
 
     @property
     def base(self) -> Path:
-        """What the base was when training began: its name and content fingerprint."""
+        """Name and content fingerprint of the base at the start of training."""
         return self.path / "base.json"
 
     def _unfinished(self) -> RunDirError:
-        whole = sorted(self.checkpoints.glob("step-*"))
-        kept = f"its last checkpoint is {whole[-1]}, with the adapter of that step in adapter/" if whole else ""
-        what = "this run has no adapter: its training has not finished" + (f" ({kept})" if kept else "")
-        return RunDirError(what, where=str(self.path), fix="the train command that began it goes on with it")
+        steps = sorted(self.checkpoints.glob("step-*"))
+        last = f" (its last checkpoint is {steps[-1]}, with the adapter of that step in adapter/)" if steps else ""
+        what = f"this run has no adapter because its training has not finished{last}"
+        return RunDirError(what, where=str(self.path), fix="repeat the train command to resume it")
 
     def base_fingerprint(self) -> str | None:
-        """The base's content fingerprint at training time, or None where the run did not record one."""
+        """Return the base's content fingerprint at training time, or None when the run recorded none."""
         if not self.base.is_file():
             return RunIdentity.read(self.identity).fingerprint.base if self.identity.is_file() else None
         return str(read_json(self.base, RunDirError, fix="restore the run directory").get("fingerprint"))
 
     def config(self) -> RunConfig:
-        """The settings the run was made with."""
+        """Return the settings of the run."""
         return resolve(recipe=load_recipe(self.settings)).config
 
     def write_config(self, config: RunConfig, sources: Mapping[str, str]) -> None:
-        """Write run.yaml, each value with its source as a comment; the file is itself a recipe."""
-        lines = ["# every setting of this run and who set it; `lorafit train run.yaml` runs it again"]
-        # `out` is where this run went; running it again goes elsewhere
+        """Write run.yaml, each value with its source as a comment. The file is a valid recipe."""
+        lines = ["# every setting of this run and its source; `lorafit train run.yaml` repeats the run"]
+        # repeating the run must write to another folder, so `out` is left out
         for key, value in {**config.model_dump(mode="json"), "out": None}.items():
-            # JSON is YAML, and always one line
+            # JSON is valid YAML and always one line
             lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {sources[key]}")
         write_text(self.settings, "\n".join(lines) + "\n")
 
     def follow_files(self, config: RunConfig) -> None:
-        """Write the places of base and data that `config` has into run.yaml, where they have moved."""
+        """Update run.yaml when base or data files have moved to the paths in `config`."""
         then = self.config()
-        moved = {key: getattr(config, key) for key in PLACES if getattr(config, key) != getattr(then, key)}
+        moved = {key: getattr(config, key) for key in FILE_SETTINGS if getattr(config, key) != getattr(then, key)}
         lines = self.settings.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines):
             key = line.partition(":")[0]
@@ -234,12 +242,15 @@ class RunDir:
             write_text(self.settings, "\n".join(lines) + "\n")
 
     def write_json(self, path: Path, content: Any) -> None:
-        """Write one of the run's JSON files whole, or not at all."""
+        """Write one of the run's JSON files atomically."""
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: staged beside it, fsynced, renamed. RunDirError when the disk refuses."""
+    """Write `text` to `path` atomically: staged beside it, fsynced, renamed.
+
+    Raises RunDirError when the disk refuses.
+    """
     staged = path.with_name(f".{path.name}.staged")
     try:
         with staged.open("w", encoding="utf-8") as file:
@@ -251,17 +262,17 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         staged.unlink(missing_ok=True)
         raise RunDirError(
-            f"cannot write the file ({error.strerror})", where=str(path), fix="free some space"
+            f"the file cannot be written ({error.strerror})", where=str(path), fix="check the disk"
         ) from error
 
 
 def adapter_hashes(folder: Path) -> dict[str, str]:
-    """File name -> sha256 (hex) of every file in `folder`. OSError when one cannot be read."""
+    """Return file name -> sha256 (hex) of every file in `folder`. Raises OSError for an unreadable file."""
     return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
-    """The first file of `hashes` that is missing from `folder`, unreadable or another one; None when there is none."""
+    """Return the first file of `hashes` that is missing, unreadable or changed, or None."""
     for name, digest in hashes.items():
         try:
             if file_hash(folder / name) != digest:
@@ -272,15 +283,18 @@ def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
 
 
 def require_trained_adapter(run: RunDir) -> None:
-    """AdapterError unless the adapter of `run` is the one that was saved; a run that kept no hashes is not checked."""
+    """Raise AdapterError when the adapter of `run` has changed since it was saved.
+
+    A run without recorded hashes is not checked.
+    """
     if not run.identity.is_file():
         return
     changed = changed_file(run.adapter, RunIdentity.read(run.identity).adapter)
     if changed is not None:
         raise AdapterError(
-            f"the adapter is not the one that was trained ({changed} has changed)",
+            f"the adapter has changed since training ({changed} differs)",
             where=str(run.adapter),
-            fix="give the same train command again, which restores it, or train anew with --restart",
+            fix="repeat the train command, which restores it, or pass --restart to train again",
         )
 
 

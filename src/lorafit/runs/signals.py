@@ -1,4 +1,4 @@
-"""Signals: what stops a run, before its first step and while it trains, and what was handled before. No torch."""
+"""Signals: handlers that stop a run before its first step and during training. No torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class SignalHandlers:
-    """Within it each signal of `handlers` has its handler.
+    """Install a handler for each signal of `handlers` within a `with` block.
 
-    Handlers can be set in the main thread alone: elsewhere this does nothing.
+    Only the main thread can install handlers. In other threads the block does nothing.
     """
 
     def __init__(self, handlers: Mapping[int, Handler]) -> None:
@@ -35,15 +35,16 @@ class SignalHandlers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self.before.items():
-            # None: it was set outside Python, and cannot be set back from here
+            # None: the handler was set outside Python, which cannot restore it
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.before.clear()
 
 
 class _Stopped(BaseException):
-    """The signal `number` has come. No Exception, so that no library on the way swallows it.
+    """The signal `number` arrived.
 
-    No KeyboardInterrupt: one that passes through Python that C++ runs, as in torch's import, takes the exit code.
+    It is no Exception, so that no library catches it. It is no KeyboardInterrupt either: in Python code that C++ runs,
+    such as torch's import, that would set the exit code.
     """
 
     def __init__(self, number: int) -> None:
@@ -52,10 +53,13 @@ class _Stopped(BaseException):
 
 
 class EarlySignals(SignalHandlers):
-    """Within it SIGINT and SIGTERM unwind, and SIGUSR1 is ignored, for there is nothing to save yet.
+    """Unwind on SIGINT and SIGTERM, and ignore SIGUSR1, within a `with` block.
 
-    StopSignals takes their place while training runs. A stop leaves the block as TrainingStopped, once everything
-    inside has cleaned up. `run`, once it is known, tells whether there is a checkpoint to go on from.
+    There is nothing to save yet. During training StopSignals replaces these handlers. A stop leaves the block as
+    TrainingStopped, after everything inside has cleaned up.
+
+    Attributes:
+        run: The run directory, once it is known. The message says whether it holds a checkpoint to resume from.
     """
 
     def __init__(self) -> None:
@@ -67,34 +71,41 @@ class EarlySignals(SignalHandlers):
     ) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, StoppedAtOnce):
-            there_is_one = self.run is not None and self.run.has_checkpoint
-            begins = (
-                "goes on from the newest checkpoint" if there_is_one else "begins again: there is no checkpoint yet"
-            )
-            fix = f"the same command, without --restart, {begins}"
+            can_resume = self.run is not None and self.run.has_checkpoint
+            effect = "resumes from the newest checkpoint" if can_resume else "starts over: there is no checkpoint yet"
+            fix = f"the same command, without --restart, {effect}"
             name = signal.Signals(error.number).name
-            raise TrainingStopped(error.number, f"a second signal, {name}, ended the run at once", fix=fix) from error
+            what = f"a second signal, {name}, ended the run immediately"
+            raise TrainingStopped(error.number, what, fix=fix) from error
         if isinstance(error, _Stopped):
             name = signal.Signals(error.number).name
-            raise TrainingStopped(error.number, f"{name} before training began; nothing was lost") from error
+            raise TrainingStopped(error.number, f"{name} stopped the run before training, nothing was lost") from error
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)
 
     def _ignore(self, number: int, frame: FrameType | None) -> None:
-        """SIGUSR1 would kill a process that has no handler; one that is ignored would stay so in its children."""
+        """Ignore SIGUSR1, which kills a process without a handler.
+
+        SIG_IGN would also be inherited by child processes, and a Python handler is not.
+        """
 
 
 class StopSignals(SignalHandlers):
-    """Note signals while training runs: SIGINT and SIGTERM end it after a whole step, SIGUSR1 asks for a checkpoint.
+    """Record signals during training, within a `with` block.
 
-    A second stopping signal raises StoppedAtOnce where it falls. `said` is called in the handler with the signal's
-    number.
+    SIGINT and SIGTERM stop it after a complete step, and SIGUSR1 saves a checkpoint. A second stopping signal raises
+    StoppedAtOnce immediately.
+
+    Attributes:
+        on_stop: Called in the handler with the signal's number.
+        stop: Number of the first stopping signal; None before one.
+        save: Whether a checkpoint was requested.
     """
 
-    def __init__(self, said: Callable[[int], None] | None = None) -> None:
+    def __init__(self, on_stop: Callable[[int], None] | None = None) -> None:
         super().__init__({**dict.fromkeys(STOPPING, self._stop), signal.SIGUSR1: self._save})
-        self.said = said
+        self.on_stop = on_stop
         self.stop: int | None = None
         self.save = False
 
@@ -102,8 +113,8 @@ class StopSignals(SignalHandlers):
         if self.stop is not None:
             raise StoppedAtOnce(number)
         self.stop = number
-        if self.said is not None:
-            self.said(number)
+        if self.on_stop is not None:
+            self.on_stop(number)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save = True

@@ -1,4 +1,4 @@
-"""One process writes to a run at a time, and folders appear whole or not at all."""
+"""Writing: atomic folders, and a lock for one writing process a run."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ from lorafit.errors import RunDirError
 
 @contextmanager
 def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A fresh sibling of `folder` to write into; when the block ends well it is synced and renamed to `folder`.
+    """Yield a new sibling of `folder` to write into.
 
-    When the block raises, nothing is left behind. An existing `folder` is replaced with `replace` and is otherwise
-    a RunDirError, as are a full disk and a place that cannot be written.
+    At the end the sibling is synced and renamed to `folder`. When the block raises, it is removed. With `replace` an
+    existing `folder` is replaced. Raises RunDirError for an existing folder otherwise, for a full disk, and for a place
+    that is not writable.
     """
     if folder.exists() and not replace:
-        raise RunDirError(
-            "something is already there", where=str(folder), fix="remove it, or choose another with --out"
-        )
-    staged = folder.with_name(f".{folder.name}.staged")  # one left by a killed process is replaced
+        raise RunDirError("the folder already exists", where=str(folder), fix="remove it, or choose another with --out")
+    staged = folder.with_name(f".{folder.name}.staged")  # replaces one that a killed process has left
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
@@ -44,13 +43,17 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         _publish(staged, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunDirError(f"it cannot be written ({reason})", where=str(folder), fix="check the disk") from error
+        what = f"the folder cannot be written ({reason})"
+        raise RunDirError(what, where=str(folder), fix="check the disk") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def follow_umask(folder: Path) -> None:
-    """Give every file in `folder` the mode of a file that is opened anew here; safetensors writes its own as 0600."""
+    """Give every file in `folder` the mode of a newly created file.
+
+    safetensors writes its files with mode 0600.
+    """
     probe = folder / ".mode"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -76,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def _publish(staged: Path, folder: Path) -> None:
-    # a folder cannot be renamed over a full one, so the old one steps aside first
+    # rename cannot replace a folder that is not empty, so the old one is renamed first
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -101,14 +104,14 @@ def _now() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The process that holds a run.
+    """Describe the process that holds a run's lock.
 
     Attributes:
         pid: Its process id.
         host: The machine's name.
         boot: The machine's boot, the same in all of its containers.
         since: When the process took the lock.
-        command: What started the process.
+        command: The process's command line.
     """
 
     pid: int = field(default_factory=os.getpid)
@@ -119,7 +122,7 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> Owner | None:
-        """The owner that the note at `path` names; None for no note, or a damaged one."""
+        """Return the owner in the note at `path`; None for a missing or damaged note."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -127,15 +130,15 @@ class Owner:
 
     @property
     def is_elsewhere(self) -> bool:
-        """True on another machine, whose processes cannot be seen from here."""
+        """True when the owner runs on another machine, whose processes are not visible."""
         return self.boot != _boot_id() and self.host != socket.gethostname()
 
 
 class RunLock:
-    """Holds `folder`/.lock within a `with` block.
+    """Hold `folder`/.lock within a `with` block.
 
-    The kernel drops the lock of a killed process. The note beside it names the owner for the message, and decides
-    between machines that share a disk.
+    The kernel releases the lock of a killed process. The note beside it names the owner for the error message, and
+    detects owners on other machines that share the disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +147,7 @@ class RunLock:
         self._inode: int | None = None
 
     def __enter__(self) -> Self:
-        """Take the lock. Raises RunDirError, with the owner's name, when another process has it."""
+        """Acquire the lock. Raises RunDirError with the owner's name when another process holds it."""
         taken = self._acquire()
         owner = Owner.read(self.note)
         if not taken or (owner is not None and owner.is_elsewhere):
@@ -156,7 +159,7 @@ class RunLock:
         except OSError as error:
             self.__exit__(None, None, None)
             what = f"the run's lock cannot be written ({error.strerror})"
-            raise RunDirError(what, where=str(self.path), fix="free some space") from error
+            raise RunDirError(what, where=str(self.path), fix="check the disk") from error
         return self
 
     def __exit__(
@@ -170,13 +173,13 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """False where the lock's file is gone, or another process's."""
+        """False when the lock's file is missing or belongs to another process."""
         with suppress(OSError):
             return self._inode is not None and self.path.stat().st_ino == self._inode
         return False
 
     def hold(self) -> None:
-        """Take the lock again where its file was removed. Raises RunDirError when another process has it by now."""
+        """Acquire the lock again when its file was removed. Raises RunDirError when another process holds it."""
         if not self.is_held:
             self._lock.release()
             self._inode = None
@@ -184,16 +187,16 @@ class RunLock:
 
     def _acquire(self) -> bool:
         try:
-            self.path.parent.stat()  # filelock would make a folder that has gone
+            self.path.parent.stat()  # filelock would create a missing folder
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a disk without flock: the file's presence is the lock there
+                warnings.simplefilter("ignore")  # on a disk without flock the file's presence is the lock
                 self._lock.acquire()
         except Timeout:
             return False
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             fix = "check the folder, or choose an --out on a disk with file locks"
-            raise RunDirError(f"cannot be locked ({reason})", where=str(self.path), fix=fix) from error
+            raise RunDirError(f"the run cannot be locked ({reason})", where=str(self.path), fix=fix) from error
         return True
 
 
@@ -203,5 +206,5 @@ def _taken(path: Path, owner: Owner | None) -> RunDirError:
     what = f"process {owner.pid} on {owner.host} is training this run (since {owner.since}: {owner.command})"
     fix = "let it finish, or stop it"
     if owner.is_elsewhere:
-        fix += f"; if that machine is gone, remove {path.with_name(OWNER)}"
+        fix += f"; if that machine no longer exists, remove {path.with_name(OWNER)}"
     return RunDirError(what, where=str(path.parent), fix=fix)

@@ -1,4 +1,4 @@
-"""Shapes: what a model is made of, from its config.json. No torch."""
+"""Shapes: the sizes and projections of a model, from its config.json. No torch."""
 
 from lorafit.shapes.shape import ModelShape, Projection, resolve_targets
 

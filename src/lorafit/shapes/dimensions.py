@@ -1,4 +1,7 @@
-"""Dimensions: the sizes of a model, read from config.json under whichever key its family uses."""
+"""Dimensions: the sizes of a model, read from its config.json.
+
+Families use different keys for one size; `KEYS` lists them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from lorafit.config import read_json
 from lorafit.errors import BackboneError
-from lorafit.shapes.families import Family, RunTarget
+from lorafit.shapes.families import Family, LayerKind
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -26,12 +29,21 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 LARGEST = 1 << 40
 MOST_LAYERS = 512
-"""Far beyond any decoder: a larger count is a slip, and nothing can be reckoned with it."""
+"""Largest accepted count of layers. It is far beyond any decoder, so a larger count is a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The letters of `families` with their values, and how many layers, heads and experts there are."""
+    """Hold the sizes of one model.
+
+    Attributes:
+        letters: Value of each size letter of `families`.
+        layers: Decoder layers.
+        sparse_layers: Decoder layers that route to experts.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        experts_per_token: Experts that one token visits.
+    """
 
     letters: Mapping[str, int]
     layers: int
@@ -44,24 +56,24 @@ class Dimensions:
         return self.letters[letter]
 
     def get(self, letter: str) -> int | None:
-        """The value of a letter, or None when config.json does not say."""
+        """Return the value of a letter, or None when config.json leaves it out."""
         return self.letters.get(letter) or None
 
-    def layers_of(self, place: RunTarget) -> int:
-        """How many layers are of this kind."""
+    def layers_of(self, kind: LayerKind) -> int:
+        """Return the number of layers of this kind."""
         sparse = self.sparse_layers
-        return {"all": self.layers, "sparse": sparse, "dense": self.layers - sparse}[place]
+        return {"all": self.layers, "sparse": sparse, "dense": self.layers - sparse}[kind]
 
 
 def size(text: str, sizes: Dimensions) -> int:
-    """The value of a size such as `q+2*kv`; an empty one is 0."""
+    """Return the value of a size such as `q+2*kv`; an empty text is 0."""
     if not text:
         return 0
     return sum(math.prod(_factor(factor, sizes) for factor in term.split("*")) for term in text.split("+"))
 
 
 def holds(condition: str, config: Mapping[str, Any]) -> bool:
-    """Whether a condition such as `multi_query&!bias` is true of a config.json; an empty one is false."""
+    """Return whether a config.json meets a condition such as `multi_query&!bias`; an empty one is false."""
 
     def literal(key: str) -> bool:
         if key.startswith("!"):
@@ -72,14 +84,18 @@ def holds(condition: str, config: Mapping[str, Any]) -> bool:
 
 
 def read_dimensions(config: Mapping[str, Any], family: Family, name: str) -> Dimensions:
-    """The sizes in `config`. Raises BackboneError for a key that is missing or no count."""
+    """Return the sizes in `config`.
+
+    Raises BackboneError for a missing key and for a value that is no count.
+    """
     layers, hidden, heads, vocab = (_required(config, key, name) for key in ("layers", "hidden", "heads", "vocab"))
     if layers > MOST_LAYERS:
         fix = f"check config.json: no decoder has more than {MOST_LAYERS:,}"
-        raise BackboneError(f"config.json says that there are {layers:,} layers", where=name, fix=fix)
+        raise BackboneError(f"config.json has {layers:,} layers", where=name, fix=fix)
     head_dim = _count(config, ("head_dim",), name) or hidden // heads
     if not head_dim:
-        raise BackboneError(f"{heads:,} heads in a width of {hidden:,}", where=name, fix="check config.json")
+        message = f"config.json has {heads:,} heads for a hidden size of {hidden:,}"
+        raise BackboneError(message, where=name, fix="check config.json")
     kv_heads = 1 if holds(family.one_kv_head, config) else _optional(config, "kv_heads", name) or heads
     ffn = _optional(config, "ffn", name) or (_count(config, ("expansion_ratio",), name) or 4) * hidden
     experts = _optional(config, "experts", name) or 0
@@ -97,7 +113,10 @@ def read_dimensions(config: Mapping[str, Any], family: Family, name: str) -> Dim
 
 
 def _sparse_layers(config: Mapping[str, Any], layers: int, experts: int, name: str) -> int:
-    """How many layers route to experts: every `sparse_step`-th, but for those listed as dense."""
+    """Return the number of layers that route to experts.
+
+    They are every `sparse_step`-th layer, except those listed as dense.
+    """
     if not experts:
         return 0
     listed = config.get("moe_layers")
@@ -116,9 +135,7 @@ def _factor(factor: str, sizes: Dimensions) -> int:
 def _required(config: Mapping[str, Any], key: str, name: str) -> int:
     value = _optional(config, key, name)
     if not value:
-        raise BackboneError(
-            f"config.json does not say '{KEYS[key][0]}'", where=name, fix="choose a causal LM of transformers"
-        )
+        raise BackboneError(f"config.json lacks '{KEYS[key][0]}'", where=name, fix="choose a causal LM of transformers")
     return value
 
 
@@ -132,7 +149,9 @@ def _count(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int |
         return None
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
-        raise BackboneError(f"config.json says {key} = {value!r:.40}", where=name, fix="it must be a whole number")
+        raise BackboneError(
+            f"config.json has {key} = {value!r:.40}", where=name, fix=f"set {key} to a whole number below {LARGEST:,}"
+        )
     return value
 
 
@@ -142,35 +161,46 @@ OTHER_TASKS = ("MaskedLM", "Classification", "QuestionAnswering", "ForPreTrainin
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json in `folder`. Raises BackboneError when it is none."""
+    """Return the config.json in `folder`. Raises BackboneError when it is missing or no JSON object."""
     return read_json(folder / "config.json", BackboneError, fix="download the base again")
 
 
 def require_causal(config: Mapping[str, Any], name: str) -> None:
-    """BackboneError for what plainly is no causal language model."""
+    """Raise BackboneError when `config` names another kind of model than a causal one."""
     fix = "choose a causal language model"
     if config.get("is_encoder_decoder"):
-        raise BackboneError("an encoder-decoder, and lorafit trains decoder-only models", where=name, fix=fix)
+        raise BackboneError(
+            "the base is an encoder-decoder, and lorafit trains decoder-only models", where=name, fix=fix
+        )
     listed = config.get("architectures")
     architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
     if architectures and all(architecture.endswith(OTHER_TASKS) for architecture in architectures):
-        raise BackboneError(f"{architectures[0]} is no causal language model", where=name, fix=fix)
+        raise BackboneError(f"{architectures[0]} is not a causal language model", where=name, fix=fix)
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the text decoder, without empty ones: a nested text_config, or the whole."""
+    """Return the settings of the text decoder, without empty values.
+
+    They are a nested text_config, or else all of `config`.
+    """
     nested = next((config[key] for key in NESTED if isinstance(config.get(key), Mapping)), config)
     outer = {key: config.get(key) for key in ("model_type", "tie_word_embeddings")}
     return {key: value for key, value in {**outer, **nested}.items() if value is not None}
 
 
 def tower_parameters(config: Mapping[str, Any]) -> int:
-    """An estimate of an image or audio tower: the matrices of its layers; 0 where there is none."""
+    """Return the estimated parameters of image and audio towers; 0 without one.
+
+    The estimate counts the matrices of their layers.
+    """
     return sum(_tower(config[key]) for key in TOWERS if isinstance(config.get(key), Mapping))
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """`nf4` or `fp4` of bitsandbytes, else the method's own name; None for a plain checkpoint."""
+    """Return how a checkpoint is quantized; None for a plain one.
+
+    bitsandbytes gives `nf4`, `fp4` or `int8`, other methods their own name.
+    """
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping) or not settings:
         return None

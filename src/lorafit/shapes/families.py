@@ -1,10 +1,19 @@
-"""The families of decoder-only models, as data: what each calls its projections, and how large they are.
+"""Families: the names and sizes of the projections of decoder-only models, as data.
 
-A family is one row of FAMILIES. Sizes are written in the letters of `shape.dimensions`: h hidden, q and kv the
-widths of the queries and of the keys, f the feed-forward width, d one head, x the width of one expert, s of the
-shared expert, n the number of experts, v the vocabulary. Conditions are written in the keys of config.json:
-`key`, `!key`, joined by `&` and `|`. Taken from transformers 5.23 (`models/*/modeling_*.py`) and checked against
-its models by the tests.
+A family is one row of FAMILIES. The rows are taken from transformers 5.23 (`models/*/modeling_*.py`), and the tests
+check them against its models. Conditions are written in the keys of config.json: `key`, `!key`, joined by `&` and `|`.
+Sizes are written in the letters of `shapes.dimensions`:
+
+    h       hidden size
+    q, kv   width of the queries, and of the keys
+    f       width of the feed-forward layer
+    d       width of one head
+    x, s    width of one expert, and of the shared expert
+    n       number of experts
+    a       number of heads
+    m       width of the dense feed-forward layers of Llama 4
+    p       learned positions
+    v, w    vocabulary, and the width of its embedding
 """
 
 from __future__ import annotations
@@ -14,15 +23,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["q", "k", "v", "qkv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
-RunTarget = Literal["all", "dense", "sparse"]
+LayerKind = Literal["all", "dense", "sparse"]
 ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o", "attention"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One projection of a decoder layer: an `nn.Linear`, or with `stacked` one 3-D parameter of all the experts.
+    """Hold one projection of a decoder layer.
 
-    `inputs` and `outputs` are sizes, `bias` and `when` conditions, `place` the layers that have it.
+    Attributes:
+        path: Module path within the layer.
+        role: What the projection does.
+        inputs: Size of the input.
+        outputs: Size of the output.
+        bias: Condition under which it has a bias.
+        when: Condition under which it exists.
+        layers: Kind of layers that have it.
+        stacked: Whether it is one 3-D parameter of all experts, not an `nn.Linear`.
     """
 
     path: str
@@ -31,18 +48,24 @@ class Part:
     outputs: str
     bias: str = ""
     when: str = "true"
-    place: RunTarget = "all"
+    layers: LayerKind = "all"
     stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a model type is made of.
+    """Hold the parts of a model type.
 
-    `small` lists the other parameters of one layer (norms, routers) with the condition for each, `final` those
-    outside the layers. `norms` is the width that norms see per token and layer, `positions` the rows of a learned
-    position table. `tied` says whether lm_head is the token embedding when config.json does not; `one_kv_head`
-    when all heads share one key; `defaults` holds the keys that config.json may leave out.
+    Attributes:
+        parts: Projections of one layer.
+        small: Other parameters of one layer (norms, routers), each with its condition.
+        final: Size of the other parameters outside the layers.
+        norms: Width that norms see per token and layer.
+        positions: Rows of a learned position table.
+        tied: Whether lm_head is the token embedding when config.json leaves it out.
+        one_kv_head: Condition under which all heads share one key.
+        linear_class: Class of the projections.
+        defaults: Values of keys that config.json may leave out.
     """
 
     parts: tuple[Part, ...]
@@ -65,11 +88,11 @@ def _attention(bias: str = "", out_bias: str = "", out: str = "o_proj", module: 
     )
 
 
-def _gated(bias: str = "", width: str = "f", module: str = "mlp", place: RunTarget = "all") -> tuple[Part, ...]:
+def _gated(bias: str = "", width: str = "f", module: str = "mlp", layers: LayerKind = "all") -> tuple[Part, ...]:
     return (
-        Part(f"{module}.gate_proj", "gate", "h", width, bias, place=place),
-        Part(f"{module}.up_proj", "up", "h", width, bias, place=place),
-        Part(f"{module}.down_proj", "down", width, "h", bias, place=place),
+        Part(f"{module}.gate_proj", "gate", "h", width, bias, layers=layers),
+        Part(f"{module}.up_proj", "up", "h", width, bias, layers=layers),
+        Part(f"{module}.down_proj", "down", width, "h", bias, layers=layers),
     )
 
 
@@ -79,8 +102,8 @@ def _plain(up: str, down: str, bias: str = "true", module: str = "mlp.") -> tupl
 
 def _experts(width: str = "x", module: str = "mlp") -> tuple[Part, ...]:
     return (
-        Part(f"{module}.experts.gate_up_proj", "gate_up", "h", f"2*{width}", place="sparse", stacked=True),
-        Part(f"{module}.experts.down_proj", "down", width, "h", place="sparse", stacked=True),
+        Part(f"{module}.experts.gate_up_proj", "gate_up", "h", f"2*{width}", layers="sparse", stacked=True),
+        Part(f"{module}.experts.down_proj", "down", width, "h", layers="sparse", stacked=True),
     )
 
 
@@ -93,7 +116,7 @@ def _fused(name: str, out: str, module: str, bias: str = "true") -> tuple[Part, 
 
 
 def _shared(module: str, width: str) -> tuple[Part, ...]:
-    return _gated(width=width, module=f"{module}.shared_expert", place="sparse")
+    return _gated(width=width, module=f"{module}.shared_expert", layers="sparse")
 
 
 _ROUTER = ("n*h", "sparse")
@@ -107,7 +130,7 @@ _GEMMA3 = replace(
     _GEMMA,
     small=_norms("4*h+2*d"),
     norms="4*h+q+kv",
-    # the published text_config of the smaller ones leaves out whatever is the default
+    # the published text_config of the smaller models leaves out default values
     defaults={
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072,
@@ -147,8 +170,8 @@ _FALCON = Family(
     defaults={"multi_query": True, "parallel_attn": True},
 )
 _QWEN2_MOE = Family(
-    _attention("qkv_bias") + _gated(place="dense") + _experts() + _shared("mlp", "s")
-    + (Part("mlp.shared_expert_gate", "other", "h", "1", place="sparse"),),
+    _attention("qkv_bias") + _gated(layers="dense") + _experts() + _shared("mlp", "s")
+    + (Part("mlp.shared_expert_gate", "other", "h", "1", layers="sparse"),),
     (*_norms("2*h"), _ROUTER),
     defaults={"qkv_bias": True},
 )  # fmt: skip
@@ -233,7 +256,7 @@ FAMILIES: Mapping[str, Family] = {
     "phimoe": Family(
         _attention("attention_bias", "attention_bias")
         + _experts("f")
-        + (Part("mlp.router", "other", "h", "n", place="sparse"),),
+        + (Part("mlp.router", "other", "h", "n", layers="sparse"),),
         _norms("4*h"),
         final="2*h",
     ),
@@ -241,14 +264,14 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family(_attention() + _experts("f"), (*_norms("2*h+q+kv"), _ROUTER), norms="2*h+q+kv"),
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_moe": Family(
-        _QWEN3.parts[:4] + _gated(place="dense") + _experts(), (*_norms("2*h+2*d"), _ROUTER), norms="2*h+q+kv"
+        _QWEN3.parts[:4] + _gated(layers="dense") + _experts(), (*_norms("2*h+2*d"), _ROUTER), norms="2*h+q+kv"
     ),
     "llama4_text": Family(
         _attention("attention_bias", "attention_bias")
-        + _gated(width="m", module="feed_forward", place="dense")
+        + _gated(width="m", module="feed_forward", layers="dense")
         + _experts("f", "feed_forward")
         + _shared("feed_forward", "f")
-        + (Part("feed_forward.router", "other", "h", "n", place="sparse"),),
+        + (Part("feed_forward.router", "other", "h", "n", layers="sparse"),),
         _norms("2*h"),
     ),
     "gpt_oss": Family(
@@ -257,7 +280,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"attention_bias": True},
     ),
 }  # fmt: skip
-"""Model type, as in config.json, to what it is made of."""
+"""Model type of config.json -> its family."""
 
 ALIASES: Mapping[str, str] = {
     "gemma3": "gemma3_text",
@@ -267,4 +290,4 @@ ALIASES: Mapping[str, str] = {
     "smollm": "llama",
     "mistral3": "mistral",
 }
-"""Other names of a family: the wrapper of a text_config, or an older name."""
+"""Other model type -> its name in FAMILIES. It wraps a text_config, or is an older name."""

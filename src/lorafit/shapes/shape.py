@@ -1,4 +1,4 @@
-"""ModelShape: the sizes of a model, from its config.json alone, and the names of its adapter targets."""
+"""ModelShape: the sizes of a model and its adapter targets, from its config.json."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ from lorafit.shapes.skeleton import skeleton_sizes
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Hold one kind of projection of the decoder: `count` matrices (outputs, inputs), `name` the module's own name.
+    """Hold one kind of projection of the decoder.
 
-    `stacked` ones are 3-D parameters of experts, not modules. `active` is the share that one token passes.
+    Attributes:
+        name: Name of the module.
+        path: Module path within the layer.
+        role: What the projection does.
+        inputs: Columns of one matrix (outputs, inputs).
+        outputs: Rows of one matrix.
+        count: Matrices of this kind in the model.
+        stacked: Whether they are 3-D parameters of experts, not modules.
+        active: Share of the matrices that one token passes.
     """
 
     name: str
@@ -47,7 +55,7 @@ class Projection:
 
     @property
     def is_attention(self) -> bool:
-        """True for projections to queries, keys and values, and the one that mixes the heads."""
+        """True for projections to queries, keys and values, and for attention's output."""
         return self.role in ATTENTION_ROLES
 
 
@@ -69,7 +77,7 @@ class ModelShape:
         learned_positions: Whether there is a table of positions.
         capped_scores: Whether attention caps its scores, and so holds them (Gemma 2).
         linear_class: `Linear` or `Conv1D`.
-        quantized: How the checkpoint is already quantised (`nf4`, `gptq`, …), if it is.
+        quantized: How the checkpoint is quantized (`nf4`, `gptq`, …), if it is.
         counted: Whether the sizes were read from transformers' own modules.
         notes: Assumptions where the shape is not exact.
     """
@@ -93,15 +101,15 @@ class ModelShape:
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
-        """Return the shape of a local folder or hub id; only config.json is read. Raises BackboneError."""
+        """Return the shape of a local folder or hub id. Only config.json is read. Raises BackboneError."""
         return cls.from_config(read_config(base_folder(base, revision)), base)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
         """Return the shape that a config.json describes.
 
-        Families outside the table are counted by transformers in a child process. Raises BackboneError when
-        config.json describes no decoder.
+        A child process counts families outside the table with transformers. Raises BackboneError when config.json
+        describes no decoder.
         """
         require_causal(config, name)
         text = text_part(config)
@@ -148,7 +156,7 @@ class ModelShape:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens the model was made for, where config.json says."""
+        """Longest row the model was trained for; None when config.json leaves it out."""
         return self.sizes.get("p")
 
     @property
@@ -168,22 +176,22 @@ class ModelShape:
 
     @property
     def module_names(self) -> tuple[str, ...]:
-        """The names of the decoder's linear modules, each once, in the order of the layer."""
+        """Names of the decoder's linear modules, each once, in the order of the layer."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears))
 
     @property
     def is_gated(self) -> bool:
-        """True when the feed-forward layers are gated (SwiGLU and its kin)."""
+        """True when the feed-forward layers are gated, as SwiGLU is."""
         return any(projection.role in ("gate", "gate_up") for projection in self.projections)
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the decoder's linear modules: what 4-bit quantisation compresses."""
+        """Weights of the decoder's linear modules, which 4-bit quantization compresses."""
         return sum(linear.parameters for linear in self.linears)
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of stacked experts, which are no modules: they stay in 16 bits."""
+        """Weights of stacked experts. They are not modules, so they stay in 16 bits."""
         return sum(projection.parameters for projection in self.projections if projection.stacked)
 
     @property
@@ -205,7 +213,7 @@ class ModelShape:
         return round(decoder) + self.vocab * self.hidden
 
     def to_dict(self) -> dict[str, Any]:
-        """The main sizes, JSON-ready."""
+        """Return the main sizes, JSON-ready."""
         return {
             "name": self.name,
             "family": self.family,
@@ -218,7 +226,7 @@ class ModelShape:
         }
 
     def named(self, names: tuple[str, ...]) -> tuple[Projection, ...]:
-        """The linear modules that have one of `names`."""
+        """Return the linear modules that have one of `names`."""
         return tuple(linear for linear in self.linears if linear.name in names)
 
 
@@ -273,7 +281,7 @@ def _from_skeleton(model_type: str, config: Mapping[str, Any], name: str) -> Mod
 
 def _projections(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> Iterator[Projection]:
     for part in family.parts:
-        count = sizes.layers_of(part.place)
+        count = sizes.layers_of(part.layers)
         if count and holds(part.when, config):
             yield _projection(part, count, sizes)
 
@@ -288,7 +296,7 @@ def _projection(part: Part, count: int, sizes: Dimensions) -> Projection:
 
 
 def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> int:
-    """Norms, biases, routers: everything that is neither a matrix nor an embedding."""
+    """Return the parameters that are neither matrix nor embedding: norms, biases, routers."""
     total = size(family.final, sizes)
     for text, condition in family.small:
         if condition == "sparse":
@@ -297,7 +305,7 @@ def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensio
             total += size(text, sizes) * sizes.layers
     for part in family.parts:
         if holds(part.when, config) and holds(part.bias, config):
-            total += size(part.outputs, sizes) * sizes.layers_of(part.place)
+            total += size(part.outputs, sizes) * sizes.layers_of(part.layers)
     return total
 
 
@@ -305,11 +313,11 @@ PRESETS: Mapping[str, tuple[Role, ...]] = {"qv": ("q", "v"), "attention": ("q", 
 
 
 def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
-    """The names of the linear modules that `targets` means in this model, in the order of the layer.
+    """Return the names of the linear modules that `targets` selects, in layer order.
 
-    `qv` and `attention` are found by what a projection does, so `o` may be called `dense` or `out_proj`;
-    `all-linear` is every linear of the decoder but routers, never lm_head; names must exist. Raises AdapterError
-    with the names the model has when a projection is fused, when a name is wrong, or when nothing is named.
+    `qv` and `attention` go by the role of a projection, so `o` may be called `dense` or `out_proj`. `all-linear` is
+    every linear of the decoder except routers, without lm_head. Raises AdapterError with the model's own names when a
+    projection is fused, when a name is wrong, and when no name is given.
     """
     if targets == "all-linear":
         return tuple(dict.fromkeys(linear.name for linear in shape.linears if linear.role != "other"))
@@ -317,7 +325,7 @@ def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[
         return _preset(targets, shape)
     names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
     if not names:
-        raise AdapterError("no module is named", where="targets", fix=_advice(shape))
+        raise AdapterError("targets is empty", where="targets", fix=_advice(shape))
     for name in names:
         _check(name, shape)
     return names
@@ -343,7 +351,7 @@ def _check(name: str, shape: ModelShape) -> None:
         return
     if leaf in ("lm_head", "embed_tokens", "embed_out"):
         raise AdapterError(
-            f"'{name}' is not part of the decoder, and stays frozen without an adapter",
+            f"'{name}' is not part of the decoder, so it cannot have an adapter",
             where="targets",
             fix=_advice(shape),
         )
@@ -355,4 +363,4 @@ def _check(name: str, shape: ModelShape) -> None:
 def _advice(shape: ModelShape) -> str:
     attention = [linear.name for linear in shape.linears if linear.is_attention]
     names = ", ".join(shape.module_names)
-    return f"write targets: [{', '.join(dict.fromkeys(attention))}], or all-linear; it has {names}"
+    return f"write targets: [{', '.join(dict.fromkeys(attention))}], or all-linear; the modules are {names}"

@@ -259,9 +259,9 @@ def breaks(folder: Path, name: str, content: bytes) -> Path:
         ("tokenizer.json", b"{", "tokenizer.json: the tokenizer cannot be used"),
         ("tokenizer.json", b'{"model": 3}', "tokenizer.json: the tokenizer cannot be used"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json: the tokenizer cannot be used"),
-        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: is not a JSON object"),
-        ("tokenizer_config.json", b"{", "tokenizer_config.json: is not valid JSON"),
-        ("special_tokens_map.json", b"\xff", "special_tokens_map.json: is not UTF-8"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: the text is not a JSON object"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: the text is not valid JSON"),
+        ("special_tokens_map.json", b"\xff", "special_tokens_map.json: the text is not UTF-8"),
     ],
 )
 def test_a_broken_file_is_one_sentence_that_names_it(name: str, content: bytes, says: str, tmp_path: Path) -> None:
