@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafit.backbone import quantise
+from lorafit.backbone import quantize
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.autotune import problem
 from lorafit.engine.autotune.measure import LevelCost, Products
@@ -172,7 +172,7 @@ def test_relief_after_relief_a_run_needs_less_until_there_is_none(problem):
 
 
 def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():
-    linears = [quantise(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
+    linears = [quantize(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
     each = 64 * 64 * 2
     layers = SimpleNamespace(frozen=[linears[:2], linears[2:3], linears[3:]])
     for spare, wanted in ((-1, 0), (2 * each - 1, 0), (2 * each, 1), (3 * each, 2), (99 * each, 3)):
