@@ -171,8 +171,8 @@ def test_a_tensor_that_no_shard_holds_is_an_error_and_no_random_weight(broken):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"intermediate_size": 97}, ["config.json makes it", "97"]),
-        ({"num_attention_heads": 8}, ["config.json makes it"]),
+        ({"intermediate_size": 97}, ["but config.json says", "97"]),
+        ({"num_attention_heads": 8}, ["but config.json says"]),
         ({"num_attention_heads": 8, "quantization": "none"}, ["other shapes than config.json says"]),
         ({"num_hidden_layers": 1}, ["layers that its config.json does not count (9"]),
         ({"vocab_size": 300}, ["other shapes than config.json says"]),
@@ -191,15 +191,15 @@ def test_code_from_the_checkpoint_is_refused(broken):
     (broken / "config.json").write_text(json.dumps(odd))
     refuses(broken, "Python code", "my_model")
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "my_model"}))
-    refuses(broken, "knows no model type 'my_model'")
+    refuses(broken, "does not support the model type 'my_model'")
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "t5"}, "no causal language model"),
+        ({"model_type": "t5"}, "not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "already quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "already quantized"),
         ({"hidden_size": "many"}, "config.json is not valid"),
     ],
 )

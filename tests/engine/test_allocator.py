@@ -13,7 +13,7 @@ from lorafit.engine.runtime import VARIABLES, fixed_blocks
 
 GETTER, SETTER = "_accelerator_getAllocatorSettings", "_accelerator_setAllocatorSettings"
 GROWING = "expandable_segments:True"
-KNOWN_TO_WORK = allocator._known_to_work
+IS_SUPPORTED = allocator._is_supported
 
 
 class Torch:
@@ -26,7 +26,7 @@ class Torch:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(allocator, "_set_here", [])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(allocator, "_known_to_work", lambda: True)
+        monkeypatch.setattr(allocator, "_is_supported", lambda: True)
         monkeypatch.setattr(torch._C, GETTER, lambda: self.settings, raising=False)
         monkeypatch.setattr(torch._C, SETTER, self.tell, raising=False)
         monkeypatch.setattr(torch, "empty", self.take)
@@ -102,8 +102,8 @@ def test_without_a_gpu_nothing_is_set(gpu, monkeypatch):
     ("system", "kernel", "hip"),
     [("win32", "10", None), ("linux", "6.6.87-microsoft-standard-WSL2", None), ("linux", "6.8.0-generic", "6.4")],
 )
-def test_where_growing_blocks_are_not_known_to_work_nothing_is_set(gpu, monkeypatch, system, kernel, hip):
-    monkeypatch.setattr(allocator, "_known_to_work", KNOWN_TO_WORK)
+def test_where_growing_blocks_are_not_supported_nothing_is_set(gpu, monkeypatch, system, kernel, hip):
+    monkeypatch.setattr(allocator, "_is_supported", IS_SUPPORTED)
     monkeypatch.setattr(allocator.sys, "platform", system)
     monkeypatch.setattr(allocator.platform, "release", lambda: kernel)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -218,8 +218,8 @@ def test_a_driver_that_locks_no_pages_so_is_asked_as_before(gpu, monkeypatch):
 
 TORCH_ITSELF = """
 import torch
-from lorafit.engine import allocator
-torch.cuda.is_available, allocator._known_to_work, torch.empty = (lambda: True), (lambda: True), (lambda *_, **__: None)
+from lorafit.engine import runtime as allocator
+torch.cuda.is_available, allocator._is_supported, torch.empty = (lambda: True), (lambda: True), (lambda *_, **__: None)
 allocator.let_blocks_grow()
 print(torch._C._accelerator_getAllocatorSettings())
 """

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from lorafit.backbone import base_fingerprint, dequantise, load_backbone
+from lorafit.backbone import base_fingerprint, dequantize, load_backbone
 from lorafit.config import RunConfig
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
@@ -35,7 +35,7 @@ def test_every_weight_is_the_live_one_plus_its_delta_rounded_once(trained, tmp_p
         module = modules[name.removesuffix(".weight").replace("_proj", "_proj.base_layer")
                          if name in deltas else name.removesuffix(".weight")]  # fmt: skip
         packed = hasattr(module, "compute_dtype")
-        weight = dequantise(module, torch.float32) if packed else module.weight
+        weight = dequantize(module, torch.float32) if packed else module.weight
         expected = weight + deltas[name].dense() if name in deltas else weight
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected.to(torch.bfloat16)), name

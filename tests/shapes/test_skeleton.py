@@ -79,7 +79,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch
 
 
 def test_an_unknown_type_is_one_sentence_and_nothing_is_kept(cache, here):
-    with pytest.raises(BackboneError, match=r"^a-base: transformers knows no model type 'brand_new'; choose") as caught:
+    words = r"^a-base: transformers does not support the model type 'brand_new'; choose"
+    with pytest.raises(BackboneError, match=words) as caught:
         ModelShape.from_config({**LLAMA_8B, "model_type": "brand_new"}, "a-base")
     assert "\n" not in str(caught.value)
     assert not list(cache.glob("*.json"))

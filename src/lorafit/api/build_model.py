@@ -24,7 +24,7 @@ from lorafit.engine import (
     DryRun,
     Graphs,
     MicroBatch,
-    Work,
+    Workload,
     assert_isolated,
     find_policy,
     let_blocks_grow,
@@ -252,7 +252,7 @@ def budget_bytes(config: RunConfig) -> int:
     return min(parse_bytes(config.gpu_memory, "gpu_memory"), total)
 
 
-def _work(built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False) -> Work:
+def _work(built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False) -> Workload:
     """Return the run's micro-batches: of at most `max_length`, or of up to a whole step where it `grows`."""
     steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
@@ -273,7 +273,7 @@ def _work(built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device
         built.model.train()
         return walk.loss(batch, share)
 
-    return Work(
+    return Workload(
         batch_of=batch_of,
         loss_of=loss_of,
         max_length=most_tokens(step_tokens, config.max_length) if grows else config.max_length,

@@ -1,4 +1,7 @@
-"""The frozen base: loaded, quantised, and the only room that imports bitsandbytes."""
+"""Backbone: the frozen base, loaded and quantized.
+
+No other package imports bitsandbytes.
+"""
 
 from lorafit.backbone.architecture import compute_dtype, default_device, output_head, text_decoder, unwrapped
 from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
@@ -6,12 +9,12 @@ from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
 from lorafit.backbone.kernels.frozen_linear import (
     FrozenLinear4bit,
-    dequantise,
+    dequantize,
     dequantize_linear,
     dequantize_linears,
-    forget_quantisation,
+    forget_quantization,
     freeze_linears,
-    quantise,
+    quantize,
     true_numel,
 )
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
@@ -27,16 +30,16 @@ __all__ = [
     "compute_dtype",
     "computing_in",
     "default_device",
-    "dequantise",
+    "dequantize",
     "freeze_linears",
-    "forget_quantisation",
+    "forget_quantization",
     "fresh_weights",
     "frozen_features",
     "frozen_product",
     "load_backbone",
     "nf4_config",
     "output_head",
-    "quantise",
+    "quantize",
     "redirect_library_logs",
     "require_same_base",
     "rounding_activations",

@@ -1,4 +1,4 @@
-"""What a base's config.json says it is, its modules without weights, and the precision it computes in."""
+"""Architecture: a base's configuration, its modules without weights, and its compute precision."""
 
 from __future__ import annotations
 
@@ -19,62 +19,71 @@ from lorafit.errors import BackboneError
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
-    """The configuration of the causal language model in `folder`.
+    """Return the configuration of the causal language model in `folder`.
 
     Raises BackboneError when config.json cannot be read, needs code from the checkpoint, is no causal language
-    model, or is quantised in a way other than bitsandbytes' 4 bits.
+    model, or is quantized in a way other than bitsandbytes' 4 bits.
     """
     raw = _raw_config(folder)
     if (folder / "adapter_config.json").exists():
-        # transformers would load that adapter, or another base, in silence
+        # transformers would silently load that adapter, or another base
         raise BackboneError(
-            "the base's folder holds an adapter too (adapter_config.json)",
+            "the base's folder also holds an adapter (adapter_config.json)",
             where=str(folder),
-            fix="merge it, or move it elsewhere",
+            fix="merge the adapter, or move it to another folder",
         )
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise BackboneError(_unknown(raw), where=str(folder), fix="choose a model that transformers has built in")
+        raise BackboneError(_unknown(raw), where=str(folder), fix="choose a model type that transformers supports")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         raise BackboneError(f"config.json is not valid ({one_line(error)})", where=str(folder)) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BackboneError(f"a {kind} model is no causal language model", where=str(folder))
-    _check_quantisation(raw.get("quantization_config"), folder)
+        raise BackboneError(f"a {kind} model is not a causal language model", where=str(folder))
+    _check_quantization(raw.get("quantization_config"), folder)
     return config
 
 
-def is_prequantised(architecture: PretrainedConfig) -> bool:
-    """True when the checkpoint itself holds 4-bit weights."""
+def is_prequantized(architecture: PretrainedConfig) -> bool:
+    """Return True when the checkpoint itself holds 4-bit weights."""
     return getattr(architecture, "quantization_config", None) is not None
 
 
 def architecture_of(model: nn.Module) -> PretrainedConfig:
-    """The configuration that `model` carries; changing it changes the model."""
+    """Return the configuration that `model` carries; changing it changes the model."""
     return cast(PretrainedConfig, model.config)
 
 
 def use_no_cache(model: nn.Module) -> None:
-    """Keep no keys and values unless a call asks for them: packed rows would read each other's."""
+    """Keep no keys and values unless a call asks for them.
+
+    Packed rows would read each other's.
+    """
     for config in (architecture_of(model), architecture_of(model).get_text_config()):
         config.use_cache = False
 
 
 def supported_attention(architecture: PretrainedConfig, wanted: str) -> str:
-    """`wanted`, or "eager" for a family that cannot do "sdpa" (Gemma 2, which caps its attention scores)."""
+    """Return `wanted`, or "eager" for a family that does not support "sdpa".
+
+    Gemma 2 is one: it caps its attention scores.
+    """
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
     return "eager" if wanted == "sdpa" and not getattr(family, "_supports_sdpa", True) else wanted
 
 
 def skeleton(architecture: PretrainedConfig) -> nn.Module:
-    """The model on the meta device: every module, no memory."""
+    """Return the model on the meta device: every module, no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
-def linears_to_quantise(model: nn.Module) -> list[str]:
-    """Names of the linears of `model` that lorafit quantises: all but the output head and what must stay fp32."""
+def linears_to_quantize(model: nn.Module) -> list[str]:
+    """Return the names of the linears that lorafit quantizes.
+
+    They are all but the output head and the modules that must stay fp32.
+    """
     kept = _keep_in_fp32(model)
     head = output_head(model)
     return [
@@ -85,12 +94,12 @@ def linears_to_quantise(model: nn.Module) -> list[str]:
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The part of `model` that reads text: of a model with a vision tower, not the tower."""
+    """Return the decoder of `model` that reads text, without a vision tower."""
     return cast(PreTrainedModel, model).get_decoder()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The linear that makes logits: never quantised, never adapted."""
+    """Return the linear that makes logits: never quantized, never adapted."""
     return cast(PreTrainedModel, model).get_output_embeddings()
 
 
@@ -112,25 +121,25 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 def _unknown(raw: dict[str, Any]) -> str:
     kind = raw.get("model_type")
     if "auto_map" in raw:
-        return f"the base ('{kind}') needs Python code from its own checkpoint, which lorafit does not run"
-    return f"transformers knows no model type '{kind}'"
+        return f"the base ('{kind}') needs Python code from its checkpoint, and lorafit does not run such code"
+    return f"transformers does not support the model type '{kind}'"
 
 
-def _check_quantisation(quantisation: Any, folder: Path) -> None:
-    if quantisation is None:
+def _check_quantization(quantization: Any, folder: Path) -> None:
+    if quantization is None:
         return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "bitsandbytes" and quantization.get("load_in_4bit"):
         return
     raise BackboneError(
-        f"the base is already quantised ({method or 'in an unknown way'}), and only bitsandbytes' 4 bits can be frozen",
+        f"the base is already quantized ({method or 'in an unknown way'}), and only bitsandbytes' 4 bits can be frozen",
         where=str(folder),
-        fix="point --base at the original, unquantised model",
+        fix="point --base at the original, unquantized model",
     )
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's error, in one line of at most 300 characters."""
+    """Return the message of another library's error in one line of at most 300 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
@@ -139,14 +148,15 @@ FP8_CAPABILITY = (8, 9)
 
 
 def default_device() -> torch.device:
-    """The current CUDA device, or the CPU."""
+    """Return the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -> torch.dtype:
-    """`config.compute` as a dtype; `auto` is bf16 where the GPU has it, else fp16, and fp32 on a CPU.
+    """Return `config.compute` as a dtype.
 
-    With "fp8" only the frozen matmuls are in FP8, and all else in bf16.
+    `auto` is bf16 if the GPU has it, else fp16, and fp32 on a CPU. With "fp8" only the frozen matmuls are in FP8, and
+    all else is in bf16.
     """
     if config.compute != "auto":
         return DTYPES[config.compute]
@@ -159,11 +169,14 @@ def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -
 
 
 def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
-    """Whether the frozen matmuls run in FP8. Raises BackboneError where the settings ask for it and it cannot be."""
+    """Return True if the frozen matmuls run in FP8.
+
+    Raises BackboneError if the settings ask for FP8 and the base or the device does not support it.
+    """
     if config.compute != "fp8":
         return False
     if config.quantization == "none":
-        raise BackboneError("compute=fp8 is for a base in 4 bits", fix="use quantization=nf4, or compute=bf16")
+        raise BackboneError("compute=fp8 needs a base in 4 bits", fix="use quantization=nf4, or compute=bf16")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < FP8_CAPABILITY:
         raise BackboneError(
@@ -171,7 +184,7 @@ def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
             fix="use compute=bf16",
         )
     if not kernels_work(device.index if device.index is not None else torch.cuda.current_device()):
-        raise BackboneError("compute=fp8 needs Triton and a C compiler that it can use", fix="use compute=bf16")
+        raise BackboneError("compute=fp8 needs Triton and a working C compiler", fix="use compute=bf16")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint: the safetensors files of a base, checked before anything is loaded from them."""
+"""Checkpoint: the safetensors files of a base, checked before any tensor is loaded."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Which shard holds which tensor, and each tensor's header entry (`dtype`, `shape`, `data_offsets`)."""
+    """Hold the headers of a base's safetensors files.
+
+    Attributes:
+        folder: The base's folder.
+        shards: Tensor names with their header entry (`dtype`, `shape`, `data_offsets`), by shard.
+    """
 
     folder: Path
     shards: Mapping[Path, Mapping[str, Mapping[str, Any]]]
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read every header. Raises BackboneError for missing, truncated or unreadable files, and for .bin files."""
-        if (folder / SINGLE).is_file():  # transformers takes it before an index, too
+        """Read every header.
+
+        Raises BackboneError for missing, truncated or unreadable files, and for .bin files.
+        """
+        if (folder / SINGLE).is_file():  # transformers prefers this file to an index, too
             return cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
         if not (folder / INDEX).is_file():
             raise _no_safetensors(folder)
@@ -40,17 +48,17 @@ class Checkpoint:
         return checkpoint
 
     def entries(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-        """(name, shard, header entry) of every tensor, shard by shard."""
+        """Yield (name, shard, header entry) of every tensor, shard by shard."""
         for path, tensors in self.shards.items():
             for name, entry in tensors.items():
                 yield name, path, entry
 
     def names(self) -> set[str]:
-        """Every tensor's name."""
+        """Return every tensor's name."""
         return {name for name, _, _ in self.entries()}
 
     def widest_float(self) -> str:
-        """The safetensors name of the widest floating dtype stored: F32, BF16 or F16."""
+        """Return the safetensors name of the widest floating dtype stored: F32, BF16 or F16."""
         kinds = {entry["dtype"] for _, _, entry in self.entries()} & set(FLOATS)
         if not kinds:
             raise BackboneError("the base holds no floating point weights", where=str(self.folder))
@@ -59,11 +67,14 @@ class Checkpoint:
         return "F32" if mixed else max(kinds, key=lambda kind: FLOATS[kind]).replace("F64", "F32")
 
     def require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """BackboneError for a tensor that is stored in another shape than `shapes`, by name, has for it."""
+        """Raise BackboneError if a tensor's stored shape differs from the one in `shapes`.
+
+        Tensors whose name is not in `shapes` are not checked.
+        """
         for name, path, entry in self.entries():
             stored, wanted = tuple(entry["shape"]), shapes.get(name)
             if wanted is not None and stored != wanted:
-                what = f"{name} is {_by(stored)}, and config.json makes it {_by(wanted)}"
+                what = f"{name} is {_by(stored)}, but config.json says {_by(wanted)}"
                 raise BackboneError(what, where=str(path), fix=AGAIN)
 
     def _check_index(self) -> None:
@@ -78,7 +89,10 @@ class Checkpoint:
 
 
 def base_damages(folder: Path) -> list[BackboneError]:
-    """Every file of the base in `folder` that is missing, truncated or unreadable; none when `open` would succeed."""
+    """Return an error for every missing, truncated or unreadable file of the base.
+
+    The list is empty when `Checkpoint.open` would succeed.
+    """
     found: list[BackboneError] = []
     single = [folder / SINGLE] if (folder / SINGLE).is_file() else []
     try:
@@ -101,11 +115,11 @@ def base_damages(folder: Path) -> list[BackboneError]:
 
 
 def base_fingerprint(folder: Path) -> str:
-    """A content hash (sha256, hex) of the base: config.json and every safetensors file.
+    """Return a content hash (sha256, hex) of the base's config.json and safetensors files.
 
     Files up to 64 MiB count whole. Of larger ones the name, size, header and 32 evenly spaced blocks of 1 MiB
-    count (first and last included): a fine-tune or another quantisation changes nearly every block, so it cannot
-    pass for the original; a single flipped byte in a large file can.
+    count (first and last included). A fine-tune or another quantization changes nearly every block, so the hash tells
+    it from the original. A single flipped byte in a large file can go unnoticed.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(Checkpoint.open(folder).shards):
@@ -119,12 +133,15 @@ def base_fingerprint(folder: Path) -> str:
 
 
 def require_same_base(folder: Path, fingerprint: str | None) -> None:
-    """VerificationError unless the base in `folder` is the one with this `base_fingerprint`; None is not checked."""
+    """Raise VerificationError unless the base in `folder` has this `base_fingerprint`.
+
+    A fingerprint of None is not checked.
+    """
     if fingerprint is not None and base_fingerprint(folder) != fingerprint:
         raise VerificationError(
             "the base has changed since the run was trained",
             where=str(folder),
-            fix="use the base that it was trained on",
+            fix="use the base that the run was trained on",
         )
 
 
@@ -138,9 +155,9 @@ def _samples(size: int) -> list[tuple[int, int]]:
 def _no_safetensors(folder: Path) -> BackboneError:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         return BackboneError(
-            "the base has pickled weights (.bin) only, which can run code when they are loaded",
+            "the base has only pickled weights (.bin), and loading them can run code",
             where=str(folder),
-            fix="convert it where you trust it: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)",
+            fix="if you trust it, convert it: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)",
         )
     return BackboneError(
         "the base has no model.safetensors", where=str(folder), fix="point --base at a folder with the weights"
@@ -150,7 +167,7 @@ def _no_safetensors(folder: Path) -> BackboneError:
 def _weight_map(folder: Path) -> dict[str, str]:
     weights = read_json(folder / INDEX, BackboneError, max_bytes=MAX_HEADER_BYTES, fix=AGAIN).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
-        raise BackboneError("the weight index names no files", where=str(folder / INDEX))
+        raise BackboneError("the weight index names no files", where=str(folder / INDEX), fix=AGAIN)
     return weights
 
 
@@ -198,5 +215,5 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _truncated(path: Path) -> BackboneError:
     return BackboneError(
-        "the file is truncated or no safetensors file", where=str(path), fix="download or copy it again"
+        "the file is truncated or not a safetensors file", where=str(path), fix="download or copy it again"
     )

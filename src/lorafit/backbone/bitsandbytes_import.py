@@ -1,4 +1,7 @@
-"""bitsandbytes, imported once and in silence: on some CPUs it warns while it is imported."""
+"""bitsandbytes import: bitsandbytes, imported once with its warnings redirected.
+
+On some CPUs bitsandbytes warns while it is imported.
+"""
 
 from __future__ import annotations
 

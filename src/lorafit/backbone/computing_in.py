@@ -1,4 +1,4 @@
-"""The same model in another precision, for a while: really (computing_in), or as far as its numbers go."""
+"""Precision switches: context managers that run a model in another precision."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ADAPTER_MARK = ".lora_"
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> Iterator[nn.Module]:
-    """`model` computing in `dtype` (never in FP8) inside the block: activations, norms, embeddings, weights.
+    """Run `model` in `dtype`, never in FP8, inside the block.
 
-    With `weights`, every base weight is first rounded to that dtype. Adapter weights stay fp32, as they always
-    are. Every tensor is put back as it was. For evaluation: rounding is not part of the gradient.
+    Activations, norms, embeddings and base weights are converted; with `weights`, every base weight is first rounded to
+    that dtype. Adapter weights stay fp32. Every tensor is restored afterwards. Use it for evaluation only: the gradient
+    does not account for the rounding.
     """
     parameters = [
         (parameter, parameter.data)
@@ -44,10 +45,10 @@ def computing_in(model: nn.Module, dtype: torch.dtype, weights: torch.dtype | No
 
 @contextmanager
 def rounding_activations(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """`model` with the output of each of its modules rounded to `dtype` inside the block.
+    """Round the output of each module of `model` to `dtype` inside the block.
 
-    With its weights rounded too, the numbers of an fp32 model are those of one that computes in `dtype` with fp32
-    sums, as GPUs do, at the speed of fp32: many a CPU is ten times slower in bf16. Adapters stay fp32.
+    With its weights rounded too, an fp32 model computes the numbers of a model in `dtype` with fp32 sums, as GPUs do.
+    It keeps the speed of fp32; many CPUs are ten times slower in bf16. Adapters stay fp32.
     """
 
     def rounded(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""fresh_weights: the base's tensors one by one, straight from disk, never from a model that has run.
+"""Fresh weights: the base's tensors one by one, read from disk.
 
-bitsandbytes may repack the 4-bit weights of a model in place during its first evaluation on a CPU; what is
-dequantised after that is garbage without an error. So merging reads the checkpoint again.
+Merging reads the checkpoint again and never uses a model that has run. On a CPU, bitsandbytes may repack a model's
+4-bit weights in place during its first evaluation, and dequantizing them afterwards gives garbage without an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lorafit.backbone.architecture import (
     compute_dtype,
     default_device,
-    is_prequantised,
-    linears_to_quantise,
+    is_prequantized,
+    linears_to_quantize,
     read_architecture,
     skeleton,
 )
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.bitsandbytes_import import QuantState
-from lorafit.backbone.kernels.frozen_linear import dequantise, quantise
+from lorafit.backbone.kernels.frozen_linear import dequantize, quantize
 from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import BackboneError
@@ -40,14 +40,19 @@ STATE_MARKS = (
     ".quant_state.bitsandbytes__nf4",
     ".quant_state.bitsandbytes__fp4",
 )
-"""What bitsandbytes stores beside a packed weight."""
+"""Suffixes of the tensors that bitsandbytes stores beside a packed weight."""
 
 
 class FreshWeight(NamedTuple):
-    """One tensor (on the CPU), the name it is `stored` under, and the model's `parameter` that it becomes.
+    """Hold one tensor of the base.
 
-    The names differ in some families and old checkpoints. Tensors that transformers fuses or renames in ways of
+    The two names differ in some families and old checkpoints. Tensors that transformers fuses or renames in ways of
     its own (experts) keep their stored name as `parameter`; no adapter sits on those.
+
+    Attributes:
+        stored: The tensor's name in the checkpoint.
+        parameter: The name of the model's parameter that it becomes.
+        tensor: The tensor, on the CPU.
     """
 
     stored: str
@@ -58,23 +63,23 @@ class FreshWeight(NamedTuple):
 def fresh_weights(
     config: RunConfig, onto: MergeBase, *, device: str | torch.device | None = None
 ) -> Iterator[FreshWeight]:
-    """Every tensor of the base, shard by shard, one in memory at a time.
+    """Yield every tensor of the base, shard by shard, one in memory at a time.
 
-    "original": as stored. "quantized": each weight that `load_backbone` quantises goes into 4 bits and back on
-    `device`, in the compute dtype there, so that it is the number the live model multiplies by; the rest is as
-    stored. Raises BackboneError, also for "original" of a base that only exists in 4 bits.
+    "original" yields tensors as stored. "quantized" quantizes each weight that `load_backbone` quantizes, and
+    dequantizes it on `device` in the compute dtype there, so that it equals the live model's weight; all other tensors
+    are as stored. Raises BackboneError, also for "original" of a base that exists only in 4 bits.
     """
     folder = base_folder(config.base, config.revision, weights=True)
     architecture = read_architecture(folder)
     checkpoint = Checkpoint.open(folder)
     place = default_device() if device is None else torch.device(device)
     dtype = compute_dtype(config, place)
-    if is_prequantised(architecture):
+    if is_prequantized(architecture):
         if onto == "original":
             raise BackboneError(
-                "the base exists in 4 bits only, so there is no original to merge onto",
+                "the base exists in 4 bits only, so the adapter cannot be merged onto an original",
                 where=str(folder),
-                fix="merge onto quantized, or point base at the unquantised model",
+                fix="merge onto quantized, or point base at the unquantized model",
             )
         yield from _unpacked(checkpoint, place, dtype)
         return
@@ -82,15 +87,15 @@ def fresh_weights(
     names = Names(model)
     packed: set[str] = set()
     if onto == "quantized" and config.quantization == "nf4":
-        packed = {f"{name}.weight" for name in linears_to_quantise(model)}
+        packed = {f"{name}.weight" for name in linears_to_quantize(model)}
     names.check_found(packed, checkpoint)
     for stored, tensor in _stored(checkpoint):
         name = names.parameter(stored)
-        yield FreshWeight(stored, name, _there_and_back(tensor, place, dtype) if name in packed else tensor)
+        yield FreshWeight(stored, name, _through_nf4(tensor, place, dtype) if name in packed else tensor)
 
 
 class Names:
-    """Tensor names in a checkpoint as parameter names of the model, by transformers' own rules for loading it."""
+    """Map tensor names in a checkpoint to parameter names of the model, by transformers' loading rules."""
 
     def __init__(self, model: nn.Module) -> None:
         rules = get_model_conversion_mapping(cast(PreTrainedModel, model))
@@ -99,7 +104,10 @@ class Names:
         self._prefix, self._parameters = str(model.base_model_prefix), model.state_dict()
 
     def parameter(self, stored: str) -> str:
-        """The parameter that the tensor named `stored` becomes; its stored name when it is fused with others."""
+        """Return the parameter that the tensor named `stored` becomes.
+
+        A tensor that is fused with others keeps its stored name.
+        """
         name, converter = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._parameters)
         return name if converter is None else stored
 
@@ -110,7 +118,7 @@ class Names:
             raise BackboneError(
                 f"{len(lost)} linear layers are stored under other names, such as {lost[0]}",
                 where=str(checkpoint.folder),
-                fix="save the base once with transformers' save_pretrained, and use that",
+                fix="save the base with transformers' save_pretrained, and use that copy",
             )
 
 
@@ -121,8 +129,9 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _there_and_back(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return dequantise(quantise(weight.to(device), compute_dtype=dtype), dtype).cpu()
+def _through_nf4(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `weight` quantized to NF4 and dequantized again, on the CPU."""
+    return dequantize(quantize(weight.to(device), compute_dtype=dtype), dtype).cpu()
 
 
 def _unpacked(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[FreshWeight]:

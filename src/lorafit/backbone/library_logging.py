@@ -1,7 +1,7 @@
-"""redirect_library_logs: what other libraries say goes to a log file, so that the console holds lorafit's lines only.
+"""Library logging: messages of other libraries go to a log file, not to the console.
 
 bitsandbytes logs at import through a logger without handlers (which Python prints to stderr), transformers
-owns a stderr handler and tqdm bars, torch owns one handler per logger, and anybody may `warnings.warn`.
+owns a stderr handler and tqdm bars, torch owns one handler per logger, and any library may call `warnings.warn`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ MAX_PENDING_LINES = 1000
 
 
 class LibraryLog(logging.Handler):
-    """Writes records to the file at `path`; keeps them (the first MAX_PENDING_LINES) until there is one."""
+    """Write records to the file at `path`.
+
+    Until a path is set, the first MAX_PENDING_LINES records are kept in memory.
+    """
 
     def __init__(self) -> None:
-        # torch's tracing logger hands on whatever it is given: hundreds of empty lines a compiled layer
+        # torch's tracing logger emits hundreds of empty lines for each compiled layer
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.pending: list[str] = []
@@ -43,7 +46,7 @@ class LibraryLog(logging.Handler):
             self.write()
 
     def write(self) -> None:
-        """Write what is kept, where there is a file."""
+        """Write the pending lines if a path is set."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(self.pending)
@@ -55,10 +58,10 @@ LIBRARY_LOG = LibraryLog()
 
 @contextmanager
 def redirect_library_logs(log_file: Path | None = None, *, optional: bool = False) -> Iterator[None]:
-    """Send other libraries' logging and warnings to `log_file` and show no progress bars, until the block ends.
+    """Send other libraries' logs and warnings to `log_file`, and show no progress bars, inside the block.
 
     A nested block without a file writes to the outer one's. Without any file, lines are kept in memory for the first
-    file named later. Raises RunDirError when the file cannot be written; with `optional` the block goes on without it.
+    file named later. Raises RunDirError when the file cannot be written; with `optional` the block runs without a log.
     """
     with ExitStack() as undo:
         if log_file is not None:
@@ -74,7 +77,7 @@ def redirect_library_logs(log_file: Path | None = None, *, optional: bool = Fals
         for logger in _library_loggers():
             _change(undo, logger, "handlers", [LIBRARY_LOG])
             _change(undo, logger, "propagate", False)
-        # a record that meets no handler is printed by logging.lastResort; the application's own handlers stay
+        # logging.lastResort prints records without a handler; the application's own handlers stay
         _change(undo, logging, "lastResort", LIBRARY_LOG)
         _change(undo, warnings, "showwarning", _log_warning)
         yield
@@ -86,14 +89,14 @@ def _change(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _library_loggers() -> list[logging.Logger]:
-    """The libraries' own loggers, and any child of theirs that has handlers of its own (torch has many)."""
+    """Return the libraries' loggers, and their child loggers that have handlers (torch has many)."""
     children = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in LIBRARIES]
     loggers = map(logging.getLogger, {*LIBRARIES, *children})
     return [logger for logger in loggers if logger.name in LIBRARIES or logger.handlers]
 
 
 def _log_warning(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    """In place of `warnings.showwarning`."""
+    """Log a warning in place of `warnings.showwarning`."""
     text = "%s: %s (%s:%s)"
     logging.getLogger("py.warnings").warning(text, category.__name__, message, filename, lineno)
 

@@ -1,4 +1,4 @@
-"""load_backbone: the base model, frozen, in 4 bits or as it is."""
+"""Load: the frozen base model, in 4 bits or as stored."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorafit.backbone.architecture import (
     compute_dtype,
     computes_in_fp8,
     default_device,
-    is_prequantised,
-    linears_to_quantise,
+    is_prequantized,
+    linears_to_quantize,
     one_line,
     read_architecture,
     skeleton,
@@ -43,12 +43,12 @@ def load_backbone(
     dense_budget_bytes: int | None = None,
     exact: bool = False,
 ) -> nn.Module:
-    """The transformers causal language model of `config.base`, every parameter frozen, no KV cache by default.
+    """Return the causal language model of `config.base`, frozen and without a KV cache by default.
 
-    With quantization "nf4" each linear but the output head is a FrozenLinear4bit, quantised from the values as
+    With quantization "nf4" each linear but the output head is a FrozenLinear4bit, quantized from the values as
     they are stored; everything else is in the compute dtype. `device` is by default the current CUDA device, or
-    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). With `exact`, for all but
-    training, what the settings want in FP8 is computed in bf16, on any device. Raises BackboneError.
+    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). With `exact`, FP8 settings compute
+    in bf16 on any device; set it for everything but training. Raises BackboneError.
     """
     folder = base_folder(config.base, config.revision, weights=True)
     place = default_device() if device is None else torch.device(device)
@@ -69,7 +69,7 @@ def load_backbone(
 def _arguments(
     config: RunConfig, architecture: PretrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> dict[str, Any]:
-    if is_prequantised(architecture):
+    if is_prequantized(architecture):
         if config.quantization == "none":
             raise BackboneError(
                 "the base is already in 4 bits", where=str(checkpoint.folder), fix="use quantization=nf4"
@@ -78,22 +78,25 @@ def _arguments(
     if config.quantization == "none":
         return {"dtype": dtype}
     model = skeleton(architecture)
-    chosen = set(linears_to_quantise(model))
+    chosen = set(linears_to_quantize(model))
     if not chosen:
         raise BackboneError(
-            "the base has no torch.nn.Linear layer to quantise or adapt (GPT-2 and its kin have other ones)",
+            "the base has no torch.nn.Linear layer to quantize or adapt (GPT-2 uses another class)",
             where=str(checkpoint.folder),
             fix="choose another base",
         )
-    # transformers takes a weight that will be quantised in whatever shape it comes
+    # transformers does not check the shape of a weight that it quantizes
     checkpoint.require_shapes({f"{name}.weight": tuple(model.get_parameter(f"{name}.weight").shape) for name in chosen})
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in chosen]
-    # quantise from the stored values: a detour over the compute dtype would round them first
+    # quantize from the stored values: converting to the compute dtype would round them first
     return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": nf4_config(dtype, others)}
 
 
 def nf4_config(dtype: torch.dtype, skip: list[str] | None = None) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv:2305.14314); linears named in `skip` (the head) stay as they are."""
+    """Return the configuration of NF4 with double quantization (QLoRA, arXiv:2305.14314).
+
+    Linears named in `skip` (the head) stay as they are.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -117,7 +120,7 @@ def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
     except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise BackboneError(
-                "its weights have other shapes than config.json says", where=str(folder), fix=AGAIN
+                "the base's weights have other shapes than config.json says", where=str(folder), fix=AGAIN
             ) from error
         raise BackboneError(f"transformers cannot load the base ({one_line(error)})", where=str(folder)) from error
     _refuse_other_tensors(model, report, folder)
@@ -125,17 +128,17 @@ def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
 
 
 def _refuse_other_tensors(model: nn.Module, report: Mapping[str, Any], folder: Path) -> None:
-    """BackboneError for weights that are not stored, and for stored layers that config.json does not count.
+    """Raise BackboneError for missing weights, and for stored layers that config.json does not count.
 
-    transformers would give the first random values, and leave the others out. Other tensors may be there unused.
+    transformers would give missing weights random values, and ignore extra layers. Other unused tensors are accepted.
     """
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
-        what = f"the base lacks {len(missing)} of the tensors its config.json asks for, such as {missing[0]}"
+        what = f"the base lacks {len(missing)} of the tensors in its config.json, such as {missing[0]}"
         raise BackboneError(what, where=str(folder), fix=AGAIN)
     known = {name for name, _ in model.named_parameters()}
     beyond = sorted(name for name in report["unexpected_keys"] if LAYER.sub(".0.", name, count=1) in known)
-    # layers that predict further tokens are stored behind the last one, and left out by design
+    # layers that predict further tokens are stored after the last one; they are left out by design
     if beyond and not getattr(architecture_of(model), "num_nextn_predict_layers", 0):
         what = (
             f"the base holds tensors of layers that its config.json does not count ({len(beyond)}, such as {beyond[0]})"
@@ -144,7 +147,7 @@ def _refuse_other_tensors(model: nn.Module, report: Mapping[str, Any], folder: P
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Everything but the 4-bit weights into `dtype`; buffers that are computed, as rotary frequencies, stay fp32."""
+    """Convert all but the 4-bit weights to `dtype`; computed buffers, as rotary frequencies, stay fp32."""
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     usual = getattr(model, "_keep_in_fp32_modules", None) or ()
     kept = {*strict, *(usual if dtype is torch.float16 else ())}

@@ -1,7 +1,8 @@
-"""Sizes of a model that the table of families lacks, read from transformers' own modules on the meta device.
+"""Skeleton sizes: sizes of a model family that is missing from the family table.
 
-Planning runs this file as a child process, so that it needs no torch itself: `python -m
-lorafit.backbone.skeleton_sizes FOLDER` writes one JSON object, the sizes or an error.
+They are read from transformers' own modules on the meta device. Planning runs this file as a child process, so that
+it needs no torch itself: `python -m lorafit.backbone.skeleton_sizes FOLDER` writes one JSON object, the sizes or an
+error.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(folder: str) -> None:
     except BackboneError as error:
         found = {"error": error.what, "fix": error.fix}
     except Exception as error:
-        # transformers' own code may fail in any way on a config it does not expect
+        # transformers may raise any error on an unexpected config
         found = {"error": f"transformers cannot build the model ({one_line(error)})", "fix": "check config.json"}
         if not isinstance(error, (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)):
             raise
@@ -97,20 +98,20 @@ def sizes_of(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(modules: Any) -> dict[int, int]:
-    """Return the size of each parameter of `modules` by its identity: shared ones count once."""
+    """Return the size of each parameter of `modules` by its identity; shared parameters count once."""
     return {id(weight): weight.numel() for module in modules for weight in module.parameters()}
 
 
 def _first(text: Any, keys: tuple[str, ...]) -> int:
-    """Return the first of `keys` that the configuration sets to a positive number; 0 without one."""
+    """Return the first positive number among the configuration's `keys`; 0 without one."""
     values = (getattr(text, key, None) for key in keys)
     return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
 def _projections(parts: list[nn.Module], text: Any) -> list[dict[str, Any]]:
-    """Return each kind of matrix in `parts`, with how many there are and the share that one token passes.
+    """Return each kind of matrix in `parts`, with its count and its share for one token.
 
-    A matrix belongs to the first part that holds it: the decoder, last, to what is outside its layers.
+    A matrix belongs to the first part that holds it. The decoder comes last and gets the matrices outside its layers.
     """
     seen: set[int] = set()
     found = Counter(matrix for part in parts for matrix in _matrices(part, seen, int(text.hidden_size)))
@@ -132,7 +133,10 @@ def _projections(parts: list[nn.Module], text: Any) -> list[dict[str, Any]]:
 
 
 def _matrices(part: nn.Module, seen: set[int], hidden: int) -> Iterator[tuple[str, int, int, bool]]:
-    """Yield the path, inputs and outputs of each linear not yet `seen`, and whether it is one of stacked experts."""
+    """Yield each linear that is not in `seen`: its path, inputs and outputs.
+
+    The last value says whether it is one of stacked experts.
+    """
     for path, module in part.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen:
             seen.add(id(module.weight))
@@ -149,7 +153,7 @@ def _matrices(part: nn.Module, seen: set[int], hidden: int) -> Iterator[tuple[st
 
 
 def _role(path: str) -> str:
-    """Return what a matrix does, by its name, and where that says nothing, by the module it is in."""
+    """Return the role of a matrix by its name, else by the module that holds it."""
     leaf, place = path.rpartition(".")[2], path.lower()
     if leaf in ROUTERS:
         return "other"
@@ -163,7 +167,10 @@ def _role(path: str) -> str:
 
 
 def _normed_width(layers: list[nn.Module], query_width: int, key_width: int, head_dim: int) -> int:
-    """Return the values that the norms of the mean layer see of one token; norms of one head see all heads."""
+    """Return the number of values of one token that the norms of the mean layer read.
+
+    A norm over one head reads all heads.
+    """
     total = 0
     for layer in layers:
         for path, module in layer.named_modules():

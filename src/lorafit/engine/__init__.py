@@ -1,8 +1,8 @@
-"""Speed and layout: packed micro-batches, attention over them, the loss, and generation."""
+"""Engine: packed micro-batches, attention, loss, decoder layers, autotune and generation."""
 
 from lorafit.engine.attention.packed import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.autotune.dry_run import DryRun, find_policy
-from lorafit.engine.autotune.problem import Work
+from lorafit.engine.autotune.problem import Workload
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.generate import generate
 from lorafit.engine.isolation import Isolation, assert_isolated
@@ -29,7 +29,7 @@ __all__ = [
     "Graphs",
     "DryRun",
     "find_policy",
-    "Work",
+    "Workload",
     "Isolation",
     "MicroBatch",
     "Segments",

@@ -1,4 +1,7 @@
-"""CUDA graphs: micro-batches that would wait for the processor are recorded once and replayed."""
+"""CUDA graphs: small micro-batches recorded once and replayed.
+
+The GPU would otherwise wait for the processor to launch their kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,26 @@ from lorafit.engine.packing import MicroBatch, Segments, layout_on, on_host
 from lorafit.engine.runtime import fixed_blocks, release_memory
 
 SIZES = 16
-"""Sizes up to the largest, equally far apart: steps of a like number of examples differ by a share of that."""
-LEAST_STEP, LEAST_ROWS = 64, 8
+"""Number of bucket sizes, equally far apart up to the largest.
+
+The sizes of steps with a similar number of examples differ by a share of the largest.
+"""
+MIN_STEP, MIN_ROWS = 64, 8
 BLOCK = 128
-"""The longest row is rounded up to a multiple of this, the rows of a block of attention."""
+"""Factor to which the longest row is rounded up: the rows of a block of attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sizes of a filled micro-batch: its tokens, its rows, the most tokens of a row, and its supervised tokens;
-    `even`: all rows are that long."""
+    """Hold the sizes of a filled micro-batch.
+
+    Attributes:
+        tokens: Number of tokens.
+        rows: Number of rows.
+        longest: Most tokens of a row.
+        supervised: Number of supervised tokens.
+        even: Whether all rows have `longest` tokens.
+    """
 
     tokens: int
     rows: int
@@ -41,94 +54,114 @@ class Bucket:
 
     @classmethod
     def of(cls, batch: MicroBatch, most: int, longest: int) -> Bucket:
-        """The one that `batch` goes into, where none has more than `most` tokens, and no row more than `longest`.
+        """Return the bucket of `batch`.
 
-        Rows of one round length, which fixed-length data has, make a bucket of their own: cuDNN takes them.
+        No bucket has more than `most` tokens, and no row more than `longest`. Rows of one round length, as in
+        fixed-length data, make a bucket of their own, because cuDNN supports them.
         """
-        step = _rounded(-(-most // SIZES), LEAST_STEP)
+        step = _rounded(-(-most // SIZES), MIN_STEP)
         rows, width, *others = on_host(batch.segments.layout).tolist()
         if not others and rows * width == batch.tokens and width % ROUND_WIDTH == 0:
             return cls(batch.tokens, rows, width, _supervised(batch, batch.tokens, step), even=True)
         tokens = _rounded(batch.tokens, step)
-        # one row more for the filler, which is less than a step
-        filled = max(LEAST_ROWS, 1 << batch.segments.cu_seqlens.shape[0].bit_length())
+        # one more row for the filler, which is shorter than a step
+        filled = max(MIN_ROWS, 1 << batch.segments.cu_seqlens.shape[0].bit_length())
         most_of_row = _rounded(max(longest, step), BLOCK)
         return cls(tokens, filled, most_of_row, _supervised(batch, tokens, step), even=False)
 
     @property
     def size(self) -> int:
-        """Numbers in a filled micro-batch."""
+        """Return the count of numbers in a filled micro-batch."""
         return 2 * self.tokens + 2 * self.supervised + self.rows + 1
 
     def filled(self, batch: MicroBatch) -> torch.Tensor:
-        """`batch`, on the CPU, filled up with a row of unsupervised tokens and with empty rows: `size` numbers.
+        """Return `batch`, on the CPU, filled up to `size` numbers.
 
-        Filler attends to itself alone and has no loss, so that it adds zeros to the adapters' gradients.
+        The filler is a row of unsupervised tokens, and empty rows. It attends only to itself and has no loss, so it
+        adds zeros to the adapters' gradients.
         """
         extra, spare = self.tokens - batch.tokens, self.supervised - batch.supervised
         cu_seqlens = batch.segments.cu_seqlens.numpy()
         parts = (
-            _with(batch.ids[0].numpy(), np.zeros(extra, np.int64)),
-            _with(batch.positions[0].numpy(), np.arange(extra)),
-            # from the end, where the filler is: a token with many gradients to add up takes its time
-            _with(batch.predictors.numpy(), np.arange(self.tokens - spare, self.tokens)),
-            _with(batch.targets.numpy(), np.full(spare, IGNORED)),
-            _with(cu_seqlens, np.full(self.rows + 1 - len(cu_seqlens), self.tokens)),
+            _appended(batch.ids[0].numpy(), np.zeros(extra, np.int64)),
+            _appended(batch.positions[0].numpy(), np.arange(extra)),
+            # different filler tokens, at the end: adding many gradients to one token is slow
+            _appended(batch.predictors.numpy(), np.arange(self.tokens - spare, self.tokens)),
+            _appended(batch.targets.numpy(), np.full(spare, IGNORED)),
+            _appended(cu_seqlens, np.full(self.rows + 1 - len(cu_seqlens), self.tokens)),
         )
         return torch.from_numpy(np.concatenate(parts))
 
     def batch_of(self, filled: torch.Tensor) -> MicroBatch:
-        """The micro-batch in `filled` (size,) int64, on its device; its tensors are views, but for the cu_seqlens."""
+        """Return the micro-batch in `filled` (size,) int64, on its device.
+
+        Its tensors are views, except the cu_seqlens.
+        """
         sizes = [self.tokens, self.tokens, self.supervised, self.supervised, self.rows + 1]
         ids, positions, predictors, targets, cu_seqlens = filled.split(sizes)
-        # two tensors: one handed over twice would have compiled layers made anew
+        # two tensors: the same one twice would recompile the layers
         gather, scatter = (torch.arange(self.tokens, device=filled.device) for _ in range(2))
-        # a second, empty group says that the rows' lengths are known to `cu_seqlens` alone
+        # a second, empty group marks that only `cu_seqlens` holds the rows' lengths
         layout = torch.tensor([self.rows, self.longest, *([] if self.even else [0, 0])])
         segments = Segments(cu_seqlens.to(torch.int32), gather, scatter, layout_on(filled.device, layout))
         return MicroBatch(ids[None], positions[None], predictors, targets, segments)
 
 
 def _supervised(batch: MicroBatch, tokens: int, step: int) -> int:
-    """In steps twice as large: each size is a graph, and the head's share of the work is small."""
+    """Return the supervised tokens, rounded up to steps twice as large.
+
+    Each size is a graph, and the head's share of the work is small.
+    """
     return min(_rounded(max(batch.supervised, 1), 2 * step), tokens)
 
 
 def _rounded(size: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """Return the next multiple of `step`."""
     return -(-size // step) * step
 
 
-def _with(values: NDArray[np.integer], more: NDArray[np.integer]) -> NDArray[np.int64]:
+def _appended(values: NDArray[np.integer], more: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.concatenate([values, more]).astype(np.int64)
 
 
-MOST = 32
-"""Buckets that are kept. A graph takes some 3 MB of the GPU for 16 layers (H200), unseen by torch's allocator."""
+MAX_BUCKETS = 32
+"""Number of buckets that are kept.
 
-ROOM = 1.1
-"""The pool's first block against what one micro-batch takes: what is lost between blocks that come and go."""
+A graph takes some 3 MB of the GPU for 16 layers (H200), which torch's allocator does not count.
+"""
+
+ARENA_MARGIN = 1.1
+"""Ratio of the pool's first block to one micro-batch's memory.
+
+The surplus covers losses between blocks that come and go.
+"""
 
 Pass = Callable[[MicroBatch, Tensor | float], Tensor]
-"""Forward and backward of a micro-batch on the GPU, and its loss (), detached, times the share given."""
+"""Runs forward and backward of a micro-batch on the GPU.
+
+Returns its loss (), detached, times the given share.
+"""
 
 
 def recordable(layers: DecoderLayers) -> bool:
-    """Whether micro-batches of such layers can be recorded: compiled, in bf16, and without capped scores, for other
-    kernels than flash attention's are started by the lengths of rows."""
+    """Return True if micro-batches of these layers can be recorded.
+
+    Layers must be compiled, in bf16, and without capped scores: other kernels than flash attention's are started by the
+    lengths of rows, which a graph cannot know.
+    """
     capped = getattr(layers.core.config.get_text_config(), "attn_logit_softcapping", None)
     return bool(layers.compiled and layers.core.dtype is torch.bfloat16 and not capped)
 
 
 class Graphs:
-    """Runs micro-batches of at most `layers.policy.cuda_graph_max_tokens` tokens as CUDA graphs, others as they are.
+    """Run micro-batches of at most `layers.policy.cuda_graph_max_tokens` tokens as CUDA graphs.
 
-    A bucket's first micro-batch runs as it is, its second is recorded. All graphs share one pool of memory, since no
-    two run at once, and add to gradients that stay where they are. The pool begins with one block of `arena_bytes`:
-    the blocks of such a pool neither grow (`fixed_blocks`) nor go, so that each new size would take more. What
-    graphs refer to is watched: when `layers` are turned, or adapters move, they are made anew. Where recording fails,
-    training goes on without, still filled up, so that a run that goes on and can record has the same bits; `tell` is
-    told why. Memory that runs out while recording is the caller's to make room for, like any other.
+    Larger ones run without. A bucket's first micro-batch runs without a graph, and its second is recorded. All graphs
+    share one memory pool, since no two run at once, and add to gradients that stay in place. The pool begins with one
+    block of `arena_bytes`: its blocks neither grow (`fixed_blocks`) nor are freed, so each new size would take more.
+    Graphs are recorded anew when the version of `layers` changes, or when adapters move. If recording fails, training
+    goes on without graphs, and `tell` is called with the reason. Micro-batches are still filled up, so that a resumed
+    run that can record has the same bits. The caller handles memory that runs out while recording, like any other.
     """
 
     def __init__(
@@ -142,29 +175,32 @@ class Graphs:
         self._frames: OrderedDict[Bucket, _Frame] = OrderedDict()
         self._gradients: list[Tensor] = []
         self._arena: torch.cuda.CUDAGraph | None = None
-        self._of: tuple[MemoryPolicy, int, list[int]] | None = None
+        self._recorded_for: tuple[MemoryPolicy, int, list[int]] | None = None
         self._pool: Any = None
 
     @property
     def records(self) -> bool:
-        """Whether micro-batches that are small enough are filled up and recorded."""
+        """Return True if small micro-batches are filled up and recorded."""
         policy = self.layers.policy
         return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and recordable(self.layers)
 
     @property
     def gradient_bytes(self) -> int:
-        """What the gradients take that graphs add to."""
+        """Return the bytes of the gradients that graphs add to."""
         return sum(gradient.nbytes for gradient in self._gradients)
 
     def run(self, batch: MicroBatch, share: float, work: Pass) -> Tensor:
-        """`work(batch, share)`; its gradients are added to the trained weights' `grad`. Raises OutOfMemoryError."""
+        """Return `work(batch, share)`, and add its gradients to the trained weights' `grad`.
+
+        Raises OutOfMemoryError.
+        """
         if not self.records:
             self.forget()
             return work(batch.to(self.device, non_blocking=True), share)
-        now = self.layers.policy, self.layers.turned, [weight.data_ptr() for weight in self.trained]
-        if now != self._of:
+        key = self.layers.policy, self.layers.version, [weight.data_ptr() for weight in self.trained]
+        if key != self._recorded_for:
             self.forget()
-            self._of = now
+            self._recorded_for = key
         self._own_gradients()
         if batch.tokens > self.layers.policy.cuda_graph_max_tokens:
             return work(batch.to(self.device, non_blocking=True), share)
@@ -173,25 +209,27 @@ class Graphs:
         if frame.seen and frame.graph is None and not self.failed:
             self._record(frame, work)
         frame.seen = True
-        if frame.graph is None:  # not yet, or never: it runs filled up all the same
+        if frame.graph is None:  # not recorded yet, or failed: run filled up
             return frame.through(work)
         frame.graph.replay()
         self.replays += 1
         return frame.loss.clone()
 
     def forget(self) -> None:
-        """Let go of all graphs and of their memory."""
+        """Drop all graphs and their memory."""
         self._gradients = []
         if self._frames:
             self._finish()
             self._frames.clear()
             self._arena = None
-            self._pool = None  # a pool that nothing uses any more cannot be used again while a block of it is alive
+            self._pool = None  # an unused pool cannot be reused while one of its blocks is alive
             release_memory()
 
     def give_back(self) -> bool:
-        """Let go of all graphs for something that is short of memory; they are recorded again when they come up.
-        False where there was none."""
+        """Drop all graphs when memory is short; they are recorded again on their next micro-batch.
+
+        Returns False if there were none.
+        """
         held = any(frame.graph is not None for frame in self._frames.values())
         self.forget()
         return held
@@ -200,18 +238,18 @@ class Graphs:
         if bucket not in self._frames:
             self._frames[bucket] = _Frame(bucket, self.device)
         self._frames.move_to_end(bucket)
-        if len(self._frames) > MOST:
+        if len(self._frames) > MAX_BUCKETS:
             self._finish()
             self._frames.popitem(last=False)
         return self._frames[bucket]
 
     def _finish(self) -> None:
-        """Wait for what was replayed: no graph may go while it runs."""
+        """Wait for replayed graphs: none may be freed while it runs."""
         if any(frame.graph for frame in self._frames.values()):
             torch.cuda.synchronize(self.device)
 
     def _own_gradients(self) -> None:
-        """Have every trained weight's gradient be the tensor that graphs add to, with what it holds already."""
+        """Make every trained weight's gradient the tensor that graphs add to, with its present values."""
         if not self._gradients:
             self._gradients = [torch.zeros_like(weight) for weight in self.trained]
         fresh = []
@@ -227,10 +265,13 @@ class Graphs:
             torch._foreach_zero_(fresh)
 
     def _record(self, frame: _Frame, work: Pass) -> None:
-        """Record `frame`; where that fails, nothing will be from then on. Raises torch.OutOfMemoryError."""
+        """Record `frame`; after a failure nothing is recorded any more.
+
+        Raises torch.OutOfMemoryError.
+        """
         reason = ""
         try:
-            with fixed_blocks(), _mended_if_broken(self.device, lambda: self._pool):
+            with fixed_blocks(), _restored_on_failure(self.device, lambda: self._pool):
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
                 if self._arena is None and self.arena_bytes:
@@ -241,29 +282,32 @@ class Graphs:
             raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if reason:  # outside of the handler, whose error holds on to what was recorded so far
+        if reason:  # outside of the handler, because the error keeps the recording alive
             self.failed = True
             self.forget()
             self.tell(f"micro-batches cannot be recorded as CUDA graphs ({reason}); they run without")
 
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of `work`, and what that returned."""
+        """Return a graph of `work`, and the result of `work`."""
         graph = torch.cuda.CUDAGraph()
-        # other threads page-lock memory and copy meanwhile, which is none of the graph's business
+        # other threads page-lock memory and copy meanwhile, which must not fail the recording
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = work()
         return graph, out
 
     def _take_arena(self) -> Tensor:
-        block = torch.empty(round(self.arena_bytes * ROOM), dtype=torch.uint8, device=self.device)
+        block = torch.empty(round(self.arena_bytes * ARENA_MARGIN), dtype=torch.uint8, device=self.device)
         return block[:1].zero_().clone()
 
 
 @contextlib.contextmanager
-def _mended_if_broken(device: torch.device, pool: Callable[[], Any]) -> Iterator[None]:
-    """When a recording within breaks, put right what torch leaves as it is (`CUDAGraph::capture_end` says so itself):
-    random numbers and memory that go on counting as part of it, and the stream. What the broken recording had taken
-    stays taken until the process ends, in torch up to 2.13 at least (pytorch/pytorch#190348)."""
+def _restored_on_failure(device: torch.device, pool: Callable[[], Any]) -> Iterator[None]:
+    """Restore torch's state when a recording inside the block fails.
+
+    torch does not do it, as `CUDAGraph::capture_end` says itself: the random generator and the memory pool would stay
+    part of the recording, and the stream would stay its stream. The failed recording's memory stays taken until the
+    process ends, in torch up to 2.13 at least (pytorch/pytorch#190348).
+    """
     if device.type != "cuda":
         yield
         return
@@ -274,13 +318,13 @@ def _mended_if_broken(device: torch.device, pool: Callable[[], Any]) -> Iterator
     except RuntimeError:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(before)
-        with contextlib.suppress(RuntimeError):  # it had ended after all
+        with contextlib.suppress(RuntimeError):  # raised if the recording had ended
             torch._C._cuda_endAllocateToPool(device.index or 0, pool())
         raise
 
 
 class _Frame:
-    """One bucket: where its micro-batches are put, and their graph once there is one."""
+    """Hold one bucket's input tensors, and its graph after it is recorded."""
 
     def __init__(self, bucket: Bucket, device: torch.device) -> None:
         self.bucket = bucket
@@ -291,11 +335,11 @@ class _Frame:
         self.loss = self.share
 
     def take(self, batch: MicroBatch, share: float) -> None:
-        """Put `batch` and `share` where the graph finds them, without waiting for the GPU."""
+        """Copy `batch` and `share` to the graph's inputs, without waiting for the GPU."""
         filled = self.bucket.filled(batch.to("cpu"))
         self.filled.copy_(filled.pin_memory() if self.filled.is_cuda else filled, non_blocking=True)
         self.share.fill_(share)
 
     def through(self, work: Pass) -> Tensor:
-        """`work` of what lies there."""
+        """Run `work` on the graph's inputs."""
         return work(self.bucket.batch_of(self.filled), self.share)

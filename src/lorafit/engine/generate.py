@@ -1,4 +1,4 @@
-"""Answers from a model: batched, left-padded, stopped at the template's own stop ids."""
+"""Generation: answers of a model, batched and left-padded, ended by the template's stop ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ BATCH_ROWS = 64
 
 
 class _TokenStream(BaseStreamer):
-    """Hands each new token id to a function; the first `put` is the prompt and is skipped."""
+    """Pass each new token id to a function.
+
+    The first `put` is the prompt and is skipped.
+    """
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self.on_token, self.prompted = on_token, False
@@ -38,10 +41,10 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids for each prompt, in order, without the stop token.
+    """Return the new token ids for each prompt, in order, without the stop token.
 
-    Greedy at temperature 0, else sampled with `seed`. Prompts are sorted by length into batches, so that little
-    is padded; padding is masked by position, never by token id. `on_token` streams a single prompt's answer.
+    Decoding is greedy at temperature 0, else sampled with `seed`. Prompts are sorted by length into batches, so that
+    little is padded; padding is masked by position, never by token id. `on_token` streams a single prompt's answer.
     """
     assert on_token is None or len(prompts) == 1, "only one answer can be streamed"
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -69,7 +72,7 @@ def _batch(
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
-    filler = stop_ids[0]  # masked out; any valid id would do
+    filler = stop_ids[0]  # masked, so any valid id works
     ids = torch.tensor([[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -1,4 +1,7 @@
-"""The start-up self-test: packed rows must have the logits they have alone, on the user's own model."""
+"""Isolation test: packed rows must have the logits of the same rows alone.
+
+It runs at start-up, on the user's own model.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,38 @@ from lorafit.engine.loss.vocabulary import supervised_logits
 from lorafit.engine.packing import collate
 from lorafit.errors import TrainingError
 
-# largest relative difference that rounding explains, beside the exact test
+# largest relative difference that rounding explains, in the second test
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
-# experts multiply the tokens routed to them together, so one row's routing moves another's rounding
+# experts multiply the tokens routed to them in one matmul, so one row's routing changes another's rounding
 ROUTING_NOISE = {torch.float32: 1e-5}
 
 PROBES = 32
-"""Supervised tokens of a row whose logits are compared: its first and its last ones."""
+"""Number of supervised tokens of a row whose logits are compared: the first and last ones."""
 
 Row = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """How far packed logits stood from the same rows alone: ‖packed − alone‖ / ‖alone‖, worst row."""
+    """Hold the result of the isolation test.
+
+    Attributes:
+        relative_difference: ‖packed − alone‖ / ‖alone‖ of the logits, for the worst row.
+        rows: Number of rows compared.
+    """
 
     relative_difference: float
     rows: int
 
 
 def assert_isolated(model: Any, rows: Sequence[Row]) -> Isolation:
-    """TrainingError when rows of a pack see each other in `model`, which must be on packed attention.
+    """Raise TrainingError if packed rows see each other in `model`.
 
-    Two tests. Replacing one row must not change a single bit of the others' logits, in the same layout (mixtures of
-    experts: nothing beyond rounding): that finds leaks of any size, such as a recurrent state carried on. And
-    packed logits must be those of the rows alone, as far as rounding allows: that finds wrong positions.
+    `model` must use packed attention. There are two tests:
+    - Replacing one row must not change a single bit of the other rows' logits in the same layout (mixtures of experts:
+      nothing beyond rounding). It finds leaks of any size, such as a recurrent state carried on.
+    - Packed logits must equal those of the rows alone, up to rounding. It finds wrong positions.
     """
     was_training = model.training
     model.eval()
@@ -53,7 +62,10 @@ def assert_isolated(model: Any, rows: Sequence[Row]) -> Isolation:
 
 
 def _thinned(mask: np.ndarray) -> np.ndarray:
-    """`mask` with its first and last supervised tokens only: every logit of long rows would take gigabytes."""
+    """Return `mask` with only its first and last supervised tokens.
+
+    Every logit of long rows would take gigabytes.
+    """
     supervised = np.flatnonzero(mask)
     thinned = np.zeros(len(mask), dtype=bool)
     thinned[supervised[: PROBES // 2]] = thinned[supervised[-PROBES // 2 :]] = True
@@ -72,7 +84,7 @@ def _assert_unmoved(model: Any, rows: Sequence[Row]) -> None:
     moved = float((before[others] - after[others]).float().norm() / before[others].float().norm().clamp_min(1e-9))
     routed = any("experts" in name for name, _ in model.named_modules())
     if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if routed else 0.0):
-        raise _leak(model, f"replacing one row moves the others' logits by {moved:.1%}")
+        raise _leak(model, f"replacing one row changes the other rows' logits by {moved:.1%}")
 
 
 def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
@@ -91,7 +103,7 @@ def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
 
 
 def _alone(model: Any, row: Row) -> torch.Tensor:
-    """The supervised logits of one row without packing, (supervised tokens, vocabulary), fp32."""
+    """Return the supervised logits of one row without packing, (supervised tokens, vocabulary), fp32."""
     ids, mask = row
     device = next(model.parameters()).device
     places = torch.from_numpy(np.flatnonzero(mask[1:])).to(device)
@@ -101,14 +113,17 @@ def _alone(model: Any, row: Row) -> torch.Tensor:
 
 
 def _assert_finite(model: Any, rows: Sequence[Row]) -> None:
-    """TrainingError when even rows alone have logits that are NaN or infinite: packing is not to blame then."""
+    """Raise TrainingError if rows alone also have NaN or infinite logits.
+
+    Packing is then not the cause.
+    """
     with unpacked(model):
         if all(bool(_alone(model, row).isfinite().all()) for row in rows):
             return
     raise TrainingError(
-        "the base's logits are not finite: its weights are damaged, or its activations overflow this precision",
+        "the base's logits are not finite because its weights are damaged or its activations overflow this precision",
         where=_name(model),
-        fix="check it against its source, or download it anew; or set compute=fp32",
+        fix="download the base again, or set compute=fp32",
     )
 
 
@@ -120,5 +135,5 @@ def _leak(model: Any, seen: str) -> TrainingError:
     return TrainingError(
         f"packed rows see each other in this model ({seen})",
         where=_name(model),
-        fix="lorafit cannot train this family yet; choose another base, and report this one",
+        fix="choose another base, and report this one: lorafit cannot train this family yet",
     )

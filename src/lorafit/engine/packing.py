@@ -1,4 +1,4 @@
-"""Packed micro-batches: rows laid one after another, and where each begins and ends."""
+"""Packing: micro-batches of rows laid one after another, with their row boundaries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_PADDED = 1.25  # a group of rows is padded to its longest while that costs a
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of similar length, laid side by side: token indices (rows, longest) into the packed axis.
+    """Hold rows of similar length side by side: token indices (rows, longest) into the packed axis.
 
     Short rows are padded on the right with their own first token. Under causal attention no real token sees
     a later one, and padded outputs are never read, so the padding is inert.
@@ -24,13 +24,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The rows of one micro-batch, as tensors only, so that compiled code need not be made anew for each micro-batch.
+    """Hold the row boundaries of one micro-batch, as tensors only.
 
-    `cu_seqlens` (rows + 1,) int32 as variable-length kernels want them; `gather` (padded tokens,) the groups' token
-    indices, one group after another; `scatter` (tokens,) for each packed token its place in `gather`; `layout`
-    (2 × groups,) int64: each group's rows and their width, by falling width; on a GPU, only what `on_host` knows it
-    by. Where a graph fixes all but `cu_seqlens`, `layout` is the most rows and their largest width, then
-    an empty group, and `gather` and `scatter` mean nothing.
+    Compiled code is then not compiled anew for each micro-batch. In a CUDA graph only `cu_seqlens` changes: `layout` is
+    then the most rows and their largest width, then an empty group, and `gather` and `scatter` mean nothing.
+
+    Attributes:
+        cu_seqlens: (rows + 1,) int32, as variable-length kernels take it.
+        gather: (padded tokens,) the groups' token indices, one group after another.
+        scatter: (tokens,) the place in `gather` of each packed token.
+        layout: (2 × groups,) int64, each group's rows and their width, by falling width. On a GPU it is a stand-in for
+            the tensor that `on_host` returns.
     """
 
     cu_seqlens: torch.Tensor
@@ -40,7 +44,7 @@ class Segments:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> Segments:
-        """Segments of rows that lie one after another, `lengths[i]` tokens each."""
+        """Return the segments of rows that lie one after another, `lengths[i]` tokens each."""
         sizes = np.asarray(lengths, dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         gather, layout = [], []
@@ -64,16 +68,16 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Return the number of tokens of the longest row."""
         return int(on_host(self.layout)[1])
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups, longest rows first."""
+        """Return the groups, longest rows first."""
         return groups_of(self.gather, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments with their tensors on `device`."""
+        """Return the same segments with their tensors on `device`."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -83,10 +87,10 @@ class Segments:
 
 
 def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
-    """`layout` for operators that run on `device`: where that is a GPU, an empty tensor there that stands for it.
+    """Return `layout` for operators that run on `device`; on a GPU, an empty stand-in tensor.
 
-    One input on the CPU would have the compiler take an operator's outputs for unaligned, and what reads them for
-    unable to load 16 bytes at a time (`backbone/kernels/frozen_linear_op.py` has more).
+    With one input on the CPU the compiler would treat an operator's outputs as unaligned, and their readers would not
+    load 16 bytes at a time (see `backbone/kernels/frozen_linear_op.py`).
     """
     host = on_host(layout)
     if torch.device(device).type != "cuda":
@@ -97,21 +101,25 @@ def layout_on(device: torch.device | str, layout: torch.Tensor) -> torch.Tensor:
 
 
 def on_host(layout: torch.Tensor) -> torch.Tensor:
-    """The layout (2 × groups,) that can be read without waiting for a GPU."""
+    """Return the layout (2 × groups,) on the CPU, without waiting for a GPU."""
     if not layout.is_cuda:
         return layout
     host = _ON_HOST.get(layout.data_ptr())
-    assert host is not None and host.numel() == layout.numel(), "a copy of what stands for a layout stands for none"
+    assert host is not None and host.numel() == layout.numel(), (
+        "no layout is registered at this address: a copy of a stand-in has none"
+    )
     return host
 
 
 _ON_HOST: dict[int, torch.Tensor] = {}
-"""Layouts by the address of what stands for them on a GPU. Addresses come round again, so this stays small; what lies
-at one of them now was entered last."""
+"""Layouts by the address of their stand-ins on a GPU.
+
+Addresses are reused, so the dictionary stays small, and the last entry at an address is the current one.
+"""
 
 
 def groups_of(gather: torch.Tensor, layout: torch.Tensor) -> tuple[Group, ...]:
-    """The groups that `gather` and `layout` describe."""
+    """Return the groups that `gather` and `layout` describe."""
     groups, start = [], 0
     for rows, width in on_host(layout).view(-1, 2).tolist():
         groups.append(Group(gather[start : start + rows * width].view(rows, width)))
@@ -120,7 +128,7 @@ def groups_of(gather: torch.Tensor, layout: torch.Tensor) -> tuple[Group, ...]:
 
 
 def _similar(lengths: np.ndarray) -> list[np.ndarray]:
-    """Row indices in groups whose padding stays within MAX_PADDED, each group longest row first."""
+    """Return row indices in groups whose padding stays within MAX_PADDED, each group longest row first."""
     groups: list[list[int]] = []
     tokens = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
@@ -138,10 +146,14 @@ def _similar(lengths: np.ndarray) -> list[np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows one after another on one axis, positions restarting at each row.
+    """Hold packed rows on one axis; positions restart at each row.
 
-    ids (1, tokens) int64; positions (1, tokens) int64; `predictors` (n,) int64 are the tokens whose successor is
-    supervised, and `targets` (n,) int64 those successors.
+    Attributes:
+        ids: (1, tokens) int64.
+        positions: (1, tokens) int64.
+        predictors: (n,) int64, the tokens whose successor is supervised.
+        targets: (n,) int64, those successors.
+        segments: The row boundaries.
     """
 
     ids: torch.Tensor
@@ -159,7 +171,7 @@ class MicroBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """The same micro-batch on `device`."""
+        """Return the same micro-batch on `device`."""
         return MicroBatch(
             ids=self.ids.to(device, non_blocking=non_blocking),
             positions=self.positions.to(device, non_blocking=non_blocking),
@@ -172,7 +184,7 @@ class MicroBatch:
 def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
     """Pack (ids (tokens,), mask (tokens,)) rows into one micro-batch.
 
-    A row's first token can never be supervised (nothing precedes it); its mask there is ignored.
+    A row's first token can never be supervised, since no token precedes it; its mask value is ignored.
     """
     pairs = list(rows)
     lengths = [len(ids) for ids, _ in pairs]
@@ -191,7 +203,14 @@ def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All micro-batches of one optimizer step, and what the loss is divided by: the step's supervised tokens."""
+    """Hold one optimizer step.
+
+    Attributes:
+        micro_batches: All micro-batches of the step.
+        supervised: Supervised tokens of the step, by which the loss is divided.
+        tokens: Tokens of the step.
+        rows: Indices of the step's rows.
+    """
 
     micro_batches: Sequence[MicroBatch]
     supervised: int

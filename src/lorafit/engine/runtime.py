@@ -1,4 +1,4 @@
-"""torch's allocators and its compiler, set up before a base is loaded."""
+"""Runtime: torch's allocators and compiler, configured before a base is loaded."""
 
 from __future__ import annotations
 
@@ -17,114 +17,128 @@ import torch
 
 from lorafit.hardware.detect import available_cores
 
-OPTION = "expandable_segments"
-GROWING, FIXED = f"{OPTION}:True", f"{OPTION}:False"
+GROWTH = "expandable_segments"
+GROWING, FIXED = f"{GROWTH}:True", f"{GROWTH}:False"
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Where a user says how torch's allocator is to work; which of two torch prefers depends on its release."""
+"""Environment variables for the user's allocator settings.
+
+torch's release decides which of the two has precedence.
+"""
 
 PAGE_BYTES = 20 << 20
-"""What a block grows by. Torch holds against its limit what is asked for, and may then take up to a page more."""
+"""Bytes by which a block grows.
+
+Torch checks the requested bytes against its limit, and may then take up to a page more.
+"""
 
 PINNED = "pinned_"
-"""Begins all settings of page-locked memory."""
-MOST_THREADS = 8
-PINNED_PAGES_STAY = (5, 12)
-"""Linux: since this release a page that was locked stays its process's own when that forks. Before, what the process
-then wrote could go to a new page, and the GPU read the old one; memory of CUDA's own is left out of forks."""
+"""Prefix of all settings of page-locked memory."""
+MAX_THREADS = 8
+PINNED_SAFE_KERNEL = (5, 12)
+"""First Linux release in which a page-locked page stays with its process after a fork.
+
+Before, the process's next write could go to a new page while the GPU read the old one. Memory that CUDA itself
+page-locks is left out of forks.
+"""
 
 _set_here: list[str] = []
-"""The settings that this module made last: not every torch has something that reads them back."""
+"""The last settings that this module made; not every torch can read them back."""
 
 
 def let_blocks_grow() -> None:
-    """Have torch's blocks on the GPU grow from here on: where sizes vary, far less is lost between them.
+    """Let torch's new blocks on the GPU grow.
 
-    The variable that asks for this is read when CUDA starts, which importing bitsandbytes does; torch also takes it
-    later, and blocks that are there already stay as they are. Whoever set it, to whichever value, is left alone.
+    With varying sizes, far less memory is lost between growing blocks. The variable for this setting is read when CUDA
+    starts, which importing bitsandbytes causes. torch also accepts the setting later, and existing blocks stay as they
+    are. A value that the user set is kept.
     """
-    said = _settings()
-    if _spoken_for(OPTION, said) or "MallocAsync" in said or not torch.cuda.is_available() or not _known_to_work():
+    current = _settings()
+    if _set_by_user(GROWTH, current) or "MallocAsync" in current:
         return
-    # a block that grows is refused by the driver, where it is, and not by the setting: better now than while loading
+    if not torch.cuda.is_available() or not _is_supported():
+        return
+    # a driver without growing blocks refuses the first block, not the setting: find out now, not while loading
     with contextlib.suppress(AttributeError, RuntimeError, ValueError):
         try:
-            _set(_with(said, GROWING))
+            _set(_with(current, GROWING))
             torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cuda")
         except (RuntimeError, ValueError):
-            _set(_with(said, FIXED))
+            _set(_with(current, FIXED))
 
 
 def lock_pages_by_threads() -> None:
-    """Have torch fault host memory in by several threads before CUDA locks it, from here on; to be called before
-    `let_blocks_grow`.
+    """Let torch fault in pinned host memory by several threads before CUDA locks it.
 
-    One call for a GiB faults its pages in one after another and keeps the process's other threads from mapping memory
-    meanwhile, a compiler's among them: at 8 GiB the first step came after 16.3 s so, and by eight threads after 12.6
-    (docs/performance.md). Whoever set anything about page-locked memory is left alone.
+    Call it before `let_blocks_grow`. A single call for a GiB faults its pages in one after another and keeps the
+    process's other threads, such as the compiler's, from mapping memory meanwhile: at 8 GiB the first step came after
+    16.3 s, and with eight threads after 12.6 (docs/performance.md). A value that the user set is kept.
     """
-    said = _settings()
-    share = min(MOST_THREADS, available_cores() // 2)
-    threads = 1 << max(0, share.bit_length() - 1)  # torch wants a power of two
-    if threads == 1 or _spoken_for(PINNED, said) or "MallocAsync" in said or not torch.cuda.is_available():
+    current = _settings()
+    wanted = min(MAX_THREADS, available_cores() // 2)
+    threads = 1 << max(0, wanted.bit_length() - 1)  # torch requires a power of two
+    if threads == 1 or _set_by_user(PINNED, current) or "MallocAsync" in current or not torch.cuda.is_available():
         return
-    if not _known_to_work() or _kernel() < PINNED_PAGES_STAY:
+    if not _is_supported() or _kernel_release() < PINNED_SAFE_KERNEL:
         return
     by_threads = f"{PINNED}use_cuda_host_register:True,{PINNED}num_register_threads:{threads}"
-    with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # a torch that has no such setting
+    with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # raised by a torch without this setting
         try:
-            _set(_with(said, by_threads))
+            _set(_with(current, by_threads))
             torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
         except (RuntimeError, ValueError):
-            _set(_with(said, f"{PINNED}use_cuda_host_register:False"))
+            _set(_with(current, f"{PINNED}use_cuda_host_register:False"))
 
 
 @contextlib.contextmanager
 def fixed_blocks() -> Iterator[None]:
-    """Within it new blocks do not grow, where `let_blocks_grow` had them grow.
+    """Create blocks that do not grow, inside the block of code.
 
-    For pools of CUDA graphs: torch counts how often such a pool's blocks grew and how many pieces it gives back, and
-    takes the pool for empty where the two agree. A pool of which something is still in use can be dropped under it,
-    or the count fall below zero, which is an error.
+    It undoes `let_blocks_grow` for pools of CUDA graphs. torch counts how often such a pool's blocks grew and how many
+    pieces it gives back, and takes the pool for empty if the two are equal. A pool in use can then be dropped, or the
+    count fall below zero, which is an error.
     """
-    said = _settings()
-    if not _set_here or said != _set_here[-1] or not said.endswith(GROWING):
+    current = _settings()
+    if not _set_here or current != _set_here[-1] or not current.endswith(GROWING):
         yield
         return
-    _set(said.removesuffix(GROWING) + FIXED)
+    _set(current.removesuffix(GROWING) + FIXED)
     try:
         yield
     finally:
-        _set(said)
+        _set(current)
 
 
 def release_memory() -> None:
-    """Give back what nobody refers to any more."""
+    """Release memory that nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def allocator_retries() -> int:
-    """How often the allocator found no room, gave back what it kept and asked again, since the process began."""
+    """Return how often the allocator ran out, released its cache and retried, since the process began."""
     return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
-def _spoken_for(option: str, said: str) -> bool:
-    """Whether a user set anything that `option` begins, which the settings in force or a variable say."""
-    return any(option in text for text in (said, *(os.environ.get(name, "") for name in VARIABLES)))
+def _set_by_user(option: str, current: str) -> bool:
+    """Return True if the current settings or an environment variable mention `option`."""
+    return any(option in text for text in (current, *(os.environ.get(name, "") for name in VARIABLES)))
 
 
-def _known_to_work() -> bool:
-    """Elsewhere torch warns that it cannot; under WSL drivers fail, not always at once (pytorch/pytorch#192330)."""
+def _is_supported() -> bool:
+    """Return True if growing blocks work on this system.
+
+    On other systems torch warns that they do not. Under WSL drivers fail, not always at once (pytorch/pytorch#192330).
+    """
     return sys.platform == "linux" and torch.version.hip is None and "microsoft" not in platform.release().lower()
 
 
-def _kernel() -> tuple[int, ...]:
+def _kernel_release() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]+", platform.release())[:2])
 
 
 def _settings() -> str:
-    """The allocator's settings in force, as torch would be given them."""
+    """Return the allocator's current settings, in torch's own format."""
     read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     if read is not None:
         return str(read())
@@ -132,9 +146,12 @@ def _settings() -> str:
     return _set_here[-1] if _set_here else next(asked, "")
 
 
-def _with(said: str, option: str) -> str:
-    """`said` and `option`: torch takes settings as a whole, and what they leave out goes back to its default."""
-    return ",".join(filter(None, (said.strip(" ,"), option)))
+def _with(current: str, option: str) -> str:
+    """Return `current` with `option` added.
+
+    torch takes settings as a whole, and resets every setting that is left out to its default.
+    """
+    return ",".join(filter(None, (current.strip(" ,"), option)))
 
 
 def _set(settings: str) -> None:
@@ -144,11 +161,14 @@ def _set(settings: str) -> None:
 
 
 IMPORTS = ("torch.distributed.tensor.experimental", "sympy.physics.units")
-"""The slow ones of what the first compile imports (torch 2.11 and 2.13); one that a release lacks is passed over."""
+"""Slow imports of the first compile (torch 2.11 and 2.13).
+
+A module that a release lacks is skipped.
+"""
 
 
 def warm_compiler() -> threading.Thread:
-    """Do in the background what the first compile would have to; it waits less."""
+    """Prepare the first compile in a background thread, and return the thread."""
     thread = threading.Thread(target=_warm, name="warm-compiler", daemon=True)
     thread.start()
     return thread
@@ -159,7 +179,7 @@ def _warm() -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     AsyncCompile.warm_pool()
-    AsyncCompile.wakeup()  # else the workers start with the first kernel
+    AsyncCompile.wakeup()  # starts the workers now, not with the first kernel
     _hash_sources()
     for name in IMPORTS:
         with suppress(ImportError):
@@ -167,7 +187,10 @@ def _warm() -> None:
 
 
 def _hash_sources() -> None:
-    """Of torch (1.2 s) and of Triton (0.6 s), once a process: part of every cache key."""
+    """Hash the sources of torch (1.2 s) and of Triton (0.6 s), once a process.
+
+    The hashes are part of every cache key.
+    """
     from torch._inductor.codecache import torch_key
     from torch.utils._triton import has_triton, triton_hash_with_backend
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 
-from lorafit.backbone import FrozenLinear4bit, dequantise, freeze_linears, quantise
+from lorafit.backbone import FrozenLinear4bit, dequantize, freeze_linears, quantize
 from lorafit.backbone.kernels.frozen_linear_op import few_rows, frozen_linear, op_arguments
 
 ALL, NONE = 1 << 30, 0
@@ -20,7 +20,7 @@ def weight(rows=96, columns=64, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("budget", [ALL, NONE], ids=["dense", "packed"])
 @pytest.mark.parametrize("bias", [None, torch.arange(96.0)], ids=["", "bias"])
 def test_forward_and_gradient_are_those_of_the_dequantised_weight(budget, bias):
-    linear = quantise(weight(), bias, dense_budget_bytes=budget)
+    linear = quantize(weight(), bias, dense_budget_bytes=budget)
     assert (linear.dense is not None) == (budget == ALL)
     x = torch.randn(2, 5, 64, requires_grad=True)
     dense = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
@@ -37,7 +37,7 @@ def test_forward_and_gradient_are_those_of_the_dequantised_weight(budget, bias):
 
 @pytest.mark.parametrize("budget", [ALL, NONE], ids=["dense", "packed"])
 def test_only_the_weight_is_kept_for_backward(budget):
-    linear = quantise(weight(), dense_budget_bytes=budget)
+    linear = quantize(weight(), dense_budget_bytes=budget)
     saved = []
     x = torch.randn(7, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -53,7 +53,7 @@ def test_only_the_weight_is_kept_for_backward(budget):
 @pytest.mark.parametrize("budget", [ALL, NONE], ids=["dense", "packed"])
 def test_the_packed_bytes_survive_training_and_evaluation_where_bitsandbytes_would_repack(monkeypatch, budget):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    linear = quantise(weight(), dense_budget_bytes=budget)
+    linear = quantize(weight(), dense_budget_bytes=budget)
     upstream = Linear4bit(64, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     upstream.weight = copy.deepcopy(linear.weight)
     upstream.support_avx512bf16_for_cpu = linear.support_avx512bf16_for_cpu = True
@@ -77,11 +77,11 @@ def test_the_packed_bytes_survive_training_and_evaluation_where_bitsandbytes_wou
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 def test_the_kernel_for_few_rows_is_fed_the_same_weight(double):
-    linear = quantise(weight(), double=double)
+    linear = quantize(weight(), double=double)
     x = torch.randn(2, 3, 64)
     *state, out_features, _, block, quant_type = op_arguments(linear.weight.data, linear.weight.quant_state)
     found = few_rows(x, *state, out_features, block, quant_type)
-    torch.testing.assert_close(found, x @ dequantise(linear).T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, x @ dequantize(linear).T, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -89,9 +89,9 @@ def test_the_kernel_for_few_rows_is_fed_the_same_weight(double):
 @pytest.mark.parametrize("rows", [1, 16, 17, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu_output_and_gradient_are_those_of_the_dequantised_weight(dtype, rows):
-    linear = quantise(weight(256, 128).cuda().to(dtype), torch.randn(256).cuda().to(dtype))
+    linear = quantize(weight(256, 128).cuda().to(dtype), torch.randn(256).cuda().to(dtype))
     packed = linear.weight.data.clone()
-    dense = dequantise(linear)
+    dense = dequantize(linear)
     assert torch.equal(dense, bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state))
     x = torch.randn(rows, 128, device="cuda", dtype=dtype, requires_grad=True)
     x_ref = x.detach().clone().requires_grad_(True)
@@ -109,7 +109,7 @@ def test_on_a_gpu_output_and_gradient_are_those_of_the_dequantised_weight(dtype,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_only_the_packed_weight_is_kept_for_backward():
-    linear = quantise(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16))
+    linear = quantize(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16))
     x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     before = torch.cuda.memory_allocated()
     out = linear(x)
@@ -118,7 +118,7 @@ def test_on_a_gpu_only_the_packed_weight_is_kept_for_backward():
 
 def test_the_op_passes_pytorchs_own_checks():
     for double in (True, False):
-        linear = quantise(weight(), double=double)
+        linear = quantize(weight(), double=double)
         arguments = op_arguments(linear.weight.data, linear.weight.quant_state)
         x = torch.randn(3, 64, requires_grad=True)
         torch.library.opcheck(frozen_linear, (x, *arguments, False))
@@ -127,7 +127,7 @@ def test_the_op_passes_pytorchs_own_checks():
 
 
 def test_the_second_derivative_is_right():
-    linear = quantise(weight(8, 64).double().float())
+    linear = quantize(weight(8, 64).double().float())
     x = torch.randn(2, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
@@ -136,7 +136,7 @@ def test_the_second_derivative_is_right():
 
 
 def test_it_compiles_whole_and_once_for_layers_of_the_same_shape():
-    layers = [quantise(weight(64, 64, seed), dense_budget_bytes=NONE) for seed in range(4)]
+    layers = [quantize(weight(64, 64, seed), dense_budget_bytes=NONE) for seed in range(4)]
     frames = []
 
     def count(graph, _):
@@ -152,7 +152,7 @@ def test_it_compiles_whole_and_once_for_layers_of_the_same_shape():
 
 
 def test_the_input_dtype_comes_back_and_the_sums_are_in_the_compute_dtype():
-    linear = quantise(weight(), compute_dtype=torch.float32)
+    linear = quantize(weight(), compute_dtype=torch.float32)
     x = torch.randn(3, 64).bfloat16()
     out = linear(x)
     assert out.dtype == torch.bfloat16
@@ -171,7 +171,7 @@ def test_freezing_swaps_the_class_and_stays_a_linear4bit():
 
 
 def test_dense_copies_are_kept_as_long_as_the_budget_lasts():
-    model = torch.nn.Sequential(*(quantise(weight(64, 64, seed)) for seed in range(4)))
+    model = torch.nn.Sequential(*(quantize(weight(64, 64, seed)) for seed in range(4)))
     freeze_linears(model, dense_budget_bytes=2 * 64 * 64 * 4)
     assert [linear.dense is not None for linear in model] == [True, True, False, False]
     freeze_linears(model, dense_budget_bytes=0)
@@ -179,8 +179,8 @@ def test_dense_copies_are_kept_as_long_as_the_budget_lasts():
 
 
 def test_a_new_weight_makes_the_dense_copy_stale_and_it_is_not_used():
-    linear = quantise(weight(seed=0), dense_budget_bytes=ALL)
-    other = quantise(weight(seed=1))
+    linear = quantize(weight(seed=0), dense_budget_bytes=ALL)
+    other = quantize(weight(seed=1))
     x = torch.randn(3, 64)
     linear.weight = other.weight  # as PEFT's merge does
     assert linear.dense is None
@@ -188,7 +188,7 @@ def test_a_new_weight_makes_the_dense_copy_stale_and_it_is_not_used():
 
 
 def test_moving_the_layer_makes_a_fresh_dense_copy_of_what_was_moved():
-    linear = quantise(weight(), dense_budget_bytes=ALL)
+    linear = quantize(weight(), dense_budget_bytes=ALL)
     x = torch.randn(3, 64)
     expected, before = linear(x), linear.dense
     linear.to("cpu")
@@ -199,7 +199,7 @@ def test_moving_the_layer_makes_a_fresh_dense_copy_of_what_was_moved():
 
 
 def test_copies_and_state_dicts_hold_no_dense_weight():
-    linear = quantise(weight(), dense_budget_bytes=ALL)
+    linear = quantize(weight(), dense_budget_bytes=ALL)
     assert not any("dense" in key or "_kept" in key for key in linear.state_dict())
     assert {name for name, _ in linear.named_parameters()} == {"weight"}
     twin = copy.deepcopy(linear)
@@ -210,7 +210,7 @@ def test_copies_and_state_dicts_hold_no_dense_weight():
 
 def test_an_empty_input_gives_an_empty_output():
     for budget in (ALL, NONE):
-        assert quantise(weight(), dense_budget_bytes=budget)(torch.empty(0, 64)).shape == (0, 96)
+        assert quantize(weight(), dense_budget_bytes=budget)(torch.empty(0, 64)).shape == (0, 96)
 
 
 def test_moving_to_where_it_is_keeps_the_dense_copy(tmp_path):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from lorafit.backbone import FrozenLinear4bit, computing_in, dequantise, freeze_linears, frozen_features, quantise
-from lorafit.backbone.kernels.frozen_linear_fp8 import fp8_row_scales, frozen_linear_fp8, quantised_rows
+from lorafit.backbone import FrozenLinear4bit, computing_in, dequantize, freeze_linears, frozen_features, quantize
+from lorafit.backbone.kernels.frozen_linear_fp8 import fp8_row_scales, frozen_linear_fp8, quantized_rows
 from lorafit.backbone.kernels.frozen_linear_op import frozen_linear, frozen_product, handle_for, op_arguments
 
 BOUND = 0.05
@@ -16,7 +16,7 @@ BOUND = 0.05
 
 def linear(rows=96, columns=128, seed=0, device="cpu", fp8=True, bias=None, **options):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
-    made = quantise(weight.to(device, torch.bfloat16), bias, **options)
+    made = quantize(weight.to(device, torch.bfloat16), bias, **options)
     freeze_linears(made, torch.bfloat16, 0, fp8=fp8)
     return made
 
@@ -43,7 +43,7 @@ def test_output_and_gradient_differ_from_the_exact_ones_by_less_than_the_stated_
     assert layer.row_scales is not None
     x, g = normal(2, 5, columns), normal(2, 5, 96, seed=2)
     out, gradient = output_and_gradient(layer, x, g)
-    exact = dequantise(layer, torch.float32)
+    exact = dequantize(layer, torch.float32)
     assert out.dtype == gradient.dtype == torch.bfloat16
     assert 0.01 < difference(out, x.float() @ exact.T) < BOUND  # above zero: it really was in FP8
     assert 0.01 < difference(gradient, g.float() @ exact) < BOUND
@@ -109,7 +109,7 @@ def test_rows_are_scaled_apart_and_zeros_and_nans_stay_where_they_are():
 
 def test_quantised_rows_use_the_whole_range_and_give_nearly_the_values_back():
     x = normal(5, 64) * torch.tensor([1e-9, 1e-3, 1, 1e3, 1e9])[:, None]
-    narrow, scale = quantised_rows(x)
+    narrow, scale = quantized_rows(x)
     assert narrow.float().abs().amax(1).eq(448).all()
     # half of the last place of three bits, and of the smallest number there is
     error = (narrow.float() * scale - x.float()).abs()
@@ -156,7 +156,7 @@ def test_the_input_dtype_comes_back():
 def test_computing_in_another_precision_is_never_in_fp8():
     model = torch.nn.Sequential(linear())
     x = normal(3, 128)
-    expected = x.float() @ dequantise(model[0], torch.float32).T
+    expected = x.float() @ dequantize(model[0], torch.float32).T
     before = model(x)
     with computing_in(model, torch.float32):
         torch.testing.assert_close(model(x.float()), expected, rtol=1e-5, atol=1e-5)
@@ -175,7 +175,7 @@ def test_the_op_passes_pytorchs_own_checks():
     # no test_schema: torch cannot compare e4m3 tensors on a CPU
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for width, transposed in ((128, False), (96, True)):
-        arguments = (*quantised_rows(normal(2, 3, width)), layer.row_scales, *weight, transposed)
+        arguments = (*quantized_rows(normal(2, 3, width)), layer.row_scales, *weight, transposed)
         torch.library.opcheck(frozen_linear_fp8, arguments, test_utils=checks)
 
 
@@ -231,7 +231,7 @@ def test_on_a_gpu_output_and_gradient_are_those_of_the_cpus_arithmetic(rows, col
     for on_gpu, on_cpu in zip(found, output_and_gradient(reference, x, g)):
         # the same rounded numbers, summed in the 14 bits or so that fast accumulation has
         assert difference(on_gpu.cpu(), on_cpu) < 0.02
-    exact = dequantise(layer, torch.float32).cpu()
+    exact = dequantize(layer, torch.float32).cpu()
     assert difference(found[0].cpu(), x.float() @ exact.T) < BOUND
     assert difference(found[1].cpu(), g.float() @ exact) < BOUND
 
@@ -249,9 +249,9 @@ def test_on_a_gpu_it_compiles_whole_for_any_length():
 
 
 def test_a_frozen_forward_is_known_by_its_widths_and_nothing_else_is():
-    linear = quantise(torch.randn(96, 64))
+    linear = quantize(torch.randn(96, 64))
     packed = op_arguments(linear.weight.data, linear.weight.quant_state)
-    narrow = (*quantised_rows(torch.randn(2, 64)), fp8_row_scales(linear.weight.data, linear.weight.quant_state))
+    narrow = (*quantized_rows(torch.randn(2, 64)), fp8_row_scales(linear.weight.data, linear.weight.quant_state))
     assert frozen_features(frozen_linear, (torch.randn(2, 64), *packed, False)) == (64, 96)
     handle = (handle_for(linear, torch.device("cpu")), 96, 64)
     assert frozen_features(frozen_linear_fp8, (*narrow, *handle, False)) == (64, 96)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
-from lorafit.backbone import freeze_linears, quantise
-from lorafit.backbone.kernels.frozen_linear_op import frozen_product, handle_for, holder_of
+from lorafit.backbone import freeze_linears, quantize
+from lorafit.backbone.kernels.frozen_linear_op import frozen_product, handle_for, linear_of
 
 
 def linear(seed=0, bias=None, rows=96, dtype=torch.float32):
     dense = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return quantise(dense, bias, dense_budget_bytes=0)
+    return quantize(dense, bias, dense_budget_bytes=0)
 
 
 class Seen:
@@ -56,7 +56,7 @@ def test_compiled_code_is_given_one_handle_a_weight_and_has_the_eager_output_and
 
 def test_no_params4bit_reaches_the_op():
     layer = linear()
-    for arguments in (layer.packed(), holder_of(layer._handle).packed()):
+    for arguments in (layer.packed(), linear_of(layer._handle).packed()):
         assert all(type(value) is torch.Tensor for value in arguments if isinstance(value, torch.Tensor))
         assert isinstance(layer.weight, Params4bit)
 
@@ -146,7 +146,7 @@ def test_a_handle_of_a_layer_that_is_gone_says_so():
     del layer
     gc.collect()
     with pytest.raises(AssertionError, match="gone"):
-        holder_of(handle)
+        linear_of(handle)
 
 
 def test_handles_are_read_on_the_cpu_whatever_the_default_device():
@@ -157,8 +157,8 @@ def test_handles_are_read_on_the_cpu_whatever_the_default_device():
 @pytest.mark.gpu
 def test_on_a_gpu_a_handle_lies_there_and_is_known_without_being_read():
     layer = linear(dtype=torch.bfloat16).cuda()
-    assert layer._handle.is_cuda and holder_of(layer._handle) is layer
-    assert holder_of(layer._handle.clone()) is layer  # a copy is read
+    assert layer._handle.is_cuda and linear_of(layer._handle) is layer
+    assert linear_of(layer._handle.clone()) is layer  # a copy is read
     call, _ = compiled(layer)
     graph, x = torch.cuda.CUDAGraph(), torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
     wanted = call(x)

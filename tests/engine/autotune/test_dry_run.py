@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.autotune import dry_run
-from lorafit.engine.autotune.problem import Problem, Work
+from lorafit.engine.autotune.problem import Problem, Workload
 from lorafit.memory.layer_costs import LayerCosts, Link
 from lorafit.memory.solver import Room
 from turned_layers import TurnedLayers
@@ -22,7 +22,7 @@ COSTS = LayerCosts(
     feed_forward_working_bytes=512 * MB, whole_working_bytes=584 * MB, loss_bytes=304 * MB,
 )  # fmt: skip
 TIGHTEST = "recompute_layers=32,offloaded_layers=32,host_embeddings=on,micro_tokens=2048"
-WORK = Work(None, None, max_length=2048, longest=2048, step_tokens=2048.0, coming_bytes=80 * MB)
+WORK = Workload(None, None, max_length=2048, longest=2048, step_tokens=2048.0, coming_bytes=80 * MB)
 BUDGET = 6144 * MB
 START = Problem(COSTS, Room(BUDGET, 64 << 30, Link(50e9, 50e9)), 2048, WORK)
 
@@ -95,7 +95,7 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     limit = BUDGET * (1 - crowded)
 
     def peak_of(problem):
-        return standing_mb * MB + round(errs * problem._in_force()[0])
+        return standing_mb * MB + round(errs * problem._taken()[0])
 
     def attempt(model, layers, work, budget, problem):
         peak = peak_of(problem)
@@ -107,7 +107,7 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     problems = [replace(START, room=replace(room, device_bytes=mb * MB)) for mb in range(600, 6144, 40)]
     fitting = [problem for problem in problems if problem.has_policy]
     spared = limit - errs * COSTS.kept_bytes - dry_run.SLACK_BYTES
-    reachable = [problem._in_force()[1] for problem in fitting if peak_of(problem) <= spared]
+    reachable = [problem._taken()[1] for problem in fitting if peak_of(problem) <= spared]
     smallest = replace(START, room=replace(room, device_bytes=MB))
     assume(peak_of(smallest) <= limit)
     layers = TurnedLayers()
@@ -117,7 +117,7 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     assert tried[-1].fits and tried[-1].policy == str(layers.policy)
     if len(tried) > 1 and tried[-1].peak_bytes < (1 - dry_run.UNUSED_SHARE) * BUDGET and reachable:
         rests = replace(START, room=replace(room, device_bytes=tried[-1].room_bytes))
-        assert rests._in_force()[1] <= min(reachable) * 1.02
+        assert rests._taken()[1] <= min(reachable) * 1.02
 
 
 def test_shrinking_that_went_too_far_is_taken_back(monkeypatch):
@@ -125,7 +125,7 @@ def test_shrinking_that_went_too_far_is_taken_back(monkeypatch):
     start = replace(START, room=Room(3050 * MB))  # no link: bytes that are saved stay
 
     def attempt(model, layers, work, budget, problem):
-        peak = 3000 * MB + problem._in_force()[0]
+        peak = 3000 * MB + problem._taken()[0]
         fits = len(tried) > 1
         return dry_run.Attempt(str(layers.policy), problem.room.device_bytes, peak, peak, 0, (0,), 0.0, fits)
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafit.backbone import quantise
+from lorafit.backbone import quantize
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.autotune import problem
-from lorafit.engine.autotune.measure import LevelCost, Products
-from lorafit.engine.autotune.problem import Problem, Work, dense_layers
+from lorafit.engine.autotune.measure import LevelCost, MlpMatmuls
+from lorafit.engine.autotune.problem import Problem, Workload, dequantizable_layers
 from lorafit.memory.layer_costs import LayerCosts, Link, Split
 from lorafit.memory.solver import Room
 from turned_layers import TurnedLayers
@@ -24,7 +24,7 @@ COSTS = LayerCosts(
 
 
 def turned(room, costs=COSTS, max_length=1024):
-    work = Work(None, None, max_length=max_length, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    work = Workload(None, None, max_length=max_length, longest=1024, step_tokens=1024.0, coming_bytes=0)
     layers = TurnedLayers()
     Problem(costs, room, 1024, work).apply(layers)
     return layers
@@ -149,7 +149,7 @@ def problems(draw):
         embedding_bytes=draw(st.sampled_from([0, 1050])) * MB, embedding_s=0.002,
     )  # fmt: skip
     longest, mean = draw(st.sampled_from([256, 2048])), draw(st.sampled_from([1024.0, 6000.0]))
-    work = Work(None, None, max_length=2048, longest=longest, step_tokens=mean, coming_bytes=0)
+    work = Workload(None, None, max_length=2048, longest=longest, step_tokens=mean, coming_bytes=0)
     return Problem(costs, room, 2048, work)
 
 
@@ -172,19 +172,19 @@ def test_relief_after_relief_a_run_needs_less_until_there_is_none(problem):
 
 
 def test_weights_lie_unpacked_as_far_as_the_room_goes_from_the_first_layer_on():
-    linears = [quantise(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
+    linears = [quantize(torch.randn(64, 64), compute_dtype=torch.bfloat16) for _ in range(4)]
     each = 64 * 64 * 2
     layers = SimpleNamespace(frozen=[linears[:2], linears[2:3], linears[3:]])
     for spare, wanted in ((-1, 0), (2 * each - 1, 0), (2 * each, 1), (3 * each, 2), (99 * each, 3)):
-        assert dense_layers(layers, spare) == wanted
-    assert dense_layers(SimpleNamespace(frozen=[[], []]), 1 << 30) == 0  # a base in 16 bits
+        assert dequantizable_layers(layers, spare) == wanted
+    assert dequantizable_layers(SimpleNamespace(frozen=[[], []]), 1 << 30) == 0  # a base in 16 bits
 
 
 def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(monkeypatch):
     tried = []
     cost = LevelCost(saved_bytes=92, working_bytes=100, forward_s=0.005, backward_s=0.008, launch_s=0.001)
 
-    def measure(layers, run, level, meanwhile):
+    def measure(layers, run, level, on_compile):
         tried.append(layers.policy.dequantized_layers)
         return cost if len(tried) > 1 else None
 
@@ -192,7 +192,7 @@ def test_where_one_layer_does_not_fit_unpacked_weights_go_before_anything_else(m
     monkeypatch.setattr(problem, "release_memory", lambda: None)
     layers = TurnedLayers()
     layers.policy = MemoryPolicy(dequantized_layers=32)
-    work = Work(lambda tokens: tokens, print, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    work = Workload(lambda tokens: tokens, print, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     assert problem._measured(None, layers, work, "keep") == (1024, cost)
     assert tried == [32, 0] and layers.policy.dequantized_layers == 0
 
@@ -221,13 +221,13 @@ def test_micro_batches_that_wait_for_the_processor_run_as_graphs(monkeypatch, co
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     everything = 32 * cost.saved_bytes + cost.working_bytes
     budget = round((everything + spare_mb * MB + problem.SLACK_BYTES) / (1 - problem.LOST_SHARE))
-    work = Work(lambda tokens: batch, None, max_length=1024, longest=256, step_tokens=mean, coming_bytes=0)
+    work = Workload(lambda tokens: batch, None, max_length=1024, longest=256, step_tokens=mean, coming_bytes=0)
     assert problem.measured_problem(None, layers, work, budget) is None
     assert layers.policy == MemoryPolicy(cuda_graph_max_tokens=graphs)
 
 
 def test_less_room_is_a_tighter_policy():
-    work = Work(None, None, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
+    work = Workload(None, None, max_length=1024, longest=1024, step_tokens=1024.0, coming_bytes=0)
     loose = Problem(COSTS, Room(4 << 30), 1024, work)
     first, second = TurnedLayers(), TurnedLayers()
     loose.apply(first)
@@ -237,9 +237,9 @@ def test_less_room_is_a_tighter_policy():
 
 def test_what_is_left_out_and_kept_in_again_is_what_it_was():
     keep = LevelCost(saved_bytes=92, working_bytes=100, forward_s=0.005, backward_s=0.008, launch_s=0.001)
-    products = Products(56, 0.0027)
-    light = products.left_out_of(keep)
+    products = MlpMatmuls(56, 0.0027)
+    light = products.recomputed(keep)
     assert (light.saved_bytes, light.working_bytes) == (36, 156)
     assert light.backward_s == pytest.approx(0.0107)
-    again = products.kept_in(light)
+    again = products.kept(light)
     assert replace(again, backward_s=round(again.backward_s, 9)) == keep

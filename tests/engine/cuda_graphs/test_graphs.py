@@ -28,7 +28,7 @@ def layers_like(policy, **given):
     core = SimpleNamespace(dtype=given.get("dtype", torch.bfloat16), config=text)
     notes = []
     compiled = given.get("compiled", True)
-    return SimpleNamespace(policy=policy, core=core, compiled=compiled, turned=0, notes=notes, note=notes.append)
+    return SimpleNamespace(policy=policy, core=core, compiled=compiled, version=0, notes=notes, note=notes.append)
 
 
 class Replay:
@@ -114,7 +114,7 @@ def test_graphs_are_made_anew_when_what_they_refer_to_has_moved(small, recorded)
     batch = batch_of((20, 12))
     for change in (
         lambda: None,
-        lambda: setattr(small.layers, "turned", 1),
+        lambda: setattr(small.layers, "version", 1),
         lambda: setattr(small.layers, "policy", MemoryPolicy(cuda_graph_max_tokens=64, dequantized_layers=1)),
         lambda: setattr(WEIGHT, "data", WEIGHT.data.clone()),
     ):
@@ -126,7 +126,7 @@ def test_graphs_are_made_anew_when_what_they_refer_to_has_moved(small, recorded)
 
 
 def test_buckets_that_were_not_used_for_long_are_let_go(small, recorded, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "MAX_BUCKETS", 2)
     small.layers.policy = MemoryPolicy(cuda_graph_max_tokens=4000)
     for tokens in (30, 300, 30, 900, 30):
         small.run(batch_of((tokens, tokens + 1)), 1.0, work)

@@ -14,8 +14,8 @@ from lorafit.backbone import load_backbone
 from lorafit.backbone.kernels import frozen_linear_op
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine import DecoderLayers, Work, collate, find_policy, packed, summed_loss
-from lorafit.engine.autotune.measure import feed_forward_products, measure_level
+from lorafit.engine import DecoderLayers, Workload, collate, find_policy, packed, summed_loss
+from lorafit.engine.autotune.measure import measure_level, mlp_matmuls
 from lorafit.engine.layers import decoder as recompute
 from lorafit.engine.layers import offload
 from lorafit.engine.layers.decoder import feed_forward_widths
@@ -43,7 +43,7 @@ def adapted(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_tensors_leave(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 64)
+    monkeypatch.setattr(offload, "MIN_BYTES", 64)
     monkeypatch.setattr(offload, "CHUNK_BYTES", 1 << 16)
 
 
@@ -312,7 +312,7 @@ def test_the_dry_run_finds_a_policy_within_the_budget(on_gpu):
         with packed(on_gpu), torch.autocast("cuda", dtype=torch.bfloat16):
             return summed_loss(on_gpu, batch) * share
 
-    work = Work(
+    work = Workload(
         batch_of=lambda tokens: collate(rows_of([128] * max(1, tokens // 128))).to("cuda"),
         loss_of=loss_of, max_length=4096, longest=128, step_tokens=4096.0, coming_bytes=0,
     )  # fmt: skip
@@ -332,10 +332,10 @@ def test_what_is_reckoned_of_a_recomputed_feed_forward_is_what_is_measured(on_gp
             return summed_loss(on_gpu, batch)
 
     layers = DecoderLayers(on_gpu, MemoryPolicy())
-    products = feed_forward_products(layers, batch.tokens)
+    products = mlp_matmuls(layers, batch.tokens)
     keep, light = (measure_level(layers, run_model, level) for level in ("keep", "feed_forward"))
     assert products.size_bytes == keep.saved_bytes - light.saved_bytes > 0
-    reckoned = products.left_out_of(keep)
+    reckoned = products.recomputed(keep)
     assert 0.5 < reckoned.working_bytes / light.working_bytes < 2
 
 

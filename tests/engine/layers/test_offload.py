@@ -11,7 +11,7 @@ LAYERS = 4
 
 @pytest.fixture(autouse=True)
 def small_tensors_count(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
     monkeypatch.setattr(offload, "CHUNK_BYTES", 4096)
 
 

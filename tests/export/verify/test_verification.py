@@ -95,12 +95,12 @@ def test_the_base_without_the_delta_fails_and_so_does_a_double_delta(trained, me
 
 
 def test_merging_by_requantising_as_peft_does_fails(trained, merged, rows, tmp_path):
-    from lorafit.backbone import dequantise, quantise
+    from lorafit.backbone import dequantize, quantize
 
     def change(tensors):
         for name, tensor in tensors.items():
             if "_proj" in name:
-                tensors[name] = dequantise(quantise(tensor.float())).to(torch.bfloat16)
+                tensors[name] = dequantize(quantize(tensor.float())).to(torch.bfloat16)
 
     result = verify(trained.live, damaged(merged, tmp_path / "peft", change), rows, "quantized")
     assert not result.passed

@@ -34,7 +34,7 @@ class Layers:
     """What graphs and the retry after an out-of-memory need of the decoder layers."""
 
     def __init__(self, policy):
-        self.policy, self.turned, self.notes = policy, 0, []
+        self.policy, self.version, self.notes = policy, 0, []
         self.note = self.notes.append
 
     def reduce_memory(self):

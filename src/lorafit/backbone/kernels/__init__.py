@@ -1,1 +1,1 @@
-"""Frozen linears on packed weights, and the kernels that unpack them."""
+"""Kernels: frozen linears on packed weights, and kernels that dequantize them."""

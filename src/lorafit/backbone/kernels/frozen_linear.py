@@ -1,8 +1,8 @@
 """FrozenLinear4bit: bitsandbytes' 4-bit layer with the frozen op as its forward.
 
-It stays a `bitsandbytes.nn.Linear4bit`, so PEFT wraps it as it always does. On a CPU the weight is
-dequantised once and kept, and bitsandbytes' own forward, which may repack the 4-bit weight in place
-(`bitsandbytes/nn/modules.py`, AVX512-BF16), never runs.
+It stays a `bitsandbytes.nn.Linear4bit`, so that PEFT wraps it as usual. On a CPU the weight is dequantized once and
+kept. bitsandbytes' own forward never runs: it may repack the 4-bit weight in place (`bitsandbytes/nn/modules.py`,
+AVX512-BF16).
 """
 
 from __future__ import annotations
@@ -29,34 +29,37 @@ from lorafit.backbone.kernels.frozen_linear_op import (
 from lorafit.hardware.detect import available_bytes
 
 DENSE_SHARE = 0.5
-"""Share of the free memory that dense copies may take on a CPU, when nobody says how much."""
+"""Share of the free memory that dense copies may take on a CPU by default."""
 
 
-DECIDES = frozenset({"compute_dtype", "weight_dtype", "fp8"})
-"""What is set of a layer that decides how it multiplies."""
+PRODUCT_SETTINGS = frozenset({"compute_dtype", "weight_dtype", "fp8"})
+"""Attributes of a layer that decide how it multiplies."""
 
 
 class FrozenLinear4bit(Linear4bit):
-    """`x (…, in) -> (…, out)`: `x @ dequant(W)ᵀ + bias` in `compute_dtype`, returned in the dtype of `x`."""
+    """Multiply `x (…, in) -> (…, out)` by a frozen 4-bit weight.
 
-    # dense copies, and the packed weight that they were made from (PEFT's merge puts another in its place); in a
-    # tuple, for a module registers any Parameter that is assigned to it
+    It is `x @ dequant(W)ᵀ + bias` in `compute_dtype`, returned in the dtype of `x`.
+    """
+
+    # dense copies, and the packed weight that they were made from (PEFT's merge replaces it); in a tuple, because a
+    # module registers any Parameter that is assigned to it
     _kept: tuple[tuple[Tensor, ...], Params4bit] | None = None
     weight_dtype: torch.dtype | None = None
-    """Round the dequantised weight to this dtype before it is used in `compute_dtype`; None rounds nothing."""
+    """Dtype to which the dequantized weight is rounded before use; None rounds nothing."""
     fp8: bool = False
-    """Multiply in FP8 where the weight's shape allows it; `compute_dtype` is bf16 then."""
+    """Multiply in FP8 if the weight's shape allows it; `compute_dtype` is bf16 then."""
     _scaled: tuple[Tensor, Params4bit] | None = None
     # the arguments of the op, with the weight and the layout that they were read from
     _packed: tuple[tuple[Any, ...], Params4bit, QuantState] | None = None
     _handle: Tensor
-    # the name of `compute_dtype` where the layer does nothing but unpack and multiply, else None. A word, for
-    # torch.compile skips the guards of a module whose dictionaries have not changed only if all that it read there
-    # is a word, a number or a tensor: no dtype, and no property of the class
+    # the name of `compute_dtype` if the layer only dequantizes and multiplies, else None. It is a string because
+    # torch.compile skips the guards of an unchanged module only if it read strings, numbers and tensors there: no
+    # dtype, and no property of the class
     _lean: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output; the gradient flows to `x` only."""
+        """Return the layer's output; the gradient flows to `x` only."""
         if self._lean is not None and torch.compiler.is_compiling():
             return self._traced(x, DTYPES[self._lean])
         if x.dtype is not self.compute_dtype:
@@ -81,16 +84,16 @@ class FrozenLinear4bit(Linear4bit):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in DECIDES:
+        if name in PRODUCT_SETTINGS:
             plain = self.weight_dtype is None and not self.fp8
             names = (word for word, dtype in DTYPES.items() if dtype is self.compute_dtype)
             super().__setattr__("_lean", next(names, None) if plain else None)
 
     def packed(self) -> tuple[Any, ...]:
-        """The op's arguments for the weight as it is now, in plain tensors.
+        """Return the op's arguments for the current weight, in plain tensors.
 
-        Each call on a Params4bit goes through its `__torch_function__` (4 µs), and the op makes eight; so a plain
-        alias is kept, with what it was made from.
+        Each call on a Params4bit goes through its `__torch_function__` (4 µs), and the op makes eight. So a plain
+        alias is kept, with the weight and layout that it was made from.
         """
         weight, kept = self._parameters["weight"], self._packed
         if kept is None or not _is_current(kept, weight):
@@ -100,31 +103,36 @@ class FrozenLinear4bit(Linear4bit):
         return kept[0]
 
     def held(self) -> tuple[Any, ...]:
-        """The packed weight, its scales and layout, a dense copy: what the layer holds that are no parameters of it."""
+        """Return the tensors that the layer holds beside its parameters.
+
+        They are the packed weight, its scales and layout, and the dense copies.
+        """
         return (*self.packed(), self.row_scales, *self.copies)
 
     def unpacked(self) -> Tensor:
-        """The weight (out, in) as the layer uses it, made afresh."""
+        """Return the dequantized weight (out, in), computed anew."""
         rounding = self.weight_dtype or self.compute_dtype
         return unpack(self.weight.data, self.weight.quant_state, rounding).to(self.compute_dtype)
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
-        """What the layer multiplies by, where it is kept: the dequantised weight (out, in), or in FP8 the e4m3 one
-        and its transpose; empty where the weight is unpacked on each call."""
+        """Return the kept dense copies; empty if the weight is dequantized on each call.
+
+        They are the dequantized weight (out, in), or in FP8 the e4m3 weight and its transpose.
+        """
         kept = self._kept
         return kept[0] if kept is not None and kept[1] is self.weight else ()
 
     @property
     def dense(self) -> Tensor | None:
-        """The dequantised weight (out, in), or None where it is unpacked on each call."""
+        """Return the kept dequantized weight (out, in), or None if it is dequantized on each call."""
         copies = self.copies
         return copies[0] if len(copies) == 1 else None
 
     def keep_dense(self) -> None:
-        """Unpack the weight once and keep that, `dense_bytes` large.
+        """Dequantize the weight once and keep the result, `dense_bytes` large.
 
-        Compiled code goes on calling the operator, which then finds the copy: whether there is one changes no code.
+        Compiled code still calls the operator, which then finds the copy. So a copy changes no compiled code.
         """
         scales = self.row_scales
         if scales is None:
@@ -135,38 +143,44 @@ class FrozenLinear4bit(Linear4bit):
             self._kept = tuple(both), self.weight
 
     def drop_dense(self) -> None:
-        """Forget what `keep_dense` made; the weight is unpacked on each call from now on."""
+        """Drop the copies of `keep_dense`; the weight is then dequantized on each call."""
         self._kept = None
 
     @property
     def row_scales(self) -> Tensor | None:
-        """What FP8 needs beside the packed weight (`fp8_row_scales`); None where the layer multiplies exactly."""
+        """Return the scales that FP8 needs beside the packed weight (`fp8_row_scales`).
+
+        None if the layer does not multiply in FP8.
+        """
         kept = self._scaled
         return kept[0] if self.fp8 and kept is not None and kept[1] is self.weight else None
 
     def scale_rows(self) -> None:
-        """Make the row scales of the weight as it is now, if the layer is in FP8 and its shape allows it."""
+        """Compute the row scales of the current weight, for a layer in FP8 whose shape allows it."""
         self._scaled = None
         if self.fp8 and self.weight.device.type != "meta":
             scales = fp8_row_scales(self.weight.data, self.weight.quant_state)
             self._scaled = None if scales is None else (scales, self.weight)
 
     def dense_bytes(self) -> int:
-        """Size of what `keep_dense` keeps, whether it does or not; in FP8 it is the same, twice one byte a weight."""
+        """Return the size of the copies that `keep_dense` makes.
+
+        In FP8 it is the same, twice one byte a weight.
+        """
         return int(self.out_features * self.in_features * self.compute_dtype.itemsize)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a copy is a layer of its own: the handle that came with it is the original's
+        # a copied layer needs its own handle: the one that was copied is the original's
         super().__setstate__(state)
         self._packed, self._handle = None, handle_for(self, self.weight.device)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
-        # The Trainer calls `.to` on models that are there already: what was not moved costs no copy its place
+        # callers may call `.to` for the current device: dense copies of a weight that did not move stay
         place = self.weight.device, self.weight.data_ptr()
         moved = super()._apply(fn, recurse)
         if (self.weight.device, self.weight.data_ptr()) == place:
             return moved
-        # a copy left behind would be in the wrong place, and so would a handle
+        # dense copies and handles of a moved weight are on the wrong device
         kept = self._kept is not None
         self.drop_dense()
         self._packed = None
@@ -187,8 +201,8 @@ def freeze_linears(
 ) -> nn.Module:
     """Make every 4-bit linear of `model` a FrozenLinear4bit, in place, and return `model`.
 
-    Linears compute in `compute_dtype` (default: the one they have), with `fp8` in FP8 where their shape allows it
-    (in and out features multiples of 16) and exactly elsewhere. Those on a CPU, if not in FP8, keep a dense copy,
+    Linears compute in `compute_dtype` (default: the one they have), with `fp8` in FP8 if their shape allows it
+    (in and out features multiples of 16) and exactly otherwise. Those on a CPU, if not in FP8, keep a dense copy,
     first layer first, as long as `dense_budget_bytes` lasts (default: half of the free memory; 0 keeps none).
     """
     budget = int(available_bytes() * DENSE_SHARE) if dense_budget_bytes is None else dense_budget_bytes
@@ -202,7 +216,10 @@ def freeze_linears(
 
 
 def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Params4bit) -> bool:
-    """Whether the arguments in `kept` are still those of `weight`, whose data and scales may be replaced in place."""
+    """Return True if the arguments in `kept` still belong to `weight`.
+
+    Data and scales of a weight may be replaced in place.
+    """
     arguments, source, state = kept
     if source is not weight or state is not weight.quant_state or arguments[1] is not state.absmax:
         return False
@@ -211,8 +228,8 @@ def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Pa
 
 
 def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) -> None:
-    assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} has a forward of its own"
-    assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "repacked by bitsandbytes"
+    assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} overrides forward"
+    assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "bitsandbytes repacked the weight"
     linear.__class__ = FrozenLinear4bit
     linear.compute_dtype = compute_dtype or linear.compute_dtype or linear.weight.quant_state.dtype
     linear.compute_type_is_set = True
@@ -221,7 +238,7 @@ def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) ->
         linear.bias.data = linear.bias.data.to(linear.compute_dtype)
     linear.drop_dense()
     linear._packed, linear._handle = None, handle_for(linear, linear.weight.device)
-    assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 products come in bf16"
+    assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 matmuls return bf16"
     linear.fp8 = fp8
     linear.scale_rows()
 
@@ -230,7 +247,7 @@ QUANT_TYPE = "nf4"
 BLOCK = 64
 
 
-def quantise(
+def quantize(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -239,9 +256,10 @@ def quantise(
     double: bool = True,
     dense_budget_bytes: int | None = 0,
 ) -> FrozenLinear4bit:
-    """The NF4 linear of `weight` (out, in), quantised on its device; `double` quantises the scales too.
+    """Return the NF4 linear of `weight` (out, in), quantized on its device.
 
-    Computes in `compute_dtype`, by default the weight's own. The same numbers as bitsandbytes' own loading.
+    `double` quantizes the scales too. The linear computes in `compute_dtype`, by default the weight's own. The numbers
+    are those of bitsandbytes' own loading.
     """
     rows, columns = weight.shape
     dtype = compute_dtype or weight.dtype
@@ -256,29 +274,35 @@ def quantise(
     return linear
 
 
-def dequantise(linear: Linear4bit, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight (out, in) of a 4-bit linear in `dtype` (default: the dtype it was quantised from).
+def dequantize(linear: Linear4bit, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense weight (out, in) of a 4-bit linear in `dtype`.
 
-    Bit-equal to `bitsandbytes.functional.dequantize_4bit`; inverse of `quantise` up to the 4 bits.
+    The default is the dtype that it was quantized from. Bit-equal to `bitsandbytes.functional.dequantize_4bit`; inverse
+    of `quantize` up to the 4 bits.
     """
     state = linear.weight.quant_state
-    assert not getattr(state, "packing_format_for_cpu", False), "repacked by bitsandbytes: the scales are lost"
+    assert not getattr(state, "packing_format_for_cpu", False), (
+        "bitsandbytes repacked the weight, so its scales are lost"
+    )
     return unpack(linear.weight.data, state, dtype or state.dtype)
 
 
 def true_numel(parameter: nn.Parameter) -> int:
-    """Weights in `parameter`: a 4-bit one packs two into each byte."""
+    """Return the number of weights in `parameter`; a 4-bit parameter packs two into each byte."""
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return int(parameter.quant_state.shape.numel())
     return parameter.numel()
 
 
 def dequantize_linear(linear: nn.Module) -> nn.Linear:
-    """A plain linear with the dequantised weight (out, in) in the layer's compute dtype; `linear` if it is plain."""
+    """Return a plain linear with the dequantized weight (out, in) in the layer's compute dtype.
+
+    A plain `linear` is returned as it is.
+    """
     if not isinstance(linear, Linear4bit):
         assert isinstance(linear, nn.Linear), type(linear)
         return linear
-    weight = dequantise(linear, linear.compute_dtype)
+    weight = dequantize(linear, linear.compute_dtype)
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:
@@ -287,7 +311,7 @@ def dequantize_linear(linear: nn.Module) -> nn.Linear:
 
 
 def dequantize_linears(model: nn.Module) -> nn.Module:
-    """Replace every 4-bit linear of `model`, in place, and return `model`."""
+    """Replace every 4-bit linear of `model` by a plain one, in place, and return `model`."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             parent, _, leaf = path.rpartition(".")
@@ -295,8 +319,11 @@ def dequantize_linears(model: nn.Module) -> nn.Module:
     return model
 
 
-def forget_quantisation(model: Any) -> Any:
-    """Take off `model` what transformers put there for a 4-bit base, so that it saves and moves as a plain one."""
+def forget_quantization(model: Any) -> Any:
+    """Remove transformers' 4-bit marks from `model`, and return it.
+
+    It then saves and moves as a plain model.
+    """
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_loaded_in_4bit = model.is_quantized = False

@@ -1,7 +1,8 @@
-"""Unpacking a 4-bit weight: bitsandbytes' own three launches, or one Triton kernel that gives the same bits.
+"""Frozen linear op: a matmul with a 4-bit weight, dequantized by bitsandbytes or one Triton kernel.
 
-The kernel stands in for bitsandbytes on CUDA GPUs of capability 8.0 and up, once it has shown there that it gives
-the same bits; CPUs, other vendors' GPUs, FP4, and weights whose number is no multiple of 8 keep bitsandbytes' path.
+bitsandbytes needs three launches, and the kernel gives the same bits in one. The kernel replaces it on CUDA GPUs of
+capability 8.0 and up, after a check on that GPU that the bits are the same. CPUs, other vendors' GPUs, FP4, and
+weights whose number is no multiple of 8 keep bitsandbytes' path.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ else:
     nf4_kernels = None  # type: ignore[assignment]
 
 NESTED_BLOCK = 256
-"""Block size of the second quantisation, fixed in bitsandbytes."""
+"""Block size of the second quantization, fixed in bitsandbytes."""
 
 KERNEL_CAPABILITY = (8, 0)
-"""The oldest GPUs that Triton supports."""
+"""Compute capability of the oldest GPUs that Triton supports."""
 
 E4M3 = torch.float8_e4m3fn
 
 Scales = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""absmax, nested_code, nested_absmax, nested_offset: the last three None without double quantisation."""
+"""Scales `absmax, nested_code, nested_absmax, nested_offset`: the last three None without double quantization."""
 
 assert bitsandbytes.nn is not None  # importing it registers torch.ops.bitsandbytes
 
@@ -40,7 +41,10 @@ assert bitsandbytes.nn is not None  # importing it registers torch.ops.bitsandby
 def unpack_weight(
     packed: Tensor, scales: Scales, block: int, quant_type: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The dense weight (rows, columns) in `dtype`, bit-equal to `bitsandbytes.functional.dequantize_4bit`."""
+    """Return the dense weight (rows, columns) in `dtype`.
+
+    Bit-equal to `bitsandbytes.functional.dequantize_4bit`.
+    """
     if kernel_takes(packed, scales, quant_type, rows * columns):
         target = packed.new_empty(rows, columns, dtype=dtype)
         return nf4_kernels.unpack(packed, scales, code_values(packed.device), None, block, target)
@@ -50,9 +54,10 @@ def unpack_weight(
 def unpack_e4m3(
     packed: Tensor, scales: Scales, block: int, row_inverse: Tensor, columns: int, transposed: bool
 ) -> Tensor:
-    """NF4 straight to e4m3 (rows, columns), or with `transposed` (columns, rows), contiguous either way.
+    """Return an NF4 weight in e4m3 as (rows, columns), or with `transposed` as (columns, rows).
 
-    Each value is code · (block scale · row_inverse), rounded once; `row_inverse` (rows,) keeps it within ±448.
+    The result is contiguous. Each value is code · (block scale · row_inverse), rounded once; `row_inverse` (rows,)
+    keeps it within ±448.
     """
     rows = len(row_inverse)
     if kernel_takes(packed, scales, "nf4", rows * columns):
@@ -67,7 +72,7 @@ def unpack_e4m3(
 
 
 def kernel_takes(packed: Tensor, scales: Scales, quant_type: str, count: int) -> bool:
-    """Whether the Triton kernels can unpack this weight of `count` values, here."""
+    """Return True if the Triton kernels can dequantize this weight of `count` values on its device."""
     return (
         packed.is_cuda
         and quant_type == "nf4"
@@ -82,7 +87,7 @@ def kernel_takes(packed: Tensor, scales: Scales, quant_type: str, count: int) ->
 
 @cache
 def kernels_work(device: int) -> bool:
-    """Whether Triton is there, builds the kernel for GPU `device`, and it gives bitsandbytes' bits."""
+    """Return True if Triton builds the kernel for GPU `device`, and the kernel gives bitsandbytes' bits."""
     if nf4_kernels is None or torch.version.cuda is None:
         return False
     if torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY:
@@ -92,7 +97,7 @@ def kernels_work(device: int) -> bool:
     scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     table = code_values(weight.device)
     try:
-        # twice, for the second launch takes a shorter way
+        # twice: the second launch takes a shorter path
         found = [nf4_kernels.unpack(packed, scales, table, None, 64, torch.zeros_like(weight)) for _ in range(2)]
     except (RuntimeError, TypeError, OSError, subprocess.CalledProcessError):
         return False  # Triton builds its launchers with a C compiler, which not every machine has
@@ -102,14 +107,14 @@ def kernels_work(device: int) -> bool:
 
 @cache
 def code_values(device: torch.device) -> Tensor:
-    """What the 16 codes of NF4 stand for (fp32), as bitsandbytes has them on `device`."""
+    """Return the values (16,) of the NF4 codes in fp32, as bitsandbytes has them on `device`."""
     codes = torch.arange(0, 16, 2, device=device, dtype=torch.uint8) * 17 + 1  # 0x01, 0x23, …, 0xEF
     one = torch.ones(1, device=device)
     return torch.ops.bitsandbytes.dequantize_4bit.default(codes[:, None], one, 64, "nf4", [1, 16], one.dtype)[0]
 
 
 def block_scales(scales: Scales) -> Tensor:
-    """The fp32 scale of every block (blocks,)."""
+    """Return the fp32 scale of every block (blocks,)."""
     absmax, code, nested_absmax, offset = scales
     if code is None:
         return absmax.float()
@@ -122,69 +127,76 @@ def block_scales(scales: Scales) -> Tensor:
 def _unpack_by_bitsandbytes(
     packed: Tensor, scales: Scales, block: int, quant_type: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Step by step as `bitsandbytes.functional.dequantize_4bit` (QLoRA, arXiv:2305.14314, section 3)."""
+    """Return the dense weight, step by step as `bitsandbytes.functional.dequantize_4bit`.
+
+    Source: QLoRA, arXiv:2305.14314, section 3.
+    """
     column = packed.reshape(-1, 1)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
         column, block_scales(scales), block, quant_type, [rows, columns], dtype
     )
 
 
-class Holder(Protocol):
-    """What has a packed weight."""
+class PackedLinear(Protocol):
+    """A layer that holds a packed weight."""
 
     _handle: Tensor
 
     def packed(self) -> tuple[Any, ...]:
-        """The arguments of `frozen_linear` between `x` and `transposed`, as they are now, in plain tensors."""
+        """Return the current arguments of `frozen_linear` between `x` and `transposed`, in plain tensors."""
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
-        """What is kept unpacked of it: nothing, the dense weight, or in FP8 the e4m3 one and its transpose."""
+        """Return the kept dense copies: none, the dense weight, or in FP8 the e4m3 weight and its transpose."""
 
     @property
     def dense(self) -> Tensor | None:
-        """The dense weight, where that is kept."""
+        """Return the kept dense weight, or None."""
 
 
 _NUMBERS = count()
-_HOLDERS: WeakValueDictionary[int, Holder] = WeakValueDictionary()
+_LINEARS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 
 
-def handle_for(holder: Holder, device: torch.device) -> Tensor:
-    """A new handle (1,) int64 for the weight of `holder`, which lies on `device`; good while `holder` lives.
+def handle_for(linear: PackedLinear, device: torch.device) -> Tensor:
+    """Return a new handle (1,) int64 for the weight of `linear` on `device`.
 
-    It lies there too, if that is a GPU: where one input of an operator is no tensor of the GPU's, the compiler takes
-    the operator's output for unaligned, and what reads it for unable to load 16 bytes at a time (`has_unaligned_input`
-    in torch/_inductor/ir.py). There it is known by its address, since reading it would wait for the GPU.
+    The handle is valid while `linear` lives. It is on the weight's GPU, if there is one: if one input of an operator is
+    not on the GPU, the compiler treats the operator's output as unaligned, and its readers cannot load 16 bytes at a
+    time (`has_unaligned_input` in torch/_inductor/ir.py). A GPU handle is looked up by its address, since reading its
+    value would wait for the GPU.
     """
     number = next(_NUMBERS)
     handle = torch.tensor([number], device=handle_device(device))
-    _HOLDERS[number] = holder
+    _LINEARS[number] = linear
     if handle.is_cuda:
-        _HOLDERS[handle.data_ptr()] = holder
+        _LINEARS[handle.data_ptr()] = linear
     return handle
 
 
 def handle_device(weight: torch.device) -> torch.device:
-    """Where the handle of a weight lies: on the weight's GPU, else where a loader may not have it, on the CPU."""
+    """Return the device of a weight's handle: the weight's GPU, else the CPU.
+
+    While a base is loaded, its weights may be on a device that holds no values (meta).
+    """
     return weight if weight.type == "cuda" else torch.device("cpu")
 
 
-def holder_of(handle: Tensor) -> Holder:
-    """What has the weight that `handle` stands for."""
-    holder = _HOLDERS.get(handle.data_ptr()) if handle.is_cuda else None
-    # at an address may lie another handle than the one that was entered there, if that was replaced since
-    if holder is None or holder._handle.data_ptr() != handle.data_ptr():
-        holder = _HOLDERS.get(int(handle.item()))
-    assert holder is not None, "the layer of a frozen weight is gone before its backward ran"
-    return holder
+def linear_of(handle: Tensor) -> PackedLinear:
+    """Return the layer whose weight `handle` stands for."""
+    linear = _LINEARS.get(handle.data_ptr()) if handle.is_cuda else None
+    # the address may now hold a newer handle than the registered one
+    if linear is None or linear._handle.data_ptr() != handle.data_ptr():
+        linear = _LINEARS.get(int(handle.item()))
+    assert linear is not None, "the layer of a frozen weight is gone before its backward has run"
+    return linear
 
 
 FEW_ROWS = 16
-"""Up to so many rows of x bitsandbytes' fused kernel is the faster one; training has thousands."""
+"""Most rows of x for which bitsandbytes' fused kernel is faster; training has thousands."""
 
 TENSORS = 5
-"""Tensors among what `op_arguments` returns; numbers follow."""
+"""Number of tensors in the result of `op_arguments`; numbers follow."""
 
 SCHEMA = (
     "frozen_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax,"
@@ -192,8 +204,8 @@ SCHEMA = (
     " bool transposed) -> Tensor"
 )
 
-# a bare Library, for torch.library.custom_op costs 28 µs a call here and this 18 (compiled code, one core of a
-# server CPU), and a step of an 8B model calls it 448 times
+# a bare Library costs 18 µs a call, and torch.library.custom_op 28 (compiled code, one core of a server CPU); a step
+# of an 8B model makes 448 calls
 LIBRARY = torch.library.Library("lorafit", "FRAGMENT")
 LIBRARY.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag])
 
@@ -230,7 +242,10 @@ def few_rows(
     block: int,
     quant_type: str,
 ) -> Tensor:
-    """`x (…, in) -> (…, out)` in one kernel that never writes the dense weight: what generation spends its time on."""
+    """Return `x (…, in) -> (…, out)` in one kernel that never writes the dense weight.
+
+    Generation spends most of its time in it.
+    """
     nested = nested_code is not None
     return torch.ops.bitsandbytes.gemm_4bit.default(
         x.contiguous(),
@@ -266,10 +281,10 @@ torch.library.register_fake("lorafit::frozen_linear", _shape_only, lib=LIBRARY)
 torch.library.register_autograd("lorafit::frozen_linear", _gradient, setup_context=_remember, lib=LIBRARY)
 
 frozen_linear = torch.ops.lorafit.frozen_linear.default
-"""`x (…, in) -> (…, out)`, or with `transposed` `x (…, out) -> (…, in)`, in the dtype of `x`; see SCHEMA.
+"""Multiply `x (…, in) -> (…, out)` in the dtype of `x`; see SCHEMA.
 
-`packed` holds W (out, in) in 4 bits with one scale per `block` values. With `nested_*`, `absmax` is itself
-quantised to 8 bits (double quantisation). The gradient flows to `x` only.
+With `transposed` it is `x (…, out) -> (…, in)`. `packed` holds W (out, in) in 4 bits with one scale per `block`
+values. With `nested_*`, `absmax` is itself quantized to 8 bits (double quantization). The gradient flows to `x` only.
 """
 
 
@@ -278,11 +293,11 @@ LIBRARY.define(PRODUCT, tags=[torch.Tag.pt2_compliant_tag])
 
 
 def _frozen_product(x: Tensor, handle: Tensor, out_features: int, in_features: int, transposed: bool) -> Tensor:
-    holder = holder_of(handle)
-    dense = holder.dense
+    linear = linear_of(handle)
+    dense = linear.dense
     if dense is not None:
         return x @ (dense if transposed else dense.t())
-    arguments = (x, *holder.packed(), transposed)
+    arguments = (x, *linear.packed(), transposed)
     return _frozen_linear(*arguments)
 
 
@@ -294,13 +309,15 @@ LIBRARY.impl("frozen_product", _frozen_product, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafit::frozen_product", _product_shape, lib=LIBRARY)
 
 frozen_product = torch.ops.lorafit.frozen_product.default
-"""`frozen_linear` by a weight's handle, and without a gradient of its own: what compiled code calls, sparing it four
-tensors a weight, and the way through autograd's Python on each of the hundreds of calls of a step. Where the weight's
-layer keeps a dense copy, it multiplies by that."""
+"""Multiply as `frozen_linear`, by a weight's handle and without a gradient.
+
+Compiled code calls it. A handle saves four tensors a weight, and autograd's Python in each of the hundreds of calls of
+a step. If the weight's layer keeps a dense copy, the operator multiplies by that copy.
+"""
 
 
 def traced_linear(x: Tensor, handle: Tensor, out_features: int, in_features: int) -> Tensor:
-    """`frozen_linear` by the weight behind `handle` for code that is being compiled, with the same gradient."""
+    """Return `frozen_linear` by the weight behind `handle`, for compiled code, with the same gradient."""
     result: Tensor = _TracedLinear.apply(x, handle, out_features, in_features)
     return result
 
@@ -319,7 +336,7 @@ class _TracedLinear(torch.autograd.Function):
 
 
 def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
-    """The arguments of `frozen_linear` between `x` and `transposed`, for a weight that bitsandbytes packed."""
+    """Return the arguments of `frozen_linear` between `x` and `transposed`, for a weight packed by bitsandbytes."""
     if state.nested:
         assert state.state2.blocksize == NESTED_BLOCK, state.state2.blocksize
         nested = (state.state2.code, state.state2.absmax, state.offset)
@@ -329,6 +346,6 @@ def op_arguments(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
 
 
 def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-    """The dense weight (out, in) in `dtype`: what the op multiplies by."""
+    """Return the dense weight (out, in) in `dtype`, as the op multiplies by it."""
     _, *scales, out_features, in_features, block, quant_type = op_arguments(packed, state)
     return unpack_weight(packed, tuple(scales), block, quant_type, out_features, in_features, dtype)

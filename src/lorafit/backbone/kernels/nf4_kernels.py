@@ -1,8 +1,8 @@
-"""Triton kernels that unpack NF4 weights, nested scales included, in one launch.
+"""NF4 kernels: Triton kernels that dequantize NF4 weights, nested scales included, in one launch.
 
-Only imported where Triton is. The arithmetic is bitsandbytes' own, rounded to fp32 after every step as its kernels
-do (`csrc/kernels.cu`, kDequantizeBlockwise): scale = code2[absmax] * absmax2, then + offset; weight = code * scale,
-then the cast. So no multiplication may be fused with an addition (`enable_fp_fusion=False`).
+Import this module only if Triton is installed. The arithmetic is bitsandbytes' own, rounded to fp32 after every step
+as its kernels do (`csrc/kernels.cu`, kDequantizeBlockwise): scale = code2[absmax] * absmax2, then + offset;
+weight = code * scale, then the cast. So no multiplication may be fused with an addition (`enable_fp_fusion=False`).
 
 A thread takes 4-byte words of the packed weight, 8 values each, so that it writes 16 bytes of bf16 at a time.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 NESTED_SHIFT = tl.constexpr(8)
-"""The second quantisation has blocks of 256 = 2**8 scales, fixed in bitsandbytes."""
+"""Log2 of the second quantization's block size: 256 scales, fixed in bitsandbytes."""
 
 WORDS, WARPS = 512, 4
 """4-byte words (8 weights) and warps of one program of the straight kernels."""
@@ -31,7 +31,7 @@ QUADS, COLUMNS, TRANSPOSED_WARPS = 64, 64, 4
 
 @triton.jit
 def _block_scales(absmax, nested_code, nested_absmax, nested_offset, blocks, mask, NESTED: tl.constexpr):
-    """The fp32 scale of each of `blocks`."""
+    """Return the fp32 scale of each of `blocks`."""
     if NESTED:
         code = tl.load(nested_code + tl.load(absmax + blocks, mask).to(tl.int32), mask)
         scale = code * tl.load(nested_absmax + (blocks >> NESTED_SHIFT), mask) + tl.load(nested_offset)
@@ -45,7 +45,10 @@ def _unpack(
     packed, absmax, nested_code, nested_absmax, nested_offset, table, row_inverse, out, words, row_words,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ROW_SCALED: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Dense weights in the order of the packed ones; with ROW_SCALED, times their row's `row_inverse`."""
+    """Write dense weights in the order of the packed ones.
+
+    With ROW_SCALED, each weight is multiplied by its row's `row_inverse`.
+    """
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     mask = None if WHOLE else word < words
     scale = _block_scales(absmax, nested_code, nested_absmax, nested_offset, word // (BLOCK // 8), mask, NESTED)
@@ -53,7 +56,7 @@ def _unpack(
         scale = scale * tl.load(row_inverse + word // row_words, mask)
     eight = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask)
     place = tl.arange(0, 8)
-    # the first of two values is the high half of its byte
+    # the first of two values is in the high half of its byte
     nibble = (eight[:, None] >> ((place ^ 1) * 4)[None, :]) & 15
     value = (tl.load(table + nibble) * scale[:, None]).to(out.dtype.element_ty)
     target = out + word.to(tl.int64)[:, None] * 8 + place[None, :]
@@ -68,7 +71,7 @@ def _words_of_rows(
     packed, absmax, nested_code, nested_absmax, nested_offset, row_inverse, row, first, word, rows, row_words,
     BLOCK: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """The packed words numbered `first` + `word` of each `row`, and the scale of each."""
+    """Return the packed words numbered `first` + `word` of each `row`, and the scale of each."""
     mask = row < rows
     block = row * (row_words // (BLOCK // 8)) + first // (BLOCK // 8)
     scale = _block_scales(absmax, nested_code, nested_absmax, nested_offset, block, mask, NESTED)
@@ -78,7 +81,7 @@ def _words_of_rows(
 
 @triton.jit
 def _e4m3(eight, scale, table, PLACE: tl.constexpr):
-    """One value of each word as e4m3, in the low byte of 32 bits."""
+    """Return one value of each word as e4m3, in the low byte of 32 bits."""
     nibble = (eight >> ((PLACE ^ 1) * 4)) & 15
     value = (tl.load(table + nibble) * scale).to(tl.float8e4nv)
     return value.to(tl.uint8, bitcast=True).to(tl.uint32)
@@ -89,9 +92,10 @@ def _unpack_transposed(
     packed, absmax, nested_code, nested_absmax, nested_offset, table, row_inverse, out, rows, row_words,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, QUADS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The values of `_unpack` with ROW_SCALED, in e4m3, as (columns, rows): four rows make one 4-byte word.
+    """Write the values of `_unpack` with ROW_SCALED, in e4m3, as (columns, rows).
 
-    Tiles of 4 QUADS rows and 8 ACROSS columns, flat until the store, so that four bytes change threads at a time.
+    Four rows make one 4-byte word. Tiles have 4 QUADS rows and 8 ACROSS columns, and stay flat until the store, so that
+    four bytes change threads at a time.
     """
     flat = tl.arange(0, QUADS * ACROSS)
     word, row = flat % ACROSS, (tl.program_id(1) * QUADS + flat // ACROSS) * 4
@@ -134,7 +138,7 @@ def unpack(
 ) -> Tensor:
     """Write the dense weight (out, in) of `packed` into `out` and return it.
 
-    `scales` are `absmax, nested_code, nested_absmax, nested_offset`, the last three None without double quantisation;
+    `scales` are `absmax, nested_code, nested_absmax, nested_offset`, the last three None without double quantization;
     `table` (16,) fp32 are the codes' values; `row_inverse` (out,) fp32 multiplies each row's scales.
     The number of weights is a multiple of 8.
     """
@@ -149,9 +153,9 @@ def unpack(
 def unpack_transposed(
     packed: Tensor, scales: tuple[Tensor | None, ...], table: Tensor, row_inverse: Tensor, block: int, out: Tensor
 ) -> Tensor:
-    """Write the weight (out, in) of `packed`, times `row_inverse`, into `out` (in, out) in e4m3, and return it.
+    """Write the weight (out, in) of `packed`, times `row_inverse`, into `out` (in, out) in e4m3.
 
-    `out` is a multiple of 4, and `in` one of the block.
+    Returns `out`. The output features are a multiple of 4, and the input features one of the block.
     """
     columns, rows = out.shape
     across = min(COLUMNS, block) // 8
@@ -173,11 +177,11 @@ def _launch(
     constants: tuple[Any, ...],
     warps: int,
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, *constants)` on the GPU of the tensors.
+    """Run `kernel[grid](*tensors, *numbers, *constants)` on the GPU of the tensors.
 
-    Triton's own launch spends 22 µs on finding what it built for such arguments, and starting that spends 6 (one core
-    of a server CPU); a step of an 8B model launches 448 times. So what was built is kept, by all that Triton
-    builds apart: dtypes, constants, numbers that are 1 or multiples of 16, pointers at multiples of 16.
+    Triton's own launch spends 22 µs on finding the built kernel for such arguments, and starting that kernel takes 6
+    (one core of a server CPU); a step of an 8B model launches 448 times. So the built kernel is kept, by everything
+    that Triton distinguishes: dtypes, constants, numbers that are 1 or multiples of 16, pointers at multiples of 16.
     """
     pointers = 0
     for tensor in tensors:
@@ -198,5 +202,5 @@ def _launch(
 
 
 def _present(scales: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """`scales` with something a kernel can be given in place of each None."""
+    """Return `scales` with a placeholder tensor for each None, as kernels take no None."""
     return tuple(scales[0] if scale is None else scale for scale in scales)

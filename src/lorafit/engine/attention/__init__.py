@@ -1,1 +1,1 @@
-"""Attention over packed rows."""
+"""Attention: causal attention over packed rows."""

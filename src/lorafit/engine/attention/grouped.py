@@ -1,4 +1,7 @@
-"""Attention row by row, in groups of similar length: any device, any precision, capped scores and windows."""
+"""Grouped attention: attention over groups of rows of similar length.
+
+It supports any device, any precision, capped scores and windows.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def grouped_attention(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention within each row; shapes as `packed_attention`, returns (1, tokens, heads, dim)."""
+    """Compute causal attention within each row.
+
+    Shapes are those of `packed_attention`; returns (1, tokens, heads, dim).
+    """
     groups = groups_of(gather, layout)
     parts = [_group_attention(query, key, value, scale, window, softcap, group) for group in groups]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -38,7 +44,7 @@ def _group_attention(
     softcap: float | None,
     group: Group,
 ) -> torch.Tensor:
-    """Attention of one group of rows; returns (rows * longest, heads, dim)."""
+    """Compute the attention of one group of rows; returns (rows * longest, heads, dim)."""
     q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
     shares_keys = q.shape[1] != k.shape[1]
     if window is not None and window >= q.shape[2]:
@@ -54,14 +60,17 @@ def _group_attention(
 
 
 def _gathered(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """(1, heads, tokens, dim) → (rows, heads, longest, dim)."""
+    """Gather (1, heads, tokens, dim) into (rows, heads, longest, dim)."""
     rows, longest = group.tokens.shape
     tokens_first = tensor[0].transpose(0, 1).index_select(0, group.tokens.flatten())
     return tokens_first.view(rows, longest, *tokens_first.shape[1:]).transpose(1, 2)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(length, length) bool: True where a query may see a key; causal, at most `window` tokens back."""
+    """Return (length, length) bool, True if a query may see a key.
+
+    A query sees at most `window` tokens back, itself included, and no later one.
+    """
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     return (distance >= 0) & (distance < (window or length))
 
@@ -69,7 +78,10 @@ def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor
 def _capped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, softcap: float
 ) -> torch.Tensor:
-    """softmax(cap · tanh(scores / cap)) · value, as transformers' eager Gemma 2 does it, softmax in fp32."""
+    """Compute softmax(cap · tanh(scores / cap)) · value.
+
+    It follows transformers' eager Gemma 2, with the softmax in fp32.
+    """
     repeats = query.shape[1] // key.shape[1]
     hidden = ~_band(query.shape[2], window, query.device)
     rows: dict[int, list[torch.Tensor]] = {}
@@ -84,8 +96,10 @@ def _capped(
 
 
 def _pieces(key: torch.Tensor, repeats: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows, key heads, and the query heads that share them, to be taken at a time, for `key` (rows, kv heads, longest,
-    dim): as many as have SCORES scores, and at least one key head of one row."""
+    """Yield slices of rows, key heads, and the query heads that share them.
+
+    `key` is (rows, kv heads, longest, dim). Each piece has at most SCORES scores, but at least one key head of one row.
+    """
     rows, kv_heads, longest, _ = key.shape
     each = max(1, repeats * longest * longest)
     heads = max(1, min(kv_heads, SCORES // each))
@@ -108,10 +122,11 @@ def grouped_gradients(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `grouped_attention` for `grad` (1, tokens, heads, dim), in the shapes of query, key and value.
+    """Return the gradients of `grouped_attention` in the shapes of query, key and value.
 
-    Written out, since an opaque operator has no autograd inside; scores, which grow with the square of a row, are
-    made again here and never kept. Padded queries have no gradient, and no real query sees a padded key.
+    `grad` is (1, tokens, heads, dim). The gradients are written out, since an opaque operator has no autograd inside.
+    Scores grow with the square of a row, so they are recomputed here and never kept. Padded queries have no gradient,
+    and no real query sees a padded key.
     """
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
     padded = torch.zeros((gather.shape[0], *grad.shape[2:]), dtype=grad.dtype, device=grad.device)
@@ -136,7 +151,10 @@ def _group_gradients(
     softcap: float | None,
     group: Group,
 ) -> list[torch.Tensor]:
-    """Gradients (rows, heads, longest, dim) of one group, for `grad` of its output in that shape."""
+    """Return the gradients (rows, heads, longest, dim) of one group.
+
+    `grad` of the group's output has the same shape.
+    """
     q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
     repeats = q.shape[1] // k.shape[1]
     hidden = ~_band(q.shape[2], window, q.device)
@@ -157,7 +175,10 @@ def _piece_gradients(
     scale: float,
     softcap: float | None,
 ) -> list[torch.Tensor]:
-    """Gradients of these queries, keys and values; `hidden` is True where a query may not see a key."""
+    """Return the gradients of these queries, keys and values.
+
+    `hidden` is True where a query may not see a key.
+    """
     kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(-1, -2)).float() * scale

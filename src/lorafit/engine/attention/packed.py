@@ -1,4 +1,4 @@
-"""Attention for packed rows: block-diagonal without a dense mask, as one opaque operator."""
+"""Packed attention: block-diagonal attention without a dense mask, as one opaque operator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUDNN_WIDEST_HEAD = 128
 ROUND_WIDTH = 256
 
 ROWS = "Tensor cu_seqlens, Tensor gather, Tensor scatter, Tensor layout, float scale, SymInt? window, float? softcap"
-# a bare Library: torch.library.custom_op takes 0.25 ms a call longer on a slow processor, 16 ms a step of 32 layers
+# a bare Library: torch.library.custom_op adds 0.25 ms a call on a slow processor, 16 ms a step of 32 layers
 LIBRARY = torch.library.Library("lorafit", "FRAGMENT")
 LIBRARY.define(
     f"packed_attention(Tensor query, Tensor key, Tensor value, {ROWS}) -> (Tensor, Tensor)",
@@ -35,7 +35,10 @@ LIBRARY.define(
 
 
 def takes_flash(query: Tensor, softcap: float | None) -> bool:
-    """True where a flash kernel does the work, and keeps (heads, tokens) log-sums for its backward."""
+    """Return True if a flash kernel computes the attention.
+
+    Flash kernels keep (heads, tokens) log-sums for the backward.
+    """
     return query.device.type == "cuda" and query.dtype in HALF and softcap is None
 
 
@@ -51,20 +54,21 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within each row; returns (1, tokens, heads, dim) and log-sums (heads, tokens), or (0, 0).
+    """Compute causal attention within each row.
 
-    query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`.
+    query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`. Returns
+    (1, tokens, heads, dim) and log-sums (heads, tokens), or (0, 0) without a flash kernel.
     """
     layout = on_host(layout)
     if not takes_flash(query, softcap):
-        assert int(layout[-1]), "rows in a graph have lengths that groups cannot be told from"
+        assert int(layout[-1]), "rows in a CUDA graph have no groups, as their lengths change"
         mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
         return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
     if _is_even(query, layout, window):
         out, sums = _even_forward(query, key, value, layout, scale)
     else:
         out, sums = _uneven_forward(query, key, value, cu_seqlens, int(layout[1]), scale, window)
-    return out.contiguous(), sums  # kernels lay it out as the queries lie, token by token nearly always
+    return out.contiguous(), sums  # kernels use the queries' layout, which is nearly always token by token
 
 
 def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -88,7 +92,7 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes, laid out token by token."""
+    """Return the gradients of query, key and value, in their shapes, laid out token by token."""
     layout = on_host(layout)
     if not takes_flash(query, softcap):
         return grouped_gradients(grad, query, key, value, gather, scatter, layout, scale, window, softcap)
@@ -124,15 +128,15 @@ packed_attention_backward = torch.ops.lorafit.packed_attention_backward.default
 
 
 def _token_major(tensor: Tensor) -> Tensor:
-    """(1, heads, tokens, dim) with a token's heads beside each other, as projections write them."""
+    """Return (1, heads, tokens, dim) with a token's heads side by side, as projections write them."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _is_even(query: Tensor, layout: Tensor, window: int | None) -> bool:
-    """Rows of one length, which cuDNN takes as one batch; told from the rows alone, so that equal steps run alike.
+    """Return True if all rows have one length, so that cuDNN computes them as one batch.
 
-    cuDNN builds a plan for each shape (0.15 s, once): rows that differ hardly ever repeat a shape, and a lone row
-    only where its length is round.
+    Only the rows decide, so that equal steps run alike. cuDNN builds a plan for each shape (0.15 s, once). Rows of
+    different lengths rarely repeat a shape, and a lone row repeats one only if its length is round.
     """
     rows, width = layout[:2].tolist()
     even = len(layout) == 2 and rows * width == query.shape[2] and (rows > 1 or width % ROUND_WIDTH == 0)
@@ -141,12 +145,15 @@ def _is_even(query: Tensor, layout: Tensor, window: int | None) -> bool:
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    """Where cuDNN was measured to be the faster one."""
+    """Return True on GPUs where cuDNN was measured to be faster."""
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _rows(tensor: Tensor, layout: Tensor) -> Tensor:
-    """(1, heads, tokens, dim) → (rows, heads, width, dim), without a copy where tokens lie one after another."""
+    """Reshape (1, heads, tokens, dim) to (rows, heads, width, dim).
+
+    Nothing is copied if tokens lie one after another.
+    """
     return tensor[0].transpose(0, 1).unflatten(0, layout.tolist()).transpose(1, 2)
 
 
@@ -154,7 +161,7 @@ def _even_forward(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, sca
     q, k, v = (_rows(tensor, layout) for tensor in (query, key, value))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     out = found[0].transpose(1, 2).reshape(1, query.shape[2], query.shape[1], query.shape[3])
-    return out, found[1].reshape(query.shape[1], query.shape[2])  # (rows, heads, width, 1) in truth, undone below
+    return out, found[1].reshape(query.shape[1], query.shape[2])  # really (rows, heads, width, 1); reshaped back below
 
 
 def _even_backward(
@@ -163,7 +170,7 @@ def _even_backward(
     q, k, v, g, o = (_rows(tensor, layout) for tensor in (query, key, value, grad.transpose(1, 2), out.transpose(1, 2)))
     rows, width = layout.tolist()
     sums = sums.reshape(rows, query.shape[1], width, 1)
-    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state of a dropout that is not there
+    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state of dropout, which is off
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         g, q, k, v, o, sums, unused, unused, None, None, None, width, width, 0.0, True, scale=scale
     )
@@ -205,12 +212,12 @@ def _uneven_backward(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """(1, heads, tokens, dim) → (tokens, heads, dim)."""
+    """Reshape (1, heads, tokens, dim) to (tokens, heads, dim)."""
     return tensor[0].transpose(0, 1)
 
 
 def _unflat(grad: Tensor, tokens: int) -> Tensor:
-    """(tokens, heads, dim) → (1, heads, tokens, dim), a token's heads beside each other."""
+    """Reshape (tokens, heads, dim) to (1, heads, tokens, dim), a token's heads side by side."""
     assert grad.shape[0] == tokens, grad.shape
     return grad.contiguous().transpose(0, 1).unsqueeze(0)
 
@@ -231,19 +238,22 @@ def packed_attention(
     segments: Segments | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment.
+    """Compute causal attention within each segment.
 
     query (1, heads, tokens, dim); key and value (1, kv heads, tokens, dim); returns (1, tokens, heads, dim).
-    `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores.
+    `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores. Raises
+    BackboneError for a family that does not pass its segments on, or has attention sinks.
     """
     if segments is None or attention_mask is not None:
         raise BackboneError(
-            "this family does not hand its arguments down to attention, so its rows cannot be packed",
+            "this family does not pass its arguments on to attention, so its rows cannot be packed",
             where=type(module).__name__,
             fix="choose another base, and report this one",
         )
     if unused.get("s_aux") is not None:
-        raise BackboneError("attention sinks are not supported for packed rows", where=type(module).__name__)
+        raise BackboneError(
+            "attention sinks are not supported for packed rows", where=type(module).__name__, fix="choose another base"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     rows = (segments.gather, segments.scatter, segments.layout)
     if takes_flash(query, softcap) or torch.compiler.is_compiling():
@@ -257,7 +267,7 @@ AttentionInterface.register(PACKED, packed_attention)
 
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
-    """Within it `model` attends within segments: for training and its evaluation."""
+    """Use packed attention in `model` inside the block: for training and its evaluation."""
     before = model.config._attn_implementation
     use_packed_attention(model)
     try:
@@ -268,7 +278,10 @@ def packed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def unpacked(model: Any) -> Iterator[None]:
-    """Within it `model` attends as transformers' SDPA (or eager, for soft-capped families) does: for generation."""
+    """Use transformers' attention in `model` inside the block: for generation.
+
+    It is SDPA, or eager attention for soft-capped families.
+    """
     before = model.config._attn_implementation
     use_plain_attention(model)
     try:
@@ -278,17 +291,23 @@ def unpacked(model: Any) -> Iterator[None]:
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switch `model` to packed attention. Raises BackboneError for a family that has its own fixed attention."""
+    """Switch `model` to packed attention.
+
+    Raises BackboneError for a family with its own fixed attention.
+    """
     unwrapped(model).set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
         raise BackboneError(
             f"{type(unwrapped(model)).__name__} does not take its attention from transformers' AttentionInterface",
-            fix="lorafit cannot pack rows for this family",
+            fix="choose another base: lorafit cannot pack rows for this family",
         )
 
 
 def use_plain_attention(model: Any) -> None:
-    """Switch `model` to SDPA, or to eager attention where the family caps its scores, which SDPA cannot."""
+    """Switch `model` to SDPA, or to eager attention if the family caps its scores.
+
+    SDPA does not support capped scores.
+    """
     text = model.config.get_text_config()
     plain = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
     unwrapped(model).set_attn_implementation(plain)

@@ -1,1 +1,4 @@
-"""Autotune: the fastest memory policy for this GPU, measured, solved and proved before the first step."""
+"""Autotune: the fastest memory policy for this GPU.
+
+It is measured, solved and checked by a dry run before the first step.
+"""

@@ -1,7 +1,7 @@
-"""The dry run: before the first step, the policy is solved with this GPU's own figures and tried out.
+"""Dry run: the memory policy solved with this GPU's figures, and tried before the first step.
 
-The largest micro-batch runs forward and backward, within the budget, until it takes no more than before. A run that
-could not finish stops here, not at hour three.
+The largest micro-batch runs forward and backward within the budget until its memory no longer grows. A run that
+cannot finish then stops at once, not at hour three.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafit.engine.autotune.problem import (
     HOST_SHARE,
     SLACK_BYTES,
     Problem,
-    Work,
+    Workload,
     does_not_fit,
     measured_problem,
     smallest_policy,
@@ -35,32 +35,41 @@ from lorafit.engine.packing import MicroBatch
 from lorafit.engine.runtime import allocator_retries, release_memory
 from lorafit.hardware.detect import available_bytes
 
-LEAST_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
-"""Bytes that a layer saves at each level, in widths of its residual stream, in families that save little."""
+MIN_STREAMS = {"whole": 1, "feed_forward": 4, "keep": 8}
+"""Bytes saved by a layer at each level, in widths of its residual stream.
+
+The figures are those of families that save little.
+"""
 SOLVED_TRIES = 6
-MOST_PASSES = 5
-"""Most passes of one micro-batch, forward and backward, until the allocator has come to rest."""
+MAX_PASSES = 5
+"""Most forward and backward passes of one micro-batch until the allocator is at rest."""
 REST_SHARE = 0.25
-"""Share of the unused budget that the last pass may add to the reserved memory. Growth slows down."""
+"""Share of the unused budget by which the last pass may grow the reserved memory.
+
+Growth slows down from pass to pass.
+"""
 UNUSED_SHARE, GROWING_TRIES = 0.10, 3
-"""Share of the budget that a policy may leave unused after it was shrunk, and how often more room is tried."""
+"""Share of the budget that a shrunk policy may leave unused, and tries with more memory."""
 STEP_SHARE = 0.04
-"""Share of the budget that the first misfit takes away at most; each next one may take twice that."""
+"""Share of the budget that the first misfit takes away at most.
+
+Each next misfit may take twice that.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Hold what one policy took when it was tried.
+    """Hold the memory and time of one tried policy.
 
     Attributes:
-        policy: The policy, written down.
-        room_bytes: The room it was solved for; 0 where it was not solved.
+        policy: The policy, as text.
+        room_bytes: The device memory that it was solved for; 0 if it was not solved.
         peak_bytes: Peak of reserved memory.
         allocated_bytes: Peak of allocated memory.
         graph_bytes: Memory of the largest micro-batch that is recorded.
-        retries: How often the allocator gave back and asked again, in each pass.
+        retries: Number of the allocator's retries in each pass.
         elapsed_s: Seconds.
-        fits: Whether that was within the budget, and the last pass of each micro-batch without asking again.
+        fits: Whether the peak was within the budget, and the last pass of each micro-batch needed no retry.
     """
 
     policy: str
@@ -75,17 +84,17 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """Hold the policy that fits, and how it was found.
+    """Hold the policy that fits, and the attempts that found it.
 
     Attributes:
         policy: The policy.
         schedule: The schedule of its offload.
         peak_bytes: Peak of reserved memory.
-        budget_bytes: Budget of that.
+        budget_bytes: Budget of the peak.
         graph_bytes: Memory of the largest micro-batch that is recorded.
-        compile_s: Seconds of compiling, forward alone; part of the others.
+        compile_s: Seconds of compiling, forward alone; part of the other times.
         measure_s: Seconds of measuring.
-        elapsed_s: Seconds of everything.
+        elapsed_s: Seconds in total.
         attempts: Every attempt.
     """
 
@@ -100,12 +109,12 @@ class DryRun:
     attempts: tuple[Attempt, ...]
 
 
-def find_policy(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, *, solves: bool) -> DryRun:
-    """Set `layers` to the fastest policy that fits `budget_bytes` (when `solves`), and prove it by a dry run.
+def find_policy(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, *, solves: bool) -> DryRun:
+    """Set `layers` to a policy that fits `budget_bytes`, and prove it by a dry run.
 
-    A policy that needs more than was reckoned is solved again for that much less room, or made smaller. One that was
-    made too small is solved again for the room it leaves. Gradients and random states stay as they were. Raises
-    TrainingError when even the smallest policy does not fit.
+    With `solves` it is the fastest such policy. A policy that needs more than predicted is solved again for that much
+    less memory, or made smaller. A policy that was made too small is solved again for the memory it leaves.
+    Gradients and random states stay as they were. Raises TrainingError if even the smallest policy does not fit.
     """
     started = time.perf_counter()
     with _gc_frozen(), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
@@ -129,9 +138,9 @@ def find_policy(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int
 
 
 def _attempts(
-    model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: Problem | None
+    model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, problem: Problem | None
 ) -> Iterator[Attempt]:
-    """Yield every attempt; the last one fits, and `layers` are as in it."""
+    """Yield every attempt; the last one fits, and sets `layers`."""
     if problem is not None:
         problem.apply(layers)
     failed: int | None = None
@@ -153,15 +162,15 @@ def _attempts(
 def _grown(
     model: Any,
     layers: DecoderLayers,
-    work: Work,
+    work: Workload,
     budget_bytes: int,
     problem: Problem,
     attempt: Attempt,
     failed_bytes: int | None,
 ) -> Iterator[Attempt]:
-    """Solve again for the room that `attempt` left, where shrinking went too far; the last attempt fits.
+    """Solve again for the memory that `attempt` left unused; the last attempt yielded fits.
 
-    A room is reckoned with something to spare. The smallest policy, taken where none was found, shows how much.
+    A prediction keeps a reserve. The smallest policy, taken if none was found, shows its size.
     """
     tried = attempt
     for _ in range(GROWING_TRIES):
@@ -184,7 +193,7 @@ def _grown(
 
 @contextlib.contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Keep the garbage collector off the objects that exist: a model's take it 0.4 s each time."""
+    """Keep the garbage collector off the existing objects: a model's take it 0.4 s each time."""
     gc.freeze()
     try:
         yield
@@ -192,36 +201,39 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _pinned_bytes_ahead(layers: DecoderLayers, work: Work) -> int:
-    """Return the bytes to pin at once: what the planned policy sends to the host, at most half of the free memory.
+def _pinned_bytes_ahead(layers: DecoderLayers, work: Workload) -> int:
+    """Return the bytes to pin at once for the planned policy's offload.
 
-    Whatever turns out to be too much is given back.
+    They are at most half of the free memory. Unneeded bytes are given back later.
     """
     policy, config = layers.policy, layers.core.config.get_text_config()
-    streams = sum(LEAST_STREAMS[policy.level(index)] for index in range(policy.offloaded_layers))
+    streams = sum(MIN_STREAMS[policy.level(index)] for index in range(policy.offloaded_layers))
     size = streams * max(policy.micro_tokens or 0, work.max_length) * int(config.hidden_size) * 2
     return min(size, round(available_bytes() * HOST_SHARE))
 
 
 def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
-    """Return the bytes to take from the room after a misfit: the lack, at most this share of the budget."""
+    """Return the bytes to take from the available memory after a misfit.
+
+    They are the missing bytes, but at most this share of the budget.
+    """
     lacking = attempt.peak_bytes - budget_bytes
     most = round(share * budget_bytes)
     return (min(lacking, most) if lacking > 0 else most) + SLACK_BYTES // 4
 
 
-def _reduce_memory(layers: DecoderLayers, work: Work) -> bool:
-    """Set the next smaller policy, embeddings and micro-batches included; False at the end."""
-    tighter = layers.policy.next_smaller(len(layers), work.max_length, work.longest)
-    if tighter is None:
+def _reduce_memory(layers: DecoderLayers, work: Workload) -> bool:
+    """Set the next smaller policy, embeddings and micro-batches included; False if there is none."""
+    smaller = layers.policy.next_smaller(len(layers), work.max_length, work.longest)
+    if smaller is None:
         return False
-    layers.policy = tighter
+    layers.policy = smaller
     layers.set_schedule(())
     return True
 
 
-def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, problem: Problem | None) -> Attempt:
-    """Run the largest micro-batches under the policy in force; each meets the memory that others left."""
+def _attempt(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, problem: Problem | None) -> Attempt:
+    """Run the largest micro-batches under the current policy; each uses the memory that the others left."""
     started = time.perf_counter()
     if layers.policy.host_embeddings:
         keep_embeddings_on_host(model)
@@ -241,8 +253,8 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
         graph_bytes=passes.graph_bytes,
         retries=tuple(passes.retries),
         elapsed_s=time.perf_counter() - started,
-        # an allocator that has to give back and ask again stops the GPU each time: it fits, but crawls. One that still
-        # grows may come to that: reason enough to solve again, none to change what somebody set, or to end the run
+        # each of the allocator's retries stops the GPU: the policy fits, but crawls. Growth may lead there, so a solved
+        # policy is solved again; a policy that the user set is kept, and the run goes on
         fits=reserved <= budget_bytes
         and passes.ended
         and not passes.asked_again
@@ -252,12 +264,12 @@ def _attempt(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, p
 
 @dataclass(slots=True)
 class _Passes:
-    """Hold what the passes of one attempt showed.
+    """Hold the results of one attempt's passes.
 
     Attributes:
-        retries: How often the allocator asked again, in each pass.
-        asked_again: Whether it did in the last pass of a micro-batch.
-        grew: Whether the last pass of all still took clearly more than the one before.
+        retries: Number of the allocator's retries in each pass.
+        asked_again: Whether the last pass of a micro-batch had a retry.
+        grew: Whether the very last pass still took clearly more than the one before.
         ended: Whether all passes ended.
         graph_bytes: Memory of the largest micro-batch that is recorded.
         state: Tensors in the place of the optimizer's state.
@@ -276,23 +288,23 @@ class _Passes:
         torch.cuda.synchronize()
         self.retries.append(allocator_retries() - before)
 
-    def settle(self, forward_backward: Callable[[], object], model: Any, work: Work, budget_bytes: int) -> None:
+    def settle(self, forward_backward: Callable[[], object], model: Any, work: Workload, budget_bytes: int) -> None:
         """Run until a pass takes hardly more than the one before.
 
-        Each pass finds the memory as the last one left it. The first leaves gradients and the optimizer its state, so
-        that the second has less room.
+        Each pass starts with the memory of the last one. The first pass leaves gradients, and the optimizer's state is
+        then allocated, so the second pass has less memory.
         """
         self.run(forward_backward)
         self.state = _optimizer_state(model, work)
-        for _ in range(MOST_PASSES - 1):
-            if not self.graph_bytes:  # graphs add to gradients that stay
+        for _ in range(MAX_PASSES - 1):
+            if not self.graph_bytes:  # graphs add to gradients that stay in place
                 _drop_gradients(model)
-            stood = torch.cuda.memory_reserved()
+            before = torch.cuda.memory_reserved()
             self.run(forward_backward)
             now = torch.cuda.memory_reserved()
             if now > budget_bytes:
                 return
-            self.grew = now - stood > REST_SHARE * (budget_bytes - now)
+            self.grew = now - before > REST_SHARE * (budget_bytes - now)
             if not self.retries[-1] and not self.grew:
                 return
         self.asked_again = self.asked_again or bool(self.retries[-1])
@@ -303,8 +315,11 @@ def _drop_gradients(model: Any) -> None:
         weight.grad = None
 
 
-def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
-    """Allocate two tensors for each trained weight, as large as the optimizer's state; gradients exist already."""
+def _optimizer_state(model: Any, work: Workload) -> list[Tensor]:
+    """Allocate two tensors for each trained weight, as large as the optimizer's state.
+
+    Gradients exist already, and are not counted.
+    """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradient_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
     share = max(0, work.coming_bytes - gradient_bytes) / max(1, sum(weight.numel() for weight in trained))
@@ -312,10 +327,10 @@ def _optimizer_state(model: Any, work: Work) -> list[Tensor]:
     return [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
 
 
-def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -> _Passes:
-    """Run the largest micro-batch until it has settled, after the largest recorded one where there are CUDA graphs.
+def _run_all(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int) -> _Passes:
+    """Run the largest micro-batch until its memory is at rest.
 
-    Micro-batches without graphs meet the graphs' memory then.
+    With CUDA graphs the largest recorded micro-batch runs first, so that others run beside the graphs' memory.
     """
     micro_tokens = layers.policy.micro_tokens or work.max_length
     largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
@@ -327,10 +342,10 @@ def _run_all(model: Any, layers: DecoderLayers, work: Work, budget_bytes: int) -
     try:
         with layers:
             if recorded is not None:
-                stood = torch.cuda.memory_allocated()
+                before = torch.cuda.memory_allocated()
                 for _ in range(2):
                     passes.run(partial(graphs.run, recorded, _share(recorded), partial(_forward_backward, work)))
-                    taken = torch.cuda.max_memory_allocated() - stood - graphs.gradient_bytes
+                    taken = torch.cuda.max_memory_allocated() - before - graphs.gradient_bytes
                     passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
                 passes.asked_again = bool(passes.retries[-1])
             passes.settle(partial(_forward_backward, work, largest, _share(largest)), model, work, budget_bytes)
@@ -347,7 +362,7 @@ def _share(batch: MicroBatch) -> float:
     return 1 / max(batch.supervised, 1)
 
 
-def _forward_backward(work: Work, batch: MicroBatch, share: Tensor | float) -> Tensor:
+def _forward_backward(work: Workload, batch: MicroBatch, share: Tensor | float) -> Tensor:
     loss = work.loss_of(batch, share)
     loss.backward()
     return loss.detach()

@@ -15,15 +15,20 @@ from lorafit.engine.layers.decoder import DecoderLayers
 
 REPEATS = 3
 COPY_BYTES = 1 << 27
-MOST_PRODUCTS = 2
-"""Gate and up; one where a family fuses them."""
+MAX_MLP_MATMULS = 2
+"""Number of projections into an MLP: gate and up, or one if a family fuses them."""
 
 
 @dataclass(frozen=True, slots=True)
 class LevelCost:
-    """Hold one layer's cost at one level: bytes saved, bytes its backward needs, and seconds.
+    """Hold one layer's cost at one level of the policy.
 
-    `launch_s` is the processor's time to start one pass's kernels; no pass can be shorter.
+    Attributes:
+        saved_bytes: Bytes saved for the backward.
+        working_bytes: Bytes that the backward needs besides.
+        forward_s: Seconds of the forward.
+        backward_s: Seconds of the backward.
+        launch_s: Seconds in which the processor starts one pass's kernels; no pass can be shorter.
     """
 
     saved_bytes: int
@@ -34,14 +39,22 @@ class LevelCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
-    """Hold the projections into one layer's MLP: bytes of their outputs, and seconds to compute them."""
+class MlpMatmuls:
+    """Hold the cost of the projections into one layer's MLP.
+
+    Attributes:
+        size_bytes: Bytes of their outputs.
+        seconds: Seconds to compute them.
+    """
 
     size_bytes: int
     seconds: float
 
-    def left_out_of(self, keep: LevelCost) -> LevelCost:
-        """Return the cost of a layer that recomputes them, from that of one that keeps them."""
+    def recomputed(self, keep: LevelCost) -> LevelCost:
+        """Return the cost of a layer that recomputes them.
+
+        `keep` is the cost of a layer that keeps them.
+        """
         return replace(
             keep,
             saved_bytes=keep.saved_bytes - self.size_bytes,
@@ -49,38 +62,41 @@ class Products:
             backward_s=keep.backward_s + self.seconds,
         )
 
-    def kept_in(self, feed_forward: LevelCost) -> LevelCost:
-        """The inverse of `left_out_of`."""
-        return Products(-self.size_bytes, -self.seconds).left_out_of(feed_forward)
+    def kept(self, feed_forward: LevelCost) -> LevelCost:
+        """Return the cost of a layer that keeps them.
+
+        `feed_forward` is the cost of a layer that recomputes them.
+        """
+        return MlpMatmuls(-self.size_bytes, -self.seconds).recomputed(feed_forward)
 
 
-class _Measured(Exception):
-    """The first layer has been measured; the rest of the model need not run."""
+class _LayerMeasured(Exception):
+    """Raised after the first layer is measured, to skip the rest of the model."""
 
 
 def measure_level(
-    layers: DecoderLayers, run_model: Callable[[], Any], level: str, meanwhile: Callable[[], object] | None = None
+    layers: DecoderLayers, run_model: Callable[[], Any], level: str, on_compile: Callable[[], object] | None = None
 ) -> LevelCost | None:
-    """Compile the first decoder layer at `level` and return its cost within `run_model`, on the current CUDA device.
+    """Compile the first decoder layer at `level`, and return its cost.
 
-    `run_model` runs the model in training mode; it is left when the first layer has been measured. `meanwhile` is
-    called right before that, so that its work runs beside the compiler's. None when that layer alone does not
-    fit the memory.
+    It is measured within `run_model`, on the current CUDA device. `run_model` runs the model in training mode and is
+    left after the first layer is measured. `on_compile` is called right before the measurement, so that its work runs
+    beside the compiler's. None if the layer alone does not fit into memory.
     """
     found: list[LevelCost] = []
 
     def observe(run: Any, hidden: torch.Tensor, *rest: Any) -> None:
         layers.observe = None
-        if meanwhile is not None:
-            meanwhile()
+        if on_compile is not None:
+            on_compile()
         found.append(_level_cost(partial(run, level), hidden, rest))
-        raise _Measured
+        raise _LayerMeasured
 
     layers.observe = observe
     try:
         with layers:
             run_model()
-    except (_Measured, torch.OutOfMemoryError):
+    except (_LayerMeasured, torch.OutOfMemoryError):
         pass
     finally:
         layers.observe = None
@@ -111,22 +127,22 @@ def _level_cost(run: Any, hidden: torch.Tensor, rest: tuple[Any, ...]) -> LevelC
         del out, leaf
     timed = sorted(times[1:])  # the first run compiles
     forward_s, backward_s, launch_s = timed[len(timed) // 2]
-    # the layer's input is saved too, but it was there before
+    # the layer's input is saved too, but was allocated before
     return LevelCost(saved + hidden.numel() * hidden.element_size(), working, forward_s, backward_s, launch_s)
 
 
 def frozen_linears(layers: DecoderLayers) -> list[FrozenLinear4bit]:
-    """The packed linears of the first layer."""
+    """Return the packed linears of the first layer."""
     return [module for module in layers.layers[0].modules() if isinstance(module, FrozenLinear4bit)]
 
 
-def unpacked_bytes(layers: DecoderLayers) -> int:
-    """The most that one of the first layer's packed weights takes while it is unpacked for a product."""
+def dequantized_bytes(layers: DecoderLayers) -> int:
+    """Return the bytes of the first layer's largest weight, dequantized for a matmul."""
     return max((module.dense_bytes() for module in frozen_linears(layers)), default=0)
 
 
-def unpack_s(layers: DecoderLayers) -> float:
-    """Seconds that unpacking one layer's frozen weights takes, however few the tokens."""
+def dequantize_s(layers: DecoderLayers) -> float:
+    """Return the seconds of dequantizing one layer's frozen weights, which do not depend on the tokens."""
     frozen = frozen_linears(layers)
 
     def work() -> None:
@@ -136,15 +152,15 @@ def unpack_s(layers: DecoderLayers) -> float:
     return _timed(work) if frozen else 0.0
 
 
-def feed_forward_products(layers: DecoderLayers, tokens: int) -> Products | None:
-    """Return the products that level `feed_forward` recomputes in the first layer, for `tokens` tokens.
+def mlp_matmuls(layers: DecoderLayers, tokens: int) -> MlpMatmuls | None:
+    """Return the matmuls that level `feed_forward` recomputes in the first layer, for `tokens` tokens.
 
-    None where they have to be measured: experts, and MLPs without one or two linears into them.
+    None if they must be measured: experts, and MLPs without one or two linears into them.
     """
     hidden = layers.core.config.get_text_config().hidden_size
     linears = [module for module in layers.layers[0].modules() if isinstance(module, torch.nn.Linear)]
     into = [linear for linear in linears if linear.in_features == hidden and linear.out_features in layers.widths]
-    if not 1 <= len(into) <= MOST_PRODUCTS:
+    if not 1 <= len(into) <= MAX_MLP_MATMULS:
         return None
     dtype = layers.core.dtype
     inputs = torch.randn(1, tokens, hidden, device="cuda", dtype=dtype)
@@ -154,13 +170,16 @@ def feed_forward_products(layers: DecoderLayers, tokens: int) -> Products | None
         for linear in into:
             linear(inputs)
 
-    return Products(tokens * sum(linear.out_features for linear in into) * dtype.itemsize, _timed(work))
+    return MlpMatmuls(tokens * sum(linear.out_features for linear in into) * dtype.itemsize, _timed(work))
 
 
 def link_rates() -> tuple[float, float]:
-    """Bytes a second from the GPU to pinned host memory and back, both ways busy at once."""
-    here = [torch.empty(COPY_BYTES, device="cuda", dtype=torch.uint8) for _ in range(2)]
-    there = [torch.empty(COPY_BYTES, pin_memory=True, dtype=torch.uint8) for _ in range(2)]
+    """Return the bytes a second from the GPU to pinned host memory, and back.
+
+    Both ways are busy at once.
+    """
+    on_gpu = [torch.empty(COPY_BYTES, device="cuda", dtype=torch.uint8) for _ in range(2)]
+    on_host = [torch.empty(COPY_BYTES, pin_memory=True, dtype=torch.uint8) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2)]
@@ -168,16 +187,16 @@ def link_rates() -> tuple[float, float]:
         for way, stream in enumerate(streams):
             with torch.cuda.stream(stream):
                 marks[way][0].record()
-                target, source = (there[0], here[0]) if way == 0 else (here[1], there[1])
+                target, source = (on_host[0], on_gpu[0]) if way == 0 else (on_gpu[1], on_host[1])
                 target.copy_(source, non_blocking=True)
                 marks[way][1].record()
         torch.cuda.synchronize()
-    out, home = (COPY_BYTES / (begun.elapsed_time(ended) / 1e3) for begun, ended in marks)
-    return out, home
+    to_host, to_gpu = (COPY_BYTES / (begun.elapsed_time(ended) / 1e3) for begun, ended in marks)
+    return to_host, to_gpu
 
 
 def _timed(work: Any) -> float:
-    """Median seconds of `work` on the GPU."""
+    """Return the median seconds of `work` on the GPU."""
     times = []
     for _ in range(REPEATS + 1):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

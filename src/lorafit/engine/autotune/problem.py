@@ -1,4 +1,4 @@
-"""Problem: what one decoder layer costs on this GPU, the room there is, and the policy that the solver finds."""
+"""Problem: the cost of one decoder layer, the available memory, and the solved policy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.autotune.measure import (
     LevelCost,
-    feed_forward_products,
+    dequantize_s,
+    dequantized_bytes,
     frozen_linears,
     link_rates,
     measure_level,
-    unpack_s,
-    unpacked_bytes,
+    mlp_matmuls,
 )
 from lorafit.engine.cuda_graphs import recordable
 from lorafit.engine.layers.decoder import DecoderLayers
@@ -48,29 +48,29 @@ LOST_SHARE = 0.03
 HOST_SHARE = 0.5
 """Share of the host's free memory that may be page-locked."""
 WORTH_COMPILING = 0.015
-"""Gain in speed below which layers are not compiled at a second level, as each takes seconds before the first step."""
+"""Least gain in speed that is worth compiling a second level, which takes seconds."""
 RELIEF_SHARE, RELIEF_TRIES = 0.04, 5
-"""Share of the room that a run gives up when it fills its memory, and how often while that changes nothing."""
+"""Share of the memory that a full run gives up, and tries until the policy changes."""
 UNWANTED_S, NEVER_BYTES = 1e6, 1 << 50
-"""Seconds of recomputing at a level that no layer is compiled at, and bytes of a level that is ruled out."""
+"""Seconds of recomputing at a level that is not compiled, and bytes of an excluded level."""
 
 BatchOf = Callable[[int], MicroBatch]
-"""Returns the run's largest micro-batch of at most so many tokens, on the device."""
+"""Returns the run's largest micro-batch of at most this number of tokens, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Hold the work to be fitted, as training runs it.
+class Workload:
+    """Hold the workload to be fitted, as training runs it.
 
     Attributes:
-        batch_of: The largest micro-batch of at most so many tokens.
+        batch_of: The largest micro-batch of at most this number of tokens.
         loss_of: The loss of a micro-batch, times a share.
         max_length: Tokens of the largest micro-batch worth trying.
         longest: Tokens of the longest row.
         step_tokens: Tokens of the mean step.
         coming_bytes: Adapter gradients and optimizer state, which are not allocated yet.
-        within: The largest micro-batch with at most its second argument's tokens, where a step is cut into
-            micro-batches of at most its first; None without one.
+        within: The largest micro-batch of at most its second argument's tokens, if a step is cut into micro-batches of
+            at most its first; None without one.
     """
 
     batch_of: BatchOf
@@ -84,29 +84,29 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Hold what the solver needs: the costs of a micro-batch of `tokens`, the room, and the work."""
+    """Hold the solver's input: the costs of a micro-batch of `tokens`, the available memory, and the workload."""
 
     costs: LayerCosts
     room: Room
     tokens: int
-    work: Work
+    work: Workload
 
     def less(self, size_bytes: int) -> Problem:
-        """Return the same with that much less room on the device."""
+        """Return the problem with that much less memory on the device."""
         return replace(self, room=self.room.less(size_bytes))
 
     def smaller(self, size_bytes: int) -> Problem:
-        """Return the same with that much less room than the policy found here takes."""
-        taken = self._in_force()[0]
+        """Return the problem with that much less memory than the solved policy takes."""
+        taken = self._taken()[0]
         return self.less(size_bytes + max(0, self.room.device_bytes - taken))
 
     def roomier(self, spare_bytes: int, failed_bytes: int | None = None) -> Problem | None:
-        """Return the same with the room that was measured, after a policy left `spare_bytes` of the budget.
+        """Return the problem with the measured memory, after a policy left `spare_bytes` of the budget.
 
-        The policy of a room of `failed_bytes` is known not to fit: the room stays halfway below. None where no policy
+        The policy for `failed_bytes` is known not to fit, so the memory stays at most halfway to it. None if no policy
         gains by it.
         """
-        taken, taken_s = self._in_force()
+        taken, taken_s = self._taken()
         room = taken + spare_bytes
         if failed_bytes is not None:
             room = min(room, (self.room.device_bytes + failed_bytes) // 2)
@@ -114,8 +114,8 @@ class Problem:
         found = roomier._solution()
         return roomier if found is not None and found.step_s < taken_s / (1 + WORTH_COMPILING) else None
 
-    def _in_force(self) -> tuple[int, float]:
-        """Return the bytes of the room that the policy found takes, and its predicted seconds of a step."""
+    def _taken(self) -> tuple[int, float]:
+        """Return the bytes that the solved policy takes, and its predicted seconds of a step."""
         found = self._solution()
         if found is None:
             layers, share = self.costs.layers, self.work.longest / self.tokens
@@ -128,20 +128,20 @@ class Problem:
 
     @property
     def has_policy(self) -> bool:
-        """True when some policy fits the room; else the smallest one is taken."""
+        """Return True if some policy fits; else the smallest one is taken."""
         return self._solution() is not None
 
     def apply(self, layers: DecoderLayers) -> None:
-        """Set the policy that the solver finds and the schedule of its offload; the smallest where it finds none."""
-        found = self._policy()
+        """Set the solved policy and its offload schedule; without a solution, the smallest policy."""
+        found = self._solution()
         if found is None:
             layers.policy = smallest_policy(layers, self.work.longest)
             layers.set_schedule(())
         else:
-            self._apply(layers, found)
+            self._apply(layers, found.policy)
 
     def _apply(self, layers: DecoderLayers, found: MemoryPolicy) -> None:
-        # measured on fewer tokens than `max_length`, its micro-batch must be said
+        # with fewer measured tokens than `max_length`, the policy must name its micro-batch
         layers.policy = found.sized(self.tokens, self.work.max_length)
         schedule = self._schedule(found)
         layers.set_schedule(schedule.on_device_from, partial(self._reduce_slightly, layers, found, schedule))
@@ -150,49 +150,45 @@ class Problem:
         return offload_schedule(self._costs_with(found), found, self._room_with(found).device_bytes, by_bytes=True)
 
     def _costs_with(self, found: MemoryPolicy) -> LayerCosts:
-        """The costs of its micro-batch."""
+        """Return the costs of the policy's micro-batch."""
         return self.costs.scaled((found.micro_tokens or self.tokens) / self.tokens)
 
     def _room_with(self, found: MemoryPolicy) -> Room:
-        """Return the room once the embeddings are where `found` has them."""
+        """Return the available memory with the embeddings placed as in `found`."""
         return self.room.without_embeddings() if found.host_embeddings else replace(self.room, embedding_bytes=0)
 
-    def _reduce_slightly(self, layers: DecoderLayers, turned: MemoryPolicy, schedule: OffloadSchedule) -> bool:
-        """Apply, in the middle of a run, the fastest policy that needs a little less room than `turned`.
+    def _reduce_slightly(self, layers: DecoderLayers, current: MemoryPolicy, schedule: OffloadSchedule) -> bool:
+        """Apply the fastest policy that needs a little less memory than `current`.
 
-        Micro-batches and embeddings stay, and where possible the levels that layers are compiled at. False where there
-        is no such policy.
+        It is called in the middle of a run. Micro-batches and embeddings stay, and where possible also the levels that
+        layers are compiled at. Returns False if there is no such policy.
         """
-        costs, room = _at_levels_of(turned, self._costs_with(turned)), self._room_with(turned).device_bytes
-        # what the reckoning leaves unused is not what the run has too little of
-        unused = max(0, room - fullest_bytes(self._costs_with(turned), turned, schedule))
+        costs, room = _at_levels_of(current, self._costs_with(current)), self._room_with(current).device_bytes
+        # memory that the prediction leaves unused does not help the run
+        unused = max(0, room - fullest_bytes(self._costs_with(current), current, schedule))
         share = round(RELIEF_SHARE * room)
         for tried in range(RELIEF_TRIES):
             problem = self.less(unused + share * (tried + 1))
-            solved = solve(costs, problem._room_with(turned))
+            solved = solve(costs, problem._room_with(current))
             if solved is None:
                 return False
-            found = replace(solved.policy, micro_tokens=turned.micro_tokens, host_embeddings=turned.host_embeddings)
-            if (
-                turned.recompute_layers + turned.recompute_mlp_layers == costs.layers
-            ):  # its costs know of no other level
+            found = replace(solved.policy, micro_tokens=current.micro_tokens, host_embeddings=current.host_embeddings)
+            if current.recompute_layers + current.recompute_mlp_layers == costs.layers:  # its costs have no other level
                 found = replace(found, recompute_mlp_layers=costs.layers - found.recompute_layers)
-            if (found, problem._schedule(found)) != (turned, schedule):
-                standing = layers.policy  # says of micro-batches and embeddings how they are
+            if (found, problem._schedule(found)) != (current, schedule):
+                before = layers.policy  # holds today's micro-batches and embeddings
                 problem._apply(layers, found)
                 layers.policy = replace(
-                    layers.policy, micro_tokens=standing.micro_tokens, host_embeddings=standing.host_embeddings
+                    layers.policy, micro_tokens=before.micro_tokens, host_embeddings=before.host_embeddings
                 )
                 return True
         return False
 
-    def _policy(self) -> MemoryPolicy | None:
-        """Return the policy of `_solution`."""
-        found = self._solution()
-        return found.policy if found else None
-
     def _solution(self) -> Solution | None:
-        """Return the fastest policy that fits; one whose layers are all at one level, if that is hardly slower."""
+        """Return the fastest policy that fits.
+
+        A policy with all layers at one level is preferred if it is hardly slower.
+        """
         found = self._solved(self.costs)
         if found is None or not 0 < found.policy.recompute_mlp_layers < self.costs.layers:
             return found
@@ -207,12 +203,12 @@ class Problem:
         return solve_micro(costs, self.room, tokens=tokens, longest=self.work.longest, step_tokens=step_tokens)
 
     def _step_share(self) -> float:
-        """The mean step in micro-batches as large as the measured one; at least one."""
+        """Return the mean step's size in micro-batches like the measured one, at least one."""
         return max(self.work.step_tokens / self.tokens, 1.0)
 
 
 def _at_levels_of(policy: MemoryPolicy, costs: LayerCosts) -> LayerCosts:
-    """Return `costs` that lead to the levels of `policy` alone, as long as anything fits at them."""
+    """Return `costs` whose solutions use only the levels of `policy`, if any of them fits."""
     if policy.recompute_layers == costs.layers:
         return replace(costs, kept_bytes=NEVER_BYTES, feed_forward_bytes=NEVER_BYTES)
     if policy.recompute_layers + policy.recompute_mlp_layers == costs.layers:
@@ -223,24 +219,27 @@ def _at_levels_of(policy: MemoryPolicy, costs: LayerCosts) -> LayerCosts:
 
 
 def smallest_policy(layers: DecoderLayers, longest: int) -> MemoryPolicy:
-    """Return the policy that needs least: everything recomputed and offloaded, micro-batches of the `longest` row."""
+    """Return the policy that needs least memory.
+
+    Everything is recomputed and offloaded, in micro-batches of the `longest` row.
+    """
     whole = len(layers)
     return MemoryPolicy(recompute_layers=whole, offloaded_layers=whole, host_embeddings=True, micro_tokens=longest)
 
 
 def measured_problem(
-    model: Any, layers: DecoderLayers, work: Work, budget_bytes: int, meanwhile: Callable[[], object] | None = None
+    model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, on_compile: Callable[[], object] | None = None
 ) -> Problem | None:
-    """Return the problem of fitting `work` into `budget_bytes`, after measuring the first layer and the link.
+    """Measure the first layer and the link, and return the problem of fitting `work`.
 
-    `meanwhile` is called when that layer is about to be compiled. Where everything can be kept, `layers` are set to
-    that, unused memory is given to dequantized weights, and there is no problem to solve. Raises TrainingError when a
-    single layer does not fit.
+    `on_compile` is called right before the layer is compiled. If everything fits `budget_bytes`, `layers` are set to
+    keep it, unused memory goes to dequantized weights, and the result is None. Raises TrainingError if a single layer
+    does not fit.
     """
-    # a layer is measured with all weights unpacked or with none, whichever is likelier to be what it comes to
+    # a layer is measured with all weights dequantized or with none, by the planned policy
     if layers.policy.dequantized_layers < len(layers):
         layers.policy = replace(layers.policy, dequantized_layers=0)
-    batch, keep, cheaper = _levels(model, layers, work, meanwhile)
+    batch, keep, cheaper = _levels(model, layers, work, on_compile)
     free = budget_bytes - torch.cuda.memory_reserved() - work.coming_bytes - SLACK_BYTES
     loss_bytes = _loss_bytes(model, batch)
     everything = len(layers) * keep.saved_bytes + max(keep.working_bytes, loss_bytes)
@@ -251,12 +250,12 @@ def measured_problem(
         if not recordable(layers) or again > spare:
             graphs = again = 0
         layers.policy = MemoryPolicy(
-            dequantized_layers=dense_layers(layers, spare - again), cuda_graph_max_tokens=graphs
+            dequantized_layers=dequantizable_layers(layers, spare - again), cuda_graph_max_tokens=graphs
         )
         return None
-    if layers.policy.dequantized_layers:  # what was planned with does not fit: weights are unpacked on each call then
+    if layers.policy.dequantized_layers:  # the plan does not fit: dequantize weights on each call
         layers.policy = replace(layers.policy, dequantized_layers=0)
-        keep, cheaper = (_unpacking(layers, cost) for cost in (keep, cheaper))
+        keep, cheaper = (_with_packed_weights(layers, cost) for cost in (keep, cheaper))
     rates = link_rates()
     room = Room(
         device_bytes=free - round(LOST_SHARE * budget_bytes),
@@ -269,39 +268,39 @@ def measured_problem(
     return Problem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
 
 
-def _unpacking(layers: DecoderLayers, cost: LevelCost) -> LevelCost:
+def _with_packed_weights(layers: DecoderLayers, cost: LevelCost) -> LevelCost:
     """Return the cost of a layer with packed weights, from that of one with dequantized weights."""
-    again_s, weight = unpack_s(layers), unpacked_bytes(layers)
+    extra_s, weight = dequantize_s(layers), dequantized_bytes(layers)
     return replace(
         cost,
-        forward_s=cost.forward_s + again_s,
-        backward_s=cost.backward_s + again_s,
+        forward_s=cost.forward_s + extra_s,
+        backward_s=cost.backward_s + extra_s,
         working_bytes=cost.working_bytes + weight,
     )
 
 
-def dense_layers(layers: DecoderLayers, spare_bytes: int) -> int:
-    """Of how many layers the unpacked weights fit into `spare_bytes`, from the first on."""
+def dequantizable_layers(layers: DecoderLayers, spare_bytes: int) -> int:
+    """Return the number of first layers whose dequantized weights fit into `spare_bytes`."""
     sizes = [sum(module.dense_bytes() for module in linears) for linears in layers.frozen]
     return sum(size <= spare_bytes for size in accumulate(sizes)) if any(sizes) else 0
 
 
 def _levels(
-    model: Any, layers: DecoderLayers, work: Work, meanwhile: Callable[[], object] | None
+    model: Any, layers: DecoderLayers, work: Workload, on_compile: Callable[[], object] | None
 ) -> tuple[MicroBatch, LevelCost, LevelCost]:
     """Return the first layer's cost with everything kept, and with its MLP recomputed.
 
-    The level of most layers of the planned policy is measured. The other is reckoned where that is exact, because each
-    level measured is one compiled.
+    The level of most layers of the planned policy is measured. The other is predicted if that is exact, because each
+    measured level is compiled.
     """
     planned = "feed_forward" if 2 * layers.policy.recompute_mlp_layers >= len(layers) else "keep"
     first = planned if layers.compiled and layers.widths else "keep"
-    batch, cost = _measured(model, layers, work, first, meanwhile=meanwhile)
-    if not layers.compiled or not layers.widths:  # a family that does not compile has no such level
+    batch, cost = _measured(model, layers, work, first, on_compile=on_compile)
+    if not layers.compiled or not layers.widths:  # without compiling, a family has no such level
         return batch, cost, cost
-    products = feed_forward_products(layers, batch.tokens)
+    products = mlp_matmuls(layers, batch.tokens)
     if products is not None:
-        return (batch, cost, products.left_out_of(cost)) if first == "keep" else (batch, products.kept_in(cost), cost)
+        return (batch, cost, products.recomputed(cost)) if first == "keep" else (batch, products.kept(cost), cost)
     other = _measured(model, layers, work, "keep" if first == "feed_forward" else "feed_forward", batch)[1]
     return (batch, cost, other) if first == "keep" else (batch, other, cost)
 
@@ -309,21 +308,21 @@ def _levels(
 def _measured(
     model: Any,
     layers: DecoderLayers,
-    work: Work,
+    work: Workload,
     level: str,
     batch: MicroBatch | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    on_compile: Callable[[], object] | None = None,
 ) -> tuple[MicroBatch, LevelCost]:
-    """The first layer's cost at `level` on `batch`, or on the largest micro-batch of which one layer fits at all."""
+    """Return the first layer's cost at `level` on `batch`, or on the largest micro-batch that fits."""
     tokens = work.max_length
     while True:
         tried = batch or work.batch_of(tokens)
-        cost = measure_level(layers, partial(work.loss_of, tried, 1.0), level, meanwhile)
+        cost = measure_level(layers, partial(work.loss_of, tried, 1.0), level, on_compile)
         release_memory()
         if cost is not None:
             return tried, cost
         if layers.policy.dequantized_layers:
-            layers.policy = replace(layers.policy, dequantized_layers=0)  # there is less room than was planned with
+            layers.policy = replace(layers.policy, dequantized_layers=0)  # less memory than planned
         elif _movable_bytes(model):
             keep_embeddings_on_host(model)
         elif batch is None and tokens // 2 >= work.longest:
@@ -336,7 +335,7 @@ def _costs(
     layers: DecoderLayers, batch: MicroBatch, keep: LevelCost, cheaper: LevelCost, loss_bytes: int
 ) -> LayerCosts:
     frozen = frozen_linears(layers)
-    again_s = max(cheaper.backward_s - keep.backward_s, 0.0)
+    extra_s = max(cheaper.backward_s - keep.backward_s, 0.0)
     stream = batch.ids.numel() * _hidden_bytes(layers.core)
     return LayerCosts(
         layers=len(layers),
@@ -345,14 +344,14 @@ def _costs(
         whole_bytes=min(stream, cheaper.saved_bytes),
         forward_s=keep.forward_s,
         backward_s=keep.backward_s,
-        recompute_feed_forward_s=again_s,
+        recompute_feed_forward_s=extra_s,
         recompute_layer_s=keep.forward_s,
         kept_working_bytes=keep.working_bytes,
         feed_forward_working_bytes=cheaper.working_bytes,
         whole_working_bytes=keep.working_bytes + keep.saved_bytes - stream,
-        fixed_s=unpack_s(layers),
+        fixed_s=dequantize_s(layers),
         launch_s=keep.launch_s,
-        fixed_working_bytes=unpacked_bytes(layers),
+        fixed_working_bytes=dequantized_bytes(layers),
         loss_bytes=loss_bytes,
         fixed_loss_bytes=min(CHUNK_BYTES, loss_bytes),
         loss_s=_loss_s(layers, batch, keep.forward_s, frozen),
@@ -360,7 +359,7 @@ def _costs(
 
 
 def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: Sequence[nn.Linear]) -> float:
-    """Seconds of the head's matmul and of the one back through it, at the rate of a layer's own matmuls."""
+    """Return the seconds of the head's forward and backward matmul, at a layer's matmul rate."""
     weights = sum(module.out_features * module.in_features for module in frozen)
     head = layers.core.get_output_embeddings()
     if not weights or head is None:
@@ -369,28 +368,31 @@ def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: 
 
 
 def _loss_bytes(model: Any, batch: MicroBatch) -> int:
-    """A chunk of logits, and the hidden states with their gradient in 32 bits."""
+    """Return the bytes of a chunk of logits, and of hidden states with fp32 gradients."""
     return CHUNK_BYTES + batch.tokens * _hidden_bytes(model) * 4
 
 
 def _hidden_bytes(model: Any) -> int:
-    """Bytes of one token's hidden state in 16 bits."""
+    """Return the bytes of one token's hidden state in 16 bits."""
     return 2 * int(model.config.get_text_config().hidden_size)
 
 
 def _movable_bytes(model: Any) -> int:
-    """Bytes of the input embeddings when they can wait on the host; 0 when they are the output head too."""
+    """Return the bytes of the input embeddings that can move to the host.
+
+    It is 0 if they are tied to the head, trained, or on the host already.
+    """
     config = model.config.get_text_config()
-    table = getattr(model.get_input_embeddings(), "weight", None)  # None when it is on the host already
+    table = getattr(model.get_input_embeddings(), "weight", None)  # None if it is on the host already
     if table is None or config.tie_word_embeddings or table.requires_grad or table.device.type != "cuda":
         return 0
     return int(table.numel() * table.element_size())
 
 
 def does_not_fit() -> TrainingError:
-    """The error of a row that no setting makes fit."""
+    """Return the error of a row that fits with no setting."""
     return TrainingError(
-        "the longest row does not fit into the GPU's memory, or the budget, with everything recomputed and offloaded",
+        "the longest row does not fit into the GPU's memory or budget, even with everything recomputed and offloaded",
         where="memory",
         fix="shorten the longest rows (--on-long drop), lower rank or targets, or use a larger GPU",
     )

@@ -1,1 +1,1 @@
-"""Decoder layers as training runs them: compiled, recomputed, offloaded."""
+"""Layers: decoder layers compiled, recomputed and offloaded for training."""

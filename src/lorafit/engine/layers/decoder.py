@@ -1,9 +1,9 @@
-"""Which operations of a decoder layer run again in its backward, so that their outputs need not be kept.
+"""Decoder layers: selective recompute of a decoder layer's operations in its backward.
 
-Selective activation checkpointing (torch.utils.checkpoint), decided operation by operation while a layer is traced:
-- what is computed element by element is made again, at both levels: the compiler fuses it into its neighbours, so it
-  costs next to nothing (a normed input beside the input it was made from would be 9 % of what a layer keeps);
-- at level `feed_forward` the outputs of gate and up are made again too: 60 % of what a layer keeps, for 54 % of
+It is selective activation checkpointing (torch.utils.checkpoint), decided for each operation while a layer is traced:
+- element-wise operations are recomputed at both levels: the compiler fuses them into their neighbours, so they
+  cost next to nothing (a normed input kept beside its own input would be 9 % of a layer's saved bytes);
+- at level `feed_forward` the outputs of gate and up are recomputed too: 60 % of a layer's saved bytes, for 54 % of
   its matmuls. The down projection's output is never needed, so that matmul does not run again.
 """
 
@@ -28,13 +28,13 @@ from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.packing import Segments
 from lorafit.errors import BackboneError
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 STREAM_RANK = 3
 
 
 def feed_forward_widths(config: Any) -> frozenset[int]:
-    """Output widths of the projections into a family's feed-forward: gate and up apart, or fused."""
+    """Return the output widths of the projections into a family's MLP: gate and up apart, or fused."""
     text = config.get_text_config()
     sizes = (getattr(text, name, None) for name in ("intermediate_size", "moe_intermediate_size", "ffn_dim"))
     inner = [size for size in sizes if isinstance(size, int)]
@@ -42,10 +42,10 @@ def feed_forward_widths(config: Any) -> frozenset[int]:
 
 
 def recompute_contexts(widths: frozenset[int]) -> Callable[[], Any]:
-    """The `context_fn` of a checkpoint that makes again what is cheap, and products of these output widths.
+    """Return a checkpoint's `context_fn` that recomputes cheap operations and matmuls of these output widths.
 
-    `cache_hash` says to torch what it does. Without, no layer's trace is cached on disk, only its kernels: every
-    process would trace and partition it anew.
+    `cache_hash` identifies it to torch. Without it, only a layer's kernels are cached on disk and not its trace: every
+    process would trace and partition it again.
     """
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, widths))
     contexts.cache_hash = f"{_source_hash()} {sorted(widths)}"  # type: ignore[attr-defined]
@@ -54,33 +54,38 @@ def recompute_contexts(widths: frozenset[int]) -> Callable[[], Any]:
 
 @cache
 def _source_hash() -> str:
-    """Of all that a cached trace depends on beside the graph: this policy, and what lorafit's operators say of their
-    outputs and gradients."""
+    """Return a hash of the sources that a cached trace depends on beside its graph.
+
+    They are this policy, and the outputs and gradients that lorafit's operators declare.
+    """
     engine = Path(__file__).parents[1]
     files = sorted(chain(engine.rglob("*.py"), (engine.parent / "backbone").rglob("*.py")))
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _policy(widths: frozenset[int], context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    width = _product_width(op, args)
+    width = _matmul_width(op, args)
     if width is None:
         width = _sum_width(op, args)
         if width is not None and width not in widths:
-            return CheckpointPolicy.MUST_SAVE  # else both things summed are kept in its place
+            return CheckpointPolicy.MUST_SAVE  # else both summands are kept instead
     again = width in widths if width is not None else _is_cheap(op, args)
     return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE
 
 
-def _product_width(op: Any, args: tuple[Any, ...]) -> int | None:
-    """Columns that a matmul makes; None for other operations."""
+def _matmul_width(op: Any, args: tuple[Any, ...]) -> int | None:
+    """Return the output columns of a matmul; None for other operations."""
     features = frozen_features(op, args)
     if features is not None:
         return features[1]
-    return int(args[-1].shape[1]) if op in PRODUCTS else None
+    return int(args[-1].shape[1]) if op in MATMULS else None
 
 
 def _sum_width(op: Any, args: tuple[Any, ...]) -> int | None:
-    """Columns of a sum of two streams: a residual, or a frozen output and its adapter's; None for others."""
+    """Return the columns of a sum of two streams; None for other operations.
+
+    Such a sum is a residual, or a frozen output and its adapter's.
+    """
     if op is not torch.ops.aten.add.Tensor or not all(isinstance(arg, torch.Tensor) for arg in args[:2]):
         return None
     left, right = args[:2]
@@ -90,7 +95,7 @@ def _sum_width(op: Any, args: tuple[Any, ...]) -> int | None:
 
 
 def _is_cheap(op: Any, args: tuple[Any, ...]) -> bool:
-    """Element by element on the residual stream: norms and activations.
+    """Return True for element-wise operations on the residual stream: norms and activations.
 
     Heads (rank 4) are left to the compiler: a rotated query costs as much to keep as an unrotated one. So are
     comparisons: a dropout's mask must be the same one, and its random numbers are wider than the mask.
@@ -104,20 +109,32 @@ def _is_cheap(op: Any, args: tuple[Any, ...]) -> bool:
 
 
 VARIANTS = 64
-"""Compiled variants of one layer class that torch may make: two windows, two levels, with and without gradients."""
+"""Compiled variants of one layer class that torch may make.
+
+There are two windows, two levels, with and without gradients.
+"""
 
 SIZE_ASSERTS = False
-"""Whether compiled code checks the strides of whatever operators return, at every call: a tenth of what a layer costs
-the processor (bench/overhead.py). The test suite has it on."""
+"""True to check the strides of operators' results in compiled code at every call.
+
+The check takes a tenth of a layer's processor time (bench/overhead.py). The test suite turns it on.
+"""
 
 Call = Callable[..., Any]
 
 
 class DecoderLayers:
-    """The decoder layers of `model`, run as `policy` says; `with layers:` around training installs them.
+    """Run the decoder layers of `model` by a memory policy; `with layers:` around training installs them.
 
-    `compiled` says whether layers are compiled at present; a family whose layer does not compile whole goes on
-    eager, and `notes` say why, as `tell` is told. `compile_s` is what compiling took so far.
+    A family whose layer does not compile in one graph runs eagerly, and a note says why.
+
+    Attributes:
+        policy: The memory policy.
+        compiled: Whether layers are compiled at present.
+        notes: Notes of the run's engine.json.
+        tell: Called with each note.
+        compile_s: Seconds spent on compiling so far.
+        version: Number of times that weights were dequantized or packed again, which moves them in memory.
     """
 
     def __init__(
@@ -135,10 +152,10 @@ class DecoderLayers:
         self.offload = HostOffload()
         self.notes: list[str] = []
         self.compile_s = 0.0
-        self.turned = 0  # how often weights were unpacked or packed again, and so lie elsewhere
+        self.version = 0
         self.observe: Call | None = None
         self.tell: Callable[[str], object] | None = None
-        self._less: Callable[[], bool] | None = None
+        self._reduce_slightly: Callable[[], bool] | None = None
         self._bodies: dict[str, Call] = {}
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
@@ -152,74 +169,81 @@ class DecoderLayers:
         if not self.layers:
             raise BackboneError("the base has no decoder layers that lorafit knows", where=type(self.core).__name__)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        # what a trace holds of ours stands in its graph whole: it may be kept on disk (see recompute_contexts)
+        # a trace's graph holds all our operators, so it may be cached on disk (see recompute_contexts)
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         try:
-            self._unpack_weights()
+            self._dequantize_weights()
         except torch.OutOfMemoryError:
-            self._unpack_weights(False)
+            self._dequantize_weights(False)
             raise
-        self.core.enable_input_require_grads()  # else the first layer alone would be compiled once more
+        self.core.enable_input_require_grads()  # else the first layer would be compiled separately
         for layer in self.layers:
             layer._gradient_checkpointing_func = self._run
             layer.gradient_checkpointing = True
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        self._unpack_weights(False)
+        self._dequantize_weights(False)
         for layer in self.layers:
             layer.gradient_checkpointing = False
         self.core.disable_input_require_grads()
 
     def reduce_memory(self) -> bool:
-        """Recompute or offload more than before, in the middle of a run; False when all of it is already."""
-        tighter = self.policy.next_smaller(len(self.layers))
-        # embeddings and micro-batches are the end of the policy, and not for the layers to change
+        """Recompute or offload more, in the middle of a run.
+
+        Returns False if all layers already do.
+        """
+        smaller = self.policy.next_smaller(len(self.layers))
+        # embeddings and micro-batches come last in the policy, and layers cannot change them
         least = (len(self), len(self), 0, 0)
-        if tighter is None or _of_layers(tighter) == _of_layers(self.policy) == least:
+        if smaller is None or _of_layers(smaller) == _of_layers(self.policy) == least:
             return False
-        self.policy = tighter
-        self.set_schedule(())  # the schedule was made for the policy before
-        self._unpack_weights()
+        self.policy = smaller
+        self.set_schedule(())  # the schedule belongs to the last policy
+        self._dequantize_weights()
         return True
 
     def reduce_slightly(self) -> bool:
-        """Take a little less memory, in the middle of a run that barely fits; False when nothing can be done.
+        """Reduce memory a little, in the middle of a run that barely fits.
 
-        A policy that was solved gives up as little as it can; another is reduced as by `reduce_memory`.
+        A solved policy gives up as little as possible; another policy is reduced as by `reduce_memory`. Returns False
+        if nothing can be reduced.
         """
-        if self._less is not None and self._less():
-            self.offload.begin()  # what was kept of the last micro-batch is not this policy's
+        if self._reduce_slightly is not None and self._reduce_slightly():
+            self.offload.begin()  # drop tensors that the last policy kept
             return True
         return self.reduce_memory()
 
-    def _unpack_weights(self, keep: bool = True) -> None:
-        """Keep the dequantized weights of `policy.dequantized_layers` layers on the GPU; a CPU has its own copies."""
+    def _dequantize_weights(self, keep: bool = True) -> None:
+        """Keep the dequantized weights of `policy.dequantized_layers` layers on the GPU.
+
+        A CPU has its own copies.
+        """
         dense = self.policy.dequantized_layers if keep else 0
         on_gpu = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
-        for module in chain(*on_gpu[dense:]):  # before anything is taken
+        for module in chain(*on_gpu[dense:]):  # free memory before taking any
             module.drop_dense()
         for module in chain(*on_gpu[:dense]):
             if not module.copies:
                 module.keep_dense()
         self._weights = [_storages(layer) for layer in self.layers]
-        self.turned += 1
+        self.version += 1
 
-    def set_schedule(self, schedule: Sequence[int], less: Callable[[], bool] | None = None) -> None:
-        """Offload by this schedule (see HostOffload) for as long as the policy stays.
+    def set_schedule(self, schedule: Sequence[int], reduce_slightly: Callable[[], bool] | None = None) -> None:
+        """Offload by this schedule (see HostOffload) until the policy changes.
 
-        `less` reduces the policy slightly, and says whether it could (see `reduce_slightly`).
+        `reduce_slightly` reduces the policy slightly, and returns True if it could (see the method of this name).
         """
-        self.offload.schedule, self._less = schedule, less
+        self.offload.schedule, self._reduce_slightly = schedule, reduce_slightly
 
     def note(self, text: str) -> None:
-        """Have `text` stand in the run's engine.json, and told."""
+        """Add `text` to the notes of the run's engine.json, and report it."""
         self.notes.append(text)
         if self.tell is not None:
             self.tell(text)
 
     def _run(self, call: partial[Any], *inputs: Any) -> Any:
-        """What a decoder layer's call becomes: `call` holds the layer's forward and its keyword arguments."""
+        """Run a decoder layer; `call` holds the layer's forward and its keyword arguments."""
         layer, forward = _bound(call)
         index = self._index[id(layer)]
         if index == 0:
@@ -238,7 +262,7 @@ class DecoderLayers:
         return out
 
     def _at_level(self, layer: Any, forward: Call, options: dict[str, Any], level: str, *inputs: Any) -> Any:
-        """One layer's forward at a level of the policy."""
+        """Run one layer's forward at a level of the policy."""
         if level == "feed_forward" and not (self.compiled and self.widths):
             level = "whole"
         if level == "whole":
@@ -252,7 +276,7 @@ class DecoderLayers:
             out = self._body(level)(forward, layer, *inputs, **options)
         except TorchDynamoException as error:
             self.compiled = False
-            # what a backend raised stands below a line that only says so
+            # the first line only says that a backend raised; the second holds its error
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
             self.note(f"{type(layer).__name__} does not compile ({reason}); its layers run one operation at a time")
             return self._at_level(layer, forward, options, level, *inputs)
@@ -262,8 +286,8 @@ class DecoderLayers:
         return out
 
     def _let_vary(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Token counts and row layouts change from one micro-batch to the next: compile for all of them at once."""
-        # all layers are given the same options: each is looked at once in a forward
+        """Mark token counts and row layouts as dynamic, so that one compile serves all micro-batches."""
+        # all layers get the same options, so each is marked once in a forward
         new = [value for value in options.values() if value is not None and id(value) not in self._varying]
         self._varying.update(map(id, new))
         for tensor in _tensors((*inputs, *new)):
@@ -274,7 +298,7 @@ class DecoderLayers:
     def _body(self, level: str) -> Call:
         if level not in self._bodies:
             contexts = recompute_contexts(self.widths if level == "feed_forward" else frozenset())
-            body = _light_body if level == "feed_forward" else _kept_body
+            body = _recompute_mlp_body if level == "feed_forward" else _keep_body
             options: dict[str, Any] | None = {"size_asserts": SIZE_ASSERTS} if self.backend == "inductor" else None
             compiled = torch.compile(body, fullgraph=True, backend=self.backend, options=options)
             self._bodies[level] = partial(compiled, contexts)
@@ -282,21 +306,27 @@ class DecoderLayers:
 
 
 def _of_layers(policy: MemoryPolicy) -> tuple[int, int, int, int]:
-    """What of the policy can be turned in the middle of a run, as far as it ends."""
+    """Return the parts of the policy that may change in the middle of a run.
+
+    Their smallest values end the reduction.
+    """
     return policy.recompute_layers, policy.offloaded_layers, policy.dequantized_layers, policy.cuda_graph_max_tokens
 
 
-def _kept_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
+def _keep_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
     return checkpoint(forward, layer, *inputs, use_reentrant=False, context_fn=contexts, **options)
 
 
-def _light_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
-    # a function of its own, for torch keeps compiled variants by function and tries them in turn
+def _recompute_mlp_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
+    # a separate function, because torch keeps compiled variants by function and tries them in turn
     return checkpoint(forward, layer, *inputs, use_reentrant=False, context_fn=contexts, **options)
 
 
 def _bound(call: partial[Any]) -> tuple[Any, Call]:
-    """The layer and its class's forward: transformers binds `__call__` up to 5.17 and passes `forward` since."""
+    """Return the layer and its class's forward.
+
+    transformers binds `__call__` up to 5.17, and passes `forward` since.
+    """
     if call.args:
         return call.args[0], call.func
     layer = call.func.__self__  # type: ignore[attr-defined]
@@ -304,7 +334,10 @@ def _bound(call: partial[Any]) -> tuple[Any, Call]:
 
 
 def _storages(layer: torch.nn.Module) -> frozenset[int]:
-    """Data pointers of everything that the layer holds: it is there anyway, and must not be sent away."""
+    """Return the data pointers of all tensors that the layer holds.
+
+    They are in memory anyway, so they are not offloaded.
+    """
     tensors = [*layer.parameters(), *layer.buffers()]
     for module in layer.modules():
         if isinstance(module, FrozenLinear4bit):
@@ -323,5 +356,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _shared(options: dict[str, Any]) -> frozenset[int]:
-    """Data pointers of what all layers are given alike: rotary tables, positions, segments."""
+    """Return the data pointers of the tensors that all layers share: rotary tables, positions, segments."""
     return frozenset(tensor.untyped_storage().data_ptr() for value in options.values() for tensor in _tensors(value))

@@ -1,4 +1,7 @@
-"""Frozen input embeddings in host memory: their bytes leave the GPU, and each step reads only the rows it needs."""
+"""Host embeddings: frozen input embeddings in host memory.
+
+They free their bytes on the GPU, and each step reads only the rows it needs.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ BLOCK = 1024
 
 
 class HostEmbedding(nn.Embedding):
-    """An embedding whose table is in host memory wherever the model is; pinned, where there is a GPU.
+    """An embedding whose table stays in host memory, pinned if there is a GPU.
 
-    The table is no parameter: `.to(device)` leaves it alone, `model.device` is still the GPU, and
-    DistributedDataParallel, which wants all parameters on one device, does not see it. `state_dict` has it.
+    The table is no parameter: `.to(device)` does not move it, `model.device` is still the GPU, and
+    DistributedDataParallel, which requires all parameters on one device, does not see it. `state_dict` includes it.
     """
 
     _table: Tensor
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The table (entries, width), on the host."""
+        """Return the table (entries, width), on the host."""
         return self._table
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the table, (…) → (…, width), on the device of `input`."""
+        """Return rows of the table, (…) → (…, width), on the device of `input`."""
         if HAS_TRITON and input.is_cuda and self._table.is_pinned():
             return gathered(self._table, input.contiguous())
         rows = nn.functional.embedding(input.to(self._table.device), self._table)
@@ -48,11 +51,11 @@ class HostEmbedding(nn.Embedding):
 
 
 def keep_embeddings_on_host(model: Any) -> bool:
-    """Move the frozen input embeddings of `model` (PEFT's wrapper or not) to host memory; the answers stay the same.
+    """Move the frozen input embeddings of `model` to host memory; the outputs stay the same.
 
-    False, and nothing done, where they cannot go: tied to the head, trained, adapted, or of a class that does more
-    than look up and scale. Frees entries · width · itemsize bytes of the GPU; of the host's memory it takes up to
-    twice that where there is a GPU, for torch rounds pinned blocks up to a power of two.
+    `model` may be wrapped by PEFT. Returns False, and changes nothing, if the embeddings are tied to the head, trained,
+    adapted, or of a class that does more than look up and scale. The move frees entries · width · itemsize bytes of the
+    GPU. With a GPU it takes up to twice that of host memory, because torch rounds pinned blocks up to a power of two.
     """
     core = unwrapped(model)
     embedding = core.get_input_embeddings()
@@ -64,7 +67,7 @@ def keep_embeddings_on_host(model: Any) -> bool:
     table = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=torch.cuda.is_available()).copy_(weight)
     was_on_gpu = weight.is_cuda
     del embedding.weight, weight
-    # a scaled family's own forward runs as before, and its `super().forward` is HostEmbedding's
+    # a scaled family keeps its forward, whose `super().forward` is now HostEmbedding's
     own = type(embedding)
     embedding.__class__ = HostEmbedding if own is nn.Embedding else type(own.__name__, (own, HostEmbedding), {})
     embedding._table = table
@@ -75,19 +78,20 @@ def keep_embeddings_on_host(model: Any) -> bool:
 
 def _may_move(embedding: Any, head: Any) -> bool:
     if type(embedding) is not nn.Embedding and type(embedding).__name__ not in SCALED_EMBEDDINGS:
-        return False  # adapted, replaced by another library, or with semantics of its own
+        return False  # adapted, replaced by another library, or with other semantics
     weight, own = embedding.weight, getattr(head, "weight", None)
     tied = own is not None and own.data_ptr() == weight.data_ptr()
     return not (tied or weight.requires_grad or weight.is_meta or embedding.max_norm is not None)
 
 
 def gathered(table: Tensor, ids: Tensor) -> Tensor:
-    """`table[ids]` on the device of `ids`: table (entries, width), pinned; ids (...) int64; returns (..., width).
+    """Return `table[ids]` on the device of `ids`.
 
-    An id outside the table gives NaN, as reading there would be reading the host's other memory.
+    table (entries, width), pinned; ids (...) int64; returns (..., width). An id outside the table gives NaN, as reading
+    there would read other host memory.
     """
     entries, width = table.shape
-    assert table.is_contiguous() and ids.is_contiguous(), "rows must lie one after another"
+    assert table.is_contiguous() and ids.is_contiguous(), "table and ids must be contiguous"
     out = torch.empty((*ids.shape, width), dtype=table.dtype, device=ids.device)
     if ids.numel():
         with torch.cuda.device_of(ids):

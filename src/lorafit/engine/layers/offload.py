@@ -1,8 +1,9 @@
-"""HostOffload: what layers save for their backward waits in pinned host memory, moved while other layers compute.
+"""Offload: saved tensors wait in pinned host memory for their layer's backward.
 
-Saved-tensor hooks around each layer hand every large tensor to a stream that copies it to the host while the next
-layers run; on the way back a second stream brings a layer's tensors home while layers behind it are at work. As
-torchtune's `OffloadActivations` does it, but that a schedule made from bytes says what may be on the GPU when.
+Saved-tensor hooks around each layer pass every large tensor to a stream that copies it to the host while the next
+layers run. In the backward a second stream copies a layer's tensors back while later layers are computed.
+torchtune's `OffloadActivations` does the same; here a schedule computed from bytes says which tensors may be on the
+GPU at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_BYTES = 1 << 20
-"""Smaller tensors stay: their copies would cost more launches than memory."""
+MIN_BYTES = 1 << 20
+"""Size of the smallest offloaded tensor; copies of smaller ones would cost more launches than memory."""
 CHUNK_BYTES = 1 << 30
-"""Pinned memory is taken in chunks of this size; torch rounds such requests up to powers of two."""
+"""Size of a chunk of pinned memory; torch rounds such requests up to powers of two."""
 ALIGNMENT = 512
 
 
 class PinnedArena:
-    """Page-locked host memory handed out from the start again at every micro-batch, in the same order."""
+    """Page-locked host memory, handed out from the start again at every micro-batch, in the same order."""
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
@@ -34,8 +35,10 @@ class PinnedArena:
         self.ahead: Thread | None = None
 
     def pin_ahead(self, size_bytes: int) -> None:
-        """Take as many whole chunks as `size_bytes` hold, in the background: page-locking a GiB takes a good part of a
-        second, and the processor's other cores are idle while layers are compiled."""
+        """Pin the whole chunks that `size_bytes` holds, in the background.
+
+        Page-locking a GiB takes a good part of a second, and the processor's other cores are idle during compilation.
+        """
         missing = (size_bytes - self.reserved_bytes) // CHUNK_BYTES
         if missing > 0:
             self._wait()
@@ -45,12 +48,12 @@ class PinnedArena:
 
     def _pin(self, count: int, device: int | None) -> None:
         if device is not None:
-            torch.cuda.set_device(device)  # of this thread
+            torch.cuda.set_device(device)  # the current device is set for each thread
         for _ in range(count):
             try:
                 self.chunks.append(_pinned(CHUNK_BYTES))
             except RuntimeError:
-                return  # no more can be locked: whoever needs it asks again, and is told
+                return  # no more can be locked; `take` tries again, and raises
 
     def _wait(self) -> None:
         if self.ahead is not None:
@@ -59,25 +62,25 @@ class PinnedArena:
 
     @property
     def reserved_bytes(self) -> int:
-        """Host memory that is page-locked."""
+        """Return the bytes of page-locked host memory."""
         return sum(chunk.numel() for chunk in self.chunks)
 
     def restart(self) -> None:
-        """Everything handed out so far is free again."""
+        """Free all memory handed out so far, for the next micro-batch."""
         self.filled = self.chunk + (self.used > 0)
         self.chunk, self.used = 0, 0
 
     def trim(self) -> None:
-        """Give back the chunks that the micro-batch before the last restart did not need."""
+        """Release the chunks that the last micro-batch before `restart` did not need."""
         self._wait()
         if len(self.chunks) > self.filled:
             del self.chunks[self.filled :]
-            # older torch keeps them for whoever asks next
+            # older torch keeps them for the next request
             if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
                 torch.accelerator.empty_host_cache()
 
     def take(self, like: Tensor) -> Tensor:
-        """A flat pinned tensor of the size and dtype of `like`."""
+        """Return a flat pinned tensor of the size and dtype of `like`."""
         size = like.numel() * like.element_size()
         self._wait()
         while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
@@ -95,7 +98,17 @@ def _pinned(size_bytes: int) -> Tensor:
 
 @dataclass(eq=False, slots=True)
 class OffloadedTensor:
-    """A saved tensor that left: where it is, how it lay in memory, and when it arrived and is back."""
+    """Hold a saved tensor that was offloaded.
+
+    Attributes:
+        host: The copy on the host.
+        shape: Shape of the tensor.
+        stride: Its strides, as it lay in memory.
+        source: The original on the GPU, until its copy has arrived.
+        sent: Event after the copy to the host.
+        back: The tensor on the GPU again.
+        ready: Event after the copy back.
+    """
 
     host: Tensor
     shape: torch.Size
@@ -107,56 +120,56 @@ class OffloadedTensor:
 
 
 class HostOffload:
-    """Saved-tensor hooks that send large saved tensors of some layers to the host and bring them back in time.
+    """Saved-tensor hooks that offload large saved tensors of some layers and bring them back in time.
 
-    `schedule[i]` says which layers' tensors may be on the GPU while layer i works, in either pass: those from that
-    index on (`planning.OffloadSchedule`); its last entry is for the loss. Without one, two layers at a time.
+    `schedule[i]` is the first layer whose tensors may be on the GPU while layer i is computed, in either pass
+    (`memory.layer_costs.OffloadSchedule`); its last entry is for the loss. Without a schedule, two layers at a time.
     """
 
     def __init__(self) -> None:
         self.arena = PinnedArena()
         self.schedule: Sequence[int] = ()
         self.away: dict[int, list[OffloadedTensor]] = {}
-        self.released, self.called, self.sent_bytes = 0, 0, 0
+        self.released, self.prefetched, self.sent_bytes = 0, 0, 0
         cuda = torch.cuda.is_available()
         self.d2h_stream, self.h2d_stream = (torch.cuda.Stream() if cuda else None for _ in range(2))
 
     def begin(self) -> None:
-        """A new micro-batch: whatever waited for the last one's backward is gone."""
-        self.away, self.sent_bytes, self.released, self.called = {}, 0, 0, 1 << 30
+        """Begin a new micro-batch, and drop the tensors of the last one."""
+        self.away, self.sent_bytes, self.released, self.prefetched = {}, 0, 0, 1 << 30
         self.arena.restart()
         if self.d2h_stream is not None and self.h2d_stream is not None:
-            # the arena's first bytes are written again only after the last backward has read them
+            # the arena's first bytes are overwritten only after the last backward has read them
             self.d2h_stream.wait_stream(self.h2d_stream)
 
     @contextmanager
-    def around(self, index: int, leaves: bool, keep: frozenset[int]) -> Iterator[None]:
-        """Around the forward of layer `index`: its saved tensors leave, but for storages in `keep` (data pointers).
+    def around(self, index: int, offloads: bool, keep: frozenset[int]) -> Iterator[None]:
+        """Offload the saved tensors of layer `index` during its forward, except storages in `keep` (data pointers).
 
-        A layer whose tensors stay calls back, in its backward, what the layers before it will need.
+        The backward of a layer whose tensors stay starts the copies that earlier layers will need.
         """
         self._release(self._first(index))
-        mine = self.away.setdefault(index, []) if leaves else None
+        mine = self.away.setdefault(index, []) if offloads else None
 
         def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
-            return self._send(mine, tensor) if mine is not None and _may_leave(tensor, keep) else tensor
+            return self._send(mine, tensor) if mine is not None and _is_offloadable(tensor, keep) else tensor
 
         def unpack(saved: Tensor | OffloadedTensor) -> Tensor:
-            self._call_back(min(self._first(index), index))
+            self._prefetch(min(self._first(index), index))
             return _fetched(saved) if isinstance(saved, OffloadedTensor) else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
     def end_forward(self, layers: int) -> None:
-        """The last layer has run: make the room that the loss is promised."""
+        """End the forward, and free the memory that the schedule gives to the loss."""
         self._release(self._first(layers))
 
     def _first(self, index: int) -> int:
         return self.schedule[index] if index < len(self.schedule) else max(0, index - 1)
 
     def _release(self, first: int) -> None:
-        """Wait, on the device, until the tensors of layers before `first` have left; then forget the originals."""
+        """Drop the originals of layers before `first`, after waiting for their copies on the device."""
         for index in range(self.released, first):
             for away in self.away.get(index, ()):
                 if away.sent is not None:
@@ -178,14 +191,17 @@ class HostOffload:
         self.sent_bytes += flat.numel() * flat.element_size()
         return away
 
-    def _call_back(self, first: int) -> None:
-        """Start bringing home what layers from `first` on sent, the last layer's first."""
-        for index in sorted((index for index in self.away if first <= index < self.called), reverse=True):
+    def _prefetch(self, first: int) -> None:
+        """Start copying back the tensors of layers from `first` on, the last layer's first."""
+        for index in sorted((index for index in self.away if first <= index < self.prefetched), reverse=True):
             self._fetch(self.away[index])
-        self.called = min(self.called, first)
+        self.prefetched = min(self.prefetched, first)
 
     def _fetch(self, layer: list[OffloadedTensor]) -> None:
-        """Into memory of the computing stream, which frees it too; what has not left yet simply stays."""
+        """Copy tensors back into memory of the computing stream, which also frees it.
+
+        A tensor whose original is still on the GPU is used as it is.
+        """
         for away in layer:
             away.back, away.source = away.source, None
         gone = [away for away in layer if away.back is None]
@@ -206,20 +222,20 @@ class HostOffload:
 def _fetched(saved: OffloadedTensor) -> Tensor:
     if saved.ready is not None:
         torch.cuda.current_stream().wait_event(saved.ready)
-    assert saved.back is not None, "a saved tensor is asked for twice: retain_graph is not supported"
-    home, saved.back = saved.back, None
-    return home.as_strided(saved.shape, saved.stride)
+    assert saved.back is not None, "a saved tensor is read twice: retain_graph is not supported"
+    tensor, saved.back = saved.back, None
+    return tensor.as_strided(saved.shape, saved.stride)
 
 
-def _may_leave(tensor: Tensor, keep: frozenset[int]) -> bool:
-    large = tensor.numel() * tensor.element_size() >= LEAST_BYTES
+def _is_offloadable(tensor: Tensor, keep: frozenset[int]) -> bool:
+    large = tensor.numel() * tensor.element_size() >= MIN_BYTES
     return (
         large and tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in keep and _is_dense(tensor)
     )
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """True when its elements fill one stretch of memory, in whatever order."""
+    """Return True if the tensor's elements fill one contiguous range of memory, in any order."""
     wanted = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
         if stride != wanted:

@@ -1,1 +1,1 @@
-"""The loss over the vocabulary, in chunks."""
+"""Loss: cross entropy over the vocabulary, in chunks."""

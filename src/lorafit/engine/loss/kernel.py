@@ -1,6 +1,7 @@
-"""One Triton kernel for a chunk of logits: the loss of each row, and the logits' gradient written over the logits.
+"""Loss kernel: one Triton kernel for the losses of a chunk of logits and their gradient.
 
-Softmax in one sweep (Milakov and Gimelshein, arXiv:1805.02867), then a second sweep that writes; both in fp32.
+The gradient is written over the logits. One sweep computes the softmax (Milakov and Gimelshein, arXiv:1805.02867),
+and a second sweep writes; both in fp32.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ BLOCK, WARPS = 4096, 8
 
 
 def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps, weight: float | Tensor = 1.0) -> Tensor:
-    """Losses (rows,) in fp32; `logits` (rows, vocabulary) becomes `weight` times the gradient of their sum, in place.
+    """Return losses (rows,) in fp32, and overwrite `logits` with their gradient.
 
-    `weight` may be a tensor () in fp32 on the same device. A target of -100 has neither loss nor gradient; any other
-    outside the vocabulary gives an infinite loss.
+    `logits` (rows, vocabulary) becomes `weight` times the gradient of the losses' sum. `weight` may be a tensor () in
+    fp32 on the same device. A target of -100 has neither loss nor gradient; any other target outside the vocabulary
+    gives an infinite loss.
     """
     assert logits.stride(-1) == 1 and logits.shape[0] == targets.shape[0], (logits.stride(), targets.shape)
     rows, vocabulary = logits.shape
@@ -47,7 +49,7 @@ def losses_to_gradient(logits: Tensor, targets: Tensor, steps: LogitSteps, weigh
                 capped, vocabulary, block, num_warps=WARPS,
             )  # fmt: skip
         if not logits.is_inference():
-            torch.autograd.graph.increment_version(logits)  # autograd must not trust what it may have saved of them
+            torch.autograd.graph.increment_version(logits)  # autograd must not use saved logits
     return losses
 
 
@@ -55,7 +57,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _adjusted(z, scale, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The family's logits, and tanh(scale · z / cap), of what the head gave."""
+        """Return the family's logits, and tanh(scale · z / cap), of the head's outputs."""
         z = z.to(tl.float32) * scale
         t = z * 0.0
         if CAPPED:
@@ -73,7 +75,7 @@ if HAS_TRITON:
         target = tl.load(targets + row)
         steepness = tl.where(target == -100, 0.0, tl.load(slope))
         lanes = tl.arange(0, BLOCK)
-        # a running maximum and sum for each lane: one reduction over lanes at the end, not one a block
+        # a running maximum and sum for each lane need one reduction over lanes at the end, not one a block
         top = tl.full((BLOCK,), -3.0e38, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         own = tl.full((BLOCK,), float("-inf"), tl.float32)

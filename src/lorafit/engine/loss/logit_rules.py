@@ -1,7 +1,8 @@
-"""What families do to logits after their head, as data: one row a field of config.json, no code a family.
+"""Logit rules: a table of the changes that families make to logits after their head.
 
-Read from the modelling files of transformers 5.23. A family that is missing here, or does something else, is found
-by the start-up proof (`vocabulary_loss_for`), and its logits are then made whole, by its own code.
+Each row is a field of config.json. The table follows the modelling files of transformers 5.23. The start-up proof
+(`vocabulary_loss_for`) finds a family that is missing or differs, and its logits are then computed whole, by its own
+code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 
 class Effect(Enum):
-    """What a field's value does to the logits."""
+    """The effect of a field's value on the logits."""
 
     MULTIPLY = "multiply"
     DIVIDE = "divide"
@@ -21,7 +22,13 @@ class Effect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`field` of config.json has `effect` on the logits of `families` (model types)."""
+    """Hold the effect of one field of config.json on the logits.
+
+    Attributes:
+        field: Name of the field.
+        effect: Its effect.
+        families: Model types with this effect.
+    """
 
     field: str
     effect: Effect
@@ -52,20 +59,26 @@ RULES = (
     Rule("output_multiplier", Effect.MULTIPLY, frozenset("muse_glimmer muse_spark".split())),
 )
 
-# a field of one of these names, in a family that RULES does not list, may change the logits or may not
+# in a family that RULES does not list, a field of one of these names may change the logits
 SUSPECT = frozenset(rule.field for rule in RULES) | {"unpadded_vocab_size", "final_logits_bias"}
 
 
 @dataclass(frozen=True, slots=True)
 class LogitSteps:
-    """logits = cap · tanh(scale · z / cap), or scale · z without a cap, where z is what the head gives."""
+    """Hold the steps after the head.
+
+    logits = cap · tanh(scale · z / cap), or scale · z without a cap, where z is the head's output.
+    """
 
     scale: float = 1.0
     cap: float | None = None
 
 
 def logit_steps(config: Any) -> LogitSteps | None:
-    """What the family of `config` (a transformers configuration) does after its head; None when that is not known."""
+    """Return the family's steps after its head; None if they are unknown.
+
+    `config` is a transformers configuration.
+    """
     text = config.get_text_config()
     scale, cap = 1.0, None
     for field in sorted(SUSPECT):

@@ -1,4 +1,4 @@
-"""The loss of a packed micro-batch: summed cross entropy over supervised positions, logits never whole."""
+"""Vocabulary loss: cross entropy summed over supervised positions, computed in chunks of logits."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ IGNORED = -100
 """A target that has no loss and no gradient, as in torch."""
 
 ROW_MULTIPLE = 16
-"""Chunks have a multiple of so many rows, which is what matrix units want."""
+"""Factor of a chunk's rows; matrix units are fastest with it."""
 
 
 def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
-    """Hidden rows whose logits, of `itemsize` bytes each, take CHUNK_BYTES at most (one row at least)."""
+    """Return the number of hidden rows whose logits take at most CHUNK_BYTES, at least one.
+
+    A logit takes `itemsize` bytes.
+    """
     rows = CHUNK_BYTES // (vocabulary * itemsize)
     return max(rows // ROW_MULTIPLE * ROW_MULTIPLE, min(rows, ROW_MULTIPLE), 1)
 
@@ -43,16 +46,16 @@ def chunked_loss(
     chunk_rows: int | None = None,
     share: float | Tensor = 1.0,
 ) -> Tensor:
-    """`share` times the sum over rows of the cross entropy of `steps(head(hidden))` against `targets`, in fp32.
+    """Return `share` times the summed cross entropy of `steps(head(hidden))` against `targets`, in fp32.
 
     hidden (rows, hidden), targets (rows,) int64, IGNORED for rows that do not count, `head` maps (n, hidden) to
-    (n, vocabulary). The gradient reaches `hidden` and the parameters of `head` that train; under no_grad only the loss
-    is computed. `chunk_rows` is by default what CHUNK_BYTES allow. A `share` given here, not multiplied by afterwards,
-    costs the gradient in half precision no rounding of its own; as a tensor () in fp32 it may change under a graph.
+    (n, vocabulary). The gradient reaches `hidden` and the trained parameters of `head`; under no_grad only the loss is
+    computed. `chunk_rows` is by default the number that CHUNK_BYTES allows. Passing `share`, rather than multiplying by
+    it afterwards, saves the gradient a rounding in half precision; as a tensor () in fp32 it may change under a graph.
     """
     if chunk_rows is None:
         with torch.no_grad():
-            empty = head(hidden[:0])  # tells vocabulary and dtype, under autocast and adapters too
+            empty = head(hidden[:0])  # has the vocabulary and dtype, under autocast and adapters too
         chunk_rows = rows_per_chunk(empty.shape[-1], empty.element_size())
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     differentiable = torch.is_grad_enabled()
@@ -106,10 +109,10 @@ Weight = float | Tensor
 
 
 def _weight_and_power(share: Weight) -> tuple[Weight, Weight]:
-    """`share` as a weight of 1 to 2 and a power of two.
+    """Return `share` as a weight of 1 to 2 and a power of two.
 
-    The gradient's logits take the weight in fp32 before they are rounded; the power, which rounds nothing, is left
-    for the end, since fp16 would lose the logits of unlikely tokens below it.
+    The logits' gradient takes the weight in fp32 before it is rounded. The power, which rounds nothing, is applied at
+    the end, since fp16 would lose the logits of unlikely tokens below it.
     """
     if isinstance(share, Tensor):
         mantissas, exponents = torch.frexp(share)
@@ -121,18 +124,21 @@ def _weight_and_power(share: Weight) -> tuple[Weight, Weight]:
 def _chunk(
     hidden: Tensor, targets: Tensor, head: nn.Module, steps: LogitSteps, weight: Weight, trained: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    """Losses (rows,) of a chunk, and `weight` times their sum's gradient in `hidden` and in each of `trained`."""
+    """Return a chunk's losses (rows,), and `weight` times their sum's gradients.
+
+    The gradients are those in `hidden` and in each of `trained`.
+    """
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         logits = head(leaf)
     losses, grad_logits = losses_and_gradient(logits.detach(), targets, steps, weight)
-    # an adapter that is switched off trains, yet takes no part
+    # a disabled adapter still requires a gradient, but is not part of the graph
     grads = torch.autograd.grad(logits, (leaf, *trained), grad_logits, allow_unused=True, materialize_grads=True)
     return [losses, *grads]
 
 
 def apply_steps(logits: Tensor, steps: LogitSteps) -> Tensor:
-    """The family's logits in fp32, from what its head gave."""
+    """Return the family's logits in fp32, from its head's output."""
     scaled = logits.float() * steps.scale
     return scaled if steps.cap is None else torch.tanh(scaled / steps.cap) * steps.cap
 
@@ -140,9 +146,10 @@ def apply_steps(logits: Tensor, steps: LogitSteps) -> Tensor:
 def losses_and_gradient(
     logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,) in fp32, and `weight` times the gradient of their sum in `logits`, in its dtype.
+    """Return losses (rows,) in fp32, and `weight` times the gradient of their sum in `logits`.
 
-    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale; 0 for IGNORED. `logits` is overwritten.
+    d loss / d z = (softmax - onehot) · (1 - tanh²(scale · z / cap)) · scale; 0 for IGNORED. The gradient has the dtype
+    of `logits`, which are overwritten.
     """
     if HAS_TRITON and logits.is_cuda:
         return losses_to_gradient(logits, targets, steps, weight), logits
@@ -152,7 +159,7 @@ def losses_and_gradient(
 def losses_and_gradient_in_torch(
     logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The same, without a kernel of its own."""
+    """Return the result of `losses_and_gradient`, computed without a kernel."""
     z = logits.float().mul_(steps.scale) if logits.dtype is not torch.float32 else logits.mul_(steps.scale)
     counts = targets[:, None] != IGNORED
     slope = torch.where(counts, steps.scale * weight, 0.0).to(z.dtype)
@@ -168,20 +175,24 @@ def losses_and_gradient_in_torch(
     return losses, gradient.mul_(slope).to(logits.dtype)
 
 
-# largest relative difference that rounding explains: own logits may be scaled and capped in their own dtype
+# largest relative difference that rounding explains: the model may scale and cap its logits in its own dtype
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 PROOF_TOKENS = 64
-"""Supervised tokens on which the chunked loss is compared with the model's own logits."""
+"""Number of supervised tokens on which the chunked loss is compared with the model's own logits."""
 
 Row = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyLoss:
-    """How one model's loss is computed: in chunks with `steps` after the head, or from whole logits (None).
+    """Hold the way in which one model's loss is computed.
 
-    Made once a model, by `vocabulary_loss_for`; `reason` says in one line why logits are whole.
+    `vocabulary_loss_for` makes it once a model.
+
+    Attributes:
+        steps: The steps after the head, for a loss in chunks; None for a loss from whole logits.
+        reason: The reason for whole logits, in one line.
     """
 
     steps: LogitSteps | None
@@ -189,40 +200,43 @@ class VocabularyLoss:
 
     @classmethod
     def expected(cls, model: Any) -> VocabularyLoss:
-        """What the family's table says, without a proof."""
+        """Return the loss that the family table names, without a proof."""
         steps, name = logit_steps(unwrapped(model).config), type(unwrapped(model)).__name__
         if steps is None:
-            return cls(None, f"{name} may change its logits after the head in a way that lorafit does not know")
+            return cls(None, f"{name} may change its logits after the head in an unknown way")
         if _head(model) is None:
-            return cls(None, f"{name} has no head that lorafit can call")
+            return cls(None, f"{name} has no output head that lorafit can call")
         return cls(steps)
 
     def summed(self, model: Any, batch: MicroBatch, share: float | Tensor = 1.0) -> Tensor:
-        """`share` (a tensor () in fp32, where it changes under a recorded graph) times the sum (not mean) of the token
-        losses, in fp32.
+        """Return `share` times the sum (not mean) of the token losses, in fp32.
 
         `share` is one over the whole step's supervised tokens: a mean over each micro-batch, averaged over the step,
-        would weigh tokens by their neighbours. Multiplying the result by it would round the gradient once more.
+        would weigh tokens by their neighbours. Multiplying the result by it would round the gradient once more. It is a
+        tensor () in fp32 if it changes under a recorded graph.
         """
         if self.steps is None:
             return cross_entropy(supervised_logits(model, batch).float(), batch.targets, reduction="sum") * share
         head = _head(model)
-        assert head is not None, "the model lost its head since its loss was chosen"
+        assert head is not None, "the model's head was removed after its loss was chosen"
         with _watched(head, starve=True) as seen:
             _run(model, batch)
-        assert len(seen) == 1, "the model does not call its head once"
+        assert len(seen) == 1, "the model does not call its head exactly once"
         hidden, autocast = seen[0]
         with autocast:
             return chunked_loss(hidden[0], batch.targets, head, self.steps, share=share)
 
 
 def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
-    """Summed loss of `batch` in fp32, in chunks where the family's table says how; see VocabularyLoss.summed."""
+    """Return the summed loss of `batch` in fp32, in chunks if the family table allows it.
+
+    See VocabularyLoss.summed.
+    """
     return VocabularyLoss.expected(model).summed(model, batch)
 
 
 def supervised_logits(model: Any, batch: MicroBatch) -> Tensor:
-    """Logits (supervised tokens, vocabulary) at the positions that predict a supervised token.
+    """Return the logits (supervised tokens, vocabulary) that predict supervised tokens.
 
     The head runs at those positions only (transformers' `logits_to_keep`), so prompt tokens cost no vocabulary.
     """
@@ -231,15 +245,16 @@ def supervised_logits(model: Any, batch: MicroBatch) -> Tensor:
 
 
 def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
-    """The chunked loss if it is that of the model's own logits on `rows`, else the loss from whole logits.
+    """Return the chunked loss if it equals the loss of the model's own logits on `rows`.
 
-    `model` must be on packed attention. Never a wrong loss: logits, loss and gradient are compared.
+    Otherwise the loss is computed from whole logits. `model` must use packed attention. Logits, loss and gradient are
+    compared, so that the loss is never wrong.
     """
     expected = VocabularyLoss.expected(model)
     head = _head(model)
     if head is None:
         return expected
-    steps = expected.steps or LogitSteps()  # the table does not know: perhaps there is no step at all
+    steps = expected.steps or LogitSteps()  # unknown to the table: try no steps
     was_training = model.training
     model.eval()
     batch = collate(rows).to(next(head.parameters()).device)
@@ -251,7 +266,7 @@ def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
     if difference is None:
         return VocabularyLoss(steps)
     name = type(unwrapped(model)).__name__
-    return VocabularyLoss(None, f"{name}'s logits are made whole, which takes more memory: {difference}")
+    return VocabularyLoss(None, f"{name}'s logits are computed whole, which takes more memory: {difference}")
 
 
 def _head(model: Any) -> nn.Module | None:
@@ -273,9 +288,10 @@ def _run(model: Any, batch: MicroBatch) -> Any:
 
 @contextmanager
 def _watched(head: nn.Module, *, starve: bool) -> Iterator[list[tuple[Tensor, torch.autocast]]]:
-    """What the head is given within, (1, tokens, hidden) each, and under which autocast; `starve` gives it no token.
+    """Yield the inputs of the head inside the block, (1, tokens, hidden) each, with their autocast.
 
-    The model's own forward runs, so its family, PEFT and DistributedDataParallel all do their part.
+    `starve` gives the head no token. The model's own forward runs, so its family, PEFT and DistributedDataParallel all
+    do their part.
     """
     seen: list[tuple[Tensor, torch.autocast]] = []
 
@@ -291,16 +307,22 @@ def _watched(head: nn.Module, *, starve: bool) -> Iterator[list[tuple[Tensor, to
 
 
 def _autocast_here(device: str) -> torch.autocast:
-    """The autocast in force, to be entered again: accelerate's ends with the model's forward, before the loss."""
+    """Return the current autocast, to be entered again.
+
+    accelerate's autocast ends with the model's forward, before the loss.
+    """
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps) -> str | None:
-    """How the chunked loss departs from the model's own logits on `batch`; None when rounding explains it."""
+    """Return the difference between the chunked loss and the model's own logits on `batch`.
+
+    None if rounding explains it.
+    """
     with torch.no_grad(), _watched(head, starve=False) as seen:
         own = _run(model, batch).logits[0]
     if len(seen) != 1 or seen[0][0].shape[:2] != (1, batch.supervised):
-        return "its head is not called once, on the supervised tokens"
+        return "its head is not called exactly once on the supervised tokens"
     hidden, autocast = seen[0]
     leaf = hidden[0].detach().requires_grad_()
     with autocast:
@@ -308,13 +330,13 @@ def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitStep
         chunked = chunked_loss(leaf, batch.targets, head, steps)
     logits = apply_steps(given, steps)
     if logits.shape != own.shape:
-        return f"its head gives {logits.shape[1]} logits and the model {own.shape[1]}"
+        return f"its head returns {logits.shape[1]} logits, and the model {own.shape[1]}"
     whole = cross_entropy(logits, batch.targets, reduction="sum")
     gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (chunked, whole)]
     for name, (got, expected) in {"logits": (logits, own), "loss": (chunked, whole), "gradient": gradients}.items():
         off = _relative(got.detach(), expected.detach())
         if not off <= TOLERANCE.get(given.dtype, 1e-2):
-            return f"after the head it takes steps that lorafit does not know ({name} {off:.1%} off)"
+            return f"it changes its logits after the head in an unknown way ({name} {off:.1%} off)"
     return None
 
 

@@ -11,7 +11,7 @@ from lorafit.backbone import (
     FrozenLinear4bit,
     dequantize_linear,
     dequantize_linears,
-    forget_quantisation,
+    forget_quantization,
     redirect_library_logs,
 )
 
@@ -63,7 +63,7 @@ class AdaptedModel(PeftModelForCausalLM):
             if isinstance(module, LoraLayer):
                 parent, _, leaf = path.rpartition(".")
                 setattr(base.get_submodule(parent), leaf, _merged(module, names))
-        return forget_quantisation(dequantize_linears(base))
+        return forget_quantization(dequantize_linears(base))
 
 
 def _merged(layer: Any, adapters: list[str]) -> nn.Linear:
