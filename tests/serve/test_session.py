@@ -39,7 +39,7 @@ def test_an_answer_ends_where_the_models_positions_do(tiny_run, monkeypatch):
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt) + 3)
     assert session.answer(QUESTION, max_new_tokens=8) == session.answer(QUESTION, max_new_tokens=3) != whole
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt))
-    with pytest.raises(UsageError, match=f"takes {len(prompt)} tokens, and the base was made for {len(prompt)}"):
+    with pytest.raises(UsageError, match=f"takes {len(prompt)} tokens, but the base has {len(prompt)} positions"):
         session.answer(QUESTION)
 
 

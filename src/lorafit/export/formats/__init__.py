@@ -1,4 +1,4 @@
-"""Export formats: how merged weights are written, and how each is opened again to be measured."""
+"""formats: export formats, which write merged weights and open them again for verification."""
 
 from lorafit.errors import UsageError
 from lorafit.export.formats.export_format import ExportFormat, OpenedModel, Row, TransformersModel, Written

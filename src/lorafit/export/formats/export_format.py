@@ -1,4 +1,4 @@
-"""ExportFormat: the door for files that a model is served from. Safetensors is one; GGUF is the next."""
+"""ExportFormat: the protocol of model file formats. Safetensors implements it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Row(NamedTuple):
 
     @property
     def predicting(self) -> np.ndarray:
-        """Positions whose logits predict a supervised token: the one before it."""
+        """Return the positions whose logits predict a supervised token: the position before it."""
         supervised = np.flatnonzero(np.asarray(self.mask, dtype=bool))
         return supervised[supervised > 0] - 1
 
     @property
     def targets(self) -> Tensor:
-        """Supervised token ids (positions,), in the order of `predicting`."""
+        """Return the supervised token ids (positions,), in the order of `predicting`."""
         return torch.as_tensor(np.asarray(self.ids, dtype=np.int64)[self.predicting + 1])
 
 
 class OpenedModel(Protocol):
-    """A model in whatever program runs it, asked for nothing but probabilities."""
+    """Return probabilities of a model that any program may run."""
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU."""
@@ -61,7 +61,7 @@ class Written:
 
 
 class ExportFormat(Protocol):
-    """One format of model files. `verify` measures every format by what `open` returns."""
+    """Write and open one format of model files. `verify` measures every format by the result of `open`."""
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ class ExportFormat(Protocol):
         ...
 
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> AbstractContextManager[OpenedModel]:
-        """Load what `write` left in `folder`, as it will be served, within the block.
+        """Load the written model in `folder` within the block, as it will be served.
 
         The live model lies on `device` and computes in `compute`.
         """
@@ -96,14 +96,14 @@ class ExportFormat(Protocol):
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A transformers model, PEFT's wrapper or not, as an OpenedModel."""
+    """Wrap a transformers model, with or without PEFT, as an OpenedModel."""
 
     model: nn.Module
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU.
 
-        The row runs alone and unpadded, so that nothing but the row itself decides the numbers.
+        The row runs alone and unpadded, so that no other row affects the numbers.
         """
         device = next(self.model.parameters()).device
         ids = torch.as_tensor(np.asarray(row.ids, dtype=np.int64), device=device)[None]
