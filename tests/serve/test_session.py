@@ -25,7 +25,7 @@ def test_a_text_is_a_conversation_of_one_turn_and_what_is_none_is_refused(tiny_r
     answer = session.answer(QUESTION, max_new_tokens=10)
     assert session.answer(QUESTION[0]["content"], max_new_tokens=10) == answer
     for messages in ([], ["hello"], [["user", "hello"]]):
-        with pytest.raises(UsageError, match="no conversation to answer"):
+        with pytest.raises(UsageError, match="the conversation has no messages"):
             session.answer(messages)
     with pytest.raises(UsageError, match="at least one token"):
         session.answer(QUESTION, max_new_tokens=0)

@@ -215,7 +215,7 @@ def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], e
     """
     clear_unfinished(run.checkpoints)
     if run.adapter.exists():
-        events.record("adapter_damaged", 0, "the adapter here is not the trained one; it is written again")
+        events.record("adapter_damaged", 0, "the adapter is not the trained one; it is written again")
     checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
     for one in damaged:
         events.record("checkpoint_damaged", one.step, f"{one.folder.name} is skipped: {one.reason}")
@@ -223,7 +223,9 @@ def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], e
         set_aside(damaged)
     except OSError as error:
         raise RunDirError(
-            f"a damaged checkpoint cannot be renamed ({error.strerror})", where=str(run.checkpoints), fix="remove it"
+            f"a damaged checkpoint cannot be renamed ({error.strerror})",
+            where=str(run.checkpoints),
+            fix="remove the folder",
         ) from error
     if checkpoint is None:
         events.record("resumed", 0, "there is no valid checkpoint yet; the run restarts at its first step")

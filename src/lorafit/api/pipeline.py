@@ -105,7 +105,7 @@ class AdapterTrainingPipeline:
         padded, since packing needs no padding.
         """
         if on_long not in ("error", "drop"):
-            raise UsageError(f"'{on_long}' is not a choice", where="on_long", fix="choose error or drop")
+            raise UsageError(f"'{on_long}' is no value of on_long", where="on_long", fix="choose error or drop")
         records = [Record.from_messages(row["messages"], row.get("source", "row")) for row in dataset]
         encoded = self.template.encode_many(records)
         long = [record.source for record, one in zip(records, encoded) if len(one.ids) > max_length]
@@ -167,13 +167,13 @@ def _recompute_if_asked(model: Any, config: RunConfig) -> None:
 def _rows(dataset: Dataset) -> Rows:
     """Return tokenized columns as Rows. Tokens whose label is -100 are not supervised."""
     if not {"input_ids", "labels"} <= set(dataset.column_names):
-        raise UsageError("the dataset is not tokenised", where="build_trainer", fix="pass it through tokenize_dataset")
+        raise UsageError("the dataset is not tokenized", where="build_trainer", fix="pass it through tokenize_dataset")
     encoded = [Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset]
     for number, one in enumerate(encoded, 1):
         if one.mask:
             one.mask[0] = False  # no token precedes a row's first token, so none can predict it
         if not any(one.mask):
             raise DataError(
-                "no token of this row is supervised", where=f"row {number}", fix="labels hold the responses"
+                "no token of this row is supervised", where=f"row {number}", fix="put the responses into labels"
             )
     return Rows.from_encoded(encoded)

@@ -82,7 +82,7 @@ def _base_files(folder: Path) -> Iterator[Finding]:
             Severity.ERROR,
             damage.what,
             where=damage.where or str(folder),
-            why="the base is not whole",
+            why="a file of the base is damaged or missing",
             fix=damage.fix or "",
         )
 
@@ -128,7 +128,7 @@ def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
         yield Finding(
             "S004",
             Severity.ERROR,
-            f"checkpoints need {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free",
+            f"checkpoints need {needed / MIB:,.0f} MiB, but only {free / MIB:,.0f} MiB are free",
             where=str(run.path),
             why="a run that cannot save loses everything when it is interrupted",
             fix="free some space, choose another --out, or lower keep_last",
@@ -137,9 +137,9 @@ def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
         yield Finding(
             "S004",
             Severity.WARNING,
-            f"a merged model needs {_export_bytes(planned) / MIB:,.0f} MiB more than is free here",
+            f"a merged model needs {_export_bytes(planned) / MIB:,.0f} MiB of further disk space",
             where=str(run.path),
-            why="the run fits, but its export does not",
+            why="the run fits on the disk, but its export does not",
             fix="free some space before merge, or merge to another disk",
         )
 

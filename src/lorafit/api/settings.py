@@ -24,7 +24,9 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     sources = [data] if isinstance(data, str | Path) else () if data is None else data
     if not isinstance(sources, list | tuple) or not all(isinstance(source, str | Path) for source in sources):
         raise UsageError(
-            f"data of type {type(data).__name__} cannot be read", where="data", fix="pass paths of files, or a recipe's"
+            f"data of type {type(data).__name__} cannot be read",
+            where="data",
+            fix="pass paths of data files or of a recipe",
         )
     names = [str(source) for source in sources]
     settings = {key: _in_words(value) for key, value in settings.items()}

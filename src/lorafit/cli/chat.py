@@ -40,7 +40,7 @@ def chat(
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Talk to a trained run or a merged model. Without --prompt: a conversation, one line a turn."""
+    """Talk to a trained run or a merged model. Without --prompt it is a conversation, one line a turn."""
     from lorafit.api.load import load
 
     if json and prompt is None:

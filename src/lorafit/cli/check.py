@@ -46,7 +46,7 @@ def check(
     set: flags.Set = None,
     json: flags.Json = False,
 ) -> None:
-    """Read and judge every row. Exit code 0: clean or warnings; 1: errors; 2: wrong usage."""
+    """Read and judge every row. Exit codes: 0 for clean rows or warnings, 1 for errors, 2 for wrong usage."""
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 

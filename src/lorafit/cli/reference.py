@@ -30,7 +30,7 @@ def settings(
     name: Annotated[str | None, typer.Argument(help="Setting, by any of its names.", show_default=False)] = None,
     json: flags.Json = False,
 ) -> None:
-    """List every setting, or show one: its default, meaning, advice and other names."""
+    """List every setting, or show one with default, meaning, advice and other names."""
     from lorafit.config import RunConfig  # pydantic stays out of --help
     from lorafit.config.setting_aliases import advice_for, our_name
     from lorafit.config.setting_reference import describe_setting
@@ -62,7 +62,7 @@ def explain(
     code: Annotated[str | None, typer.Argument(help="Code of a finding, as D013.", show_default=False)] = None,
     json: flags.Json = False,
 ) -> None:
-    """Explain a finding by its code. Without one: list all codes."""
+    """Explain a finding by its code. Without a code, list all codes."""
     from lorafit.findings import explanations
 
     texts = explanations()

@@ -17,11 +17,11 @@ class MethodSnapshot(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         ...
 
     def require_finite(self, where: Path) -> None:
-        """Raise AdapterError when a weight is NaN or infinite; `where` goes into the message."""
+        """Raise AdapterError if a weight is NaN or infinite. The message names `where`."""
         ...
 
     def write(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class TrainedWeights(Protocol):
     """Hold the trained weights of a run as changes of the base's parameters."""
 
     def __len__(self) -> int:
-        """Return how many of the base's parameters were trained."""
+        """Return the number of trained base parameters."""
         ...
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Method(Protocol):
         ...
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates, in a fixed order."""
+        """Return the optimizer's parameters in a fixed order."""
         ...
 
     def snapshot(self, model: nn.Module, config: RunConfig) -> MethodSnapshot:

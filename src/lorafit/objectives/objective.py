@@ -30,5 +30,5 @@ class Objective(Protocol):
         ...
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch, scale: Tensor | float = 1.0) -> Tensor:
-        """Return the summed loss of `micro_batch` times `scale`, a scalar to call `backward` on."""
+        """Return the summed loss of `micro_batch` times `scale`, a scalar for `backward`."""
         ...

@@ -136,11 +136,11 @@ class MergedEngine:
         return _positions_of(self.model)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Raise UsageError: the adapter is part of the weights."""
+        """Raise UsageError, since the adapter is part of the weights."""
         raise UsageError("a merged model takes no adapters", where=str(self.folder), fix="load the run")
 
     def remove_adapter(self, name: str) -> None:
-        """Raise UsageError: the adapter is part of the weights."""
+        """Raise UsageError, since the adapter is part of the weights."""
         raise UsageError("a merged model has no adapter to remove", where=str(self.folder), fix="load the run")
 
     def generate(

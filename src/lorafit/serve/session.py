@@ -70,7 +70,7 @@ class Session:
             messages = [{"role": "user", "content": messages}]
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise UsageError(
-                "there is no conversation to answer", where="messages", fix='pass [{"role": "user", "content": "…"}]'
+                "the conversation has no messages", where="messages", fix='pass [{"role": "user", "content": "…"}]'
             )
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="answer", fix="ask for at least one token")

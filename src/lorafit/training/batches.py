@@ -136,7 +136,7 @@ class StepDataset:
         self.layout = layout or Layout(config.max_length)
 
     def __len__(self) -> int:
-        """Return the steps of an epoch."""
+        """Return the number of steps in an epoch."""
         return steps_per_epoch(len(self.rows), self.config.examples_per_step)
 
     def __getitem__(self, index: int) -> Step:
@@ -148,7 +148,7 @@ class StepDataset:
     def epoch(self, number: int, first: int = 0) -> Iterator[Step]:
         """Yield the steps of epoch `number` from its step `first` on.
 
-        Each step has the layout of its own moment.
+        A step gets the layout that holds when it is made.
         """
         for chosen in self.rows_of(number)[first:]:
             yield self.step_of(chosen)
@@ -183,7 +183,7 @@ def largest_micro_batch(
         if tokens > most:
             most, largest = tokens, members
         if most >= micro_tokens:
-            break  # none is larger
+            break  # the limit is reached
     return Sft().collate(rows, largest)
 
 

@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that writes checkpoints, logs and results."""
+        """Return True in the one process that writes checkpoints, logs and results."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:

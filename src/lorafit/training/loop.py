@@ -61,7 +61,7 @@ class TrainingLoop:
         signals: the signals received so far.
         memory_retry: retries steps when memory runs out.
         loss_monitor: judges losses and gradient norms.
-        checkpoints: the writer, on a thread of its own.
+        checkpoints: the writer of checkpoints, on a separate thread.
         left_out: steps whose rows are skipped after a rollback.
         owes_evaluation: True if a signal interrupted an evaluation; a resumed run evaluates first.
     """

@@ -51,7 +51,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 def total_steps(config: RunConfig, epoch_steps: int) -> int:
-    """Return the optimizer steps of the whole run."""
+    """Return the number of optimizer steps in the whole run."""
     planned = math.ceil(config.epochs * epoch_steps)
     return min(planned, config.max_steps) if config.max_steps else planned
 

@@ -55,9 +55,10 @@ def show_histogram(summary: Summary) -> None:
 
 
 def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
-    """Show each row's text: dim is prompt, green is supervised, the stop token is reversed.
+    """Show each row's text, coloured by supervision.
 
-    Without colour, supervised text stands in ⟦brackets⟧.
+    Prompts are dim, supervised text is green, and the stop token is reversed. Without colour, supervised text is in
+    ⟦brackets⟧.
     """
     is_plain = PEOPLE.color_system is None or PEOPLE.no_color
     for row in rows:
@@ -66,9 +67,9 @@ def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
         PEOPLE.print(f"[bold]{escape(near(row.source))}[/bold] [dim]{counts}[/dim]")
         PEOPLE.print(_bracketed(row) if is_plain else _coloured(row), soft_wrap=is_plain)
     if rows and is_plain:
-        say("supervised is in ⟦brackets⟧, the rest is prompt")
+        say("supervised text is in ⟦brackets⟧, the rest is prompt")
     elif rows:
-        say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
+        say("[dim]prompt is dim, [/dim][green]supervised text is green[/green][dim], the stop token is reversed[/dim]")
 
 
 def shown_as_json(rows: Sequence[ShownRow]) -> list[dict[str, Any]]:

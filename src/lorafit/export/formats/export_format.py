@@ -17,7 +17,7 @@ from lorafit.backbone import unwrapped
 
 
 class Row(NamedTuple):
-    """One tokenised row.
+    """Hold one tokenized row.
 
     Attributes:
         ids: Token ids (tokens,).
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class OpenedModel(Protocol):
-    """Return probabilities of a model that any program may run."""
+    """Hold a model in the program that runs it, and return its probabilities."""
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU."""
@@ -49,7 +49,7 @@ class OpenedModel(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """The files of an export's weights.
+    """Hold the weight files of an export.
 
     Attributes:
         files: Paths, in order.
@@ -65,23 +65,23 @@ class ExportFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that chooses this format."""
+        """Return the name that chooses this format."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision that the weights are served in."""
+        """Return the precision in which the weights are served."""
         ...
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk of each weight."""
+        """Return the bytes on disk of each weight."""
         ...
 
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to `folder`, one in memory at a time.
 
-        Floating-point tensors come in fp32; the format rounds each once. `folder` already holds config.json, the
+        Floating-point tensors come in fp32, and the format rounds each once. `folder` already holds config.json, the
         tokenizer and the chat template.
         """
         ...
@@ -89,7 +89,7 @@ class ExportFormat(Protocol):
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> AbstractContextManager[OpenedModel]:
         """Load the written model in `folder` within the block, as it will be served.
 
-        The live model lies on `device` and computes in `compute`.
+        `device` and `compute` are the live model's device and precision.
         """
         ...
 

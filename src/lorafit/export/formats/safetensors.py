@@ -35,7 +35,7 @@ class Safetensors:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk of each weight."""
+        """Return the bytes on disk of each weight."""
         return self.dtype.itemsize
 
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:

@@ -69,6 +69,6 @@ def _finding(found: list[int] | str, golden: Golden) -> Finding:
         Severity.ERROR,
         f"the exported chat template gives {got} where training had {len(golden.ids)} ids, {golden.ids[:12]}…",
         where="chat_template.jinja",
-        why="a model that is asked with another prompt than it was trained on answers worse, in silence",
+        why="a model answers worse, without any error, if its prompt differs from training",
         fix="serve the run with lorafit, which keeps the trained prompt, and report this base",
     )

@@ -96,7 +96,7 @@ def verify(
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     if not usable:
-        raise VerificationError("there is no held-out row to verify with", fix="train with holdout above 0")
+        raise VerificationError("no held-out row is left to verify with", fix="train with holdout above 0")
     live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
     reference = Reference.of(live, usable)
     with _in_the_other_precision(live_model, dtype, stored):

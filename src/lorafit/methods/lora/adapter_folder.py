@@ -59,7 +59,7 @@ class AdapterFiles:
                 )
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise AdapterError(f"there is no {name}", where=str(folder), fix="point at a LoRA adapter's folder")
+                raise AdapterError(f"{name} is missing", where=str(folder), fix="name the folder of a LoRA adapter")
         raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
         return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))

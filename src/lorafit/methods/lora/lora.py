@@ -35,11 +35,11 @@ class Lora:
         return f"LoRA (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
-        """Return `model` with fresh adapters on `targets` (default: `config.targets`); the base is frozen."""
+        """Return `model` with fresh adapters on `targets` (default: `config.targets`) and a frozen base."""
         return attach(model, config, targets)
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the adapters' weights, in the order of the model's modules."""
+        """Return the adapters' weights in module order."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def snapshot(self, model: Any, config: RunConfig) -> AdapterSnapshot:

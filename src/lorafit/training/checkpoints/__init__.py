@@ -1,1 +1,1 @@
-"""checkpoints: written on a thread of their own, verified by a manifest, resumed bit-exactly."""
+"""checkpoints: written on a separate thread, verified by a manifest, resumed bit-exactly."""

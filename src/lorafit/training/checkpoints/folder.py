@@ -155,7 +155,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size:,} of {entry['bytes']:,} bytes", where=str(folder))
         if file_hash(path) != entry["sha256"]:
-            raise CheckpointError(f"{name} is not what was written (its SHA-256 differs)", where=str(folder))
+            raise CheckpointError(f"{name} is not as written (its SHA-256 differs)", where=str(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing", where=str(folder)) from error
     except OSError as error:

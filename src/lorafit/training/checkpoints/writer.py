@@ -128,7 +128,7 @@ def _require_space(folder: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunDirError(
-            f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free",
+            f"a checkpoint needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free",
             where=str(folder),
             fix="free some space; earlier checkpoints are kept",
         )
