@@ -106,7 +106,7 @@ def test_nobody_says_done_without_the_adapter_and_its_description(made, tmp_path
         main(["train", str(rows), "--base", base, "--out", str(run), "--set", "max_steps=1"])
     said = capsys.readouterr()
     assert ended.value.code == 1
-    assert f"{name} of this run went" in said.err
+    assert f"{name} of this run disappeared" in said.err
     assert "\ndone" not in said.out
 
 

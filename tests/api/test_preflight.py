@@ -157,6 +157,6 @@ def test_train_refuses_before_it_reads_the_data_and_leaves_nothing(base, tmp_pat
 def test_train_refuses_what_the_plan_and_the_disk_say_together(tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 41, 0, 0))
-    with pytest.raises(PlanError, match=r"findings stop this run .* gpu_memory allows 1.0 MiB.* checkpoints need"):
+    with pytest.raises(PlanError, match=r"findings stop this run: .* gpu_memory allows 1.0 MiB.* checkpoints need"):
         train(data, str(BASE), out=tmp_path / "run", gpu_memory="1MiB")
     assert not (tmp_path / "run").exists()

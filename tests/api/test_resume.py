@@ -337,7 +337,7 @@ def test_max_tokens_edited_in_run_yaml_is_said(stopped, checkpoints):
     watch, step = Watch(), 5 if checkpoints == "there" else 0
     train(edited(stopped, max_length=1024), out=stopped, observer=watch)
     assert watch.events == [("resumed", step), ("environment_changed", step)]
-    assert "its last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
+    assert "last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
 
 
 def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):
