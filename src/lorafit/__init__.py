@@ -1,4 +1,6 @@
-"""lorafit fine-tunes language models with LoRA over a frozen 4-bit base, and proves what it made.
+"""lorafit: fine-tune language models with LoRA over a frozen 4-bit base.
+
+Each merged model is measured against the model that was trained.
 
 import lorafit
 run = lorafit.train("data.jsonl", base="path/or/hub-id")
@@ -10,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# each public name and the module that holds it: looked up on first use, so that `import lorafit` stays free of torch
+# public name -> its module; loaded on first use, so that `import lorafit` stays free of torch
 _HOMES = {
     "check": "lorafit.api.check",
     "plan": "lorafit.api.plan",

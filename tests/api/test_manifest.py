@@ -49,7 +49,7 @@ def test_a_folder_that_was_removed_ends_the_run_and_is_not_made_again(made, tmp_
 @pytest.mark.parametrize("name", ["run.yaml", "template.json", "base.json", "held-out.jsonl", "fingerprint.json"])
 def test_a_file_that_went_is_named_at_the_next_checkpoint(made, tmp_path, name):
     run = tmp_path / "run"
-    with pytest.raises(RunDirError, match=f"{name} of this run went while it trained; .*same command again"):
+    with pytest.raises(RunDirError, match=f"{name} of this run disappeared while it trained; .*same command again"):
         train(*made, out=run, callbacks=[At(3, (run / name).unlink)], **SETTINGS)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
 
@@ -106,7 +106,7 @@ def test_nobody_says_done_without_the_adapter_and_its_description(made, tmp_path
         main(["train", str(rows), "--base", base, "--out", str(run), "--set", "max_steps=1"])
     said = capsys.readouterr()
     assert ended.value.code == 1
-    assert f"{name} of this run went" in said.err
+    assert f"{name} of this run disappeared" in said.err
     assert "\ndone" not in said.out
 
 

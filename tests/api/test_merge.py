@@ -53,7 +53,7 @@ def test_onto_the_original_reports_both_and_is_another_model(tiny_run, merged, t
 
 
 def test_only_a_base_that_there_is_can_be_merged_onto(tiny_run, tmp_path):
-    with pytest.raises(UsageError, match="'orginal' is nothing to merge onto; write quantized or original"):
+    with pytest.raises(UsageError, match="'orginal' is no base to merge onto; write quantized or original"):
         merge(tiny_run.run.path, onto="orginal", out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

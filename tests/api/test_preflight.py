@@ -134,7 +134,7 @@ def test_one_error_names_everything_that_stands_in_the_way():
             [error("S001", "a is missing", "base/a"), error("S002", "no room", "out"), error("P0", "too large")]
         )
     words = str(caught.value)
-    assert words.startswith("3 things stand in the way")
+    assert words.startswith("3 findings stop this run")
     assert all(part in words for part in ("(1) base/a: a is missing", "(2) out: no room", "(3) P0: too large"))
     assert "\n" not in words
 
@@ -149,7 +149,7 @@ def test_train_refuses_before_it_reads_the_data_and_leaves_nothing(base, tmp_pat
     data = write_rows(tmp_path / "rows.jsonl")
     for path in sorted(base.glob("*.safetensors"))[:2]:
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(PlanError, match="2 things stand in the way"):
+    with pytest.raises(PlanError, match="2 findings stop this run"):
         train(data, str(base), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -157,6 +157,6 @@ def test_train_refuses_before_it_reads_the_data_and_leaves_nothing(base, tmp_pat
 def test_train_refuses_what_the_plan_and_the_disk_say_together(tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 41, 0, 0))
-    with pytest.raises(PlanError, match=r"things stand in the way .* gpu_memory allows 1.0 MiB.* checkpoints need"):
+    with pytest.raises(PlanError, match=r"findings stop this run: .* gpu_memory allows 1.0 MiB.* checkpoints need"):
         train(data, str(BASE), out=tmp_path / "run", gpu_memory="1MiB")
     assert not (tmp_path / "run").exists()

@@ -85,7 +85,7 @@ def test_a_stopped_run_says_where_it_is_and_how_to_go_on(stopped_once):
     assert watch.signals == [signal.SIGTERM]
     assert str(error) == (
         f"{folder}: SIGTERM after step 5 of 6; the newest checkpoint is step-000005; "
-        f"go on with: lorafit train {folder}/run.yaml --out {folder}"
+        f"resume with: lorafit train {folder}/run.yaml --out {folder}"
     )
     assert not (folder / ".lock").exists()
 
@@ -116,7 +116,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(made, whole, stopp
     train(*made, out=stopped, observer=watch, **SETTINGS)
     assert watch.events == [("checkpoint_damaged", 5), ("resumed", 4)]
     events = (stopped / "events.jsonl").read_text()
-    assert "step-000005 is passed over: optimizer.safetensors has 0 of" in events
+    assert "step-000005 is skipped: optimizer.safetensors has 0 of" in events
     assert (stopped / "checkpoints" / "step-000005.damaged").is_dir()
     assert_same(whole, stopped)
 
@@ -287,7 +287,7 @@ def test_an_adapter_that_cannot_be_written_is_not_the_end(made, whole, tmp_path,
         raise RunDirError("the folder cannot be written (No space left on device)", where="adapter")
 
     monkeypatch.setattr(Lora, "save", full)
-    with pytest.raises(RunDirError, match=r"No space left on device.*go on with: lorafit train"):
+    with pytest.raises(RunDirError, match=r"No space left on device.*resume with: lorafit train"):
         train(*made, out=tmp_path / "run", **SETTINGS)
     monkeypatch.undo()
     train(*made, out=tmp_path / "run", **SETTINGS)
@@ -337,7 +337,7 @@ def test_max_tokens_edited_in_run_yaml_is_said(stopped, checkpoints):
     watch, step = Watch(), 5 if checkpoints == "there" else 0
     train(edited(stopped, max_length=1024), out=stopped, observer=watch)
     assert watch.events == [("resumed", step), ("environment_changed", step)]
-    assert "its last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
+    assert "last bits may differ: micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
 
 
 def test_more_max_tokens_change_no_bit_and_nothing_is_said(whole, stopped):

@@ -94,7 +94,7 @@ def test_nothing_is_padded_and_the_stop_token_is_taught(tiny_run):
     ("error", "words", "given"),
     [
         (BackboneError, "the base is not a folder", {"base": "./nowhere"}),
-        (UsageError, "no base model was named", {"base": None}),
+        (UsageError, "no base model is named", {"base": None}),
         (UsageError, "unknown setting 'rnk'", {"rnk": 3}),
         (LorafitError, "nope", {"targets": "nope_proj"}),
         (PlanError, "gpu_memory allows 1.0 MiB", {"gpu_memory": "1MiB"}),

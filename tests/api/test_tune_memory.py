@@ -12,7 +12,7 @@ import torch
 from little_run import encoded_rows, settings
 from little_trainer import training_loop
 from lorafit.api import build_model as module
-from lorafit.api.build_model import BuiltModel, _work, enforce_budget, tune_memory
+from lorafit.api.build_model import BuiltModel, _workload, enforce_budget, tune_memory
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.config.memory_policy import MemoryPolicy
@@ -45,7 +45,7 @@ def test_the_dry_run_computes_under_the_autocast_of_training(tmp_path, monkeypat
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), made.model.training))
 
     handle = made.model.get_base_model().get_decoder().layers[0].register_forward_pre_hook(note)
-    work = _work(made, config, rows, torch.device("cpu"))
+    work = _workload(made, config, rows, torch.device("cpu"))
     work.loss_of(work.batch_of(config.max_length), 1.0)
     training_loop(made.model, config, rows, None, tmp_path).run()
     handle.remove()
@@ -64,7 +64,7 @@ def test_a_budget_leaves_room_for_what_a_growing_block_takes_beyond_torchs_limit
 
 def test_the_largest_micro_batch_is_tried():
     config = settings(max_steps=1, rank=2, max_length=64, examples_per_step=4)
-    work = _work(built(config), config, encoded_rows(9, 12, 15, 30, 31, 32, 20, 8), torch.device("cpu"))
+    work = _workload(built(config), config, encoded_rows(9, 12, 15, 30, 31, 32, 20, 8), torch.device("cpu"))
     assert work.longest == 32
     assert 32 < work.batch_of(64).tokens <= 64
     assert work.batch_of(16).tokens == 32  # a row is never cut
@@ -133,7 +133,7 @@ def test_a_run_that_was_tight_goes_on_with_the_policy_that_it_was_turned_to(made
     with tuned(made, run, events, **GIVEN) as (memory, _):
         assert memory.watches_allocator
         layers = memory.layers
-        watch = AllocatorWatch(layers, events, retries=lambda: next(retries), turned=memory.changed)
+        watch = AllocatorWatch(layers, events, retries=lambda: next(retries), on_change=memory.changed)
         layers.set_schedule((0, 0, 1), lambda: layers.set_schedule((0, 1, 1)) or True)
         for step in range(1, 4):
             watch.begin_step()
@@ -207,9 +207,9 @@ def test_on_a_processor_too_a_micro_batch_is_as_large_as_was_said(made, tmp_path
 
 def test_a_whole_step_is_tried_where_it_is_to_run(made):
     config, device = settings(rank=2, **GIVEN), torch.device("cpu")
-    work = _work(made, config, ROWS, device, grows=True)
+    work = _workload(made, config, ROWS, device, grows=True)
     assert work.max_length == work.batch_of(work.max_length).tokens == LARGEST
-    assert _work(made, config, ROWS, device).max_length == 64
+    assert _workload(made, config, ROWS, device).max_length == 64
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
     ("arguments", "code", "words"),
     [
         (["train", "{data}", "--base", "./nowhere"], 1, "the base is not a folder"),
-        (["train", "{data}"], 2, "no base model was named"),
+        (["train", "{data}"], 2, "no base model is named"),
         (["train", "{data}", "--base", "{base}", "--set", "warmup_steps=9"], 2, "write warmup: the share"),
         (["train", "{data}", "--warmup", "0.1"], 2, "has no flag --warmup; write --set warmup=0.1"),
         (["train", "{data}", "--learning-rate", "1e-4"], 2, "has no flag --learning-rate; write --lr"),
@@ -194,7 +194,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["settings", "rnk"], 2, "did you mean 'rank'"),
         (["explain", "D999"], 2, "no finding has the code 'D999'"),
         (["chekc", "{data}"], 2, "did you mean 'lorafit check'?"),
-        (["train"], 2, "no data were named"),
+        (["train"], 2, "no data are named"),
         (["train", "{data}", "--base", "{base}", "--set", "epoch=1"], 2, "did you mean 'epochs'"),
         (["train", "{data}", "--base", "{base}", "--set", "rank"], 2, "key=value"),
         (["train", "{data}", "--base", "{base}", "--set", "restart=true"], 2, "unknown setting 'restart'"),
@@ -368,12 +368,12 @@ def test_a_run_that_a_signal_stopped_ends_with_its_code_and_the_command_that_goe
     from lorafit.errors import TrainingStopped
 
     def stopped(*_, **__):
-        raise TrainingStopped(number, "stopped after step 3 of 9", fix="go on with: lorafit train r/run.yaml --out r")
+        raise TrainingStopped(number, "stopped after step 3 of 9", fix="resume with: lorafit train r/run.yaml --out r")
 
     monkeypatch.setattr(room, "train", stopped)
     got, _, err = run("train", data, "--base", BASE)
     assert got == code
-    assert err == "stopped: stopped after step 3 of 9; go on with: lorafit train r/run.yaml --out r\n"
+    assert err == "stopped: stopped after step 3 of 9; resume with: lorafit train r/run.yaml --out r\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

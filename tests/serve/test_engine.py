@@ -31,5 +31,5 @@ def test_adapters_that_are_not_there_and_second_ones_are_refused(tiny_run):
         with pytest.raises(UsageError, match="no adapter of this name is loaded; add it first"):
             ask()
     engine.add_adapter("mine", tiny_run.run.adapter)
-    with pytest.raises(UsageError, match="holds one adapter, and has mine; remove mine first"):
+    with pytest.raises(UsageError, match="holds one adapter and already has mine; remove mine first"):
         engine.add_adapter("yours", tiny_run.run.adapter)

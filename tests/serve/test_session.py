@@ -25,7 +25,7 @@ def test_a_text_is_a_conversation_of_one_turn_and_what_is_none_is_refused(tiny_r
     answer = session.answer(QUESTION, max_new_tokens=10)
     assert session.answer(QUESTION[0]["content"], max_new_tokens=10) == answer
     for messages in ([], ["hello"], [["user", "hello"]]):
-        with pytest.raises(UsageError, match="no conversation to answer"):
+        with pytest.raises(UsageError, match="the conversation has no messages"):
             session.answer(messages)
     with pytest.raises(UsageError, match="at least one token"):
         session.answer(QUESTION, max_new_tokens=0)
@@ -39,7 +39,7 @@ def test_an_answer_ends_where_the_models_positions_do(tiny_run, monkeypatch):
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt) + 3)
     assert session.answer(QUESTION, max_new_tokens=8) == session.answer(QUESTION, max_new_tokens=3) != whole
     monkeypatch.setattr(config, "max_position_embeddings", len(prompt))
-    with pytest.raises(UsageError, match=f"takes {len(prompt)} tokens, and the base was made for {len(prompt)}"):
+    with pytest.raises(UsageError, match=f"takes {len(prompt)} tokens, but the base has {len(prompt)} positions"):
         session.answer(QUESTION)
 
 

@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_refused_even_when_it_is_named(undisturbed, base
     (copied / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"state\.json has 2 of"):
         trainer(base, tmp_path).run(copied)
-    with pytest.raises(CheckpointError, match="no checkpoint there verifies"):
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder verifies"):
         LorafitTrainer(trainer(base, tmp_path / "none")).train(True)
 
 

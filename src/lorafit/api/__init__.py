@@ -1,4 +1,4 @@
-"""The verbs as functions: what the command line and Python callers both use. Each file is one verb.
+"""api: the commands as functions, for the command line and Python callers.
 
-Nothing is imported here, so that `check` and `plan` stay free of torch.
+Each file holds one command. The package imports nothing here, so that `check` and `plan` stay free of torch.
 """

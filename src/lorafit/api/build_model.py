@@ -1,4 +1,4 @@
-"""build_model and tune_memory: the adapted base, proved on the run's rows, and the memory policy it trains under."""
+"""build_model and tune_memory: the trainable model, and the memory policy it trains under."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ PROOF_ROWS, PROOF_TOKENS = 4, 256
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A base that a method has made trainable, and what is minimised.
+    """Hold a base that a method has made trainable, and its objective.
 
     Attributes:
         model: the model; its rows are proved isolated from each other under packed attention.
-        method: how it was made trainable.
+        method: the training method that made the base trainable.
         objective: the loss, proved to be the model's own.
         counts: trainable and total parameters.
-        note: why the loss takes more memory than it has to; empty where it does not.
+        note: why the loss takes more memory than necessary; empty if it does not.
     """
 
     model: Any
@@ -90,41 +90,44 @@ def build_model(planned: PlannedRun) -> BuiltModel:
 
 
 def enforce_budget(config: RunConfig) -> None:
-    """Keep this process within `gpu_memory` from here on; called before anything is loaded."""
+    """Limit this process to `gpu_memory` from here on. Call it before anything is loaded."""
     if torch.cuda.is_available() and config.gpu_memory is not None:
         _, total = torch.cuda.mem_get_info()
-        limit = max(
-            0, parse_bytes(config.gpu_memory, "gpu_memory") - PAGE_BYTES
-        )  # what a block that grows may take beyond it
+        # an expandable block may exceed the limit by one page
+        limit = max(0, parse_bytes(config.gpu_memory, "gpu_memory") - PAGE_BYTES)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def _dense_budget(config: RunConfig) -> int | None:
-    """Return the bytes for dequantised copies on a CPU: half of a budget that was set, else half of what is free."""
+    """Return the bytes for dequantized copies on a CPU, None without a budget.
+
+    With `gpu_memory` set the copies take half of it, else half of the free memory.
+    """
     return parse_bytes(config.gpu_memory, "gpu_memory") // 2 if config.gpu_memory else None
 
 
 def _samples(rows: Rows) -> list[tuple[Any, Any]]:
-    """Return the beginnings of the shortest rows, every token in the loss, to run proofs on."""
+    """Return the first tokens of the shortest rows, all supervised, to run proofs on."""
     chosen = rows.lengths.argsort(kind="stable")[:PROOF_ROWS]
-    beginnings = [rows.ids(int(row))[:PROOF_TOKENS] for row in chosen]
-    return [(ids, np.arange(len(ids)) > 0) for ids in beginnings]
+    starts = [rows.ids(int(row))[:PROOF_TOKENS] for row in chosen]
+    return [(ids, np.arange(len(ids)) > 0) for ids in starts]
 
 
 GRADIENT_BYTES = 4
 AUTO = "auto"
 GPU_SHARE = 0.97
-"""Of the GPU's free memory, when no budget is set."""
+"""Share of the GPU's free memory that a run may use if no budget is set."""
 
 
 @contextlib.contextmanager
 def tune_memory(
     built: BuiltModel, resolved: Resolved, rows: Rows, run: RunDir, events: EventLog
 ) -> Iterator[tuple[TunedMemory, DryRun | None]]:
-    """Run the model's layers as the memory policy says within the block; yields that and what the dry run found.
+    """Apply the memory policy to the model's layers within the block.
 
-    The policy is solved and proved on a GPU, and taken as it is written on a CPU. A resumed run keeps the policy it
-    had, so that its bits stay the same, unless it is asked for another.
+    Yields the tuned memory and the result of the dry run (None on a CPU). On a GPU the policy is solved and proved by a
+    dry run; on a CPU it is taken as written. A resumed run keeps its policy, so that its bits stay the same, unless the
+    settings ask for another.
     """
     config, device = resolved.config, default_device()
     on_gpu = device.type == "cuda"
@@ -135,87 +138,102 @@ def tune_memory(
         with contextlib.nullcontext() if layers.policy == MemoryPolicy() and not layers.compiled else layers:
             yield TunedMemory(layers.policy.micro_tokens or config.max_length), None
         return
-    by_hand = resolved.sources.get("memory_policy", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
-    wish = _Wish.of(config, by_hand)
-    before = _take_up(layers, wish, run)
-    solves = wish.asked == AUTO and before is None
-    work = _work(built, config, rows, device, grows=solves)
-    with packed(built.model):  # the backward passes too: what they recompute has to attend as the forward did
-        found = find_policy(built.model, layers, work, budget_bytes(config), solves=solves)
-    found = replace(found, policy=found.policy.sized(work.max_length, config.max_length))
+    is_explicit = resolved.sources.get("memory_policy", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
+    request = _PolicyRequest.of(config, is_explicit)
+    before = _restore_policy(layers, request, run)
+    solves = request.asked == AUTO and before is None
+    workload = _workload(built, config, rows, device, grows=solves)
+    with packed(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
+        found = find_policy(built.model, layers, workload, budget_bytes(config), solves=solves)
+    found = replace(found, policy=found.policy.sized(workload.max_length, config.max_length))
     layers.policy = found.policy
-    report = _Report(run, layers, found, before or wish)
+    report = _Report(run, layers, found, before or request)
     memory = _tuned(built, config, rows, layers, found, events, report.write_if_possible)
     report.write()
     try:
         with layers:
             yield memory, found
-    finally:  # whatever comes after training needs the memory
+    finally:  # evaluation and merge need the memory
         if memory.graphs is not None:
             memory.graphs.forget()
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """What was asked of the policy: nothing (`auto`) or a setting by hand; the setting in force, the plan's where it is
-    nobody else's; and the budget. Stands in engine.json, so that a run which goes on knows whether that changed."""
+class _PolicyRequest:
+    """Hold the memory policy that the settings ask for.
+
+    engine.json keeps the request, so that a resumed run knows whether it has changed.
+
+    Attributes:
+        asked: the policy that the user set; `auto` if the user set none.
+        planned: the policy in the settings, which the plan fills in if the user set none.
+        gpu_memory: the memory budget, as text.
+    """
 
     asked: str
     planned: str
     gpu_memory: str | None
 
     @classmethod
-    def of(cls, config: RunConfig, by_hand: bool) -> _Wish:
-        return cls(config.memory_policy if by_hand else AUTO, config.memory_policy, config.gpu_memory)
+    def of(cls, config: RunConfig, is_explicit: bool) -> _PolicyRequest:
+        return cls(config.memory_policy if is_explicit else AUTO, config.memory_policy, config.gpu_memory)
 
-    def is_that_of(self, known: dict[str, Any]) -> bool:
-        """Whether the run that wrote `known` was asked for the same. What the plan would choose today does not count:
-        that moves with the memory that happens to be free."""
-        if "planned" not in known:  # older releases wrote one word for both
+    def matches(self, known: dict[str, Any]) -> bool:
+        """Return True if the run that wrote `known` had the same request.
+
+        The plan's present choice does not count, since it depends on the memory that is free right now.
+        """
+        if "planned" not in known:  # older releases wrote one field for both
             return self.asked == AUTO or known.get("asked", self.planned) == self.planned
         if self.asked == AUTO:
             return bool(known["asked"] == AUTO and known.get("gpu_memory", known.get("vram")) == self.gpu_memory)
-        return self.asked in (known["asked"], known["planned"])  # the run's own recipe has what the plan chose
+        return self.asked in (known["asked"], known["planned"])  # run.yaml holds the plan's choice
 
 
-def _take_up(layers: DecoderLayers, wish: _Wish, run: RunDir) -> _Wish | None:
-    """Set `layers` to the policy that a resumed run has had, and return the wish behind it.
+def _restore_policy(layers: DecoderLayers, request: _PolicyRequest, run: RunDir) -> _PolicyRequest | None:
+    """Set `layers` to the policy of a resumed run, and return the request behind it.
 
-    None when it had none, or another is asked for now.
+    Returns None if the run had no policy, or if another one is requested now.
     """
-    # one that a run left which never began is not this run's
+    # an engine.json without run.yaml is from a run that never started
     known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
-    if known is None or not wish.is_that_of(known):
+    if known is None or not request.matches(known):
         return None
     layers.policy = MemoryPolicy.parse(known.get("policy", known.get("dial")), len(layers))
     layers.set_schedule(known["schedule"])
     return (
-        _Wish(known["asked"], known["planned"], known.get("gpu_memory", known.get("vram")))
+        _PolicyRequest(known["asked"], known["planned"], known.get("gpu_memory", known.get("vram")))
         if "planned" in known
-        else wish
+        else request
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """engine.json: the policy in force, what the dry run found, and what was asked for.
+    """Hold the content of engine.json: policy, dry run and request.
 
-    A resumed run begins with the policy that the run ended with.
+    A resumed run starts with the policy that engine.json had at the end.
+
+    Attributes:
+        run: the run directory.
+        layers: the decoder layers, which know the present policy.
+        found: the result of the dry run.
+        request: the policy that the settings ask for.
     """
 
     run: RunDir
     layers: DecoderLayers
     found: DryRun
-    wish: _Wish
+    request: _PolicyRequest
 
     def write(self) -> None:
-        """Write it as the layers are now. RunDirError when the disk refuses."""
+        """Write engine.json with the present policy. Raises RunDirError if the disk refuses."""
         layers = self.layers
         now = {"policy": str(layers.policy), "schedule": layers.offload.schedule, "notes": layers.notes}
-        self.run.write_json(self.run.engine, {**asdict(self.found), **now, **asdict(self.wish)})
+        self.run.write_json(self.run.engine, {**asdict(self.found), **now, **asdict(self.request)})
 
     def write_if_possible(self) -> None:
-        """Write it; a full disk is no reason to stop in the middle of a run."""
+        """Write engine.json and ignore a full disk, which must not stop a run."""
         with contextlib.suppress(RunDirError):
             self.write()
 
@@ -229,7 +247,10 @@ def _tuned(
     events: EventLog,
     changed: Callable[[], object],
 ) -> TunedMemory:
-    """Return how steps are laid out under the policy that was found; `changed` is called when layers give way."""
+    """Return the tuned memory under the policy found.
+
+    Layers call `changed` when they start to use less memory.
+    """
     graphs = None
     if found.policy.cuda_graph_max_tokens:
         trained = built.method.trainable(built.model)
@@ -239,27 +260,35 @@ def _tuned(
         micro_tokens=found.policy.micro_tokens or config.max_length,
         layers=layers,
         graphs=graphs,
-        watches_allocator=not config.deterministic,  # when it acts depends on what the allocator went through
+        watches_allocator=not config.deterministic,  # its timing depends on the allocator's history
         changed=changed,
     )
 
 
 def budget_bytes(config: RunConfig) -> int:
-    """Bytes that the run may reserve on the GPU: `gpu_memory`, or nearly all that is free."""
+    """Return the bytes that the run may reserve on the GPU.
+
+    The budget is `gpu_memory`, or GPU_SHARE of the free memory.
+    """
     free, total = torch.cuda.mem_get_info()
     if config.gpu_memory is None:
         return int((free + torch.cuda.memory_reserved()) * GPU_SHARE)
     return min(parse_bytes(config.gpu_memory, "gpu_memory"), total)
 
 
-def _work(built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False) -> Workload:
-    """Return the run's micro-batches: of at most `max_length`, or of up to a whole step where it `grows`."""
+def _workload(
+    built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False
+) -> Workload:
+    """Return the run's micro-batches for the dry run.
+
+    A micro-batch has at most `max_length` tokens, or up to a whole step if it `grows`.
+    """
     steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
     step_tokens = int(rows.lengths[step].sum())
     trained = sum(weight.numel() for weight in built.method.trainable(built.model))
-    # under the autocast of training: other layers would be compiled, and other bytes measured, without it
-    walk = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
+    # training's autocast, or other layers are compiled and other bytes measured
+    schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
 
     def batch_of(micro_tokens: int) -> MicroBatch:
@@ -271,7 +300,7 @@ def _work(built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:
         built.model.train()
-        return walk.loss(batch, share)
+        return schedule.loss(batch, share)
 
     return Workload(
         batch_of=batch_of,

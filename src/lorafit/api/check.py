@@ -1,4 +1,4 @@
-"""check: read and judge every row, and with a base the settings too; no torch."""
+"""check: read and judge every row, and with a base the settings; no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ PITFALLS = tuple(f"P{number}" for number in range(1, 8))
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found; `ok` is False when training would refuse."""
+    """Hold the result of `check`.
+
+    Attributes:
+        resolved: the settings.
+        prepared: the rows that were read, with their findings.
+        template: the chat template; None without a base.
+        pitfalls: findings about the settings.
+    """
 
     resolved: Resolved
     prepared: Prepared
@@ -34,10 +41,11 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """Return False if training would refuse the data or the settings."""
         return not has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {
             "ok": self.ok,
             "summary": self.prepared.summary.to_dict(),
@@ -53,10 +61,10 @@ def check(
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> CheckReport:
-    """Judge the rows of `data`; with a `base` also as its tokenizer and chat template see them, and the settings
-    by the pitfalls P1 to P7 (whether the run fits this machine is for `plan` to say).
+    """Judge the rows of `data`, and with a `base` their tokens and the settings.
 
-    `settings` are keys of RunConfig. Raises DataError for a file that cannot be read at all.
+    A base adds its tokenizer and chat template, and the pitfalls P1 to P7. `plan` tells whether the run fits this
+    machine. `settings` are keys of RunConfig. Raises DataError for a file that cannot be read at all.
     """
     resolved = settle(data, {**settings, "base": base})
     require_data(resolved)
@@ -71,6 +79,6 @@ def _pitfalls(resolved: Resolved, prepared: Prepared) -> tuple[Finding, ...]:
     try:
         planned = plan_prepared(resolved, prepared, hardware_here(resolved.config))
     except (AdapterError, BackboneError) as error:
-        # the data are read: say what is wrong with the targets beside what was found in the rows
+        # report wrong targets beside the findings of the rows, which are already read
         return (Finding("P1", Severity.ERROR, error.what, where=error.where or "targets", fix=error.fix or ""),)
     return tuple(finding for finding in planned.plan.findings if finding.code in PITFALLS)

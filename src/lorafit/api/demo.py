@@ -1,4 +1,7 @@
-"""demo: a user's own run in small, through the same functions: data → train → exact match → merge → verify."""
+"""demo: a small run through the user's own functions.
+
+It goes through data, train, exact match, merge and verify.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,31 @@ TRAIN_ROWS, HELD_OUT_ROWS = 1500, 200
 
 
 class DemoObserver(Observer):
-    """An Observer of the stages that follow training."""
+    """Observe the stages after training too."""
 
     def data_written(self, train: Path, held_out: Path) -> None:
-        """The task's rows are on disk."""
+        """Show the files that hold the task's rows."""
 
     def on_exact_match(self, before: ExactMatch, after: ExactMatch) -> None:
-        """Exact match on the held-out rows, base and tuned."""
+        """Show exact match on the held-out rows, base and tuned."""
 
     def on_merge(self, merged: MergedRun) -> None:
-        """The merged model is written and compared."""
+        """Show the merged model and its comparison."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The demo's figures; exact match as a share, 0 to 1."""
+    """Hold the demo's results.
+
+    Attributes:
+        task: the task's name.
+        seed: the seed of data and training.
+        before: exact match of the base on the held-out rows; its share is 0 to 1.
+        after: exact match of the tuned model.
+        trained: the finished run.
+        merged: the merged model.
+        total_s: seconds from start to end.
+    """
 
     task: str
     seed: int
@@ -45,7 +58,7 @@ class DemoResult:
     total_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {
             "task": self.task,
             "seed": self.seed,
@@ -64,7 +77,10 @@ class DemoResult:
 def demo(
     task: str = "orders", seed: int = 0, out: str | Path | None = None, *, observer: DemoObserver | None = None
 ) -> DemoResult:
-    """Teach the bundled base one of its three tasks, and prove the result; under three minutes on two cores."""
+    """Teach the bundled base one of its three tasks, and verify the result.
+
+    The demo takes under three minutes on two cores.
+    """
     started = time.perf_counter()
     watch = observer or DemoObserver()
     chosen = task_named(task)
@@ -84,12 +100,12 @@ def demo(
 
 
 def usual_path(task: str, seed: int) -> Path:
-    """Where a demo's run lies if nobody says otherwise."""
+    """Return the default run directory of a demo."""
     return Path("runs") / f"demo-{task}-seed{seed}"
 
 
 def _free_path(task: str, seed: int) -> Path:
-    """The usual path, with -2, -3, … behind it while the name is taken."""
+    """Return the default path, with -2, -3, … appended while it exists."""
     usual = path = usual_path(task, seed)
     number = 1
     while path.exists():

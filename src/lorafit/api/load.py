@@ -1,4 +1,4 @@
-"""load: a finished run or a merged model, ready to answer."""
+"""load: open a finished run or a merged model to answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lorafit.serve import Session
 
 
 def load(run: str | Path, *, device: str | None = None) -> Session:
-    """Load a run, or a merged model, to answer: `load(run).answer([{"role": "user", "content": "…"}])`."""
+    """Load a run or a merged model to answer.
+
+    load(run).answer([{"role": "user", "content": "…"}])
+    """
     path = Path(run)
     if not RunDir(path).settings.is_file() and (path / "config.json").is_file():
         with redirect_library_logs():

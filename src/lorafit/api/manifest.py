@@ -1,4 +1,4 @@
-"""What a run directory says of its run before the first step, and how a run resumes from it."""
+"""manifest: the files that describe a run in its directory, and how a run resumes."""
 
 from __future__ import annotations
 
@@ -48,11 +48,14 @@ from lorafit.training import (
     set_aside,
 )
 
-SAMPLE_ROWS = 256  # held-out rows kept in the run directory, for merge's verification and for a look
+SAMPLE_ROWS = 256  # held-out rows kept in the run directory, which merge verifies on
 
 
 def fingerprint_of(config: RunConfig, template: Template, prepared: Prepared) -> RunFingerprint:
-    """What a run of these settings over these rows is trained from; `config` as the plan settled it."""
+    """Return the fingerprint of settings, rows, template and base.
+
+    `config` has the plan's values filled in.
+    """
     return RunFingerprint(
         train_rows=prepared.train.content_hash,
         held_out_rows=prepared.holdout.content_hash,
@@ -63,27 +66,31 @@ def fingerprint_of(config: RunConfig, template: Template, prepared: Prepared) ->
 
 
 def new_run_id() -> str:
-    """A fresh id."""
+    """Return a fresh id."""
     return uuid.uuid4().hex
 
 
 def environment() -> dict[str, Any]:
-    """What besides the fingerprint decides the last bits of a run: versions, the device, and threads on a CPU."""
+    """Return what else decides the last bits of a run: versions, device, CPU threads."""
     on_gpu = torch.cuda.is_available()
     here: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    here["lorafit"] = __version__  # not the installed package's: a checkout on PYTHONPATH has none
+    here["lorafit"] = __version__  # a checkout on PYTHONPATH has no installed version
     here["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     return here if on_gpu else here | {"threads": torch.get_num_threads()}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A run that is read, judged and planned, and what its folder says of it.
+    """Hold a run that is read, judged and planned, and write its description.
 
     Attributes:
-        run: the folder, which `lock` holds.
-        run_id: what its checkpoints know it by.
-        known: the identity of a run that is resumed; None of a new one.
+        run: the run directory, which `lock` holds.
+        lock: the lock on the run directory.
+        run_id: the id that its checkpoints carry.
+        known: the identity of a resumed run; None for a new one.
+        planned: the plan, the settings and the data.
+        template: the chat template.
+        findings: the findings so far.
     """
 
     run: RunDir
@@ -96,20 +103,21 @@ class Manifest:
 
     @property
     def resolved(self) -> Resolved:
-        """The settings, with what was planned."""
+        """Return the settings, with the plan's values."""
         return self.planned.resolved
 
     def identity(self) -> RunIdentity:
-        """Return what the run is trained from. For a new run the whole base is read and hashed."""
+        """Return the run's identity. For a new run the whole base is read and hashed."""
         if self.known is not None:
             return self.known
         fingerprint = fingerprint_of(self.resolved.config, self.template, self.planned.prepared)
         return RunIdentity(self.run_id, fingerprint, environment())
 
     def write(self, identity: RunIdentity) -> None:
-        """Write what describes the run; run.yaml last, since a folder with it holds a run.
+        """Write the files that describe the run.
 
-        A resumed run keeps its run.yaml and its identity.
+        run.yaml comes last, since a folder with run.yaml holds a run. A resumed run keeps its run.yaml and its
+        identity.
         """
         self.lock.hold()  # loading takes minutes
         config = self.resolved.config
@@ -121,30 +129,30 @@ class Manifest:
             sources = {key: source.value for key, source in self.resolved.sources.items()}
             self.run.write_config(config, sources)
 
-    def require_place(self) -> None:
-        """Raise RunDirError when the folder is gone, or another process's by now: a step ends with that."""
+    def require_folder(self) -> None:
+        """Raise RunDirError if the folder is gone or another process holds it. Each step ends with this."""
         if not self.lock.is_held:
             raise RunDirError(
                 "the run's folder was removed or taken while it trained",
                 where=str(self.run.path),
-                fix="leave the folder alone, and give the same command again",
+                fix="leave the folder alone, and run the same command again",
             )
 
     def require_whole(self, *more: Path) -> None:
-        """Raise RunDirError when a file that other verbs need is gone from the folder: a checkpoint ends with that."""
-        self.require_place()
+        """Raise RunDirError if a file that other commands need is missing. Each checkpoint ends with this."""
+        self.require_folder()
         run = self.run
         needed = (run.settings, run.identity, run.template, run.samples, run.base, *more)
         gone = [str(path.relative_to(run.path)) for path in needed if not path.is_file()]
         if gone:
             raise RunDirError(
-                f"{', '.join(gone)} of this run went while it trained",
+                f"{', '.join(gone)} of this run disappeared while it trained",
                 where=str(run.path),
-                fix="leave the folder alone, and give the same command again",
+                fix="leave the folder alone, and run the same command again",
             )
 
     def findings_with(self, own: Finding | None) -> list[Finding]:
-        """Return the findings and what the run itself found, and write that down where there is such a thing."""
+        """Return all findings, with the run's `own` one if there is any, and write them."""
         if own is None:
             return self.findings
         self._write_findings([*self.findings, own])
@@ -157,7 +165,10 @@ class Manifest:
 def write_relied_on(
     run: RunDir, identity: RunIdentity, config: RunConfig, template: Template, prepared: Prepared
 ) -> None:
-    """Write what `chat` and `merge` read besides settings, identity and adapter, and which rows were held out."""
+    """Write the files that `chat` and `merge` read, and which rows are held out.
+
+    Settings, identity and adapter are written elsewhere.
+    """
     if not run.split.exists():
         write_split(run.split, prepared.train, prepared.holdout)
     template.save(run.template)
@@ -181,9 +192,10 @@ HELD_OUT_TOKENS = "micro_tokens of evaluations"
 
 
 def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> RunIdentity:
-    """The identity of the run in `place`, if `now`, by the settings `config`, is what it is trained from.
+    """Return the identity of the run in `place` if its fingerprint equals `now`.
 
-    Raises RunDirError naming what differs, OtherRows for a finished run over other rows in a folder that nobody named.
+    `now` is the fingerprint by the settings `config`. Raises RunDirError naming what differs. Raises OtherRows for a
+    finished run over other rows in a folder that the user did not name.
     """
     run, identity = place.run, RunIdentity.read(place.run.identity)
     if run.is_finished and not place.is_named and identity.fingerprint.differences(now):
@@ -193,40 +205,42 @@ def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> 
 
 
 def refuse_at_end(run: RunDir, identity: RunIdentity) -> None:
-    """RunFinished when the run has trained to its end, and its adapter is the one that was saved."""
+    """Raise RunFinished if the run is at its end and its adapter is unchanged."""
     if run.is_finished and _is_whole(run, identity):
         refuse_finished(run)
 
 
 def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], events: EventLog) -> Checkpoint | None:
-    """The checkpoint the run in `run` goes on from, None for its very beginning; every one passed over is an event.
+    """Return the checkpoint to resume from, None to start at the first step.
 
-    `layout` is how it will run now, as `layout_of` has it.
+    Each damaged checkpoint is skipped and becomes an event. `layout` is today's layout, from `layout_of`.
     """
     clear_unfinished(run.checkpoints)
     if run.adapter.exists():
-        events.record("adapter_damaged", 0, "the adapter here is not the one that was trained: it is written again")
+        events.record("adapter_damaged", 0, "the adapter is not the trained one; it is written again")
     checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
     for one in damaged:
-        events.record("checkpoint_damaged", one.step, f"{one.folder.name} is passed over: {one.reason}")
+        events.record("checkpoint_damaged", one.step, f"{one.folder.name} is skipped: {one.reason}")
     try:
         set_aside(damaged)
     except OSError as error:
         raise RunDirError(
-            f"a damaged checkpoint cannot be renamed ({error.strerror})", where=str(run.checkpoints), fix="remove it"
+            f"a damaged checkpoint cannot be renamed ({error.strerror})",
+            where=str(run.checkpoints),
+            fix="remove the folder",
         ) from error
     if checkpoint is None:
-        events.record("resumed", 0, "there is no whole checkpoint yet: the run begins again at its first step")
+        events.record("resumed", 0, "there is no valid checkpoint yet; the run restarts at its first step")
     else:
-        events.record("resumed", checkpoint.step, f"the run goes on from {checkpoint.folder.name}")
+        events.record("resumed", checkpoint.step, f"the run resumes from {checkpoint.folder.name}")
     _note_changes(run, identity, layout, checkpoint, events)
     return checkpoint
 
 
 def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None) -> dict[str, Any]:
-    """Return what of a run's layout its last bits depend on, as JSON values.
+    """Return the layout that the run's last bits depend on, as JSON values.
 
-    On a GPU the policy that was tried counts, whatever the settings say: a resumed run keeps it.
+    On a GPU the dry run's policy counts, not the setting, since a resumed run keeps that policy.
     """
     tokens = memory.micro_tokens
     layout = {key: getattr(config, key) for key in LAYOUT if key != "max_length"}
@@ -239,25 +253,25 @@ def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None) ->
 def _note_changes(
     run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], checkpoint: Checkpoint | None, events: EventLog
 ) -> None:
-    """An event when the run goes on elsewhere, or in another layout, than it began."""
+    """Record an event if machine or layout differ from those at the run's start."""
     settings = run.config().model_dump(mode="json")
     began = {key: settings.get(key, value) for key, value in layout.items()} | dict(identity.environment)
     now = {**layout, **environment()}
-    if checkpoint is not None:  # whose micro-batches are not outgrown
+    if checkpoint is not None:  # a resumed run never uses larger micro-batches than before
         for key in ("micro_tokens", HELD_OUT_TOKENS):
             now[key] = min(now[key], began["micro_tokens"])
     changed = differing_settings(began, now)
     step = checkpoint.step if checkpoint else 0
     if changed:
         words = ", ".join(f"{what} was {before} and is {after}" for what, before, after in changed)
-        message = f"the run goes on in another way than it began, so its last bits may differ: {words}"
+        message = f"the machine or the layout has changed, so the run's last bits may differ: {words}"
         events.record("environment_changed", step, message)
 
 
 def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
-    """False when the adapter of a finished run is not the one that was saved.
+    """Return False if the adapter of a finished run is not the saved one.
 
-    A run that kept no hashes is compared with its last checkpoint, where that is there.
+    A run without hashes is compared with its last checkpoint, if that exists.
     """
     if identity.adapter:
         return changed_file(run.adapter, identity.adapter) is None
@@ -271,21 +285,24 @@ def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
 
 
 def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> None:
-    """Write the trained weights, their hashes first. RunDirError, saying how to go on, when the disk refuses."""
+    """Write the hashes of the trained weights, then the weights.
+
+    Raises RunDirError, with the command to resume, if the disk refuses.
+    """
 
     def keep_hashes(staged: Path) -> None:
-        # before the weights are there: a kill in between leaves some that are refused, never some that nobody checks
+        # hashes first: after a kill in between, the unchecked weights are refused
         run.write_json(run.identity, identity.ended_in(adapter_hashes(staged)).to_dict())
 
     try:
         loop.method.save(loop.model, run.adapter, loop.config, written=keep_hashes)
     except RunDirError as error:
-        fix = f"free some space and go on with: {command_to_resume(run)}"
+        fix = f"free some space and resume with: {command_to_resume(run)}"
         raise RunDirError(f"the trained adapter: {error.what}", where=error.where, fix=fix) from error
 
 
 def refuse_stopped(run: RunDir, loop: TrainingLoop) -> None:
-    """TrainingStopped when a signal ended the run before its last step; it says how to go on."""
+    """Raise TrainingStopped, with the command to resume, if a signal ended the run early."""
     stop, step, steps = loop.signals.stop, loop.state.global_step, loop.arguments.max_steps
     if stop is None or (step >= steps and not loop.owes_evaluation):
         return
@@ -295,10 +312,10 @@ def refuse_stopped(run: RunDir, loop: TrainingLoop) -> None:
         stop,
         f"{signal.Signals(stop).name} after step {step} of {steps}; {kept}",
         where=str(run.path),
-        fix=f"go on with: {command_to_resume(run)}",
+        fix=f"resume with: {command_to_resume(run)}",
     )
 
 
 def command_to_resume(run: RunDir) -> str:
-    """The command that goes on with the run, whatever command began it."""
+    """Return the command that resumes the run, independent of the original command."""
     return shlex.join(["lorafit", "train", str(run.settings), "--out", str(run.path)])

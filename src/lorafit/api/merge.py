@@ -1,4 +1,4 @@
-"""merge: one model out of a run, and the proof that it is the model that was trained."""
+"""merge: write one model from a run, and verify that it is the trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ VERIFIED_ROWS = 64
 
 @dataclass(frozen=True)
 class MergedRun:
-    """What was written and how it compares with the live adapter model."""
+    """Hold the written model and its comparison with the live adapter model.
+
+    Attributes:
+        report: what the merge wrote.
+        verification: the comparison.
+    """
 
     report: MergeReport
     verification: Verification
@@ -39,11 +44,11 @@ class MergedRun:
 
     @property
     def passed(self) -> bool:
-        """False when the artefact is not the model that was trained."""
+        """Return False if the artefact is not the trained model."""
         return self.verification.passed and not has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {"passed": self.passed, "merge": self.report.to_dict(), "verification": self.verification.to_dict()}
 
 
@@ -54,17 +59,18 @@ def merge(
     out: str | Path | None = None,
     export_format: str = DEFAULT_FORMAT,
 ) -> MergedRun:
-    """Merge what `run` trained into its base, and verify the artefact from disk.
+    """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
-    `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" to the
-    checkpoint as stored. `export_format` names the format of the files. The artefact gets its name once it is
-    measured, also when it fails (`passed` False), for a look; a merge that is killed leaves at most a hidden folder,
-    which the next one replaces.
+    `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
+    the checkpoint as stored. `export_format` names the format of the files. The artefact gets its name once it is
+    measured, even if it fails (`passed` False), so that it can be inspected. A killed merge leaves at most a hidden
+    folder, which the next merge replaces.
+
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     if onto not in get_args(MergeBase):
         names = " or ".join(get_args(MergeBase))
-        raise UsageError(f"'{onto!s:.40}' is nothing to merge onto", where="onto", fix=f"write {names}")
+        raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
     form, folder = format_named(export_format), RunDir.open(Path(run))
     config = folder.config()
     method = method_of(config)
@@ -73,7 +79,7 @@ def merge(
         verified: list[Verification] = []
 
         def prove(staged: Path, onto: MergeBase) -> None:
-            # before the folder has its name: one that looks finished and was never verified is worse than none
+            # before the folder gets its name, so that no unverified model looks finished
             live = method.load(load_backbone(config, exact=True), folder.adapter, config)
             verified.append(verify(live, staged, rows, onto, method=method, export_format=form))
 
@@ -89,13 +95,13 @@ def merge(
 
 
 def template_of(run: RunDir) -> Template:
-    """The template the run was trained with, its golden prompts asserted."""
+    """Return the template of the run, with its golden prompts asserted."""
     config = run.config()
     return Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
 
 
 def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROWS) -> list[Row]:
-    """The first held-out rows the run kept, tokenised as in training."""
+    """Return the first held-out rows that the run kept, tokenized as in training."""
     if not run.samples.is_file():
         raise VerificationError("the run kept no rows to verify on", where=str(run.samples), fix="train it again")
     lines = run.samples.read_text(encoding="utf-8", errors="replace").splitlines()[:limit]
@@ -103,7 +109,7 @@ def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROW
         samples = [json.loads(line) for line in lines]
         records = [_record(one) for one in samples]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        fix = "give the train command again, which writes it anew"
+        fix = "run the train command again, which rewrites the file"
         raise VerificationError("the file is damaged", where=str(run.samples), fix=fix) from error
     encoded = template.encode_many(records)
     return [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]

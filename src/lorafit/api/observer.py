@@ -1,4 +1,4 @@
-"""Observer: what a run tells whoever watches it. The command line draws it; the default watches in silence."""
+"""Observer: the stages of a run, as callbacks. The command line draws them; the default ignores them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Called at each stage of `train`, in this order. Override what you want to see."""
+    """Receive each stage of `train`, in this order. Override the methods you need."""
 
     def on_preflight(self, findings: list[Finding]) -> None:
-        """What stands in the way of the run, or might: before the data are read, and again before the base is."""
+        """Receive the preflight findings, before reading the data and before loading the base."""
 
     def on_reading(self, progress: DataProgress) -> None:
-        """While the data are read."""
+        """Receive the progress while data are read."""
 
     def on_data(self, prepared: Prepared) -> None:
-        """The data are read and judged."""
+        """Receive the data, read and judged."""
 
     def on_plan(self, plan: Plan, resolved: Resolved) -> None:
-        """The plan is made, and every setting is settled."""
+        """Receive the plan and the final settings."""
 
     def on_loading(self, run: RunDir) -> None:
-        """The base is about to be loaded and quantised."""
+        """Receive the run directory before the base is loaded and quantized."""
 
     def on_model(self, counts: Counts, base: str) -> None:
-        """Adapters are on the frozen base, and packed rows are proved isolated."""
+        """Receive the parameter counts. Adapters are attached, and packed rows are proved isolated."""
 
     def on_dry_run(self, dry_run: DryRun | None) -> None:
-        """The largest micro-batch has been run once on the GPU (None: there is no GPU, and nothing to try)."""
+        """Receive the result of the dry run on the largest micro-batch, None without a GPU."""
 
     def on_step(self, progress: StepProgress) -> None:
-        """After each optimizer step."""
+        """Receive the progress after each optimizer step."""
 
     def on_event(self, event: RunEvent) -> None:
-        """When something besides a step happened: a spike, a step that was not applied, a retry."""
+        """Receive an event besides steps: a spike, a step that was not applied, a retry."""
 
     def on_stopping(self, signal_number: int) -> None:
-        """SIGINT or SIGTERM has come: the run ends after this step. Called within the signal's handler: no locks."""
+        """Receive SIGINT or SIGTERM; the run ends after this step.
+
+        The method runs within the signal's handler, so it must not take locks.
+        """

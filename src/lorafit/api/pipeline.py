@@ -1,4 +1,4 @@
-"""AdapterTrainingPipeline: the steps of a run one by one, with transformers' own objects in between."""
+"""AdapterTrainingPipeline: the steps of a run one by one, with transformers' objects between them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IGNORED = -100
 NAMED_ROWS = 3
 
 QUANT_PROFILE = nf4_config(torch.bfloat16)
-"""NF4 with double quantisation, as a transformers BitsAndBytesConfig."""
+"""NF4 with double quantization, as a transformers BitsAndBytesConfig."""
 
 ADAPTER_CONFIG = lora_config(RunConfig())
 """The recipe's adapters, as a peft LoraConfig: r=16, alpha=32, dropout 0.05, q_proj and v_proj."""
@@ -49,11 +49,11 @@ TRAINING_HYPERPARAMS = MappingProxyType(
         )
     }
 )
-"""The recipe's optimisation, as keys of RunConfig; `build_trainer` takes any of them."""
+"""The recipe's optimization, as keys of RunConfig; `build_trainer` takes any of them."""
 
 
 class AdapterTrainingPipeline:
-    """A thin front over the rooms that `lorafit.train` walks through.
+    """Run the stages of `lorafit.train` one by one.
 
     pipeline = AdapterTrainingPipeline("path/or/hub-id")
     model = pipeline.inject_adapters(pipeline.load_frozen_backbone())
@@ -62,25 +62,28 @@ class AdapterTrainingPipeline:
     """
 
     def __init__(self, base_model_id: str, adapter_rank: int = 16, scaling_factor: float = 32, **settings: Any) -> None:
-        """`scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
+        """Resolve the settings. `scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
         given = {**settings, "base": base_model_id, "rank": adapter_rank, "alpha": float(scaling_factor)}
         self.config = resolve(flags=given).config
         tokenizer = TextTokenizer.from_base(base_model_id, self.config.revision)
         self.template = Template.for_tokenizer(tokenizer, self.config.template)
 
     def load_frozen_backbone(self) -> Any:
-        """The base in 4 bits (or as `quantization` says), every parameter frozen. Raises BackboneError."""
+        """Return the base in 4 bits (or as `quantization` says), fully frozen. Raises BackboneError."""
         with redirect_library_logs():
             return load_backbone(self.config)
 
     def inject_adapters(self, model: Any) -> Any:
-        """`model` with fresh adapters; prints trainable and total parameters as peft does. Raises AdapterError."""
+        """Return `model` with fresh adapters, and print trainable and total parameters. Raises AdapterError."""
         adapted = attach(model, self.config)
         adapted.print_trainable_parameters()
         return adapted
 
     def format_instruction_data(self, raw_rows: Iterable[Mapping[str, Any]]) -> Dataset:
-        """Rows of any shape lorafit reads → a Dataset with `messages` and the rendered `text`. Raises DataError."""
+        """Return a Dataset with `messages` and the rendered `text` of each row. Raises DataError.
+
+        `raw_rows` may have any shape that lorafit reads.
+        """
         records = parse_rows(raw_rows, self.config.field_map)
         for record in records:
             if record.tools or record.is_document or any(turn.extra or turn.loss is not None for turn in record.turns):
@@ -96,13 +99,14 @@ class AdapterTrainingPipeline:
         )
 
     def tokenize_dataset(self, dataset: Dataset, max_length: int = 512, *, on_long: str = "error") -> Dataset:
-        """`messages` → input_ids, attention_mask and labels (-100 on everything but responses and their stop token).
+        """Return input_ids, attention_mask and labels of `messages`.
 
-        Nothing is cut: rows longer than `max_length` raise DataError, or are left out with `on_long="drop"` and a
-        warning that counts them. Rows are not padded; packing needs none.
+        Labels are -100 except on responses and their stop token. Rows are never truncated: a row longer than
+        `max_length` raises DataError, or is left out with `on_long="drop"` and a warning with the count. Rows are not
+        padded, since packing needs no padding.
         """
         if on_long not in ("error", "drop"):
-            raise UsageError(f"'{on_long}' is not a choice", where="on_long", fix="choose error or drop")
+            raise UsageError(f"'{on_long}' is no value of on_long", where="on_long", fix="choose error or drop")
         records = [Record.from_messages(row["messages"], row.get("source", "row")) for row in dataset]
         encoded = self.template.encode_many(records)
         long = [record.source for record, one in zip(records, encoded) if len(one.ids) > max_length]
@@ -128,14 +132,14 @@ class AdapterTrainingPipeline:
         output_dir: str | Path | None = None,
         **settings: Any,
     ) -> LorafitTrainer:
-        """A transformers Trainer over packed steps; `settings` are keys of RunConfig (epochs, lr, …).
+        """Return a transformers Trainer over packed steps; `settings` are keys of RunConfig.
 
-        Checkpoints go to `output_dir`/checkpoints, by default a temporary folder.
+        Checkpoints go to `output_dir`/checkpoints, by default in a temporary folder.
         """
         fixed = {"base", "rank", "alpha", "dropout", "targets", "quantization"} & set(settings)
         if fixed:
             raise UsageError(
-                f"{min(fixed)} is settled when the pipeline is made", where="build_trainer", fix="set it there"
+                f"{min(fixed)} is fixed when the pipeline is made", where="build_trainer", fix="set it there"
             )
         config = resolve(flags={**self.config.model_dump(exclude_unset=True), **settings}).config
         rows, held_out = _rows(train_ds), _rows(eval_ds) if eval_ds is not None else None
@@ -150,24 +154,27 @@ class AdapterTrainingPipeline:
 
 
 def _recompute_if_asked(model: Any, config: RunConfig) -> None:
-    """Have transformers recompute the layers' activations: `lorafit.train` has the engine's layers for that."""
+    """Make transformers recompute the layers' activations if the memory policy asks for it.
+
+    `lorafit.train` uses the engine's layers instead.
+    """
     policy = config.memory_policy
     if policy == "recompute" or (policy == "auto" and torch.cuda.is_available()):
-        # transformers renamed it after 5.17; the old name warns in newer releases and is gone in 6
+        # transformers renamed it after 5.17; the old name warns in newer releases and is removed in 6
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
 
 
 def _rows(dataset: Dataset) -> Rows:
-    """Tokenised columns → Rows. Tokens whose label is -100 are not supervised."""
+    """Return tokenized columns as Rows. Tokens whose label is -100 are not supervised."""
     if not {"input_ids", "labels"} <= set(dataset.column_names):
-        raise UsageError("the dataset is not tokenised", where="build_trainer", fix="pass it through tokenize_dataset")
+        raise UsageError("the dataset is not tokenized", where="build_trainer", fix="pass it through tokenize_dataset")
     encoded = [Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset]
     for number, one in enumerate(encoded, 1):
         if one.mask:
-            one.mask[0] = False  # nothing precedes a row's first token, so nothing can predict it
+            one.mask[0] = False  # no token precedes a row's first token, so none can predict it
         if not any(one.mask):
             raise DataError(
-                "no token of this row is supervised", where=f"row {number}", fix="labels hold the responses"
+                "no token of this row is supervised", where=f"row {number}", fix="put the responses into labels"
             )
     return Rows.from_encoded(encoded)

@@ -1,4 +1,7 @@
-"""plan: method, rank, targets, memory, time and cost, each with its reason; no torch, no GPU, no weights."""
+"""plan: method, rank, targets, memory, time and cost, each with its reason.
+
+Planning needs no torch, no GPU and no weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ TOO_LONG = "D020"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Hold the plan, the settings it leads to, and the data it was made for."""
+    """Hold a plan, its settings and its data.
+
+    Attributes:
+        plan: the plan.
+        resolved: the settings, with the plan's values.
+        prepared: the data that the plan was made for.
+    """
 
     plan: Plan
     resolved: Resolved
@@ -32,11 +41,11 @@ class PlannedRun:
 
     @property
     def recipe(self) -> str:
-        """The YAML recipe that runs this plan, or that describes a method which lorafit cannot run yet."""
+        """Return the YAML recipe that runs this plan, or that describes an unsupported method."""
         return plan_recipe(self.plan, self.resolved.config)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         settings = {key: {"value": value, "source": source} for key, value, source in self.resolved.table()}
         findings = [*self.prepared.findings, *self.plan.findings]
         return {
@@ -66,7 +75,7 @@ def plan(
 
 
 def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) -> PlannedRun:
-    """Return the plan for data that are already read. Raises DataError when no row is left to train on."""
+    """Return the plan for data that are already read. Raises DataError if no row is left to train on."""
     config = resolved.config
     require_rows(prepared, config)
     shape = ModelShape.from_base(config.base, config.revision)
@@ -75,7 +84,7 @@ def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) ->
 
 
 def require_rows(prepared: Prepared, config: RunConfig) -> None:
-    """Raise DataError in one sentence when no row is left to train on."""
+    """Raise DataError if no row is left to train on."""
     if len(prepared.train):
         return
     first = next((finding for finding in prepared.findings if finding.code == TOO_LONG), None)
@@ -89,7 +98,7 @@ def require_rows(prepared: Prepared, config: RunConfig) -> None:
 
 
 def stats_of(prepared: Prepared, config: RunConfig) -> DataStats:
-    """Return the size of the data, and of the largest step that `config` makes of them."""
+    """Return the data stats: sizes of the rows, and the largest step that `config` makes."""
     train = prepared.train
     tokens = int(train.lengths.sum())
     stats = DataStats(

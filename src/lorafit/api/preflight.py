@@ -1,4 +1,4 @@
-"""preflight: what would end a run hours later is found before it starts, all of it at once."""
+"""preflight: find problems before a run starts, all at once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ CLOCK_SLACK_S = 86_400.0
 WEIGHT_BYTES = 4
 """Bytes of each trained weight in a checkpoint, beside its moments."""
 SPARE_BYTES = 16 << 20
-"""For logs, metrics and JSON."""
+"""Bytes for logs, metrics and JSON."""
 MIB = 1 << 20
 KINDS: dict[str, type[LorafitError]] = {"S001": BackboneError, "S002": RunDirError}
 
 
 def before_reading(config: RunConfig, run: RunDir) -> list[Finding]:
-    """What needs neither data nor plan: the base's files (where they are local), the output folder, the clock."""
+    """Return the findings that need neither data nor plan.
+
+    The checks are the files of a local base, the output folder and the clock.
+    """
     local = Path(config.base).expanduser()
     return [
         *(_base_files(local) if local.is_dir() else ()),
@@ -41,7 +44,10 @@ def before_reading(config: RunConfig, run: RunDir) -> list[Finding]:
 
 
 def before_loading(planned: PlannedRun, run: RunDir, gpu_is_usable: Callable[[], bool]) -> list[Finding]:
-    """What needs the plan: the files of a base from the hub, space for checkpoints and an export, a usable GPU."""
+    """Return the findings that need the plan.
+
+    The checks are the files of a base from the hub, space for checkpoints and an export, and a usable GPU.
+    """
     config = planned.resolved.config
     is_local = Path(config.base).expanduser().is_dir()
     return [
@@ -52,17 +58,20 @@ def before_loading(planned: PlannedRun, run: RunDir, gpu_is_usable: Callable[[],
 
 
 def require_ready(findings: list[Finding]) -> None:
-    """Raise one error that names every finding that is one: a PlanError, unless a single one is of another kind."""
+    """Raise one error that names every error among `findings`.
+
+    It is a PlanError, or for a single finding the error class of its code.
+    """
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if len(errors) == 1:
         (only,) = errors
         raise KINDS.get(only.code, PlanError)(only.message, where=only.where or only.code, fix=only.fix or None)
     if errors:
-        told = "; ".join(f"({number}) {_told(finding)}" for number, finding in enumerate(errors, 1))
-        raise PlanError(f"{len(errors)} things stand in the way of this run: {told}")
+        sentences = "; ".join(f"({number}) {_sentence(finding)}" for number, finding in enumerate(errors, 1))
+        raise PlanError(f"{len(errors)} findings stop this run: {sentences}")
 
 
-def _told(finding: Finding) -> str:
+def _sentence(finding: Finding) -> str:
     return LorafitError(finding.message, where=finding.where or finding.code, fix=finding.fix or None).sentence
 
 
@@ -73,19 +82,19 @@ def _base_files(folder: Path) -> Iterator[Finding]:
             Severity.ERROR,
             damage.what,
             where=damage.where or str(folder),
-            why="the base is not whole",
+            why="a file of the base is damaged or missing",
             fix=damage.fix or "",
         )
 
 
 def _writable(folder: Path) -> Iterator[Finding]:
-    there = _existing(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "is no folder" if not there.is_dir() else "cannot be written"
+    existing = _existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "is no folder" if not existing.is_dir() else "cannot be written"
         yield Finding(
             "S002",
             Severity.ERROR,
-            f"the run is to go to {folder}, and {there} {what}",
+            f"the run cannot be written to {folder}: {existing} {what}",
             where="out",
             why="checkpoints and the adapter go there",
             fix="choose another --out",
@@ -100,7 +109,7 @@ def _clock(files: list[Path]) -> Iterator[Finding]:
         yield Finding(
             "S003",
             Severity.WARNING,
-            f"the clock says {seen}, which is before this program or these data were made",
+            f"the clock says {seen}, but this program or the data are newer",
             where="clock",
             why="downloads over TLS fail, and logs and trackers are dated wrongly; training itself does not use it",
             fix="set the clock",
@@ -112,14 +121,14 @@ def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
     free = shutil.disk_usage(_existing(run.path)).free
     moments = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
     each = round(plan.trainable_parameters * (WEIGHT_BYTES + moments))
-    there = len(list(run.checkpoints.glob("step-*")))
-    # a checkpoint is whole before an old one goes
-    needed = each * max(config.keep_last + config.keep_best + 1 - there, 1) + SPARE_BYTES
+    saved = len(list(run.checkpoints.glob("step-*")))
+    # a new checkpoint is complete before an old one is removed
+    needed = each * max(config.keep_last + config.keep_best + 1 - saved, 1) + SPARE_BYTES
     if free < needed:
         yield Finding(
             "S004",
             Severity.ERROR,
-            f"checkpoints need {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free",
+            f"checkpoints need {needed / MIB:,.0f} MiB, but only {free / MIB:,.0f} MiB are free",
             where=str(run.path),
             why="a run that cannot save loses everything when it is interrupted",
             fix="free some space, choose another --out, or lower keep_last",
@@ -128,15 +137,15 @@ def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
         yield Finding(
             "S004",
             Severity.WARNING,
-            f"a merged model needs {_export_bytes(planned) / MIB:,.0f} MiB more than is free here",
+            f"a merged model needs {_export_bytes(planned) / MIB:,.0f} MiB of further disk space",
             where=str(run.path),
-            why="the run itself fits, its export would not",
+            why="the run fits on the disk, but its export does not",
             fix="free some space before merge, or merge to another disk",
         )
 
 
 def _export_bytes(planned: PlannedRun) -> float:
-    """Bytes of a merged model in the usual format."""
+    """Return the bytes of a merged model in the default format."""
     return planned.plan.shape.parameters * format_named(DEFAULT_FORMAT).bytes_per_weight
 
 
@@ -145,9 +154,9 @@ def _gpu(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]
         yield Finding(
             "S005",
             Severity.ERROR,
-            f"{hardware.name} is here, and torch cannot use it",
+            f"torch cannot use the {hardware.name}",
             where="GPU",
-            why="the run would go to the processor, hundreds of times slower",
+            why="the run would use the CPU, hundreds of times slower",
             fix="install a torch build for your driver, or hide the GPU (CUDA_VISIBLE_DEVICES=) to train on the CPU",
         )
     if hardware.kind == "cpu":
@@ -156,7 +165,7 @@ def _gpu(hardware: Hardware, is_usable: Callable[[], bool]) -> Iterator[Finding]
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """Return `path`, or the nearest parent folder that exists."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

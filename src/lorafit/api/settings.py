@@ -1,4 +1,4 @@
-"""Settings as callers give them: keyword arguments, a recipe, or both."""
+"""settings: resolve keyword arguments, a recipe, or both."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> Resolved:
-    """Resolve `data` (files, or one recipe YAML) and `settings`; relative data paths in a recipe stand beside it."""
+    """Resolve `data` (files, or one recipe YAML) and `settings`.
+
+    Relative data paths in a recipe are relative to the recipe's folder.
+    """
     sources = [data] if isinstance(data, str | Path) else () if data is None else data
     if not isinstance(sources, list | tuple) or not all(isinstance(source, str | Path) for source in sources):
         raise UsageError(
-            f"{type(data).__name__} is no data that can be read", where="data", fix="pass paths of files, or a recipe's"
+            f"data of type {type(data).__name__} cannot be read",
+            where="data",
+            fix="pass paths of data files or of a recipe",
         )
     names = [str(source) for source in sources]
     settings = {key: _in_words(value) for key, value in settings.items()}
@@ -34,7 +39,7 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
         _refuse_other_data(names, settings.get("data"))
         return resolve(flags=_absolute({**settings, **({"data": tuple(names)} if names else {})}))
     if len(names) > 1:
-        raise UsageError("a recipe stands alone: its data are named in it", where=recipes[0], fix="use --set data=FILE")
+        raise UsageError("a recipe takes no other data files", where=recipes[0], fix="use --set data=FILE")
     path = Path(recipes[0])
     return resolve(_absolute(_beside(load_recipe(path), path.parent)), _absolute(settings))
 
@@ -43,18 +48,21 @@ def _refuse_other_data(names: list[str], also: Any) -> None:
     others = [also] if isinstance(also, str | Path) else list(also or ())
     if names and others and names != [str(other) for other in others]:
         raise UsageError(
-            f"the data are {', '.join(names)}, and the setting data says otherwise", where="data", fix="name them once"
+            f"the data are {', '.join(names)}, but the setting data names others", where="data", fix="name them once"
         )
 
 
 def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Data and base paths that exist beside the recipe, as seen from here; they win over the same names here."""
+    """Return the recipe with paths relative to its folder made usable from here.
+
+    Only data and base paths that exist beside the recipe change; they win over the same names here.
+    """
 
     def seen(name: Any) -> Any:
         if isinstance(name, dict) and "path" in name:
             return {**name, "path": seen(name["path"])}
-        near = folder / str(name)
-        return str(near) if isinstance(name, str) and name and near.exists() else name
+        path = folder / str(name)
+        return str(path) if isinstance(name, str) and name and path.exists() else name
 
     placed = dict(recipe)
     for key, value in recipe.items():
@@ -64,27 +72,30 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _in_words(value: Any) -> Any:
-    """A path as the text that settings are written in; anything else as it is."""
+    """Return a path as text, and any other value unchanged."""
     if isinstance(value, list | tuple):
         return type(value)(map(_in_words, value))
     return str(value) if isinstance(value, Path) else value
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Paths that exist as absolute ones, so that a run directory is understood from any folder."""
+    """Return the settings with existing paths made absolute.
+
+    A run directory is then valid from any folder.
+    """
 
     def placed(name: Any) -> Any:
         return str(Path(name).expanduser().absolute()) if isinstance(name, str) and Path(name).exists() else name
 
-    there = dict(settings)
+    absolute = dict(settings)
     for key, value in settings.items():
         if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout", "template"):
-            there[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
-    return there
+            absolute[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
+    return absolute
 
 
 def template_for(resolved: Resolved) -> Template:
-    """The template that renders this run's rows: the named file, the base's own, or the fallback."""
+    """Return the template of the run: the named file, the base's own, or the fallback."""
     config = resolved.config
     return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision), config.template)
 
@@ -92,7 +103,10 @@ def template_for(resolved: Resolved) -> Template:
 def preflight(
     data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any], *, restart: bool = False
 ) -> None:
-    """Raise at once, before torch is imported, for what needs no data read: settings, base, a taken --out."""
+    """Raise errors that need no data, before torch is imported.
+
+    The checks are the settings, the base and an `out` folder that is taken.
+    """
     resolved = settle(data, settings)
     require_data(resolved)
     require_base(resolved)
@@ -101,12 +115,12 @@ def preflight(
 
 
 def require_data(resolved: Resolved) -> None:
-    """UsageError unless data were named."""
+    """Raise UsageError if no data are named."""
     if not resolved.config.data:
-        raise UsageError("no data were named", fix="pass a JSONL file, a folder, or a recipe with data in it")
+        raise UsageError("no data are named", fix="pass a JSONL file, a folder, or a recipe with data in it")
 
 
 def require_base(resolved: Resolved) -> None:
-    """UsageError unless a base was named."""
+    """Raise UsageError if no base is named."""
     if not resolved.config.base:
-        raise UsageError("no base model was named", fix="pass --base with a local folder or a hub id")
+        raise UsageError("no base model is named", fix="pass --base with a local folder or a hub id")

@@ -1,4 +1,4 @@
-"""TrainedRun: what `train` gives back."""
+"""train: train a run from its settings to its adapter."""
 
 from __future__ import annotations
 
@@ -56,7 +56,23 @@ from lorafit.training import (
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run: its directory, the live model, and what it took."""
+    """Hold a finished run.
+
+    Attributes:
+        run: the run directory.
+        resolved: the settings.
+        model: the live model.
+        template: the chat template.
+        train_rows: the rows trained on.
+        held_out_rows: the rows held out.
+        findings: all findings of the run.
+        counts: trainable and total parameters.
+        steps: optimizer steps.
+        tokens: packed tokens that this process trained on.
+        train_s: seconds of training.
+        loss: the last step's loss; NaN without one.
+        eval_loss: the last held-out loss, if it was measured.
+    """
 
     run: RunDir
     resolved: Resolved
@@ -73,7 +89,7 @@ class TrainedRun:
     eval_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {
             "run": str(self.run.path),
             "steps": self.steps,
@@ -100,45 +116,47 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> TrainedRun:
-    """Train LoRA adapters for `data` on the frozen `base`; `settings` are keys of RunConfig.
+    """Train LoRA adapters for `data` on the frozen `base`.
 
-    `data` may be a recipe YAML. A folder that holds an unfinished run of the same settings and data goes on with it,
-    from the newest checkpoint that verifies, to the bits it would have had; `restart` moves that run aside instead.
-    Nothing is left behind by a run that could not start. Raises LorafitError subclasses, each one sentence:
-    TrainingStopped after SIGINT or SIGTERM, RunFinished when there is nothing left to train.
+    `data` may be a recipe YAML; `settings` are keys of RunConfig. A folder with an unfinished run of the same settings
+    and data resumes from its newest valid checkpoint, to the bits of an uninterrupted run. `restart` moves that run
+    aside instead. A run that cannot start leaves no files.
+
+    Raises LorafitError subclasses, each with one sentence: TrainingStopped after SIGINT or SIGTERM, RunFinished if
+    nothing is left to train.
     """
     watch = observer or Observer()
     resolved = settle(data, {**settings, "base": base, "out": str(out) if out else None})
     require_data(resolved)
     require_base(resolved)
-    _require_one_process_here(resolved)
+    _require_supported(resolved)
     with EarlySignals() as signals:
-        place = find_target(resolved, restart=restart)
-        signals.run = place.run
+        target = find_target(resolved, restart=restart)
+        signals.run = target.run
         try:
-            with _old_run_aside(place.run, restart):
-                return _train_in(place, resolved, watch, list(callbacks))
+            with _old_run_aside(target.run, restart):
+                return _train_in(target, resolved, watch, list(callbacks))
         except OtherRows:
             fresh = RunTarget(next_free(resolved), resumes=False, is_named=False)
             signals.run = fresh.run
             return _train_in(fresh, resolved, watch, list(callbacks))
 
 
-def _train_in(place: RunTarget, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
-    """Train in `place`. Raises OtherRows when a finished run of other rows is there, and nobody named it."""
-    run = place.run
+def _train_in(target: RunTarget, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
+    """Train in `target`. Raises OtherRows if an unnamed folder holds a finished run of other rows."""
+    run = target.run
     early = before_reading(resolved.config, run)
     watch.on_preflight(early)
     require_ready(early)
-    with _opened(place, resolved.config) as lock:
-        settings, template = place.settled(resolved), template_for(resolved)
-        # a resumed run has its split and its rejected rows already
+    with _opened(target, resolved.config) as lock:
+        settings, template = target.settled(resolved), template_for(resolved)
+        # a resumed run already has its split and its rejected rows
         data = prepare(
-            settings.config, template, run_dir=None if place.resumes else run.path, on_progress=watch.on_reading
+            settings.config, template, run_dir=None if target.resumes else run.path, on_progress=watch.on_reading
         )
         watch.on_data(data)
         require_clean(data)
-        known = _known(place, settings.config, template, data) if place.resumes else None
+        known = _known(target, settings.config, template, data) if target.resumes else None
         planned = plan_prepared(settings, data, hardware_here(settings.config))
         watch.on_plan(planned.plan, planned.resolved)
         late = before_loading(planned, run, torch.cuda.is_available)
@@ -148,7 +166,7 @@ def _train_in(place: RunTarget, resolved: Resolved, watch: Observer, callbacks: 
         run_id = known.run if known else new_run_id()
         manifest = Manifest(run, lock, run_id, known, planned, template, findings)
         watch.on_loading(run)
-        identity = _aside(manifest.identity)  # the base is hashed while it is loaded
+        identity = _in_background(manifest.identity)  # the base is hashed while it is loaded
         built = build_model(planned)
         watch.on_model(built.counts, settings.config.base)
         return _train_model(manifest, built, identity, watch, callbacks)
@@ -185,12 +203,12 @@ def _train_model(
             events=events,
             callbacks=[*callbacks, metrics],
             show=watch.on_step,
-            before_write=manifest.require_place,
+            before_write=manifest.require_folder,
             before_save=manifest.require_whole,
             run=manifest.run_id,
         )
         layout = layout_of(resolved.config, memory, dry_run)
-        known, checkpoint = _begun(manifest, identity.result(), layout, events)
+        known, checkpoint = _describe_run(manifest, identity.result(), layout, events)
         started = time.perf_counter()
         loop.run(checkpoint.folder if checkpoint else None)
         train_s = time.perf_counter() - started
@@ -199,34 +217,37 @@ def _train_model(
 
 
 def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> None:
-    """Write the adapter of a run that is at its end. Raises TrainingStopped for one that a signal ended before."""
+    """Write the adapter of a finished run. Raises TrainingStopped if a signal ended the run early."""
     run = manifest.run
     manifest.require_whole()
     refuse_stopped(run, loop)
     save_result(run, identity, loop)
     if not metrics.flush():
-        message = f"{run.metrics} cannot be written, and lacks the last lines; the adapter is whole"
+        message = f"{run.metrics} cannot be written and lacks its last lines; the adapter is complete"
         loop.events.record("metrics_not_written", loop.state.global_step, message)
     manifest.require_whole(run.adapter / "adapter_model.safetensors", run.adapter / "adapter_config.json")
 
 
-def _known(place: RunTarget, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
-    """Return the identity of the run to resume, in whose folder what other verbs rely on is written anew.
+def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
+    """Return the identity of the run to resume.
 
-    Raises RunFinished when the run is at its end.
+    The files that other commands read are rewritten. Raises RunFinished if the run is at its end.
     """
-    identity = known_identity(place, config, fingerprint_of(config, template, data))
-    place.run.follow_files(config)
-    write_relied_on(place.run, identity, config, template, data)
-    refuse_at_end(place.run, identity)
+    identity = known_identity(target, config, fingerprint_of(config, template, data))
+    target.run.follow_files(config)
+    write_relied_on(target.run, identity, config, template, data)
+    refuse_at_end(target.run, identity)
     return identity
 
 
-def _begun(
+def _describe_run(
     manifest: Manifest, identity: RunIdentity, layout: dict[str, Any], events: EventLog
 ) -> tuple[RunIdentity, Checkpoint | None]:
-    """Describe the run in its folder; returns its identity and the checkpoint to begin at, None for the first step."""
-    if manifest.known is None:  # a new run keeps the layout it begins in
+    """Describe the run in its folder, and return its identity and first checkpoint.
+
+    The checkpoint is None for the first step.
+    """
+    if manifest.known is None:  # a new run records its first layout
         identity = replace(identity, environment={**identity.environment, **layout})
     manifest.write(identity)
     if manifest.known is None:
@@ -235,7 +256,7 @@ def _begun(
 
 
 def _result(manifest: Manifest, built: BuiltModel, loop: TrainingLoop, train_s: float) -> TrainedRun:
-    """Return what the run came to."""
+    """Return the result of the finished run."""
     data, loss = manifest.planned.prepared, _last(loop, "loss")
     return TrainedRun(
         run=manifest.run,
@@ -258,14 +279,14 @@ def _last(loop: TrainingLoop, key: str) -> float | None:
     return next((entry[key] for entry in reversed(loop.state.log_history) if key in entry), None)
 
 
-def _aside(work: Callable[[], RunIdentity]) -> Future[RunIdentity]:
-    """Do `work` on a thread of its own, a daemon: a run that a signal ends at once waits for no hash."""
+def _in_background(work: Callable[[], RunIdentity]) -> Future[RunIdentity]:
+    """Run `work` on a daemon thread, so that a killed run waits for no hash."""
     future: Future[RunIdentity] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+        except BaseException as error:  # noqa: BLE001 (raised by `result()`)
             future.set_exception(error)
 
     threading.Thread(target=run, name="identity", daemon=True).start()
@@ -274,7 +295,10 @@ def _aside(work: Callable[[], RunIdentity]) -> Future[RunIdentity]:
 
 @contextlib.contextmanager
 def _old_run_aside(run: RunDir, restart: bool) -> Iterator[None]:
-    """Move the old run aside for a `restart`, and put it back when the new one never begins."""
+    """Move the old run aside for a `restart`.
+
+    The old run is restored if the new one never starts.
+    """
     aside = set_run_aside(run) if restart else None
     try:
         yield
@@ -284,13 +308,13 @@ def _old_run_aside(run: RunDir, restart: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(place: RunTarget, config: RunConfig) -> Iterator[RunLock]:
-    """Lock the folder of `place` within the block; a run that never started leaves nothing in a new one."""
-    run, is_new, is_own = place.run, not place.run.path.exists(), False
+def _opened(target: RunTarget, config: RunConfig) -> Iterator[RunLock]:
+    """Lock the folder of `target` within the block. A run that never started leaves no new folder."""
+    run, is_new, is_own = target.run, not target.run.path.exists(), False
     run.require_writable()
     try:
         with RunLock(run.path) as lock, redirect_library_logs(run.log), deterministic(config.deterministic):
-            if run.holds_run != place.resumes:
+            if run.holds_run != target.resumes:
                 raise RunDirError("another process has just used this folder", where=str(run.path), fix="run it again")
             try:
                 yield lock
@@ -303,24 +327,26 @@ def _opened(place: RunTarget, config: RunConfig) -> Iterator[RunLock]:
 
 
 def _leave_nothing(run: RunDir, is_own: bool) -> None:
-    """Remove the folder of a run that never started, unless it explains which rows were rejected."""
+    """Remove the folder of a run that never started, unless it lists rejected rows."""
     has_begun = run.settings.exists() or run.has_checkpoint
     if is_own and not has_begun and not (run.path / "rejected.jsonl").exists():
         shutil.rmtree(run.path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        run.path.rmdir()  # refused where anything is in it
+        run.path.rmdir()  # fails if the folder is not empty
 
 
-def _require_one_process_here(resolved: Resolved) -> None:
-    """UsageError for what this path cannot do yet, before anything is written."""
+def _require_supported(resolved: Resolved) -> None:
+    """Raise UsageError for unsupported settings, before any file is written."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train runs in one process", where="WORLD_SIZE", fix="start it without torchrun")
+        raise UsageError("train runs in one process only", where="WORLD_SIZE", fix="start it without torchrun")
     if resolved.config.gpu:
         raise UsageError(
-            "train runs on the hardware that is here", where="gpu", fix="use gpu with plan, gpu_memory with train"
+            "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"
         )
     trackers = get_available_reporting_integrations()
     unknown = [name for name in resolved.config.report_to if name not in trackers]
     if unknown:
-        here = ", ".join(trackers) or "none"
-        raise UsageError(f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {here}")
+        installed = ", ".join(trackers) or "none"
+        raise UsageError(
+            f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {installed}"
+        )

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, and the only room that prints."""
+"""cli: the command line, one file a command. Only this package prints."""
 
 from lorafit.cli.app import main
 

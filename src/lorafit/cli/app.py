@@ -1,4 +1,4 @@
-"""The `lorafit` program: its commands, and how errors reach the user."""
+"""app: the `lorafit` program, its commands, and the display of errors."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ INTERNAL = 70
 
 
 class _InOrder(TyperGroup):
-    """Lists the commands in the order one uses them."""
+    """List the commands in the order of use."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return list(self.commands)
 
     def invoke(self, ctx: Any) -> object:
-        """Run the command; Ctrl-C is said here, for typer would end without a word."""
+        """Run the command, and report Ctrl-C, since typer would end in silence."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            show_error("at once; nothing on the disk is damaged", "stopped")
+            show_error("ended at once; all files on disk are complete", "stopped")
             sys.exit(INTERRUPTED)
 
 
 app = typer.Typer(
     cls=_InOrder,
     name="lorafit",
-    help="Fine-tune a language model on your own examples, and prove what you made.",
+    help="Fine-tune a language model on your own examples, and verify the result.",
     epilog="Start with 'lorafit demo', or 'lorafit check YOUR.jsonl'. Add --debug to any command to see a traceback.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -74,9 +74,10 @@ def _top(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A user's mistake ends in one sentence and exit code 1 or 2; --debug shows the trace.
+    """Run the command line. User mistakes end in one sentence and exit code 1 or 2.
 
-    With --json standard output has an object for errors too; the sentence stands on standard error either way.
+    --debug shows the traceback. With --json standard output has an object for errors too; the sentence is on standard
+    error either way.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_FLAG in given
@@ -87,53 +88,53 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        _end(_told(error, given), as_json=JSON_FLAG in given)
+        _end(_as_lorafit_error(error, given), as_json=JSON_FLAG in given)
 
 
-def _told(error: Exception, given: list[str]) -> LorafitError:
-    """`error` as a sentence and an exit code."""
+def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
+    """Return `error` as a LorafitError with one sentence and an exit code."""
     if isinstance(error, LorafitError):
         return error
-    if hasattr(error, "format_message"):  # of the command line's own parser
+    if hasattr(error, "format_message"):  # from the command line's parser
         return _misuse(error, given)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         fix = "free some, or raise the limit that ulimit -v or the container sets"
         return LorafitError("the memory that this process may use is full", fix=fix)
     if isinstance(error, OSError):
-        place = str(error.filename) if error.filename else None
-        return LorafitError(error.strerror or str(error), where=place, fix="check the disk and the path")
+        path = str(error.filename) if error.filename else None
+        return LorafitError(error.strerror or str(error), where=path, fix="check the disk and the path")
     if type(error).__name__ == "Abort":
         return UsageError("no answer was given", fix="pass data and --base")
-    # ours to mend: say so, and how to show us
+    # a bug of lorafit: say so, and how to report it
     first = (str(error).strip().splitlines() or [""])[0]
     what = f"internal error ({type(error).__name__}: {first})"
-    told = LorafitError(what, fix="run it with --debug and report the trace")
-    told.exit_code = INTERNAL
-    return told
+    internal = LorafitError(what, fix="run it with --debug and report the trace")
+    internal.exit_code = INTERNAL
+    return internal
 
 
 def _misuse(error: Any, given: list[str]) -> UsageError:
-    """A wrong flag or command as a sentence; a flag that is a setting says how to set it."""
-    verb = given[0] if given else ""
+    """Return a wrong flag or command as a UsageError. For a setting's flag it says how to set it."""
+    name = given[0] if given else ""
     flag = getattr(error, "option_name", None)
     if flag is None:
-        names = [name for name in (command.name for command in _commands()) if name]
-        near = difflib.get_close_matches(verb, names, n=1)
-        fix = f"did you mean 'lorafit {near[0]}'?" if near and verb not in names else f"see 'lorafit {verb} --help'"
+        names = [command.name for command in _commands() if command.name]
+        near = difflib.get_close_matches(name, names, n=1)
+        fix = f"did you mean 'lorafit {near[0]}'?" if near and name not in names else f"see 'lorafit {name} --help'"
         what = error.format_message().rstrip(".")
-        return UsageError(what[:1].lower() + what[1:], fix=fix if verb in names or near else "see 'lorafit --help'")
-    return UsageError(f"'lorafit {verb}' has no flag {flag}", fix=_flag_fix(verb, flag))
+        return UsageError(what[:1].lower() + what[1:], fix=fix if name in names or near else "see 'lorafit --help'")
+    return UsageError(f"'lorafit {name}' has no flag {flag}", fix=_flag_fix(name, flag))
 
 
-def _flag_fix(verb: str, flag: str) -> str:
-    """What to write instead of the unknown `flag`."""
+def _flag_fix(name: str, flag: str) -> str:
+    """Return the correction of the unknown `flag`."""
     from lorafit.config import RunConfig  # pydantic stays out of --help
     from lorafit.config.setting_aliases import advice_for, our_name
     from lorafit.config.setting_reference import describe_setting
 
-    offered = _flags_of(verb)
-    name = flag.lstrip("-").partition("=")[0]
-    key = our_name(name.replace("-", "_"), RunConfig.model_fields)
+    offered = _flags_of(name)
+    bare = flag.lstrip("-").partition("=")[0]
+    key = our_name(bare.replace("-", "_"), RunConfig.model_fields)
     if key in RunConfig.model_fields and "--set" in offered:
         from lorafit.cli.flags import flag_of
 
@@ -142,10 +143,10 @@ def _flag_fix(verb: str, flag: str) -> str:
     near = difflib.get_close_matches(flag, offered, n=1, cutoff=0.7)
     if near:
         return f"did you mean {near[0]}?"
-    advice = advice_for(name, RunConfig.model_fields) if "--set" in offered else ""
+    advice = advice_for(bare, RunConfig.model_fields) if "--set" in offered else ""
     if meant := re.fullmatch(r"did you mean '(\w+)'\?", advice):
-        return _flag_fix(verb, meant[1])
-    return advice if advice.startswith("write") else f"see 'lorafit {verb} --help'"
+        return _flag_fix(name, meant[1])
+    return advice if advice.startswith("write") else f"see 'lorafit {name} --help'"
 
 
 def _commands() -> list[Any]:
@@ -153,16 +154,16 @@ def _commands() -> list[Any]:
     return list(group.commands.values())
 
 
-def _flags_of(verb: str) -> list[str]:
-    found = next((command for command in _commands() if command.name == verb), None)
+def _flags_of(name: str) -> list[str]:
+    found = next((command for command in _commands() if command.name == name), None)
     return [flag for parameter in found.params for flag in parameter.opts if flag.startswith("--")] if found else []
 
 
 def _end(error: LorafitError, *, as_json: bool) -> NoReturn:
     if as_json:
-        said = {"what": error.what, "where": error.where, "fix": error.fix}
-        # where even this cannot be written, the sentence and the exit code hold
+        content = {"what": error.what, "where": error.where, "fix": error.fix}
+        # stdout may be closed; the sentence and the exit code remain
         with contextlib.suppress(OSError), piped():
-            show_json({"ok": error.exit_code == 0, "exit_code": error.exit_code, "error": said})
+            show_json({"ok": error.exit_code == 0, "exit_code": error.exit_code, "error": content})
     show_error(error.sentence, error.label)
     sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""lorafit chat"""
+"""chat: the command `lorafit chat`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ lorafit chat runs/rows-Qwen3-8B --prompt "Where is my order?"
 
 lorafit chat runs/rows-Qwen3-8B/exports/merged-quantized"""
 LEAVE = ("", "exit", "quit", "/exit", "/quit", "/bye")
-COMMANDS = "/new begins a new conversation; exit, /exit, an empty line or Ctrl-D ends it"
+COMMANDS = "/new starts a new conversation; exit, /exit, an empty line or Ctrl-D ends it"
 
 Messages = list[dict[str, str]]
 
 
 def chat(
-    run: Annotated[
-        str, typer.Argument(help="The run directory that train made, or a merged model.", show_default=False)
-    ],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.", show_default=False)] = None,
+    run: Annotated[str, typer.Argument(help="Run directory of a trained run, or a merged model.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Answer this prompt and exit.", show_default=False)
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System text before the conversation.", show_default=False)
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned side by side.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    compare: Annotated[bool, typer.Option("--compare", help="Show answers of base and tuned model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Talk to a trained run or a merged model. Without --prompt: a conversation, one line a turn."""
+    """Talk to a trained run or a merged model. Without --prompt it is a conversation, one line a turn."""
     from lorafit.api.load import load
 
     if json and prompt is None:
-        raise UsageError("a conversation is not one JSON object", where="--json", fix="add --prompt")
+        raise UsageError("a conversation has no JSON output", where="--json", fix="add --prompt")
     session = load(run)
     if compare and session.is_merged:
         raise UsageError("a merged model has no base to compare with", where="--compare", fix="name the run instead")

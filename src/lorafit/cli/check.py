@@ -1,4 +1,4 @@
-"""lorafit check"""
+"""check: the command `lorafit check`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ lorafit check rows.jsonl --fix clean.jsonl"""
 def check(
     data: flags.Data = None,
     base: flags.Base = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows, marked by what is trained.")] = 0,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this number of rows, with supervised tokens marked.")
+    ] = 0,
     fix: Annotated[
         Path | None,
         typer.Option("--fix", metavar="OUT", help="Write the data with mechanical fixes applied.", show_default=False),
@@ -44,7 +46,7 @@ def check(
     set: flags.Set = None,
     json: flags.Json = False,
 ) -> None:
-    """Read and judge every row. Exit code 0: clean or warnings; 1: errors; 2: wrong usage."""
+    """Read and judge every row. Exit codes: 0 for clean rows or warnings, 1 for errors, 2 for wrong usage."""
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
@@ -78,18 +80,18 @@ def _show_fixed(fixed: FixReport, report: CheckReport) -> None:
         say(f"  [dim]the unreadable rows are in {escape(near(str(fixed.rejected_file)))}[/dim]")
     left = report.prepared.summary.rejected - fixed.rejected
     if left > 0:
-        say(f"  [dim]{left:,} of the rows are still rejected, and need a person: see the findings[/dim]")
+        say(f"  [dim]{left:,} of the rows are still rejected; fix them by hand, as the findings say[/dim]")
 
 
 def _show_next(
     report: CheckReport, data: list[str], given: dict[str, Any], set: list[str] | None, was_fixed: bool
 ) -> None:
-    """Show the command that comes next, with the person's own names."""
+    """Show the next command, with the user's own names."""
     rejected = report.prepared.summary.rejected
     if report.ok:
         named = given if report.resolved.config.base else {**given, "base": "MODEL"}
-        show_next((flags.command("plan", data, named, set), "does it fit, how long, at what price?"))
+        show_next((flags.command("plan", data, named, set), "memory, time and cost of a run"))
     elif rejected and not was_fixed:
         fixing = flags.command("check", data, {**given, "fix": "clean.jsonl"}, set)
         dropping = flags.command("check", data, {**given, "on_bad": "drop"}, set)
-        show_next((fixing, "writes what can be mended"), (dropping, f"goes on without the {rejected:,} rejected rows"))
+        show_next((fixing, "apply mechanical fixes"), (dropping, f"continue without the {rejected:,} rejected rows"))

@@ -1,4 +1,4 @@
-"""lorafit demo"""
+"""demo: the command `lorafit demo`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ lorafit demo --task tickets --seed 1"""
 
 
 def demo(
-    task: Annotated[str, typer.Option("--task", help="orders, dates or tickets.")] = "orders",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of everything random.")] = 0,
+    task: Annotated[str, typer.Option("--task", help="Task: orders, dates or tickets.")] = "orders",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data and training.")] = 0,
     out: Annotated[
         str | None,
         typer.Option(
             "--out",
-            help="Run directory; default runs/demo-TASK-seedN, with -2, -3, … where that is taken.",
+            help="Run directory; default runs/demo-TASK-seedN, with -2, -3, … if it exists.",
             show_default=False,
         ),
     ] = None,
     json: flags.Json = False,
 ) -> None:
-    """Train a small bundled base on a task in minutes, on two cores, and verify the result."""
+    """Train a small bundled base on a task, and verify the result. It takes minutes on two cores."""
     from lorafit.api.demo import usual_path
     from lorafit.cli.screen.demo_view import run_demo
 
     task_named(task)
     if not json:
-        what = f"teaches a base of 3.5 M parameters the task '{escape(task)}', as your own run would go"
+        what = f"trains a base of 3.5 M parameters on the task '{escape(task)}', like a run of your own"
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")
         usual = usual_path(task, seed)
         if out is None and usual.exists():
-            say(f"  [dim]{usual} is there already and stays as it is: this run begins anew beside it[/dim]")
+            say(f"  [dim]{usual} already exists and stays unchanged; this run gets a new folder[/dim]")
     with steady():
         result = run_demo(task, seed, out, quiet=json)
     if json:

@@ -1,4 +1,7 @@
-"""Flags that several commands share, and how they become settings. A test freezes the list."""
+"""flags: the flags of several commands, and their conversion to settings.
+
+A test freezes the list of flags.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ Data = Annotated[
     typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False),
 ]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: a local folder or a hub id.", show_default=False)]
-Run = Annotated[str, typer.Argument(help="The run directory that train made.", show_default=False)]
+Run = Annotated[str, typer.Argument(help="Run directory of a trained run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Set = Annotated[
     list[str] | None,
@@ -27,33 +30,32 @@ Set = Annotated[
 ]
 Out = Annotated[str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)]
 Goal = Annotated[
-    str | None, typer.Option("--goal", help="balanced, budget, accuracy, latency or tenants.", show_default=False)
+    str | None,
+    typer.Option(
+        "--goal", help="Goal of the plan: balanced, budget, accuracy, latency or tenants.", show_default=False
+    ),
 ]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or H100.", show_default=False)]
 GpuMemory = Annotated[
     str | None,
-    typer.Option("--gpu-memory", "--vram", help="Most GPU memory to use, as 8GB.", show_default=False),
+    typer.Option("--gpu-memory", "--vram", help="Limit of GPU memory, as 8GB.", show_default=False),
 ]
 Lr = Annotated[str | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
 Epochs = Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows.", show_default=False)]
 Rank = Annotated[str | None, typer.Option("--rank", help="LoRA rank.", show_default=False)]
-MaxLength = Annotated[
-    str | None, typer.Option("--max-length", help="Tokens of the longest row kept.", show_default=False)
-]
+MaxLength = Annotated[str | None, typer.Option("--max-length", help="Most tokens of a row.", show_default=False)]
 Batch = Annotated[str | None, typer.Option("--batch", help="Examples in one optimizer step.", show_default=False)]
-OnBad = Annotated[
-    str | None, typer.Option("--on-bad", help="Rows that cannot be read: stop or drop.", show_default=False)
-]
+OnBad = Annotated[str | None, typer.Option("--on-bad", help="Unreadable rows: stop or drop.", show_default=False)]
 OnLong = Annotated[
     str | None,
-    typer.Option("--on-long", "--long", help="Rows over max_length: error, drop, split-turns.", show_default=False),
+    typer.Option("--on-long", "--long", help="Rows over max_length: error, drop or split-turns.", show_default=False),
 ]
 Map = Annotated[
     list[str] | None,
-    typer.Option("--map", metavar="FIELD=NAME", help="Where a field is: response=answer_text.", show_default=False),
+    typer.Option("--map", metavar="FIELD=NAME", help="Column of a field: response=answer_text.", show_default=False),
 ]
 Holdout = Annotated[
-    str | None, typer.Option("--holdout", help="Held-out share of the rows (10%), or a file.", show_default=False)
+    str | None, typer.Option("--holdout", help="Held-out share of the rows, as 10%, or a file.", show_default=False)
 ]
 Select = Annotated[
     str | None,
@@ -61,17 +63,17 @@ Select = Annotated[
 ]
 Ignore = Annotated[
     str | None,
-    typer.Option("--ignore", help="Leave out warnings by code prefix, errors by whole code.", show_default=False),
+    typer.Option("--ignore", help="Hide warnings by code prefix, errors by whole code.", show_default=False),
 ]
 FLAGS = {"examples_per_step": "batch", "field_map": "map"}
-"""Setting -> its flag, where that is not the setting's own name."""
+"""Setting -> its flag, if the flag has another name."""
 READ_AS_VALUES = ("holdout", "lr", "epochs", "rank", "max_length", "examples_per_step")
 
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
-    """Settings out of --set and the named flags. Flags not given are left out.
+    """Return the settings from --set and the named flags, without flags that are not given.
 
-    Raises UsageError for a --set that no setting has, and for a setting that is given two different values.
+    Raises UsageError for an unknown setting in --set, and for a setting with two different values.
     """
     from lorafit.config import RunConfig, parse_assignments, reject_unknown  # pydantic stays out of --help
     from lorafit.config.setting_aliases import our_name
@@ -87,23 +89,23 @@ def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]
     for codes in ("select", "ignore"):
         if codes in given:
             given[codes] = [code.strip() for code in given[codes].split(",")]
-    for name, said in settings.items():
+    for name, value in settings.items():
         key = our_name(name, RunConfig.model_fields)
-        if given.get(key) not in (None, said):
-            raise UsageError(f"{flag_of(key)} is '{given[key]}', and --set says '{said}'", fix="name it once")
+        if given.get(key) not in (None, value):
+            raise UsageError(f"{flag_of(key)} is '{given[key]}', but --set says '{value}'", fix="name it once")
     return {**settings, **given}
 
 
 def flag_of(key: str) -> str:
-    """The flag that sets `key`."""
+    """Return the flag that sets `key`."""
     return f"--{FLAGS.get(key, key).replace('_', '-')}"
 
 
-def command(verb: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
-    """The command line that gives `verb` the same data, flags and settings."""
+def command(name: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
+    """Return the command line of `name` with the same data, flags and settings."""
     from lorafit.cli.screen.console import typed
 
-    words = ["lorafit", verb, *(data or ())]
+    words = ["lorafit", name, *(data or ())]
     for key, value in given.items():
         if value is None or value is False:
             continue

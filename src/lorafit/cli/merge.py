@@ -1,4 +1,4 @@
-"""lorafit merge"""
+"""merge: the command `lorafit merge`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ lorafit merge runs/rows-Qwen3-8B --onto original --out models/mine"""
 def merge(
     run: flags.Run,
     onto: Annotated[
-        Literal["quantized", "original"],  # config.MergeBase, which would bring pydantic to --help
-        typer.Option("--onto", help="The dequantised 4-bit base, or the checkpoint as stored."),
+        Literal["quantized", "original"],  # as config.MergeBase, which imports pydantic
+        typer.Option("--onto", help="Merge onto the dequantized 4-bit base or the original checkpoint."),
     ] = "quantized",
     out: Annotated[
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
@@ -49,7 +49,7 @@ def merge(
 
 
 def show_merged(merged: MergedRun) -> None:
-    """What was written, the comparison, and the verdict."""
+    """Show the written model, the comparison and the verdict."""
     report = merged.report
     size = f"{gib(report.total_bytes)} in {report.shards} shard(s)"
     heading(
@@ -61,7 +61,7 @@ def show_merged(merged: MergedRun) -> None:
 
 
 def show_verification(result: Verification) -> None:
-    """The table: each model against the live adapter model on held-out rows."""
+    """Show a table of each model against the live adapter model on held-out rows."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("against the live adapter model", "mean KL", "top-1 agreement", "task loss"):
         table.add_column(title, justify="left" if title.startswith("against") else "right")

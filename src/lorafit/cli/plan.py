@@ -1,4 +1,4 @@
-"""lorafit plan"""
+"""plan: the command `lorafit plan`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan(
     explain: Annotated[bool, typer.Option("--explain", help="Show every number and reason behind the plan.")] = False,
     json: flags.Json = False,
 ) -> None:
-    """Say whether a run fits, what it would take, and why. Needs no GPU and no weights."""
+    """Plan a run: whether it fits, its cost, and why. Needs no GPU and no weights."""
     from lorafit.api.plan import plan as run_plan
 
     given = {
@@ -97,10 +97,10 @@ def _show_rest(
     explained: bool,
     failed: bool,
 ) -> None:
-    """Show the findings in short, and the commands that come next."""
+    """Show the findings in short, and the next commands."""
     details = flags.command("plan", data, {**given, "explain": True}, set)
     if not explained:
-        # the verdict has said what is wrong with the memory
+        # the verdict already reports the memory
         plan_findings = [one for one in planned.plan.findings if (one.code, one.where) != ("P0", "memory")]
         show_short_findings([*plan_findings, *planned.prepared.findings], SHORT_FINDINGS)
     if not failed:

@@ -1,4 +1,4 @@
-"""lorafit settings, explain and help: what can be set, what findings mean, what there is to type."""
+"""reference: the commands settings, explain and help."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ lorafit explain"""
 
 
 def settings(
-    name: Annotated[str | None, typer.Argument(help="A setting, by any of its names.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Setting, by any of its names.", show_default=False)] = None,
     json: flags.Json = False,
 ) -> None:
-    """List every setting, or show one: its default, meaning, advice and other names."""
+    """List every setting, or show one with default, meaning, advice and other names."""
     from lorafit.config import RunConfig  # pydantic stays out of --help
     from lorafit.config.setting_aliases import advice_for, our_name
     from lorafit.config.setting_reference import describe_setting
@@ -44,7 +44,7 @@ def settings(
         for one in described:
             table.add_row(f"[bold]{one.name}[/bold]", escape(one.shown_default), f"[dim]{escape(one.meaning)}[/dim]")
         PEOPLE.print(table)
-        say("[dim]one in detail: lorafit settings NAME[/dim]")
+        say("[dim]details of one: lorafit settings NAME[/dim]")
         return
     key = our_name(name.removeprefix("--"), RunConfig.model_fields)
     if key not in RunConfig.model_fields:
@@ -59,10 +59,10 @@ def settings(
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(help="The code of a finding, as D013.", show_default=False)] = None,
+    code: Annotated[str | None, typer.Argument(help="Code of a finding, as D013.", show_default=False)] = None,
     json: flags.Json = False,
 ) -> None:
-    """Explain a finding by its code. Without one: list all codes."""
+    """Explain a finding by its code. Without a code, list all codes."""
     from lorafit.findings import explanations
 
     texts = explanations()
@@ -78,7 +78,7 @@ def explain(
     if json:
         show_json({"code": code.upper(), "title": title, "text": text})
         return
-    from rich.markdown import Markdown  # slow to import, and needed here alone
+    from rich.markdown import Markdown  # slow to import, and used only here
 
     heading(code.upper(), f"[bold]{escape(title)}[/bold]")
     PEOPLE.print(Padding(Markdown(text), (0, 0, 0, 2)))
@@ -86,7 +86,7 @@ def explain(
 
 def help(
     context: typer.Context,
-    command: Annotated[str | None, typer.Argument(help="A command.", show_default=False)] = None,
+    command: Annotated[str | None, typer.Argument(help="Command.", show_default=False)] = None,
 ) -> None:
     """Show the help of lorafit, or of one command."""
     top: Any = context.parent

@@ -1,4 +1,4 @@
-"""lorafit train"""
+"""train: the command `lorafit train`."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ def train(
     map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Move an existing run aside, and begin anew.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Move the existing run aside and start a new one.")
+    ] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bits on every run on this GPU, somewhat slower.")
+        bool, typer.Option("--deterministic", help="Give every run on this GPU the same bits; somewhat slower.")
     ] = False,
     json: flags.Json = False,
 ) -> None:
-    """Train adapters on DATA, or as a recipe YAML says. The same command resumes a stopped run."""
+    """Train adapters on DATA, or with a recipe YAML. The same command resumes a stopped run."""
     if not data and not set and not json and sys.stdin.isatty() and sys.stdout.isatty():
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(
@@ -58,17 +60,17 @@ def train(
         holdout=holdout, deterministic=deterministic or None,
     )  # fmt: skip
     if not data and not settings.get("data"):
-        raise UsageError("no data were named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
+        raise UsageError("no data are named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
     with steady():
         trained = _trained(data or [], settings, restart=restart, as_json=json)
         if not json:
             _show_done(trained)
     if json:
-        show_json(_told(trained))
+        show_json(_result_as_json(trained))
 
 
 def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> TrainedRun:
-    """Train; signals during the imports are heard too."""
+    """Train. Signals during the imports are handled too."""
     from lorafit.runs.signals import EarlySignals
 
     with EarlySignals():
@@ -96,8 +98,8 @@ def _show_done(trained: TrainedRun) -> None:
     )
 
 
-def _told(trained: TrainedRun) -> dict[str, Any]:
-    """The finished run for machines."""
+def _result_as_json(trained: TrainedRun) -> dict[str, Any]:
+    """Return the finished run as JSON values."""
     run = trained.run
     steps = sorted(folder for folder in run.checkpoints.glob("step-*") if folder.is_dir())
     return {
@@ -111,7 +113,7 @@ def _told(trained: TrainedRun) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _finished_as_json() -> Iterator[None]:
-    """Say to machines that a run has nothing left to train; it is no error."""
+    """Report a run with nothing left to train as JSON, since it is no error."""
     try:
         yield
     except RunFinished as finished:

@@ -1,4 +1,7 @@
-"""The demo: a tiny bundled base, three tasks, and how both were made. Pure Python but for `make_base`."""
+"""demo: a tiny bundled base and three tasks, with the code that made them.
+
+Only `make_base` needs more than pure Python.
+"""
 
 from pathlib import Path
 

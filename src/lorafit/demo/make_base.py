@@ -1,7 +1,8 @@
-"""How the bundled base was made: `python -m lorafit.demo.make_base OUT` (two to three minutes on one H200).
+"""make_base: train the bundled base: `python -m lorafit.demo.make_base OUT`.
 
-A byte-level BPE tokenizer of 1,024 entries and a Llama of 3.5 M parameters, both trained from nothing on
-`text.document`. Muon for the matrices, AdamW for the rest (K. Jordan et al., 2024), warm-up then linear decay.
+It takes two to three minutes on one H200. A byte-level BPE tokenizer of 1,024 entries and a Llama of 3.5 M parameters
+are both trained from nothing on `text.document`. Muon trains the matrices, AdamW the rest (K. Jordan et al., 2024),
+with warm-up and linear decay.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ ARCHITECTURE = LlamaConfig(
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE with single digits, trained on six thousand documents; it puts BOS in front."""
+    """Return a byte-level BPE tokenizer with single digits, trained on six thousand documents.
+
+    It puts BOS in front of each text.
+    """
     random = Random(1000)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +73,7 @@ def _shard(job: tuple[str, int]) -> torch.Tensor:
 
 
 def make_corpus(tokenizer: Tokenizer, processes: int) -> torch.Tensor:
-    """Token ids (sequences, CONTEXT), int16; the same whatever the number of processes."""
+    """Return token ids (sequences, CONTEXT), int16, independent of the number of processes."""
     jobs = [(tokenizer.to_str(), seed) for seed in range(SHARDS)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         stream = torch.cat(pool.map(_shard, jobs))
@@ -94,7 +98,7 @@ def _optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def pretrain(corpus: torch.Tensor, steps: int, device: str) -> tuple[LlamaForCausalLM, float]:
-    """Next-token training for `steps` steps; returns the model and its last loss."""
+    """Train on next tokens for `steps` steps; return the model and its last loss."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(ARCHITECTURE).to(device)
 

@@ -1,4 +1,4 @@
-"""The three tasks of the demo: instruction rows over the little world of `text`, split without overlap."""
+"""tasks: the demo's three tasks, as instruction rows over the world of `text`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ Row = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A name, what it teaches, and how one row of it is drawn."""
+    """Hold one task of the demo.
+
+    Attributes:
+        name: its name.
+        teaches: what it teaches, in a few words.
+        draw: draws one row.
+    """
 
     name: str
     teaches: str
@@ -57,14 +63,14 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-    """The task called `name`; UsageError names the others when there is none."""
+    """Return the task called `name`. Raises UsageError with all names if it does not exist."""
     if name not in TASKS:
         raise UsageError(f"there is no demo task '{name}'", where="--task", fix=f"choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def rows(task: Task, seed: int | str, count: int, exclude: Set[str] = frozenset()) -> list[Row]:
-    """`count` rows with distinct inputs, none of them among the inputs in `exclude`."""
+    """Return `count` rows with distinct inputs, none of them in `exclude`."""
     random, seen = Random(f"{task.name}-{seed}"), set(exclude)
     drawn: list[Row] = []
     while len(drawn) < count:
@@ -76,7 +82,7 @@ def rows(task: Task, seed: int | str, count: int, exclude: Set[str] = frozenset(
 
 
 def write_split(task: Task, folder: Path, seed: int, train_count: int, held_out_count: int) -> tuple[Path, Path]:
-    """Write `NAME-train.jsonl` and `NAME-held-out.jsonl`; held-out rows are the same for every seed."""
+    """Write `NAME-train.jsonl` and `NAME-held-out.jsonl`. Held-out rows are the same for every seed."""
     held_out = rows(task, HELD_OUT_SEED, held_out_count)
     train = rows(task, seed, train_count, frozenset(row["input"] for row in held_out))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The little world of the demo: orders, dates and support tickets, as procedural text.
+"""text: orders, dates and support tickets as procedural text.
 
-Pure Python and seeded; no data files, nothing downloaded. The bundled base is pretrained on `document`s, in
-which the same facts appear in many shapes, and never in the shape of an instruction.
+The text is pure Python and seeded, without data files or downloads. The bundled base is pretrained on `document`s,
+which show the same facts in many shapes, but never in the shape of an instruction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ITEMS = (
 COLOURS = "red blue green white black grey yellow brown pink silver".split()
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-REAL_NAME_SHARE = 0.85  # the rest is invented, so that names must be copied and cannot be remembered
+REAL_NAME_SHARE = 0.85  # the rest is invented, so that the model must copy names instead of remembering them
 
 ORDER_SENTENCES = [
     "{customer} from {city} would like {quantity} {colour} {goods} by {day}.",
@@ -87,7 +87,10 @@ TICKETS = {
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One order; `goods` is the item as it stands behind its quantity."""
+    """Hold one order.
+
+    `goods` is the item's name behind its quantity.
+    """
 
     customer: str
     item: str
@@ -107,7 +110,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One support ticket and the queue it belongs in."""
+    """Hold one support ticket, with its queue and its customer."""
 
     text: str
     queue: str
@@ -115,7 +118,7 @@ class Ticket:
 
 
 def invented_word(random: Random, least: int = 2, most: int = 3) -> str:
-    """A pronounceable capitalised word of `least` to `most` syllables."""
+    """Return a pronounceable capitalized word of `least` to `most` syllables."""
     syllables = [
         random.choice(ONSETS) + random.choice(VOWELS) + random.choice(CODAS) for _ in range(random.randint(least, most))
     ]
@@ -148,7 +151,7 @@ def order_sentence(random: Random, placed: Order) -> str:
 
 
 def order_listing(random: Random, placed: Order) -> str:
-    """Some of an order's fields, shuffled, in one of six notations."""
+    """Return some of an order's fields, shuffled, in one of six notations."""
     fields = list(placed.fields().items())
     random.shuffle(fields)
     pairs = [(random.choice(FIELD_WORDS[name]), value) for name, value in fields[: random.randint(1, len(fields))]]
@@ -164,12 +167,12 @@ def order_listing(random: Random, placed: Order) -> str:
 
 
 def date(random: Random) -> tuple[int, int, int]:
-    """(year, month, day of month)."""
+    """Return (year, month, day of month)."""
     return random.randint(1990, 2039), random.randint(1, 12), random.randint(1, 28)
 
 
 def date_forms(year: int, month: int, day: int) -> list[str]:
-    """The six ways this world writes a date; the third is ISO 8601."""
+    """Return the six written forms of a date; the third is ISO 8601."""
     suffix = "th" if 10 < day < 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
     name = MONTHS[month - 1]
     return [
@@ -193,7 +196,10 @@ def ticket(random: Random) -> Ticket:
 
 
 def document(random: Random) -> str:
-    """One pretraining document: an order and its listings, a date in four forms, a ticket, or words repeated."""
+    """Return one pretraining document.
+
+    It is an order with its listings, a date in four forms, a ticket, or repeated words.
+    """
     share = random.random()
     if share < 0.60:
         placed = order(random)
@@ -209,7 +215,7 @@ def document(random: Random) -> str:
 
 
 def _repeated_words(random: Random) -> str:
-    # copying is the skill the tasks build on: the same line two or three times teaches it
+    # the tasks need copying, which a line repeated two or three times teaches
     known = FIRST_NAMES + LAST_NAMES + CITIES + ITEMS + COLOURS + MONTHS + DAYS
     words = []
     for _ in range(random.randint(5, 14)):

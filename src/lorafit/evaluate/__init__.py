@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows."""
+"""evaluate: metrics on held-out rows."""
 
 from lorafit.evaluate.exact_match import ExactMatch, Sample, exact_match
 

@@ -1,4 +1,4 @@
-"""Exact match: does the model's greedy answer equal the row's response, character for character?"""
+"""exact_match: compare the model's greedy answers with the responses, character by character."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 from lorafit.data import Rows, Template
 from lorafit.engine import generate
 
-SPARE_TOKENS = 8  # an answer may run this far past the longest response before it is cut
+SPARE_TOKENS = 8  # an answer may exceed the longest response by this many tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One held-out row, what was expected, and what the model said."""
+    """Hold one held-out row and the model's answer.
+
+    Attributes:
+        prompt: the last user turn.
+        expected: the row's response.
+        answer: the model's answer.
+        source: the row's `file:line`.
+    """
 
     prompt: str
     expected: str
@@ -28,16 +35,22 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ExactMatch:
-    """`share` of `samples` that match, 0 to 1."""
+    """Hold the result of exact match.
+
+    Attributes:
+        share: the share of matching samples, 0 to 1.
+        samples: every sample.
+    """
 
     share: float
     samples: tuple[Sample, ...]
 
 
 def exact_match(model: Any, rows: Rows, template: Template, *, limit: int | None = None) -> ExactMatch:
-    """Greedy answers to the prompts of `rows` (the first `limit`), compared with their responses.
+    """Compare greedy answers to the prompts of `rows` with their responses.
 
-    The prompt is built by the template as serving builds it, not cut from the training ids.
+    `limit` keeps only the first rows. The template builds each prompt as in serving, instead of cutting it from the
+    training ids.
     """
     chosen = range(min(len(rows), limit or len(rows)))
     records = [rows.record(index) for index in chosen]

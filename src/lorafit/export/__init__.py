@@ -1,4 +1,4 @@
-"""Merged weights in the format they are served in, and the proof that they are the model that was trained."""
+"""export: merged weights in a served format, verified against the trained model."""
 
 from lorafit.export.formats import (
     DEFAULT_FORMAT,

@@ -1,4 +1,4 @@
-"""The files beside the merged weights: configuration, generation settings, tokenizer, licence."""
+"""companions: the files beside merged weights: configuration, generation settings, tokenizer, licence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def write_companions(run: FinishedRun, folder: Path, dtype: torch.dtype) -> None:
-    """Write configuration, tokenizer and licence to `folder`, for transformers and vLLM to serve weights of `dtype`."""
+    """Write configuration, tokenizer and licence to `folder`.
+
+    transformers and vLLM then serve weights of `dtype` from it.
+    """
     base = base_folder(run.config.base, run.config.revision)
     _write_json(folder / "config.json", merged_config(_read_json(base / "config.json"), dtype))
     _write_json(folder / "generation_config.json", _generation(base, run.template.stop_ids))
@@ -34,7 +37,7 @@ def write_companions(run: FinishedRun, folder: Path, dtype: torch.dtype) -> None
 
 
 def merged_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the base's config.json for plain weights of `dtype`: no quantisation, nothing else changed."""
+    """Return the base's config.json for plain weights of `dtype`, without quantization."""
     merged = {key: value for key, value in config.items() if key not in DROPPED}
     for key, value in merged.items():
         if key.endswith("_config") and isinstance(value, dict):
@@ -46,7 +49,7 @@ def set_chat_template(folder: Path, jinja: str) -> None:
     """Make `jinja` the chat template of the tokenizer in `folder`."""
     path = folder / "tokenizer_config.json"
     settings = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # new readers take the file, old ones the setting: both, and the same
+    # new readers use the file, old ones the setting
     _write_json(path, settings | {"chat_template": jinja})
     (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
 
@@ -58,7 +61,7 @@ def _generation(base: Path, stop_ids: Iterable[int]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, BackboneError, max_bytes=MAX_COMPANION_BYTES, fix="mend or remove it")
+    return read_json(path, BackboneError, max_bytes=MAX_COMPANION_BYTES, fix="repair or remove the file")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

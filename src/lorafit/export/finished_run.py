@@ -1,4 +1,4 @@
-"""FinishedRun: what exports need of a run directory."""
+"""FinishedRun: the parts of a run directory that exports need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from lorafit.runs import RunDir, require_trained_adapter
 
 
 class Golden(NamedTuple):
-    """A conversation as `messages`, and the `ids` of its prompt in training."""
+    """Hold a conversation and its prompt in training.
+
+    Attributes:
+        messages: the conversation.
+        ids: token ids of its prompt in training.
+    """
 
     messages: list[dict[str, Any]]
     ids: list[int]
@@ -22,9 +27,15 @@ class Golden(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The settings, the adapter's folder, the template and the tokenizer of a run.
+    """Hold the parts of a finished run that exports need.
 
-    `golden` are conversations and the prompt ids they had in training; the template was checked against them.
+    Attributes:
+        folder: the run directory.
+        config: the settings.
+        adapter: the adapter's folder.
+        template: the chat template, checked against `golden`.
+        tokenizer: the base's tokenizer.
+        golden: conversations with the prompt ids that they had in training.
     """
 
     folder: Path
@@ -36,8 +47,11 @@ class FinishedRun:
 
     @classmethod
     def open(cls, folder: Path) -> FinishedRun:
-        """Read the run. Raises RunDirError when a part is missing, AdapterError when the adapter is not the one that
-        was trained, TemplateError when prompts would differ."""
+        """Read the run in `folder`.
+
+        Raises RunDirError if a part is missing, AdapterError if the adapter is not the trained one, TemplateError if
+        prompts would differ.
+        """
         run = RunDir.open(folder)
         require_trained_adapter(run)
         config = run.config()

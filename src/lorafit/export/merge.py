@@ -1,4 +1,4 @@
-"""merge: one run into one folder of plain weights that a server loads."""
+"""merge: merge one run into a folder of plain weights that a server loads."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote.
+    """Hold the result of a merge.
 
     Attributes:
         folder: The model folder.
         onto: The base that the delta was added to.
-        shards: How many files hold the weights.
+        shards: The number of weight files.
         total_bytes: Bytes of all tensors.
-        merged_weights: How many weights had a delta.
-        elapsed_s: How long writing took.
-        findings: What the exported prompt was found to do.
+        merged_weights: The number of weights with a delta.
+        elapsed_s: Seconds of writing.
+        findings: Findings about the exported prompt.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class MergeReport:
     findings: tuple[Finding, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         findings = [finding.to_dict() for finding in self.findings]
         return asdict(self) | {"folder": str(self.folder), "findings": findings}
 
@@ -66,12 +66,14 @@ def merge(
     export_format: ExportFormat | None = None,
     prove: Callable[[Path, MergeBase], object] | None = None,
 ) -> MergeReport:
-    """Merge the trained weights of `run_dir` into its base and write a model folder, whole or not at all.
+    """Merge the trained weights of `run_dir` into its base, and write a model folder.
 
-    `onto` "quantized" adds the delta to the dequantised 4-bit base, the model that was trained; "original" adds it
-    to the checkpoint as stored. A run over an unquantised base has the original only. `out` is by default
-    `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, to refuse another one. `prove` is
-    called with the written files' folder before it gets its name; when it raises, nothing is left.
+    The folder appears completely or not at all. `onto` "quantized" adds the delta to the dequantized 4-bit base, the
+    model that was trained; "original" adds it to the checkpoint as stored. A run over an unquantized base has the
+    original only. `out` is by default `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, so
+    that another base is refused. `prove` is called with the folder of the written files before it gets its name; if it
+    raises, no files are left.
+
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
     started = time.monotonic()
@@ -96,9 +98,10 @@ def merge(
 def merged_weights(
     config: RunConfig, onto: MergeBase, trained: TrainedWeights, device: str | torch.device | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (stored name, tensor) of the merged model; floating-point tensors are in fp32, and the format rounds them.
+    """Yield (stored name, tensor) of the merged model.
 
-    Raises VerificationError at the end when a trained weight has met none of the base.
+    Floating-point tensors are in fp32, and the format rounds them. Raises VerificationError at the end if a trained
+    weight has no counterpart in the base.
     """
     met: set[str] = set()
     for fresh in fresh_weights(config, onto, device=device):
@@ -126,7 +129,7 @@ def _check_space(base: Path, staged: Path, form: ExportFormat) -> None:
     free = shutil.disk_usage(staged).free
     if free < needed:
         raise RunDirError(
-            f"the merged model takes {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left",
+            f"the merged model takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk",
             where=str(staged.parent),
             fix="free some space, or pass --out on another disk",
         )
@@ -134,6 +137,6 @@ def _check_space(base: Path, staged: Path, form: ExportFormat) -> None:
 
 def _merged_bytes(entry: Any, bytes_per_weight: float) -> int:
     begin, end = entry["data_offsets"]
-    # two 4-bit weights lie in a byte
+    # a byte holds two 4-bit weights
     stored = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 0.5}
     return int((end - begin) * bytes_per_weight / stored.get(entry["dtype"], bytes_per_weight))

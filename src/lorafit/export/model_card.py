@@ -1,4 +1,4 @@
-"""The model card of an export: the README.md that a hub shows."""
+"""model_card: the README.md of an export, which a hub shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 
 def model_card(config: RunConfig, onto: MergeBase, dtype: torch.dtype) -> str:
-    """Return the card of a merged model of the run `config`, with metadata that hubs read."""
+    """Return the model card of a merged run, with metadata that hubs read."""
     base = Path(config.base).name if Path(config.base).is_dir() else config.base
     method = method_of(config)
     return f"""---

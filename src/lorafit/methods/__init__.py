@@ -1,4 +1,4 @@
-"""Training methods: how a base becomes trainable, and how what was trained is kept."""
+"""methods: the ways to make a base trainable, and to keep the trained weights."""
 
 from lorafit.methods.method import Method, MethodSnapshot, TrainedWeights
 from lorafit.methods.registry import METHODS, method_of

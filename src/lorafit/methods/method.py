@@ -1,4 +1,4 @@
-"""Method: the door for ways to train a base. LoRA is one; full fine-tuning is the next."""
+"""Method: the protocol of training methods. LoRA implements it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lorafit.config import RunConfig
 
 
 class MethodSnapshot(Protocol):
-    """Trained weights at one moment, copied to the host. Training goes on while they are written."""
+    """Hold trained weights of one moment on the host. Training continues while they are written."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         ...
 
     def require_finite(self, where: Path) -> None:
-        """Raise AdapterError when a weight is NaN or infinite; `where` goes into the message."""
+        """Raise AdapterError if a weight is NaN or infinite. The message names `where`."""
         ...
 
     def write(self, folder: Path) -> None:
@@ -30,16 +30,16 @@ class MethodSnapshot(Protocol):
 
 
 class TrainedWeights(Protocol):
-    """The result of a run, opened once, as changes of the base's parameters."""
+    """Hold the trained weights of a run as changes of the base's parameters."""
 
     def __len__(self) -> int:
-        """Return how many of the base's parameters were trained."""
+        """Return the number of trained base parameters."""
         ...
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Return the trained value of the base's parameter `name`, given its base value `weight`.
 
-        Sums are made in fp32 and rounded once, to the dtype of `weight`. An untrained parameter comes back as it is.
+        Sums are made in fp32 and rounded once, to the dtype of `weight`. An untrained parameter is returned unchanged.
         """
         ...
 
@@ -49,21 +49,21 @@ class TrainedWeights(Protocol):
 
 
 class Method(Protocol):
-    """One way to train a base. A method is stateless: its functions get the model and the run's settings."""
+    """Train a base in one way. A method has no state: its functions get the model and the settings."""
 
     name: str
     """The value of the setting that chooses this method."""
 
     def describe(self, config: RunConfig) -> str:
-        """Return the method with its settings, in a few words for a model card."""
+        """Return the method and its settings in a few words, for a model card."""
         ...
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
-        """Return `model` with fresh trainable weights, drawn from `config.seed`; everything else is frozen."""
+        """Return `model` with fresh trainable weights, drawn from `config.seed`. All other weights are frozen."""
         ...
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates, in a fixed order."""
+        """Return the optimizer's parameters in a fixed order."""
         ...
 
     def snapshot(self, model: nn.Module, config: RunConfig) -> MethodSnapshot:
@@ -71,13 +71,19 @@ class Method(Protocol):
         ...
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Copy the weights in `folder` into `model`: the inverse of `snapshot(...).write(folder)`."""
+        """Copy the weights in `folder` into `model`.
+
+        This is the inverse of `snapshot(...).write(folder)`.
+        """
         ...
 
     def save(
         self, model: nn.Module, folder: Path, config: RunConfig, *, written: Callable[[Path], None] | None = None
     ) -> None:
-        """Write the result of a run to `folder`, whole or not at all; `written` sees the staged folder first."""
+        """Write the trained weights to `folder`, completely or not at all.
+
+        `written` is called with the staged folder before it gets its name.
+        """
         ...
 
     def load(self, model: nn.Module, folder: Path, config: RunConfig) -> nn.Module:
@@ -85,20 +91,23 @@ class Method(Protocol):
         ...
 
     def detach(self, model: nn.Module) -> nn.Module:
-        """Return the base within `model`, without trained weights: the inverse of `prepare` and of `load`."""
+        """Return the base within `model`, without trained weights.
+
+        This is the inverse of `prepare` and of `load`.
+        """
         ...
 
     def without(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Let `model` answer as its base would, within the block."""
+        """Disable the trained weights of `model` within the block."""
         ...
 
     def trained_weights(self, folder: Path, config: RunConfig) -> TrainedWeights:
         """Open the weights in `folder`, checked against `config`.
 
-        Raises AdapterError for files that cannot be trusted, VerificationError for weights that were not trained.
+        Raises AdapterError for untrusted files, VerificationError for weights that were not trained.
         """
         ...
 
     def is_finished(self, folder: Path) -> bool:
-        """Tell whether `folder` holds every file that `save` writes."""
+        """Return True if `folder` holds every file that `save` writes."""
         ...

@@ -1,4 +1,4 @@
-"""The registry of methods."""
+"""registry: every training method by its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lorafit.methods.lora.lora import Lora
 from lorafit.methods.method import Method
 
 METHODS: dict[str, Method] = {"lora": Lora()}
-"""Every method by the name that the setting `method` has."""
+"""Every method by its value of the setting `method`."""
 
 
 def method_of(config: RunConfig) -> Method:

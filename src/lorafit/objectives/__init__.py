@@ -1,4 +1,4 @@
-"""Objectives: what a run minimises."""
+"""objectives: the losses that a run minimizes."""
 
 from lorafit.objectives.objective import Objective
 from lorafit.objectives.sft import Sft

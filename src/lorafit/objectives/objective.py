@@ -1,4 +1,4 @@
-"""Objective: the door for losses. Supervised fine-tuning is one; preference losses are the next."""
+"""Objective: the protocol of losses. Supervised fine-tuning implements it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Indices = Sequence[int] | NDArray[np.integer]
 
 
 class Objective(Protocol):
-    """What the training loop asks of a loss. Its rows are packed; a step is a set of examples."""
+    """Compute the loss of packed rows for the training loop."""
 
     name: str
     """The value of the setting that chooses this objective."""
 
     def collate(self, rows: Rows, indices: Indices) -> MicroBatch:
-        """Lay the rows at `indices` one after another into one micro-batch, on the host."""
+        """Pack the rows at `indices` into one micro-batch, on the host."""
         ...
 
     def weight(self, rows: Rows, indices: Indices | None = None) -> int:
-        """Return what the loss of these rows, or of all, is divided by: for SFT, supervised tokens."""
+        """Return the divisor of the loss for these rows, or for all. For SFT it counts supervised tokens."""
         ...
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch, scale: Tensor | float = 1.0) -> Tensor:
-        """Return the summed loss of `micro_batch` times `scale`, a scalar to call `backward` on."""
+        """Return the summed loss of `micro_batch` times `scale`, a scalar for `backward`."""
         ...

@@ -1,4 +1,4 @@
-"""Sft: the loss of supervised fine-tuning, cross entropy over the supervised tokens."""
+"""Sft: the cross entropy of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorafit.objectives.objective import Indices
 
 
 class Sft:
-    """Summed cross entropy over supervised tokens, to be divided by their number over the whole step.
+    """Sum the cross entropy over supervised tokens. The loop divides it by their number in the step.
 
-    `vocabulary_loss` says how logits become a loss; by default it is what the model family's table says.
+    `vocabulary_loss` turns logits into a loss; its default comes from the table of model families.
     """
 
     name = "sft"
@@ -22,15 +22,15 @@ class Sft:
         self.vocabulary_loss = vocabulary_loss
 
     def collate(self, rows: Rows, indices: Indices) -> MicroBatch:
-        """Lay the rows at `indices` one after another into one micro-batch, on the host."""
+        """Pack the rows at `indices` into one micro-batch, on the host."""
         return collate([(rows.ids(int(row)), rows.mask(int(row))) for row in indices])
 
     def weight(self, rows: Rows, indices: Indices | None = None) -> int:
-        """Return the supervised tokens of these rows, or of all."""
+        """Return the number of supervised tokens in these rows, or in all."""
         supervised = rows.supervised if indices is None else rows.supervised[np.asarray(indices, dtype=np.int64)]
         return int(supervised.sum())
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch, scale: Tensor | float = 1.0) -> Tensor:
         """Return the summed loss of `micro_batch` times `scale`."""
-        how = self.vocabulary_loss or VocabularyLoss.expected(model)
-        return how.summed(model, micro_batch, scale)
+        vocabulary_loss = self.vocabulary_loss or VocabularyLoss.expected(model)
+        return vocabulary_loss.summed(model, micro_batch, scale)

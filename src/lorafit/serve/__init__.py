@@ -1,4 +1,4 @@
-"""Answering from a finished run."""
+"""serve: answers from a finished run or a merged model."""
 
 from lorafit.serve.engine import Engine, InProcessEngine
 from lorafit.serve.session import Session

@@ -1,4 +1,7 @@
-"""Engine: the door for programs that answer from a base with adapters on it. Today's runs in this process."""
+"""Engine: the protocol of programs that generate from a base with adapters.
+
+InProcessEngine implements it in this process.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from lorafit.methods import method_of
 
 
 class Engine(Protocol):
-    """One base in memory, adapters on it by name, and answers token by token."""
+    """Hold one base in memory with named adapters, and generate token by token."""
 
     @property
     def max_positions(self) -> int:
-        """Positions that the base was made for."""
+        """Return the number of positions that the base supports."""
         ...
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Put the trained weights in `folder` on the base, under `name`. Raises UsageError for a name in use."""
+        """Add the trained weights in `folder` as `name`. Raises UsageError for a name in use."""
         ...
 
     def remove_adapter(self, name: str) -> None:
-        """Take the adapter called `name` off the base. Raises UsageError when there is none."""
+        """Remove the adapter called `name`. Raises UsageError if it does not exist."""
         ...
 
     def generate(
@@ -45,15 +48,16 @@ class Engine(Protocol):
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
-        """Return the new token ids after `prompt`, without the stop token; `on_token` receives each as it comes.
+        """Return the new token ids after `prompt`, without the stop token.
 
-        `adapter` names the one that answers; None is the base itself. Raises UsageError for an unknown one.
+        `on_token` receives each token as it comes. `adapter` names the adapter that answers; None is the base. Raises
+        UsageError for an unknown adapter.
         """
         ...
 
 
 class InProcessEngine:
-    """The engine in this process: one conversation at a time, and one adapter on the base."""
+    """Run one conversation at a time in this process, with one adapter on the base."""
 
     def __init__(self, config: RunConfig, device: str | None = None) -> None:
         """Load the base of `config`. Raises BackboneError."""
@@ -63,19 +67,19 @@ class InProcessEngine:
 
     @property
     def max_positions(self) -> int:
-        """Positions that the base was made for."""
+        """Return the number of positions that the base supports."""
         return _positions_of(self.model)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Put the trained weights in `folder` on the base. Raises UsageError while another adapter is there."""
+        """Add the trained weights in `folder`. Raises UsageError while another adapter is loaded."""
         if self.adapter is not None:
             fix = f"remove {self.adapter} first"
-            raise UsageError(f"this engine holds one adapter, and has {self.adapter}", where=name, fix=fix)
+            raise UsageError(f"this engine holds one adapter and already has {self.adapter}", where=name, fix=fix)
         self.model = self.method.load(self.model, folder, self.config).eval()
         self.adapter = name
 
     def remove_adapter(self, name: str) -> None:
-        """Take the adapter called `name` off the base. Raises UsageError when there is none."""
+        """Remove the adapter called `name`. Raises UsageError if it does not exist."""
         self._require(name)
         self.model, self.adapter = self.method.detach(self.model), None
 
@@ -112,31 +116,31 @@ class InProcessEngine:
 
 
 class MergedEngine:
-    """A merged model in this process: it answers as the tuned one, and has no base to answer with."""
+    """Run a merged model in this process. It answers as the tuned model and has no base."""
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
         """Load the model in `folder` with transformers, as a server would. Raises BackboneError."""
         self.folder = folder
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "auto" if place.startswith("cuda") else torch.float32
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "auto" if target.startswith("cuda") else torch.float32
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = f"the model cannot be loaded ({str(error)[:200]})"
             raise BackboneError(reason, where=str(folder), fix="merge the run again") from error
-        self.model: Any = model.to(place).eval()
+        self.model: Any = model.to(target).eval()
 
     @property
     def max_positions(self) -> int:
-        """Positions that the base was made for."""
+        """Return the number of positions that the base supports."""
         return _positions_of(self.model)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Raise UsageError: the adapter is part of the weights."""
+        """Raise UsageError, since the adapter is part of the weights."""
         raise UsageError("a merged model takes no adapters", where=str(self.folder), fix="load the run")
 
     def remove_adapter(self, name: str) -> None:
-        """Raise UsageError: the adapter is part of the weights."""
+        """Raise UsageError, since the adapter is part of the weights."""
         raise UsageError("a merged model has no adapter to remove", where=str(self.folder), fix="load the run")
 
     def generate(

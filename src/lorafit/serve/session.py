@@ -1,4 +1,4 @@
-"""Session: a finished run, loaded to answer; tuned, or as its base would."""
+"""Session: a finished run loaded to answer, with or without its adapter."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from lorafit.runs import RunDir, require_trained_adapter
 from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine
 
 TUNED = "tuned"
-"""The name of the run's own adapter in the engine."""
+"""Name of the run's own adapter in the engine."""
 
 
 class Session:
-    """An engine with the run's base and adapter, and the template that the run was trained with."""
+    """Hold an engine with the run's base and adapter, and the run's template."""
 
     def __init__(self, run: RunDir, config: RunConfig, engine: Engine, template: Template) -> None:
         self.run, self.config, self.engine, self.template = run, config, engine, template
 
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> Session:
-        """Load the run in `path`. The template's golden prompts are asserted, so that what is asked here is
-        what was asked in training, and base and adapter are the trained ones. Raises RunDirError, BackboneError,
-        AdapterError, TemplateError or VerificationError."""
+        """Load the run in `path`.
+
+        The template's golden prompts are asserted, so that prompts are as in training; base and adapter must be the
+        trained ones. Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+        """
         run = RunDir.open(path)
         require_trained_adapter(run)
         config = run.config()
@@ -45,7 +47,7 @@ class Session:
 
     @property
     def is_merged(self) -> bool:
-        """True when there is no base to answer with."""
+        """Return True if the session has no base to answer with."""
         return isinstance(self.engine, MergedEngine)
 
     def answer(
@@ -58,22 +60,22 @@ class Session:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to a conversation, or to a text as its only turn; with `tuned=False` the base's own, through the
-        same prompt.
+        """Return the answer to a conversation, or to a text as its only turn.
 
-        `on_text` receives the answer piece by piece as it is generated. It ends where the model's positions do. Raises
-        UsageError for what is no conversation, and for one that leaves no position for an answer.
+        With `tuned=False` the base answers the same prompt. `on_text` receives the answer piece by piece as it is
+        generated. The answer ends at the model's last position. Raises UsageError for an invalid conversation, and for
+        one that leaves no position for an answer.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise UsageError(
-                "there is no conversation to answer", where="messages", fix='pass [{"role": "user", "content": "…"}]'
+                "the conversation has no messages", where="messages", fix='pass [{"role": "user", "content": "…"}]'
             )
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="answer", fix="ask for at least one token")
         prompt = self.template.prompt_ids([dict(message) for message in messages])
-        max_new_tokens = min(max_new_tokens, self._room_after(prompt))
+        max_new_tokens = min(max_new_tokens, self._free_positions(prompt))
         stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
         ids = self.engine.generate(
             prompt,
@@ -86,20 +88,20 @@ class Session:
         )
         return self.template.tokenizer.decode(ids)
 
-    def _room_after(self, prompt: Sequence[int]) -> int:
-        """Positions that the model was made for and `prompt` leaves free. Raises UsageError where there is none."""
-        made_for = self.engine.max_positions
-        if len(prompt) >= made_for:
+    def _free_positions(self, prompt: Sequence[int]) -> int:
+        """Return the positions of the model that `prompt` leaves free. Raises UsageError if none is left."""
+        most = self.engine.max_positions
+        if len(prompt) >= most:
             raise UsageError(
-                f"the conversation takes {len(prompt):,} tokens, and the base was made for {made_for:,}",
+                f"the conversation takes {len(prompt):,} tokens, but the base has {most:,} positions",
                 where="messages",
-                fix="shorten it, or begin a new one",
+                fix="shorten it, or start a new one",
             )
-        return made_for - len(prompt)
+        return most - len(prompt)
 
 
 class _TextStream:
-    """Decodes a growing answer and passes on only what is new and whole (no half of a multi-byte character)."""
+    """Decode a growing answer, and pass on only new and complete characters."""
 
     def __init__(self, tokenizer: TextTokenizer, on_text: Callable[[str], None]) -> None:
         self.tokenizer, self.on_text = tokenizer, on_text

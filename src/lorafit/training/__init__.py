@@ -1,4 +1,4 @@
-"""Training: an explicit loop over packed steps, its checkpoints, guards and logs."""
+"""training: an explicit loop over packed steps, with its checkpoints, guards and logs."""
 
 from lorafit.training.batches import StepDataset, largest_micro_batch, largest_within
 from lorafit.training.checkpoints.folder import Checkpoint, clear_unfinished, newest_whole, set_aside

@@ -1,4 +1,4 @@
-"""The steps of a run as micro-batches, made ahead in the background."""
+"""batches: the micro-batches of each step, prepared in the background."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from lorafit.data import Rows, epoch_order, pack_step, steps_per_epoch
 from lorafit.engine import MicroBatch, Step
 from lorafit.objectives import Objective, Sft
 
-AHEAD = 2  # items made before they are asked for
+AHEAD = 2  # items prepared in advance
 
 
 class Prefetched(Iterator[Any]):
-    """The items of `source`, in its order, made by one thread. An error in the thread is raised where it was due.
+    """Yield the items of `source` in order, prepared by one thread.
 
-    With `device` on CUDA every tensor of an item is copied into pinned memory, so that `.to(non_blocking=True)`
-    returns before the copy is done. Close it when iteration ends early.
+    An error in the thread is raised at its item's turn. With `device` on CUDA every tensor of an item is copied into
+    pinned memory, so that `.to(non_blocking=True)` returns before the copy is done. Close the iterator if iteration
+    ends early.
     """
 
     def __init__(self, source: Iterator[Any], device: torch.device) -> None:
@@ -37,7 +38,7 @@ class Prefetched(Iterator[Any]):
     def __next__(self) -> Any:
         item = self.made.get()
         if isinstance(item, _Failure):
-            self.made.put(item)  # asked again, it says so again
+            self.made.put(item)  # a second call raises the same error
             raise item.error
         return item
 
@@ -57,7 +58,7 @@ class Prefetched(Iterator[Any]):
             for item in self.source:
                 if not self._put(pinned(item) if self.device.type == "cuda" else item):
                     return
-        except BaseException as error:  # noqa: BLE001 (handed to the thread that asks)
+        except BaseException as error:  # noqa: BLE001 (raised in the thread that iterates)
             self._put(_Failure(error))
         else:
             self._put(_Failure(StopIteration()))
@@ -78,7 +79,7 @@ class _Failure:
 
 
 def pinned(value: Any) -> Any:
-    """`value` with every tensor in it (through dataclasses, lists and tuples) in pinned memory."""
+    """Return `value` with every tensor in pinned memory, within dataclasses, lists and tuples too."""
     if isinstance(value, torch.Tensor):
         return value.pin_memory()
     if isinstance(value, list | tuple):
@@ -89,20 +90,24 @@ def pinned(value: Any) -> Any:
 
 
 STEPS_SEEN = 512
-"""Steps of the first epoch in which the largest micro-batch is looked for: their lengths alone, in milliseconds."""
+"""Steps of the first epoch that are searched for the largest micro-batch. Only lengths are read: milliseconds."""
 
 
 @dataclass(slots=True)
 class Layout:
-    """How large a micro-batch may be: `micro_tokens` tokens, or one row. What a step learns does not depend on it.
+    """Hold the size limit of a micro-batch. The limit does not change what a step learns.
 
-    It shrinks when the memory runs out.
+    Attributes:
+        micro_tokens: most tokens of a micro-batch, unless a single row is longer. It shrinks when memory runs out.
     """
 
     micro_tokens: int
 
     def of(self, lengths: NDArray[np.integer], chosen: NDArray[np.integer]) -> list[NDArray[np.integer]]:
-        """Return the rows `chosen`, of `lengths` (all rows,) tokens, as micro-batches; longer rows go alone, first."""
+        """Return the rows `chosen` as micro-batches of row numbers.
+
+        `lengths` (all rows,) counts tokens. Rows over the limit come first, each alone.
+        """
         sizes = lengths[chosen]
         alone, fitting = chosen[sizes > self.micro_tokens], chosen[sizes <= self.micro_tokens]
         packed = [fitting[members] for members in pack_step(lengths[fitting], self.micro_tokens)]
@@ -110,10 +115,10 @@ class Layout:
 
 
 class StepDataset:
-    """The steps of a run: the same examples in each, however they are laid out and however many processes share them.
+    """Hold the steps of a run. A step has the same examples in every layout and for any number of processes.
 
-    Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Each of several processes gets
-    every `world`-th micro-batch.
+    Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Each of several processes gets every
+    `world`-th micro-batch.
     """
 
     def __init__(
@@ -131,7 +136,7 @@ class StepDataset:
         self.layout = layout or Layout(config.max_length)
 
     def __len__(self) -> int:
-        """Return the steps of an epoch."""
+        """Return the number of steps in an epoch."""
         return steps_per_epoch(len(self.rows), self.config.examples_per_step)
 
     def __getitem__(self, index: int) -> Step:
@@ -141,7 +146,10 @@ class StepDataset:
         return next(self.epoch(0, index))
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Step]:
-        """Yield the steps of epoch `number`, from its step `first` on, each in the layout of its moment."""
+        """Yield the steps of epoch `number` from its step `first` on.
+
+        A step gets the layout that holds when it is made.
+        """
         for chosen in self.rows_of(number)[first:]:
             yield self.step_of(chosen)
 
@@ -151,11 +159,11 @@ class StepDataset:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def step_of(self, chosen: Sequence[int] | NDArray[np.integer]) -> Step:
-        """Return the step over these rows, in today's layout."""
+        """Return the step over these rows, in the present layout."""
         members = np.asarray(chosen, dtype=np.int64)
-        own = self.layout.of(self.rows.lengths, members)[self.rank :: self.world]
+        parts = self.layout.of(self.rows.lengths, members)[self.rank :: self.world]
         return Step(
-            micro_batches=[self.objective.collate(self.rows, part) for part in own],
+            micro_batches=[self.objective.collate(self.rows, part) for part in parts],
             supervised=self.objective.weight(self.rows, members),
             tokens=int(self.rows.lengths[members].sum()),
             rows=tuple(int(row) for row in members),
@@ -165,24 +173,27 @@ class StepDataset:
 def largest_micro_batch(
     rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer] = ()
 ) -> MicroBatch:
-    """Return the micro-batch with the most tokens, when none may have more than `micro_tokens`.
+    """Return the micro-batch with the most tokens, at a limit of `micro_tokens`.
 
-    Looked through are the first epoch's steps, `step` (the rows of the largest step, where it is known) and the
-    longest row alone.
+    The search covers the first epoch's steps, `step` (the rows of the largest step, if known) and the longest row
+    alone.
     """
     most, largest = 0, np.array([rows.lengths.argmax()])
     for tokens, members in _micro_batches(rows, config, micro_tokens, step):
         if tokens > most:
             most, largest = tokens, members
         if most >= micro_tokens:
-            break  # none is larger
+            break  # the limit is reached
     return Sft().collate(rows, largest)
 
 
 def largest_within(
     rows: Rows, config: RunConfig, micro_tokens: int, limit: int, step: Sequence[int] | NDArray[np.integer] = ()
 ) -> MicroBatch | None:
-    """Return the largest of those with at most `limit` tokens, cut in the same way; None where all have more."""
+    """Return the largest micro-batch with at most `limit` tokens; None if all have more.
+
+    Micro-batches are cut at `micro_tokens`, as in `largest_micro_batch`.
+    """
     most, largest = 0, None
     for tokens, members in _micro_batches(rows, config, micro_tokens, step):
         if most < tokens <= limit:
@@ -193,7 +204,10 @@ def largest_within(
 def _micro_batches(
     rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer]
 ) -> Iterator[tuple[int, NDArray[np.integer]]]:
-    """Yield tokens and row numbers of the longest row alone, and of the micro-batches of `step` and the first steps."""
+    """Yield tokens and row numbers of the candidate micro-batches.
+
+    The candidates are the longest row alone, and the micro-batches of `step` and of the first steps.
+    """
     layout, longest = Layout(micro_tokens), np.array([rows.lengths.argmax()])
     for chosen in (longest, np.asarray(step, dtype=np.int64), *StepDataset(rows, config).rows_of(0)[:STEPS_SEEN]):
         for members in layout.of(rows.lengths, chosen):

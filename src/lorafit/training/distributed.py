@@ -1,4 +1,4 @@
-"""Processes: which process of a run this is, and all that several of them share or must agree on."""
+"""Processes: the rank of this process, and the sums and decisions that all processes share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 
 class Processes:
-    """The processes that train one model, each on its share of a step's micro-batches.
+    """Hold the processes that train one model, each on its share of a step's micro-batches.
 
-    With one process every call returns its argument at once. Agreements go through the hosts (gloo), so that none of
-    them waits for a GPU; gradients and losses are summed where they lie.
+    With one process every call returns its argument at once. Decisions go through the hosts (gloo), so that none waits
+    for a GPU; gradients and losses are summed on their own device.
 
     Attributes:
         rank: the number of this process, from 0.
-        world: how many processes there are.
+        world: the number of processes.
     """
 
     def __init__(self) -> None:
@@ -28,15 +28,15 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that writes checkpoints, logs and results."""
+        """Return True in the one process that writes checkpoints, logs and results."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Tell whether any process says so: to stop, to save, to do a step again."""
+        """Return True if `flag` is set in any process, as for stops, saves and retries."""
         return bool(self._agreed(int(flag), torch.distributed.ReduceOp.MAX)) if self.world > 1 else flag
 
     def least(self, number: int) -> int:
-        """Return the least of every process's number: the layout that fits them all."""
+        """Return the minimum of `number` over all processes: the layout that fits them all."""
         return self._agreed(number, torch.distributed.ReduceOp.MIN) if self.world > 1 else number
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Processes:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _agreed(self, number: int, how: Any) -> int:
-        word = torch.tensor(number)
-        torch.distributed.all_reduce(word, op=how, group=self._hosts)
-        return int(word)
+    def _agreed(self, number: int, operation: Any) -> int:
+        value = torch.tensor(number)
+        torch.distributed.all_reduce(value, op=operation, group=self._hosts)
+        return int(value)

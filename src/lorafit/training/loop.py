@@ -1,4 +1,4 @@
-"""TrainingLoop: a run from its first step, or a checkpoint, to its last. `run` reads from top to bottom."""
+"""TrainingLoop: train a run from its first step, or a checkpoint, to its last step."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ from lorafit.training.transformers_parts import (
     withhold_unless_finite,
 )
 
-FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves with every step that overflows
+FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves at each overflow
 
 
 class TrainingLoop:
-    """One run at work. A step is a set of examples; how they are packed and walk through the layers is layout.
+    """Train one run. A step is a set of examples; their packing and order is the layout.
 
     The loss is divided by the supervised tokens of the whole step over all processes. Within a step the host never
     waits for the GPU: loss and gradient norm are logged one step late, each under its own step number. transformers'
-    callbacks and trackers see `arguments`, `state` and `control` as they do in its own Trainer.
+    callbacks and trackers see `arguments`, `state` and `control` as in its own Trainer.
 
     Attributes:
-        signals: what signals have asked for.
-        memory_retry: what is done when the memory runs out.
-        loss_monitor: what is done when numbers go bad.
-        checkpoints: the writer, on a thread of its own.
-        left_out: steps whose rows are skipped, after a rollback.
-        owes_evaluation: a signal cut it short, and a resumed run makes up for it first.
+        signals: the signals received so far.
+        memory_retry: retries steps when memory runs out.
+        loss_monitor: judges losses and gradient norms.
+        checkpoints: the writer of checkpoints, on a separate thread.
+        left_out: steps whose rows are skipped after a rollback.
+        owes_evaluation: True if a signal interrupted an evaluation; a resumed run evaluates first.
     """
 
     def __init__(
@@ -100,19 +100,19 @@ class TrainingLoop:
         self.processes = Processes()
         is_main = self.processes.is_main
         self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=is_main)
-        self._lay_out(objective, memory or TunedMemory(config.max_length))
-        self._guard(memory or TunedMemory(config.max_length), events or EventLog(), run)
+        self._set_up_steps(objective, memory or TunedMemory(config.max_length))
+        self._set_up_guards(memory or TunedMemory(config.max_length), events or EventLog(), run)
         self.clock, self.step_log = TrainingClock(), StepLog()
         self.progress = TrainingProgress(show, self.clock)
         self._began_at, self._first_step = 0.0, 0
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Train from `checkpoint`, or from the first step, to the last step, or to a signal.
+        """Train from `checkpoint`, or from the first step, to the last step or a signal.
 
-        Raises CheckpointError for a checkpoint that does not verify, TrainingError for a run that has to stop.
+        Raises CheckpointError for a checkpoint that does not verify, TrainingError for a run that must stop.
         """
         self.left_out.clear()
-        with packed(self.model), self._left_in_order():
+        with packed(self.model), self._clean_up():
             self._begin(checkpoint)
             self._began_at, self._first_step = time.perf_counter(), self.state.global_step
             while not self.control.should_training_stop:
@@ -130,8 +130,8 @@ class TrainingLoop:
 
                 self.before_write()
                 self.step_log.push(numbers, measured)
-                self._decide_what_is_due()
-                if last_good := self._log_arrived():
+                self._collect_requests()
+                if last_good := self._log_finished():
                     self._begin(last_good)
                     continue
                 with self.clock.stopped():
@@ -143,23 +143,23 @@ class TrainingLoop:
 
     @property
     def state(self) -> TrainerState:
-        """Step, epoch and history of the run, as transformers keeps them."""
+        """Return step, epoch and history of the run, as transformers keeps them."""
         return self.callbacks.state
 
     @property
     def control(self) -> TrainerControl:
-        """What callbacks, intervals and signals ask for."""
+        """Return the requests of callbacks, intervals and signals."""
         return self.callbacks.control
 
     def forward_backward(self, step: Step) -> Tensor:
-        """Run the micro-batches of `step`, adding to the gradients; returns its mean loss per supervised token."""
+        """Run the micro-batches of `step`, and return the mean loss per supervised token. Gradients are added."""
         if not self.model.training:
-            self.model.train()  # it walks through thousands of modules, and compiled layers check them all again
+            self.model.train()  # slow: visits thousands of modules, and compiled layers check their guards again
         number = self.state.global_step + 1
         return self.memory_retry.run(number, step, self.schedule, self._drop_gradients)
 
     def _clip(self, loss: Tensor) -> Tensor:
-        """Sum loss and gradients over all processes, clip, and return loss and gradient norm (2,) on the device."""
+        """Sum over processes, clip, and return loss and gradient norm (2,) on the device."""
         loss = self.processes.total(loss)
         self.processes.add_gradients(self.trained)
         self.scaler.unscale_(self.optimizer)
@@ -168,7 +168,7 @@ class TrainingLoop:
         return torch.stack([loss.float(), norm.float()])
 
     def _update(self, measured: Tensor) -> None:
-        """Step the optimizer, unless a number of `measured` is not finite."""
+        """Step the optimizer, unless a number in `measured` is not finite."""
         self.callbacks.at("on_pre_optimizer_step")
         withhold_unless_finite(self.optimizer, measured)
         self.scaler.step(self.optimizer)
@@ -176,7 +176,7 @@ class TrainingLoop:
         self.callbacks.at("on_optimizer_step")
 
     def _advance(self, step: Step) -> StepNumbers:
-        """Count `step` as done, and move the learning rate on; returns what is known of the step by now."""
+        """Count `step` as done, advance the learning rate, and return the step's known numbers."""
         rate = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         self._drop_gradients()
@@ -190,19 +190,19 @@ class TrainingLoop:
             self.allocator_watch.end_step(self.state.global_step)
         return StepNumbers(self.state.global_step, self.state.epoch, rate, step.tokens, step.rows)
 
-    def _decide_what_is_due(self) -> None:
-        """Add to what intervals and callbacks ask for what signals, the clock and a later rollback need."""
+    def _collect_requests(self) -> None:
+        """Add the requests of signals, the clock and rollbacks to those of callbacks."""
         self.checkpoints.poll()
         if self._is_stopped():
             self.callbacks.stop(save=True)
-        # before any loss can be called a spike: whether there is a checkpoint to go back to is no matter of time
+        # a checkpoint before the first possible spike, so that rollback never depends on timing
         before_spikes = self.config.on_spike == "rollback" and self.state.global_step == MIN_SEEN
         if self.processes.any(self.signals.save or before_spikes or self.save_timer.is_due()):
             self.control.should_save = True
         self.signals.save = False
 
-    def _log_arrived(self) -> Path | None:
-        """Log and judge the steps whose numbers have arrived; returns the checkpoint to go back to after a spike."""
+    def _log_finished(self) -> Path | None:
+        """Log and judge the steps whose numbers have arrived; return the checkpoint for a rollback."""
         control = self.control
         waits = control.should_evaluate or control.should_save or control.should_training_stop
         for numbers in self.step_log.flush() if waits else self.step_log.ready():
@@ -214,7 +214,7 @@ class TrainingLoop:
         return None
 
     def _evaluate_now(self) -> None:
-        """Evaluate between steps. A signal cuts it short: it is owed then, and the checkpoint says so."""
+        """Evaluate between steps. An interrupted evaluation is owed, and the checkpoint records that."""
         assert self.held_out_rows is not None
         self.owes_evaluation = True
         if (loss := self.held_out_loss(self.held_out_rows, stops=True)) is not None:
@@ -224,7 +224,7 @@ class TrainingLoop:
             self.callbacks.stop(save=True)
 
     def _save(self) -> None:
-        """Have the run as it stands written to a checkpoint, while training goes on."""
+        """Start to write a checkpoint of the present state, while training continues."""
         self.before_save()
         if self.processes.is_main:
             self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(Snapshot.of(self)))
@@ -232,11 +232,11 @@ class TrainingLoop:
         self.save_timer.start()
 
     def _next_step(self) -> Step:
-        """Return the next step, made in the background while the one before it ran."""
+        """Return the next step, prepared in the background during the previous one."""
         epoch, place = divmod(self.state.global_step, len(self.steps))
         if place == 0:
             self.callbacks.at("on_epoch_begin")
-            torch.empty((), dtype=torch.int64).random_()  # runs of earlier releases drew here, and resume to their bits
+            torch.empty((), dtype=torch.int64).random_()  # earlier releases drew here; keeps their runs' bits
         if place == 0 or self._ahead is None:
             self._close_ahead()
             self._ahead = Prefetched(self.steps.epoch(epoch, place), self.device)
@@ -249,14 +249,14 @@ class TrainingLoop:
         return step
 
     def evaluate(self, rows: Rows | None = None, prefix: str = "eval") -> dict[str, float]:
-        """Return the mean loss per supervised token over `rows`, by default the held-out ones, and log it."""
+        """Log and return the mean loss per supervised token over `rows`, default the held-out ones."""
         chosen = rows if rows is not None else self.held_out_rows
         loss = self.held_out_loss(chosen) if chosen is not None else None
         return self._report_evaluation(math.nan if loss is None else loss, prefix)
 
     def held_out_loss(self, rows: Rows, *, stops: bool = False) -> float | None:
-        """Return the mean loss per supervised token of `rows`; None where a signal `stops` it."""
-        # several processes evaluate the same rows, and a signal that one of them has must not part them
+        """Return the mean loss per supervised token of `rows`, None if a signal `stops` it."""
+        # several processes evaluate the same rows; a signal to one must not stop it alone
         stops = stops and self.processes.world == 1
         was_training = self.model.training
         self.model.eval()
@@ -276,7 +276,7 @@ class TrainingLoop:
         return metrics
 
     def _begin(self, checkpoint: Path | None) -> None:
-        """Make all that a step changes, or restore it from `checkpoint`: to begin, to resume or to go back."""
+        """Set up the state that steps change. A `checkpoint` restores it, to resume or to roll back."""
         self._close_ahead()
         self.step_log.drop()
         if checkpoint is None:
@@ -289,7 +289,7 @@ class TrainingLoop:
         self.lr_scheduler = build_lr_scheduler(self.optimizer, self.arguments)
         self.callbacks.begin(checkpoint, self.optimizer, self.lr_scheduler)
         if checkpoint is not None:
-            self._take_up(restore_optimization(self, checkpoint))
+            self._restore_progress(restore_optimization(self, checkpoint))
         self.loss_monitor.start(self.state.log_history, self.left_out)
         self.callbacks.at("on_train_begin")
         self.save_timer.start()
@@ -301,43 +301,45 @@ class TrainingLoop:
             restore_randomness(checkpoint)
 
     def resumable(self) -> dict[str, Any]:
-        """Return what a resumed run must know besides weights, optimizer, schedule and random states."""
+        """Return the further state of a resumed run, besides weights, optimizer, schedule and random states."""
         return {
             "left_out": sorted(self.left_out),
             "micro_tokens": self.steps.layout.micro_tokens,
             "owes_evaluation": self.owes_evaluation,
         }
 
-    def _take_up(self, known: dict[str, Any]) -> None:
-        """Go on with what `resumable` gave when the checkpoint was written."""
+    def _restore_progress(self, known: dict[str, Any]) -> None:
+        """Restore the state that `resumable` returned when the checkpoint was written."""
         self.left_out |= set(known["left_out"])
         self.owes_evaluation = bool(known["owes_evaluation"])
         self.steps.layout.micro_tokens = min(self.steps.layout.micro_tokens, known["micro_tokens"])
 
     def _last_good(self, spike: StepNumbers) -> Path | None:
-        """Leave the rows of `spike` out, and return the newest whole checkpoint; None, and only say so, without one."""
+        """Skip the rows of `spike`, and return the newest valid checkpoint, None without one."""
         self.checkpoints.wait()
         last, _ = newest_whole(self.checkpoints.folder, self.checkpoints.run)
         if last is None:
-            message = f"step {spike.step} spiked before there was a checkpoint to go back to; the run goes on"
+            message = (
+                f"step {spike.step} spiked before the first checkpoint, so no rollback is possible; the run continues"
+            )
             self.events.record("rollback_impossible", spike.step, message)
             return None
         self.left_out.add(spike.step)
-        message = f"back to {last.folder.name}; the rows of step {spike.step} are left out"
+        message = f"rolled back to {last.folder.name}; the rows of step {spike.step} are left out"
         rows = self.loss_monitor.sources(spike.rows)
         self.events.record("rollback", spike.step, message, checkpoint=last.folder.name, rows=rows)
         return last.folder
 
     def _end(self) -> None:
-        """Log the time the run took, and tell the callbacks that it is over."""
+        """Log the run's duration, and tell the callbacks that it is over."""
         seconds, steps = time.perf_counter() - self._began_at, self.state.global_step - self._first_step
         speed = {"train_runtime": round(seconds, 4), "train_steps_per_second": round(steps / max(seconds, 1e-9), 3)}
         self.callbacks.log(speed, self.state.global_step, self.state.epoch)
         self.callbacks.at("on_train_end")
 
     @contextlib.contextmanager
-    def _left_in_order(self) -> Iterator[None]:
-        """Log the finished steps of a run that has to stop, end the threads, and wait for the last checkpoint."""
+    def _clean_up(self) -> Iterator[None]:
+        """Log finished steps, end the threads, and wait for the last checkpoint."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -349,11 +351,11 @@ class TrainingLoop:
         finally:
             self.clock.stop()
             self._close_ahead()
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # a second Ctrl-C does not wait
                 self.checkpoints.wait()
 
-    def _lay_out(self, objective: Objective, memory: TunedMemory) -> None:
-        """Make the steps, as this process's share of micro-batches, and their walk through the layers."""
+    def _set_up_steps(self, objective: Objective, memory: TunedMemory) -> None:
+        """Set up this process's micro-batches, and the schedule that runs them."""
         self.device: torch.device = self.arguments.device
         share = {"rank": self.processes.rank, "world": self.processes.world}
         layout = Layout(memory.micro_tokens)
@@ -362,15 +364,15 @@ class TrainingLoop:
         self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)
         self.scaler = self.schedule.scaler
 
-    def _guard(self, memory: TunedMemory, events: EventLog, run: str) -> None:
-        """Make what watches over memory, numbers and time."""
-        self.model.train()  # every module: PEFT's wrapper says that it trains while the base below it does not
+    def _set_up_guards(self, memory: TunedMemory, events: EventLog, run: str) -> None:
+        """Set up the guards of memory, numbers and time."""
+        self.model.train()  # every module: PEFT's wrapper is in training mode while its base is not
         folder = Path(self.arguments.output_dir)
         self.events = events
         self.memory_retry = MemoryRetry(self.steps, events, self.device, memory, self.processes)
         self.allocator_watch: AllocatorWatch | None = None
         if memory.watches_allocator and memory.layers is not None:
-            self.allocator_watch = AllocatorWatch(memory.layers, events, turned=memory.changed)
+            self.allocator_watch = AllocatorWatch(memory.layers, events, on_change=memory.changed)
         allowance = FP16_ALLOWANCE if self.scaler.is_enabled() else 0
         self.loss_monitor = LossMonitor(self.config, self.train_rows, events, str(events.path or folder), allowance)
         self.checkpoints = CheckpointWriter(folder, self.config, run, events)

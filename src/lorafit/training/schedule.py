@@ -1,4 +1,7 @@
-"""How a step's micro-batches walk through the model: precision, gradient scale, deterministic kernels."""
+"""schedule: run a step's micro-batches through the model.
+
+It sets the precision, the gradient scale and deterministic kernels.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
-    """Within it torch runs only kernels that give the same bits each time; nothing changes unless `asked`.
+    """Allow only deterministic kernels within the block, if `asked`.
 
-    An operation that has no such kernel raises TrainingError. cuBLAS reads its setting when CUDA starts in this
-    process, so enter before the model is loaded.
+    An operation without such a kernel raises TrainingError. cuBLAS reads its setting when CUDA starts in this process,
+    so enter before the model is loaded.
     """
     if not asked:
         yield
@@ -31,7 +34,7 @@ def deterministic(asked: bool) -> Iterator[None]:
     os.environ.setdefault(WORKSPACE, ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
-    # nothing here reads memory that it has not written
+    # uninitialized memory is never read here, so filling it wastes time
     filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     torch.use_deterministic_algorithms(True)
@@ -41,7 +44,7 @@ def deterministic(asked: bool) -> Iterator[None]:
         if "deterministic" not in str(error):
             raise
         raise TrainingError(
-            f"an operation of this model has no deterministic form ({str(error).partition('.')[0]})",
+            f"an operation of this model has no deterministic kernel ({str(error).partition('.')[0]})",
             where="deterministic",
             fix="train without --deterministic; a resumed run then differs in the last bits",
         ) from error
@@ -52,11 +55,13 @@ def deterministic(asked: bool) -> Iterator[None]:
 
 
 class Part(NamedTuple):
-    """A piece of a step that runs whole or not at all; when memory runs out in it, the step is laid out anew.
+    """Hold a part of a step.
+
+    A part runs completely; if memory runs out in it, the whole step is repeated in a smaller layout.
 
     Attributes:
-        largest: the micro-batch of the piece with the most tokens.
-        run: forward and backward; returns the piece's loss (), detached, and adds to the gradients.
+        largest: the part's micro-batch with the most tokens.
+        run: runs forward and backward, adds to the gradients, and returns the part's loss (), detached.
     """
 
     largest: MicroBatch
@@ -64,18 +69,23 @@ class Part(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The door for other walks: all micro-batches through one layer before the next, its weights streamed."""
+    """Run the micro-batches of a step in some order.
+
+    Another schedule could run all micro-batches through one layer before the next, with streamed weights.
+    """
 
     def parts(self, step: Step, scale: float) -> Iterator[Part]:
-        """Yield the pieces of `step` in the order they run; losses and gradients are multiplied by `scale`."""
+        """Yield the parts of `step` in order; losses and gradients are multiplied by `scale`."""
         ...
 
 
 class OneByOne:
-    """Forward and backward of one micro-batch after another; small ones as CUDA graphs where there are `graphs`.
+    """Run forward and backward of one micro-batch after another.
+
+    With `graphs`, small micro-batches run as CUDA graphs.
 
     Attributes:
-        scaler: keeps small gradients of fp16 from vanishing; does nothing in other precisions.
+        scaler: the gradient scaler of fp16; it does nothing in other precisions.
     """
 
     def __init__(
@@ -103,20 +113,20 @@ class OneByOne:
         with mixed:
             return self.objective.loss(self.model, batch.to(self.device, non_blocking=True), scale)
 
-    def there_and_back(self, batch: MicroBatch, scale: Tensor | float) -> Tensor:
-        """Forward and backward of `batch`; returns its loss times `scale`, detached."""
+    def forward_backward(self, batch: MicroBatch, scale: Tensor | float) -> Tensor:
+        """Run forward and backward of `batch`, and return its loss times `scale`, detached."""
         loss = self.loss(batch, scale)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def _run(self, batch: MicroBatch, scale: float) -> Tensor:
         if self.graphs is not None:
-            return self.graphs.run(batch, scale, self.there_and_back)
-        return self.there_and_back(batch, scale)
+            return self.graphs.run(batch, scale, self.forward_backward)
+        return self.forward_backward(batch, scale)
 
 
 def autocast_dtype(model: nn.Module, device: torch.device) -> torch.dtype | None:
-    """Return the half precision that `model` computes in on a GPU; None where it computes in fp32."""
+    """Return the half precision of `model` on a GPU; None if it computes in fp32."""
     if device.type != "cuda":
         return None
     dtype = compute_dtype(model)

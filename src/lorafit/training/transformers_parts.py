@@ -1,4 +1,4 @@
-"""What training takes from transformers: arguments, optimizer, schedule of the learning rate, callbacks."""
+"""transformers_parts: arguments, optimizer, learning-rate schedule and callbacks from transformers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 def total_steps(config: RunConfig, epoch_steps: int) -> int:
-    """Return the optimizer steps of the whole run."""
+    """Return the number of optimizer steps in the whole run."""
     planned = math.ceil(config.epochs * epoch_steps)
     return min(planned, config.max_steps) if config.max_steps else planned
 
@@ -59,18 +59,21 @@ def total_steps(config: RunConfig, epoch_steps: int) -> int:
 def training_arguments(
     config: RunConfig, folder: Path, epoch_steps: int, dtype: torch.dtype, *, evaluates: bool = True
 ) -> TrainingArguments:
-    """Return transformers' arguments for `config`; `dtype` is the compute dtype of the loaded backbone.
+    """Return transformers' arguments for `config`.
 
-    Callbacks and trackers read them, the optimizer and the schedule are made of them, and they start the process
-    group where there is one. fp16 and the 8-bit optimizers are asked for only where CUDA is.
+    `dtype` is the compute dtype of the loaded backbone. Callbacks and trackers read the arguments, optimizer and
+    schedule are built from them, and they start the process group if there is one. fp16 and the 8-bit optimizers need
+    CUDA.
     """
     steps = total_steps(config, epoch_steps)
     cuda = torch.cuda.is_available()
-    optimizer = "adamw" if config.optimizer == "auto" else config.optimizer  # the plan knows when moments are too large
+    optimizer = (
+        "adamw" if config.optimizer == "auto" else config.optimizer
+    )  # the plan chooses 8 bits if moments are too large
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=1,  # one batch of transformers' words is one whole step
+        per_device_train_batch_size=1,  # transformers' batch is a whole step here
         gradient_accumulation_steps=1,
         learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
@@ -97,7 +100,7 @@ def training_arguments(
 
 
 def build_optimizer(trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module) -> Any:
-    """Return the optimizer over `trained`; weight decay is for matrices alone, not for norms and biases."""
+    """Return the optimizer over `trained`. Only matrices have weight decay, not norms and biases."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     matrices = [weight for weight in trained if weight.ndim > 1]
     vectors = [weight for weight in trained if weight.ndim <= 1]
@@ -109,7 +112,7 @@ def build_optimizer(trained: Sequence[nn.Parameter], arguments: TrainingArgument
 
 
 def build_lr_scheduler(optimizer: Any, arguments: TrainingArguments) -> Any:
-    """Return the schedule of the learning rate over all steps of the run, warm-up first."""
+    """Return the learning-rate schedule over all steps of the run, warm-up first."""
     return get_scheduler(
         arguments.lr_scheduler_type,
         optimizer=optimizer,
@@ -120,12 +123,12 @@ def build_lr_scheduler(optimizer: Any, arguments: TrainingArguments) -> Any:
 
 
 def withhold_unless_finite(optimizer: Any, measured: Tensor) -> None:
-    """Arrange that the next `optimizer.step()` changes nothing when any of `measured` (loss, norm) is not finite.
+    """Make the next `optimizer.step()` change nothing if `measured` is not finite.
 
-    Weights, moments and step counts then stay bit for bit as they were. torch's fused optimizers take the verdict as
-    a tensor (`found_inf`, the protocol of GradScaler: torch/optim/adam.py), so the host need not know it. Others,
-    bitsandbytes' 8-bit ones among them, wait for the GPU in their own step: there the verdict is read, and taking the
-    gradients away makes them pass every parameter over. The learning rate's schedule moves on all the same.
+    `measured` holds loss and gradient norm. Weights, moments and step counts then stay bit for bit the same. torch's
+    fused optimizers take the flag as a tensor (`found_inf`, the protocol of GradScaler: torch/optim/adam.py), so the
+    host need not know it. Other optimizers, such as bitsandbytes' 8-bit ones, wait for the GPU in their own step: here
+    the flag is read, and without gradients they skip every parameter. The learning-rate schedule advances all the same.
     """
     bad = torch.isfinite(measured).all().logical_not()
     if optimizer.defaults.get("fused"):
@@ -136,18 +139,18 @@ def withhold_unless_finite(optimizer: Any, measured: Tensor) -> None:
                 weight.grad = None
 
 
-def _intervals(verb: str, every: int | None, epoch_steps: int) -> dict[str, Any]:
-    # once an epoch, counted in steps: an "epoch" strategy would miss a run that ends mid-epoch
-    return {f"{verb}_strategy": "steps", f"{verb}_steps": every or epoch_steps}
+def _intervals(kind: str, every: int | None, epoch_steps: int) -> dict[str, Any]:
+    # once an epoch, counted in steps: an "epoch" strategy misses a run that ends mid-epoch
+    return {f"{kind}_strategy": "steps", f"{kind}_steps": every or epoch_steps}
 
 
 class Callbacks:
-    """Whoever watches the loop or asks something of it.
+    """Call transformers' callbacks, and hold their requests.
 
     Attributes:
-        handler: transformers' list of callbacks; its own one asks for evaluations and checkpoints by intervals.
+        handler: transformers' list of callbacks; its default one requests evaluations and checkpoints by intervals.
         state: step, epoch and history of the run.
-        control: what callbacks ask for: to evaluate, to save, to stop.
+        control: the callbacks' requests to evaluate, to save and to stop.
     """
 
     def __init__(
@@ -170,25 +173,25 @@ class Callbacks:
         self.control = getattr(self.handler, event)(self.arguments, self.state, self.control, *more)
 
     def begin(self, checkpoint: Path | None, optimizer: Any, lr_scheduler: Any) -> None:
-        """Take up step, epoch and history of `checkpoint`, or of the first step."""
+        """Set step, epoch and history to those of `checkpoint`, or to the first step."""
         self.state = self._state_of(checkpoint)
         self.handler.optimizer, self.handler.lr_scheduler = optimizer, lr_scheduler
 
     def log(self, logs: dict[str, float], step: int, epoch: float | None) -> None:
-        """Add `logs` to the history; callbacks see the state of the step that the logs belong to."""
+        """Add `logs` to the history. Callbacks see the state of the logs' own step."""
         logs = {**logs, "epoch": epoch or 0.0}
         self.state.log_history.append({**logs, "step": step})
-        then = copy.copy(self.state)
-        then.global_step, then.epoch = step, epoch or 0.0
-        self.control = self.handler.on_log(self.arguments, then, self.control, logs)
+        state = copy.copy(self.state)
+        state.global_step, state.epoch = step, epoch or 0.0
+        self.control = self.handler.on_log(self.arguments, state, self.control, logs)
 
     def stop(self, *, save: bool = False) -> None:
-        """End the loop after this step, with a checkpoint where `save` says so."""
+        """End the loop after this step, with a checkpoint if `save` is set."""
         self.control.should_training_stop = True
         self.control.should_save = self.control.should_save or save
 
     def _state_of(self, checkpoint: Path | None) -> TrainerState:
-        """Return transformers' state at the first step, or at `checkpoint`, with today's intervals."""
+        """Return transformers' state at the first step or at `checkpoint`, with the present intervals."""
         state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         state.train_batch_size = 1
         state.max_steps = self.arguments.max_steps

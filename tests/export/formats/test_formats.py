@@ -13,7 +13,7 @@ from lorafit.export.merge import merge
 def test_a_format_is_found_by_its_name_and_an_unknown_one_is_refused():
     assert format_named("safetensors") is FORMATS["safetensors"]
     assert all(form.name == name for name, form in FORMATS.items())
-    with pytest.raises(UsageError, match="'ggfu' is no export format; choose safetensors"):
+    with pytest.raises(UsageError, match="'ggfu' is not an export format; choose safetensors"):
         format_named("ggfu")
 
 

@@ -79,7 +79,7 @@ def test_what_is_saved_is_finished_and_loads_frozen(trained, saved, config, tmp_
 def test_weights_of_other_settings_than_the_runs_are_refused(saved, config, changes, words):
     other = config.model_copy(update=changes)
     for open_it in (lambda: LORA.load(load_backbone(config), saved, other), lambda: LORA.trained_weights(saved, other)):
-        with pytest.raises(AdapterError, match=f"the adapter has {words}, and the run was trained with"):
+        with pytest.raises(AdapterError, match=f"the adapter has {words}, but the run was trained with"):
             open_it()
 
 

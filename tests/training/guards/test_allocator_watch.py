@@ -45,12 +45,12 @@ def test_it_gives_the_new_setting_its_time_and_stops_at_the_tightest():
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (MemoryPolicy(dequantized_layers=8), MemoryPolicy(dequantized_layers=4), "fewer weights lie unpacked now"),
+        (MemoryPolicy(dequantized_layers=8), MemoryPolicy(dequantized_layers=4), "fewer weights stay dequantized now"),
         (MemoryPolicy(cuda_graph_max_tokens=64), MemoryPolicy(), "no CUDA graphs are recorded now"),
         (
             MemoryPolicy(offloaded_layers=8),
             MemoryPolicy(offloaded_layers=11),
-            "11 layers keep theirs on the host now, where 8 did",
+            "11 layers are offloaded to the host now, instead of 8",
         ),
         (
             MemoryPolicy(offloaded_layers=8),
@@ -60,7 +60,7 @@ def test_it_gives_the_new_setting_its_time_and_stops_at_the_tightest():
         (
             MemoryPolicy(recompute_mlp_layers=6),
             MemoryPolicy(recompute_mlp_layers=5, offloaded_layers=9),
-            "9 layers keep theirs on the host now, where 0 did",
+            "9 layers are offloaded to the host now, instead of 0",
         ),
         (
             MemoryPolicy(offloaded_layers=8),
@@ -73,7 +73,7 @@ def test_what_gave_way_is_said(before, after, said):
     layers, events, turned = Layers(1), EventLog(), []
     layers.policy, layers.reduce_slightly = before, lambda: setattr(layers, "policy", after) or True
     watch = AllocatorWatch(
-        layers, events, retries=iter(range(99)).__next__, turned=lambda: turned.append(layers.policy)
+        layers, events, retries=iter(range(99)).__next__, on_change=lambda: turned.append(layers.policy)
     )
     for step in range(1, IN_A_ROW + 1):
         watch.begin_step()

@@ -168,7 +168,7 @@ def test_unpacked_weights_are_given_up_before_a_micro_batch_is_halved(base, tmp_
     )
     assert str(layers.policy) == "dequantized_layers=1" and trainer.steps.layout.micro_tokens == 4096
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert ["stay unpacked" in event["message"] for event in events] == [True]
+    assert ["stay dequantized" in event["message"] for event in events] == [True]
     whole = trained_step(base, tmp_path / "whole")
     assert torch.equal(got, whole[2]) and loss == whole[3]
 

@@ -1,1 +1,1 @@
-"""What the commands show: the console, data, findings, plans, and a run as it happens."""
+"""screen: the display of commands: console, data, findings, plans and runs."""

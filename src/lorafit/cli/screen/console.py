@@ -1,4 +1,4 @@
-"""The console: one for people (rich, on stdout), one for errors (stderr), and JSON for machines."""
+"""console: rich output for people on stdout, errors on stderr, and JSON for machines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.text import Text
 
 
 class _Trimmed:
-    """The standard output of the moment; no line ends in blanks where it is no terminal."""
+    """Write to the current standard output. Trailing blanks are removed unless it is a terminal."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stdout, name)
@@ -45,16 +45,16 @@ BLANKS = re.compile(r"[ \t]+(?=\n)")
 OUTPUT = cast(IO[str], _Trimmed())
 PEOPLE = Console(file=OUTPUT, highlight=False)
 if not PEOPLE.is_terminal and "COLUMNS" not in os.environ:
-    PEOPLE.width = PIPE_WIDTH  # a log has no edge to wrap at
+    PEOPLE.width = PIPE_WIDTH  # wide enough for a log
 ERRORS = Console(stderr=True, highlight=False)
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""What a reader or a terminal that is gone answers: nobody will ever read more."""
+"""Error numbers of a pipe or terminal that is closed for good."""
 
 
 class _Steady:
-    """A text stream that drops what cannot be written: to a reader or a terminal that is gone, and on a full disk.
+    """Wrap a text stream, and drop text that cannot be written.
 
-    With `always` false a full disk is an error, as ever.
+    The reader or terminal may be gone, or the disk full. With `always` false a full disk remains an error.
     """
 
     def __init__(self, stream: IO[str], *, always: bool = True) -> None:
@@ -77,7 +77,7 @@ class _Steady:
             self._forget(error)
 
     def close(self) -> None:
-        """The last try: Python's own, when it ends, would make exit code 120 of a failure."""
+        """Flush once more. A failure in Python's own flush would end with exit code 120."""
         try:
             self.stream.flush()
         except OSError as error:
@@ -98,9 +98,9 @@ class _Steady:
 
 @contextlib.contextmanager
 def steady(console: Console = PEOPLE) -> Iterator[None]:
-    """Within it no work ends because its output cannot be written."""
+    """Let no work end within the block because its output cannot be written."""
     if sys.stdout is None or sys.stderr is None:
-        yield  # closed from the beginning: rich knows that
+        yield  # closed at the start, which rich handles
         return
     stream = _Steady(console.file)
     console.file = cast(IO[str], stream)
@@ -108,18 +108,18 @@ def steady(console: Console = PEOPLE) -> Iterator[None]:
         yield
     finally:
         stream.close()
-        console.file = OUTPUT if console is PEOPLE else cast(IO[str], None)  # whatever sys.stderr is then
+        console.file = OUTPUT if console is PEOPLE else cast(IO[str], None)  # rich then uses the current sys.stderr
 
 
 @contextlib.contextmanager
 def piped() -> Iterator[None]:
-    """Within it a reader of stdout that goes away (`lorafit check … | head`) ends nothing: the exit code still holds.
+    """Keep the exit code if stdout's reader goes away (`lorafit check … | head`).
 
-    Of rich, click and Python itself each makes another exit code of it.
+    rich, click and Python itself would each end with another exit code.
     """
     stdout = sys.stdout
     if stdout is None:
-        yield  # closed from the beginning
+        yield  # closed at the start
         return
     stream = _Steady(stdout, always=False)
     sys.stdout = cast(TextIO, stream)
@@ -131,36 +131,36 @@ def piped() -> Iterator[None]:
 
 
 def say(line: str = "") -> None:
-    """One line of rich markup; where it is longer than the screen is wide, it goes on as far in as it began."""
+    """Print one line of rich markup. Wrapped lines keep its indent."""
     text = line.lstrip(" ")
     indent = len(line) - len(text)
     PEOPLE.print(Padding(text, (0, 0, 0, indent), expand=False) if indent else text)
 
 
 def heading(title: str, detail: str = "") -> None:
-    """A stage of the work: a bold title and what it did."""
+    """Print a stage of the work: a bold title and a detail."""
     PEOPLE.print(f"[bold]{title:<9}[/bold] {detail}")
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 step`, `1,200 steps`."""
+    """Return a count with its noun: `1 step`, `1,200 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def show_error(sentence: str, label: str = "error") -> None:
-    """One sentence on stderr, where there is somebody to read it: the exit code holds without."""
+    """Print one sentence on stderr. The exit code is independent of the output."""
     colour = "bold red" if label == "error" else "bold yellow"
     with steady(ERRORS):
         ERRORS.print(Text.assemble((f"{label}: ", colour), near(sentence)), soft_wrap=True)
 
 
 def show_json(content: Any) -> None:
-    """One JSON object on stdout. NaN is null: JSON has no other word for it."""
+    """Print one JSON object on stdout, with null for NaN, which JSON does not have."""
     print(json.dumps(without_infinities(content), indent=1, ensure_ascii=False))
 
 
 def without_infinities(content: Any) -> Any:
-    """`content` with null for every number that JSON has no word for."""
+    """Return `content` with null for every number that JSON cannot hold."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, dict):
@@ -171,9 +171,9 @@ def without_infinities(content: Any) -> Any:
 
 
 def show_settings(rows: Iterable[tuple[str, Any, str]], names: Mapping[str, str] | None = None) -> None:
-    """Show every setting, its value and who set it: a table of those set, a paragraph of defaults.
+    """Show every setting with value and source: a table of set ones, then defaults.
 
-    `names`: the name that somebody gave a setting under, where that is another.
+    `names` has the user's own name of a setting, if it differs.
     """
     given, defaults = Table.grid(padding=(0, 2)), []
     for key, value, source in rows:
@@ -183,7 +183,7 @@ def show_settings(rows: Iterable[tuple[str, Any, str]], names: Mapping[str, str]
             name = f"{source} ({names[key]})" if names and key in names else source
             given.add_row(key, Text(_shown(key, value), style="bold"), Text(name, style="dim"))
     for column in given.columns:
-        column.overflow = "fold"  # a path is one long word
+        column.overflow = "fold"  # a path has no spaces to wrap at
     PEOPLE.print(Padding(given, (0, 0, 0, 2)))
     if defaults:
         PEOPLE.print(Padding(Text(f"default: {' · '.join(defaults)}", style="dim"), (0, 0, 0, 2)))
@@ -202,38 +202,38 @@ def _shown(key: str, value: Any) -> str:
 
 
 def show_next(*commands: tuple[str, str], title: str = "next") -> None:
-    """Show what to type next: (command, purpose) each."""
+    """Show the next commands: (command, purpose) each."""
     for number, (command, purpose) in enumerate(commands):
         head = f"[bold]{title:<9}[/bold]" if number == 0 else " " * 9
         why = f"  [dim]{escape(purpose)}[/dim]" if purpose else ""
-        # left to the terminal to wrap: a command is there to be copied
+        # wrapped by the terminal alone, so that a command can be copied
         PEOPLE.print(f"{head} [cyan]{escape(command)}[/cyan]{why}", soft_wrap=True)
 
 
 def near(text: str) -> str:
-    """`text` with the paths in the current folder relative to it."""
+    """Return `text` with paths in the current folder made relative."""
     return text.replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def typed(*words: str) -> str:
-    """The words of a command as one types them."""
+    """Return the words of a command as the user types them."""
     return " ".join(near(shlex.quote(near(word))) for word in words)
 
 
 def loss(value: float) -> str:
-    """A loss as people read it; NaN is called NaN."""
+    """Return a loss as text, NaN as "NaN"."""
     return "NaN" if math.isnan(value) else f"{value:.4f}"
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as text, such as `1.5 GiB`."""
     from lorafit.config.foreign_text import size_in_words  # pydantic stays out of --help
 
     return size_in_words(size_bytes)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Return seconds as text, such as `1 min 05 s`."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 10:

@@ -1,4 +1,4 @@
-"""How data are shown: the summary, the length histogram, and rows coloured by what is supervised."""
+"""data_view: the display of data: summary, length histogram, and rows coloured by supervision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAR = 32
 
 
 def show_summary(summary: Summary) -> None:
-    """Counts that add up, then what they mean for training."""
+    """Show the row counts and the data stats."""
     shape = f"row shape [bold]{summary.shape}[/bold]"
     say(f"  {counted(len(summary.files), 'file')}, {shape}, {duration(summary.seconds)}{_where(summary)}")
     say(
@@ -46,7 +46,7 @@ def _where(summary: Summary) -> str:
 
 
 def show_histogram(summary: Summary) -> None:
-    """Rows by length in tokens, as bars of text."""
+    """Show rows by length in tokens, as bars of text."""
     edges, counts = summary.histogram.edges, summary.histogram.counts
     peak = max(counts, default=0)
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
@@ -55,9 +55,10 @@ def show_histogram(summary: Summary) -> None:
 
 
 def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
-    """Show each row's text: dim is prompt, green is supervised, the stop token is reversed.
+    """Show each row's text, coloured by supervision.
 
-    Without colour, supervised text stands in ⟦brackets⟧.
+    Prompts are dim, supervised text is green, and the stop token is reversed. Without colour, supervised text is in
+    ⟦brackets⟧.
     """
     is_plain = PEOPLE.color_system is None or PEOPLE.no_color
     for row in rows:
@@ -66,13 +67,13 @@ def show_rows_coloured(rows: Sequence[ShownRow]) -> None:
         PEOPLE.print(f"[bold]{escape(near(row.source))}[/bold] [dim]{counts}[/dim]")
         PEOPLE.print(_bracketed(row) if is_plain else _coloured(row), soft_wrap=is_plain)
     if rows and is_plain:
-        say("supervised is in ⟦brackets⟧, the rest is prompt")
+        say("supervised text is in ⟦brackets⟧, the rest is prompt")
     elif rows:
-        say("[dim]prompt is dim, [/dim][green]supervised is green[/green][dim], the stop token is reversed[/dim]")
+        say("[dim]prompt is dim, [/dim][green]supervised text is green[/green][dim], the stop token is reversed[/dim]")
 
 
 def shown_as_json(rows: Sequence[ShownRow]) -> list[dict[str, Any]]:
-    """The shown rows for machines."""
+    """Return the shown rows as JSON values."""
     return [asdict(row) for row in rows]
 
 
@@ -95,7 +96,7 @@ def _bracketed(row: ShownRow) -> Text:
 
 
 class ReadingBar:
-    """A status line while data are read; nothing on a stream that is no terminal."""
+    """Show a status line while data are read. Without a terminal it shows none."""
 
     def __init__(self) -> None:
         self.status = PEOPLE.status("reading") if PEOPLE.is_terminal else None
@@ -110,7 +111,7 @@ class ReadingBar:
             self.status.stop()
 
     def show(self, progress: Progress) -> None:
-        """The stage, how many rows, and how long still."""
+        """Show the stage, the number of rows, and the time left."""
         if self.status:
             left = f", {duration(progress.eta_s)} left" if progress.eta_s else ""
             self.status.update(f"{progress.stage}: {progress.rows:,} rows{left}")

@@ -1,4 +1,4 @@
-"""The demo as it happens: a run's own observer, and the stages after training."""
+"""demo_view: the display of the demo: a run's own observer, and the stages after training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _ConsoleDemo(ConsoleObserver, DemoObserver):
 
 
 def run_demo(task: str, seed: int, out: str | None, *, quiet: bool) -> DemoResult:
-    """Run it, in silence or shown with three samples and what to type next."""
+    """Run the demo, silently or with three samples and the next commands."""
     if quiet:
         return demo(task, seed, out)
     with _ConsoleDemo() as watch:
@@ -40,15 +40,15 @@ def run_demo(task: str, seed: int, out: str | None, *, quiet: bool) -> DemoResul
     heading("run", f"[bold]{escape(near(run))}[/bold]")
     show_next(
         (f"lorafit chat {run} --compare --prompt $'{asked}'", "base and tuned side by side"),
-        (f"lorafit merge {run} --onto original", "onto the 16-bit base instead"),
-        ("lorafit check your.jsonl", "is your data ready?"),
-        ("lorafit train your.jsonl --base MODEL", "your own run"),
+        (f"lorafit merge {run} --onto original", "merge onto the 16-bit base instead"),
+        ("lorafit check your.jsonl", "check your own data"),
+        ("lorafit train your.jsonl --base MODEL", "train on your own data"),
     )
     return result
 
 
 def show_exact_match(before: ExactMatch, after: ExactMatch) -> None:
-    """Base against tuned on the held-out rows."""
+    """Show exact match of base and tuned model on the held-out rows."""
     heading(
         "evaluate",
         f"exact match on {len(after.samples)} held-out rows: "
@@ -57,7 +57,7 @@ def show_exact_match(before: ExactMatch, after: ExactMatch) -> None:
 
 
 def show_samples(before: ExactMatch, after: ExactMatch) -> None:
-    """The first rows: what was asked, and both answers."""
+    """Show the first rows with both answers."""
     heading("samples")
     for base, tuned in list(zip(before.samples, after.samples, strict=True))[:SAMPLES]:
         say(f"  [bold]asked[/bold] {escape(tuned.prompt.splitlines()[-1])}")

@@ -1,4 +1,4 @@
-"""Show findings: each with its reason and fix, or one line each."""
+"""findings_view: the display of findings, each with reason and fix, or one line each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PLACE = re.compile(r"(.+?):(\d+(?::\d+)?)")
 
 
 def show_findings(findings: Sequence[Finding], data: Sequence[str] = ()) -> None:
-    """Show each finding: code, place and message; the reason and the fix below it.
+    """Show each finding: code, place and message, with the reason and the fix below.
 
-    `data`: the files as typed, which commands among the fixes then name.
+    `data` are the files as typed, for commands in the fixes.
     """
     for finding in findings:
         place = f" [dim]{escape(near(finding.where))}[/dim]" if finding.where else ""
@@ -35,7 +35,10 @@ def show_findings(findings: Sequence[Finding], data: Sequence[str] = ()) -> None
 
 
 def show_short_findings(findings: Sequence[Finding], most: int) -> None:
-    """Show one line a finding, the worst first, and how many are left out beyond `most`."""
+    """Show one line a finding, the worst first.
+
+    At most `most` are shown, then the number left out.
+    """
     ranked = sorted(findings, key=lambda finding: ORDER.index(finding.severity))
     shown = [finding for finding in ranked if finding.severity is not Severity.INFO][:most]
     for finding in shown:
@@ -49,7 +52,7 @@ def show_short_findings(findings: Sequence[Finding], most: int) -> None:
 
 
 def with_names(fix: str, data: Sequence[str]) -> str:
-    """`fix` with the person's own files in its commands."""
+    """Return `fix` with the user's own files in its commands."""
     if not data:
         return near(fix)
     return near(fix).replace("lorafit check --fix", f"lorafit check {typed(*data)} --fix clean.jsonl")
@@ -62,7 +65,7 @@ def _head(finding: Finding) -> str:
 
 
 def _further(finding: Finding) -> str:
-    """The places after the first: in the same file, line numbers alone."""
+    """Return the places after the first; in the same file only line numbers."""
     first = PLACE.fullmatch(finding.examples[0])
     places = []
     for example in finding.examples[1:]:

@@ -1,4 +1,4 @@
-"""Show a plan: the verdict, what was chosen and why, or every number behind it."""
+"""plan_view: the display of a plan: verdict, choices with reasons, or every number."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from lorafit.planning import Plan
 
 CHOSEN = ("quantization", "rank", "targets", "memory_policy", "optimizer")
-"""The decisions that a verdict explains."""
+"""Decisions that are explained below the verdict."""
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 
 
 def show_verdict(plan: Plan, findings: list[Finding]) -> None:
-    """Show in one line whether the run fits; below it what stops the run, or what would fit."""
+    """Show in one line whether the run fits.
+
+    Below it stand the findings that stop the run, or the settings that would fit.
+    """
     what = f"{_size(plan.shape.parameters)} {plan.method} on {plan.hardware.name}"
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     memory = next((finding for finding in errors if finding.code == "P0" and finding.where == "memory"), None)
@@ -39,24 +42,24 @@ def show_verdict(plan: Plan, findings: list[Finding]) -> None:
         needs = gib(plan.memory.peak_bytes).removesuffix(f" {has.rpartition(' ')[2]}")
         _verdict("fits", "bold green", f"{what}: {needs} of {has}, {took}")
     if others := [finding for finding in errors if finding is not memory]:
-        stops = f"{counted(len(others), 'finding')} below must be settled before training starts"
+        stops = f"fix {counted(len(others), 'finding')} below before training"
         heading("stopped", f"[bold red]{stops}[/bold red]")
 
 
 def show_data_line(summary: Summary) -> None:
-    """Show in one line what was read."""
+    """Show the data that were read, in one line."""
     rows = f"{counted(summary.read, 'row')}, {summary.train_rows:,} to train on, {summary.holdout_rows:,} held out"
     tokens = f"; {summary.tokens:,} tokens, longest row {summary.longest:,}" if summary.tokenised else ""
     heading("data", rows + tokens)
 
 
 def show_choices(plan: Plan, resolved: Resolved) -> None:
-    """Show what was chosen and why, one line each."""
+    """Show each choice and its reason in one line."""
     from lorafit.config import parse_bytes  # pydantic stays out of --help
 
     reasons = {decision.key: (str(decision.value), decision.reason) for decision in plan.decisions}
     source = resolved.sources["targets"].value
-    why = "q and v projections, as QLoRA's recipe has it" if source == "default" else f"set by {source}"
+    why = "q and v projections, as in QLoRA's recipe" if source == "default" else f"set by {source}"
     reasons["targets"] = (_targets(plan), why)
     for key in CHOSEN:
         if key not in reasons:
@@ -76,7 +79,7 @@ def show_choices(plan: Plan, resolved: Resolved) -> None:
 def show_plan(plan: Plan, *, options: bool = False) -> None:
     """Show the method, each decision with its reason, the memory by component, time and cost.
 
-    `options`: also what every row of the decision matrix would take.
+    With `options` every row of the decision matrix is shown too.
     """
     heading("plan", f"[bold]{plan.method}[/bold] of {plan.shape.name or 'the base'} on {plan.hardware.name}")
     decisions = _grid()
@@ -93,7 +96,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
     for part in memory.components:
         parts.add_row(part.name, f"[bold]{gib(part.size_bytes)}[/bold]", f"[dim]{escape(part.assumes)}[/dim]")
     if memory.host_bytes:
-        note = "pinned meanwhile: activations sent to the host, and embeddings kept there"
+        note = "pinned: activations offloaded to the host, and embeddings kept there"
         parts.add_row("host memory", f"[bold]{gib(memory.host_bytes)}[/bold]", f"[dim]{note}[/dim]")
     _show_grid(parts)
     heading("time", f"{counted(plan.steps, 'step')}, {_span(plan.time_s, plan.cost_usd)}")
@@ -111,14 +114,14 @@ def _targets(plan: Plan) -> str:
 
 
 def _size(parameters: int) -> str:
-    """`8B`, `494M`: a model's size as its name has it."""
+    """Return a model's size as in its name: `8B`, `494M`."""
     scale, unit = next(((scale, unit) for scale, unit in SCALES if parameters >= scale), (1.0, ""))
     size = parameters / scale
     return f"{size:.0f}{unit}" if size >= 10 or abs(size - round(size)) < 0.1 else f"{size:.1f}{unit}"
 
 
 def _short_span(time_s: tuple[float, float], cost_usd: tuple[float, float]) -> str:
-    """`1–3 min, ~$0.02`."""
+    """Return time and cost in short: `1–3 min, ~$0.02`."""
     high = time_s[1]
     scale, name = next((one for one in ((3600.0, "h"), (60.0, "min")) if high >= 1.5 * one[0]), (1.0, "s"))
     first, last = (f"{bound / scale:.{0 if bound >= scale else 1}f}" for bound in time_s)
@@ -128,7 +131,7 @@ def _short_span(time_s: tuple[float, float], cost_usd: tuple[float, float]) -> s
 
 
 def _show_options(plan: Plan) -> None:
-    heading("matrix", "what each method needs, without unpacked weights and CUDA graphs")
+    heading("matrix", "needs of each method, without dequantized weights and CUDA graphs")
     table = _grid()
     for option in plan.options:
         style = "bold" if option.chosen else "dim"
@@ -152,5 +155,5 @@ def _grid() -> Table:
 
 def _show_grid(grid: Table) -> None:
     for column in grid.columns:
-        column.overflow = "fold"  # a memory policy is one long word, and no part of it may be left out
+        column.overflow = "fold"  # a memory policy has no spaces to wrap at, and must stay complete
     PEOPLE.print(Padding(grid, (0, 0, 0, 2)))

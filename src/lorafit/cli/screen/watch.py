@@ -1,4 +1,7 @@
-"""Show a run as it happens: a live line on a terminal, lines by time elsewhere, or events for machines."""
+"""watch: the display of a run as it happens.
+
+A terminal has a live line, other outputs a line from time to time, and machines JSON events.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
     from lorafit.training import RunEvent, StepProgress
 
 LINE_S = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 BAR = 16
 
 
 class ConsoleObserver(Observer):
-    """Prints each stage as it ends; use it as a context manager so that the bars are taken down on errors.
+    """Print each stage as it ends. Use it as a context manager, so that errors remove the bars.
 
-    `data`: the files as typed.
+    `data` are the files as typed.
     """
 
     def __init__(self, data: Sequence[str] = ()) -> None:
@@ -53,7 +56,7 @@ class ConsoleObserver(Observer):
         )
         self.last_line_s = float("-inf")
         self.task = self.progress.add_task("train", total=1, seen="", visible=False)
-        self.rehearses = False
+        self.has_dry_run = False
         self.last_eval_loss: float | None = None
         self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
 
@@ -82,11 +85,11 @@ class ConsoleObserver(Observer):
         show_findings(prepared.findings, self.data)
 
     def on_plan(self, plan: Plan, resolved: Resolved) -> None:
-        self.rehearses = plan.hardware.kind == "cuda"
+        self.has_dry_run = plan.hardware.kind == "cuda"
         show_verdict(plan, [*plan.findings])
         show_choices(plan, resolved)
         show_findings(plan.findings)
-        heading("settings", "[dim]those set or planned; all of them are in run.yaml[/dim]")
+        heading("settings", "[dim]only set or planned ones; run.yaml has all[/dim]")
         show_settings([row for row in resolved.table() if row[2] != "default"], resolved.names)
 
     def on_loading(self, run: RunDir) -> None:
@@ -97,14 +100,14 @@ class ConsoleObserver(Observer):
     def on_model(self, counts: Counts, base: str) -> None:
         if self.status:
             self.status.stop()
-        heading("quantise", f"{Path(base).name}, frozen; packed rows verified isolated from each other")
+        heading("quantize", f"{Path(base).name}, frozen; packed rows verified isolated from each other")
         heading(
             "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
             f"([bold]{counts.percent:.3f} %[/bold])",
         )
-        if self.rehearses and self.status:
-            self.status.update("compiling, and trying the largest micro-batch")
+        if self.has_dry_run and self.status:
+            self.status.update("compiling, then a dry run of the largest micro-batch")
             self.status.start()
 
     def on_dry_run(self, dry_run: DryRun | None) -> None:
@@ -136,13 +139,13 @@ class ConsoleObserver(Observer):
         heading("event", f"[yellow]{escape(event.message)}[/yellow]")
 
     def on_stopping(self, signal_number: int) -> None:
-        # straight to the descriptor: rich holds locks that the interrupted code may hold too
-        with contextlib.suppress(OSError):  # a terminal that is gone
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+        # written directly, since the interrupted code may hold rich's locks
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to end at once\n")
 
 
 class JsonObserver(Observer):
-    """Writes one JSON object a line to standard error for each stage, step and event."""
+    """Write one JSON object a line to standard error for each stage, step and event."""
 
     def on_preflight(self, findings: list[Finding]) -> None:
         self._write("ready", findings=[finding.to_dict() for finding in findings])
@@ -168,13 +171,13 @@ class JsonObserver(Observer):
         self._write("event", **event.to_dict())
 
     def _write(self, event: str, /, **fields: Any) -> None:
-        with contextlib.suppress(OSError):  # a reader that is gone
+        with contextlib.suppress(OSError):  # the reader is gone
             line = json.dumps({"event": event, **without_infinities(fields)}, ensure_ascii=False)
             print(line, file=sys.stderr, flush=True)
 
 
 def _parts(progress: StepProgress, *, with_eval: bool) -> list[str]:
-    """What a line says of a step, the most important first."""
+    """Return the parts of a step's line, the most important first."""
     parts = [f"step {progress.step}/{progress.steps}", f"loss [bold]{loss(progress.loss)}[/bold]"]
     if with_eval and progress.eval_loss is not None:
         parts.append(f"held-out {loss(progress.eval_loss)}")
@@ -184,7 +187,10 @@ def _parts(progress: StepProgress, *, with_eval: bool) -> list[str]:
 
 
 def _live_line(progress: StepProgress, width: int) -> str:
-    """The step in one line of at most `width` columns: what has no room is left out from the end."""
+    """Return the step as one line of at most `width` columns.
+
+    Parts that do not fit are left out from the end.
+    """
     line = "[bold]train[/bold]    "
     for part in _parts(progress, with_eval=True):
         if len(Text.from_markup(f"{line} {part} ")) >= width:

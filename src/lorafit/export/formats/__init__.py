@@ -1,4 +1,4 @@
-"""Export formats: how merged weights are written, and how each is opened again to be measured."""
+"""formats: export formats, which write merged weights and open them again for verification."""
 
 from lorafit.errors import UsageError
 from lorafit.export.formats.export_format import ExportFormat, OpenedModel, Row, TransformersModel, Written
@@ -22,8 +22,8 @@ FORMATS: dict[str, ExportFormat] = {DEFAULT_FORMAT: Safetensors()}
 
 
 def format_named(name: str) -> ExportFormat:
-    """Return the export format called `name`. Raises UsageError for a name that no format has."""
+    """Return the export format called `name`. Raises UsageError for an unknown name."""
     if name not in FORMATS:
         fix = f"choose {' or '.join(FORMATS)}"
-        raise UsageError(f"'{name:.40}' is no export format", where="export_format", fix=fix)
+        raise UsageError(f"'{name:.40}' is not an export format", where="export_format", fix=fix)
     return FORMATS[name]

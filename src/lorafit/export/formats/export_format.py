@@ -1,4 +1,4 @@
-"""ExportFormat: the door for files that a model is served from. Safetensors is one; GGUF is the next."""
+"""ExportFormat: the protocol of model file formats. Safetensors implements it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorafit.backbone import unwrapped
 
 
 class Row(NamedTuple):
-    """One tokenised row.
+    """Hold one tokenized row.
 
     Attributes:
         ids: Token ids (tokens,).
@@ -29,18 +29,18 @@ class Row(NamedTuple):
 
     @property
     def predicting(self) -> np.ndarray:
-        """Positions whose logits predict a supervised token: the one before it."""
+        """Return the positions whose logits predict a supervised token: the position before it."""
         supervised = np.flatnonzero(np.asarray(self.mask, dtype=bool))
         return supervised[supervised > 0] - 1
 
     @property
     def targets(self) -> Tensor:
-        """Supervised token ids (positions,), in the order of `predicting`."""
+        """Return the supervised token ids (positions,), in the order of `predicting`."""
         return torch.as_tensor(np.asarray(self.ids, dtype=np.int64)[self.predicting + 1])
 
 
 class OpenedModel(Protocol):
-    """A model in whatever program runs it, asked for nothing but probabilities."""
+    """Hold a model in the program that runs it, and return its probabilities."""
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU."""
@@ -49,7 +49,7 @@ class OpenedModel(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """The files of an export's weights.
+    """Hold the weight files of an export.
 
     Attributes:
         files: Paths, in order.
@@ -61,49 +61,49 @@ class Written:
 
 
 class ExportFormat(Protocol):
-    """One format of model files. `verify` measures every format by what `open` returns."""
+    """Write and open one format of model files. `verify` measures every format by the result of `open`."""
 
     @property
     def name(self) -> str:
-        """The name that chooses this format."""
+        """Return the name that chooses this format."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision that the weights are served in."""
+        """Return the precision in which the weights are served."""
         ...
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk of each weight."""
+        """Return the bytes on disk of each weight."""
         ...
 
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to `folder`, one in memory at a time.
 
-        Floating-point tensors come in fp32; the format rounds each once. `folder` already holds config.json, the
+        Floating-point tensors come in fp32, and the format rounds each once. `folder` already holds config.json, the
         tokenizer and the chat template.
         """
         ...
 
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> AbstractContextManager[OpenedModel]:
-        """Load what `write` left in `folder`, as it will be served, within the block.
+        """Load the written model in `folder` within the block, as it will be served.
 
-        The live model lies on `device` and computes in `compute`.
+        `device` and `compute` are the live model's device and precision.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A transformers model, PEFT's wrapper or not, as an OpenedModel."""
+    """Wrap a transformers model, with or without PEFT, as an OpenedModel."""
 
     model: nn.Module
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`, in fp32 on the CPU.
 
-        The row runs alone and unpadded, so that nothing but the row itself decides the numbers.
+        The row runs alone and unpadded, so that no other row affects the numbers.
         """
         device = next(self.model.parameters()).device
         ids = torch.as_tensor(np.asarray(row.ids, dtype=np.int64), device=device)[None]

@@ -1,4 +1,4 @@
-"""Safetensors: 16-bit weights in files of bounded size with their index, as transformers and vLLM load them."""
+"""Safetensors: 16-bit weights in files of bounded size with an index, for transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Safetensors:
-    """The format of transformers, vLLM and everything that reads their folders. It implements `ExportFormat`."""
+    """Write and open the format of transformers and vLLM. It implements `ExportFormat`.
+
+    Attributes:
+        dtype: the precision of the weights.
+        max_shard_bytes: most bytes of a file, unless a single tensor is larger.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -30,13 +35,13 @@ class Safetensors:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk of each weight."""
+        """Return the bytes on disk of each weight."""
         return self.dtype.itemsize
 
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
-        """Write `weights` to `folder`: one file, or numbered shards and an index; one shard is in memory at a time.
+        """Write `weights` to `folder` as one file, or as numbered shards with an index.
 
-        A tensor is never split. One that is larger than `max_shard_bytes` has a shard to itself.
+        One shard is in memory at a time. A tensor is never split: a tensor over `max_shard_bytes` has its own shard.
         """
         written: list[list[str]] = []
         shard: dict[str, Tensor] = {}
@@ -54,10 +59,10 @@ class Safetensors:
 
     @contextmanager
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> Iterator[OpenedModel]:
-        """Load the model in `folder` with transformers, to run in the precision of its weights.
+        """Load the model in `folder` with transformers, in the precision of its weights.
 
-        Beside a live model that computes in another precision it runs in fp32, weights and activations rounded to its
-        own: many a CPU is slow in real bf16.
+        If the live model computes in another precision, the model runs in fp32 with weights and activations rounded to
+        its own precision, since many CPUs are slow in real bf16.
         """
         if compute is self.dtype:
             yield TransformersModel(_load(folder, self.dtype, device))
@@ -67,7 +72,10 @@ class Safetensors:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the model as its users do; on CUDA, layers that do not fit beside the live model stay on the host."""
+    """Load the model as its users do.
+
+    On CUDA, layers that do not fit beside the live model stay on the host.
+    """
     placement = "auto" if device.type == "cuda" else {"": device}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placement, trust_remote_code=False)
     return model.eval()
@@ -84,7 +92,7 @@ def _write(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
 
 
 def _name(written: list[list[str]], folder: Path, total: int) -> Written:
-    # a shard's name holds the number of shards, known only now
+    # a shard's name contains the number of shards, which is known only now
     count = len(written)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for number, name in enumerate(names):

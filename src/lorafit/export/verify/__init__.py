@@ -1,4 +1,4 @@
-"""The proof of an export: the artefact, opened from disk, beside the live model; and the prompt it is asked with."""
+"""verify: compare an export, opened from disk, with the live model, and check its prompt."""
 
 from lorafit.export.verify.prompt_check import write_chat_template
 from lorafit.export.verify.verification import Verification, verify

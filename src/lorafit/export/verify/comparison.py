@@ -1,4 +1,4 @@
-"""Comparison: how far one model is from another on the same rows."""
+"""Comparison: the distance of one model from another on the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFERENCE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over the supervised positions.
+    """Hold means over the supervised positions.
 
     Attributes:
         kl: KL divergence from the reference, in nats.
@@ -30,7 +30,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference model's log-probabilities, row by row: each (positions, vocabulary), fp32, on the CPU."""
+    """Hold the reference model's log-probabilities.
+
+    Attributes:
+        rows: the rows that were run.
+        log_probs: a tensor for each row: (positions, vocabulary), fp32, on the CPU.
+        loss: the reference's mean task loss, in nats.
+    """
 
     rows: tuple[Row, ...]
     log_probs: tuple[Tensor, ...]
@@ -38,12 +44,12 @@ class Reference:
 
     @property
     def positions(self) -> int:
-        """Supervised positions in all rows."""
+        """Return the number of supervised positions in all rows."""
         return sum(len(part) for part in self.log_probs)
 
     @classmethod
     def of(cls, model: OpenedModel, rows: Sequence[Row], max_bytes: int = REFERENCE_BYTES) -> Reference:
-        """Run `model` over `rows`, in their order, as long as the log-probabilities fit into `max_bytes`."""
+        """Run `model` over `rows` in order, while the log-probabilities fit into `max_bytes`."""
         used: list[Row] = []
         kept: list[Tensor] = []
         for row in rows:
@@ -55,7 +61,7 @@ class Reference:
         return cls(tuple(used), tuple(kept), _mean_loss(used, kept))
 
     def compare(self, model: OpenedModel) -> Comparison:
-        """Return KL(reference ‖ model), agreement, and the loss of `model` itself."""
+        """Return KL(reference ‖ model), top-1 agreement and the loss of `model`."""
         kl = agree = nll = 0.0
         for row, ours in zip(self.rows, self.log_probs):
             theirs = model.log_probabilities(row)

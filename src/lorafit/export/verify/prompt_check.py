@@ -1,4 +1,4 @@
-"""The exported chat template: the one that transformers renders to the prompt that the model was trained on."""
+"""prompt_check: write the exported chat template, and verify that it renders training's prompts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CLEANING = """\
 {%- endfor -%}
 {%- set messages = cleaned.messages -%}
 """
-"""What `lorafit.data` does to contents before it renders them, in Jinja, for templates that do not do it themselves."""
+"""The cleaning of contents by `lorafit.data`, in Jinja, for templates that do not clean contents themselves."""
 
 
 def write_chat_template(run: FinishedRun, folder: Path) -> list[Finding]:
-    """Give the tokenizer in `folder` the trained chat template, and prove it on the run's golden prompts.
+    """Set the trained chat template in `folder`, and check it on the run's golden prompts.
 
-    The base's template goes in as it is where it trims contents as training did, and behind CLEANING otherwise.
-    Returns finding V001 when `AutoTokenizer.apply_chat_template` gives other ids than training either way.
+    The base's template is used unchanged if it trims contents as training did, and behind CLEANING otherwise. Returns
+    finding V001 if `AutoTokenizer.apply_chat_template` gives other ids than training in both cases.
     """
     findings: list[Finding] = []
     for prelude in ("", CLEANING):
@@ -69,6 +69,6 @@ def _finding(found: list[int] | str, golden: Golden) -> Finding:
         Severity.ERROR,
         f"the exported chat template gives {got} where training had {len(golden.ids)} ids, {golden.ids[:12]}…",
         where="chat_template.jinja",
-        why="a model that is asked with another prompt than it was trained on answers worse, in silence",
+        why="a model answers worse, without any error, if its prompt differs from training",
         fix="serve the run with lorafit, which keeps the trained prompt, and report this base",
     )

@@ -1,4 +1,4 @@
-"""verify: is the merged folder on disk the model that was trained?"""
+"""verify: compare the merged folder on disk with the model that was trained."""
 
 from __future__ import annotations
 
@@ -23,19 +23,31 @@ from lorafit.methods import Method
 from lorafit.runs import write_text
 
 FLOORS = 10.0
-"""A faithful merge may be this many noise floors away from the live model."""
+"""Most KL of a correct merge to the live model, in noise floors."""
 LOSS_MARGIN = 0.05
-"""Nats of task loss that a merge onto the original base may lose where the adapter itself moved the base little."""
+"""Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 FILE = "verification.json"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The merged artefact against the live adapter model, beside two yardsticks measured the same way.
+    """Hold the comparison of the merged artefact with the live adapter model.
 
-    `floor` is the live model against itself in the other precision, `base` the base without its adapter: a
-    faithful merge lies near the first and far from the second. KL in nats a token, over `positions` supervised
-    tokens of `rows` held-out rows; `live_loss` is the live model's own loss; the dtypes are the precisions.
+    A correct merge is near the floor and far from the base. KL is in nats a token.
+
+    Attributes:
+        onto: the base that the delta was added to.
+        passed: False if the artefact is not the trained model.
+        reason: why, in one sentence.
+        merged: the artefact against the live model.
+        floor: the live model against itself in the other precision.
+        base: the base without its adapter against the live model.
+        live_loss: the live model's own loss.
+        rows: held-out rows.
+        positions: supervised tokens of these rows.
+        live_dtype: the live model's precision.
+        merged_dtype: the artefact's precision.
+        elapsed_s: seconds of verification.
     """
 
     onto: MergeBase
@@ -53,11 +65,11 @@ class Verification:
 
     @property
     def floors(self) -> float:
-        """The merged model's KL in units of the noise floor."""
+        """Return the merged model's KL in units of the noise floor."""
         return self.merged.kl / max(self.floor.kl, 1e-12)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; numbers that are not finite are None, for JSON has none."""
+        """Return a JSON-ready mapping. Numbers that are not finite are None, since JSON has no NaN."""
         return _finite(asdict(self) | {"floors": self.floors})
 
 
@@ -70,21 +82,21 @@ def verify(
     method: Method,
     export_format: ExportFormat,
 ) -> Verification:
-    """Open the artefact in `folder` from disk, and compare it with `live_model` (`method.load`) on `rows`.
+    """Open the artefact in `folder` from disk, and compare it with `live_model` on `rows`.
 
-    The noise floor is the live model against itself, with the format's precision and without: the error that serving
-    in it costs any model, merged or not. (A live model in that precision is compared with itself in fp32, another one
-    with itself rounded to it, weights and activations.) The artefact runs in that precision too, so that its distance
-    is the same error plus what merging added.
+    `live_model` comes from `method.load`. The noise floor compares the live model with and without the format's
+    precision: the error of serving any model in that precision, merged or not. (A live model in that precision is
+    compared with itself in fp32, another one with itself rounded to it, weights and activations.) The artefact runs in
+    that precision too, so that its distance is the same error plus the error of merging.
 
-    `passed` is False for "quantized" when KL > 10 × floor; for "original", another model by design, only when it
-    is further from the live model than the base alone and does the task worse. Writes verification.json
-    into the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
+    For "quantized", `passed` is False if KL > 10 × floor. For "original", another model by design, `passed` is False
+    only if the model is further from the live model than the base alone and does the task worse. verification.json is
+    written to the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
     """
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     if not usable:
-        raise VerificationError("there is no held-out row to verify with", fix="train with holdout above 0")
+        raise VerificationError("no held-out row is left to verify with", fix="train with holdout above 0")
     live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
     reference = Reference.of(live, usable)
     with _in_the_other_precision(live_model, dtype, stored):
@@ -116,7 +128,7 @@ def _judge(
     if onto == "original" and not near and merged.loss <= live_loss + LOSS_MARGIN:
         return True, f"{reason}, and it does the task as well"
     if base.kl < floor.kl:
-        reason += "; the adapter itself moves the base by less than the floor, so this says little: train it longer"
+        reason += "; the adapter moves the base by less than the floor, so this comparison is weak: train it longer"
     return near, reason
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: attached, saved, loaded, merged; the only room that imports peft."""
+"""lora: LoRA adapters, attached, saved, loaded and merged. Only this package imports peft."""
 
 from lorafit.methods.lora.adapter_folder import (
     AdapterSnapshot,

@@ -1,4 +1,4 @@
-"""AdaptedModel: a PeftModel whose `merge_and_unload` gives the model that was trained, in 16 or 32 bits."""
+"""AdaptedModel: a PeftModel whose `merge_and_unload` returns the trained model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ __all__ = ["AdaptedModel", "LoraConfig", "LoraLayer", "PeftModel", "get_peft_mod
 
 
 class AdaptedModel(PeftModelForCausalLM):
-    """PEFT's model in everything but merging into a 4-bit base.
+    """Extend PEFT's model with an accurate merge into a 4-bit base.
 
-    PEFT adds the delta and rounds the sum to 4 bits again, which loses most of what was learnt (KL 8.4e-3 to the
-    live model, against 5e-5 here). This one dequantises the base, adds the delta in fp32 and leaves plain linears.
+    PEFT adds the delta and rounds the sum to 4 bits again, which loses most of the training (KL 8.4e-3 to the live
+    model, against 5e-5 here). This class dequantizes the base, adds the delta in fp32 and leaves plain linears in 16 or
+    32 bits.
     """
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """torch's, which transformers calls after every step, in a third of the time.
+        """Clear all gradients, in a third of torch's time. transformers calls it after every step.
 
-        A 4-bit weight never has a gradient, and each look at one takes 4 µs; torch's also makes every module's name.
+        A 4-bit weight never has a gradient, and each look at one takes 4 µs; torch also builds every module's name.
         """
         if not set_to_none:
             super().zero_grad(set_to_none)
@@ -50,9 +51,9 @@ class AdaptedModel(PeftModelForCausalLM):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The transformers model with the delta added, without adapters and without 4-bit weights.
+        """Return the transformers model with the delta added, without adapters or 4-bit weights.
 
-        Takes 2 bytes a parameter (4 on a CPU) at the end; `lorafit.merge` works shard by shard from disk instead.
+        It takes 2 bytes a parameter (4 on a CPU) at the end; `lorafit.merge` works shard by shard from disk instead.
         """
         base: nn.Module = self.get_base_model()
         if getattr(base, "quantization_method", None) is None:

@@ -1,4 +1,4 @@
-"""An adapter on disk, in PEFT's format: saved, checked, loaded; and its deltas."""
+"""adapter_folder: an adapter on disk in PEFT's format, saved, checked and loaded; and its deltas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorafit.runs import staged_folder
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
 PREFIX = "base_model.model."
-# what a plain LoRA may set; every other key must have PEFT's default, for it would change what the adapter does
+# keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
 FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
      "inference_mode", "peft_version", "use_rslora", "init_lora_weights")
@@ -33,7 +33,14 @@ FREE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A checked adapter folder: its rank, scale and targets, and the weights on demand."""
+    """Hold a checked adapter folder. Its weights are read on demand.
+
+    Attributes:
+        folder: the adapter folder.
+        rank: LoRA's rank r.
+        scale: alpha / r, or alpha / √r for rsLoRA.
+        targets: the target modules, sorted.
+    """
 
     folder: Path
     rank: int
@@ -42,7 +49,7 @@ class AdapterFiles:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
-        """Check the folder at `folder`. Raises AdapterError, in one sentence, for whatever cannot be trusted."""
+        """Check the adapter in `folder`. Raises AdapterError with one sentence for untrusted files."""
         for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"):
             for path in folder.glob(suffix):
                 raise AdapterError(
@@ -52,13 +59,16 @@ class AdapterFiles:
                 )
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise AdapterError(f"there is no {name}", where=str(folder), fix="point at a LoRA adapter's folder")
+                raise AdapterError(f"{name} is missing", where=str(folder), fix="name the folder of a LoRA adapter")
         raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
         return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))
 
     def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name in the base -> (A (r, in), B (out, r)), fp32. Raises AdapterError for odd or non-finite ones."""
+        """Return (A (r, in), B (out, r)), fp32, by module name in the base.
+
+        Raises AdapterError for invalid or non-finite weights.
+        """
         pairs: dict[str, dict[str, Tensor]] = {}
         path = self.folder / WEIGHTS_FILE
         try:
@@ -75,19 +85,24 @@ class AdapterFiles:
 
 @dataclass(frozen=True)
 class AdapterSnapshot:
-    """An adapter's weights as they were at one moment, copied to the host, and its configuration."""
+    """Hold an adapter's weights of one moment on the host, and its configuration.
+
+    Attributes:
+        tensors: the weights, by PEFT's names.
+        settings: PEFT's LoraConfig.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     settings: Any
 
     @classmethod
     def of(cls, model: PeftModel, config: RunConfig, *, base_name: str) -> AdapterSnapshot:
-        """Copy the active adapter of `model`, in fp32; training may go on while the copy is written."""
+        """Copy the active adapter of `model`, in fp32. Training may continue while the copy is written."""
         lora = model.peft_config[model.active_adapter]
         assert lora.r == config.rank, "the adapter is not the one the settings describe"
         saved = copy.copy(lora)
         saved.revision = config.revision  # PEFT's auto classes load the base by it
-        # a set is written in an order that differs from run to run
+        # sorted, since the order of a set differs from run to run
         saved.target_modules, saved.base_model_name_or_path, saved.inference_mode = (
             sorted(lora.target_modules),
             base_name,
@@ -104,13 +119,13 @@ class AdapterSnapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def require_finite(self, where: Path) -> None:
-        """AdapterError when a weight is NaN or infinite: such an adapter is never saved."""
+        """Raise AdapterError if a weight is NaN or infinite. Such an adapter is never saved."""
         for name, tensor in self.tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError(f"{name} holds NaN or infinite values: the adapter is not saved", where=str(where))
 
     def write(self, folder: Path) -> None:
-        """Write the files into `folder`, which exists; whole or not is the caller's care."""
+        """Write the files into `folder`, which exists. The caller makes the write atomic."""
         save_file(dict(self.tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.settings.save_pretrained(str(folder))
 
@@ -123,10 +138,10 @@ def save_adapter(
     base_name: str,
     written: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the adapter to `folder`, replacing what is there, so that plain `PeftModel.from_pretrained` loads it.
+    """Write the adapter to `folder`, so that plain `PeftModel.from_pretrained` loads it.
 
-    The folder appears whole or not at all, once `written` has seen the staged one. Raises RunDirError when it cannot
-    be written, AdapterError when a weight is not finite.
+    An existing folder is replaced. The folder appears completely or not at all, after `written` has seen the staged
+    one. Raises RunDirError if it cannot be written, AdapterError if a weight is not finite.
     """
     snapshot = AdapterSnapshot.of(model, config, base_name=base_name)
     snapshot.require_finite(folder)
@@ -137,7 +152,7 @@ def save_adapter(
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:
-    """Copy the weights in `folder` into the adapter that `model` trains. AdapterError when they do not fit it."""
+    """Copy the weights in `folder` into the adapter of `model`. Raises AdapterError if they do not fit."""
     weights = AdapterFiles.open(folder).weights()
     live = {
         name.removeprefix("base_model.model."): module
@@ -158,9 +173,9 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the adapter in `folder` attached, in fp32; frozen unless `trainable`.
+    """Return `model` with the adapter in `folder` attached, in fp32; frozen unless `trainable`.
 
-    Raises AdapterError when the files cannot be trusted or do not fit the model.
+    Raises AdapterError if the files are untrusted or do not fit the model.
     """
     files = AdapterFiles.open(folder)
     weights = files.weights()
@@ -207,7 +222,7 @@ def _scale(raw: dict[str, Any], folder: Path) -> float:
         raise AdapterError(f"alpha {alpha} is no positive number", where=str(folder / CONFIG_FILE))
     scale = alpha / (math.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"])
     if scale > MAX_SCALE:
-        raise AdapterError(f"the scale alpha / r = {scale:g} is absurd", where=str(folder / CONFIG_FILE))
+        raise AdapterError(f"the scale alpha / r = {scale:g} is over {MAX_SCALE:g}", where=str(folder / CONFIG_FILE))
     return scale
 
 
@@ -250,30 +265,39 @@ EXPERTS = ".experts."
 
 @dataclass(frozen=True)
 class Delta:
-    """The low-rank update of one weight: A (r, in), B (out, r), fp32, and the scale alpha / r."""
+    """Hold the low-rank update of one weight.
+
+    Attributes:
+        a: A (r, in), fp32.
+        b: B (out, r), fp32.
+        scale: alpha / r.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
 
     def dense(self) -> Tensor:
-        """`scale · B @ A` (out, in) in fp32."""
+        """Return `scale · B @ A` (out, in) in fp32."""
         return (self.b.float() @ self.a.float()) * self.scale
 
 
 class Deltas(Mapping[str, Delta]):
-    """Base parameter name (`….q_proj.weight`) -> its Delta."""
+    """Map base parameter names (`….q_proj.weight`) to their deltas."""
 
     def __init__(self, deltas: Mapping[str, Delta]) -> None:
         self._deltas = dict(deltas)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Deltas:
-        """The deltas of the adapter in `folder`. Raises AdapterError, or VerificationError for an untrained one."""
+        """Return the deltas of the adapter in `folder`.
+
+        Raises AdapterError for untrusted files, VerificationError for an untrained adapter.
+        """
         files = AdapterFiles.open(folder)
         deltas = {f"{name}.weight": Delta(a, b, files.scale) for name, (a, b) in files.weights().items()}
         for name, delta in deltas.items():
-            # an expert that no token was routed to stays as it was
+            # an expert without routed tokens stays untrained
             if EXPERTS not in name and not bool(delta.dense().any()):
                 raise VerificationError(
                     f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
@@ -287,9 +311,10 @@ class Deltas(Mapping[str, Delta]):
             raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return `weight` (out, in) plus its delta, summed in fp32 and rounded once to the weight's dtype.
+        """Return `weight` (out, in) plus its delta, summed in fp32.
 
-        A weight without a delta comes back as it is. Raises VerificationError when the shapes differ.
+        The sum is rounded once, to the weight's dtype. A weight without a delta is returned unchanged. Raises
+        VerificationError if the shapes differ.
         """
         delta = self.get(name)
         if delta is None:

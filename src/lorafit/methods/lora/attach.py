@@ -1,4 +1,4 @@
-"""attach: LoRA adapters on a frozen base (Hu et al., arXiv:2106.09685), and the modules that get one."""
+"""attach: LoRA adapters on a frozen base (Hu et al., arXiv:2106.09685), and their targets."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PRESETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Linears that choose experts: `all-linear` leaves them alone, as tuning the routing unbalances the experts."""
+"""Linears that choose experts. `all-linear` skips them, since tuning the routing unbalances the experts."""
 
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """The module names (or dotted endings) that `targets` stands for in `model`.
+    """Return the module names (or dotted endings) that `targets` selects in `model`.
 
-    `targets` is "qv", "attention", "all-linear" or names. Raises AdapterError when a name is in no layer, in only
-    some of them, or is the output head, and lists the linear modules that there are.
+    `targets` is "qv", "attention", "all-linear" or names. Raises AdapterError, listing the linear modules, if a name is
+    in no layer, in only some layers, or is the output head.
     """
     linears = linear_names(model)
     if not linears:
@@ -45,7 +45,10 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Dotted names of the linears that may take an adapter: those of the text decoder, but never the output head."""
+    """Return the dotted names of the linears that may take an adapter.
+
+    These are the linears of the text decoder, without the output head.
+    """
     head = output_head(model)
     inside = set(text_decoder(model).modules())
     return [
@@ -56,14 +59,17 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def unambiguous(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """`names`, or the whole names of what they select where they would also select modules outside the decoder."""
+    """Return `names`, or full names if `names` also select modules outside the decoder."""
     wanted = matching(names, linear_names(model))
     everywhere = matching(names, [name for name, _ in model.named_modules()])
     return tuple(names) if everywhere == wanted else tuple(sorted(wanted))
 
 
 def matching(names: Sequence[str], linears: Sequence[str]) -> set[str]:
-    """The linears that `names` select, as PEFT selects them: the whole name, or a dotted ending of it."""
+    """Return the linears that `names` select, as PEFT does.
+
+    A name matches the whole dotted name or a dotted ending of it.
+    """
     return {linear for linear in linears if any(linear == name or linear.endswith(f".{name}") for name in names)}
 
 
@@ -88,29 +94,34 @@ def _layers(names: Sequence[str]) -> set[str]:
 
 
 def _is_hybrid(model: nn.Module) -> bool:
-    """True when the family mixes kinds of layers, so that some have no attention to adapt."""
+    """Return True if the family mixes layer kinds, so that some layers have no attention."""
     kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
     return any(kind not in _ATTENTION_KINDS for kind in kinds)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters that train and all there are, 4-bit ones counted one by one."""
+    """Count parameters; each 4-bit one counts as one.
+
+    Attributes:
+        trainable: parameters that train.
+        total: all parameters.
+    """
 
     trainable: int
     total: int
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in percent of all."""
+        """Return the trainable parameters in percent of all."""
         return 100.0 * self.trainable / self.total
 
 
 def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | None = None) -> PeftModel:
-    """`model` with fresh LoRA adapters, in fp32, on `target_names` (default: `config.targets`).
+    """Return `model` with fresh LoRA adapters, in fp32, on `target_names`.
 
-    A is drawn from `config.seed`, B is zero: the model answers as before. Raises AdapterError when a target does
-    not exist in every layer.
+    The default is `config.targets`. A is drawn from `config.seed`, B is zero, so the model's answers do not change.
+    Raises AdapterError if a target is not in every layer.
     """
     names = resolve_targets(model, config.targets if target_names is None else target_names)
     wanted = matching(names, linear_names(model))
@@ -123,7 +134,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
 
 
 def lora_config(config: RunConfig, names: Sequence[str] = PRESETS["qv"]) -> LoraConfig:
-    """PEFT's description of the adapters of `config` on the modules `names`."""
+    """Return PEFT's description of the adapters of `config` on the modules `names`."""
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -135,7 +146,10 @@ def lora_config(config: RunConfig, names: Sequence[str] = PRESETS["qv"]) -> Lora
 
 
 def _draw(adapted: PeftModel, seed: int) -> None:
-    """PEFT's own initialisation of A, drawn on the CPU in fp32: the same on every device and in every precision."""
+    """Draw A as PEFT does, on the CPU in fp32.
+
+    The values are then the same on every device and in every precision.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
@@ -146,7 +160,7 @@ def _draw(adapted: PeftModel, seed: int) -> None:
 
 
 def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
-    """Assert that exactly the linears in `wanted` have an adapter, and that only fp32 adapter weights train."""
+    """Assert that exactly the linears in `wanted` have an adapter, and only fp32 adapters train."""
     found = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     assert found == set(wanted), f"adapters on {sorted(found ^ set(wanted))[:4]} do not match the targets"
     for name, parameter in adapted.named_parameters():
@@ -157,7 +171,7 @@ def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
 
 
 def count_parameters(model: nn.Module) -> Counts:
-    """Trainable and total parameters of `model`."""
+    """Return the trainable and total parameters of `model`."""
     sizes = [(true_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Counts(sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes))
 

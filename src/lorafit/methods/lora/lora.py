@@ -26,7 +26,7 @@ from lorafit.methods.lora.attach import attach
 
 
 class Lora:
-    """The method that trains `scale · B @ A` beside frozen linears. It implements `lorafit.methods.Method`."""
+    """Train `scale · B @ A` beside frozen linears. The class implements `lorafit.methods.Method`."""
 
     name = "lora"
 
@@ -35,11 +35,11 @@ class Lora:
         return f"LoRA (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
-        """Return `model` with fresh adapters on `targets` (default: `config.targets`); the base is frozen."""
+        """Return `model` with fresh adapters on `targets` (default: `config.targets`) and a frozen base."""
         return attach(model, config, targets)
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the adapters' weights, in the order of the model's modules."""
+        """Return the adapters' weights in module order."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def snapshot(self, model: Any, config: RunConfig) -> AdapterSnapshot:
@@ -47,13 +47,13 @@ class Lora:
         return AdapterSnapshot.of(model, config, base_name=config.base)
 
     def restore(self, model: Any, folder: Path) -> None:
-        """Copy the adapter in `folder` into the one that `model` trains."""
+        """Copy the adapter in `folder` into the adapter of `model`."""
         restore_adapter(model, folder)
 
     def save(
         self, model: Any, folder: Path, config: RunConfig, *, written: Callable[[Path], None] | None = None
     ) -> None:
-        """Write the adapter to `folder` in PEFT's format, whole or not at all."""
+        """Write the adapter to `folder` in PEFT's format, completely or not at all."""
         save_adapter(model, folder, config, base_name=config.base, written=written)
 
     def load(self, model: nn.Module, folder: Path, config: RunConfig) -> nn.Module:
@@ -62,12 +62,12 @@ class Lora:
         return load_adapter(model, folder)
 
     def detach(self, model: Any) -> nn.Module:
-        """Return the base within `model`, its linears as they were before the adapter."""
+        """Return the base within `model`, with its original linears."""
         base: nn.Module = model.unload()
         return base
 
     def without(self, model: Any) -> AbstractContextManager[Any]:
-        """Switch the adapter of `model` off within the block."""
+        """Disable the adapter of `model` within the block."""
         switched_off: AbstractContextManager[Any] = model.disable_adapter()
         return switched_off
 
@@ -77,15 +77,15 @@ class Lora:
         return Deltas.from_folder(folder)
 
     def is_finished(self, folder: Path) -> bool:
-        """Tell whether `folder` holds an adapter's weights and their description."""
+        """Return True if `folder` holds an adapter's weights and configuration."""
         return all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _check_settings(folder: Path, config: RunConfig) -> None:
-    """Raise AdapterError when the files have another rank or scale than the run was trained with."""
+    """Raise AdapterError if rank or scale of the files differ from the run's settings."""
     files = AdapterFiles.open(folder)
     trained = {"rank": config.rank, "scale": config.alpha / config.rank}
     for name, found in (("rank", files.rank), ("scale", files.scale)):
         if not math.isclose(found, trained[name], rel_tol=1e-6):
-            what = f"the adapter has {name} {found:g}, and the run was trained with {trained[name]:g}"
+            what = f"the adapter has {name} {found:g}, but the run was trained with {trained[name]:g}"
             raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole by a thread of their own, proved by a manifest, resumed to the bit."""
+"""checkpoints: written on a separate thread, verified by a manifest, resumed bit-exactly."""

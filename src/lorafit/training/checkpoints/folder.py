@@ -1,4 +1,4 @@
-"""Checkpoint: a folder that is whole, proved so by its manifest; and the newest one to resume from."""
+"""Checkpoint: a folder verified by its manifest, and the search for the newest one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,28 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint that verifies: where it is, the run and step it belongs to, and the held-out loss there if any."""
+    """Hold a checkpoint that verifies.
+
+    Attributes:
+        folder: its folder.
+        run: the id of its run.
+        step: its step.
+        eval_loss: the held-out loss at this step, if it was measured.
+        is_last: True at the run's last step, when nothing is left to train.
+    """
 
     folder: Path
     run: str
     step: int
     eval_loss: float | None
-    is_last: bool = False  # of the run: nothing is left to train
+    is_last: bool = False
 
     @classmethod
     def open(cls, folder: Path, *, run: str | None = None) -> Checkpoint:
-        """Read and hash every file in `folder`. Raises CheckpointError, one sentence, for whatever is not as written.
+        """Read and hash every file in `folder`.
 
-        `run` is the id of the run it must belong to.
+        `run` is the id of the run that the checkpoint must belong to. Raises CheckpointError with one sentence for the
+        first file that is not as written.
         """
         manifest = read_manifest(folder)
         for name, entry in manifest["files"].items():
@@ -49,7 +58,7 @@ class Checkpoint:
 
 
 def seal(folder: Path, *, run: str, step: int, eval_loss: float | None, last: bool = False) -> None:
-    """Sync every file in `folder`, then write the manifest that vouches for them, and sync that."""
+    """Sync every file in `folder`, write the manifest with their hashes, and sync it."""
     follow_umask(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -58,13 +67,15 @@ def seal(folder: Path, *, run: str, step: int, eval_loss: float | None, last: bo
     for inner in sorted({path.parent for path in folder.rglob("*")}):
         sync(inner)
     manifest = {"format": FORMAT, "run": run, "step": step, "eval_loss": eval_loss, "last": last, "files": files}
-    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")  # last: without it there is no checkpoint
+    (folder / MANIFEST).write_text(
+        _sealed(manifest), encoding="utf-8"
+    )  # last, since a folder without manifest is no checkpoint
     sync(folder / MANIFEST)
     sync(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`, itself proved by the hash it carries. Raises CheckpointError."""
+    """Return the manifest of `folder`, verified by its own hash. Raises CheckpointError."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -72,7 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         del manifest["sha256"]
-        # written again it must be the same text, to the blank: so no flipped bit passes
+        # compare the text byte for byte, so that every flipped bit is found
         whole = _sealed(manifest) == text and manifest["format"] == FORMAT
     except FileNotFoundError as error:
         raise CheckpointError("it has no manifest", where=str(folder)) from error
@@ -83,30 +94,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not whole:
         raise CheckpointError("its manifest is damaged", where=str(folder))
     if folder.name != folder_name(manifest["step"]):
-        raise CheckpointError(f"its manifest is that of step {manifest['step']}", where=str(folder))
+        raise CheckpointError(f"its manifest belongs to step {manifest['step']}", where=str(folder))
     assert isinstance(manifest, dict)
     return manifest
 
 
 def folder_name(step: int) -> str:
-    """step-000120"""
+    """Return the folder name of a step, such as step-000120."""
     return f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None when it is no such name."""
+    """Return the step in a checkpoint folder's name; None for other names."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Every `step-N` in `folder`, oldest first, whether it verifies or not."""
+    """Return every `step-N` in `folder`, oldest first, verified or not."""
     steps = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(steps)]
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
-    """Remove all checkpoints but the newest `keep_last` and, of the others, the `keep_best` of lowest held-out loss."""
+    """Remove old checkpoints.
+
+    The newest `keep_last` stay, and of the others the `keep_best` with the lowest held-out loss.
+    """
     older = checkpoint_folders(folder)[:-keep_last]
     scored = sorted((loss, -(step_of(path) or 0), path) for path in older if (loss := _loss_of(path)) is not None)
     best = {path for _, _, path in scored[:keep_best]}
@@ -116,7 +130,10 @@ def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a checkpoint so that a kill half way leaves nothing that looks like one."""
+    """Remove a checkpoint.
+
+    A rename comes first, so that a kill never leaves half a checkpoint.
+    """
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -138,7 +155,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size:,} of {entry['bytes']:,} bytes", where=str(folder))
         if file_hash(path) != entry["sha256"]:
-            raise CheckpointError(f"{name} is not what was written (its SHA-256 differs)", where=str(folder))
+            raise CheckpointError(f"{name} is not as written (its SHA-256 differs)", where=str(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing", where=str(folder)) from error
     except OSError as error:
@@ -152,7 +169,12 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A checkpoint that was passed over, and why."""
+    """Hold a checkpoint that was skipped.
+
+    Attributes:
+        folder: its folder.
+        reason: why it does not verify.
+    """
 
     folder: Path
     reason: str
@@ -163,7 +185,7 @@ class Damaged:
 
 
 def newest_whole(folder: Path, run: str) -> tuple[Checkpoint | None, list[Damaged]]:
-    """The newest checkpoint of `run` in `folder` that verifies, and the newer ones that do not."""
+    """Return the newest checkpoint of `run` that verifies, and the newer ones that do not."""
     damaged: list[Damaged] = []
     for path in reversed(checkpoint_folders(folder)):
         try:
@@ -174,7 +196,10 @@ def newest_whole(folder: Path, run: str) -> tuple[Checkpoint | None, list[Damage
 
 
 def set_aside(damaged: list[Damaged]) -> None:
-    """Rename damaged checkpoints to step-N.damaged, so that the run writes its own there. OSError when it cannot."""
+    """Rename damaged checkpoints to step-N.damaged, so that the run can write new ones.
+
+    Raises OSError if a rename fails.
+    """
     for one in damaged:
         aside = one.folder.with_name(f"{one.folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -182,7 +207,7 @@ def set_aside(damaged: list[Damaged]) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing or removing: nothing of it was a checkpoint."""
+    """Remove checkpoints that a killed process was writing or removing."""
     for pattern in (".step-*.staged", ".step-*.removed"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""Snapshot: all that a run is after a step, copied to the host; written to a checkpoint, restored from one."""
+"""Snapshot: the full state of a run after a step, copied to the host.
+
+It is written to a checkpoint and restored from one.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def optimizer_state(optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
-    """Copies on the host: tensors named INDEX.NAME[.NAME] by parameter, and {"groups", "scalars"} for JSON.
+    """Return host copies of the optimizer's state, as tensors and JSON values.
 
-    bitsandbytes keeps uint8 moments with their block maxima and code books in a nested mapping; names follow it down.
+    Tensors are named INDEX.NAME[.NAME] by parameter; the JSON values are {"groups", "scalars"}. bitsandbytes keeps
+    uint8 moments with their block maxima and code books in a nested mapping, which the names follow.
     """
     state = optimizer.state_dict()
     tensors: Tensors = {}
@@ -33,12 +37,12 @@ def optimizer_state(optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
 
 
 def restore_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
-    """Load what `optimizer_state` gave. ValueError when it belongs to other parameter groups."""
+    """Load the state that `optimizer_state` returned. Raises ValueError for other parameter groups."""
     now = optimizer.state_dict()["param_groups"]
     if len(now) != len(rest["groups"]):
         raise ValueError("the optimizer has other parameter groups")
     groups = [
-        # JSON has no tuples, and the betas are one
+        # JSON has no tuples, but the betas are a tuple
         {**_with_tuples(saved), "params": group["params"]}
         for saved, group in zip(rest["groups"], now, strict=True)
     ]
@@ -73,7 +77,10 @@ def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _page_again(optimizer: Any) -> None:
-    """Move the moments of a paged optimizer back into its paged memory: loading left them on the GPU."""
+    """Move the moments of a paged optimizer back into paged memory.
+
+    Loading leaves them on the GPU.
+    """
     if not getattr(optimizer, "is_paged", False):
         return
     for weight, state in optimizer.state.items():
@@ -85,7 +92,10 @@ def _page_again(optimizer: Any) -> None:
 
 
 def generators_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """torch's generators (CPU, and each visible GPU's) as byte tensors; Python's and numpy's for JSON."""
+    """Return the state of all random generators.
+
+    torch's (CPU, and each visible GPU) are byte tensors; Python's and numpy's are JSON values.
+    """
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{gpu}": state.cpu() for gpu, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -96,7 +106,7 @@ def generators_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_generators(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
-    """Set every generator to what `generators_state` gave; GPUs that were not there then keep theirs."""
+    """Set every generator to its saved state. GPUs without a saved state keep theirs."""
     torch.random.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         for gpu in range(torch.cuda.device_count()):
@@ -110,19 +120,24 @@ def restore_generators(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, A
 
 @dataclass(frozen=True, slots=True)
 class RandomStreams:
-    """The CPU's stream and, for training on a GPU, that GPU's. Reading them does not wait for the GPU."""
+    """Hold the random states of the CPU and the training GPU. Reading them does not wait for the GPU.
+
+    Attributes:
+        cpu: the CPU generator's state.
+        gpu: the GPU generator's state; None on a CPU.
+    """
 
     cpu: torch.Tensor
     gpu: torch.Tensor | None
 
     @classmethod
     def now(cls, device: torch.device) -> RandomStreams:
-        """The streams as they stand."""
+        """Return the present states."""
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.random.get_rng_state(), gpu)
 
     def restore(self, device: torch.device) -> None:
-        """Set the streams back."""
+        """Set the states back."""
         torch.random.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, device)
@@ -142,13 +157,13 @@ STATE_FIELDS = (
     "total_flos",
     "num_input_tokens_seen",
 )
-"""What of transformers' TrainerState a resumed run needs, besides its history; every release has these."""
+"""Fields of transformers' TrainerState that a resumed run needs, besides its history; every release has them."""
 JSON_BYTES = 1 << 20
-"""Room allowed for what is not a tensor when the space of a checkpoint is estimated."""
+"""Bytes allowed for JSON when the size of a checkpoint is estimated."""
 
 
 class Resumable(Protocol):
-    """The training loop, as far as a checkpoint holds it."""
+    """Describe the parts of a training loop that a checkpoint holds."""
 
     model: torch.nn.Module
     config: RunConfig
@@ -159,26 +174,26 @@ class Resumable(Protocol):
 
     @property
     def state(self) -> Any:
-        """transformers' state of the run."""
+        """Return transformers' state of the run."""
         ...
 
     def resumable(self) -> dict[str, Any]:
-        """Return what else a resumed run must know, as JSON values."""
+        """Return the further state of a resumed run, as JSON values."""
         ...
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run as it was after a step.
+    """Hold a run's state after a step.
 
     Attributes:
         step: the step.
-        eval_loss: the held-out loss at this step, where it was measured.
+        eval_loss: the held-out loss at this step, if it was measured.
         trained: the trained weights, as the method keeps them.
-        optimizer: its moments.
+        optimizer: the optimizer's moments.
         random: the states of torch's generators.
         trainer_state: transformers' TrainerState, history included.
-        rest: what is no tensor: {"optimizer", "schedule", "scaler", "random", "run"}, `run` as `resumable` gives it.
+        rest: JSON values: {"optimizer", "schedule", "scaler", "random", "run"}, with `run` from `resumable`.
     """
 
     step: int
@@ -191,7 +206,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, loop: Resumable) -> Snapshot:
-        """Copy `loop` as it stands; waits for the GPU once, and nothing of the copy changes as training goes on."""
+        """Copy the present state of `loop`. The copy waits for the GPU once, and is independent of further training."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # paged moments are read from the host
         moments, optimizer_rest = optimizer_state(loop.optimizer)
@@ -216,18 +231,18 @@ class Snapshot:
 
     @property
     def is_last(self) -> bool:
-        """True when nothing is left to train."""
+        """Return True if nothing is left to train."""
         return bool(self.step >= self.trainer_state["max_steps"])
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk, within JSON_BYTES and the length of the history."""
+        """Return the estimated bytes on disk, within JSON_BYTES and the length of the history."""
         tensors = [*self.optimizer.values(), *self.random.values()]
         history = 256 * len(self.trainer_state["log_history"])
         return self.trained.size_bytes + sum(tensor.nbytes for tensor in tensors) + history + JSON_BYTES
 
     def write(self, folder: Path) -> None:
-        """Write every file into the empty `folder`. OSError or SafetensorError when the disk refuses."""
+        """Write every file into the empty `folder`. Raises OSError or SafetensorError if the disk refuses."""
         self.trained.require_finite(folder)
         (folder / ADAPTER).mkdir()
         self.trained.write(folder / ADAPTER)
@@ -238,7 +253,10 @@ class Snapshot:
 
 
 def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
-    """Restore optimizer, schedule and loss scale from a verified checkpoint; returns what `resumable` gave."""
+    """Restore optimizer, schedule and loss scale from a verified checkpoint.
+
+    Returns the state that `resumable` returned.
+    """
     rest = read_rest(folder)
     restore_optimizer(loop.optimizer, load_file(folder / OPTIMIZER), rest["optimizer"])
     loop.lr_scheduler.load_state_dict({**loop.lr_scheduler.state_dict(), **rest["schedule"]})
@@ -250,29 +268,29 @@ def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
 
 
 def restore_randomness(folder: Path) -> None:
-    """Set every random generator as a verified checkpoint has it."""
+    """Set every random generator to its state in a verified checkpoint."""
     restore_generators(load_file(folder / RANDOM), read_rest(folder)["random"])
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Return what of a verified checkpoint is no tensor."""
+    """Return the JSON values of a verified checkpoint."""
     rest = json.loads((folder / REST).read_text(encoding="utf-8"))
     assert isinstance(rest, dict)
     return rest
 
 
 def _schedule(scheduler: Any) -> dict[str, Any]:
-    # the lambdas are made again from the settings, which the fingerprint holds to be the same
+    # the lambdas are rebuilt from the settings, which the fingerprint keeps equal
     return {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
 
 
 def _trainer_state(state: Any) -> dict[str, Any]:
-    # the list is copied, its entries never change
+    # a copy of the list is enough, since its entries never change
     return {name: getattr(state, name) for name in STATE_FIELDS} | {"log_history": list(state.log_history)}
 
 
 def _eval_loss(state: Mapping[str, Any]) -> float | None:
-    """The held-out loss measured at this very step, if it was."""
+    """Return the held-out loss measured at exactly this step, None without one."""
     for entry in reversed(state["log_history"]):
         if entry.get("step") != state["global_step"]:
             return None

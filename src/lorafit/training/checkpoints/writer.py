@@ -1,4 +1,4 @@
-"""CheckpointWriter: snapshots go to disk on a thread of their own; a disk that refuses does not end the run."""
+"""CheckpointWriter: write snapshots on a thread; a full disk does not end the run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FREE_SPACE_MARGIN = 1.1
 
 
 class CheckpointWriter:
-    """Writes one snapshot at a time to `folder`/step-N: staged, synced, sealed, renamed, the parent synced.
+    """Write one snapshot at a time to `folder`/step-N: staged, synced, sealed, renamed, parent synced.
 
-    What goes wrong is kept until `wait` or `poll` and becomes an event there, on the caller's thread. A run does not
-    end for a full disk: the last good checkpoint is never touched by a failed one, and the next save tries again.
+    An error is kept until `wait` or `poll` and becomes an event there, on the caller's thread. A full disk does not end
+    the run: a failed checkpoint never touches the last good one, and the next save tries again.
     """
 
     def __init__(self, folder: Path, config: RunConfig, run: str, events: EventLog) -> None:
@@ -41,21 +41,21 @@ class CheckpointWriter:
         self.fault: BaseException | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write `snapshot`, after the one before it is done."""
+        """Start to write `snapshot`, after the previous one is done."""
         self.wait()
-        # a daemon: a second Ctrl-C must not wait for a slow disk, and a staged folder harms nobody
+        # daemon: a second Ctrl-C must not wait for a slow disk, and a staged folder is harmless
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="lorafit-checkpoint", daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written; reports what went wrong."""
+        """Wait until the snapshot is written, and report its error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         self.poll()
 
     def poll(self) -> None:
-        """Report what went wrong, without waiting. What no disk is to blame for is raised."""
+        """Report an error without waiting. Errors that are not the disk's are raised."""
         failure, self.failure = self.failure, None
         fault, self.fault = self.fault, None
         if fault is not None:
@@ -64,13 +64,15 @@ class CheckpointWriter:
             self._report(*failure)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint's folder."""
+        """Return the newest checkpoint's folder."""
         return next(reversed(checkpoint_folders(self.folder)), None)
 
     def _report(self, step: int, reason: str) -> None:
         last = self.newest()
-        kept = f"{last.name} is kept" if last else "there is none yet"
-        message = f"the checkpoint of step {step} could not be written ({reason}): {kept}, the next save tries again"
+        kept = f"{last.name} is kept" if last else "there is no other yet"
+        message = (
+            f"the checkpoint of step {step} could not be written ({reason}); {kept}, and the next save tries again"
+        )
         self.events.record("checkpoint_failed", step, message)
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -81,15 +83,15 @@ class CheckpointWriter:
             self.failure = (snapshot.step, error.what)
         except (OSError, SafetensorError) as error:
             self.failure = (snapshot.step, f"{getattr(error, 'strerror', None) or error}")
-        except BaseException as error:  # noqa: BLE001 (ours to mend: raised where the next save would begin)
+        except BaseException as error:  # noqa: BLE001 (a bug: raised at the next save)
             self.fault = error
 
 
 def write_checkpoint(snapshot: Snapshot, folder: Path, run: str) -> Path:
-    """Write `snapshot` to `folder`/step-N, whole or not at all; its folder.
+    """Write `snapshot` to `folder`/step-N, completely or not at all, and return its folder.
 
-    A checkpoint that is there already stays when it verifies and is replaced when it does not. Raises RunDirError
-    when there is too little space, OSError or SafetensorError when the disk refuses.
+    An existing checkpoint stays if it verifies and is replaced if not. Raises RunDirError if the disk has too little
+    space, OSError or SafetensorError if it refuses.
     """
     final = folder / folder_name(snapshot.step)
     if final.exists():
@@ -126,16 +128,17 @@ def _require_space(folder: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunDirError(
-            f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free",
+            f"a checkpoint needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free",
             where=str(folder),
-            fix="free some space; earlier checkpoints are whole",
+            fix="free some space; earlier checkpoints are kept",
         )
 
 
 class SaveTimer:
-    """A checkpoint is due `minutes` after the last one, or after training began; 0: never.
+    """Decide when a checkpoint is due.
 
-    `now` gives seconds that no change of the wall clock moves.
+    It is due `minutes` after the last one or the start; 0 is never. `now` returns monotonic seconds, which no change of
+    the wall clock moves.
     """
 
     def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -143,9 +146,9 @@ class SaveTimer:
         self.since = now()
 
     def start(self) -> None:
-        """Count from here on: training begins, or a checkpoint is written."""
+        """Count from now on: training starts, or a checkpoint is written."""
         self.since = self.now()
 
     def is_due(self) -> bool:
-        """True once the time is over; the clock is read once."""
+        """Return True once the time is over. The clock is read once."""
         return self.seconds > 0 and self.now() - self.since >= self.seconds

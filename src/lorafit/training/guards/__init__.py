@@ -1,1 +1,1 @@
-"""Guards: what a run does when memory, numbers or bits go bad."""
+"""guards: reactions to memory that runs out and to bad numbers."""

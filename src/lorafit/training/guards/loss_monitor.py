@@ -1,4 +1,4 @@
-"""LossMonitor: judge each step by its loss and gradient norm, once they have arrived."""
+"""LossMonitor: judge each step by its loss and gradient norm."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from lorafit.training.logging.progress import StepNumbers
 from lorafit.training.logging.run_logs import EventLog
 
 WINDOW = 64  # finite losses that the median is taken over
-MIN_SEEN = 16  # steps before the rule judges: the first losses fall fast
+MIN_SEEN = 16  # steps before the rule applies, since the first losses fall fast
 FACTOR = 8.0  # how many deviations above the median a spike lies
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is sigma / 1.4826
-LEAST_SHARE = 0.02  # of the median: losses that hardly vary are no reason to call 3 % more a spike
-LEAST_SPREAD = 0.05  # nats: once the rows are known by heart, 0.01 is followed by 0.1 now and then, and means nothing
+LEAST_SHARE = 0.02  # of the median: with nearly constant losses, 3 % more is no spike
+LEAST_SPREAD = 0.05  # nats: on memorized rows a loss of 0.1 after 0.01 means nothing
 
 
 class SpikeRule:
-    """A loss is a spike above median + 8 · max(1.4826 · MAD, 2 % of the median, 0.05 nats) of the last 64 finite ones.
+    """Call a loss a spike above a threshold over the last 64 finite losses.
 
-    Spikes join the window too: when the level really changes, half a window later it is the new normal.
+    The threshold is median + 8 · max(1.4826 · MAD, 2 % of the median, 0.05 nats). Spikes join the window too: when the
+    level really changes, it is the new normal half a window later.
     """
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
     def threshold(self) -> float:
-        """The loss above which the next step is a spike; infinite while too few steps are seen."""
+        """Return the loss above which the next step is a spike. It is infinite for the first steps."""
         if len(self.losses) < MIN_SEEN:
             return float("inf")
         middle = median(self.losses)
@@ -40,12 +41,12 @@ class SpikeRule:
         return middle + FACTOR * max(spread, LEAST_SHARE * abs(middle), LEAST_SPREAD)
 
     def add(self, loss: float) -> None:
-        """Take a finite loss into the window."""
+        """Add a finite loss to the window."""
         self.losses.append(loss)
 
 
 class LossMonitor:
-    """Record steps that are not finite, and spikes, with their rows as `file:line`."""
+    """Record spikes and steps that are not finite, with their rows as `file:line`."""
 
     def __init__(self, config: RunConfig, rows: Rows, events: EventLog, where: str, allowance: int = 0) -> None:
         self.config, self.rows, self.events, self.where = config, rows, events, where
@@ -54,7 +55,7 @@ class LossMonitor:
         self.bad_in_a_row = 0
 
     def start(self, history: Iterable[Mapping[str, Any]], left_out: Collection[int] = ()) -> None:
-        """Begin after the steps in transformers' `history`: a resumed run judges as the uninterrupted one."""
+        """Start after the steps in transformers' `history`, so that a resumed run judges alike."""
         self.spikes, self.bad_in_a_row = SpikeRule(), 0
         for entry in history:
             if "loss" not in entry or entry["step"] in left_out:
@@ -65,7 +66,10 @@ class LossMonitor:
                 self.spikes.add(entry["loss"])
 
     def judge(self, numbers: StepNumbers) -> bool:
-        """Look at a finished step; True when it spiked. Raises TrainingError after too many bad steps in a row."""
+        """Judge a finished step, and return True if it spiked.
+
+        Raises TrainingError after too many bad steps in a row.
+        """
         if not numbers.is_finite:
             self._bad(numbers)
             return False
@@ -78,16 +82,16 @@ class LossMonitor:
         return spiked
 
     def sources(self, rows: Iterable[int]) -> list[str]:
-        """`file:line` of each row."""
+        """Return `file:line` of each row."""
         return [self.rows.source(row) for row in rows]
 
     def _bad(self, numbers: StepNumbers) -> None:
         self.bad_in_a_row += 1
-        words = _words(numbers)
+        measured = _described(numbers)
         self.events.record(
             "non_finite",
             numbers.step,
-            f"step {numbers.step} was not applied: {words}",
+            f"step {numbers.step} was not applied: {measured}",
             loss=numbers.loss,
             grad_norm=numbers.grad_norm,
             rows=self.sources(numbers.rows),
@@ -95,9 +99,9 @@ class LossMonitor:
         if self.bad_in_a_row >= self.limit:
             seen = f"{self.bad_in_a_row} steps in a row" if self.bad_in_a_row > 1 else "one step"
             raise TrainingError(
-                f"the numbers of {seen} were not finite (step {numbers.step}: {words})",
+                f"the numbers of {seen} were not finite (step {numbers.step}: {measured})",
                 where=self.where,
-                fix="lower lr; no such step was applied, and events.jsonl names its rows",
+                fix="lower lr; these steps were not applied, and events.jsonl names their rows",
             )
 
     def _spike(self, numbers: StepNumbers, threshold: float) -> None:
@@ -105,7 +109,7 @@ class LossMonitor:
         self.events.record(
             "spike",
             numbers.step,
-            f"the loss of step {numbers.step} is {numbers.loss:.4g}, and was about {usual:.4g} before",
+            f"the loss of step {numbers.step} is {numbers.loss:.4g}; the median before it is {usual:.4g}",
             loss=numbers.loss,
             median=usual,
             threshold=threshold,
@@ -113,7 +117,7 @@ class LossMonitor:
         )
 
 
-def _words(numbers: StepNumbers) -> str:
+def _described(numbers: StepNumbers) -> str:
     return f"loss {_number(numbers.loss)}, gradient norm {_number(numbers.grad_norm)}"
 
 

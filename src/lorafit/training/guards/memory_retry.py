@@ -1,4 +1,7 @@
-"""What is done when memory runs short: a step is retried in smaller pieces, a busy allocator gets more room."""
+"""memory_retry: retry a step in a smaller layout when memory runs out.
+
+It also lowers the memory use of layers when the allocator retries too often.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ from lorafit.training.logging.run_logs import EventLog
 from lorafit.training.schedule import Schedule
 
 IN_A_ROW = 3
-"""Steps with such retries, one after another: a step of a new shape may need one, a step that fits does not."""
+"""Consecutive steps with allocator retries before layers use less memory. A step of a new shape may retry once."""
 
 
 class AllocatorWatch:
-    """Relieve `layers` after IN_A_ROW steps that each made the allocator ask again.
+    """Reduce the memory of `layers` after IN_A_ROW steps with allocator retries.
 
-    Each time stops the GPU: such a run takes half as long again (10,661 tokens/s for 17,733 at 16 GiB). The counter is
-    the host's. `turned` is called when the layers have been.
+    A retry stops the GPU: such a run takes half as long again (10,661 tokens/s for 17,733 at 16 GiB). The counter is
+    the host's. `on_change` is called when the layers have changed.
     """
 
     def __init__(
@@ -38,17 +41,17 @@ class AllocatorWatch:
         layers: Layers,
         events: EventLog,
         retries: Callable[[], int] = allocator_retries,
-        turned: Callable[[], object] = lambda: None,
+        on_change: Callable[[], object] = lambda: None,
     ) -> None:
-        self.layers, self.events, self.retries, self.turned = layers, events, retries, turned
+        self.layers, self.events, self.retries, self.on_change = layers, events, retries, on_change
         self.seen, self.in_a_row = 0, 0
 
     def begin_step(self) -> None:
-        """Count from here: evaluation and saving between steps may ask as they like."""
+        """Count from here, since retries of evaluation and saving do not matter."""
         self.seen = self.retries()
 
     def end_step(self, step: int) -> None:
-        """Act when enough steps in a row have asked again."""
+        """Reduce the memory if enough steps in a row had retries."""
         self.in_a_row = self.in_a_row + 1 if self.retries() > self.seen else 0
         if self.in_a_row < IN_A_ROW:
             return
@@ -58,16 +61,15 @@ class AllocatorWatch:
             self.events.record(
                 "tight_memory",
                 step,
-                f"the memory was so full that {IN_A_ROW} steps in a row waited for it; "
-                f"{_what_gave_way(before, self.layers.policy)}",
+                f"{IN_A_ROW} steps in a row waited for free memory; {_describe_change(before, self.layers.policy)}",
                 policy=str(self.layers.policy),
             )
-            self.turned()
+            self.on_change()
 
 
-def _what_gave_way(before: MemoryPolicy, after: MemoryPolicy) -> str:
+def _describe_change(before: MemoryPolicy, after: MemoryPolicy) -> str:
     if before.dequantized_layers > after.dequantized_layers:
-        return "fewer weights lie unpacked now"
+        return "fewer weights stay dequantized now"
     if before.cuda_graph_max_tokens > after.cuda_graph_max_tokens:
         return "no CUDA graphs are recorded now"
     if (after.recompute_layers, after.recompute_layers + after.recompute_mlp_layers) > (
@@ -76,12 +78,12 @@ def _what_gave_way(before: MemoryPolicy, after: MemoryPolicy) -> str:
     ):
         return "more is recomputed now"
     if after.offloaded_layers > before.offloaded_layers:
-        return f"{after.offloaded_layers} layers keep theirs on the host now, where {before.offloaded_layers} did"
+        return f"{after.offloaded_layers} layers are offloaded to the host now, instead of {before.offloaded_layers}"
     return "less stays on the GPU now"
 
 
-# what libraries below torch say instead of raising torch.OutOfMemoryError
-SAID_OTHERWISE = (
+# messages of libraries below torch, which do not raise torch.OutOfMemoryError
+OUT_OF_MEMORY_MESSAGES = (
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -93,27 +95,27 @@ T = TypeVar("T")
 
 
 class Layers(Protocol):
-    """The engine's decoder layers, as far as this file needs them."""
+    """Describe the engine's decoder layers, as far as this file needs them."""
 
     policy: MemoryPolicy
 
     def reduce_memory(self) -> bool:
-        """Recompute more than before; False when everything is recomputed already."""
+        """Recompute more than before. Return False if everything is recomputed already."""
 
     def reduce_slightly(self) -> bool:
-        """Take a little less memory; False when everything is recomputed already."""
+        """Use a little less memory. Return False if everything is recomputed already."""
 
 
 @dataclass(frozen=True, slots=True)
 class TunedMemory:
-    """How a run uses its memory, as it was tuned before the first step.
+    """Hold the memory use of a run, as it was tuned before the first step.
 
     Attributes:
         micro_tokens: the most tokens of a micro-batch.
-        layers: the decoder layers, which can do with less; None where they run as transformers wrote them.
+        layers: the decoder layers, which can use less memory; None for transformers' own.
         graphs: runs small micro-batches as CUDA graphs; None without.
-        watches_allocator: whether layers give way when the allocator keeps asking again.
-        changed: is called when they have given way.
+        watches_allocator: True if layers use less memory after repeated allocator retries.
+        changed: called when the layers' memory policy has changed.
     """
 
     micro_tokens: int
@@ -125,13 +127,20 @@ class TunedMemory:
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
-    """What an allocation that failed said."""
+    """Hold the message of a failed allocation.
 
-    words: str
+    Attributes:
+        message: the error's first line.
+    """
+
+    message: str
 
 
 class MemoryRetry:
-    """Runs steps, evaluations and saves; a layout that did not fit is made smaller, and stays so for the run."""
+    """Run steps, evaluations and saves, and retry in a smaller layout when memory runs out.
+
+    The smaller layout stays for the rest of the run.
+    """
 
     def __init__(
         self, steps: StepDataset, events: EventLog, device: torch.device, memory: TunedMemory, processes: Processes
@@ -141,14 +150,14 @@ class MemoryRetry:
         self.times, self.tightened = 0, 0
 
     def run(self, number: int, step: Step, schedule: Schedule, undo: Callable[[], object]) -> torch.Tensor:
-        """Return the loss of step `number` over its supervised tokens; its gradients are added up.
+        """Return the loss of step `number` over its supervised tokens; gradients are added up.
 
-        `undo` takes back what a failed try left. Raises TrainingError, naming the row, when a single example does not
+        `undo` removes what a failed try left. Raises TrainingError with the row's name if a single example does not
         fit.
         """
         before = RandomStreams.now(self.device)
         if self.processes.any(self._is_outgrown(step)):
-            step = self.steps.step_of(step.rows)  # it was laid out before the limit fell
+            step = self.steps.step_of(step.rows)  # packed before the limit fell
         while True:
             outcome = self._whole(step, schedule)
             failed = isinstance(outcome, _Failed)
@@ -157,7 +166,7 @@ class MemoryRetry:
             undo()
             release_memory()
             if isinstance(outcome, _Failed):
-                self._make_room(number, step, outcome)
+                self._shrink_layout(number, step, outcome)
             self.steps.layout.micro_tokens = self.processes.least(self.steps.layout.micro_tokens)
             step = self.steps.step_of(step.rows)
             before.restore(self.device)
@@ -165,12 +174,12 @@ class MemoryRetry:
     def evaluate(
         self, number: int, rows: Rows, loss_of: Callable[[MicroBatch], torch.Tensor], is_stopped: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """Return the sum of `loss_of(micro_batch)` over all of `rows`; None once `is_stopped` says so.
+        """Return the sum of `loss_of(micro_batch)` over `rows`; None once `is_stopped` returns True.
 
         A micro-batch that does not fit is halved.
         """
         total = torch.zeros((), device=self.device)
-        # on a GPU steps may run in micro-batches far larger than `max_length`; what is not tried does not
+        # steps on a GPU may exceed `max_length`, which the dry run has tried; evaluation has no dry run
         layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
         waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
         while waiting:
@@ -186,16 +195,16 @@ class MemoryRetry:
         return total
 
     def save(self, number: int, write: Callable[[], object]) -> None:
-        """Run `write`; when the memory runs out in it, once more after everything unused is given back."""
+        """Run `write`. If memory runs out, free all unused memory and try once more."""
         outcome = self._once(write)
         if isinstance(outcome, OutOfMemory):
             release_memory()
-            self._give_back_graphs()
+            self._free_graphs()
             self._note(number, outcome, "saving; it is tried once more")
             write()
 
     def finding(self) -> Finding | None:
-        """What to set next time, where the memory ran out at all."""
+        """Return a finding with the next run's setting, None if memory never ran out."""
         if not self.times:
             return None
         policy = replace(
@@ -204,9 +213,9 @@ class MemoryRetry:
         return Finding(
             "R001",
             Severity.WARNING,
-            f"the memory ran out {self.times} times; the run went on in a smaller layout",
+            f"the memory ran out {self.times} times; the run continued in a smaller layout",
             where="events.jsonl",
-            why="each time costs the step that is done again",
+            why="each time a step is done again",
             fix=f"next time set memory_policy: {policy}",
         )
 
@@ -220,7 +229,10 @@ class MemoryRetry:
         return total
 
     def _is_outgrown(self, step: Step) -> bool:
-        """Tell whether `step` was laid out before the limit fell; several processes lay it out again to be sure."""
+        """Return True if `step` was packed before the limit fell.
+
+        Several processes pack a step again after any retry, so that their layouts agree.
+        """
         limit = self.steps.layout.micro_tokens
         outgrown = any(batch.tokens > limit and row_count(batch) > 1 for batch in step.micro_batches)
         return outgrown or (self.processes.world > 1 and self.times > 0)
@@ -228,10 +240,10 @@ class MemoryRetry:
     def _smaller(
         self, number: int, rows: Rows, members: NDArray[np.integer], reason: OutOfMemory
     ) -> list[NDArray[np.integer]]:
-        """Return what to evaluate in place of `members`, which did not fit."""
+        """Return the row sets to evaluate instead of `members`, which did not fit."""
         whole = members
-        if self._give_back_graphs():
-            self._note(number, reason, "evaluating; the memory of CUDA graphs is given back")
+        if self._free_graphs():
+            self._note(number, reason, "evaluating; the memory of CUDA graphs is freed")
             return [whole]
         if len(whole) > 1:
             half = (len(whole) + 1) // 2
@@ -241,12 +253,12 @@ class MemoryRetry:
             raise _too_large(rows, int(whole[0]), "evaluation")
         return [whole]
 
-    def _give_back_graphs(self) -> bool:
-        """Free the memory of CUDA graphs, which are recorded again later; False where there is none."""
+    def _free_graphs(self) -> bool:
+        """Free the memory of CUDA graphs, which are recorded again later; False without graphs."""
         return self.graphs is not None and self.graphs.give_back()
 
     def _once(self, work: Callable[[], T]) -> T | OutOfMemory:
-        # nothing of the error outlives this frame, so what its traceback held is free when this returns
+        # the error must not outlive this frame, since its traceback holds tensors
         try:
             return work()
         except RuntimeError as error:
@@ -254,7 +266,7 @@ class MemoryRetry:
                 raise
             return OutOfMemory(str(error).partition("\n")[0])
 
-    def _make_room(self, number: int, step: Step, failed: _Failed) -> None:
+    def _shrink_layout(self, number: int, step: Step, failed: _Failed) -> None:
         layout, batch = self.steps.layout, failed.batch
         policy = self.layers.policy if self.layers is not None else MemoryPolicy()
         if (
@@ -263,7 +275,7 @@ class MemoryRetry:
             and self.layers.reduce_memory()
         ):
             kept = (
-                f"the weights of {self.layers.policy.dequantized_layers} layers stay unpacked"
+                f"the weights of {self.layers.policy.dequantized_layers} layers stay dequantized"
                 if policy.dequantized_layers
                 else "no CUDA graphs"
             )
@@ -295,7 +307,7 @@ class MemoryRetry:
             f"the memory ran out in step {number} on {during}",
             micro_tokens=self.steps.layout.micro_tokens,
             tightened=self.tightened,
-            reason=reason.words,
+            reason=reason.message,
             **details,
         )
 
@@ -312,21 +324,21 @@ class _Failed:
 
 
 def row_count(batch: MicroBatch) -> int:
-    """Rows packed into `batch`."""
+    """Return the number of rows packed into `batch`."""
     return batch.segments.cu_seqlens.shape[0] - 1
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """True for torch's own error, and for what cuBLAS, cuDNN and the CPU's allocator say in its place."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAID_OTHERWISE)
+    """Return True for out-of-memory errors of torch, cuBLAS, cuDNN and the CPU allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
 
 
 def too_little_memory(step: int, folder: Path) -> TrainingError:
-    """Return the error of a run whose memory ran out beside its micro-batches, as in the optimizer."""
+    """Return the error for memory that ran out outside micro-batches, as in the optimizer."""
     return TrainingError(
         f"the GPU's memory ran out in step {step}",
         where=str(folder),
-        fix="set gpu_memory below what is free there, or begin anew (--restart) with memory_policy=recompute",
+        fix="set gpu_memory below the GPU's free memory, or start a new run (--restart) with memory_policy=recompute",
     )
 
 

@@ -1,1 +1,1 @@
-"""Logging: steps, evaluations and events, written one step late so that nothing waits for a GPU."""
+"""logging: steps, evaluations and events, written one step late so that no step waits."""

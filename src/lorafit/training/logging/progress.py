@@ -1,4 +1,4 @@
-"""What each step measured, one step late, and what watchers are shown of it."""
+"""progress: the numbers of each step, one step late, and the progress shown to watchers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """One optimizer step: its mean loss per supervised token, the gradient norm before clipping, and its rows."""
+    """Hold the numbers of one optimizer step.
+
+    Attributes:
+        step: the step.
+        epoch: epochs done after this step.
+        learning_rate: the learning rate of the step.
+        tokens: packed tokens.
+        rows: row numbers.
+        loss: mean loss per supervised token.
+        grad_norm: the gradient norm before clipping.
+    """
 
     step: int
     epoch: float
@@ -28,7 +38,7 @@ class StepNumbers:
 
     @property
     def is_finite(self) -> bool:
-        """False when the step's update was withheld."""
+        """Return False if the step's update was withheld."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -46,7 +56,7 @@ class _Awaited:
 
 
 class StepLog:
-    """A queue of steps whose numbers are on their way to the host.
+    """Queue the steps whose numbers are on their way to the host.
 
     `push` starts an asynchronous copy into pinned memory and returns at once. `ready` waits for all but the newest
     step, `flush` for all of them; each step comes out once, in order. So the host may run one step ahead of the GPU.
@@ -56,7 +66,7 @@ class StepLog:
         self.awaited: deque[_Awaited] = deque()
 
     def push(self, numbers: StepNumbers, measured: torch.Tensor) -> None:
-        """Queue a step; `measured` (2,) holds its loss and gradient norm, wherever they were computed."""
+        """Queue a step. `measured` (2,) holds its loss and gradient norm, on any device."""
         on_gpu = measured.is_cuda
         host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=on_gpu)
         host.copy_(measured, non_blocking=on_gpu)
@@ -66,21 +76,32 @@ class StepLog:
         self.awaited.append(_Awaited(numbers, host, copied))
 
     def ready(self) -> list[StepNumbers]:
-        """Every step but the newest."""
+        """Return every step but the newest."""
         return [self.awaited.popleft().arrived() for _ in range(len(self.awaited) - 1)]
 
     def flush(self) -> list[StepNumbers]:
-        """Every step: for evaluation, saving and the end."""
+        """Return every step, for evaluation, saving and the end."""
         return [self.awaited.popleft().arrived() for _ in range(len(self.awaited))]
 
     def drop(self) -> None:
-        """Forget what has not come out: for a step that is being done again."""
+        """Forget the queued steps, since they are done again."""
         self.awaited.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class StepProgress:
-    """Where training stands after a step."""
+    """Hold the progress of training after a step.
+
+    Attributes:
+        step: the step.
+        steps: steps of the whole run.
+        loss: mean loss per supervised token.
+        learning_rate: the learning rate of the step.
+        tokens_per_s: packed tokens a second of training time.
+        memory_bytes: peak memory.
+        eta_s: seconds left.
+        eval_loss: the newest held-out loss.
+    """
 
     step: int
     steps: int
@@ -93,19 +114,19 @@ class StepProgress:
 
 
 class TrainingProgress:
-    """Call `show` after every step; tokens a second count every packed token, and only training time."""
+    """Call `show` after every step. Speed counts packed tokens over training time."""
 
     def __init__(self, show: Callable[[StepProgress], None], clock: TrainingClock) -> None:
         self.show, self.clock = show, clock
-        self.tokens, self.steps = 0, 0  # of this process: a resumed run measures its own speed
+        self.tokens, self.steps = 0, 0  # of this process, since a resumed run measures its own speed
         self.eval_loss: float | None = None
 
     def evaluated(self, eval_loss: float) -> None:
-        """Keep the newest held-out loss, to be shown with the steps after it."""
+        """Keep the newest held-out loss, to show it with later steps."""
         self.eval_loss = eval_loss
 
     def step(self, numbers: StepNumbers, steps: int) -> None:
-        """Show a step whose numbers have arrived, of a run of `steps`."""
+        """Show a step whose numbers have arrived; `steps` is the run's total."""
         self.tokens, self.steps = self.tokens + numbers.tokens, self.steps + 1
         elapsed_s = max(self.clock.elapsed_s, 1e-9)
         self.show(
@@ -123,7 +144,7 @@ class TrainingProgress:
 
 
 def memory_in_use() -> int:
-    """Peak bytes: reserved on the GPU where there is one, else resident in this process."""
+    """Return the peak bytes: reserved on the GPU, or resident in this process without one."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
@@ -131,33 +152,33 @@ def memory_in_use() -> int:
 
 
 class TrainingClock:
-    """Runs from `start`; stands still within `stopped()`."""
+    """Count seconds from `start`, except within `stopped()`."""
 
     def __init__(self) -> None:
-        self.began: float | None = None
+        self.started: float | None = None
         self.counted_s = 0.0
 
     def start(self) -> None:
-        """Run from here on; a clock that runs goes on running."""
-        if self.began is None:
-            self.began = time.perf_counter()
+        """Start the clock; a running clock keeps running."""
+        if self.started is None:
+            self.started = time.perf_counter()
 
     def stop(self) -> None:
-        """Stand still."""
-        self.counted_s, self.began = self.elapsed_s, None
+        """Stop the clock."""
+        self.counted_s, self.started = self.elapsed_s, None
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds counted so far."""
-        return self.counted_s + (time.perf_counter() - self.began if self.began is not None else 0.0)
+        """Return the seconds counted so far."""
+        return self.counted_s + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Within it time does not count."""
-        ran = self.began is not None
+        """Stop the clock within the block."""
+        was_running = self.started is not None
         self.stop()
         try:
             yield
         finally:
-            if ran:
+            if was_running:
                 self.start()

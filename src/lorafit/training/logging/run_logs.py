@@ -1,4 +1,4 @@
-"""events.jsonl and metrics.jsonl: what happened to a run, one JSON line each."""
+"""run_logs: events.jsonl and metrics.jsonl, one JSON line for each event or step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from lorafit.training.transformers_parts import TrainerCallback, TrainerControl,
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """`kind` (non_finite, spike, rollback, left_out, out_of_memory, …), the step, one sentence, and its details."""
+    """Hold one event of a run.
+
+    Attributes:
+        kind: its kind: non_finite, spike, rollback, left_out, out_of_memory and others.
+        step: the step at which it happened.
+        message: one sentence.
+        details: further JSON values.
+    """
 
     kind: str
     step: int
@@ -25,7 +32,7 @@ class RunEvent:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; numbers that are not finite become null, since JSON has no NaN."""
+        """Return a JSON-ready mapping. Numbers that are not finite become null, since JSON has no NaN."""
         return {
             "step": self.step,
             "kind": self.kind,
@@ -35,16 +42,16 @@ class RunEvent:
 
 
 class EventLog:
-    """Appends events to `path` as they happen, keeps them, and passes each to `show`.
+    """Append events to `path` as they happen, keep them, and pass each to `show`.
 
-    `is_new` for a run that begins: whatever an earlier one left in the file is not its own.
+    With `is_new` the lines of an earlier run in the file are removed.
     """
 
     def __init__(
         self, path: Path | None = None, show: Callable[[RunEvent], None] | None = None, *, is_new: bool = False
     ) -> None:
         self.path, self.show = path, show
-        self.now = 0
+        self.current_step = 0
         self.seen: list[RunEvent] = []
         self.file = LineFile(path) if path is not None else None
         if self.file is not None and is_new:
@@ -53,15 +60,15 @@ class EventLog:
             self.file.continue_file()
 
     def at(self, step: int) -> None:
-        """Have `note` write under this step from here on."""
-        self.now = step
+        """Set the step of later calls to `note`."""
+        self.current_step = step
 
     def note(self, kind: str, message: str) -> RunEvent:
-        """Record an event of the step that runs now."""
-        return self.record(kind, self.now, message)
+        """Record an event of the current step."""
+        return self.record(kind, self.current_step, message)
 
     def record(self, kind: str, step: int, message: str, **details: Any) -> RunEvent:
-        """Write the event down and return it; `details` are JSON values."""
+        """Write the event and return it; `details` are JSON values."""
         event = RunEvent(kind, step, message, details)
         self.seen.append(event)
         if self.file is not None:
@@ -77,9 +84,9 @@ def _finite(value: Any) -> Any:
 
 
 class LineFile:
-    """Whatever lies behind the last line written here was written half, or by somebody else: it is cut off.
+    """Append lines to a file, and cut off any half-written or foreign text behind them.
 
-    A process has one for each file; `begin` replaces the content, `continue_file` keeps what is whole in it.
+    A process has one LineFile for each file. `begin` replaces the content, `continue_file` keeps its whole lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,17 +95,17 @@ class LineFile:
         self.waiting: list[str] = []
 
     def begin(self, lines: Iterable[str]) -> None:
-        """Start the file anew with `lines`, each ending in a newline."""
+        """Restart the file with `lines`, each ending in a newline."""
         self.written_bytes, self.waiting = 0, list(lines)
         self.flush()
 
     def discard(self) -> None:
-        """Remove the file that an earlier process left; where that is refused, the first line replaces its content."""
+        """Remove the file of an earlier process. If that fails, the first line replaces the content."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def continue_file(self) -> None:
-        """Go on behind the last whole line that is there."""
+        """Continue behind the last whole line of the file."""
         try:
             content = self.path.read_bytes()
         except OSError:
@@ -106,14 +113,14 @@ class LineFile:
         self.written_bytes = content.rfind(b"\n") + 1
 
     def append(self, line: str) -> None:
-        """Add a line, which ends in a newline; it waits while the disk refuses."""
+        """Add a line, which ends in a newline. The line waits while the disk refuses it."""
         self.waiting.append(line)
         self.flush()
 
     def flush(self) -> bool:
-        """Write the lines that wait; False when the disk refuses them still."""
+        """Write the waiting lines. Return False if the disk still refuses."""
         if not self.is_whole:
-            self.continue_file()  # never a gap of zeros in place of what somebody removed
+            self.continue_file()  # a removed file must not become a gap of zeros
         text = "".join(self.waiting).encode()
         try:
             with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -128,7 +135,7 @@ class LineFile:
 
     @property
     def is_whole(self) -> bool:
-        """False when what was written here is gone from the disk."""
+        """Return False if written lines are gone from the disk."""
         try:
             return self.path.stat().st_size >= self.written_bytes
         except OSError:
@@ -139,13 +146,13 @@ KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
 
 
 class MetricsLog(TrainerCallback):
-    """metrics.jsonl: {step, epoch, loss, grad_norm, learning_rate | eval_loss}, the same bytes for the same run.
+    """Write metrics.jsonl: {step, epoch, loss, grad_norm, learning_rate | eval_loss}.
 
-    It is the Trainer's history in lines: a resumed run writes it anew from the history in its checkpoint, so that each
-    step is in it once whatever a killed process had added. A disk that refuses a line does not end the run: the lines
-    are kept, and written with the next one.
+    The same run writes the same bytes. The lines are the Trainer's history: a resumed run rewrites them from the
+    history in its checkpoint, so that each step appears once, whatever a killed process had added. A disk that refuses
+    a line does not end the run: the line is kept and written with the next one.
 
-    timings.jsonl, beside it, has {step, elapsed_s} of this process, appended.
+    timings.jsonl has {step, elapsed_s} of this process, appended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,7 +166,7 @@ class MetricsLog(TrainerCallback):
             self.begin(state.log_history)
 
     def begin(self, history: list[dict[str, Any]]) -> None:
-        """Start the file anew with the lines of `history`, which the Trainer goes on writing."""
+        """Restart the file with the lines of `history`, which the Trainer keeps extending."""
         self.history = history
         self.file.begin(line for entry in history if (line := line_of(entry)) is not None)
 
@@ -171,12 +178,12 @@ class MetricsLog(TrainerCallback):
             return
         if self.file.is_whole:
             self.file.append(line)
-        else:  # somebody removed it; the Trainer has this entry in its history already
+        else:  # the file was removed; the Trainer's history already has this entry
             self.begin(state.log_history)
         self._time(state.global_step)
 
     def flush(self) -> bool:
-        """Write the lines that wait, or all where the file is gone; False when the disk refuses them still."""
+        """Write the waiting lines, or all if the file is gone. Return False if the disk still refuses."""
         if not self.file.is_whole:
             self.begin(self.history)
         return self.file.flush()
@@ -186,7 +193,7 @@ class MetricsLog(TrainerCallback):
         try:
             descriptor = os.open(self.timings, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError:
-            return  # timings are not worth a run
+            return  # lost timings must not end a run
         try:
             os.write(descriptor, line.encode())
         except OSError:
@@ -196,8 +203,8 @@ class MetricsLog(TrainerCallback):
 
 
 def line_of(entry: Mapping[str, Any]) -> str | None:
-    """The line of one entry of the Trainer's history; None for one that is neither a step nor an evaluation."""
-    # JSON has no NaN: null is the honest word for it
+    """Return the line of a step's or an evaluation's history entry, None for other entries."""
+    # null stands for NaN, which JSON does not have
     kept = {key: entry[key] if math.isfinite(entry[key]) else None for key in KEPT if key in entry}
     if not kept:
         return None
