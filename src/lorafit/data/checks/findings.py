@@ -51,7 +51,7 @@ CODES: dict[str, Code] = {
         "broken CSV", "its cells cannot be told apart", 'close each quote, and write a quote inside a cell as ""'
     ),
     "D009": Code(
-        "file_warnings read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
+        "irregularities read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
     ),
     # the fields
     "D010": _bad("a missing field", "there is nothing to train on", "fill it in, or name it with --map"),
@@ -224,7 +224,7 @@ class FindingCounts:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> FindingCounts:
-        """The finding_counts that `to_dict` wrote."""
+        """Return the counts that `to_dict` wrote."""
         return cls({code: Seen(*entry) for code, entry in fields.items()})
 
 
