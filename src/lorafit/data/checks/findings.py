@@ -51,7 +51,7 @@ CODES: dict[str, Code] = {
         "broken CSV", "its cells cannot be told apart", 'close each quote, and write a quote inside a cell as ""'
     ),
     "D009": Code(
-        "irregularities read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
+        "unusual bytes read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
     ),
     # the fields
     "D010": _bad("a missing field", "there is nothing to train on", "fill it in, or name it with --map"),
