@@ -56,6 +56,7 @@ class RunConfig(BaseModel):
 
     # the method
     method: Literal["lora"] = Field("lora", description="what is trained: lora, low-rank adapters on a frozen base")
+    objective: Literal["sft"] = Field("sft", description="the loss: sft, cross entropy over supervised tokens")
     goal: Goal = Field("balanced", description="what the decision matrix optimises for")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result will be served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantised) or none")

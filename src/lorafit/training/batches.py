@@ -163,9 +163,13 @@ class StepDataset:
 
 
 def largest_micro_batch(
-    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer] = ()
+    rows: Rows,
+    config: RunConfig,
+    micro_tokens: int,
+    step: Sequence[int] | NDArray[np.integer] = (),
+    objective: Objective | None = None,
 ) -> MicroBatch:
-    """Return the micro-batch with the most tokens, when none may have more than `micro_tokens`.
+    """Return the micro-batch of `objective` with the most tokens, when none may have more than `micro_tokens`.
 
     Looked through are the first epoch's steps, `step` (the rows of the largest step, where it is known) and the
     longest row alone.
@@ -176,18 +180,23 @@ def largest_micro_batch(
             most, largest = tokens, members
         if most >= micro_tokens:
             break  # none is larger
-    return Sft().collate(rows, largest)
+    return (objective or Sft()).collate(rows, largest)
 
 
 def largest_within(
-    rows: Rows, config: RunConfig, micro_tokens: int, limit: int, step: Sequence[int] | NDArray[np.integer] = ()
+    rows: Rows,
+    config: RunConfig,
+    micro_tokens: int,
+    limit: int,
+    step: Sequence[int] | NDArray[np.integer] = (),
+    objective: Objective | None = None,
 ) -> MicroBatch | None:
     """Return the largest of those with at most `limit` tokens, cut in the same way; None where all have more."""
     most, largest = 0, None
     for tokens, members in _micro_batches(rows, config, micro_tokens, step):
         if most < tokens <= limit:
             most, largest = tokens, members
-    return None if largest is None else Sft().collate(rows, largest)
+    return None if largest is None else (objective or Sft()).collate(rows, largest)
 
 
 def _micro_batches(
