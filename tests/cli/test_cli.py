@@ -13,6 +13,8 @@ import pytest
 
 from little_run import write_rows
 from lorafit.cli import main
+from lorafit.cli.app import _commands
+from lorafit.cli.flags import example_of
 from lorafit.cli.screen import console
 from lorafit.demo import BASE
 
@@ -62,6 +64,24 @@ def test_the_verbs_are_listed_in_the_order_one_uses_them(run):
     _, out, _ = run("--help")
     places = [out.index(f" {verb} ") for verb in FLAGS]
     assert places == sorted(places)
+
+
+def test_without_a_command_the_help_is_printed_and_nothing_else(run):
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_has_plain_types_and_none_for_switches(run, verb):
+    _, out, _ = run(verb, "--help")
+    assert not re.search(r"<(bool|int|float)|range", out)
+    assert ("NUMBER" in out) == (verb in ("check", "plan", "train", "chat", "demo"))
+
+
+def test_every_flag_that_takes_a_value_has_an_example_of_one():
+    for command in _commands():
+        for option in command.params:
+            if option.opts[0].startswith("--") and not option.is_flag:
+                assert all(example_of(flag) not in ("", "None", "()") for flag in option.opts), option.opts
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
@@ -192,7 +212,11 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["check", "{data}", "--select", "D99"], 2, "begins no code of a finding"),
         (["settings", "rnk"], 2, "did you mean 'rank'"),
         (["explain", "D999"], 2, "no finding has the code 'D999'"),
-        (["chekc", "{data}"], 2, "did you mean 'lorafit check'?"),
+        (["explain", "d34"], 2, "no finding has the code 'd34'; did you mean D034?"),
+        (["plan", "{data}", "--gpu"], 2, '--gpu needs a value, as in --gpu "RTX 4090"'),
+        (["plan", "{data}", "--max-length"], 2, "--max-length needs a value, as in --max-length 2048"),
+        (["plan", "{data}", "--json=1"], 2, "--json takes no value"),
+        (["chekc", "{data}"], 2, "error: no such command 'chekc'; did you mean 'lorafit check'?"),
         (["train"], 2, "no data were named"),
         (["train", "{data}", "--base", "{base}", "--set", "epoch=1"], 2, "did you mean 'epochs'"),
         (["train", "{data}", "--base", "{base}", "--set", "rank"], 2, "key=value"),

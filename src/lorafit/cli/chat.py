@@ -34,8 +34,10 @@ def chat(
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.", show_default=False)] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base and tuned side by side.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="NUMBER", min=1, help="Longest answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="NUMBER", min=0, help="0 is greedy.")] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Talk to a trained run or a merged model. Without --prompt: a conversation, one line a turn."""

@@ -30,7 +30,9 @@ lorafit check rows.jsonl --fix clean.jsonl"""
 def check(
     data: flags.Data = None,
     base: flags.Base = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows, marked by what is trained.")] = 0,
+    show: Annotated[
+        int, typer.Option("--show", metavar="NUMBER", min=0, help="Print this many rows, marked by what is trained.")
+    ] = 0,
     fix: Annotated[
         Path | None,
         typer.Option("--fix", metavar="OUT", help="Write the data with mechanical fixes applied.", show_default=False),

@@ -20,7 +20,9 @@ lorafit demo --task tickets --seed 1"""
 
 def demo(
     task: Annotated[str, typer.Option("--task", help="orders, dates or tickets.")] = "orders",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of everything random.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="NUMBER", min=0, help="Seed of the data and of everything random.")
+    ] = 0,
     out: Annotated[
         str | None,
         typer.Option(

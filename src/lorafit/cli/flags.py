@@ -34,13 +34,18 @@ GpuMemory = Annotated[
     str | None,
     typer.Option("--gpu-memory", "--vram", help="Most GPU memory to use, as 8GB.", show_default=False),
 ]
-Lr = Annotated[str | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
-Epochs = Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows.", show_default=False)]
-Rank = Annotated[str | None, typer.Option("--rank", help="LoRA rank.", show_default=False)]
-MaxLength = Annotated[
-    str | None, typer.Option("--max-length", help="Tokens of the longest row kept.", show_default=False)
+Lr = Annotated[str | None, typer.Option("--lr", metavar="NUMBER", help="Peak learning rate.", show_default=False)]
+Epochs = Annotated[
+    str | None, typer.Option("--epochs", metavar="NUMBER", help="Passes over the training rows.", show_default=False)
 ]
-Batch = Annotated[str | None, typer.Option("--batch", help="Examples in one optimizer step.", show_default=False)]
+Rank = Annotated[str | None, typer.Option("--rank", metavar="NUMBER", help="LoRA rank.", show_default=False)]
+MaxLength = Annotated[
+    str | None,
+    typer.Option("--max-length", metavar="NUMBER", help="Tokens of the longest row kept.", show_default=False),
+]
+Batch = Annotated[
+    str | None, typer.Option("--batch", metavar="NUMBER", help="Examples in one optimizer step.", show_default=False)
+]
 OnBad = Annotated[
     str | None, typer.Option("--on-bad", help="Rows that cannot be read: stop or drop.", show_default=False)
 ]
@@ -97,6 +102,24 @@ def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]
 def flag_of(key: str) -> str:
     """The flag that sets `key`."""
     return f"--{FLAGS.get(key, key).replace('_', '-')}"
+
+
+VALUES = {
+    "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
+    "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
+    "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
+    "--onto": "original", "--format": "safetensors", "--task": "dates", "--seed": "1",
+}  # fmt: skip
+"""An example for each flag that is no setting, or whose setting's own example would puzzle here."""
+
+
+def example_of(flag: str) -> str:
+    """A value that `flag` takes, as one types it."""
+    from lorafit.config.setting_reference import describe_setting  # pydantic stays out of --help
+
+    if flag in VALUES:
+        return VALUES[flag]
+    return describe_setting(flag.removeprefix("--").replace("-", "_")).assignment.partition("=")[2]
 
 
 def command(verb: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
