@@ -240,6 +240,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "lots"], 2, "not a size"),
         (["chat", "{folder}"], 1, "no run here"),
+        (["chat", "{folder}/nosuch"], 1, "nosuch: no such folder"),
         (["merge", "{folder}"], 1, "no run here"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
@@ -479,6 +480,21 @@ def test_check_ends_with_the_command_that_comes_next(run, data, monkeypatch):
     _, out, _ = run("check", data)
     assert f"next      lorafit check {data.name} --fix clean.jsonl" in out
     assert str(data) not in out, "paths below the current folder are relative"
+
+
+def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b'"response"', b'"Agent Reply"'))
+    _, out, _ = run("check", data.name, "--map", "response=Agent Reply")
+    assert f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean" in out
+
+
+def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, data, monkeypatch):
+    monkeypatch.setattr(console.PEOPLE, "width", 60)
+    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "4090")
+    words = " ".join(out.partition("\nnext")[0].split())
+    assert "a larger adapter would memorise so few rows" in words and "…" not in words
+    assert "4 bits cost less accuracy than these rows add" in words
 
 
 def test_the_bases_that_merge_offers_are_those_that_it_takes():

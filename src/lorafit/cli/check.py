@@ -65,7 +65,7 @@ def check(
     heading("data")
     show_summary(report.prepared.summary)
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
-    show_findings(report.findings, data or ())
+    show_findings(report.findings, [*(data or ()), *flags.words_of("field_map", map)])
     show_rows_coloured(rows)
     if fixed:
         _show_fixed(fixed, report)

@@ -43,7 +43,7 @@ def demo(
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")
         usual = usual_path(task, seed)
         if out is None and usual.exists():
-            say(f"  [dim]{usual} is there already and stays as it is: this run begins anew beside it[/dim]")
+            say(f"  [dim]{usual} is there already and stays as it is: this run starts over beside it[/dim]")
     with steady():
         result = run_demo(task, seed, out, quiet=json)
     if json:

@@ -122,16 +122,21 @@ def example_of(flag: str) -> str:
     return describe_setting(flag.removeprefix("--").replace("-", "_")).assignment.partition("=")[2]
 
 
+def words_of(key: str, value: Any) -> list[str]:
+    """The words that give the flag of `key` this value; none where it was not given."""
+    if value is None or value is False:
+        return []
+    each = value if isinstance(value, list) else [value]
+    return [word for one in each for word in ([flag_of(key)] if one is True else [flag_of(key), str(one)])]
+
+
 def command(verb: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
     """The command line that gives `verb` the same data, flags and settings."""
     from lorafit.cli.screen.console import typed
 
     words = ["lorafit", verb, *(data or ())]
     for key, value in given.items():
-        if value is None or value is False:
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            words += [flag_of(key)] if one is True else [flag_of(key), str(one)]
+        words += words_of(key, value)
     for assignment in assignments or ():
         words += ["--set", assignment]
     return typed(*words)

@@ -43,7 +43,7 @@ def train(
     map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Move an existing run aside, and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an existing run aside, and start over.")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits on every run on this GPU, somewhat slower.")
     ] = False,

@@ -162,7 +162,7 @@ ADVICE = {
     "wandb_project": "write report_to: wandb, and set WANDB_PROJECT in the environment",
     "wandb_entity": "write report_to: wandb, and set WANDB_ENTITY in the environment",
     "resume_from_checkpoint": "leave it out: the same command resumes the run",
-    "overwrite_output_dir": "leave it out, and add --restart to begin anew",
+    "overwrite_output_dir": "leave it out, and add --restart to start over",
     "hub_model_id": "leave it out: lorafit writes folders and uploads nothing",
     "push_to_hub": "leave it out: lorafit writes folders and uploads nothing",
     "gradient_checkpointing_kwargs": "leave it out: recompute is never reentrant",

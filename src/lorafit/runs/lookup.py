@@ -16,7 +16,7 @@ from lorafit.runs.run_dir import RunDir
 from lorafit.runs.writing import RunLock
 
 REJECTED = "rejected.jsonl"
-ANEW = "pass --restart to begin anew (the old run is moved aside), or choose another --out"
+ANEW = "pass --restart to start over (the old run is moved aside), or choose another --out"
 
 
 class OtherRows(Exception):

@@ -21,7 +21,7 @@ PLACE = re.compile(r"(.+?):(\d+(?::\d+)?)")
 def show_findings(findings: Sequence[Finding], data: Sequence[str] = ()) -> None:
     """Show each finding: code, place and message; the reason and the fix below it.
 
-    `data`: the files as typed, which commands among the fixes then name.
+    `data`: the files, and the flags that say how to read them, as typed. Commands among the fixes then name them.
     """
     for finding in findings:
         place = f" [dim]{escape(near(finding.where))}[/dim]" if finding.where else ""

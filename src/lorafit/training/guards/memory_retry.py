@@ -326,7 +326,7 @@ def too_little_memory(step: int, folder: Path) -> TrainingError:
     return TrainingError(
         f"the GPU's memory ran out in step {step}",
         where=str(folder),
-        fix="set gpu_memory below what is free there, or begin anew (--restart) with memory_policy=recompute",
+        fix="set gpu_memory below what is free there, or start over (--restart) with memory_policy=recompute",
     )
 
 
