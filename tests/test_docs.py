@@ -25,6 +25,7 @@ from lorafit.config import RunConfig, resolve
 from lorafit.data.checks.findings import CODES
 from lorafit.export import FORMATS
 from lorafit.methods import METHODS
+from lorafit.objectives import OBJECTIVES
 from lorafit.shapes.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -219,7 +220,12 @@ def test_the_extending_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     examples = blocks(DOCS / "extending.md", "python")
     assert len(examples) == 8
     names: dict[str, object] = {}
-    with patch.dict(METHODS), patch.dict(FORMATS), patch.dict(FAMILIES):  # what the page adds is gone afterwards
+    with (
+        patch.dict(METHODS),
+        patch.dict(FORMATS),
+        patch.dict(OBJECTIVES),
+        patch.dict(FAMILIES),
+    ):  # what the page adds is gone afterwards
         for example in examples:
             exec(compile(example, "docs/extending.md", "exec"), names)
         assert METHODS["norms"] and FORMATS["text"] and FAMILIES["arcee"]

@@ -26,7 +26,7 @@ FLOORS = 10.0
 """A faithful merge may be this many noise floors away from the live model."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose where the adapter itself moved the base little."""
-FILE = "verification.json"
+VERIFICATION_FILE = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Verification:
 
     `floor` is the live model against itself in the other precision, `base` the base without its adapter: a
     faithful merge lies near the first and far from the second. KL in nats a token, over `positions` supervised
-    tokens of `rows` held-out rows; `live_loss` is the live model's own loss; the dtypes are the precisions.
+    tokens of `rows` held-out rows; `live_loss` is the live model's own loss; the dtypes are the precisions,
+    `export_format` the name of the artefact's format.
     """
 
     onto: MergeBase
@@ -50,6 +51,7 @@ class Verification:
     live_dtype: str
     merged_dtype: str
     elapsed_s: float
+    export_format: str
 
     @property
     def floors(self) -> float:
@@ -96,9 +98,9 @@ def verify(
     passed, reason = _judge(onto, reference.loss, merged, floor, base)
     verification = Verification(
         onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
-        _name(dtype), _name(stored), time.monotonic() - started,
+        _name(dtype), _name(stored), time.monotonic() - started, export_format.name,
     )  # fmt: skip
-    write_text(folder / FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
+    write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
 
 
