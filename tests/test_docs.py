@@ -25,6 +25,7 @@ from lorafit.config import RunConfig, resolve
 from lorafit.data.checks.findings import CODES
 from lorafit.export import FORMATS
 from lorafit.methods import METHODS
+from lorafit.objectives import OBJECTIVES
 from lorafit.shapes.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,17 @@ def solid(code: str) -> str:
     return "".join(code.split())
 
 
+def test_every_function_on_the_path_of_a_row_is_in_the_file_beside_it():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|`]*\| (`[^|]*) \| `([^`|]+\.py)` \|$", page, flags=re.MULTILINE)
+    assert len(rows) >= 20
+    for functions, file in rows:
+        code = (ROOT / "src/lorafit" / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w.]+)`", functions):
+            for part in name.split("."):
+                assert re.search(rf"^ *(?:class|def) {part}\b", code, flags=re.MULTILINE), f"{name} in {file}"
+
+
 def test_the_architecture_page_has_every_package():
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     table = page[page.index("## Packages") : page.index("## The main path")]
@@ -208,7 +220,12 @@ def test_the_extending_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     examples = blocks(DOCS / "extending.md", "python")
     assert len(examples) == 8
     names: dict[str, object] = {}
-    with patch.dict(METHODS), patch.dict(FORMATS), patch.dict(FAMILIES):  # what the page adds is gone afterwards
+    with (
+        patch.dict(METHODS),
+        patch.dict(FORMATS),
+        patch.dict(OBJECTIVES),
+        patch.dict(FAMILIES),
+    ):  # what the page adds is gone afterwards
         for example in examples:
             exec(compile(example, "docs/extending.md", "exec"), names)
         assert METHODS["norms"] and FORMATS["text"] and FAMILIES["arcee"]

@@ -13,6 +13,8 @@ import pytest
 
 from little_run import write_rows
 from lorafit.cli import main
+from lorafit.cli.app import _commands
+from lorafit.cli.flags import example_of
 from lorafit.cli.screen import console
 from lorafit.data import Template
 from lorafit.demo import BASE
@@ -44,7 +46,7 @@ FLAGS = {
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --json --help",
-    "merge": "--onto --out --json --help",
+    "merge": "--onto --out --format --json --help",
     "demo": "--task --seed --out --json --help",
     "settings": "--json --help",
     "explain": "--json --help",
@@ -63,6 +65,24 @@ def test_the_verbs_are_listed_in_the_order_one_uses_them(run):
     _, out, _ = run("--help")
     places = [out.index(f" {verb} ") for verb in FLAGS]
     assert places == sorted(places)
+
+
+def test_without_a_command_the_help_is_printed_and_nothing_else(run):
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_has_plain_types_and_none_for_switches(run, verb):
+    _, out, _ = run(verb, "--help")
+    assert not re.search(r"<(bool|int|float)|range", out)
+    assert ("NUMBER" in out) == (verb in ("check", "plan", "train", "chat", "demo"))
+
+
+def test_every_flag_that_takes_a_value_has_an_example_of_one():
+    for command in _commands():
+        for option in command.params:
+            if option.opts[0].startswith("--") and not option.is_flag:
+                assert all(example_of(flag) not in ("", "None", "()") for flag in option.opts), option.opts
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
@@ -193,7 +213,11 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["check", "{data}", "--select", "D99"], 2, "no finding's code starts with"),
         (["settings", "rnk"], 2, "did you mean 'rank'"),
         (["explain", "D999"], 2, "no finding has the code 'D999'"),
-        (["chekc", "{data}"], 2, "did you mean 'lorafit check'?"),
+        (["explain", "d34"], 2, "no finding has the code 'd34'; did you mean D034?"),
+        (["plan", "{data}", "--gpu"], 2, '--gpu needs a value, as in --gpu "RTX 4090"'),
+        (["plan", "{data}", "--max-length"], 2, "--max-length needs a value, as in --max-length 2048"),
+        (["plan", "{data}", "--json=1"], 2, "--json takes no value"),
+        (["chekc", "{data}"], 2, "error: no such command 'chekc'; did you mean 'lorafit check'?"),
         (["train"], 2, "no data are named"),
         (["train", "{data}", "--base", "{base}", "--set", "epoch=1"], 2, "did you mean 'epochs'"),
         (["train", "{data}", "--base", "{base}", "--set", "rank"], 2, "key=value"),
@@ -217,7 +241,9 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["plan", "{data}", "--base", "{base}", "--gpu", "RTX 4091"], 2, "RTX 4090"),
         (["plan", "{data}", "--base", "{base}", "--gpu-memory", "lots"], 2, "not a size"),
         (["chat", "{folder}"], 1, "holds no run"),
+        (["chat", "{folder}/nosuch"], 1, "nosuch: no such folder"),
         (["merge", "{folder}"], 1, "holds no run"),
+        (["merge", "{folder}", "--format", "ggfu"], 2, "'ggfu' is no export format; choose safetensors"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
     ],
@@ -462,6 +488,21 @@ def test_check_ends_with_the_command_that_comes_next(run, data, monkeypatch):
     _, out, _ = run("check", data)
     assert f"next      lorafit check {data.name} --fix clean.jsonl" in out
     assert str(data) not in out, "paths below the current folder are relative"
+
+
+def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b'"response"', b'"Agent Reply"'))
+    _, out, _ = run("check", data.name, "--map", "response=Agent Reply")
+    assert f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean" in out
+
+
+def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, data, monkeypatch):
+    monkeypatch.setattr(console.PEOPLE, "width", 60)
+    _, out, _ = run("plan", data, "--base", BASE, "--gpu", "4090")
+    words = " ".join(out.partition("\nnext")[0].split())
+    assert "a larger adapter would memorise so few rows" in words and "…" not in words
+    assert "4 bits cost less accuracy than these rows add" in words
 
 
 def test_the_bases_that_merge_offers_are_those_that_it_takes():

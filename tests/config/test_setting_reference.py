@@ -18,6 +18,11 @@ def test_every_example_can_be_typed_as_it_stands(key):
     assert described.meaning and described.values
 
 
+def test_a_setting_without_advice_is_shown_without(monkeypatch):
+    monkeypatch.delitem(ADVICE, "lr")
+    assert describe_setting("lr").advice == ""
+
+
 def test_a_default_that_the_plan_may_replace_says_so():
     assert describe_setting("rank").shown_default == "16 (or as planned)"
     assert describe_setting("lr").shown_default == "0.0002"

@@ -1,8 +1,11 @@
 """Micro-batches: what is supervised, and nothing else."""
 
 import numpy as np
+import pytest
 
-from lorafit.engine import collate
+from lorafit.engine import MicroBatch, collate
+from lorafit.engine.cuda_graphs import Bucket
+from lorafit.errors import TrainingError
 
 
 def test_positions_restart_and_targets_follow_their_predictors():
@@ -27,3 +30,15 @@ def test_collating_leaves_the_rows_masks_alone():
     mask = np.array([True, True])
     collate([(np.array([5, 6]), mask)])
     assert mask.all()
+
+
+def test_fields_that_would_be_lost_on_the_way_to_a_gpu_are_an_error_that_names_the_class():
+    class Preferred(MicroBatch):
+        pass
+
+    batch = collate([(np.arange(4), np.ones(4, bool))])
+    marked = Preferred(batch.ids, batch.positions, batch.predictors, batch.targets, batch.segments)
+    with pytest.raises(TrainingError, match=r"MicroBatch.to carries the fields of MicroBatch alone, and Preferred"):
+        marked.to("cpu")
+    with pytest.raises(TrainingError, match=r"a CUDA graph carries .* Preferred"):
+        Bucket.of(marked, 64, 64)

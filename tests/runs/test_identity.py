@@ -9,7 +9,7 @@ from lorafit.errors import RunDirError
 from lorafit.runs import FREE, RunFingerprint, RunIdentity, held_settings
 
 HELD = {
-    "method", "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup",
+    "method", "objective", "quantization", "compute", "rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup",
     "weight_decay", "max_grad_norm", "optimizer", "epochs", "max_steps", "examples_per_step", "on_spike", "seed",
 }  # fmt: skip
 
@@ -51,10 +51,24 @@ def test_content_is_named_in_words():
     assert fingerprint().differences(other) == [("the training rows", "sha256 " + "a" * 12, "sha256 " + "e" * 12)]
 
 
-def test_a_setting_that_an_older_release_did_not_know_is_a_difference():
+@pytest.mark.parametrize("key", ["method", "objective", "dropout"])
+def test_a_setting_that_an_older_release_did_not_know_had_its_default(key):
+    fields = fingerprint().to_dict()
+    del fields["settings"][key]
+    assert RunFingerprint.from_dict(fields).differences(fingerprint()) == []
+
+
+def test_another_value_than_the_default_differs_from_a_run_that_did_not_know_the_setting():
     fields = fingerprint().to_dict()
     del fields["settings"]["dropout"]
-    assert RunFingerprint.from_dict(fields).differences(fingerprint()) == [("dropout", "not set", "0.05")]
+    then, now = RunFingerprint.from_dict(fields), fingerprint(dropout=0.5)
+    assert then.differences(now) == [("dropout", "0.05", "0.5")]
+
+
+def test_a_setting_that_this_release_does_not_know_is_a_difference():
+    fields = fingerprint().to_dict()
+    fields["settings"]["neftune"] = 5
+    assert RunFingerprint.from_dict(fields).differences(fingerprint()) == [("neftune", "5", "not set")]
 
 
 def test_an_identity_comes_back_as_it_was_written(tmp_path):

@@ -134,3 +134,10 @@ def test_a_changed_base_is_refused_without_base_json_too(tiny_run, tmp_path):
     path.write_text(json.dumps(identity))
     with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
         load(folder)
+
+
+def test_a_model_in_a_format_that_chat_does_not_serve_is_refused_by_the_formats_name(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "verification.json").write_text('{"export_format": "gguf"}')
+    with pytest.raises(UsageError, match="chat opens safetensors, and this model is in the format 'gguf'"):
+        load(tmp_path)

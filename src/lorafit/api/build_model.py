@@ -37,7 +37,7 @@ from lorafit.errors import RunDirError
 from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, most_tokens, policy_of
 from lorafit.methods import Method, method_of
 from lorafit.methods.lora import Counts, count_parameters
-from lorafit.objectives import Objective, Sft
+from lorafit.objectives import Objective, objective_of
 from lorafit.runs import RunDir
 from lorafit.training import (
     EventLog,
@@ -86,7 +86,7 @@ def build_model(planned: PlannedRun) -> BuiltModel:
     with packed(model):
         assert_isolated(model, samples)
         loss = vocabulary_loss_for(model, samples)
-    return BuiltModel(model, method, Sft(loss), count_parameters(model), loss.reason)
+    return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason)
 
 
 def enforce_budget(config: RunConfig) -> None:
@@ -292,10 +292,10 @@ def _workload(
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
 
     def batch_of(micro_tokens: int) -> MicroBatch:
-        return largest_micro_batch(rows, config, micro_tokens, step).to(device)
+        return largest_micro_batch(rows, config, micro_tokens, step, built.objective).to(device)
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
-        batch = largest_within(rows, config, micro_tokens, limit, step)
+        batch = largest_within(rows, config, micro_tokens, limit, step, built.objective)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:

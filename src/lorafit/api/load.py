@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafit.backbone import redirect_library_logs
+from lorafit.config import read_json
+from lorafit.errors import RunDirError, UsageError
+from lorafit.export import DEFAULT_FORMAT, VERIFICATION_FILE
 from lorafit.runs import RunDir
 from lorafit.serve import Session
 
@@ -15,8 +18,21 @@ def load(run: str | Path, *, device: str | None = None) -> Session:
     load(run).answer([{"role": "user", "content": "…"}])
     """
     path = Path(run)
+    if not path.exists():
+        fix = "check the path; pass the folder that train or merge made"
+        raise RunDirError("no such folder", where=str(path), fix=fix)
     if not RunDir(path).settings.is_file() and (path / "config.json").is_file():
+        _require_readable_format(path)
         with redirect_library_logs():
             return Session.load_merged(path, device=device)
     with redirect_library_logs(Path(run) / "log.txt" if Path(run).is_dir() else None, optional=True):
         return Session.load(Path(run), device=device)
+
+
+def _require_readable_format(folder: Path) -> None:
+    """Raise UsageError for a merged model in a format that this process does not serve."""
+    proof = folder / VERIFICATION_FILE
+    name = read_json(proof, RunDirError).get("export_format") if proof.is_file() else None
+    if name not in (None, DEFAULT_FORMAT):  # older releases wrote no name, and had one format
+        what = f"chat opens {DEFAULT_FORMAT}, and this model is in the format '{name!s:.40}'"
+        raise UsageError(what, where=str(folder), fix="serve it with its own program, or chat with the run")

@@ -10,7 +10,7 @@ import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lorafit import __version__
 from lorafit.cli import chat, check, demo, merge, plan, reference, train
@@ -22,11 +22,29 @@ INTERRUPTED = 130
 INTERNAL = 70
 
 
+def _with_plain_types(params: list[Any]) -> list[Any]:
+    """Return `params`; the help then shows no type for switches."""
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+class _Plain(TyperCommand):
+    """A command whose help shows no type for switches."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _with_plain_types(super().get_params(ctx))
+
+
 class _InOrder(TyperGroup):
     """List the commands in the order of use."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return list(self.commands)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _with_plain_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> object:
         """Run the command, and report Ctrl-C, since typer would end in silence."""
@@ -42,19 +60,18 @@ app = typer.Typer(
     name="lorafit",
     help="Fine-tune a language model on your own examples, and verify the result.",
     epilog="Start with 'lorafit demo', or 'lorafit check YOUR.jsonl'. Add --debug to any command to see a traceback.",
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command(epilog=check.EXAMPLES)(check.check)
-app.command(epilog=plan.EXAMPLES)(plan.plan)
-app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog=chat.EXAMPLES)(chat.chat)
-app.command(epilog=merge.EXAMPLES)(merge.merge)
-app.command(epilog=demo.EXAMPLES)(demo.demo)
-app.command(epilog=reference.SETTINGS_EXAMPLES)(reference.settings)
-app.command(epilog=reference.EXPLAIN_EXAMPLES)(reference.explain)
+app.command(cls=_Plain, epilog=check.EXAMPLES)(check.check)
+app.command(cls=_Plain, epilog=plan.EXAMPLES)(plan.plan)
+app.command(cls=_Plain, epilog=train.EXAMPLES)(train.train)
+app.command(cls=_Plain, epilog=chat.EXAMPLES)(chat.chat)
+app.command(cls=_Plain, epilog=merge.EXAMPLES)(merge.merge)
+app.command(cls=_Plain, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=_Plain, epilog=reference.SETTINGS_EXAMPLES)(reference.settings)
+app.command(cls=_Plain, epilog=reference.EXPLAIN_EXAMPLES)(reference.explain)
 app.command(hidden=True)(reference.help)
 
 
@@ -81,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_FLAG in given
-    given = [argument for argument in given if argument != DEBUG_FLAG]
+    given = [argument for argument in given if argument != DEBUG_FLAG] or ["--help"]
     try:
         with piped():
             sys.exit(app(given, prog_name="lorafit", standalone_mode=False))
@@ -121,9 +138,20 @@ def _misuse(error: Any, given: list[str]) -> UsageError:
         names = [command.name for command in _commands() if command.name]
         near = difflib.get_close_matches(name, names, n=1)
         fix = f"did you mean 'lorafit {near[0]}'?" if near and name not in names else f"see 'lorafit {name} --help'"
-        what = error.format_message().rstrip(".")
+        what = re.sub(r"[.;]? *\(?Did you mean .*", "", error.format_message()).rstrip(".")  # the fix says it
         return UsageError(what[:1].lower() + what[1:], fix=fix if name in names or near else "see 'lorafit --help'")
+    if flag in _flags_of(name):
+        return _misused_value(flag, takes_none="not take" in error.format_message())
     return UsageError(f"'lorafit {name}' has no flag {flag}", fix=_flag_fix(name, flag))
+
+
+def _misused_value(flag: str, *, takes_none: bool) -> UsageError:
+    """Return the error of a known flag that lacks its value, or has one that it does not take."""
+    from lorafit.cli.flags import example_of
+
+    if takes_none:
+        return UsageError(f"{flag} takes no value", fix=f"write {flag} alone")
+    return UsageError(f"{flag} needs a value, as in {flag} {example_of(flag)}")
 
 
 def _flag_fix(name: str, flag: str) -> str:

@@ -37,9 +37,11 @@ def chat(
         str | None, typer.Option("--system", help="System text before the conversation.", show_default=False)
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show answers of base and tuned model.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="NUMBER", min=1, help="Most tokens of an answer.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="Sampling temperature; 0 is greedy.")
+        float, typer.Option("--temperature", metavar="NUMBER", min=0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

@@ -31,7 +31,10 @@ def check(
     data: flags.Data = None,
     base: flags.Base = None,
     show: Annotated[
-        int, typer.Option("--show", min=0, help="Print this number of rows, with supervised tokens marked.")
+        int,
+        typer.Option(
+            "--show", metavar="NUMBER", min=0, help="Print this number of rows, with supervised tokens marked."
+        ),
     ] = 0,
     fix: Annotated[
         Path | None,
@@ -65,7 +68,7 @@ def check(
     heading("data")
     show_summary(report.prepared.summary)
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
-    show_findings(report.findings, data or ())
+    show_findings(report.findings, [*(data or ()), *flags.words_of("field_map", map)])
     show_rows_coloured(rows)
     if fixed:
         _show_fixed(fixed, report)

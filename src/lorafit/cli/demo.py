@@ -20,7 +20,7 @@ lorafit demo --task tickets --seed 1"""
 
 def demo(
     task: Annotated[str, typer.Option("--task", help="Task: orders, dates or tickets.")] = "orders",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data and training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="NUMBER", min=0, help="Seed of data and training.")] = 0,
     out: Annotated[
         str | None,
         typer.Option(

@@ -40,11 +40,17 @@ GpuMemory = Annotated[
     str | None,
     typer.Option("--gpu-memory", "--vram", help="Limit of GPU memory, as 8GB.", show_default=False),
 ]
-Lr = Annotated[str | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
-Epochs = Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows.", show_default=False)]
-Rank = Annotated[str | None, typer.Option("--rank", help="LoRA rank.", show_default=False)]
-MaxLength = Annotated[str | None, typer.Option("--max-length", help="Most tokens of a row.", show_default=False)]
-Batch = Annotated[str | None, typer.Option("--batch", help="Examples in one optimizer step.", show_default=False)]
+Lr = Annotated[str | None, typer.Option("--lr", metavar="NUMBER", help="Peak learning rate.", show_default=False)]
+Epochs = Annotated[
+    str | None, typer.Option("--epochs", metavar="NUMBER", help="Passes over the training rows.", show_default=False)
+]
+Rank = Annotated[str | None, typer.Option("--rank", metavar="NUMBER", help="LoRA rank.", show_default=False)]
+MaxLength = Annotated[
+    str | None, typer.Option("--max-length", metavar="NUMBER", help="Most tokens of a row.", show_default=False)
+]
+Batch = Annotated[
+    str | None, typer.Option("--batch", metavar="NUMBER", help="Examples in one optimizer step.", show_default=False)
+]
 OnBad = Annotated[str | None, typer.Option("--on-bad", help="Unreadable rows: stop or drop.", show_default=False)]
 OnLong = Annotated[
     str | None,
@@ -101,16 +107,39 @@ def flag_of(key: str) -> str:
     return f"--{FLAGS.get(key, key).replace('_', '-')}"
 
 
+VALUES = {
+    "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
+    "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
+    "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
+    "--onto": "original", "--format": "safetensors", "--task": "dates", "--seed": "1",
+}  # fmt: skip
+"""Examples for flags that are not settings, or whose setting has an example that does not fit here."""
+
+
+def example_of(flag: str) -> str:
+    """Return a value that `flag` takes, as typed."""
+    from lorafit.config.setting_reference import describe_setting  # pydantic stays out of --help
+
+    if flag in VALUES:
+        return VALUES[flag]
+    return describe_setting(flag.removeprefix("--").replace("-", "_")).assignment.partition("=")[2]
+
+
+def words_of(key: str, value: Any) -> list[str]:
+    """Return the words that give the flag of `key` this value; none if it was not given."""
+    if value is None or value is False:
+        return []
+    each = value if isinstance(value, list) else [value]
+    return [word for one in each for word in ([flag_of(key)] if one is True else [flag_of(key), str(one)])]
+
+
 def command(name: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:
     """Return the command line of `name` with the same data, flags and settings."""
     from lorafit.cli.screen.console import typed
 
     words = ["lorafit", name, *(data or ())]
     for key, value in given.items():
-        if value is None or value is False:
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            words += [flag_of(key)] if one is True else [flag_of(key), str(one)]
+        words += words_of(key, value)
     for assignment in assignments or ():
         words += ["--set", assignment]
     return typed(*words)

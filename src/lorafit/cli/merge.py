@@ -34,17 +34,21 @@ def merge(
     out: Annotated[
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
     ] = None,
+    export_format: Annotated[
+        str, typer.Option("--format", help="Export format; another one goes to RUN/exports/merged-…-NAME.")
+    ] = "safetensors",
     json: flags.Json = False,
 ) -> None:
-    """Write merged safetensors, reload them, and measure them against the live adapter model."""
+    """Write the merged weights, reload them, and measure them against the live adapter model."""
     from lorafit.api.merge import merge as run_merge
 
-    merged = run_merge(run, onto=onto, out=out)
+    merged = run_merge(run, onto=onto, out=out, export_format=export_format)
     if json:
         show_json(merged.to_dict())
     else:
         show_merged(merged)
-        show_next((typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"))
+        if export_format == "safetensors":  # chat opens no other format
+            show_next((typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"))
     raise typer.Exit(0 if merged.passed else 1)
 
 

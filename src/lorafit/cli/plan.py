@@ -63,7 +63,7 @@ def plan(
         show_json(planned.to_dict())
         raise typer.Exit(1 if failed else 0)
     if explain:
-        _show_all(planned, data or ())
+        _show_all(planned, [*(data or ()), *flags.words_of("field_map", map)])
     else:
         show_verdict(planned.plan, [*planned.plan.findings, *planned.prepared.findings])
         show_data_line(planned.prepared.summary)
@@ -72,7 +72,7 @@ def plan(
     raise typer.Exit(1 if failed else 0)
 
 
-def _show_all(planned: PlannedRun, data: list[str] | tuple[str, ...]) -> None:
+def _show_all(planned: PlannedRun, data: list[str]) -> None:
     """Show the data, the plan with all its numbers, the settings and the findings."""
     findings = [*planned.prepared.findings, *planned.plan.findings]
     show_verdict(planned.plan, findings)

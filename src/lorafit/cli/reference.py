@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -73,7 +75,7 @@ def explain(
         _show_rows({one: title for one, (title, _) in texts.items()})
         return
     if code.upper() not in texts:
-        raise UsageError(f"no finding has the code '{code:.20}'", fix="list all codes with 'lorafit explain'")
+        raise UsageError(f"no finding has the code '{code:.20}'", fix=_near_code(code, texts))
     title, text = texts[code.upper()]
     if json:
         show_json({"code": code.upper(), "title": title, "text": text})
@@ -82,6 +84,13 @@ def explain(
 
     heading(code.upper(), f"[bold]{escape(title)}[/bold]")
     PEOPLE.print(Padding(Markdown(text), (0, 0, 0, 2)))
+
+
+def _near_code(code: str, texts: Mapping[str, Any]) -> str:
+    """The code that was meant, as D034 for d34; else where all codes are listed."""
+    parts = re.fullmatch(r"([A-Z]+)0*(\d+)", code.upper())
+    near = [one for one in texts if parts and re.fullmatch(rf"{parts[1]}0*{parts[2]}", one)]
+    return f"did you mean {near[0]}?" if near else "list all codes with 'lorafit explain'"
 
 
 def help(

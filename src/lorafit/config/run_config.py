@@ -59,6 +59,7 @@ class RunConfig(BaseModel):
 
     # the method
     method: Literal["lora"] = Field("lora", description="training method: lora, low-rank adapters on a frozen base")
+    objective: Literal["sft"] = Field("sft", description="the loss: sft, cross entropy over supervised tokens")
     goal: Goal = Field("balanced", description="aim of the decision matrix")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result is served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantized) or none")

@@ -21,7 +21,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.attention.packed import ROUND_WIDTH
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.loss.vocabulary import IGNORED
-from lorafit.engine.packing import MicroBatch, Segments, layout_on, on_host
+from lorafit.engine.packing import MicroBatch, Segments, layout_on, on_host, require_plain
 from lorafit.engine.runtime import fixed_blocks, release_memory
 
 SIZES = 16
@@ -59,6 +59,7 @@ class Bucket:
         No bucket has more than `most` tokens, and no row more than `longest`. Rows of one round length, as in
         fixed-length data, make a bucket of their own, because cuDNN supports them.
         """
+        require_plain(batch, "a CUDA graph")
         step = _rounded(-(-most // SIZES), MIN_STEP)
         rows, width, *others = on_host(batch.segments.layout).tolist()
         if not others and rows * width == batch.tokens and width % ROUND_WIDTH == 0:

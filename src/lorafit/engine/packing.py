@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorafit.errors import TrainingError
+
 MAX_PADDED = 1.25  # a group of rows is padded to its longest while that costs at most a quarter more tokens
 
 
@@ -171,7 +173,8 @@ class MicroBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """Return the same micro-batch on `device`."""
+        """Return the same micro-batch on `device`. Raises TrainingError for a subclass, whose fields would be lost."""
+        require_plain(self, "MicroBatch.to")
         return MicroBatch(
             ids=self.ids.to(device, non_blocking=non_blocking),
             positions=self.positions.to(device, non_blocking=non_blocking),
@@ -179,6 +182,14 @@ class MicroBatch:
             targets=self.targets.to(device, non_blocking=non_blocking),
             segments=self.segments.to(device, non_blocking),
         )
+
+
+def require_plain(batch: MicroBatch, what: str) -> None:
+    """Raise TrainingError where `batch` may have fields that `what` does not carry."""
+    if type(batch) is not MicroBatch:
+        name = type(batch).__name__
+        fix = "keep to the fields of MicroBatch, or carry further ones yourself"
+        raise TrainingError(f"{what} carries the fields of MicroBatch alone, and {name} may have more", fix=fix)
 
 
 def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:

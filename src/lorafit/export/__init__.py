@@ -11,7 +11,7 @@ from lorafit.export.formats import (
     format_named,
 )
 from lorafit.export.merge import MergeReport, merge
-from lorafit.export.verify import Verification, verify
+from lorafit.export.verify import VERIFICATION_FILE, Verification, verify
 
 __all__ = [
     "DEFAULT_FORMAT",
@@ -21,6 +21,7 @@ __all__ = [
     "OpenedModel",
     "Row",
     "TransformersModel",
+    "VERIFICATION_FILE",
     "Verification",
     "Written",
     "format_named",

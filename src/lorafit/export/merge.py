@@ -115,7 +115,7 @@ def merged_weights(
 
 def _write_companions(run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
     write_companions(run, folder, form.dtype)
-    (folder / "README.md").write_text(model_card(run.config, onto, form.dtype), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run.config, onto, form), encoding="utf-8")
     return write_chat_template(run, folder)
 
 

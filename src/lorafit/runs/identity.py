@@ -56,7 +56,7 @@ class RunFingerprint:
             for name, words in {**names, "held_out_rows": "the held-out rows"}.items()
             if getattr(self, name) != getattr(now, name)
         ]
-        return differing_settings(self.settings, now.settings) + found
+        return differing_settings(with_defaults(self.settings, now.settings), now.settings) + found
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; `from_dict` is the inverse."""
@@ -118,6 +118,12 @@ class RunIdentity:
 def held_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that must not change when a run resumes, as JSON values."""
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE}
+
+
+def with_defaults(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `then` with the default of every setting in `now` that the release which wrote `then` did not know."""
+    unknown = [key for key in now if key not in then and key in RunConfig.model_fields]
+    return {**RunConfig().model_dump(mode="json", include=set(unknown)), **then}
 
 
 def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

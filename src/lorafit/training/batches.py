@@ -171,9 +171,13 @@ class StepDataset:
 
 
 def largest_micro_batch(
-    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer] = ()
+    rows: Rows,
+    config: RunConfig,
+    micro_tokens: int,
+    step: Sequence[int] | NDArray[np.integer] = (),
+    objective: Objective | None = None,
 ) -> MicroBatch:
-    """Return the micro-batch with the most tokens, at a limit of `micro_tokens`.
+    """Return the micro-batch of `objective` with the most tokens, at a limit of `micro_tokens`.
 
     The search covers the first epoch's steps, `step` (the rows of the largest step, if known) and the longest row
     alone.
@@ -184,11 +188,16 @@ def largest_micro_batch(
             most, largest = tokens, members
         if most >= micro_tokens:
             break  # the limit is reached
-    return Sft().collate(rows, largest)
+    return (objective or Sft()).collate(rows, largest)
 
 
 def largest_within(
-    rows: Rows, config: RunConfig, micro_tokens: int, limit: int, step: Sequence[int] | NDArray[np.integer] = ()
+    rows: Rows,
+    config: RunConfig,
+    micro_tokens: int,
+    limit: int,
+    step: Sequence[int] | NDArray[np.integer] = (),
+    objective: Objective | None = None,
 ) -> MicroBatch | None:
     """Return the largest micro-batch with at most `limit` tokens; None if all have more.
 
@@ -198,7 +207,7 @@ def largest_within(
     for tokens, members in _micro_batches(rows, config, micro_tokens, step):
         if most < tokens <= limit:
             most, largest = tokens, members
-    return None if largest is None else Sft().collate(rows, largest)
+    return None if largest is None else (objective or Sft()).collate(rows, largest)
 
 
 def _micro_batches(

@@ -24,6 +24,7 @@ def test_the_formats_precision_reaches_weights_config_and_gpu(trained, tmp_path,
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
     assert f'"dtype": "{str(dtype).removeprefix("torch.")}"' in (folder / "config.json").read_text()
     assert f"saved in {short} by lorafit" in (folder / "README.md").read_text()
+    assert "\nlibrary_name: transformers\n" in (folder / "README.md").read_text()
     assert form.bytes_per_weight == dtype.itemsize
 
 

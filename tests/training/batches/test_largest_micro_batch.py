@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from little_run import encoded_rows, settings
 from lorafit.data import largest_step
+from lorafit.objectives import Sft
 from lorafit.training import largest_micro_batch, largest_within
 from lorafit.training.batches import Layout, StepDataset
 
@@ -53,3 +54,13 @@ def test_the_largest_within_a_limit_is_one_of_those_that_training_cuts(micro_tok
     sizes = [max(LENGTHS), *(batch.tokens for step in steps for batch in step.micro_batches)]
     found = largest_within(rows, config, micro_tokens, limit)
     assert (found.tokens if found else None) == max((size for size in sizes if size <= limit), default=None)
+
+
+def test_what_is_tried_is_laid_out_by_the_objective_of_the_run():
+    class Marked(Sft):
+        def collate(self, rows, indices):
+            return "marked", sorted(indices)
+
+    config, rows = settings(examples_per_step=4), encoded_rows(*LENGTHS)
+    assert largest_micro_batch(rows, config, 10, objective=Marked()) == ("marked", [5])
+    assert largest_within(rows, config, 10, 5, objective=Marked()) == ("marked", [10])

@@ -21,7 +21,7 @@ PLACE = re.compile(r"(.+?):(\d+(?::\d+)?)")
 def show_findings(findings: Sequence[Finding], data: Sequence[str] = ()) -> None:
     """Show each finding: code, place and message, with the reason and the fix below.
 
-    `data` are the files as typed, for commands in the fixes.
+    `data` are the files, and the flags that say how to read them, as typed, for commands in the fixes.
     """
     for finding in findings:
         place = f" [dim]{escape(near(finding.where))}[/dim]" if finding.where else ""

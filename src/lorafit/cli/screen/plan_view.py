@@ -54,22 +54,22 @@ def show_data_line(summary: Summary) -> None:
 
 
 def show_choices(plan: Plan, resolved: Resolved) -> None:
-    """Show each choice and its reason in one line."""
+    """Show each choice and its reason."""
     from lorafit.config import parse_bytes  # pydantic stays out of --help
 
     reasons = {decision.key: (str(decision.value), decision.reason) for decision in plan.decisions}
     source = resolved.sources["targets"].value
     why = "q and v projections, as in QLoRA's recipe" if source == "default" else f"set by {source}"
     reasons["targets"] = (_targets(plan), why)
+    chosen = _grid()
     for key in CHOSEN:
         if key not in reasons:
             continue
         value, reason = reasons[key]
         if key == "memory_policy":
             value, _, reason = reason.partition(": ") if ": " in reason else (value, "", reason)
-        line = Text.assemble(f"  {key:<15}", (value, "bold"), "  ", (reason, "dim"))
-        line.truncate(PEOPLE.width, overflow="ellipsis")
-        PEOPLE.print(line)
+        chosen.add_row(f"{key:<13}", Text.assemble((value, "bold"), "  ", (reason, "dim")))
+    _show_grid(chosen)
     asked = resolved.config.gpu_memory
     understood = [f"gpu_memory {asked} is read as {gib(parse_bytes(asked))}"] if asked and "i" not in asked else []
     for note in (*understood, *plan.shape.notes, *plan.hardware.notes):

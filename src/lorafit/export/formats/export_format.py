@@ -69,6 +69,11 @@ class ExportFormat(Protocol):
         ...
 
     @property
+    def library_name(self) -> str:
+        """The library that loads the files, as a hub names it; the model card says so."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the precision in which the weights are served."""
         ...

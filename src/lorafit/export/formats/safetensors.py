@@ -32,6 +32,7 @@ class Safetensors:
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = MAX_SHARD_BYTES
     name = "safetensors"
+    library_name = "transformers"
 
     @property
     def bytes_per_weight(self) -> float:

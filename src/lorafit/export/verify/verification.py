@@ -26,7 +26,7 @@ FLOORS = 10.0
 """Most KL of a correct merge to the live model, in noise floors."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
-FILE = "verification.json"
+VERIFICATION_FILE = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Verification:
         positions: supervised tokens of these rows.
         live_dtype: the live model's precision.
         merged_dtype: the artefact's precision.
+        export_format: the name of the artefact's format.
         elapsed_s: seconds of verification.
     """
 
@@ -62,6 +63,7 @@ class Verification:
     live_dtype: str
     merged_dtype: str
     elapsed_s: float
+    export_format: str
 
     @property
     def floors(self) -> float:
@@ -108,9 +110,9 @@ def verify(
     passed, reason = _judge(onto, reference.loss, merged, floor, base)
     verification = Verification(
         onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
-        _name(dtype), _name(stored), time.monotonic() - started,
+        _name(dtype), _name(stored), time.monotonic() - started, export_format.name,
     )  # fmt: skip
-    write_text(folder / FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
+    write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
 
 
