@@ -501,8 +501,8 @@ def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, da
     monkeypatch.setattr(console.PEOPLE, "width", 60)
     _, out, _ = run("plan", data, "--base", BASE, "--gpu", "4090")
     words = " ".join(out.partition("\nnext")[0].split())
-    assert "a larger adapter would memorise so few rows" in words and "…" not in words
-    assert "4 bits cost less accuracy than these rows add" in words
+    assert "a larger adapter would memorize them" in words and "…" not in words
+    assert "few rows limit accuracy more than a 4-bit base does" in words
 
 
 def test_the_bases_that_merge_offers_are_those_that_it_takes():

@@ -111,7 +111,7 @@ VALUES = {
     "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
-    "--onto": "original", "--format": "safetensors", "--task": "dates", "--seed": "1",
+    "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors", "--task": "dates", "--seed": "1",
 }  # fmt: skip
 """Examples for flags that are not settings, or whose setting has an example that does not fit here."""
 
