@@ -94,7 +94,7 @@ def test_an_array_on_one_line_holds_out_what_its_rows_in_lines_do(data, tmp_path
     "data", [3, 0, b"rows.jsonl", np.zeros(2), [{"prompt": "a", "completion": "b"}], {"rows.jsonl"}]
 )
 def test_what_are_no_data_are_refused_in_one_sentence(data):
-    with pytest.raises(UsageError, match="no data that can be read"):
+    with pytest.raises(UsageError, match="cannot be read; pass paths"):
         lorafit.check(data, BASE)
 
 

@@ -159,7 +159,7 @@ def test_a_run_is_a_recipe_and_runs_again_to_the_same_bits(tiny_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"report_to": "no_such_tracker"}, "no_such_tracker"), ({"gpu": "H100"}, "the hardware that is here")],
+    [({"report_to": "no_such_tracker"}, "no_such_tracker"), ({"gpu": "H100"}, "this machine's own GPU")],
 )
 def test_what_train_cannot_honour_is_refused_before_anything_is_written(tmp_path, given, words):
     with pytest.raises(UsageError, match=words):
@@ -208,7 +208,7 @@ def test_memory_that_runs_out_beside_the_steps_names_what_saves_it(tmp_path):
 
     data = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(
-        TrainingError, match=r"ran out in step 1; set gpu_memory below what is free .*memory_policy=recompute"
+        TrainingError, match=r"ran out in step 1; set gpu_memory below the GPU's free memory.*memory_policy=recompute"
     ):
         train(data, str(BASE), out=tmp_path / "run", max_steps=1, callbacks=[AfterTheStep()])
 

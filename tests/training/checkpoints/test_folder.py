@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_run_or_step_is_refused(copied):
     with pytest.raises(CheckpointError, match="another run"):
         Checkpoint.open(copied, run="other")
     renamed = copied.rename(copied.with_name("step-000008"))
-    with pytest.raises(CheckpointError, match="that of step 6"):
+    with pytest.raises(CheckpointError, match="belongs to step 6"):
         Checkpoint.open(renamed)
 
 
