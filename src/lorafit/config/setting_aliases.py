@@ -142,7 +142,7 @@ ADVICE = {
     **dict.fromkeys(("sdp_attention", "s2_attention", "use_liger_kernel", "enable_liger_kernel"), ATTENTION),
     **dict.fromkeys(("sample_packing", "eval_sample_packing", "packing", "neat_packing", "group_by_length"), PACKED),
     **dict.fromkeys(("pad_to_sequence_len", "padding_side", "pad_token", "excess_length_strategy"), PACKED),
-    **dict.fromkeys(("chat_template", "template", "prompt_style", "special_tokens", "tokens"), OWN_TEMPLATE),
+    **dict.fromkeys(("chat_template", "prompt_style", "special_tokens", "tokens"), OWN_TEMPLATE),
     **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model", "tokenizer"), OWN_TEMPLATE),
     **dict.fromkeys(("dataloader_num_workers", "preprocessing_num_workers", "dataset_processes"), MACHINE),
     **dict.fromkeys(("tf32", "bnb_4bit_compute_dtype", "dtype", "torch_dtype", "eval_batch_size"), MACHINE),
