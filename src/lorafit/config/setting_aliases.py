@@ -127,7 +127,7 @@ VALUES: dict[str, dict[Any, Any]] = {
 """Setting -> value of another tool -> lorafit's value."""
 ATTENTION = "leave it out: lorafit chooses attention itself"
 PACKED = "leave it out: rows are packed, and never attend to each other"
-OWN_TEMPLATE = "leave it out: rows are rendered with the base's own chat template"
+OWN_TEMPLATE = "write template: FILE for a Jinja file of your own; without it the base's own chat template is used"
 MACHINE = "leave it out: lorafit chooses it for the machine"
 ONE_GPU = "leave it out: lorafit trains on one GPU"
 ANSWERS_ONLY = "leave it out: the loss covers only the answers"
