@@ -243,7 +243,7 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["chat", "{folder}"], 1, "holds no run"),
         (["chat", "{folder}/nosuch"], 1, "nosuch: no such folder"),
         (["merge", "{folder}"], 1, "holds no run"),
-        (["merge", "{folder}", "--format", "ggfu"], 2, "'ggfu' is no export format; choose safetensors"),
+        (["merge", "{folder}", "--format", "ggfu"], 2, "'ggfu' is not an export format; choose safetensors"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
     ],
@@ -494,7 +494,7 @@ def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monke
     monkeypatch.chdir(data.parent)
     data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b'"response"', b'"Agent Reply"'))
     _, out, _ = run("check", data.name, "--map", "response=Agent Reply")
-    assert f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean" in out
+    assert f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean" in " ".join(out.split())
 
 
 def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, data, monkeypatch):
