@@ -1,5 +1,9 @@
 """What every room's tests share: one trained run, and quiet libraries."""
 
+import os
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist says 80 to its workers; the console reads it when it is imported
+
 import pytest
 import torch
 from hypothesis import settings
