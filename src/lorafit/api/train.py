@@ -225,7 +225,7 @@ def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics
     if not metrics.flush():
         message = f"{run.metrics} cannot be written and lacks its last lines; the adapter is complete"
         loop.events.record("metrics_not_written", loop.state.global_step, message)
-    manifest.require_whole(run.adapter / "adapter_model.safetensors", run.adapter / "adapter_config.json")
+    manifest.require_whole(*(run.adapter / name for name in RunIdentity.read(run.identity).adapter))
 
 
 def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
