@@ -494,7 +494,8 @@ def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monke
     monkeypatch.chdir(data.parent)
     data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b'"response"', b'"Agent Reply"'))
     _, out, _ = run("check", data.name, "--map", "response=Agent Reply")
-    assert f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean" in " ".join(out.split())
+    fix = f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean"
+    assert fix in " ".join(out.split())
 
 
 def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, data, monkeypatch):
