@@ -1,24 +1,31 @@
 """lora: LoRA adapters, attached, saved, loaded and merged. Only this package imports peft."""
 
 from lorafit.methods.lora.adapter_folder import (
+    AdapterFiles,
     AdapterSnapshot,
     Delta,
     Deltas,
+    fitting_weights,
     load_adapter,
     restore_adapter,
     save_adapter,
 )
 from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
+from lorafit.methods.lora.grouped import GroupedAdapters, dense_adapter
 from lorafit.methods.lora.lora import Lora
 
 __all__ = [
+    "AdapterFiles",
     "AdapterSnapshot",
     "Counts",
     "Delta",
     "Deltas",
+    "GroupedAdapters",
     "Lora",
     "attach",
     "count_parameters",
+    "dense_adapter",
+    "fitting_weights",
     "load_adapter",
     "lora_config",
     "resolve_targets",

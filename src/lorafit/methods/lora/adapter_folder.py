@@ -177,25 +177,32 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
 
     Raises AdapterError if the files are untrusted or do not fit the model.
     """
-    files = AdapterFiles.open(folder)
+    weights = fitting_weights(model, AdapterFiles.open(folder))
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    check_attached(adapted, weights)
+    return adapted
+
+
+def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the weights of `files` by module name, after checking that each fits a linear of `model`.
+
+    Raises AdapterError if a target has no weights, a weight has no target, or a shape differs.
+    """
     weights = files.weights()
-    linears = linear_names(model)
-    wanted = matching(files.targets, linears)
+    wanted = matching(files.targets, linear_names(model))
     if set(weights) != wanted:
         odd = min(set(weights) ^ wanted)
         raise AdapterError(
             f"the adapter does not fit the base: {odd} is in only one of them",
-            where=str(folder),
+            where=str(files.folder),
             fix="use its own base",
         )
-    modules = dict(model.named_modules())
     for name, (a, b) in weights.items():
-        linear = modules[name]
+        linear: Any = model.get_submodule(name)
         if (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
-            raise AdapterError(f"the adapter's shape does not fit {name}", where=str(folder), fix="use its own base")
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    check_attached(adapted, wanted)
-    return adapted
+            what = f"the adapter's shape does not fit {name}"
+            raise AdapterError(what, where=str(files.folder), fix="use its own base")
+    return weights
 
 
 def _check_plain(raw: dict[str, Any], folder: Path) -> None:

@@ -1,0 +1,249 @@
+"""Scheduler: the thread that owns the decoder. Each step reads some prompts and adds a token to every answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, Protocol, TypeVar
+
+from lorafit.errors import LorafitError
+from lorafit.serve.adapters.pool import AdapterPool
+from lorafit.serve.decoding.batch import PREFILL_TOKENS, BatchDecoder
+from lorafit.serve.decoding.fair_queue import FairQueue
+from lorafit.serve.decoding.generation import EngineStopped, Generation, Reason
+from lorafit.serve.decoding.sampling import Chosen, choose
+
+State = Literal["ready", "draining", "failed", "stopped"]
+CRASHES, CRASH_WINDOW_S = 3, 60.0
+Result = TypeVar("Result")
+LOG = logging.getLogger("lorafit.serve")
+
+
+class Watch(Protocol):
+    """Observe the scheduler."""
+
+    def on_admitted(self, generation: Generation) -> None:
+        """A request left the queue."""
+
+    def on_step(self, running: int, waiting: int, used_positions: int) -> None:
+        """A step ended."""
+
+    def on_crash(self, error: BaseException) -> None:
+        """A step failed; all answers ended with it."""
+
+
+class Scheduler:
+    """Run generations on one decoder, continuously: answers join and leave at any step."""
+
+    def __init__(self, decoder: BatchDecoder, pool: AdapterPool, watch: Watch, *, most_waiting: int = 1024) -> None:
+        self.decoder, self.pool, self.watch = decoder, pool, watch
+        self.state: State = "ready"
+        self._most_waiting = most_waiting
+        self._changed = threading.Condition()
+        self._queue: FairQueue[Generation] = FairQueue()
+        self._running: dict[int, Generation] = {}
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._crashes: deque[float] = deque(maxlen=CRASHES)
+        self._thread = threading.Thread(target=self._run, name="lorafit-decoder", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a generation. Raises EngineStopped if none is accepted, and UsageError if the queue is full."""
+        with self._changed:
+            if self.state != "ready":
+                raise EngineStopped(f"the engine is {self.state}")
+            if len(self._queue) >= self._most_waiting:
+                raise EngineStopped("the queue is full")
+            self._queue.put(generation.tenant, generation)
+            self._changed.notify()
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation at the next step, wherever it is."""
+        with self._changed:
+            generation.cancelled = True
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Result]) -> Future[Result]:
+        """Run `function` on the decoder's thread between two steps."""
+        future: Future[Result] = Future()
+        with self._changed:
+            if self.state in ("failed", "stopped"):
+                raise EngineStopped(f"the engine is {self.state}")
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Return (running, waiting)."""
+        with self._changed:
+            return len(self._running), len(self._queue)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Accept nothing new, wait for running and waiting answers, and stop. Returns False if some were cut off."""
+        with self._changed:
+            if self.state == "ready":
+                self.state = "draining"
+            self._changed.notify()
+        deadline = time.monotonic() + timeout_s
+        while sum(self.load) and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.02)
+        whole = not sum(self.load)
+        with self._changed:
+            self.state = "stopped"
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        return whole
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_work() or self.state == "stopped")
+                if self.state == "stopped":
+                    break
+            try:
+                self._step()
+            except Exception as error:  # noqa: BLE001 (whatever it is, its requests must end)
+                self._recover(error)
+                if self.state == "failed":
+                    break
+        self._end_all(EngineStopped(f"the engine is {self.state}"))
+
+    def _has_work(self) -> bool:
+        return bool(self._running or self._calls or len(self._queue))
+
+    def _step(self) -> None:
+        self._make_calls()
+        self._drop_cancelled()
+        self._admit()
+        self._prefill()
+        self._decode()
+        used = sum(generation.read + len(generation.ids) for generation in self._running.values())
+        self.watch.on_step(len(self._running), len(self._queue), used)
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 (the caller gets it)
+                future.set_exception(error)
+
+    def _drop_cancelled(self) -> None:
+        for generation in [each for each in self._running.values() if each.cancelled]:
+            self._end(generation, "cancelled")
+        with self._changed:
+            waiting = [head for _, head in self._queue.heads() if head.cancelled]
+            gone = [each for each in waiting if self._queue.remove(each.tenant, each)]
+        for generation in gone:
+            generation.on_end("cancelled", None)
+
+    def _admit(self) -> None:
+        """Move waiting requests into free slots, the tenant with the least service first."""
+        while free := [slot for slot in range(self.decoder.slots) if slot not in self._running]:
+            with self._changed:
+                heads = [(tenant, head) for tenant, head in self._queue.heads() if not head.cancelled]
+            if not any(self._place(tenant, head, free[0]) for tenant, head in heads):
+                break
+
+    def _place(self, tenant: str, generation: Generation, slot: int) -> bool:
+        """Give `generation` a slot and its adapter. Returns False while its adapter finds no room."""
+        failure: LorafitError | None = None
+        try:
+            adapter = self.pool.place(generation.version) if generation.version is not None else 0
+        except LorafitError as error:  # its files are damaged: this request fails, and no other
+            adapter, failure = 0, error
+        if adapter is None:
+            return False
+        with self._changed:
+            self._queue.remove(tenant, generation)
+            self._queue.admitted(tenant)
+        if failure is not None:
+            generation.on_end("error", failure)
+            return True
+        generation.slot, generation.adapter = slot, adapter
+        generation.admitted_s = time.monotonic()
+        if generation.sampling.temperature > 0:
+            generation.generator = generation.sampling.generator()
+        self._running[slot] = generation
+        self._queue.charge(tenant, len(generation.prompt), generation.priority)
+        self.watch.on_admitted(generation)
+        return True
+
+    def _prefill(self) -> None:
+        """Read prompts, at most PREFILL_TOKENS in all, so that running answers are not held up."""
+        budget = PREFILL_TOKENS
+        for generation in list(self._running.values()):
+            if not generation.is_reading:
+                continue
+            part = generation.prompt[generation.read : generation.read + budget]
+            if not part:
+                break
+            logits = self.decoder.prefill(generation.slot, part, generation.read, generation.adapter)
+            generation.read += len(part)
+            budget -= len(part)
+            if not generation.is_reading:
+                self._accept(generation, self._chosen(generation, logits))
+
+    def _decode(self) -> None:
+        rows = {
+            slot: (each.ids[-1], len(each.prompt) + len(each.ids) - 1, each.adapter)
+            for slot, each in self._running.items()
+            if not each.is_reading
+        }
+        if not rows:
+            return
+        logits = self.decoder.decode(rows)
+        likeliest = logits.argmax(-1).tolist()  # the step's one wait for the device
+        for slot in rows:
+            generation = self._running[slot]
+            plain = generation.sampling.is_plain
+            self._accept(generation, Chosen(likeliest[slot]) if plain else self._chosen(generation, logits[slot]))
+
+    def _chosen(self, generation: Generation, logits: Any) -> Chosen:
+        seen = [*generation.prompt, *generation.ids] if generation.sampling.repetition_penalty != 1 else ()
+        return choose(logits, generation.sampling, generation.generator, seen)
+
+    def _accept(self, generation: Generation, chosen: Chosen) -> None:
+        self._queue.charge(generation.tenant, 1, generation.priority)
+        if reason := generation.accept(chosen):
+            self._end(generation, reason)
+
+    def _end(self, generation: Generation, reason: Reason) -> None:
+        with self._changed:
+            del self._running[generation.slot]
+        if generation.version is not None:
+            self.pool.release(generation.version)
+        generation.on_end(reason, None)
+
+    def _recover(self, error: Exception) -> None:
+        """End all answers with `error`, and begin anew with empty slots; fail after CRASHES within CRASH_WINDOW_S."""
+        LOG.error("the engine crashed and starts again", exc_info=error)
+        self.watch.on_crash(error)
+        self._crashes.append(time.monotonic())
+        too_often = len(self._crashes) == CRASHES and self._crashes[-1] - self._crashes[0] < CRASH_WINDOW_S
+        self._end_all(EngineStopped("the engine crashed and starts again"))
+        if too_often:
+            with self._changed:
+                self.state = "failed"
+            return
+        self.decoder.forget()
+        self.pool.forget_slots()
+
+    def _end_all(self, error: BaseException) -> None:
+        with self._changed:
+            ended = [*self._running.values(), *self._queue.drain()]
+            self._running.clear()
+            calls, self._calls = list(self._calls), deque()
+        for generation in ended:
+            generation.on_end("error", error)
+        for _, future in calls:
+            future.set_exception(error)

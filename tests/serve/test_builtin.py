@@ -1,0 +1,173 @@
+"""The builtin engine: each answer is the run's own, whatever else is in the batch."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lorafit.errors import AdapterError, LorafitError, UsageError, VerificationError
+from lorafit.methods.lora import AdapterFiles, dense_adapter
+from lorafit.serve.adapters.proof import prove_adapter
+from lorafit.serve.decoding import Sampling, choose
+from lorafit.serve.decoding.fair_queue import FairQueue
+from made_runs import MOST_TOKENS, QUESTIONS, write_run
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine, runs):
+    engine = make_engine()
+    for name, run in runs.items():
+        engine.add_adapter(name, run)
+    return engine
+
+
+def served(engine, name, question):
+    prompt = engine.base.template.prompt_ids([{"role": "user", "content": question}])
+    ids = engine.answer(prompt, None if name == "base" else name, MOST_TOKENS)
+    return engine.base.template.tokenizer.decode(ids)
+
+
+def test_every_answer_is_the_runs_own_with_three_adapters_in_two_slots(engine, own_answers):
+    keys = [*own_answers, *own_answers]
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda key: served(engine, key[0], QUESTIONS[key[1]]), keys))
+    assert answers == [own_answers[key] for key in keys]
+    assert len(set(own_answers.values())) > len(QUESTIONS), "the adapters answer differently"
+
+
+def test_a_slots_log_probabilities_are_those_of_its_dense_update(engine, runs):
+    def compare():
+        decoder, version = engine.decoder, engine.pool.names()["bob"]
+        weights = engine.pool.weights(version)
+        slot = engine.pool.place(version)
+        engine.pool.release(version)
+        ids = list(range(20, 60))
+        wanted = decoder.plain_log_probs(ids, 30, lambda: dense_adapter(decoder.model, weights, version.scale))
+        return (decoder.slot_log_probs(ids, 30, 2, slot) - wanted).abs().max(), (
+            decoder.slot_log_probs(ids, 30, 2, 0) - wanted
+        ).abs().max()
+
+    near, far = engine.scheduler.call(compare).result()
+    assert near < 1e-3 < far
+
+
+def test_a_wrong_slot_is_found_by_the_golden_prompts(engine):
+    version = engine.pool.names()["bob"]
+    weights = engine.pool.weights(version)
+    wrong = {name: (a, b + 0.05 * b.std()) for name, (a, b) in weights.items()}
+
+    def prove():
+        put = engine.decoder.adapters.put
+        engine.decoder.adapters.put = lambda slot, _, scale: put(slot, wrong, scale)
+        try:
+            return prove_adapter(engine.decoder, version, weights, engine.pool.proof_slot, engine._golden, engine.floor)
+        finally:
+            engine.decoder.adapters.put = put
+
+    with pytest.raises(VerificationError, match="golden prompts differ"):
+        engine.scheduler.call(prove).result()
+
+
+def test_what_must_not_be_served_is_refused_with_one_sentence(engine, runs, tmp_path_factory):
+    root = runs["alice"].parent
+    other = shutil.copytree(runs["alice"], root / "other-template")
+    content = json.loads((other / "template.json").read_text())
+    content["stop_ids"] = [content["stop_ids"][0] + 1]
+    (other / "template.json").write_text(json.dumps(content))
+    rebased = shutil.copytree(runs["alice"], root / "other-base")
+    (rebased / "base.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    pickled = shutil.copytree(runs["alice"], root / "pickled")
+    (pickled / "adapter" / "x.bin").write_bytes(b"")
+    bare = shutil.copytree(runs["alice"] / "adapter", root / "bare")
+    dense = write_run(root / "dense", 0, 2, quantization="none")
+    (root / "link").symlink_to(tmp_path_factory.mktemp("outside"))
+    refused = {
+        other: "stop token has changed",
+        rebased: "another base",
+        pickled: "pickle",
+        bare: "names no run",
+        dense: "quantization=none",
+        root / "link": "not loaded from this place",
+        root / "missing": "no such folder",
+        root.parent: "not loaded from this place",
+    }
+    for path, reason in refused.items():
+        with pytest.raises(LorafitError, match=reason) as caught:
+            engine.add_adapter("refused", path)
+        assert "\n" not in str(caught.value)
+    assert "refused" not in engine.pool.names()
+
+
+def test_an_adapter_whose_keys_match_nothing_is_refused(engine, runs):
+    from safetensors.torch import load_file, save_file
+
+    run = shutil.copytree(runs["alice"], runs["alice"].parent / "no-keys")
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "x_proj"): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match="does not fit the base"):
+        engine.add_adapter("no-keys", run)
+
+
+def test_names_are_checked_and_a_second_load_needs_to_say_so(engine, runs):
+    for name in ("base", "", "a b", "x" * 200):
+        with pytest.raises(UsageError):
+            engine.add_adapter(name, runs["alice"])
+    with pytest.raises(UsageError, match="already loaded"):
+        engine.add_adapter("alice", runs["alice"])
+    with pytest.raises(UsageError, match="no adapter of this name"):
+        engine.remove_adapter("nobody")
+
+
+def test_files_that_changed_after_loading_are_not_read_again(make_engine, runs):
+    engine = make_engine(max_loras=1, host_loras=1)
+    copy = shutil.copytree(runs["alice"], runs["alice"].parent / "changing")
+    engine.add_adapter("changing", copy)
+    engine.add_adapter("bob", runs["bob"])  # takes the one place in host memory
+    served(engine, "bob", QUESTIONS[0])
+    files = sorted((runs["carol"] / "adapter").iterdir())
+    for file in files:
+        shutil.copy(file, copy / "adapter" / file.name)
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        served(engine, "changing", QUESTIONS[0])
+    assert AdapterFiles.open(copy / "adapter").rank == 8
+
+
+def test_a_seed_repeats_an_answer_and_top_p_narrows_it():
+    logits = torch.tensor([2.0, 1.0, 0.5, -3.0])
+    free = Sampling(temperature=1.0, seed=3)
+    drawn = [[choose(logits, free, generator, ()).token for _ in range(50)] for generator in (free.generator(),) * 1]
+    again = free.generator()
+    assert drawn[0] == [choose(logits, free, again, ()).token for _ in range(50)]
+    assert set(drawn[0]) >= {0, 1, 2}
+    narrow = Sampling(temperature=1.0, top_p=0.5, seed=3)
+    generator = narrow.generator()
+    assert {choose(logits, narrow, generator, ()).token for _ in range(50)} == {0}
+    asked = choose(logits, Sampling(logprobs=2), None, ())
+    assert [token for token, _ in asked.top] == [0, 1]
+    assert asked.logprob == pytest.approx(float(logits.log_softmax(-1)[0]))
+    assert choose(logits, Sampling(repetition_penalty=3.0), None, [0]).token == 1
+
+
+def test_tenants_are_served_in_proportion_to_their_priorities():
+    queue = FairQueue()
+    for number in range(60):
+        queue.put("low", ("low", number))
+        queue.put("high", ("high", number))
+    order = []
+    for _ in range(30):
+        tenant, item = next(queue.heads())
+        queue.remove(tenant, item)
+        queue.admitted(tenant)
+        queue.charge(tenant, 10, {"low": 1.0, "high": 2.0}[tenant])
+        order.append(tenant)
+    assert order.count("high") == 20
+    for number in range(20):
+        queue.put("late", ("late", number))
+    for _ in range(8):
+        tenant, item = next(queue.heads())
+        queue.remove(tenant, item)
+        queue.charge(tenant, 10, {"low": 1.0, "high": 2.0, "late": 1.0}[tenant])
+        order.append(tenant)
+    assert order[30:].count("late") <= 3, "a newcomer has no claim to the share that it never used"
