@@ -10,8 +10,8 @@ from lorafit.methods.lora import attach, save_adapter
 from lorafit.runs import RunDir
 
 RANKS = {"alice": 2, "bob": 5, "carol": 8}
-QUESTIONS = ("Route this ticket to a queue.\nThe courier lost my red lamp.", "Hello", "Name three colours of the sea")
-MOST_TOKENS = 12
+QUESTIONS = ("Route this ticket to a queue.\nThe courier lost my red lamp.", "Hello")
+MOST_TOKENS = 10
 
 
 def write_run(folder, seed, rank, **settings):

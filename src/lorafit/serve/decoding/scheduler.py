@@ -190,7 +190,7 @@ class Scheduler:
             logits = self.decoder.prefill(generation.slot, part, generation.read, generation.adapter)
             generation.read += len(part)
             budget -= len(part)
-            if not generation.is_reading:
+            if generation.read == len(generation.prompt):
                 self._accept(generation, self._chosen(generation, logits))
 
     def _decode(self) -> None:

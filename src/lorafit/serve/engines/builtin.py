@@ -63,7 +63,13 @@ class BuiltinEngine:
         )
         self.scheduler = Scheduler(self.decoder, self.pool, watch, most_waiting=limits.most_waiting)
         self.repetition_penalty = float(getattr(model.generation_config, "repetition_penalty", None) or 1.0)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         self.scheduler.start()
+
+    @property
+    def state(self) -> str:
+        """Return ready, draining, failed or stopped."""
+        return self.scheduler.state
 
     def add_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterVersion:
         """Check, prove and register the adapter in `path`. It blocks; requests go on meanwhile.

@@ -1,0 +1,118 @@
+"""app: the routes of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lorafit.errors import LorafitError
+from lorafit.serve.decoding import EngineStopped
+from lorafit.serve.http import completions
+from lorafit.serve.http.access import Access
+from lorafit.serve.http.adapters import load_adapter, unload_adapter
+from lorafit.serve.http.answering import chat_prompt, text_prompt
+from lorafit.serve.http.errors import ApiError, error_content, error_response
+from lorafit.serve.http.requests import TokenizeRequest, parse, read_body, text_messages
+from lorafit.serve.http.server import Server, require_admin, server_of, tenant_of
+
+STARTED_S = int(time.time())
+
+
+def make_app(server: Server) -> Starlette:
+    """Return the ASGI application of a server with the builtin engine."""
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/v1/models", models),
+            Route("/v1/chat/completions", completions.chat, methods=["POST"]),
+            Route("/v1/completions", completions.complete, methods=["POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
+        ],
+        middleware=[Middleware(Access, server=server)],
+        exception_handlers={
+            ApiError: _failed,
+            LorafitError: _failed,
+            EngineStopped: _failed,
+            HTTPException: _no_route,
+        },
+        lifespan=server.lifespan,
+    )
+    app.state.server = server
+    return app
+
+
+async def health(request: Request) -> Response:
+    """Say that the process answers; 503 once the engine cannot recover."""
+    failed = server_of(request).engine.state == "failed"
+    return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+
+
+async def ready(request: Request) -> Response:
+    """Say whether new requests are accepted."""
+    server = server_of(request)
+    state = "draining" if server.draining else server.engine.state
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Return Prometheus' text; the owner's key is needed, as other tenants' names are in it."""
+    require_admin(request)
+    return Response(server_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def models(request: Request) -> Response:
+    """List the base and the adapters that the key may use, with their sampling where a request names none."""
+    engine, tenant = server_of(request).engine, tenant_of(request)
+    names: list[tuple[str, Any]] = [(engine.base_name, None), *sorted(engine.pool.names().items())]
+    data = [_model(engine, name, version) for name, version in names if tenant.may_use(name)]
+    return JSONResponse({"object": "list", "data": data})
+
+
+def _model(engine: Any, name: str, version: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": STARTED_S,
+        "owned_by": "lorafit",
+        "parent": None if version is None else engine.base_name,
+        "root": engine.base.config.base if version is None else version.folder.parent.name,
+        "max_model_len": engine.positions,
+        "default_sampling": {"temperature": 0, "top_p": 1, "repetition_penalty": engine.repetition_penalty},
+        "identity": engine.base.fingerprint if version is None else version.identity,
+    }
+
+
+async def tokenize(request: Request) -> Response:
+    """Return the ids of a text or of a conversation's prompt."""
+    server = server_of(request)
+    asked: TokenizeRequest = parse(TokenizeRequest, await read_body(request))
+    if (asked.prompt is None) == (asked.messages is None):
+        raise ApiError(400, "send a prompt or messages", "prompt")
+    if asked.messages is not None:
+        ids = await asyncio.to_thread(chat_prompt, server, text_messages(asked.messages))
+    elif asked.add_special_tokens:
+        ids = await asyncio.to_thread(text_prompt, server, asked.prompt or "")
+    else:
+        ids = server.engine.base.template.tokenizer.encode(asked.prompt or "")
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": server.engine.positions})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_content(error.status_code, error.detail), error.status_code, error.headers)
