@@ -98,8 +98,9 @@ def test_nobody_says_done_without_the_adapter_and_its_description(made, tmp_path
     real, run = room.save_result, tmp_path / "run"
 
     def saved(*given):
-        real(*given)
+        findings = real(*given)
         (run / name).unlink()
+        return findings
 
     monkeypatch.setattr(room, "save_result", saved)
     with pytest.raises(SystemExit) as ended:
@@ -112,4 +113,6 @@ def test_nobody_says_done_without_the_adapter_and_its_description(made, tmp_path
 
 def test_the_identity_of_a_finished_run_names_its_adapter(whole):
     now = RunIdentity.read(RunDir(whole).identity)
-    assert set(now.adapter) == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {path.name for path in (whole / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} < set(now.adapter)
+    assert set(now.adapter) == files - {"README.md"}

@@ -105,12 +105,25 @@ def test_merging_twice_gives_the_same_bytes(trained, tmp_path):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
-def test_the_config_is_the_bases_without_quantisation_and_in_bf16(make_run, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "named"), [({}, "bfloat16"), ({"dtype": "fp16"}, "float16"), ({"onto": "original"}, "float32")]
+)
+def test_the_config_is_the_bases_without_quantisation_and_in_the_dtype_of_the_weights(make_run, tmp_path, given, named):
     run = make_run(tmp_path, dtype=torch.float32)
-    config = json.loads((merge(run.path).folder / "config.json").read_text())
-    base = json.loads((run.base / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and base["dtype"] == "float32"
+    folder = merge(run.path, **given).folder
+    config, base = (json.loads((each / "config.json").read_text()) for each in (folder, run.base))
+    assert config["dtype"] == named and base["dtype"] == "float32"
     assert {k: v for k, v in config.items() if k != "dtype"} == {k: v for k, v in base.items() if k != "dtype"}
+    assert {tensor.dtype for tensor in tensors_in(folder).values()} == {getattr(torch, named)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_onto_the_original_untouched_tensors_keep_their_bits(make_run, tmp_path, dtype):
+    run = make_run(tmp_path, dtype=dtype)
+    stored, merged = tensors_in(run.base), tensors_in(merge(run.path, onto="original").folder)
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, stored[name])}
+    assert changed == set(Deltas.from_folder(run.run.adapter)) and len(changed) == 4
+    assert {tensor.dtype for tensor in merged.values()} == {dtype}
 
 
 def test_nested_configs_lose_their_dtype_and_quantisation_too():
@@ -123,11 +136,29 @@ def test_nested_configs_lose_their_dtype_and_quantisation_too():
     assert merged_config(nested, torch.bfloat16) == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "a": 1}}
 
 
-def test_generation_stops_where_training_stopped(trained, tmp_path):
-    (trained.base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 7}')
+@pytest.mark.parametrize("own", [7, [7, 2, 9]])
+def test_generation_stops_where_training_stopped_and_where_the_base_stops(trained, tmp_path, own):
+    (trained.base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": own}))
     folder = merge(trained.path, out=tmp_path / "out").folder
-    assert json.loads((folder / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [2]}
-    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2]
+    stops = [2, 7] if own == 7 else [2, 7, 9]
+    assert json.loads((folder / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": stops}
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == stops
+
+
+@pytest.mark.parametrize(
+    "own", [None, {"do_sample": True, "repetition_penalty": 1.5, "max_length": 77, "pad_token_id": 5}]
+)
+def test_the_bases_generation_settings_survive_but_for_the_stops(trained, tmp_path, own):
+    path = trained.base / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if own is not None:
+        path.write_text(json.dumps(own))
+    folder = merge(trained.path, out=tmp_path / "out").folder
+    merged, base = (
+        AutoModelForCausalLM.from_pretrained(each).generation_config.to_diff_dict() for each in (folder, trained.base)
+    )
+    base.pop("_from_model_config", None)
+    assert {**merged, "eos_token_id": 0} == {**base, "eos_token_id": 0}
 
 
 @pytest.mark.parametrize("own_template", [False, True])

@@ -23,6 +23,7 @@ from lorafit.data import Prepared, Record, Template
 from lorafit.data.checks.whole_set import write_split
 from lorafit.engine import DryRun
 from lorafit.errors import RunDirError, TrainingStopped
+from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
 from lorafit.runs import (
     LAYOUT,
@@ -30,7 +31,6 @@ from lorafit.runs import (
     RunFingerprint,
     RunIdentity,
     RunLock,
-    adapter_hashes,
     changed_file,
     differing_settings,
     held_settings,
@@ -151,12 +151,11 @@ class Manifest:
                 fix="leave the folder alone, and run the same command again",
             )
 
-    def findings_with(self, own: Finding | None) -> list[Finding]:
-        """Return all findings, with the run's `own` one if there is any, and write them."""
-        if own is None:
-            return self.findings
-        self._write_findings([*self.findings, own])
-        return [*self.findings, own]
+    def findings_with(self, own: list[Finding]) -> list[Finding]:
+        """Return all findings, with the run's `own` ones if there are any, and write them."""
+        if own:
+            self._write_findings([*self.findings, *own])
+        return [*self.findings, *own]
 
     def _write_findings(self, findings: list[Finding]) -> None:
         self.run.write_json(self.run.findings, [finding.to_dict() for finding in findings])
@@ -284,18 +283,22 @@ def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
     return sorted(same) == sorted(names)
 
 
-def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> None:
-    """Write the hashes of the trained weights, then the weights.
+def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> list[Finding]:
+    """Write the hashes of the trained weights, then the weights with the files that let them serve alone.
 
-    Raises RunDirError, with the command to resume, if the disk refuses.
+    Returns the findings about the prompt of that folder. Raises RunDirError, with the command to resume, if the disk
+    refuses.
     """
+    findings: list[Finding] = []
 
     def keep_hashes(staged: Path) -> None:
+        findings.extend(write_adapter_companions(run, staged))
         # hashes first: after a kill in between, the unchecked weights are refused
-        run.write_json(run.identity, identity.ended_in(adapter_hashes(staged)).to_dict())
+        run.write_json(run.identity, identity.ended_in(result_hashes(staged)).to_dict())
 
     try:
         loop.method.save(loop.model, run.adapter, loop.config, written=keep_hashes)
+        return findings
     except RunDirError as error:
         fix = f"free some space and resume with: {command_to_resume(run)}"
         raise RunDirError(f"the trained adapter: {error.what}", where=error.where, fix=fix) from error

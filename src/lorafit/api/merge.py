@@ -13,7 +13,7 @@ from lorafit.backbone import load_backbone, redirect_library_logs
 from lorafit.config import MergeBase
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
-from lorafit.export import DEFAULT_FORMAT, MergeReport, Row, Verification, format_named, verify
+from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named, verify
 from lorafit.export import merge as write_merged
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
@@ -58,11 +58,13 @@ def merge(
     onto: MergeBase = "quantized",
     out: str | Path | None = None,
     export_format: str = DEFAULT_FORMAT,
+    dtype: str = "auto",
 ) -> MergedRun:
     """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
-    the checkpoint as stored. `export_format` names the format of the files. The artefact gets its name once it is
+    the checkpoint as stored. `export_format` names the format of the files. `dtype` is auto, bf16, fp16 or fp32;
+    auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". The artefact gets its name once it is
     measured, even if it fails (`passed` False), so that it can be inspected. A killed merge leaves at most a hidden
     folder, which the next merge replaces.
 
@@ -78,7 +80,7 @@ def merge(
         rows = verification_rows(folder, template_of(folder))
         verified: list[Verification] = []
 
-        def prove(staged: Path, onto: MergeBase) -> None:
+        def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
             # before the folder gets its name, so that no unverified model looks finished
             live = method.load(load_backbone(config, exact=True), folder.adapter, config)
             verified.append(verify(live, staged, rows, onto, method=method, export_format=form))
@@ -89,6 +91,7 @@ def merge(
             out=Path(out) if out else None,
             fingerprint=folder.base_fingerprint(),
             export_format=form,
+            dtype=dtype,
             prove=prove,
         )
         return MergedRun(report, verified[0])

@@ -37,6 +37,7 @@ from lorafit.backbone import redirect_library_logs
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Rows, Template, prepare, require_clean
 from lorafit.errors import RunDirError, UsageError
+from lorafit.export import follow_base
 from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
 from lorafit.methods.lora import Counts
@@ -212,20 +213,24 @@ def _train_model(
         started = time.perf_counter()
         loop.run(checkpoint.folder if checkpoint else None)
         train_s = time.perf_counter() - started
-        _save(manifest, known, loop, metrics)
-        return _result(manifest, built, loop, train_s)
+        own = _save(manifest, known, loop, metrics)
+        return _result(manifest, built, loop, train_s, own)
 
 
-def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> None:
-    """Write the adapter of a finished run. Raises TrainingStopped if a signal ended the run early."""
+def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> list[Finding]:
+    """Write the adapter of a finished run, and return the findings about it.
+
+    Raises TrainingStopped if a signal ended the run early.
+    """
     run = manifest.run
     manifest.require_whole()
     refuse_stopped(run, loop)
-    save_result(run, identity, loop)
+    findings = save_result(run, identity, loop)
     if not metrics.flush():
         message = f"{run.metrics} cannot be written and lacks its last lines; the adapter is complete"
         loop.events.record("metrics_not_written", loop.state.global_step, message)
     manifest.require_whole(*(run.adapter / name for name in RunIdentity.read(run.identity).adapter))
+    return findings
 
 
 def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepared) -> RunIdentity:
@@ -235,6 +240,7 @@ def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepa
     """
     identity = known_identity(target, config, fingerprint_of(config, template, data))
     target.run.follow_files(config)
+    identity = follow_base(target.run, identity, config.base)
     write_relied_on(target.run, identity, config, template, data)
     refuse_at_end(target.run, identity)
     return identity
@@ -255,7 +261,9 @@ def _describe_run(
     return identity, resume_from(manifest.run, manifest.known, layout, events)
 
 
-def _result(manifest: Manifest, built: BuiltModel, loop: TrainingLoop, train_s: float) -> TrainedRun:
+def _result(
+    manifest: Manifest, built: BuiltModel, loop: TrainingLoop, train_s: float, own: list[Finding]
+) -> TrainedRun:
     """Return the result of the finished run."""
     data, loss = manifest.planned.prepared, _last(loop, "loss")
     return TrainedRun(
@@ -265,7 +273,7 @@ def _result(manifest: Manifest, built: BuiltModel, loop: TrainingLoop, train_s: 
         template=manifest.template,
         train_rows=data.train,
         held_out_rows=data.holdout,
-        findings=manifest.findings_with(loop.memory_retry.finding()),
+        findings=manifest.findings_with([*filter(None, [loop.memory_retry.finding()]), *own]),
         counts=built.counts,
         steps=loop.state.global_step,
         tokens=loop.progress.tokens,

@@ -20,7 +20,7 @@ from lorafit.backbone.kernels.frozen_linear import (
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
-from lorafit.backbone.load import load_backbone, nf4_config
+from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
 
 __all__ = [
     "FreshWeight",
@@ -43,6 +43,7 @@ __all__ = [
     "redirect_library_logs",
     "require_same_base",
     "rounding_activations",
+    "stored_dtype",
     "text_decoder",
     "dequantize_linear",
     "dequantize_linears",

@@ -28,11 +28,23 @@ from lorafit.backbone.architecture import (
 from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.bitsandbytes_import import Params4bit
 from lorafit.backbone.kernels.frozen_linear import freeze_linears
-from lorafit.config import RunConfig, base_folder
+from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYER = re.compile(r"\.\d+\.")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype in which transformers loads the base in `folder`: config.json's, else that of its weights."""
+    config = read_json(folder / "config.json", BackboneError)
+    nested = config.get("text_config")
+    for settings in (config, nested if isinstance(nested, dict) else {}):
+        name = settings.get("dtype", settings.get("torch_dtype"))
+        if name in NAMED:
+            return NAMED[name]
+    return STORED[Checkpoint.open(folder).widest_float()]
 
 
 def load_backbone(

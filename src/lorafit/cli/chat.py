@@ -53,6 +53,9 @@ def chat(
     session = load(run)
     if compare and session.is_merged:
         raise UsageError("a merged model has no base to compare with", where="--compare", fix="name the run instead")
+    if session.left_out and not json:
+        left_out = ", ".join(f"{name} {value}" for name, value in session.left_out.items())
+        say(f"[dim]answers leave out {escape(left_out)} of the base's generation_config.json[/dim]")
     answering = _Answering(session, system, compare, max_new_tokens, temperature)
     if prompt is not None:
         answering.once(prompt, json)

@@ -37,12 +37,16 @@ def merge(
     export_format: Annotated[
         str, typer.Option("--format", help="Export format; another one goes to RUN/exports/merged-…-NAME.")
     ] = "safetensors",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        typer.Option("--dtype", help="Dtype of the weights; auto: the original's own, or bf16 onto quantized."),
+    ] = "auto",
     json: flags.Json = False,
 ) -> None:
     """Write the merged weights, reload them, and measure them against the live adapter model."""
     from lorafit.api.merge import merge as run_merge
 
-    merged = run_merge(run, onto=onto, out=out, export_format=export_format)
+    merged = run_merge(run, onto=onto, out=out, export_format=export_format, dtype=dtype)
     if json:
         show_json(merged.to_dict())
     else:

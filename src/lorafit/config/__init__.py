@@ -2,6 +2,7 @@
 
 from lorafit.config.base_files import MergeBase, base_folder
 from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_json
+from lorafit.config.generation import generation_settings, sampling_settings, served_stop_ids
 from lorafit.config.new_files import NewFiles
 from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
 from lorafit.config.run_config import MAX_SCALE, PLANNED, RunConfig
@@ -15,6 +16,7 @@ __all__ = [
     "RunConfig",
     "Source",
     "base_folder",
+    "generation_settings",
     "load_recipe",
     "one_line",
     "parse_assignments",
@@ -23,4 +25,6 @@ __all__ = [
     "read_json",
     "reject_unknown",
     "resolve",
+    "sampling_settings",
+    "served_stop_ids",
 ]

@@ -1,5 +1,6 @@
 """export: merged weights in a served format, verified against the trained model."""
 
+from lorafit.export.adapter import follow_base, result_hashes, write_adapter_companions
 from lorafit.export.formats import (
     DEFAULT_FORMAT,
     FORMATS,
@@ -10,6 +11,7 @@ from lorafit.export.formats import (
     Written,
     format_named,
 )
+from lorafit.export.lineage import LINEAGE_FILE, Lineage
 from lorafit.export.merge import MergeReport, merge
 from lorafit.export.verify import VERIFICATION_FILE, Verification, verify
 
@@ -17,6 +19,8 @@ __all__ = [
     "DEFAULT_FORMAT",
     "FORMATS",
     "ExportFormat",
+    "LINEAGE_FILE",
+    "Lineage",
     "MergeReport",
     "OpenedModel",
     "Row",
@@ -24,7 +28,10 @@ __all__ = [
     "VERIFICATION_FILE",
     "Verification",
     "Written",
+    "follow_base",
     "format_named",
     "merge",
+    "result_hashes",
     "verify",
+    "write_adapter_companions",
 ]

@@ -1,16 +1,15 @@
-"""companions: the files beside merged weights: configuration, generation settings, tokenizer, licence."""
+"""companions: the files beside exported weights: configuration, generation settings, tokenizer, licence."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafit.config import base_folder, read_json
+from lorafit.config import base_folder, generation_settings, read_json, served_stop_ids
 from lorafit.errors import BackboneError
 from lorafit.export.finished_run import FinishedRun
 
@@ -18,6 +17,9 @@ from lorafit.export.finished_run import FinishedRun
 DROPPED = ("quantization_config", "torch_dtype", "dtype", "auto_map")
 MAX_COMPANION_BYTES = 64 << 20  # a tokenizer lists every added token
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FAST = "PreTrainedTokenizerFast"
+"""The class of a tokenizer.json, by the name that transformers 4 and 5 both know."""
 
 
 def write_companions(run: FinishedRun, folder: Path, dtype: torch.dtype) -> None:
@@ -25,9 +27,16 @@ def write_companions(run: FinishedRun, folder: Path, dtype: torch.dtype) -> None
 
     transformers and vLLM then serve weights of `dtype` from it.
     """
-    base = base_folder(run.config.base, run.config.revision)
-    _write_json(folder / "config.json", merged_config(_read_json(base / "config.json"), dtype))
-    _write_json(folder / "generation_config.json", _generation(base, run.template.stop_ids))
+    config = read_companion(_base_of(run) / "config.json")
+    write_companion(folder / "config.json", merged_config(config, dtype))
+    write_text_companions(run, folder)
+
+
+def write_text_companions(run: FinishedRun, folder: Path) -> None:
+    """Write tokenizer, generation settings and licence to `folder`, for any export of `run`."""
+    base = _base_of(run)
+    stops = {"eos_token_id": list(served_stop_ids(run.template.stop_ids, base))}
+    write_companion(folder / "generation_config.json", generation_settings(base) | stops)
     for path in run.tokenizer.files:
         shutil.copyfile(path, folder / path.name)
     for pattern in LICENCES:
@@ -46,23 +55,35 @@ def merged_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def set_chat_template(folder: Path, jinja: str) -> None:
-    """Make `jinja` the chat template of the tokenizer in `folder`."""
-    path = folder / "tokenizer_config.json"
-    settings = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    """Make `jinja` the chat template of the tokenizer in `folder`.
+
+    The tokenizer's class gets a name that a folder without config.json and transformers 4 load too.
+    """
+    path = folder / TOKENIZER_CONFIG
+    settings = read_companion(path) if path.is_file() else {"tokenizer_class": FAST}
+    is_alone = not (folder / "config.json").is_file()  # whose model type would choose the class
+    unnamed = ("TokenizersBackend", None) if is_alone else ("TokenizersBackend",)
+    if (folder / "tokenizer.json").is_file() and settings.get("tokenizer_class") in unnamed:
+        settings["tokenizer_class"] = FAST
     # new readers use the file, old ones the setting
-    _write_json(path, settings | {"chat_template": jinja})
+    write_companion(path, settings | {"chat_template": jinja})
     (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
 
 
-def _generation(base: Path, stop_ids: Iterable[int]) -> dict[str, Any]:
-    path = base / "generation_config.json"
-    settings = _read_json(path) if path.is_file() else {}
-    return settings | {"eos_token_id": list(stop_ids)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_companion(path: Path) -> dict[str, Any]:
+    """Return one of the base's JSON files. Raises BackboneError."""
     return read_json(path, BackboneError, max_bytes=MAX_COMPANION_BYTES, fix="repair or remove the file")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_companion(path: Path, content: dict[str, Any]) -> None:
+    """Write one of an export's JSON files."""
+    path.write_text(companion_text(content), encoding="utf-8")
+
+
+def companion_text(content: dict[str, Any]) -> str:
+    """Return the text of one of an export's JSON files."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _base_of(run: FinishedRun) -> Path:
+    return base_folder(run.config.base, run.config.revision)

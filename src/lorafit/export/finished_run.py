@@ -54,9 +54,14 @@ class FinishedRun:
         """
         run = RunDir.open(folder)
         require_trained_adapter(run)
+        return cls.of(run, run.adapter)
+
+    @classmethod
+    def of(cls, run: RunDir, adapter: Path) -> FinishedRun:
+        """Read the parts of `run` beside the trained weights in `adapter`, which are not read."""
         config = run.config()
         tokenizer = TextTokenizer.from_base(config.base, config.revision)
         template = Template.load(run.template, tokenizer)
         golden = read_json(run.template, TemplateError, max_bytes=MAX_TEMPLATE_BYTES)["golden"]
         prompts = tuple(Golden(each["messages"], each["ids"]) for each in golden)
-        return cls(folder, config, run.adapter, template, tokenizer, prompts)
+        return cls(run.path, config, adapter, template, tokenizer, prompts)

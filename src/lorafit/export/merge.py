@@ -18,7 +18,8 @@ from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, format_named
+from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, Safetensors, format_named, in_dtype
+from lorafit.export.lineage import Lineage
 from lorafit.export.model_card import model_card
 from lorafit.export.verify import write_chat_template
 from lorafit.findings import Finding
@@ -64,15 +65,16 @@ def merge(
     device: str | torch.device | None = None,
     fingerprint: str | None = None,
     export_format: ExportFormat | None = None,
-    prove: Callable[[Path, MergeBase], object] | None = None,
+    dtype: str = "auto",
+    prove: Callable[[Path, MergeBase, ExportFormat], object] | None = None,
 ) -> MergeReport:
     """Merge the trained weights of `run_dir` into its base, and write a model folder.
 
     The folder appears completely or not at all. `onto` "quantized" adds the delta to the dequantized 4-bit base, the
     model that was trained; "original" adds it to the checkpoint as stored. A run over an unquantized base has the
     original only. `out` is by default `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, so
-    that another base is refused. `prove` is called with the folder of the written files before it gets its name; if it
-    raises, no files are left.
+    that another base is refused. `dtype` is that of the weights, see `in_dtype`. `prove` is called with the
+    folder of the written files before it gets its name; if it raises, no files are left.
 
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
@@ -83,25 +85,30 @@ def merge(
         onto = "original"
     base = base_folder(run.config.base, run.config.revision, weights=True)
     require_same_base(base, fingerprint)
+    form = in_dtype(form, dtype, onto, base)
     trained = method_of(run.config).trained_weights(run.adapter, run.config)
     folder = RunDir(run_dir).exports / _folder_name(onto, form) if out is None else out
     with staged_folder(folder) as staged:
         _check_space(base, staged, form)
         findings = _write_companions(run, staged, onto, form)
-        written = form.write(merged_weights(run.config, onto, trained, device), staged)
+        written = form.write(merged_weights(run.config, onto, trained, device, _keeps_dtype(form)), staged)
         elapsed = time.monotonic() - started
         if prove is not None:
-            prove(staged, onto)
+            prove(staged, onto, form)
     return MergeReport(folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings))
 
 
 def merged_weights(
-    config: RunConfig, onto: MergeBase, trained: TrainedWeights, device: str | torch.device | None = None
+    config: RunConfig,
+    onto: MergeBase,
+    trained: TrainedWeights,
+    device: str | torch.device | None = None,
+    keeps_dtype: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (stored name, tensor) of the merged model.
 
-    Floating-point tensors are in fp32, and the format rounds them. Raises VerificationError at the end if a trained
-    weight has no counterpart in the base.
+    Floating-point tensors are in fp32, and the format rounds them; with `keeps_dtype` they are rounded to the dtype of
+    the base's tensor. Raises VerificationError at the end if a trained weight has no counterpart in the base.
     """
     met: set[str] = set()
     for fresh in fresh_weights(config, onto, device=device):
@@ -109,14 +116,22 @@ def merged_weights(
         tensor = fresh.tensor
         if tensor.is_floating_point():
             tensor = trained.merged(fresh.parameter, tensor.float())
+            tensor = tensor.to(fresh.tensor.dtype) if keeps_dtype else tensor
         yield fresh.stored, tensor
     trained.check_found(met)
 
 
 def _write_companions(run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
     write_companions(run, folder, form.dtype)
-    (folder / "README.md").write_text(model_card(run.config, onto, form), encoding="utf-8")
+    lineage = Lineage.read(run.adapter)
+    if lineage is not None:
+        lineage.write(folder)
+    (folder / "README.md").write_text(model_card(run.config, onto, form, lineage), encoding="utf-8")
     return write_chat_template(run, folder)
+
+
+def _keeps_dtype(form: ExportFormat) -> bool:
+    return isinstance(form, Safetensors) and form.keeps_dtype
 
 
 def _folder_name(onto: MergeBase, form: ExportFormat) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from lorafit.config import MergeBase, RunConfig
 from lorafit.export.formats import ExportFormat
+from lorafit.export.lineage import Lineage, base_name
 from lorafit.methods import method_of
 
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def model_card(config: RunConfig, onto: MergeBase, form: ExportFormat) -> str:
+def model_card(config: RunConfig, onto: MergeBase, form: ExportFormat, lineage: Lineage | None = None) -> str:
     """Return the model card of a merged run, with metadata that hubs read."""
-    base = Path(config.base).name if Path(config.base).is_dir() else config.base
-    method = method_of(config)
+    base, method = base_name(config), method_of(config)
     return f"""---
 base_model: {base}
 library_name: {form.library_name}
@@ -29,4 +27,27 @@ tags: [{method.name}, merged, lorafit]
 merged onto the {onto} base and saved in {SHORT_NAMES.get(form.dtype, str(form.dtype))} by lorafit.
 `chat_template.jinja` renders the prompt that the model was trained on; generation stops at the ids in
 `generation_config.json`. `verification.json`, if present, compares this model with the adapter it was made of.
-"""
+{_origin(lineage)}"""
+
+
+def adapter_card(config: RunConfig, lineage: Lineage) -> str:
+    """Return the model card of an adapter folder, with metadata that hubs read."""
+    base, method = base_name(config), method_of(config)
+    over = "4-bit (NF4)" if config.quantization == "nf4" else "16-bit"
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [{method.name}, adapter, lorafit]
+---
+# {base}, fine-tuned
+
+{method.describe(config)} trained over the {over} base {base} by lorafit.
+Load it with `PeftModel.from_pretrained(base, folder)`, or serve base and adapter together.
+The tokenizer's `chat_template.jinja` renders the prompt of training, and `generation_config.json` has the ids that end
+an answer. `lineage.json` has every setting.
+{_origin(lineage)}"""
+
+
+def _origin(lineage: Lineage | None) -> str:
+    return "" if lineage is None else f"\n{lineage.card()}"

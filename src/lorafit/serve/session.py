@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.backbone import require_same_base
-from lorafit.config import RunConfig, base_folder
+from lorafit.config import RunConfig, base_folder, sampling_settings, served_stop_ids
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir, require_trained_adapter
@@ -22,6 +22,10 @@ class Session:
 
     def __init__(self, run: RunDir, config: RunConfig, engine: Engine, template: Template) -> None:
         self.run, self.config, self.engine, self.template = run, config, engine, template
+        base = base_folder(config.base, config.revision)
+        self.stop_ids = served_stop_ids(template.stop_ids, base)
+        self.left_out = sampling_settings(base)
+        """Settings of the base's generation_config.json that `answer` does not apply."""
 
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> Session:
@@ -80,7 +84,7 @@ class Session:
         ids = self.engine.generate(
             prompt,
             adapter=TUNED if tuned else None,
-            stop_ids=self.template.stop_ids,
+            stop_ids=self.stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

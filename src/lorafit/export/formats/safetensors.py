@@ -27,10 +27,12 @@ class Safetensors:
     Attributes:
         dtype: the precision of the weights.
         max_shard_bytes: most bytes of a file, unless a single tensor is larger.
+        keeps_dtype: True if each tensor comes and stays in the dtype of its base.
     """
 
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = MAX_SHARD_BYTES
+    keeps_dtype: bool = False
     name = "safetensors"
     library_name = "transformers"
 
@@ -48,7 +50,8 @@ class Safetensors:
         shard: dict[str, Tensor] = {}
         size = total = 0
         for name, tensor in weights:
-            stored = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            rounds = tensor.is_floating_point() and not self.keeps_dtype
+            stored = tensor.to(self.dtype) if rounds else tensor
             if shard and size + stored.nbytes > self.max_shard_bytes:
                 written.append(_write(shard, folder, len(written)))
                 shard, size = {}, 0

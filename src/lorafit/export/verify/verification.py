@@ -24,6 +24,8 @@ from lorafit.runs import write_text
 
 FLOORS = 10.0
 """Most KL of a correct merge to the live model, in noise floors."""
+LEAST_FLOOR = 1e-7
+"""Least noise floor, in nats; the floor of weights in fp32 is zero."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 VERIFICATION_FILE = "verification.json"
@@ -122,7 +124,7 @@ def _judge(
     if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
         return False, "the merged model's output is not finite"
     if onto == "quantized":
-        bound, measure = FLOORS * floor.kl, f"{FLOORS:g} × the noise floor"
+        bound, measure = FLOORS * max(floor.kl, LEAST_FLOOR), f"{FLOORS:g} × the noise floor"
     else:
         bound, measure = base.kl, "the distance of the base without adapter"
     near = merged.kl <= bound

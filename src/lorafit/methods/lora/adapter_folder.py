@@ -29,6 +29,11 @@ FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
      "inference_mode", "peft_version", "use_rslora", "init_lora_weights")
 )  # fmt: skip
+NEEDED_KEYS = frozenset(
+    ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
+     "target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "inference_mode", "modules_to_save")
+)  # fmt: skip
+"""Keys of adapter_config.json that are always written; PEFT 0.5 knew all of them."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class AdapterSnapshot:
         # sorted, since the order of a set differs from run to run
         saved.target_modules, saved.base_model_name_or_path, saved.inference_mode = (
             sorted(lora.target_modules),
-            base_name,
+            str(Path(base_name).expanduser().absolute()) if Path(base_name).expanduser().is_dir() else base_name,
             True,
         )
         live = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -127,7 +132,8 @@ class AdapterSnapshot:
     def write(self, folder: Path) -> None:
         """Write the files into `folder`, which exists. The caller makes the write atomic."""
         save_file(dict(self.tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        self.settings.save_pretrained(str(folder))
+        text = json.dumps(_lean(self.settings), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def save_adapter(
@@ -203,6 +209,15 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
             what = f"the adapter's shape does not fit {name}"
             raise AdapterError(what, where=str(files.folder), fix="use its own base")
     return weights
+
+
+def _lean(settings: LoraConfig) -> dict[str, Any]:
+    """Return PEFT's settings as JSON values, without the keys that say nothing.
+
+    Each release of PEFT adds keys, and older releases raise TypeError for a key that they do not know.
+    """
+    values, usual = _jsonable(settings.to_dict()), _jsonable(LoraConfig().to_dict())
+    return {key: value for key, value in values.items() if key in NEEDED_KEYS or value != usual.get(key)}
 
 
 def _check_plain(raw: dict[str, Any], folder: Path) -> None:

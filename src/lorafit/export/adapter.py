@@ -1,0 +1,53 @@
+"""adapter: the files that let an adapter folder serve alone, and the base that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorafit.export.companions import companion_text, read_companion, write_text_companions
+from lorafit.export.finished_run import FinishedRun
+from lorafit.export.lineage import Lineage
+from lorafit.export.model_card import adapter_card
+from lorafit.export.verify import write_chat_template
+from lorafit.findings import Finding
+from lorafit.runs import RunDir, RunIdentity, adapter_hashes, changed_file, write_text
+
+ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+"""The model card, which its owner may edit: no hash holds it."""
+
+
+def write_adapter_companions(run: RunDir, staged: Path) -> list[Finding]:
+    """Write tokenizer, chat template, generation settings, lineage and model card beside the adapter in `staged`.
+
+    Returns finding V001 if transformers would render another prompt from `staged` than training had. Raises
+    BackboneError for a damaged file of the base.
+    """
+    parts = FinishedRun.of(run, staged)
+    write_text_companions(parts, staged)
+    lineage = Lineage.of(run)
+    lineage.write(staged)
+    (staged / CARD).write_text(adapter_card(parts.config, lineage), encoding="utf-8")
+    return write_chat_template(parts, staged)
+
+
+def result_hashes(folder: Path) -> dict[str, str]:
+    """Return file name -> sha256 (hex) of the trained weights and their companions, without the model card."""
+    return {name: digest for name, digest in adapter_hashes(folder).items() if name != CARD}
+
+
+def follow_base(run: RunDir, identity: RunIdentity, base: str) -> RunIdentity:
+    """Let the adapter of `run` name its base as `base`, after a move, and return the identity with the new hash.
+
+    A damaged adapter stays as it is.
+    """
+    path = run.adapter / ADAPTER_CONFIG
+    if changed_file(run.adapter, identity.adapter) is not None or not path.is_file():
+        return identity
+    config = read_companion(path)
+    if config.get("base_model_name_or_path") in (None, base) or not identity.adapter:
+        return identity
+    write_text(path, companion_text(config | {"base_model_name_or_path": base}))
+    followed = identity.ended_in(result_hashes(run.adapter))
+    run.write_json(run.identity, followed.to_dict())
+    return followed
