@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lorafit.api.train import train
 from lorafit.errors import RunFinished
-from lorafit.runs import RunDir, RunIdentity, require_trained_adapter
+from lorafit.runs import RunDir, RunIdentity, require_trained_run
 
 OLD_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -72,4 +72,4 @@ def test_it_names_a_base_that_has_moved(trained, tmp_path):
         train(str(rows), **{**given, "base": str(moved), "out": copy.path})
     config = json.loads((copy.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(moved)
-    require_trained_adapter(copy)
+    require_trained_run(copy)

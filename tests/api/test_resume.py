@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from lorafit.cli import main
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.errors import DataError, RunDirError, RunFinished, TrainingStopped
 from lorafit.methods.lora.lora import Lora
-from lorafit.runs import RunDir, RunIdentity, RunLock
+from lorafit.runs import RunDir, RunIdentity, RunLock, writing
 from lorafit.training import EventLog, TunedMemory
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "examples_per_step": 4, "lr": 5e-3, "holdout": 0.2}
@@ -313,13 +312,45 @@ def test_a_finished_run_whose_adapter_is_damaged_gets_it_back(made, whole, tmp_p
 
 def test_a_run_that_goes_on_elsewhere_says_that_bits_may_differ(made, stopped):
     path = stopped / "fingerprint.json"
-    identity = json.loads(path.read_text())
-    identity["environment"]["torch"] = "1.0"
-    path.write_text(json.dumps(identity))
+    identity = RunIdentity.read(path)
+    edited_identity(path, environment={**identity.environment, "torch": "1.0"})
     watch = Watch()
     train(*made, out=stopped, observer=watch, **SETTINGS)
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
     assert "torch was 1.0 and is" in (stopped / "events.jsonl").read_text()
+
+
+def test_checkpoints_that_all_belong_to_another_run_are_refused_and_left_alone(made, stopped):
+    edited_identity(stopped / "fingerprint.json", run="0" * 32)
+    before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    for _ in range(2):
+        with pytest.raises(RunDirError, match=r"the checkpoints belong to another run.*fingerprint\.json back"):
+            train(*made, out=stopped, **SETTINGS)
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
+
+
+def test_one_changed_character_of_the_runs_id_is_refused(made, stopped):
+    path = stopped / "fingerprint.json"
+    run = RunIdentity.read(path).run
+    path.write_text(path.read_text().replace(run, run[:-1] + ("0" if run[-1] != "0" else "1")))
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(RunDirError, match="fingerprint has changed since it was written"):
+        train(*made, out=stopped, **SETTINGS)
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_a_run_of_the_release_before_the_seal_goes_on_and_is_sealed(made, whole, stopped):
+    path = stopped / "fingerprint.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({key: saved[key] for key in ("run", "fingerprint", "environment")}))
+    train(*made, out=stopped, **SETTINGS)
+    assert RunIdentity.read(path).is_sealed
+    assert_same(whole, stopped)
+
+
+def edited_identity(path, **values):
+    """The fingerprint with these values, sealed again."""
+    path.write_text(json.dumps(replace(RunIdentity.read(path), **values).to_dict()))
 
 
 def edited(run, **values):
@@ -373,9 +404,7 @@ def test_on_a_gpu_the_tried_policy_counts_and_max_tokens_bears_on_evaluations_al
 
 
 def test_a_run_begun_before_its_layout_was_kept_goes_on_without_a_false_word(made, whole, stopped):
-    identity = json.loads((stopped / "fingerprint.json").read_text())
-    identity["environment"] = environment()
-    (stopped / "fingerprint.json").write_text(json.dumps(identity))
+    edited_identity(stopped / "fingerprint.json", environment=environment())
     watch = Watch()
     train(*made, out=stopped, observer=watch, **SETTINGS)
     assert watch.events == [("resumed", 5)]
@@ -495,20 +524,16 @@ def test_metrics_that_cannot_be_written_are_said(made, whole, stopped):
 def test_events_of_a_run_that_never_began_are_no_obstacle_and_not_kept(made, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "events.jsonl").write_text('{"kind": "whole_logits"}\n')
+    EventLog(run / "events.jsonl").record("whole_logits", 0, "of the run that never began")
     train(*made, out=run, **{**SETTINGS, "max_steps": 1})
     assert not (run / "events.jsonl").exists()
 
 
 def test_a_disk_that_is_full_at_the_start_is_one_sentence_and_leaves_no_folder(made, tmp_path, monkeypatch):
-    write_text = Path.write_text
+    def no_space(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def no_space(path, *args, **options):
-        if path.name == ".lock.json":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_text(path, *args, **options)
-
-    monkeypatch.setattr(Path, "write_text", no_space)
+    monkeypatch.setattr(writing, "new_own", no_space)
     with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device") as caught:
         train(*made, out=tmp_path / "run", **SETTINGS)
     assert "\n" not in str(caught.value)

@@ -8,12 +8,11 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
 from lorafit.errors import RunDirError
-from lorafit.runs import RunLock
+from lorafit.runs import RunLock, writing
 from lorafit.runs.writing import LOCK, OWNER, Owner
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -179,7 +178,7 @@ def test_a_full_disk_is_one_sentence_with_the_path_and_no_lock_stays(tmp_path, m
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(writing, "new_own", full)
     with pytest.raises(RunDirError, match=r"\.lock: .*No space left on device"), RunLock(tmp_path):
         pass
     assert not list(tmp_path.iterdir())

@@ -140,7 +140,7 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_obstacle(here):
 
 def test_a_run_whose_fingerprint_is_lost_is_not_taken_for_another(here):
     begun(here / "run", settled()).identity.unlink()
-    with pytest.raises(RunDirError, match="cannot resume"):
+    with pytest.raises(RunDirError, match="nothing shows what the run was trained from"):
         find_target(settled(out="run"))
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from lorafit.api.load import load
-from lorafit.errors import LorafitError, RunDirError, TemplateError, UsageError, VerificationError
+from lorafit.errors import LorafitError, RunDirError, UsageError, VerificationError
+from lorafit.runs import RunDir, RunIdentity, adapter_hashes
 
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
@@ -63,8 +65,39 @@ def test_a_template_that_renders_another_prompt_is_an_error(tiny_run, tmp_path):
     content = json.loads((folder / "template.json").read_text())
     text = json.dumps(content).replace("<|assistant|>", "<|helper|>")
     (folder / "template.json").write_text(text)
-    with pytest.raises(TemplateError):
+    with pytest.raises(RunDirError, match=r"template\.json: the file has changed since training"):
         load(folder)
+    sealed_again(folder)
+    with pytest.raises(RunDirError, match=r"template\.json: the file has changed since training"):
+        load(folder)
+
+
+def test_an_edited_template_with_a_hash_of_its_own_is_refused(tiny_run, tmp_path):
+    from lorafit.api.merge import merge, template_of
+    from lorafit.data import Template
+
+    folder = copied(tiny_run, tmp_path)
+    trained = template_of(RunDir(folder))
+    Template(trained.tokenizer, "Obey. " + trained.source, "tokenizer").save(folder / "template.json")
+    for verb in (load, merge):
+        with pytest.raises(RunDirError, match=r"template\.json: the file has changed since training"):
+            verb(folder)
+    assert not (folder / "exports").exists() or not any((folder / "exports").iterdir())
+
+
+def test_a_held_out_row_of_somebodys_choice_proves_no_merge(tiny_run, tmp_path):
+    from lorafit.api.merge import merge
+
+    folder = copied(tiny_run, tmp_path)
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "source": ""}
+    )
+    (folder / "held-out.jsonl").write_text(row + "\n")
+    with pytest.raises(RunDirError, match=r"held-out\.jsonl: the file has changed since training"):
+        merge(folder)
+    sealed_again(folder)
+    with pytest.raises(VerificationError, match="too few rows for a proof: 1 with 2 tokens"):
+        merge(folder)
 
 
 def test_a_truncated_adapter_is_one_sentence(tiny_run, tmp_path):
@@ -81,10 +114,11 @@ def test_a_folder_without_a_run_is_said_to_be_so(tmp_path):
         load(tmp_path)
 
 
-def forget_hashes(folder):
-    """As a run of an older release is, which kept no hashes of its adapter."""
-    path = folder / "fingerprint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": {}}))
+def sealed_again(folder, **values):
+    """Seal the run as it is now, as somebody would who wants it to be believed."""
+    run = RunDir(folder)
+    identity = replace(RunIdentity.read(run.identity), adapter=adapter_hashes(run.adapter), **values)
+    run.seal_files(replace(identity, is_sealed=False))
 
 
 def test_an_adapter_with_one_bit_flipped_is_refused(tiny_run, tmp_path):
@@ -99,7 +133,7 @@ def test_an_adapter_with_one_bit_flipped_is_refused(tiny_run, tmp_path):
         with pytest.raises(AdapterError, match="the adapter has changed since training"):
             verb(folder)
     assert not (folder / "exports" / "merged-quantized").exists()
-    forget_hashes(folder)
+    sealed_again(folder)
     load(folder)
 
 
@@ -110,7 +144,7 @@ def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
     folder = copied(tiny_run, tmp_path)
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
-    forget_hashes(folder)
+    sealed_again(folder)
     for verb in (load, merge):
         with pytest.raises(AdapterError, match="trained with"):
             verb(folder)
@@ -118,20 +152,10 @@ def test_another_alpha_than_the_trained_one_is_refused(tiny_run, tmp_path):
 
 def test_a_base_that_is_not_the_trained_one_is_refused(tiny_run, tmp_path):
     folder = copied(tiny_run, tmp_path)
-    base = json.loads((folder / "base.json").read_text())
-    (folder / "base.json").write_text(json.dumps(base | {"fingerprint": "0" * 64}))
-    with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
-        load(folder)
-
-
-def test_a_changed_base_is_refused_without_base_json_too(tiny_run, tmp_path):
-    folder = copied(tiny_run, tmp_path)
-    (folder / "base.json").unlink()
+    (folder / "base.json").unlink()  # a note for people: the sealed fingerprint counts
     load(folder)
-    path = folder / "fingerprint.json"
-    identity = json.loads(path.read_text())
-    identity["fingerprint"]["base"] = "0" * 64
-    path.write_text(json.dumps(identity))
+    fingerprint = RunIdentity.read(folder / "fingerprint.json").fingerprint
+    sealed_again(folder, fingerprint=replace(fingerprint, base="0" * 64))
     with pytest.raises(VerificationError, match="the base has changed since the run was trained"):
         load(folder)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafit.api.plan import PlannedRun
 from lorafit.backbone import default_device, load_backbone
-from lorafit.config import Resolved, RunConfig, Source, parse_bytes
+from lorafit.config import Resolved, RunConfig, Source, parse_bytes, read_json
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows, largest_step, steps_per_epoch
 from lorafit.engine import (
@@ -38,7 +38,7 @@ from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, most_tokens, poli
 from lorafit.methods import Method, method_of
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
-from lorafit.runs import RunDir
+from lorafit.runs import RunDir, is_sealed, sealed
 from lorafit.training import (
     EventLog,
     OneByOne,
@@ -196,16 +196,22 @@ def _restore_policy(layers: DecoderLayers, request: _PolicyRequest, run: RunDir)
     Returns None if the run had no policy, or if another one is requested now.
     """
     # an engine.json without run.yaml is from a run that never started
-    known = json.loads(run.engine.read_text()) if run.holds_run and run.engine.exists() else None
-    if known is None or not request.matches(known):
+    fix = "remove the file: the policy is then looked for again"
+    known = read_json(run.engine, RunDirError, fix=fix) if run.holds_run and run.engine.exists() else None
+    if known is None:
         return None
-    layers.policy = MemoryPolicy.parse(known.get("policy", known.get("dial")), len(layers))
-    layers.set_schedule(known["schedule"])
-    return (
-        _PolicyRequest(known["asked"], known["planned"], known.get("gpu_memory", known.get("vram")))
-        if "planned" in known
-        else request
-    )
+    if "sha256" in known and not is_sealed(known):  # older releases did not seal it
+        raise RunDirError("the file has changed since it was written", where=str(run.engine), fix=fix)
+    try:
+        if not request.matches(known):
+            return None
+        layers.policy = MemoryPolicy.parse(str(known.get("policy", known.get("dial"))), len(layers))
+        layers.set_schedule(known["schedule"])
+        if "planned" not in known:
+            return request
+        return _PolicyRequest(known["asked"], known["planned"], known.get("gpu_memory", known.get("vram")))
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise RunDirError("the file holds no memory policy", where=str(run.engine), fix=fix) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +236,8 @@ class _Report:
         """Write engine.json with the present policy. Raises RunDirError if the disk refuses."""
         layers = self.layers
         now = {"policy": str(layers.policy), "schedule": layers.offload.schedule, "notes": layers.notes}
-        self.run.write_json(self.run.engine, {**asdict(self.found), **now, **asdict(self.request)})
+        content = {**asdict(self.found), **now, **asdict(self.request)}
+        self.run.write_json(self.run.engine, sealed(json.loads(json.dumps(content))))
 
     def write_if_possible(self) -> None:
         """Write engine.json and ignore a full disk, which must not stop a run."""

@@ -49,6 +49,7 @@ from lorafit.training import (
 )
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, which merge verifies on
+FEW_ROWS = 16  # with fewer held-out rows, training rows are kept too
 
 
 def fingerprint_of(config: RunConfig, template: Template, prepared: Prepared) -> RunFingerprint:
@@ -113,21 +114,20 @@ class Manifest:
         fingerprint = fingerprint_of(self.resolved.config, self.template, self.planned.prepared)
         return RunIdentity(self.run_id, fingerprint, environment())
 
-    def write(self, identity: RunIdentity) -> None:
-        """Write the files that describe the run.
+    def write(self, identity: RunIdentity) -> RunIdentity:
+        """Write the files that describe the run, and return its identity with their hashes.
 
-        run.yaml comes last, since a folder with run.yaml holds a run. A resumed run keeps its run.yaml and its
-        identity.
+        run.yaml comes last, since a folder with run.yaml holds a run. A resumed run keeps its run.yaml.
         """
         self.lock.hold()  # loading takes minutes
         config = self.resolved.config
-        write_relied_on(self.run, identity, config, self.template, self.planned.prepared)
+        sealing = write_relied_on(self.run, identity, config, self.template, self.planned.prepared)
         self.run.write_json(self.run.plan, self.planned.plan.to_dict())
         self._write_findings(self.findings)
         if self.known is None:
-            self.run.write_json(self.run.identity, identity.to_dict())
             sources = {key: source.value for key, source in self.resolved.sources.items()}
             self.run.write_config(config, sources)
+        return sealing
 
     def require_folder(self) -> None:
         """Raise RunDirError if the folder is gone or another process holds it. Each step ends with this."""
@@ -163,19 +163,27 @@ class Manifest:
 
 def write_relied_on(
     run: RunDir, identity: RunIdentity, config: RunConfig, template: Template, prepared: Prepared
-) -> None:
-    """Write the files that `chat` and `merge` read, and which rows are held out.
+) -> RunIdentity:
+    """Write the files that `chat` and `merge` read, and which rows are held out. Returns the identity that seals them.
 
-    Settings, identity and adapter are written elsewhere.
+    Settings and adapter are written elsewhere.
     """
     if not run.split.exists():
         write_split(run.split, prepared.train, prepared.holdout)
     template.save(run.template)
-    sample = prepared.holdout if len(prepared.holdout) else prepared.train
-    records = [sample.record(index) for index in range(min(len(sample), SAMPLE_ROWS))]
-    write_text(run.samples, "".join(_sample_line(record) for record in records))
+    write_text(run.samples, "".join(_sample_line(record) for record in _samples(prepared)))
     base = {"base": config.base, "revision": config.revision, "fingerprint": identity.fingerprint.base}
     run.write_json(run.base, base)
+    return run.seal_files(identity)
+
+
+def _samples(prepared: Prepared) -> list[Record]:
+    """Return the first held-out rows, and training rows where those alone are too few for a proof."""
+    held_out, train = prepared.holdout, prepared.train
+    if not len(held_out):
+        return [train.record(index) for index in range(min(len(train), SAMPLE_ROWS))]
+    records = [held_out.record(index) for index in range(min(len(held_out), SAMPLE_ROWS))]
+    return records + [train.record(index) for index in range(min(len(train), FEW_ROWS - len(records)))]
 
 
 def _sample_line(record: Record) -> str:
@@ -206,18 +214,27 @@ def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> 
 def refuse_at_end(run: RunDir, identity: RunIdentity) -> None:
     """Raise RunFinished if the run is at its end and its adapter is unchanged."""
     if run.is_finished and _is_whole(run, identity):
+        if not identity.adapter:  # of an older release, and equal to the last checkpoint
+            run.write_json(run.identity, identity.ended_in(adapter_hashes(run.adapter)).to_dict())
         refuse_finished(run)
 
 
 def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], events: EventLog) -> Checkpoint | None:
     """Return the checkpoint to resume from, None to start at the first step.
 
-    Each damaged checkpoint is skipped and becomes an event. `layout` is today's layout, from `layout_of`.
+    Each damaged checkpoint is skipped and becomes an event. `layout` is today's layout, from `layout_of`. Raises
+    RunDirError, and renames nothing, if no checkpoint is this run's and one is another run's.
     """
+    checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
+    if checkpoint is None and any(one.is_foreign for one in damaged):
+        raise RunDirError(
+            "the checkpoints belong to another run than fingerprint.json",
+            where=str(run.path),
+            fix="put the run's own fingerprint.json back, or pass --restart, which moves the folder aside",
+        )
     clear_unfinished(run.checkpoints)
     if run.adapter.exists():
         events.record("adapter_damaged", 0, "the adapter is not the trained one; it is written again")
-    checkpoint, damaged = newest_whole(run.checkpoints, identity.run)
     for one in damaged:
         events.record("checkpoint_damaged", one.step, f"{one.folder.name} is skipped: {one.reason}")
     try:
@@ -270,13 +287,13 @@ def _note_changes(
 def _is_whole(run: RunDir, identity: RunIdentity) -> bool:
     """Return False if the adapter of a finished run is not the saved one.
 
-    A run without hashes is compared with its last checkpoint, if that exists.
+    A run of an older release, without hashes, is compared with its last checkpoint.
     """
     if identity.adapter:
         return changed_file(run.adapter, identity.adapter) is None
     checkpoint, _ = newest_whole(run.checkpoints, identity.run)
     if checkpoint is None or not checkpoint.is_last:
-        return True
+        return False
     saved = checkpoint.folder / ADAPTER
     names = [path.name for path in saved.iterdir()]
     same, _, _ = filecmp.cmpfiles(saved, run.adapter, names, shallow=False)

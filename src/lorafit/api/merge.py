@@ -17,9 +17,11 @@ from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verif
 from lorafit.export import merge as write_merged
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
-from lorafit.runs import RunDir
+from lorafit.runs import RunDir, require_trained_run
 
 VERIFIED_ROWS = 64
+LEAST_ROWS, LEAST_TOKENS = 4, 32
+"""Rows and supervised tokens without which no merge counts as verified."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def merge(
         names = " or ".join(get_args(MergeBase))
         raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
     form, folder = format_named(export_format), RunDir.open(Path(run))
+    require_trained_run(folder)
     config = folder.config()
     method = method_of(config)
     with redirect_library_logs(folder.log, optional=True):
@@ -115,7 +118,21 @@ def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROW
         fix = "run the train command again, which rewrites the file"
         raise VerificationError("the file is damaged", where=str(run.samples), fix=fix) from error
     encoded = template.encode_many(records)
-    return [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
+    rows = [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
+    _require_enough(rows, run)
+    return rows
+
+
+def _require_enough(rows: list[Row], run: RunDir) -> None:
+    """Raise VerificationError if the rows are too few to tell a right merge from a wrong one."""
+    tokens = [len(row.predicting) for row in rows if len(row.predicting)]
+    if len(tokens) < LEAST_ROWS or sum(tokens) < LEAST_TOKENS:
+        raise VerificationError(
+            f"too few rows for a proof: {len(tokens)} with {sum(tokens)} tokens, and {LEAST_ROWS} with "
+            f"{LEAST_TOKENS} are needed",
+            where=str(run.samples),
+            fix="train on more rows, or serve base and adapter",
+        )
 
 
 def _record(sample: dict[str, Any]) -> Record:

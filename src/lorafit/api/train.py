@@ -241,7 +241,7 @@ def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepa
     identity = known_identity(target, config, fingerprint_of(config, template, data))
     target.run.follow_files(config)
     identity = follow_base(target.run, identity, config.base)
-    write_relied_on(target.run, identity, config, template, data)
+    identity = write_relied_on(target.run, identity, config, template, data)
     refuse_at_end(target.run, identity)
     return identity
 
@@ -255,10 +255,10 @@ def _describe_run(
     """
     if manifest.known is None:  # a new run records its first layout
         identity = replace(identity, environment={**identity.environment, **layout})
-    manifest.write(identity)
+    identity = manifest.write(identity)
     if manifest.known is None:
         return identity, None
-    return identity, resume_from(manifest.run, manifest.known, layout, events)
+    return identity, resume_from(manifest.run, identity, layout, events)
 
 
 def _result(

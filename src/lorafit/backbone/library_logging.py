@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from lorafit.errors import RunDirError
+from lorafit.runs import append_own
 
 LIBRARIES = (
     *("transformers", "bitsandbytes", "peft", "accelerate", "datasets", "huggingface_hub", "torch", "kernels"),
@@ -48,8 +49,7 @@ class LibraryLog(logging.Handler):
     def write(self) -> None:
         """Write the pending lines if a path is set."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.writelines(self.pending)
+            append_own(self.path, "".join(self.pending))
             self.pending.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from lorafit.data.store import Rows, Stored, StoreWriter
 from lorafit.data.summary import Clock, Histogram, Listener, Summary
 from lorafit.errors import DataError, RunDirError
 from lorafit.findings import Finding, Severity, chosen
+from lorafit.runs import new_own
 
 if TYPE_CHECKING:
     from lorafit.data.template.template import Template
@@ -195,7 +197,9 @@ def _recorded(rows: Stored, run_dir: Path | None, train: Rows, holdout: Rows) ->
         write_split(run_dir / "split.tsv", train, holdout)
         source, place = rows.folder / "rejected.jsonl", run_dir / "rejected.jsonl"
         if source.stat().st_size:
-            return Path(shutil.copyfile(source, place))
+            with os.fdopen(new_own(place), "wb") as copy, source.open("rb") as rejected:
+                shutil.copyfileobj(rejected, copy)
+            return place
         place.unlink(missing_ok=True)  # of an attempt before the rows were mended
         return None
     except OSError as error:

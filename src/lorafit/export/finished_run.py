@@ -10,7 +10,7 @@ from lorafit.config import RunConfig, read_json
 from lorafit.data.template.template import MAX_TEMPLATE_BYTES, Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
-from lorafit.runs import RunDir, require_trained_adapter
+from lorafit.runs import RunDir, require_trained_run
 
 
 class Golden(NamedTuple):
@@ -53,7 +53,7 @@ class FinishedRun:
         prompts would differ.
         """
         run = RunDir.open(folder)
-        require_trained_adapter(run)
+        require_trained_run(run)
         return cls.of(run, run.adapter)
 
     @classmethod

@@ -5,6 +5,7 @@ A run resumes only when its fingerprint is unchanged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from lorafit.config.foreign_text import read_json
 from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
+from lorafit.runs.seal import is_sealed, sealed
 
 LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
 """Settings of layout and speed. They change no step's examples, and results only in their last bits."""
@@ -72,43 +74,73 @@ class RunFingerprint:
         return made
 
 
+FORMAT = 2
+"""Format of fingerprint.json. The first had no seal, and neither `format` nor `files`."""
+UNSEALED_KEYS = {"run", "fingerprint", "environment", "adapter"}
+DAMAGED = "restore the file from a copy of the run, or pass --restart, which moves the old run to another folder"
+
+
 @dataclass(frozen=True)
 class RunIdentity:
-    """Hold the content of `fingerprint.json`.
+    """Hold the content of `fingerprint.json`, the sealed manifest of a run.
 
     Attributes:
         run: Id of the run, which its checkpoints repeat.
         fingerprint: What determines the run.
         environment: Versions, device and threads at its start. Another environment may change the last bits.
         adapter: File name -> sha256 of the trained adapter; empty before the run ends.
+        files: File name -> sha256 of the run's files that `chat` and `merge` read.
+        is_sealed: Whether the file carries its own hash. Files of older releases do not.
     """
 
     run: str
     fingerprint: RunFingerprint
     environment: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    is_sealed: bool = True
 
     @classmethod
     def read(cls, path: Path) -> RunIdentity:
-        """Return the identity in the file at `path`. Raises RunDirError for a missing or damaged file."""
+        """Return the identity in the file at `path`. Raises RunDirError for a missing, damaged or edited file."""
         try:
-            saved = read_json(path, RunDirError)
-            adapter = dict(saved.get("adapter", {}))
-            if not _are_texts((saved["run"], *adapter.values())):
-                raise TypeError("no identity")
-            fingerprint = RunFingerprint.from_dict(saved["fingerprint"])
-            return cls(saved["run"], fingerprint, dict(saved["environment"]), adapter)
-        except (RunDirError, ValueError, KeyError, TypeError) as error:
-            raise RunDirError(
-                "the run's fingerprint cannot be read, so the run cannot resume",
-                where=str(path),
-                fix="pass --restart, which moves the old run to another folder",
-            ) from error
+            return cls._from_dict(read_json(path, RunDirError), path)
+        except (ValueError, KeyError, TypeError, RunDirError) as error:
+            if isinstance(error, RunDirError) and error.fix == DAMAGED:
+                raise
+            what = "the run's fingerprint cannot be read, so nothing shows what the run was trained from"
+            raise RunDirError(what, where=str(path), fix=DAMAGED) from error
+
+    @classmethod
+    def _from_dict(cls, saved: Mapping[str, Any], path: Path) -> RunIdentity:
+        has_seal = not set(saved) <= UNSEALED_KEYS
+        if has_seal and not is_sealed(saved):
+            what = "the run's fingerprint has changed since it was written (its SHA-256 differs)"
+            raise RunDirError(what, where=str(path), fix=DAMAGED)
+        if has_seal and saved["format"] != FORMAT:
+            what = f"the run's fingerprint has format {saved['format']!s:.20}, and this release reads {FORMAT}"
+            raise RunDirError(what, where=str(path), fix=DAMAGED)
+        adapter, files = dict(saved.get("adapter", {})), dict(saved["files"]) if has_seal else {}
+        if not _are_texts((saved["run"], *adapter.values(), *files.values())):
+            raise TypeError("no identity")
+        fingerprint = RunFingerprint.from_dict(saved["fingerprint"])
+        return cls(saved["run"], fingerprint, dict(saved["environment"]), adapter, files, has_seal)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping."""
-        saved = {"run": self.run, "fingerprint": self.fingerprint.to_dict(), "environment": dict(self.environment)}
-        return {**saved, "adapter": dict(self.adapter)} if self.adapter else saved
+        """Return a JSON-ready mapping with its seal."""
+        content = {
+            "format": FORMAT,
+            "run": self.run,
+            "fingerprint": self.fingerprint.to_dict(),
+            "environment": dict(self.environment),
+            "files": dict(self.files),
+            "adapter": dict(self.adapter),
+        }
+        return sealed(json.loads(json.dumps(content)))
+
+    def with_files(self, files: Mapping[str, str]) -> RunIdentity:
+        """Return the identity with the hashes of the run's files (name -> sha256), sealed when it is written."""
+        return replace(self, files=dict(files), is_sealed=True)
 
     def ended_in(self, adapter: Mapping[str, str]) -> RunIdentity:
         """Return the identity with the hashes of the trained adapter (file name -> sha256)."""

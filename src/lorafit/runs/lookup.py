@@ -12,6 +12,7 @@ from pathlib import Path
 from lorafit.config import PLANNED, Resolved, RunConfig
 from lorafit.errors import LorafitError, RunDirError, RunFinished
 from lorafit.runs.identity import FREE, RunFingerprint, RunIdentity, differing_settings, held_settings
+from lorafit.runs.own_files import refuse_planted
 from lorafit.runs.run_dir import RunDir
 from lorafit.runs.writing import RunLock
 
@@ -61,6 +62,7 @@ def find_target(resolved: Resolved, *, restart: bool = False) -> RunTarget:
     """
     if resolved.config.out:
         run = RunDir(Path(resolved.config.out))
+        refuse_planted(run.path, writes=True)
         if not run.holds_run:
             run.refuse_if_taken()
         elif not restart:
@@ -163,6 +165,7 @@ def _has_same_settings(run: RunDir, resolved: Resolved, *, restart: bool) -> boo
 
     Its identity must be readable, unless `restart` will move the run aside.
     """
+    refuse_planted(run.path, writes=True)
     try:
         if _differing(run, resolved):
             return False

@@ -1,11 +1,12 @@
-"""RunDir: the paths in a run directory, and the check that its adapter is unchanged."""
+"""RunDir: the paths in a run directory, and how its files are written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,17 @@ from typing import Any
 from lorafit.config.foreign_text import read_json
 from lorafit.config.resolve import load_recipe, resolve
 from lorafit.config.run_config import RunConfig
-from lorafit.errors import AdapterError, RunDirError
+from lorafit.errors import RunDirError
 from lorafit.runs.identity import RunIdentity
+from lorafit.runs.leftovers import foreign_names
+from lorafit.runs.own_files import new_own, refuse_planted
+from lorafit.runs.seal import file_hashes
 from lorafit.runs.writing import LOCK, OWNER, sync
 
 FILE_SETTINGS = ("base", "revision", "data", "holdout")
 """Settings that name files. A run depends on the files' content, so they may move."""
-LEFTOVERS = {"data", "log.txt", "findings.json", "rejected.jsonl", "split.tsv", ".writable", LOCK, OWNER} | {
-    "plan.json",
-    "template.json",
-    "held-out.jsonl",
-    "base.json",
-    "fingerprint.json",
-    "engine.json",
-    "events.jsonl",
-}
-"""Names allowed in the folder of a new run. They are reports of a run that never started, and the demo's data."""
+SEALED_FILES = ("template.json", "held-out.jsonl")
+"""Files that `chat` and `merge` read, and whose hashes fingerprint.json holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +129,8 @@ class RunDir:
         """Create the folder if necessary and write to it. Raises RunDirError when that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.path):  # has no name, so it meets no file
+                pass
         except OSError as error:
             raise RunDirError(
                 f"the folder is not writable ({error.strerror})", where=str(self.path), fix="choose another --out"
@@ -156,15 +151,7 @@ class RunDir:
 
     def foreign(self) -> list[str]:
         """Return the names in the folder other than leftovers of a run that never started."""
-        if not self.path.is_dir():
-            return []
-        names = sorted(path.name for path in self.path.iterdir())
-        return [name for name in names if not self._is_leftover(name)]
-
-    def _is_leftover(self, name: str) -> bool:
-        if name == self.checkpoints.name:  # created empty before the run starts
-            return self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())
-        return name in LEFTOVERS or (name.startswith(".") and name.endswith(".staged"))
+        return foreign_names(self.path)
 
     def move_aside(self) -> Path:
         """Rename the folder to the first free NAME.aside-1, -2, … and return that path."""
@@ -185,8 +172,12 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Return the run in `path`. Raises RunDirError when it has no adapter, or its local base is missing."""
+        """Return the run in `path`.
+
+        Raises RunDirError when it holds a link, has no adapter, or its local base is missing.
+        """
         run = cls(path)
+        refuse_planted(path)
         if not run.settings.is_file():
             raise RunDirError(
                 "the folder holds no run (no run.yaml)", where=str(path), fix="pass the folder that train created"
@@ -212,9 +203,20 @@ class RunDir:
 
     def base_fingerprint(self) -> str | None:
         """Return the base's content fingerprint at training time, or None when the run recorded none."""
+        if self.identity.is_file():
+            return RunIdentity.read(self.identity).fingerprint.base
         if not self.base.is_file():
-            return RunIdentity.read(self.identity).fingerprint.base if self.identity.is_file() else None
+            return None
         return str(read_json(self.base, RunDirError, fix="restore the run directory").get("fingerprint"))
+
+    def seal_files(self, identity: RunIdentity) -> RunIdentity:
+        """Write the hashes of SEALED_FILES into fingerprint.json if they are new. Returns the identity with them."""
+        files = file_hashes(self.path / name for name in SEALED_FILES)
+        if identity.is_sealed and identity.files == files:
+            return identity
+        sealing = identity.with_files(files)
+        self.write_json(self.identity, sealing.to_dict())
+        return sealing
 
     def config(self) -> RunConfig:
         """Return the settings of the run."""
@@ -249,56 +251,19 @@ class RunDir:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: staged beside it, fsynced, renamed.
 
-    Raises RunDirError when the disk refuses.
+    A link at `path` is replaced, not followed. Raises RunDirError when the disk refuses.
     """
     staged = path.with_name(f".{path.name}.staged")
     try:
-        with staged.open("w", encoding="utf-8") as file:
+        with os.fdopen(new_own(staged), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
         sync(path.parent)
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
         raise RunDirError(
             f"the file cannot be written ({error.strerror})", where=str(path), fix="check the disk"
         ) from error
-
-
-def adapter_hashes(folder: Path) -> dict[str, str]:
-    """Return file name -> sha256 (hex) of every file in `folder`. Raises OSError for an unreadable file."""
-    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
-    """Return the first file of `hashes` that is missing, unreadable or changed, or None."""
-    for name, digest in hashes.items():
-        try:
-            if file_hash(folder / name) != digest:
-                return name
-        except OSError:
-            return name
-    return None
-
-
-def require_trained_adapter(run: RunDir) -> None:
-    """Raise AdapterError when the adapter of `run` has changed since it was saved.
-
-    A run without recorded hashes is not checked.
-    """
-    if not run.identity.is_file():
-        return
-    changed = changed_file(run.adapter, RunIdentity.read(run.identity).adapter)
-    if changed is not None:
-        raise AdapterError(
-            f"the adapter has changed since training ({changed} differs)",
-            where=str(run.adapter),
-            fix="repeat the train command, which restores it, or pass --restart to train again",
-        )
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 (hex) of the file at `path`."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import stat
 import sys
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lorafit.errors import RunDirError
+from lorafit.runs.own_files import new_own, new_own_folder, open_own, remove_own
 
 
 @contextmanager
@@ -28,16 +28,15 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new sibling of `folder` to write into.
 
     At the end the sibling is synced and renamed to `folder`. When the block raises, it is removed. With `replace` an
-    existing `folder` is replaced. Raises RunDirError for an existing folder otherwise, for a full disk, and for a place
-    that is not writable.
+    existing `folder` is replaced, and a link in its place too. Raises RunDirError for an existing folder otherwise, for
+    a full disk, and for a place that is not writable.
     """
-    if folder.exists() and not replace:
+    if os.path.lexists(folder) and not replace:
         raise RunDirError("the folder already exists", where=str(folder), fix="remove it, or choose another with --out")
     staged = folder.with_name(f".{folder.name}.staged")  # replaces one that a killed process has left
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+        new_own_folder(staged)
         yield staged
         _sync(staged)
         _publish(staged, folder)
@@ -46,7 +45,7 @@ def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         what = f"the folder cannot be written ({reason})"
         raise RunDirError(what, where=str(folder), fix="check the disk") from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove_own(staged)
 
 
 def follow_umask(folder: Path) -> None:
@@ -81,12 +80,12 @@ def sync(path: Path) -> None:
 def _publish(staged: Path, folder: Path) -> None:
     # rename cannot replace a folder that is not empty, so the old one is renamed first
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    remove_own(old)
+    if os.path.lexists(folder):
         folder.rename(old)
     staged.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_own(old)
 
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -154,8 +153,9 @@ class RunLock:
             self._lock.release()
             raise _taken(self.path, owner)
         try:
-            self._inode = self.path.stat().st_ino
-            self.note.write_text(json.dumps(asdict(Owner())), encoding="utf-8")
+            self._inode = self.path.lstat().st_ino
+            with os.fdopen(new_own(self.note), "w", encoding="utf-8") as note:
+                note.write(json.dumps(asdict(Owner())))
         except OSError as error:
             self.__exit__(None, None, None)
             what = f"the run's lock cannot be written ({error.strerror})"
@@ -175,7 +175,7 @@ class RunLock:
     def is_held(self) -> bool:
         """False when the lock's file is missing or belongs to another process."""
         with suppress(OSError):
-            return self._inode is not None and self.path.stat().st_ino == self._inode
+            return self._inode is not None and self.path.lstat().st_ino == self._inode
         return False
 
     def hold(self) -> None:
@@ -188,6 +188,8 @@ class RunLock:
     def _acquire(self) -> bool:
         try:
             self.path.parent.stat()  # filelock would create a missing folder
+            with suppress(FileNotFoundError):  # filelock empties whatever has the name
+                os.close(open_own(self.path, os.O_RDWR))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on a disk without flock the file's presence is the lock
                 self._lock.acquire()

@@ -10,7 +10,7 @@ from lorafit.backbone import require_same_base
 from lorafit.config import RunConfig, base_folder, sampling_settings, served_stop_ids
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
-from lorafit.runs import RunDir, require_trained_adapter
+from lorafit.runs import RunDir, require_trained_run
 from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine
 
 TUNED = "tuned"
@@ -35,7 +35,7 @@ class Session:
         trained ones. Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
         """
         run = RunDir.open(path)
-        require_trained_adapter(run)
+        require_trained_run(run)
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from lorafit.data.schema.records import CALLS, REASONING
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.data.store import Rows, Stored
 from lorafit.findings import Finding, Severity
+from lorafit.runs import new_own
 
 COMMON_QUESTION_SHARE = 0.05
 Numbers = NDArray[np.int64]
@@ -77,7 +79,7 @@ def _draw(content: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
 
 def write_split(path: Path, train: Rows, holdout: Rows) -> None:
     """Each row's side and place, in the order of the files: `split.tsv` of the run directory."""
-    with path.open("w", encoding="utf-8") as stream:
+    with os.fdopen(new_own(path), "w", encoding="utf-8") as stream:
         stream.write("side\tsource\n")
         for side, rows in (("train", train), ("holdout", holdout)):
             stream.writelines(f"{side}\t{source}\n" for source in rows.sources())

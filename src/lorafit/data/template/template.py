@@ -27,7 +27,8 @@ from lorafit.data.template.layout import (
 from lorafit.data.template.probe import enders_of
 from lorafit.data.template.renderer import FROZEN_NOW
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
-from lorafit.errors import RunDirError, TemplateError
+from lorafit.errors import TemplateError
+from lorafit.runs import write_text
 
 FALLBACK, CHAT, FILE = "fallback", "chat_template", "file"
 FORMAT = 1
@@ -152,12 +153,7 @@ class Template:
             "stop_tokens": list(self.stop_tokens),
             "golden": golden,
         }
-        try:
-            path.write_text(json.dumps(fields, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunDirError(
-                f"cannot write the template ({error.strerror})", where=str(path), fix="free disk space, or choose --out"
-            ) from error
+        write_text(path, json.dumps(fields, indent=2, ensure_ascii=True) + "\n")
 
     @classmethod
     def load(cls, path: Path, tokenizer: TextTokenizer) -> Template:

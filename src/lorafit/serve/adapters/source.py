@@ -16,7 +16,7 @@ from lorafit.data import Template, TextTokenizer
 from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.methods import method_of
 from lorafit.methods.lora import AdapterFiles, fitting_weights
-from lorafit.runs import RunDir, require_trained_adapter
+from lorafit.runs import RunDir, require_trained_run
 from lorafit.runs.run_dir import adapter_hashes
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
@@ -90,7 +90,7 @@ def open_adapter(
     must not be trusted or do not fit, VerificationError and TemplateError for another base or template.
     """
     run = RunDir.open(_run_folder(_allowed(path, roots)))
-    require_trained_adapter(run)
+    require_trained_run(run)
     config = run.config()
     _require_same_settings(config, base.config, run.path)
     if (run.base_fingerprint() or _fingerprint(config)) != base.fingerprint:

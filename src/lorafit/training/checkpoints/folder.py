@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import CheckpointError
-from lorafit.runs import file_hash, follow_umask, sync
+from lorafit.runs import file_hash, follow_umask, remove_own, sealed, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 20
+FOREIGN = "it belongs to another run"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -53,7 +53,7 @@ class Checkpoint:
         if foreign:
             raise CheckpointError(f"{foreign[0]} is not in its manifest", where=str(folder))
         if run is not None and manifest["run"] != run:
-            raise CheckpointError("it belongs to another run", where=str(folder))
+            raise CheckpointError(FOREIGN, where=str(folder))
         return cls(folder, manifest["run"], manifest["step"], manifest["eval_loss"], manifest["last"])
 
 
@@ -135,9 +135,9 @@ def remove_folder(folder: Path) -> None:
     A rename comes first, so that a kill never leaves half a checkpoint.
     """
     doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_own(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_own(doomed)
 
 
 def _loss_of(folder: Path) -> float | None:
@@ -163,8 +163,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+    return json.dumps(sealed(manifest), indent=1) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +173,12 @@ class Damaged:
     Attributes:
         folder: its folder.
         reason: why it does not verify.
+        is_foreign: True if it is whole, and of another run.
     """
 
     folder: Path
     reason: str
+    is_foreign: bool = False
 
     @property
     def step(self) -> int:
@@ -191,23 +192,27 @@ def newest_whole(folder: Path, run: str) -> tuple[Checkpoint | None, list[Damage
         try:
             return Checkpoint.open(path, run=run), damaged
         except CheckpointError as error:
-            damaged.append(Damaged(path, error.what))
+            damaged.append(Damaged(path, error.what, is_foreign=error.what == FOREIGN))
     return None, damaged
 
 
 def set_aside(damaged: list[Damaged]) -> None:
-    """Rename damaged checkpoints to step-N.damaged, so that the run can write new ones.
+    """Rename damaged checkpoints to step-N.damaged (-2, …), so that the run can write new ones.
 
     Raises OSError if a rename fails.
     """
     for one in damaged:
-        aside = one.folder.with_name(f"{one.folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        one.folder.rename(aside)
+        one.folder.rename(_free_name(one.folder.with_name(f"{one.folder.name}.damaged")))
+
+
+def _free_name(path: Path) -> Path:
+    """Return `path`, or the first of PATH-2, -3, … that is free: what was set aside earlier stays."""
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next((name for name in names if not os.path.lexists(name)), path)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Remove checkpoints that a killed process was writing or removing."""
     for pattern in (".step-*.staged", ".step-*.removed"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_own(path)

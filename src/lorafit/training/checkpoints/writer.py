@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from lorafit.config import RunConfig
 from lorafit.errors import LorafitError, RunDirError
-from lorafit.runs import sync
+from lorafit.runs import new_own_folder, remove_own, require_folder, sync
 from lorafit.training.checkpoints.folder import (
     Checkpoint,
     checkpoint_folders,
@@ -94,24 +95,24 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, run: str) -> Path:
     space, OSError or SafetensorError if it refuses.
     """
     final = folder / folder_name(snapshot.step)
-    if final.exists():
+    if os.path.lexists(final):
         if _verifies(final, run):
             return final
         remove_folder(final)
-    if not folder.is_dir():
+    if not folder.exists():
         folder.mkdir(parents=True)
         sync(folder.parent)
+    require_folder(folder)
     _require_space(folder, snapshot.size_bytes)
     staged = folder / f".{final.name}.staged"
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+        new_own_folder(staged)
         snapshot.write(staged)
         seal(staged, run=run, step=snapshot.step, eval_loss=snapshot.eval_loss, last=snapshot.is_last)
         staged.rename(final)
         sync(folder)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove_own(staged)
     return final
 
 

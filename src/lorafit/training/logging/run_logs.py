@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.runs import append_own, open_own, read_own
 from lorafit.training.transformers_parts import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -107,7 +108,7 @@ class LineFile:
     def continue_file(self) -> None:
         """Continue behind the last whole line of the file."""
         try:
-            content = self.path.read_bytes()
+            content = read_own(self.path)
         except OSError:
             content = b""
         self.written_bytes = content.rfind(b"\n") + 1
@@ -123,7 +124,7 @@ class LineFile:
             self.continue_file()  # a removed file must not become a gap of zeros
         text = "".join(self.waiting).encode()
         try:
-            with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            with os.fdopen(open_own(self.path, os.O_RDWR | os.O_CREAT), "r+b") as file:
                 file.truncate(self.written_bytes)
                 file.seek(self.written_bytes)
                 file.write(text)
@@ -137,7 +138,7 @@ class LineFile:
     def is_whole(self) -> bool:
         """Return False if written lines are gone from the disk."""
         try:
-            return self.path.stat().st_size >= self.written_bytes
+            return self.path.lstat().st_size >= self.written_bytes
         except OSError:
             return self.written_bytes == 0
 
@@ -190,16 +191,8 @@ class MetricsLog(TrainerCallback):
 
     def _time(self, step: int) -> None:
         line = json.dumps({"step": step, "elapsed_s": round(time.perf_counter() - self.started, 3)}) + "\n"
-        try:
-            descriptor = os.open(self.timings, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError:
-            return  # lost timings must not end a run
-        try:
-            os.write(descriptor, line.encode())
-        except OSError:
-            return
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # lost timings must not end a run
+            append_own(self.timings, line)
 
 
 def line_of(entry: Mapping[str, Any]) -> str | None:
