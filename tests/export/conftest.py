@@ -1,16 +1,17 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lorafit.backbone import load_backbone
+from lorafit.backbone import base_fingerprint, load_backbone
 from lorafit.config import RunConfig
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.export import Row
 from lorafit.methods.lora import attach, save_adapter
-from lorafit.runs import RunDir
+from lorafit.runs import RunDir, RunFingerprint, RunIdentity, adapter_hashes, held_settings
 from tiny_models import save_base, stir
 
 JINJA = (
@@ -28,11 +29,22 @@ def trained_run(folder, family="llama", dtype=torch.bfloat16, chat_template=None
     run = RunDir(folder / "run")
     run.path.mkdir()
     run.write_config(config, dict.fromkeys(RunConfig.model_fields, "default"))
-    Template.for_tokenizer(TextTokenizer.from_base(config.base)).save(run.template)
+    template = Template.for_tokenizer(TextTokenizer.from_base(config.base))
+    template.save(run.template)
+    run.samples.write_text("")
     live = attach(load_backbone(config), config)
     stir(live, std)
     save_adapter(live, run.adapter, config, base_name=config.base)
+    fingerprint = RunFingerprint("", "", template.sha256, base_fingerprint(base), held_settings(config))
+    seal(run, RunIdentity("id", fingerprint))
     return SimpleNamespace(path=run.path, run=run, config=config, live=live.eval(), base=base)
+
+
+def seal(run, identity=None):
+    """Seal the run as it is now."""
+    identity = identity or RunIdentity.read(run.identity)
+    identity = replace(identity, adapter=adapter_hashes(run.adapter), is_sealed=False)
+    run.seal_files(replace(identity, fingerprint=replace(identity.fingerprint, settings=held_settings(run.config()))))
 
 
 def some_rows(count=6, length=24):

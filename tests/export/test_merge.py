@@ -10,7 +10,7 @@ from lorafit.backbone import base_fingerprint, dequantize, load_backbone
 from lorafit.config import RunConfig
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
-from lorafit.errors import BackboneError, RunDirError, TemplateError, VerificationError
+from lorafit.errors import BackboneError, RunDirError, VerificationError
 from lorafit.export import merge
 from lorafit.export.companions import merged_config
 from lorafit.export.formats import Safetensors
@@ -278,7 +278,7 @@ def test_a_tampered_template_is_refused(make_run, tmp_path):
     run = make_run(tmp_path)
     saved = json.loads(run.run.template.read_text())
     run.run.template.write_text(json.dumps(saved | {"jinja": "{{ 'x' }}"}))
-    with pytest.raises(TemplateError):
+    with pytest.raises(RunDirError, match=r"template\.json: the file has changed since training"):
         merge(run.path)
 
 

@@ -137,6 +137,16 @@ def test_the_question_whether_a_folder_is_writable_writes_to_no_file(run, victim
     assert victim.read_text() == "dear"
 
 
+def test_no_pipe_or_device_is_renamed_over(run):
+    """Root could: a file in the place of /dev/full would fill the memory of the machine."""
+    os.mkfifo(run / "plan.json")
+    with pytest.raises(RunDirError, match="it is a pipe"):
+        write_text(run / "plan.json", "own")
+    with pytest.raises(OSError, match="it is a pipe"):
+        new_own(run / "plan.json")
+    assert (run / "plan.json").is_fifo()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_another_user_owns_is_one_sentence(run):
     run.chmod(0o500)

@@ -68,8 +68,9 @@ def append_own(path: Path, text: str) -> None:
 def new_own(path: Path) -> int:
     """Create the file at `path` and return its descriptor.
 
-    Whatever has the name is removed first, not what it leads to. Raises OSError.
+    A file or link of the name is removed first, not what it leads to. Raises OSError.
     """
+    require_replaceable(path)
     with suppress(FileNotFoundError):
         path.unlink()
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN | _BINARY, 0o666)
@@ -92,6 +93,14 @@ def remove_own(path: Path) -> None:
         return
     with suppress(OSError):
         path.unlink()
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise OSError unless `path` is free, a file or a link. Root could rename a file over a device such as /dev/null."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OSError(errno.EINVAL, f"it is {_kind_of(mode)}", str(path))
 
 
 def require_folder(path: Path) -> None:
@@ -145,9 +154,12 @@ def _planted(path: Path, what: str) -> RunDirError:
     )
 
 
+def _kind_of(mode: int) -> str:
+    return next((kind for is_kind, kind in KINDS if is_kind(mode)), "a folder")
+
+
 def _require_plain(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = next((kind for is_kind, kind in KINDS if is_kind(status.st_mode)), "a folder")
-        raise OSError(errno.EINVAL, f"it is {kind}", str(path))
+        raise OSError(errno.EINVAL, f"it is {_kind_of(status.st_mode)}", str(path))
     if status.st_nlink > 1:
         raise OSError(errno.EMLINK, "it has a second name, a hard link", str(path))

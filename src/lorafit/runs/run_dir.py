@@ -17,7 +17,7 @@ from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 from lorafit.runs.identity import RunIdentity
 from lorafit.runs.leftovers import foreign_names
-from lorafit.runs.own_files import new_own, refuse_planted
+from lorafit.runs.own_files import new_own, refuse_planted, require_replaceable
 from lorafit.runs.seal import file_hashes
 from lorafit.runs.writing import LOCK, OWNER, sync
 
@@ -251,10 +251,12 @@ class RunDir:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: staged beside it, fsynced, renamed.
 
-    A link at `path` is replaced, not followed. Raises RunDirError when the disk refuses.
+    A link at `path` is replaced, not followed. A device or a pipe stays as it is. Raises RunDirError when the disk
+    refuses.
     """
     staged = path.with_name(f".{path.name}.staged")
     try:
+        require_replaceable(path)
         with os.fdopen(new_own(staged), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -1,6 +1,8 @@
 """Template: six real shapes and the fallback, held to transformers' rendering and to golden ids."""
 
+import errno
 import json
+import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -26,6 +28,7 @@ from lorafit.data.template.layout import (
 from lorafit.data.template.template import BOS_DOUBLED, NOT_TEXT, STOP_MISSING, Encoded, Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import RunDirError, TemplateError
+from lorafit.runs import run_dir
 
 GOLDEN = made.TEMPLATES / "golden.json"
 SYSTEM_FREE = {"gemma"}
@@ -371,9 +374,16 @@ def test_a_file_that_is_no_template_is_refused(content: bytes, tmp_path: Path, t
         Template.load(tmp_path / "missing.json", templates["gemma"].tokenizer)
 
 
-def test_a_disk_that_takes_no_more_is_one_sentence(templates: dict[str, Template]) -> None:
-    with pytest.raises(RunDirError, match=r"/dev/full: cannot write the template \(No space left on device\)"):
-        templates["gemma"].save(Path("/dev/full"))
+def test_a_disk_that_takes_no_more_is_one_sentence(
+    templates: dict[str, Template], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_dir, "new_own", full)
+    with pytest.raises(RunDirError, match=r"template\.json: .* cannot be written \(No space left on device\)"):
+        templates["gemma"].save(tmp_path / "template.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_tokenizer_is_refused_because_its_prompts_differ(

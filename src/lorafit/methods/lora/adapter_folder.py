@@ -19,6 +19,7 @@ from lorafit.config import MAX_SCALE, RunConfig, read_json
 from lorafit.errors import AdapterError, VerificationError
 from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
+from lorafit.methods.lora.foreign_settings import check_values, plain_settings
 from lorafit.runs import staged_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +68,12 @@ class AdapterFiles:
                 raise AdapterError(f"{name} is missing", where=str(folder), fix="name the folder of a LoRA adapter")
         raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
+        check_values(raw, str(folder / CONFIG_FILE))
         return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))
+
+    def settings(self) -> LoraConfig:
+        """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
+        return plain_settings(read_json(self.folder / CONFIG_FILE, AdapterError), self.rank, self.targets)
 
     def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (A (r, in), B (out, r)), fp32, by module name in the base.
@@ -184,7 +190,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     Raises AdapterError if the files are untrusted or do not fit the model.
     """
     weights = fitting_weights(model, AdapterFiles.open(folder))
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
     check_attached(adapted, weights)
     return adapted
 
