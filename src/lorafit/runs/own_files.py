@@ -96,7 +96,7 @@ def remove_own(path: Path) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise OSError unless `path` is free, a file or a link. Root could rename a file over a device such as /dev/null."""
+    """Raise OSError unless `path` is free, a file or a link. Root could rename a file over a device."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
