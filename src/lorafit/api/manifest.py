@@ -215,7 +215,7 @@ def refuse_at_end(run: RunDir, identity: RunIdentity) -> None:
     """Raise RunFinished if the run is at its end and its adapter is unchanged."""
     if run.is_finished and _is_whole(run, identity):
         if not identity.adapter:  # of an older release, and equal to the last checkpoint
-            run.write_json(run.identity, identity.ended_in(adapter_hashes(run.adapter)).to_dict())
+            run.write_json(run.identity, identity.ended_in(result_hashes(run.adapter)).to_dict())
         refuse_finished(run)
 
 

@@ -189,7 +189,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
 
     Raises AdapterError if the files are untrusted or do not fit the model.
     """
-    weights = fitting_weights(model, AdapterFiles.open(folder))
+    files = AdapterFiles.open(folder)
+    weights = fitting_weights(model, files)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
     check_attached(adapted, weights)
     return adapted

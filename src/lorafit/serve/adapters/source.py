@@ -16,8 +16,7 @@ from lorafit.data import Template, TextTokenizer
 from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.methods import method_of
 from lorafit.methods.lora import AdapterFiles, fitting_weights
-from lorafit.runs import RunDir, require_trained_run
-from lorafit.runs.run_dir import adapter_hashes
+from lorafit.runs import RunDir, adapter_hashes, require_trained_run
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
 SAME_SETTINGS = ("quantization", "compute", "method")
