@@ -212,4 +212,4 @@ def test_an_unknown_role_is_named_with_the_known_ones(like: dict[str, Any], turn
 
 def test_an_image_in_a_message_is_named() -> None:
     row = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
-    assert "an image?" in reject(MESSAGES, row).reason
+    assert "not text ('image_url')" in reject(MESSAGES, row).reason

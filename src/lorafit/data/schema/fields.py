@@ -10,7 +10,10 @@ from typing import Any
 from lorafit.data.sources.raw_row import Reject, excerpt
 
 Fields = Mapping[str, Any]
-LOSS_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised", "learn")
+LOSS_FLAGS = (
+    "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised", "learn", "learnable",
+    "calculate_loss", "compute_loss", "train_on_turn",
+)  # fmt: skip
 """Fields of a turn by which other tools say whether it is learnt (OpenAI, Axolotl, ms-swift and others)."""
 FLAG_NAMES = frozenset(LOSS_FLAGS)
 
@@ -92,10 +95,31 @@ def read_tools(row: Fields, name: str) -> tuple[Fields, ...] | Reject:
         tools = without_null_members(tools)
     if not isinstance(tools, list):
         return Reject("D012", f"the field '{name}' is not a list of objects", fix="write a list of tool schemas")
-    read = [_tool(tool) for tool in tools]
+    read = [_tool(tool) for group in tools for tool in _declared(group)]
     if any(tool is None for tool in read):
         return Reject("D012", f"the field '{name}' is not a list of objects", fix="write a list of tool schemas")
     return tuple(tool for tool in read if tool is not None)
+
+
+def _declared(group: Any) -> list[Any]:
+    """The tools of one element: several where Gemini groups its declarations, else itself."""
+    for name in ("functionDeclarations", "function_declarations"):
+        if isinstance(group, dict) and isinstance(group.get(name), list):
+            return list(group[name])
+    return [group]
+
+
+SCHEMA_NAMES = ("input_schema", "inputSchema", "parametersJsonSchema")
+"""What Anthropic, Bedrock and Gemini call a tool's `parameters`."""
+
+
+def _as_function(tool: Fields) -> Fields:
+    """The members of {"name": …, "parameters": …} from any tool that is not wrapped as a function."""
+    function = {key: part for key, part in tool.items() if key not in ("type", "cache_control", *SCHEMA_NAMES)}
+    schema = next((tool[name] for name in SCHEMA_NAMES if tool.get(name) is not None), None)
+    if isinstance(schema, dict) and set(schema) == {"json"}:
+        schema = schema["json"]
+    return function if schema is None else {**function, "parameters": schema}
 
 
 def _tool(value: Any) -> Fields | None:
@@ -103,14 +127,16 @@ def _tool(value: Any) -> Fields | None:
         tool = from_json(value)
         if not isinstance(tool, dict):
             return None
+        if isinstance(tool.get("toolSpec"), dict):
+            tool = tool["toolSpec"]
         if "function" not in tool and "name" in tool:
-            tool = {"type": "function", "function": {key: part for key, part in tool.items() if key != "type"}}
+            tool = {"type": "function", "function": _as_function(tool)}
         function = tool.get("function")
         if isinstance(function, dict) and isinstance(function.get("parameters"), str):
             tool = {**tool, "function": {**function, "parameters": from_json(function["parameters"])}}
     except ValueError:
         return None
-    return tool
+    return dict(tool)
 
 
 def read_calls(value: Any, name: str) -> list[Fields] | Reject:

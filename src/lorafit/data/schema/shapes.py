@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from lorafit.data.schema.fields import (
+    FLAG_NAMES,
     Fields,
     from_json,
     is_empty,
@@ -19,14 +20,15 @@ from lorafit.data.schema.fields import (
     read_tools,
     text_fault,
 )
+from lorafit.data.schema.parts import system_text
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
-from lorafit.data.schema.turns import REASONING_NAMES, read_turn
+from lorafit.data.schema.turns import REASONING_NAMES, read_message, read_turns
 from lorafit.data.schema.unknown_rows import listed, table, unknown_rows
 from lorafit.data.sources.raw_row import Reject, excerpt
 from lorafit.errors import DataError, UsageError
 
 ANSWERS = ("response", "output", "completion", "answer")
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 INPUTS = ("input", "context")
 TOOLS = ("tools", "functions")
 LISTS = ("messages", "conversations")
@@ -41,6 +43,8 @@ MEANT = frozenset(
     )
 )  # fmt: skip
 """Fields whose meaning is known: a row never loses what stands in one of them."""
+SAYS_WHETHER = FLAG_NAMES | {"label"}
+"""Fields of a row by which it is kept from the loss: loss flags, and the label of KTO's data."""
 EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history"))
 
 
@@ -103,7 +107,7 @@ class Shape:
     @cached_property
     def _unused(self) -> frozenset[str]:
         chosen = ANSWERS if self.answer in self.mapped else ()
-        return MEANT - self.used - set(chosen) - set(self.mapped.values())
+        return (MEANT | SAYS_WHETHER) - self.used - set(chosen) - set(self.mapped.values())
 
     def record(self, fields: Fields, source: str) -> Record | Reject:
         """The record that `fields` spell, or the Reject that says which field is at fault."""
@@ -122,7 +126,10 @@ class Shape:
         """What a field of known meaning holds that the record does not, in words; empty when nothing is lost."""
         for name in fields.keys() & self._unused:
             value = fields[name]
-            if not is_empty(value) and not _is_said(value, record):
+            if name in SAYS_WHETHER:
+                if value is False or (name != "label" and isinstance(value, int | float) and value == 0):
+                    return f"the row's own flag '{name}' says that its answer is not to be learnt"
+            elif not is_empty(value) and not _is_said(value, record):
                 return f"the field '{name}' is not used in rows of {self.title}"
         return ""
 
@@ -276,15 +283,14 @@ def _history(row: Fields) -> list[Turn] | Reject:
     turns: list[Turn] = []
     for number, one in enumerate(rounds, start=1):
         if isinstance(one, dict):
-            read = [read_turn(one)]
+            read = read_message(one)
         elif isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one):
             read = [Turn("user", one[0]), Turn("assistant", one[1])]
         else:
             return Reject("D012", f"round {number} of 'history' is no pair of texts", fix=HISTORY_FIX)
-        for turn in read:
-            if isinstance(turn, Reject):
-                return Reject(turn.code, f"round {number} of 'history': {turn.reason}", fix=turn.fix)
-            turns.append(turn)
+        if isinstance(read, Reject):
+            return Reject(read.code, f"round {number} of 'history': {read.reason}", fix=read.fix)
+        turns += read
     return turns
 
 
@@ -298,6 +304,8 @@ def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
         value = row.get(name)
         if is_empty(value):
             continue
+        if isinstance(value, list | dict) and name in SYSTEMS:
+            value = system_text(value)
         if not isinstance(value, str):
             return optional_fault(row, name) or ""
         if found and found != value:
@@ -313,7 +321,7 @@ def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
         value = row.get(name)
         if not isinstance(value, list) and (fault := text_fault(row, name)):
             return fault
-        turns = _turns(value) if isinstance(value, list) else [Turn(role, str(value))]
+        turns = read_turns(value) if isinstance(value, list) else [Turn(role, str(value))]
         if isinstance(turns, Reject):
             return Reject(turns.code, f"'{name}', {turns.reason}", fix=turns.fix)
         sides.append(turns)
@@ -332,18 +340,8 @@ def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
         code = "D011" if row[name] is None else "D012"
         fix = 'write [{"role": "user", "content": "…"}, …]'
         return Reject(code, f"the field '{name}' is not a list of turns", fix=fix)
-    turns = _turns(value)
+    turns = read_turns(value)
     return turns if isinstance(turns, Reject) else _assembled(row, turns, source)
-
-
-def _turns(messages: Sequence[Any]) -> list[Turn] | Reject:
-    turns: list[Turn] = []
-    for number, message in enumerate(messages, start=1):
-        turn = read_turn(message)
-        if isinstance(turn, Reject):
-            return Reject(turn.code, f"turn {number}: {turn.reason}", fix=turn.fix)
-        turns.append(turn)
-    return turns
 
 
 def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:

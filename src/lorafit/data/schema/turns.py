@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorafit.data.schema.fields import FLAG_NAMES, Fields, kind_of, loss_flag, read_calls, text_fault
+from lorafit.data.schema.parts import Parts, are_parts, read_parts
 from lorafit.data.schema.records import CALLS, REASONING, Turn
 from lorafit.data.sources.raw_row import Reject, excerpt
 
@@ -22,13 +23,23 @@ ROLES = {
 }  # fmt: skip
 """Every name of a role that is read, and what it means."""
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-CONTENT_NAMES = ("content", "value", "parts", "text")
+CONTENT_NAMES = ("content", "value", "parts", "text", "refusal")
 READ = frozenset(("role", "from", "tool_calls", "function_call", *CONTENT_NAMES, *REASONING_NAMES, *FLAG_NAMES))
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_turn(message: Any) -> Turn | Reject:
-    """The turn that `message` spells."""
+def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
+    """The turns that a list of messages spells."""
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, start=1):
+        read = read_message(message)
+        if isinstance(read, Reject):
+            return Reject(read.code, f"turn {number}: {read.reason}", fix=read.fix)
+        turns += read
+    return turns
+
+
+def read_message(message: Any) -> list[Turn] | Reject:
+    """The turn that `message` spells, after the tools' results that stand in it."""
     if not isinstance(message, dict):
         return Reject("D012", f"is {kind_of(message)}, not an object with role and content", fix=SHAPE_FIX)
     speaker = message.get("role", message.get("from"))
@@ -38,42 +49,63 @@ def read_turn(message: Any) -> Turn | Reject:
         return Reject("D012", f"the role '{excerpt(str(speaker))}' is none of {known}", fix="use one of those roles")
     content = message.get("content")
     if isinstance(content, str) and len(message) == 2 and role != CALL:
-        return Turn(role, content)
+        return [Turn(role, content)]
     return _called(message) if role == CALL else _full(role, message)
 
 
 SHAPE_FIX = 'write {"role": "user", "content": "…"}'
-IMAGE_FIX = "take it out, or leave such rows out with --on-bad drop"
 
 
-def _full(role: str, message: Fields) -> Turn | Reject:
-    loss = loss_flag(message)
-    extra = {name: value for name, value in message.items() if name not in READ and value is not None}
+def _full(role: str, message: Fields) -> list[Turn] | Reject:
+    loss = loss_flag(message) if role != "assistant" else _unclear_flag(message) or loss_flag(message)
     reasoned = _reasoning(message) if role == "assistant" else ""
     calls = _calls(role, message)
     for part in (loss, reasoned, calls):
         if isinstance(part, Reject):
             return part
-    content = _content(role, message, bool(calls) or bool(reasoned))
-    if isinstance(content, Reject):
-        return content
-    text, in_parts = content
-    if thought := "\n".join(part for part in (reasoned, in_parts) if isinstance(part, str) and part):
+    assert isinstance(reasoned, str) and isinstance(calls, list) and not isinstance(loss, Reject)
+    parts = _content(role, message, bool(calls) or bool(reasoned))
+    if isinstance(parts, Reject):
+        return parts
+    if parts.calls and role != "assistant":
+        return _misplaced("a tool call", role)
+    if parts.results and role == "assistant":
+        return _misplaced("a tool's result", role)
+    extra = {name: value for name, value in message.items() if name not in READ and value is not None}
+    if thought := "\n".join(part for part in (reasoned, parts.reasoning) if part):
         extra[REASONING] = thought
-    if calls:
+    if calls := [*calls, *parts.calls]:
         extra[CALLS] = calls
-    return Turn(role, text, extra, loss if isinstance(loss, bool) else None)
+    if parts.results and not parts.text:
+        return parts.results
+    return [*parts.results, Turn(role, parts.text, extra, loss)]
 
 
-def _called(message: Fields) -> Turn | Reject:
+UNCLEAR_FLAGS = ("mask", "masked", "ignore", "ignore_loss", "no_loss", "exclude", "skip", "train_detail")
+"""Fields by which some tools keep an answer, or a part of it, from the loss; they do not agree on what means yes."""
+
+
+def _unclear_flag(message: Fields) -> Reject | None:
+    name = next((each for each in UNCLEAR_FLAGS if message.get(each) is not None), "")
+    if not name:
+        return None
+    what = f"the field '{name}' seems to be a loss flag, and tools do not agree on its sense"
+    return Reject("D012", what, fix='write "weight": 1 into answers to learn and "weight": 0 into the others')
+
+
+def _misplaced(what: str, role: str) -> Reject:
+    return Reject("D012", f"{what} stands in a turn of the {role}", fix="calls are the assistant's, results the tool's")
+
+
+def _called(message: Fields) -> list[Turn] | Reject:
     """ShareGPT's turn of function_call: the text is the call in JSON."""
-    loss, text = loss_flag(message), _content("assistant", message, False)
+    loss, parts = loss_flag(message), _content("assistant", message, False)
     if isinstance(loss, Reject):
         return loss
-    if isinstance(text, Reject):
-        return text
-    calls = read_calls(text[0], "function_call")
-    return calls if isinstance(calls, Reject) else Turn("assistant", "", {CALLS: calls}, loss)
+    if isinstance(parts, Reject):
+        return parts
+    calls = [] if parts.calls else read_calls(parts.text, "function_call")
+    return calls if isinstance(calls, Reject) else [Turn("assistant", "", {CALLS: [*parts.calls, *calls]}, loss)]
 
 
 def _calls(role: str, message: Fields) -> list[Fields] | Reject:
@@ -107,36 +139,19 @@ def _reasoning(message: Fields) -> str | Reject:
     return found
 
 
-def _content(role: str, message: Fields, may_lack: bool) -> tuple[str, str] | Reject:
-    """(text, reasoning among its parts) of a turn; a list of text parts counts as one text."""
-    name = next((each for each in CONTENT_NAMES if message.get(each) is not None), "")
+def _content(role: str, message: Fields, may_lack: bool) -> Parts | Reject:
+    """What a turn says; a list of text parts counts as one text."""
+    given = [each for each in CONTENT_NAMES if message.get(each) is not None]
+    name = next((each for each in given if message[each] not in ("", [])), given[0] if given else "")
     value = message.get(name)
-    if any(message.get(other) not in (None, "", value) for other in CONTENT_NAMES if other != name):
+    if any(message[other] not in ("", [], value) for other in given if other != name):
         return Reject("D012", f"the turn has a text in '{name}' and another one beside it", fix="keep one of the two")
     if isinstance(value, str):
-        return value, ""
-    if isinstance(value, list) and not (role == "tool" and not _are_parts(value)):
-        return _joined(value)
+        return Parts(value)
+    if isinstance(value, list) and not (role == "tool" and not are_parts(value)):
+        return read_parts(value)
     if role == "tool" and value is not None:
-        return json.dumps(value, ensure_ascii=False), ""  # what a tool returned is JSON, and becomes its text
+        return Parts(json.dumps(value, ensure_ascii=False))  # what a tool returned is JSON, and becomes its text
     if value is None and may_lack:
-        return "", ""
-    return text_fault(message, name or ("value" if "from" in message else "content")) or ("", "")
-
-
-def _are_parts(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(part, dict) and ("text" in part or "type" in part) for part in value)
-
-
-def _joined(parts: Iterable[Any]) -> tuple[str, str] | Reject:
-    texts, thoughts = [], []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else ""
-        if kind in ("thinking", "reasoning") and isinstance(thought := part.get(kind, part.get("text")), str):
-            thoughts.append(thought)
-            continue
-        text = part.get("text") if kind in TEXT_PARTS else part
-        if not isinstance(text, str):
-            return Reject("D012", "the content holds something that is not text (an image?)", fix=IMAGE_FIX)
-        texts.append(text)
-    return "".join(texts), "\n".join(thoughts)
+        return Parts()
+    return text_fault(message, name or ("value" if "from" in message else "content")) or Parts()
