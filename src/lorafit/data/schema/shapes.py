@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from lorafit.data.schema.exports import answers_as_values
 from lorafit.data.schema.fields import (
     FLAG_NAMES,
     Fields,
@@ -220,12 +221,21 @@ def _shape_of(row: Fields, mapped: Mapping[str, str]) -> tuple[str, str] | None:
     answer = next((name for name in answers if not is_empty(row[name])), answers[0] if answers else "")
     asked = [kind for kind in ("instruction", "prompt") if answer and kind in row]
     wished = [kind for kind in asked if kind in mapped]
-    lists = [] if wished else [kind for kind in LISTS if _is_list(row.get(kind))]
+    lists = [] if wished else [kind for kind in LISTS if _is_list(row.get(kind)) and not _awaits_choice(row, kind)]
     if lists:
         return lists[0], ""
     if asked:
         return (wished or asked)[0], answer
     return ("calls", "") if "query" in row and "answers" in row else None
+
+
+def _awaits_choice(row: Fields, name: str) -> bool:
+    """Whether the turns end before an answer, and two to choose from stand beside them (LLaMA-Factory)."""
+    turns = row[name]
+    if not {"chosen", "rejected"} <= set(row) or not isinstance(turns, list) or not turns:
+        return False
+    last = turns[-1]
+    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
 
 
 def _is_list(value: Any) -> bool:
@@ -249,7 +259,7 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
     before = _history(row)
     extra = _optional(row, INPUTS)
     reasoned = _optional(row, REASONING_NAMES)
-    for part in (_answer_fault(row, answers), before, extra, reasoned):
+    for part in (_answer_fault(row, answers, source), before, extra, reasoned):
         if isinstance(part, Reject):
             return part
     assert isinstance(before, list) and isinstance(extra, str) and isinstance(reasoned, str)
@@ -260,11 +270,12 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
     return _assembled(row, [*before, Turn("user", asked), answer], source)
 
 
-def _answer_fault(row: Fields, name: str) -> Reject | None:
+def _answer_fault(row: Fields, name: str, source: str) -> Reject | None:
     fault = text_fault(row, name)
     if fault and isinstance(row.get(name), list):
         other = next((str(key) for key in row if str(key).startswith(f"{name}-") and isinstance(row[key], str)), "")
-        fix = f"--map {name}={other}" if other else "write the text of one of them into it"
+        line = answers_as_values(row, name, source.rpartition(":")[0])
+        fix = f"--map {name}={other}" if other else line or "write the text of one of them into it"
         return replace(fault, reason=f"{fault.reason}; an export of Argilla?", fix=fix)
     return fault
 
@@ -316,6 +327,8 @@ def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
 
 def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
     """TRL's conversational prompt and completion: turns on one side or on both, answers of the prompt untaught."""
+    if line := answers_as_values(row, answer, source.rpartition(":")[0]):
+        return Reject("D012", f"the field '{answer}' is a list of Argilla's answers", fix=line)
     sides = []
     for name, role in (("prompt", "user"), (answer, "assistant")):
         value = row.get(name)

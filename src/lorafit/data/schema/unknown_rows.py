@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lorafit.data.schema.exports import better_answers, export_of
 from lorafit.data.schema.fields import Fields
 from lorafit.data.sources.raw_row import excerpt
 
@@ -24,29 +25,41 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
     """(what is wrong, what to do) with rows that have none of the known shapes."""
     first = next((row for row in rows if row), {})
     wrapped = _wrapper(first, where) if len(rows) == 1 else None
-    for trouble in (_preferences(first, where), _export(first), wrapped, _text(rows)):
+    for trouble in (_preferences(first, where), export_of(first, where), _export(first), wrapped, _text(rows)):
         if trouble:
             return trouble
     names = listed(str(name) for row in rows[:100] for name in row)
     what = f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations"
-    return what, f"name them, as in {suggested_map(first, mapped)}"
+    flags = suggested_map(first, mapped)
+    return what, f"name them, as in {flags}" if flags else 'write each row as {"instruction": "…", "response": "…"}'
 
 
 def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
-    """`--map` with the row's own columns; with made-up ones where no two texts can be found."""
+    """`--map` with the row's own columns; empty where no two texts can be found."""
     for name, value in row.items():
         if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-            return _flag("messages", name)
-    apart = (*mapped.values(), "system", "system_prompt")
+            return _list_flags(row, str(name))
+    apart = (*mapped.values(), "system", "system_prompt", "context", "history")
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and name not in apart]
     asks, says = _nearest(texts, ASKS), _nearest(texts, SAYS)
     left = [name for name in texts if name not in (asks, says)]
     asks = asks or (left.pop(0) if left else "")
     says = says or (left.pop(0) if left else "")
     if not asks or not says:
-        return "--map instruction=question --map response=answer_text"
+        return ""
     ours = "instruction" if asks != "prompt" else "prompt"
     return " ".join(_flag(*pair) for pair in ((ours, asks), ("response", says)) if pair[0] != pair[1])
+
+
+def _list_flags(row: Fields, name: str) -> str:
+    """`--map` for a list of turns: the whole conversation, or the prompt of an answer that stands beside it."""
+    last = row[name][-1]
+    speaker = str(last.get("role", last.get("from", ""))).lower()
+    answer = _nearest([str(other) for other, value in row.items() if isinstance(value, str)], (*SAYS, "ideal"))
+    if speaker in ("assistant", "gpt", "model") or not answer:
+        return _flag("messages", name)
+    pairs = (("prompt", name), *((("response", answer),) if answer not in SAYS[:4] else ()))
+    return " ".join(_flag(*pair) for pair in pairs if pair[0] != pair[1])
 
 
 def _flag(ours: str, theirs: str) -> str:
@@ -69,13 +82,12 @@ def _preferences(row: Fields, where: str) -> tuple[str, str] | None:
     if not better or not worse:
         return None
     what = f"the rows are preference data ('{better}' and '{worse}'), and lorafit trains on one answer a row"
+    if line := better_answers(row, better, where):
+        return what, f"train on the better answers: {line}"
     if isinstance(row[better], str):
         asks = _nearest([str(name) for name in row], ASKS) or "prompt"
         ask = "" if asks in ("prompt", "instruction") else f"{_flag('prompt', asks)} "
         return what, f"train on the better answers: {ask}{_flag('completion', better)}"
-    if isinstance(row.get("input"), dict):
-        turns = f"{{'messages': r['input']['messages'] + r[{better!r}], 'tools': r['input'].get('tools') or []}}"
-        return what, f"train on the better answers: {_rewritten(where, turns)}"
     if "prompt" in row and isinstance(row[better], list) and _begins_with_answer(row[better]):
         return what, f"train on the better answers: {_flag('completion', better)}"
     return what, f"train on the better answers: {_flag('messages', better)}"
@@ -103,7 +115,7 @@ def table(row: Fields, where: str) -> tuple[str, str] | None:
     values = list(row.values())
     if len(values) < 2:
         return None
-    if all(isinstance(value, dict) and value for value in values) and len({tuple(value) for value in values}) == 1:
+    if all(_is_index(value) for value in values) and len({tuple(value) for value in values}) == 1:
         rows = "[dict(zip(d, r)) for r in zip(*(c.values() for c in d.values()))]"
         return "the file is a table by columns, as pandas' to_json writes it", _unpacked(where, rows)
     if all(_is_column(value) for value in values) and len({len(value) for value in values}) == 1:
@@ -118,10 +130,9 @@ def _is_rows(value: Any) -> bool:
     return not any("role" in row or "from" in row or "parts" in row for row in value)
 
 
-def _rewritten(where: str, row: str) -> str:
-    """The line that makes each row `r` of a JSONL file into `row`."""
-    rows = f"[json.loads(line) for line in open({where!r}, encoding='utf-8') if line.strip()]"
-    return f'python -c "import json; [print(json.dumps({row})) for r in {rows}]" > rows.jsonl'
+def _is_index(value: Any) -> bool:
+    """Whether an object is pandas' column: cells by the index's labels, and no record of named fields."""
+    return isinstance(value, dict) and bool(value) and (len(value) > 2 or all(label.isdigit() for label in value))
 
 
 def _is_column(value: Any) -> bool:
@@ -134,16 +145,11 @@ def _unpacked(where: str, rows: str) -> str:
 
 
 def _export(row: Fields) -> tuple[str, str] | None:
-    """Exports whose turns are not rows of fields: of annotation tools, and whole conversations in one text."""
+    """Whole conversations in one text."""
     for name, value in row.items():
         if isinstance(value, str) and re.search(r"(?i)\b(user|human):.*\bassistant:", value, re.DOTALL):
             what = f"the field '{excerpt(str(name), 30)}' holds a whole conversation as one text"
             return what, "write its turns as messages, or train on every token of it: " + _flag("text", str(name))
-    prompt = row.get("prompt")
-    if isinstance(prompt, dict) and "replies" in prompt:
-        return "the rows are trees of conversations (OpenAssistant)", "write each path of a tree as one row of messages"
-    if isinstance(row.get("annotations"), list) and isinstance(row.get("data"), dict):
-        return "the rows are an export of Label Studio", "export them as CSV or JSON-MIN, whose columns can be mapped"
     return None
 
 

@@ -1,0 +1,174 @@
+"""Exports of other tools whose rows have to be rewritten once, each with the command that rewrites them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lorafit.data.schema.fields import Fields
+
+OUT = "rows.jsonl"
+AUTHOR = (
+    "{'role': x['author']['role'], 'content': '\\n'.join(p for p in x['content'].get('parts') or [] if p == str(p))}"
+)
+JOINED = "(v if v == str(v) else ', '.join(map(str, v)))"
+
+
+def export_of(row: Fields, where: str) -> tuple[str, str] | None:
+    """(what the rows are, the command that rewrites them) for a known export; None for any other row."""
+    for found in (_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _nested):
+        if answer := found(row, where):
+            return answer
+    return None
+
+
+def rewritten(where: str, row: str, each: str = "[q]", before: str = "", beside: str = "") -> str:
+    """The command that writes `row`, an expression of r, for each element r of `each`, an expression of every row q."""
+    head = f"import json{beside}; {before}rows = {_rows_in(where)}; "
+    return f'python -c "{head}[print(json.dumps({row})) for q in rows for r in {each}]" > {OUT}'
+
+
+def _rows_in(where: str) -> str:
+    """The expression that reads all rows of the file at `where`."""
+    path = PurePath(where)
+    if path.suffix.lower() == ".parquet":
+        return f"__import__('pyarrow.parquet').parquet.read_table({where!r}).to_pylist()"
+    opened = f"open({where!r}, encoding='utf-8-sig')"
+    if path.suffix.lower() == ".gz":
+        opened = f"__import__('gzip').open({where!r}, 'rt', encoding='utf-8-sig')"
+    lines = "[json.loads(l) for l in t.split('\\n') if l.strip()]"
+    return f"(lambda t: json.loads(t) if t.lstrip()[:1] == '[' else {lines})({opened}.read())"
+
+
+def _label_studio(row: Fields, where: str) -> tuple[str, str] | None:
+    annotations, data = row.get("annotations"), row.get("data")
+    if not isinstance(annotations, list) or not isinstance(data, dict):
+        return None
+    results = [one for each in annotations[:1] if isinstance(each, dict) for one in each.get("result") or []]
+    answer = next((str(one["from_name"]) for one in results if isinstance(one, dict) and "from_name" in one), "")
+    asked = next((str(name) for name, value in data.items() if isinstance(value, str)), "")
+    each = "for a in r['annotations'][:1] for x in a['result'] for v in list(x['value'].values())[-1:]"
+    values = f"{{x['from_name']: {JOINED} {each}}}"
+    line = rewritten(where, f"{{**r['data'], **{values}}}")
+    names = " ".join(
+        f"--map {ours}={theirs}" for ours, theirs in (("instruction", asked), ("response", answer)) if theirs
+    )
+    return "the rows are an export of Label Studio", f"{line} && lorafit check {OUT} {names}"
+
+
+def _tree(row: Fields, where: str) -> tuple[str, str] | None:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, dict) or "replies" not in prompt:
+        return None
+    walk = "w = lambda m, p: [q for c in m['replies'] for q in w(c, p + [m])] if m.get('replies') else [p + [m]]; "
+    turns = "{'messages': [{'role': x['role'], 'content': x['text']} for x in r]}"
+    answered = "[p for p in w(q['prompt'], []) if len(p) > 1]"
+    line = rewritten(where, turns, answered, walk)
+    return "the rows are trees of conversations (OpenAssistant)", f"write each path as a row: {line}"
+
+
+def _messages_of_trees(row: Fields, where: str) -> tuple[str, str] | None:
+    if not {"message_id", "parent_id", "text", "role"} <= set(row):
+        return None
+    turns = "{'messages': [{'role': x['role'], 'content': x['text']} for x in r]}"
+    line = rewritten(where, turns, "p(q)").replace(
+        "; [print",
+        "; m = {x['message_id']: x for x in rows}; up = {x['parent_id'] for x in rows}; "
+        "w = lambda x: (w(m[x['parent_id']]) if x['parent_id'] in m else []) + [x]; "
+        "p = lambda x: [w(x)] if x['message_id'] not in up and x['parent_id'] else []; [print",
+    )
+    return "the rows are single messages of conversations (OpenAssistant)", f"write each path as a row: {line}"
+
+
+def _chat_history(row: Fields, where: str) -> tuple[str, str] | None:
+    """ChatGPT's own export: a mapping of messages, each with its parent."""
+    if not isinstance(row.get("mapping"), dict) or not any(
+        isinstance(node, dict) and "parent" in node for node in row["mapping"].values()
+    ):
+        return None
+    walk = (
+        "w = lambda m, n: (w(m, m[n]['parent']) if m[n].get('parent') else []) + [x for x in [m[n].get('message')] "
+        "if x and x['author']['role'] in ('user', 'assistant') and any(map(str, x['content'].get('parts') or []))]; "
+    )
+    path = "w(r['mapping'], r.get('current_node') or list(r['mapping'])[-1])"
+    line = rewritten(where, f"{{'messages': [{AUTHOR} for x in {path}]}}", before=walk)
+    return "the rows are an export of ChatGPT's conversations", line
+
+
+def _argilla(row: Fields, where: str) -> tuple[str, str] | None:
+    name = next((name for name, value in row.items() if name.endswith(".responses") and isinstance(value, list)), "")
+    if not name:
+        return None
+    ours = name.removesuffix(".responses")
+    line = rewritten(where, f"{{**r, {ours!r}: (r[{name!r}] or [''])[0]}}")
+    return f"the rows are an export of Argilla, whose answers are lists ('{name}')", line
+
+
+def answers_as_values(row: Fields, name: str, where: str) -> str:
+    """The command that takes the text out of Argilla's list of answers in the field `name`; empty for other lists."""
+    value = row.get(name)
+    if not isinstance(value, list) or not value:
+        return ""
+    if all(isinstance(one, dict) and "value" in one and not {"role", "from"} & set(one) for one in value):
+        return rewritten(where, f"{{**r, {name!r}: r[{name!r}][0]['value']}}")
+    return ""
+
+
+def _nested(row: Fields, where: str) -> tuple[str, str] | None:
+    """Logs of requests and answers: turns stand inside of other fields."""
+    places = list(_turns_in(row, "r", 0))
+    roles = {role for _, found in places for role in found}
+    if not places or not roles & {"assistant", "model", "gpt"} or any(path.count("[") == 1 for path, _ in places):
+        return None
+    tools = next((f"r[{name!r}]['tools']" for name, value in row.items() if _has_tools(value)), "")
+    messages = " + ".join(path for path, _ in places)
+    line = rewritten(where, f"{{'messages': {messages}{f', {chr(39)}tools{chr(39)}: {tools}' if tools else ''}}}")
+    return "the turns stand inside of other fields of the rows", line
+
+
+def _has_tools(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("tools"), list) and bool(value["tools"])
+
+
+def _turns_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, list[str]]]:
+    """(the expression of a list of turns, their roles), in the order in which they stand."""
+    if depth > 5:
+        return
+    if isinstance(value, Mapping):
+        if isinstance(value.get("role"), str) and {"content", "parts"} & set(value):
+            yield f"[{path}]", [value["role"]]
+            return
+        for name, part in value.items():
+            yield from _turns_in(part, f"{path}[{name!r}]", depth + 1)
+    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        if all(isinstance(one.get("role"), str) for one in value):
+            yield path, [one["role"] for one in value]
+        else:
+            yield from _turns_in(value[0], f"{path}[0]", depth + 1)
+
+
+SPOKEN = re.compile(r"\A\s*Human:.*\bAssistant:", re.DOTALL)
+SPLIT_SPOKEN = (
+    "[{'role': 'user' if w == 'Human' else 'assistant', 'content': t.strip()} for w, t in "
+    "re.findall(r'(?:^|\\n)\\s*(Human|Assistant):(.*?)(?=\\n\\s*(?:Human|Assistant):|\\Z)', r[NAME], re.S)]"
+)
+
+
+def better_answers(row: Fields, better: str, where: str) -> str:
+    """The command that makes rows of a conversation out of preference pairs; empty where a `--map` does."""
+    value = row[better]
+    turns = next((name for name in ("messages", "conversations") if isinstance(row.get(name), list)), "")
+    if turns and isinstance(value, str | dict):
+        said = f"r[{better!r}]" if isinstance(value, dict) else f"{{'role': 'assistant', 'content': r[{better!r}]}}"
+        apart = "('chosen', 'rejected', 'preferred_output', 'non_preferred_output')"
+        kept = f"{{k: v for k, v in r.items() if k not in {apart}}}"
+        return rewritten(where, f"{{**{kept}, {turns!r}: r[{turns!r}] + [{said}]}}")
+    if isinstance(value, str) and SPOKEN.search(value):
+        spoken = SPLIT_SPOKEN.replace("NAME", repr(better))
+        return rewritten(where, f"{{'messages': {spoken}}}", beside=", re")
+    if isinstance(row.get("input"), dict):
+        turns_of = f"{{'messages': r['input']['messages'] + r[{better!r}], 'tools': r['input'].get('tools') or []}}"
+        return rewritten(where, turns_of)
+    return ""
