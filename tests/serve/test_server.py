@@ -204,7 +204,7 @@ def test_what_the_builtin_engine_lacks_is_said_so(client):
     for more in ({"tools": [tool]}, {"response_format": schema}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 9}}):
         with pytest.raises(openai.APIStatusError) as caught:
             ask(client, "bob", "x", **more)
-        assert caught.value.status_code == 501 and "--engine vllm" in str(caught.value)
+        assert caught.value.status_code == 501 and "serve it with vLLM" in str(caught.value)
 
 
 def test_a_client_that_leaves_frees_its_slot(served, client):

@@ -45,7 +45,7 @@ def prove_base(decoder: BatchDecoder, prompts: Sequence[Sequence[int]]) -> float
         worst = max(worst, _kl(plain, decoder.slot_log_probs(ids, start, 0, 0)))
     if not worst <= FLOORS * FLOORS * least:
         what = f"the builtin engine computes {type(decoder.model).__name__} with an error of {worst:.1e} nats"
-        raise BackboneError(what, fix="merge the run, and serve it with --engine vllm")
+        raise BackboneError(what, fix="merge the run, and serve it with vLLM")
     return max(worst, least)
 
 

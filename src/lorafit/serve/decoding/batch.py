@@ -135,7 +135,7 @@ class BatchDecoder:
         pairs = [(layer.keys, layer.values) for layer in getattr(made, "layers", ())]
         if not pairs or any(keys is None or keys.ndim != 4 for keys, _ in pairs):
             what = f"the builtin engine has no cache for {type(self.model).__name__}"
-            raise BackboneError(what, fix="merge the run, and serve it with --engine vllm")
+            raise BackboneError(what, fix="merge the run, and serve it with vLLM")
         try:
             return SlotCache(pairs, self.slots + 1, self.positions)  # and a spare one, for proofs
         except RuntimeError as error:

@@ -116,7 +116,7 @@ def masks(config: Any, positions: Tensor, span: int, dtype: torch.dtype, *, as_b
         return made["sliding_attention" if window else "full_attention"]
     if other := set(kinds) - set(made):
         what = f"the builtin engine has no cache for layers of the kind {min(other)}"
-        raise BackboneError(what, fix="merge the run, and serve it with --engine vllm")
+        raise BackboneError(what, fix="merge the run, and serve it with vLLM")
     return {kind: made[kind] for kind in set(kinds)} if len(set(kinds)) > 1 else made[kinds[0]]
 
 

@@ -180,9 +180,9 @@ class Answering:
             raise ApiError(400, f"{self.count} answers are asked for, and the most is {options.max_n}", "n")
         for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
             if getattr(self.fields, name):
-                raise ApiError(501, f"the builtin engine has no {name}; serve with --engine vllm", name)
+                raise ApiError(501, f"the builtin engine has no {name}; merge the run, and serve it with vLLM", name)
         if (self.fields.response_format or {}).get("type", "text") != "text":
-            what = "the builtin engine does not constrain answers to a schema; serve with --engine vllm"
+            what = "the builtin engine does not constrain answers to a schema; merge the run, and serve it with vLLM"
             raise ApiError(501, what, "response_format")
         if not self.tenant.may_use(self.fields.model):
             raise ApiError(403, "this key may not use this model", "model")

@@ -28,7 +28,9 @@ async def chat(request: Request) -> Response:
     server = server_of(request)
     asked: ChatRequest = parse(ChatRequest, await read_body(request))
     if asked.tools or asked.tool_choice not in (None, "none", "auto"):
-        raise ApiError(501, "the builtin engine does not parse tool calls; serve with --engine vllm", "tools")
+        raise ApiError(
+            501, "the builtin engine does not parse tool calls; merge the run, and serve it with vLLM", "tools"
+        )
     prompt = await asyncio.to_thread(chat_prompt, server, text_messages(asked.messages))
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     most = asked.max_completion_tokens or asked.max_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from lorafit.serve.http.errors import ApiError
 
 MAX_BODY_BYTES = 4 << 20
 MAX_DEPTH = 24
+BODY_S = 30.0
 MAX_STOPS, MAX_STOP_LENGTH = 8, 256
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)]
 
@@ -97,11 +99,14 @@ async def read_body(request: Request, most: int = MAX_BODY_BYTES) -> dict[str, A
     """Return the JSON object in the body. Raises ApiError for anything else."""
     parts, size = [], 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise ApiError(413, f"the body is larger than {most >> 10} KiB")
-            parts.append(part)
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise ApiError(413, f"the body is larger than {most >> 10} KiB")
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the client left before the body was whole") from None
     try:

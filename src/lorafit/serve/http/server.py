@@ -24,13 +24,11 @@ class ServerOptions:
         max_n: most answers to one request.
         drain_s: seconds in which running answers may finish after SIGTERM.
         usage_log: file that gets a JSON line a request.
-        body_s: seconds in which a request's body must arrive.
     """
 
     max_n: int = 8
     drain_s: float = 30.0
     usage_log: Path | None = None
-    body_s: float = 30.0
 
 
 @dataclass(eq=False)

@@ -1,0 +1,116 @@
+"""serve: the command `lorafit serve`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lorafit.cli.screen.console import say, show_json
+from lorafit.errors import UsageError
+
+EXAMPLES = """Examples:
+
+lorafit serve runs/tickets
+
+lorafit serve runs/tickets runs/orders --port 9000 --tenants tenants.yaml"""
+API_KEY, ADMIN_KEY = "LORAFIT_API_KEY", "LORAFIT_ADMIN_KEY"
+SHORTEST_KEY = 16
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+
+def serve(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories over the same base.", show_default=False)],
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=0, max=65535, help="Port; 0 is any.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File that holds the API key.")
+    ] = None,
+    tenants: Annotated[
+        Path | None, typer.Option("--tenants", metavar="FILE", help="YAML file of keys with their adapters and limits.")
+    ] = None,
+    adapter_dir: Annotated[
+        list[Path] | None, typer.Option("--adapter-dir", metavar="DIR", help="Folder to load more runs from.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", metavar="NUMBER", min=1, max=1024, help="Most answers at once.")
+    ] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", metavar="TOKENS", min=2, help="Most tokens of a text.")
+    ] = None,
+    max_loras: Annotated[
+        int, typer.Option("--max-loras", metavar="NUMBER", min=1, max=1024, help="Most adapters in use at once.")
+    ] = 8,
+    usage_log: Annotated[
+        Path | None, typer.Option("--usage-log", metavar="FILE", help="File for a JSON line a request.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the start.")] = False,
+) -> None:
+    """Serve runs over HTTP with OpenAI's routes: one base in memory, and the adapter that each request names."""
+    sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "max_loras": max_loras}
+    _serve(runs, (host, port), api_key_file, tenants, adapter_dir or [], sizes, usage_log, json)
+
+
+def _serve(
+    runs: list[Path],
+    place: tuple[str, int],
+    api_key_file: Path | None,
+    tenants: Path | None,
+    adapter_dirs: list[Path],
+    sizes: dict[str, Any],
+    usage_log: Path | None,
+    json: bool,
+) -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{missing[0]} is not installed", where="serve", fix="pip install 'lorafit[serve]'")
+    from lorafit.backbone import redirect_library_logs
+    from lorafit.serve.engines import Limits
+    from lorafit.serve.http import ServerOptions
+    from lorafit.serve.launch import Keys, listen, make_server
+
+    api, is_new = _api_key(api_key_file)
+    keys = Keys(api, os.environ.get(ADMIN_KEY) or api)
+    _require_long(keys.admin, ADMIN_KEY)
+    options = ServerOptions(usage_log=usage_log)
+    with redirect_library_logs():
+        server = make_server(
+            runs, keys, limits=Limits(**sizes), options=options, tenants=tenants, adapter_dirs=adapter_dirs
+        )
+    models = [server.engine.base_name, *server.engine.pool.names()]
+
+    def on_start(address: str) -> None:
+        if json:
+            show_json({"address": address, "models": models, **({"api_key": api} if is_new else {})})
+            sys.stdout.flush()
+            return
+        say(f"serving {escape(', '.join(models))} at {address}/v1")
+        if is_new:
+            say(f"API key, shown once: {api}")
+
+    listen(server, *place, on_start)
+
+
+def _api_key(file: Path | None) -> tuple[str, bool]:
+    """Return the key of the file or the environment, or a new one; and whether it is new."""
+    if file is not None:
+        try:
+            key = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError("the API key cannot be read", where=str(file), fix="check the path") from error
+        return _require_long(key, str(file)), False
+    if key := os.environ.get(API_KEY, ""):
+        return _require_long(key, API_KEY), False
+    return secrets.token_urlsafe(32), True
+
+
+def _require_long(key: str, where: str) -> str:
+    if len(key) < SHORTEST_KEY:
+        raise UsageError(f"the key has fewer than {SHORTEST_KEY} characters", where=where, fix="use a longer one")
+    return key

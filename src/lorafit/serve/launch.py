@@ -1,0 +1,123 @@
+"""launch: a server of runs, from their folders to the socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from lorafit.errors import UsageError
+from lorafit.runs import RunDir
+from lorafit.serve.adapters import ServedBase
+from lorafit.serve.engines import BuiltinEngine, Limits
+from lorafit.serve.http import ServerOptions, make_app
+from lorafit.serve.http.metrics import Metrics
+from lorafit.serve.http.server import Server
+from lorafit.serve.tenants import Tenants
+
+IDLE_S = 30
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Hold the server's own keys.
+
+    Attributes:
+        api: for every route but loading and metrics.
+        admin: for all routes.
+    """
+
+    api: str = field(repr=False)
+    admin: str = field(repr=False)
+
+
+def make_server(
+    runs: Sequence[Path],
+    keys: Keys,
+    *,
+    limits: Limits,
+    options: ServerOptions,
+    tenants: Path | None = None,
+    adapter_dirs: Sequence[Path] = (),
+) -> Server:
+    """Load the base of `runs` once with all their adapters, each proved. The adapter's name is its folder's.
+
+    More adapters may be loaded at run time from the runs' folders and from `adapter_dirs`. Raises UsageError,
+    RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    """
+    known = Tenants.of(keys.api, keys.admin, tenants)  # before the base is loaded, which takes longer
+    names = [run.resolve().name for run in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two runs are called {twice}", where="serve", fix="rename one of the folders")
+    for run in runs:
+        _require_run(run)
+    base, metrics = ServedBase.of_run(runs[0]), Metrics()
+    roots = [*(run.resolve() for run in runs), *(folder.resolve() for folder in adapter_dirs)]
+    engine = BuiltinEngine(base, _base_name(base.config.base), roots, limits, metrics)
+    metrics.kv_positions = limits.max_num_seqs * engine.positions
+    try:
+        for name, run in zip(names, runs, strict=True):
+            engine.add_adapter(name, run)
+    except BaseException:
+        engine.stop(0)
+        raise
+    return Server(engine, known, metrics, options)
+
+
+def listen(server: Server, host: str, port: int, on_start: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; running answers then finish. `on_start` receives the address.
+
+    Raises UsageError if the address cannot be used.
+    """
+    app = make_app(server)
+    drain_s = round(server.options.drain_s)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=IDLE_S,
+        timeout_graceful_shutdown=drain_s,
+    )
+    program = _Program(config, server, on_start)
+    try:
+        program.run()
+    except SystemExit as error:  # uvicorn has logged why
+        what = f"the server cannot listen on {host} port {port}"
+        raise UsageError(what, where="serve", fix="choose another --port") from error
+    finally:
+        server.engine.stop(0)
+
+
+class _Program(uvicorn.Server):
+    """Refuse new requests as soon as a signal asks the server to stop."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, on_start: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._server, self._on_start = server, on_start
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._server.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _require_run(path: Path) -> None:
+    if not RunDir(path).holds_run and (path / "config.json").is_file():
+        what = "a merged model is no run, and the builtin engine serves runs"
+        raise UsageError(what, where=str(path), fix=f"run vllm serve {path}, or name the run")
+
+
+def _base_name(base: str) -> str:
+    """Return the name of the base for clients: its hub id, or its folder's name."""
+    return Path(base).name if Path(base).is_absolute() or Path(base).exists() else base
