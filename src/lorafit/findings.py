@@ -23,6 +23,7 @@ CODES = (
     "R001",
     *(f"S{number:03}" for number in range(1, 6)),
     "V001",
+    "V002",
 )
 """Every code of a finding."""
 PAGES = (Path(__file__).with_name("findings.md"), Path(__file__).parents[2] / "docs" / "findings.md")

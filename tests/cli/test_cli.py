@@ -46,7 +46,7 @@ FLAGS = {
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --json --help",
-    "merge": "--onto --out --format --json --help",
+    "merge": "--onto --out --format --dtype --json --help",
     "demo": "--task --seed --out --json --help",
     "settings": "--json --help",
     "explain": "--json --help",

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,9 +21,20 @@ JINJA = (
 )
 
 
-def trained_run(folder, family="llama", dtype=torch.bfloat16, chat_template=None, std=0.05, overrides=None, **settings):
+def trained_run(
+    folder,
+    family="llama",
+    dtype=torch.bfloat16,
+    chat_template=None,
+    std=0.05,
+    overrides=None,
+    tokenizer=None,
+    **settings,
+):
     """A run directory as `train` leaves it, over a tiny base, and the live adapter model."""
     base = save_base(folder / "base", family, dtype, **(overrides or {}))
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copy(tokenizer / name, base / name)
     if chat_template:
         (base / "chat_template.jinja").write_text(chat_template)
     config = RunConfig(base=str(base), dropout=0.0, rank=4, alpha=8.0, **settings)

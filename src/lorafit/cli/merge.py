@@ -22,7 +22,9 @@ EXAMPLES = """Examples:
 
 lorafit merge runs/rows-Qwen3-8B
 
-lorafit merge runs/rows-Qwen3-8B --onto original --out models/mine"""
+lorafit merge runs/rows-Qwen3-8B --onto original --out models/mine
+
+lorafit merge runs/rows-Qwen3-8B --format gguf-q4_k_m"""
 
 
 def merge(
@@ -35,7 +37,8 @@ def merge(
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
     ] = None,
     export_format: Annotated[
-        str, typer.Option("--format", help="Export format; another one goes to RUN/exports/merged-…-NAME.")
+        str,
+        typer.Option("--format", help="safetensors; for llama.cpp gguf-f16, -bf16, -q8_0, -q6_k, -q5_k_m or -q4_k_m."),
     ] = "safetensors",
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
@@ -51,9 +54,16 @@ def merge(
         show_json(merged.to_dict())
     else:
         show_merged(merged)
-        if export_format == "safetensors":  # chat opens no other format
-            show_next((typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"))
+        show_next(_next(merged))
     raise typer.Exit(0 if merged.passed else 1)
+
+
+def _next(merged: MergedRun) -> tuple[str, str]:
+    """Return (command, its purpose) that uses the artefact: chat opens safetensors, llama.cpp opens GGUF."""
+    gguf = next(merged.folder.glob("*.gguf"), None)
+    if gguf is None:
+        return typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"
+    return typed("llama-server", "--jinja", "-m", str(gguf)), "serve it with llama.cpp"
 
 
 def show_merged(merged: MergedRun) -> None:
@@ -74,8 +84,9 @@ def show_verification(result: Verification) -> None:
     for title in ("against the live adapter model", "mean KL", "top-1 agreement", "task loss"):
         table.add_column(title, justify="left" if title.startswith("against") else "right")
     table.add_row("live adapter model", "", "", f"{result.live_loss:.4f}")
+    kind = result.merged_dtype if result.export_format == "safetensors" else result.export_format
     for name, part in (
-        (f"merged ({result.merged_dtype}, from disk)", result.merged),
+        (f"merged ({kind}, from disk)", result.merged),
         ("noise floor (live model, other precision)", result.floor),
         ("base without adapter", result.base),
     ):

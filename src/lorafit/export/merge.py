@@ -18,10 +18,10 @@ from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, Safetensors, format_named, in_dtype
+from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, OwnTokenizer, Safetensors, format_named, in_dtype
 from lorafit.export.lineage import Lineage
 from lorafit.export.model_card import model_card
-from lorafit.export.verify import write_chat_template
+from lorafit.export.verify import check_own_tokenizer, write_chat_template
 from lorafit.findings import Finding
 from lorafit.methods import TrainedWeights, method_of
 from lorafit.runs import RunDir, staged_folder
@@ -92,6 +92,8 @@ def merge(
         _check_space(base, staged, form)
         findings = _write_companions(run, staged, onto, form)
         written = form.write(merged_weights(run.config, onto, trained, device, _keeps_dtype(form)), staged)
+        if isinstance(form, OwnTokenizer):
+            findings += check_own_tokenizer(run, staged, form)
         elapsed = time.monotonic() - started
         if prove is not None:
             prove(staged, onto, form)

@@ -8,7 +8,15 @@ import torch
 from lorafit.backbone import stored_dtype
 from lorafit.config import MergeBase
 from lorafit.errors import UsageError
-from lorafit.export.formats.export_format import ExportFormat, OpenedModel, Row, TransformersModel, Written
+from lorafit.export.formats.export_format import (
+    ExportFormat,
+    OpenedModel,
+    OwnTokenizer,
+    Row,
+    TransformersModel,
+    Written,
+)
+from lorafit.export.formats.gguf import GGUF_FORMATS, Gguf
 from lorafit.export.formats.safetensors import Safetensors
 
 __all__ = [
@@ -16,7 +24,9 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "ExportFormat",
+    "Gguf",
     "OpenedModel",
+    "OwnTokenizer",
     "Row",
     "Safetensors",
     "TransformersModel",
@@ -26,7 +36,7 @@ __all__ = [
 ]
 
 DEFAULT_FORMAT = Safetensors.name
-FORMATS: dict[str, ExportFormat] = {DEFAULT_FORMAT: Safetensors()}
+FORMATS: dict[str, ExportFormat] = {DEFAULT_FORMAT: Safetensors(), **GGUF_FORMATS}
 """Every export format by its name."""
 
 

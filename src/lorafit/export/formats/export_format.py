@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -83,6 +83,11 @@ class ExportFormat(Protocol):
         """Return the bytes on disk of each weight."""
         ...
 
+    @property
+    def lossy(self) -> bool:
+        """Return True if the weights have fewer than 8 bits; verification then measures by the adapter's effect."""
+        ...
+
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to `folder`, one in memory at a time.
 
@@ -96,6 +101,15 @@ class ExportFormat(Protocol):
 
         `device` and `compute` are the live model's device and precision.
         """
+        ...
+
+
+@runtime_checkable
+class OwnTokenizer(Protocol):
+    """Tokenize prompts as the program that serves the format does, which has a tokenizer of its own."""
+
+    def tokenize(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids that the program gives each of the rendered `texts`, with the export in `folder`."""
         ...
 
 

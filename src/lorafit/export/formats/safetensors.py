@@ -35,6 +35,7 @@ class Safetensors:
     keeps_dtype: bool = False
     name = "safetensors"
     library_name = "transformers"
+    lossy = False
 
     @property
     def bytes_per_weight(self) -> float:

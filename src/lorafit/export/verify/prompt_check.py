@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from transformers import AutoTokenizer
 
 from lorafit.export.companions import set_chat_template
 from lorafit.export.finished_run import FinishedRun, Golden
+from lorafit.export.formats import OwnTokenizer
 from lorafit.findings import Finding, Severity
+from lorafit.runs import RunDir
 
-V001 = "V001"
+V001, V002 = "V001", "V002"
+CHECKED_ROWS = 64
 
 CLEANING = """\
 {%- set cleaned = namespace(messages=[]) -%}
@@ -43,6 +47,49 @@ def write_chat_template(run: FinishedRun, folder: Path) -> list[Finding]:
         if not findings:
             break
     return findings
+
+
+def check_own_tokenizer(run: FinishedRun, folder: Path, form: OwnTokenizer) -> list[Finding]:
+    """Return finding V002 if the serving program gives a prompt or a row of the run other ids than training.
+
+    The golden prompts and the held-out conversations are rendered by transformers, and tokenized by both.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    prompts = [_text(tokenizer, golden.messages, prompt=True) for golden in run.golden]
+    rows = [_text(tokenizer, messages, prompt=False) for messages in _held_out(run)]
+    expected = [golden.ids for golden in run.golden]
+    expected += [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rows]
+    found = form.tokenize(folder, [*prompts, *rows])
+    for text, ours, theirs in zip([*prompts, *rows], expected, found, strict=True):
+        if ours != theirs:
+            return [_own_tokenizer_finding(text, ours, theirs)]
+    return []
+
+
+def _text(tokenizer: Any, messages: Any, *, prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+
+
+def _held_out(run: FinishedRun) -> list[Any]:
+    """Return the messages of the held-out rows that the run kept; rows with tools are left out."""
+    path = RunDir(run.folder).samples
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:CHECKED_ROWS]
+    samples = [json.loads(line) for line in lines]
+    return [sample["messages"] for sample in samples if not sample.get("tools")]
+
+
+def _own_tokenizer_finding(text: str, ours: list[int], theirs: list[int]) -> Finding:
+    place = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+    return Finding(
+        V002,
+        Severity.ERROR,
+        f"the serving program's tokenizer gives other ids than training, from token {place} of {text[:60]!r} on",
+        where="the export",
+        why="a model answers worse, without any error, if its prompt differs from training",
+        fix="serve the merged safetensors with transformers or vLLM, and report this tokenizer",
+    )
 
 
 def _check(folder: Path, prompts: tuple[Golden, ...]) -> list[Finding]:

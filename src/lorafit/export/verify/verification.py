@@ -26,6 +26,8 @@ FLOORS = 10.0
 """Most KL of a correct merge to the live model, in noise floors."""
 LEAST_FLOOR = 1e-7
 """Least noise floor, in nats; the floor of weights in fp32 is zero."""
+LOSSY_SHARE = 0.01
+"""Most KL of a correct quantization under 8 bits, as a share of the KL of the base without its adapter."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 VERIFICATION_FILE = "verification.json"
@@ -93,8 +95,9 @@ def verify(
     compared with itself in fp32, another one with itself rounded to it, weights and activations.) The artefact runs in
     that precision too, so that its distance is the same error plus the error of merging.
 
-    For "quantized", `passed` is False if KL > 10 × floor. For "original", another model by design, `passed` is False
-    only if the model is further from the live model than the base alone and does the task worse. verification.json is
+    For "quantized", `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's. For
+    "original", another model by design, `passed` is False only if the model is further from the live model than the
+    base alone and does the task worse. verification.json is
     written to the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
     """
     started = time.monotonic()
@@ -109,7 +112,7 @@ def verify(
         base = reference.compare(live)
     with export_format.open(folder, next(live_model.parameters()).device, dtype) as artefact:
         merged = reference.compare(artefact)
-    passed, reason = _judge(onto, reference.loss, merged, floor, base)
+    passed, reason = _judge(onto, reference.loss, merged, floor, base, export_format.lossy)
     verification = Verification(
         onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
         _name(dtype), _name(stored), time.monotonic() - started, export_format.name,
@@ -119,11 +122,13 @@ def verify(
 
 
 def _judge(
-    onto: MergeBase, live_loss: float, merged: Comparison, floor: Comparison, base: Comparison
+    onto: MergeBase, live_loss: float, merged: Comparison, floor: Comparison, base: Comparison, lossy: bool
 ) -> tuple[bool, str]:
     if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
         return False, "the merged model's output is not finite"
-    if onto == "quantized":
+    if onto == "quantized" and lossy:
+        bound, measure = LOSSY_SHARE * base.kl, f"{LOSSY_SHARE:.0%} of the distance of the base without adapter"
+    elif onto == "quantized":
         bound, measure = FLOORS * max(floor.kl, LEAST_FLOOR), f"{FLOORS:g} × the noise floor"
     else:
         bound, measure = base.kl, "the distance of the base without adapter"

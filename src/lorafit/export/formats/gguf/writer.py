@@ -1,0 +1,87 @@
+"""writer: write one GGUF file from merged weights and the folder beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+from torch import Tensor
+from transformers import AutoConfig
+
+from lorafit.export.formats.export_format import Written
+from lorafit.export.formats.gguf.architecture import Architecture
+from lorafit.export.formats.gguf.gguf_format import file_name
+from lorafit.export.formats.gguf.tensor_types import FILE_TYPES, encode, type_of
+from lorafit.export.formats.gguf.vocabulary import write_vocabulary
+
+SPOOL = ".encoded-tensors"
+
+
+def write_gguf(weights: Iterable[tuple[str, Tensor]], folder: Path, quantization: str) -> Written:
+    """Write `weights` to one file in `folder`, one tensor in memory at a time.
+
+    A GGUF file begins with the names and sizes of all tensors, so encoded tensors wait in a file beside it.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    architecture = Architecture(config)
+    path = folder / file_name(quantization)
+    writer = gguf.GGUFWriter(path, architecture.name)
+    writer.add_file_type(FILE_TYPES[quantization])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    architecture.write_settings(writer)
+    write_vocabulary(writer, folder, config.vocab_size)
+    spool = folder / SPOOL
+    try:
+        total = _encode_all(writer, weights, architecture, quantization, spool)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+        spool.unlink(missing_ok=True)
+    return Written((path,), total)
+
+
+def _encode_all(
+    writer: gguf.GGUFWriter,
+    weights: Iterable[tuple[str, Tensor]],
+    architecture: Architecture,
+    quantization: str,
+    spool: Path,
+) -> int:
+    """Encode every tensor into `spool`, and name it in `writer`; return the bytes of all."""
+    tied, pieces = bool(getattr(architecture.config, "tie_word_embeddings", False)), []
+    with spool.open("wb") as out:
+        for stored, values in _named(weights, architecture, tied):
+            kind = type_of(stored, values.shape, quantization, architecture.layers, tied)
+            data = np.ascontiguousarray(encode(values, kind))
+            pieces.append(_Piece(stored, kind, data.dtype, data.shape, out.tell()))
+            data.tofile(out)
+        total = out.tell()
+    for piece in pieces:
+        data = np.memmap(spool, piece.dtype, "r", piece.offset, piece.shape)
+        writer.add_tensor(piece.name, data, raw_dtype=piece.kind)
+    return total
+
+
+class _Piece(NamedTuple):
+    """Place one encoded tensor in the spool: `offset` in bytes."""
+
+    name: str
+    kind: gguf.GGMLQuantizationType
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _named(
+    weights: Iterable[tuple[str, Tensor]], architecture: Architecture, tied: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name in the file, fp32 values) of every tensor; a tied head is left out, since the embeddings serve."""
+    for name, tensor in weights:
+        if not (tied and name == "lm_head.weight"):
+            yield architecture.tensor(name, tensor.float().cpu().numpy())
+    yield from architecture.extra_tensors().items()

@@ -1,0 +1,192 @@
+"""A GGUF file, opened by llama.cpp itself, is the model that transformers runs."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from lorafit.demo import BASE
+from lorafit.errors import UsageError, VerificationError
+from lorafit.export import Row, format_named
+from lorafit.export.formats import TransformersModel
+from lorafit.export.formats.gguf.gguf_format import BITS, Gguf
+from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel, quantize_rows
+from lorafit.export.formats.gguf.tensor_types import type_of
+from lorafit.export.formats.gguf.vocabulary import SPLITS, pre_tokenizer
+from lorafit.export.merge import merge
+
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+ROPE = {"rope_theta": 10000.0}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama, tied, biased, narrow heads": (
+        "Llama", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
+    "llama 3 rotary": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear rotary": ("Llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
+    "yarn": ("Llama", {"rope_parameters": ROPE | {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "granite": ("Granite", {
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 7}),
+}  # fmt: skip
+
+
+def model_of(name, **sizes):
+    """A random model with norms and biases away from 1 and 0, so that a lost one is seen."""
+    kind, extra = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | extra | sizes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1) if weight.ndim == 1 else weight.mul_(3)
+    return model
+
+
+def companions(model, folder):
+    model.config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, folder / name)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+
+
+def kl(theirs, ours):
+    return float(F.kl_div(theirs, ours, reduction="batchmean", log_target=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
+    model = model_of(name)
+    companions(model, tmp_path)
+    form = format_named("gguf-f16")
+    form.write(model.state_dict().items(), tmp_path)
+    row = Row(np.random.default_rng(0).integers(5, 1000, 100).astype(np.int32), np.ones(100, bool))
+    ours = TransformersModel(model).log_probabilities(row)
+    with form.open(tmp_path, torch.device("cpu"), torch.float32) as opened:
+        theirs = opened.log_probabilities(row)
+    assert kl(theirs, ours) < 1e-5
+    assert kl(theirs.roll(1, 0), ours) > 1e-3, "positions differ, so that the comparison can fail"
+
+
+def test_a_row_longer_than_one_call_of_llama_cpp_has_the_same_probabilities(tmp_path):
+    model = model_of("qwen2")
+    companions(model, tmp_path)
+    form = format_named("gguf-f16")
+    form.write(model.state_dict().items(), tmp_path)
+    row = Row(np.random.default_rng(0).integers(5, 1000, 700).astype(np.int32), np.arange(700) >= 500)
+    with form.open(tmp_path, torch.device("cpu"), torch.float32) as opened:
+        assert kl(opened.log_probabilities(row), TransformersModel(model).log_probabilities(row)) < 1e-5
+
+
+def test_each_quantization_is_smaller_and_farther_than_the_one_before(tmp_path):
+    model = model_of("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    row = Row(np.random.default_rng(0).integers(5, 1000, 60).astype(np.int32), np.ones(60, bool))
+    ours = TransformersModel(model).log_probabilities(row)
+    sizes, distances = [], []
+    for quantization in ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"):
+        folder = tmp_path / quantization
+        folder.mkdir()
+        companions(model, folder)
+        sizes.append(Gguf(quantization).write(model.state_dict().items(), folder).total_bytes)
+        with Gguf(quantization).open(folder, torch.device("cpu"), torch.float32) as opened:
+            distances.append(kl(opened.log_probabilities(row), ours))
+        assert sizes[-1] <= BITS[quantization] / 8 * sum(w.numel() for w in model.parameters()) * 1.1
+    assert sizes == sorted(sizes, reverse=True)
+    assert distances == sorted(distances)
+    assert distances[0] < 1e-5 < distances[1]
+
+
+def test_k_quants_mix_types_as_llama_cpp_does():
+    q4 = {n: type_of(f"blk.{n}.ffn_down.weight", (512, 512), "q4_k_m", 32, False).name for n in range(32)}
+    assert [n for n, kind in q4.items() if kind == "Q6_K"] == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert type_of("output.weight", (1000, 512), "q4_k_m", 32, False).name == "Q6_K"
+    assert type_of("token_embd.weight", (1000, 512), "q4_k_m", 32, True).name == "Q6_K", "a tied head is the output"
+    assert type_of("token_embd.weight", (1000, 512), "q4_k_m", 32, False).name == "Q4_K"
+    assert type_of("blk.9.ffn_gate.weight", (512, 704), "q4_k_m", 32, False).name == "Q5_0", "256 does not divide 704"
+    assert type_of("blk.9.attn_norm.weight", (512,), "q4_k_m", 32, False).name == "F32"
+
+
+def test_rows_quantized_by_llama_cpp_are_near_the_rows():
+    values = np.random.default_rng(0).standard_normal((8, 512), dtype=np.float32)
+    for kind, most in ((gguf.GGMLQuantizationType.Q4_K, 0.09), (gguf.GGMLQuantizationType.Q6_K, 0.025)):
+        back = gguf.quants.dequantize(quantize_rows(values, kind), kind)
+        assert 0 < np.sqrt(np.mean((back - values) ** 2)) < most
+
+
+def test_a_merged_run_becomes_a_file_with_its_tokenizer_stops_and_template(make_run, tmp_path, jinja):
+    run = make_run(tmp_path, chat_template=jinja, quantization="none", tokenizer=BASE, overrides={"vocab_size": 1024})
+    report = merge(run.path, export_format=format_named("gguf-f16"))
+    assert report.findings == () and report.shards == 1
+    fields = gguf.GGUFReader(report.folder / "model-F16.gguf").fields
+    assert fields["tokenizer.chat_template"].contents().endswith(jinja)
+    assert fields["general.sampling.temp"].contents() == 0.0
+    stops = json.loads((report.folder / "generation_config.json").read_text())["eos_token_id"]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == stops[0]
+    assert not [path.name for path in report.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_another_tokenization_in_the_serving_program_is_an_error(make_run, tmp_path, jinja, monkeypatch):
+    run = make_run(tmp_path, chat_template=jinja, quantization="none", tokenizer=BASE, overrides={"vocab_size": 1024})
+    monkeypatch.setattr(LlamaCppModel, "tokenize", lambda self, text: [7, 8])
+    (finding,) = merge(run.path, export_format=format_named("gguf-f16")).findings
+    assert (finding.code, finding.severity) == ("V002", "error")
+    assert "from token 0" in finding.message
+
+
+def test_a_family_without_a_place_is_refused_with_the_way_out(tmp_path):
+    transformers.GPTNeoXConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="GGUF files of the family 'gpt_neox' are not written here") as caught:
+        format_named("gguf-f16").write({}.items(), tmp_path)
+    assert "convert_hf_to_gguf.py" in str(caught.value.fix)
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="gguf-q4_k_m needs the packages gguf and xllamacpp") as caught:
+        format_named("gguf-q4_k_m").write({}.items(), tmp_path)
+    assert caught.value.fix == "pip install gguf xllamacpp"
+
+
+def test_a_damaged_file_is_refused_without_llama_cpps_own_lines(tmp_path, capfd):
+    (tmp_path / "model-F16.gguf").write_bytes(b"GGUF" + bytes(60))
+    with (
+        pytest.raises(VerificationError, match=r"llama\.cpp does not load the file"),
+        format_named("gguf-f16").open(tmp_path, torch.device("cpu"), torch.float32),
+    ):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+def split_by(pattern, **model):
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel", "use_regex": False}]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": model}
+
+
+def test_the_structure_of_a_tokenizer_names_llama_cpps_pre_tokenizer():
+    llama3 = next(pattern for pattern, name in SPLITS.items() if name == "llama-bpe")
+    assert pre_tokenizer(split_by(llama3, ignore_merges=True)) == "llama-bpe"
+    assert pre_tokenizer(split_by(llama3)) == "dbrx", "the same splits, and merges from single bytes on"
+    assert pre_tokenizer(split_by(llama3.replace("{1,3}", ""))) == "qwen2"
+    assert pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}, "model": {}}) == "gpt-2"
+    with pytest.raises(UsageError, match=r"pre-tokenizer \(Split \+ ByteLevel\) is not known"):
+        pre_tokenizer(split_by(r"\w+"))
