@@ -63,7 +63,7 @@ class Gguf:
         self._require_packages("gguf", *(["xllamacpp"] if self.lossy else []))
         from lorafit.export.formats.gguf.writer import write_gguf  # its packages are optional
 
-        return write_gguf(weights, folder, self.quantization)
+        return write_gguf(weights, folder / file_name(self.quantization), self.quantization)
 
     @contextmanager
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> Iterator[LlamaCppModel]:

@@ -13,21 +13,22 @@ from transformers import AutoConfig
 
 from lorafit.export.formats.export_format import Written
 from lorafit.export.formats.gguf.architecture import Architecture
-from lorafit.export.formats.gguf.gguf_format import file_name
 from lorafit.export.formats.gguf.tensor_types import FILE_TYPES, encode, type_of
 from lorafit.export.formats.gguf.vocabulary import write_vocabulary
 
 SPOOL = ".encoded-tensors"
 
 
-def write_gguf(weights: Iterable[tuple[str, Tensor]], folder: Path, quantization: str) -> Written:
-    """Write `weights` to one file in `folder`, one tensor in memory at a time.
+def write_gguf(weights: Iterable[tuple[str, Tensor]], path: Path, quantization: str) -> Written:
+    """Write `weights` to the file `path`, one tensor in memory at a time.
+
+    The folder of `path` holds config.json, tokenizer and chat template.
 
     A GGUF file begins with the names and sizes of all tensors, so encoded tensors wait in a file beside it.
     """
+    folder = path.parent
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = Architecture(config)
-    path = folder / file_name(quantization)
     writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_file_type(FILE_TYPES[quantization])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
