@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, pipeline
 
@@ -84,3 +85,22 @@ def test_activations_are_recomputed_only_where_asked_and_never_reentrant(front, 
     model = Model()
     _recompute_if_asked(model, front.config.model_copy(update={"memory_policy": asked}))
     assert model.kwargs == ({"use_reentrant": False} if recomputes else None)
+
+
+def test_its_attributes_are_those_of_the_document(front, tmp_path):
+    front.tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == front.template.jinja_for_export
+    assert front.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert front.lora_config.r == front.adapter_rank and front.lora_config.lora_alpha == front.scaling_factor
+    assert front.lora_config.target_modules == {"q_proj", "v_proj"} and front.base_model_id == str(BASE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([], "has no rows"), ([{"input_ids": [5, 99_999], "labels": [-100, 99_999]}], "token id 99999 has no row")],
+)
+def test_a_data_set_that_cannot_be_trained_is_an_error_of_ours(front, rows, words):
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    model = front.inject_adapters(front.load_frozen_backbone())
+    with pytest.raises(DataError, match=words):
+        front.build_trainer(model, Dataset.from_dict(columns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
-from lorafit.config import RunConfig, resolve
+from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
-from lorafit.methods.lora import attach, lora_config
+from lorafit.methods.lora import PRESETS, attach, lora_config
 from lorafit.objectives import Sft
 from lorafit.training import EventLog, TrainingLoop
 from lorafit.training.trainer import LorafitTrainer
@@ -67,11 +69,44 @@ class AdapterTrainingPipeline:
         self.config = resolve(flags=given).config
         tokenizer = TextTokenizer.from_base(base_model_id, self.config.revision)
         self.template = Template.for_tokenizer(tokenizer, self.config.template)
+        self.base_model_id, self.adapter_rank, self.scaling_factor = base_model_id, adapter_rank, scaling_factor
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Return transformers' tokenizer of the base, with the chat template of training."""
+        with redirect_library_logs():
+            tokenizer = AutoTokenizer.from_pretrained(self._base, trust_remote_code=False)
+        tokenizer.chat_template = self.template.jinja_for_export
+        return tokenizer
+
+    @property
+    def quantization_config(self) -> Any:
+        """Return transformers' BitsAndBytesConfig of the frozen base; None without quantization."""
+        return QUANT_PROFILE if self.config.quantization == "nf4" else None
+
+    @property
+    def lora_config(self) -> Any:
+        """Return peft's LoraConfig of the adapters."""
+        targets = self.config.targets
+        if targets == "all-linear":
+            made = lora_config(self.config)
+            made.target_modules = targets
+            return made
+        return lora_config(self.config, PRESETS[targets] if isinstance(targets, str) else targets)
+
+    @property
+    def _base(self) -> Path:
+        return base_folder(self.config.base, self.config.revision)
 
     def load_frozen_backbone(self) -> Any:
-        """Return the base in 4 bits (or as `quantization` says), fully frozen. Raises BackboneError."""
+        """Return the base in 4 bits (or as `quantization` says), fully frozen. Raises BackboneError.
+
+        Its generation ends at the trained stop ids and at the base's own.
+        """
         with redirect_library_logs():
-            return load_backbone(self.config)
+            model: Any = load_backbone(self.config)
+        model.generation_config.eos_token_id = list(served_stop_ids(self.template.stop_ids, self._base))
+        return model
 
     def inject_adapters(self, model: Any) -> Any:
         """Return `model` with fresh adapters, and print trainable and total parameters. Raises AdapterError."""
@@ -142,7 +177,8 @@ class AdapterTrainingPipeline:
                 f"{min(fixed)} is fixed when the pipeline is made", where="build_trainer", fix="set it there"
             )
         config = resolve(flags={**self.config.model_dump(exclude_unset=True), **settings}).config
-        rows, held_out = _rows(train_ds), _rows(eval_ds) if eval_ds is not None else None
+        most = int(model.get_input_embeddings().num_embeddings)
+        rows, held_out = _rows(train_ds, most), _rows(eval_ds, most) if eval_ds is not None and len(eval_ds) else None
         longest = max(int(part.lengths.max()) for part in (rows, held_out) if part is not None and len(part))
         if longest > config.max_length:
             config = config.model_copy(update={"max_length": longest})
@@ -165,12 +201,21 @@ def _recompute_if_asked(model: Any, config: RunConfig) -> None:
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
 
 
-def _rows(dataset: Dataset) -> Rows:
-    """Return tokenized columns as Rows. Tokens whose label is -100 are not supervised."""
+def _rows(dataset: Dataset, ids: int) -> Rows:
+    """Return tokenized columns as Rows. Tokens whose label is -100 are not supervised.
+
+    `ids` is the number of token ids of the model. Raises DataError for an empty data set and for other ids.
+    """
+    if not len(dataset):
+        raise DataError("the dataset has no rows", where="build_trainer", fix="pass at least one tokenized row")
     if not {"input_ids", "labels"} <= set(dataset.column_names):
         raise UsageError("the dataset is not tokenized", where="build_trainer", fix="pass it through tokenize_dataset")
     encoded = [Encoded(list(row["input_ids"]), [label != IGNORED for label in row["labels"]], ()) for row in dataset]
     for number, one in enumerate(encoded, 1):
+        beyond = [token for token in one.ids if not 0 <= token < ids]
+        if beyond:
+            what = f"token id {beyond[0]} has no row in the model's {ids:,} embeddings"
+            raise DataError(what, where=f"row {number}", fix="tokenize with the base's own tokenizer")
         if one.mask:
             one.mask[0] = False  # no token precedes a row's first token, so none can predict it
         if not any(one.mask):

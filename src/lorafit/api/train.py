@@ -351,10 +351,9 @@ def _require_supported(resolved: Resolved) -> None:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"
         )
-    trackers = get_available_reporting_integrations()
-    unknown = [name for name in resolved.config.report_to if name not in trackers]
+    unknown = [
+        name for name in resolved.config.report_to if name not in (*get_available_reporting_integrations(), "all")
+    ]
     if unknown:
-        installed = ", ".join(trackers) or "none"
-        raise UsageError(
-            f"no tracker '{unknown[0]}' is installed", where="report_to", fix=f"installed are: {installed}"
-        )
+        fix = f"pip install {unknown[0]}, or set report_to=none"
+        raise UsageError(f"no tracker '{unknown[0]:.40}' is installed", where="report_to", fix=fix)

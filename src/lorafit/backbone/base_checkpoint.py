@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
 WHOLE_FILE_BYTES = 64 << 20
 AGAIN = "download the base again"
+STRAY = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.|\.base_layer\.")
+"""Names that PEFT gives to tensors of an adapter, and to those beneath one."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -40,11 +43,14 @@ class Checkpoint:
         Raises BackboneError for missing, truncated or unreadable files, and for .bin files.
         """
         if (folder / SINGLE).is_file():  # transformers prefers this file to an index, too
-            return cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
+            single = cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
+            single._refuse_adapters()
+            return single
         if not (folder / INDEX).is_file():
             raise _no_safetensors(folder)
         checkpoint = cls(folder, {path: _header(path) for path in _indexed(folder)})
         checkpoint._check_index()
+        checkpoint._refuse_adapters()
         return checkpoint
 
     def entries(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
@@ -76,6 +82,16 @@ class Checkpoint:
             if wanted is not None and stored != wanted:
                 what = f"{name} is {_by(stored)}, but config.json says {_by(wanted)}"
                 raise BackboneError(what, where=str(path), fix=AGAIN)
+
+    def _refuse_adapters(self) -> None:
+        """Raise BackboneError for tensors of an adapter that was saved without merging it."""
+        strays = sorted(name for name in self.names() if STRAY.search(name))
+        if strays:
+            raise BackboneError(
+                f"an unmerged adapter lies in the base ({len(strays)} tensors, such as {strays[0]})",
+                where=str(self.folder),
+                fix="in PEFT save merge_and_unload() of that model, and use that folder; or download the base again",
+            )
 
     def _check_index(self) -> None:
         present = self.names()
@@ -159,6 +175,10 @@ def _no_safetensors(folder: Path) -> BackboneError:
             where=str(folder),
             fix="if you trust it, convert it: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)",
         )
+    for pattern, wanted in (("model.safetensors.index.*.json", INDEX), ("model.*.safetensors", SINGLE)):
+        for path in sorted(folder.glob(pattern)):
+            what, fix = f"the base's weights have another name ({path.name})", f"rename {path.name} to {wanted}"
+            return BackboneError(what, where=str(folder), fix=fix)
     return BackboneError(
         "the base has no model.safetensors", where=str(folder), fix="point --base at a folder with the weights"
     )

@@ -147,7 +147,9 @@ def _refuse_other_tensors(model: nn.Module, report: Mapping[str, Any], folder: P
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         what = f"the base lacks {len(missing)} of the tensors in its config.json, such as {missing[0]}"
-        raise BackboneError(what, where=str(folder), fix=AGAIN)
+        alone = missing == ["lm_head.weight"]  # a tied head is not stored
+        fix = "set tie_word_embeddings to true in its config.json, or download the base again" if alone else AGAIN
+        raise BackboneError(what, where=str(folder), fix=fix)
     known = {name for name, _ in model.named_parameters()}
     beyond = sorted(name for name in report["unexpected_keys"] if LAYER.sub(".0.", name, count=1) in known)
     # layers that predict further tokens are stored after the last one; they are left out by design

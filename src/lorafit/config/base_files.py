@@ -24,6 +24,12 @@ def base_folder(base: str, revision: str | None = None, *, weights: bool = False
         raise BackboneError("no base model was named", fix="pass --base with a local folder or a hub id")
     local = Path(base).expanduser()
     if local.is_dir():
+        if not (local / "config.json").is_file() and (local / "adapter_config.json").is_file():
+            raise BackboneError(
+                "this folder is an adapter, not a base",
+                where=str(local),
+                fix="merge its run with lorafit merge, and point --base at the merged folder",
+            )
         if not (local / "config.json").is_file():
             raise BackboneError(
                 "no config.json in the base's folder", where=str(local), fix="point --base at a model folder"

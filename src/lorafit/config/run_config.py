@@ -124,6 +124,11 @@ class RunConfig(BaseModel):
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("report_to")
+    @classmethod
+    def _none_is_no_tracker(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in value if name != "none")
+
     @field_validator("holdout", mode="before")
     @classmethod
     def _reads_per_cent(cls, value: Any) -> Any:
