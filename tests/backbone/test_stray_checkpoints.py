@@ -23,8 +23,8 @@ def base(tmp_path):
 def test_tensors_of_an_unmerged_adapter_are_refused(base):
     folder, tensors = base
     name = "model.layers.0.self_attn.q_proj.weight"
-    for stray in ({"model.layers.0.self_attn.q_proj.lora_A.default.weight": tensors[name]},
-                  {name.replace(".weight", ".base_layer.weight"): tensors[name]}):  # fmt: skip
+    for stray in ({"model.layers.0.self_attn.q_proj.lora_A.default.weight": tensors[name].clone()},
+                  {name.replace(".weight", ".base_layer.weight"): tensors[name].clone()}):  # fmt: skip
         save_file({**tensors, **stray}, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(BackboneError, match=r"an unmerged adapter lies in the base \(1 tensors"):
             Checkpoint.open(folder)
