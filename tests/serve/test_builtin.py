@@ -9,10 +9,11 @@ import torch
 
 from lorafit.errors import AdapterError, LorafitError, UsageError, VerificationError
 from lorafit.methods.lora import AdapterFiles, dense_adapter
+from lorafit.runs import RunDir
 from lorafit.serve.adapters.proof import prove_adapter
 from lorafit.serve.decoding import Sampling, choose
 from lorafit.serve.decoding.fair_queue import FairQueue
-from made_runs import MOST_TOKENS, QUESTIONS, write_run
+from made_runs import MOST_TOKENS, QUESTIONS, seal, write_run
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +77,12 @@ def test_what_must_not_be_served_is_refused_with_one_sentence(engine, runs, tmp_
     content = json.loads((other / "template.json").read_text())
     content["stop_ids"] = [content["stop_ids"][0] + 1]
     (other / "template.json").write_text(json.dumps(content))
+    seal(RunDir(other))
     rebased = shutil.copytree(runs["alice"], root / "other-base")
-    (rebased / "base.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    seal(RunDir(rebased), base="0" * 64)
     pickled = shutil.copytree(runs["alice"], root / "pickled")
     (pickled / "adapter" / "x.bin").write_bytes(b"")
+    seal(RunDir(pickled))
     bare = shutil.copytree(runs["alice"] / "adapter", root / "bare")
     dense = write_run(root / "dense", 0, 2, quantization="none")
     (root / "link").symlink_to(tmp_path_factory.mktemp("outside"))
@@ -106,6 +109,7 @@ def test_an_adapter_whose_keys_match_nothing_is_refused(engine, runs):
     run = shutil.copytree(runs["alice"], runs["alice"].parent / "no-keys")
     path = run / "adapter" / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "x_proj"): tensor for name, tensor in load_file(path).items()}, path)
+    seal(RunDir(run))
     with pytest.raises(AdapterError, match="does not fit the base"):
         engine.add_adapter("no-keys", run)
 
