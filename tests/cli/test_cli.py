@@ -40,7 +40,7 @@ def data(tmp_path):
 
 
 SETTING_FLAGS = "--lr --epochs --rank --max-length --batch --gpu-memory --vram --goal"
-DATA_FLAGS = "--on-bad --on-long --long --map --holdout"
+DATA_FLAGS = "--on-bad --on-long --long --map --encoding --holdout"
 FLAGS = {
     "check": f"--base --show --fix --select --ignore {DATA_FLAGS} --set --json --help",
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",

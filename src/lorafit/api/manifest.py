@@ -190,6 +190,8 @@ def _sample_line(record: Record) -> str:
     sample: dict[str, Any] = {"messages": record.messages(), "source": record.source}
     if record.tools:
         sample["tools"] = [dict(tool) for tool in record.tools]
+    if record.template_kwargs:
+        sample["template_kwargs"] = dict(record.template_kwargs)
     if any(turn.loss is not None for turn in record.turns):
         sample["loss"] = [turn.loss for turn in record.turns]
     return json.dumps(sample, ensure_ascii=False) + "\n"

@@ -137,7 +137,8 @@ def _require_enough(rows: list[Row], run: RunDir) -> None:
 
 def _record(sample: dict[str, Any]) -> Record:
     """Return the record of one line that the run kept, with the turns that were not taught."""
-    record = Record.from_messages(sample["messages"], sample["source"], sample.get("tools", ()))
+    kwargs = sample.get("template_kwargs")
+    record = Record.from_messages(sample["messages"], sample["source"], sample.get("tools", ()), kwargs)
     if not (flags := sample.get("loss")):
         return record
     return replace(

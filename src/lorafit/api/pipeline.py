@@ -121,8 +121,9 @@ class AdapterTrainingPipeline:
         """
         records = parse_rows(raw_rows, self.config.field_map)
         for record in records:
-            if record.tools or record.is_document or any(turn.extra or turn.loss is not None for turn in record.turns):
-                what = "tool calls, reasoning, loss flags and documents do not fit into these columns"
+            read_by_template = record.tools or record.template_kwargs or record.is_document
+            if read_by_template or any(turn.extra or turn.loss is not None for turn in record.turns):
+                what = "tools, reasoning, loss flags, template variables and documents do not fit into these columns"
                 raise DataError(what, where=record.source, fix="train such rows through lorafit.train")
         texts = [self.template.render(record.messages(), add_generation_prompt=False) for record in records]
         return Dataset.from_dict(

@@ -41,6 +41,7 @@ def check(
     ignore: flags.Ignore = None,
     on_bad: flags.OnBad = None,
     on_long: flags.OnLong = None,
+    encoding: flags.Encoding = None,
     map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
@@ -50,7 +51,14 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    given = {"base": base, "on_bad": on_bad, "on_long": on_long, "field_map": map, "holdout": holdout}
+    given = {
+        "base": base,
+        "on_bad": on_bad,
+        "on_long": on_long,
+        "encoding": encoding,
+        "field_map": map,
+        "holdout": holdout,
+    }
     settings = flags.settings_from(set, **given, select=select, ignore=ignore)
     with ReadingBar() as bar:
         report = run_check(data, on_progress=bar.show, **settings)

@@ -60,6 +60,9 @@ Map = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="FIELD=NAME", help="Column of a field: response=answer_text.", show_default=False),
 ]
+Encoding = Annotated[
+    str | None, typer.Option("--encoding", help="How text files are written, as cp1252.", show_default=False)
+]
 Holdout = Annotated[
     str | None, typer.Option("--holdout", help="Held-out share of the rows, as 10%, or a file.", show_default=False)
 ]
@@ -109,6 +112,7 @@ def flag_of(key: str) -> str:
 
 VALUES = {
     "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
+    "--encoding": "cp1252",
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
     "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors", "--task": "dates", "--seed": "1",

@@ -40,6 +40,7 @@ def train(
     batch: flags.Batch = None,
     on_bad: flags.OnBad = None,
     on_long: flags.OnLong = None,
+    encoding: flags.Encoding = None,
     map: flags.Map = None,
     holdout: flags.Holdout = None,
     set: flags.Set = None,
@@ -56,7 +57,8 @@ def train(
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(
         set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, lr=lr, epochs=epochs, rank=rank,
-        max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long, field_map=map,
+        max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long,
+        encoding=encoding, field_map=map,
         holdout=holdout, deterministic=deterministic or None,
     )  # fmt: skip
     if not data and not settings.get("data"):

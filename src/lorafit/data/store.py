@@ -277,9 +277,10 @@ _encode_ascii = json.JSONEncoder(separators=(",", ":"), default=str).encode
 def record_to_json(record: Record) -> bytes:
     """The record without its source as one line of UTF-8; `record_from_json` is the inverse."""
     turns = [_turn_to_json(turn) for turn in record.turns]
-    plain = [record.system, turns, record.tools] if record.tools else [record.system, turns]
+    read_by_template = [record.tools, record.template_kwargs] if record.template_kwargs else [record.tools]
+    plain = [record.system, turns, *(read_by_template if any(read_by_template) else ())]
     # what only a template reads may hold anything, half surrogates too: those must survive as escapes
-    encode = _encode if not (record.tools or any(turn.extra for turn in record.turns)) else _encode_ascii
+    encode = _encode if not (any(read_by_template) or any(turn.extra for turn in record.turns)) else _encode_ascii
     return encode(plain).encode()
 
 
@@ -291,5 +292,5 @@ def _turn_to_json(turn: Turn) -> list[Any]:
 
 def record_from_json(raw: bytes, source: str) -> Record:
     """The record that `record_to_json` wrote."""
-    system, turns, *tools = json.loads(raw)
-    return Record(tuple(Turn(*turn) for turn in turns), source, system, tuple(tools[0]) if tools else ())
+    system, turns, tools, kwargs = (*json.loads(raw), (), {})[:4]
+    return Record(tuple(Turn(*turn) for turn in turns), source, system, tuple(tools), kwargs)

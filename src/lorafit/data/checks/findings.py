@@ -107,6 +107,11 @@ CODES: dict[str, Code] = {
     "D027": Code("an answer that the template changed", "it is not learnt as you wrote it", "see check --show"),
     "D028": Code("a token across an answer's edge", "it is not supervised", "start the answer on a line of its own"),
     "D029": Code("tools that the template does not show", "the model never sees them", "use a template with tools"),
+    "D054": Code(
+        "variables that the template does not read",
+        "they change nothing",
+        "take them out of chat_template_kwargs, or name a template that reads them (--set template=FILE)",
+    ),
     "D039": _bad(
         "text that the template leaves out",
         "the model would never see it",

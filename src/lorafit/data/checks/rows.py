@@ -211,6 +211,7 @@ SAID: dict[str, Observation] = {
     problems.STRADDLED: ("D028", "a token covers the edge of an answer"),
     problems.TEXT_MISSING: ("D039", "the template leaves out a text of the row"),
     problems.TOOLS_IGNORED: ("D029", "the template does not read tools"),
+    problems.KWARGS_UNREAD: ("D054", "the template does not read the row's chat_template_kwargs"),
     problems.TOO_LARGE: ("D006", "more text than any context holds"),
     problems.NOT_TEXT: ("D043", "holds half a surrogate pair"),
 }
@@ -227,7 +228,7 @@ def token_checks(row: Tokenised) -> Iterator[Observation]:
         yield "D021", "nothing in the row is supervised"
 
 
-DETAILED = (problems.REFUSED, problems.TEXT_MISSING, problems.CONTENT_CHANGED)
+DETAILED = (problems.REFUSED, problems.TEXT_MISSING, problems.CONTENT_CHANGED, problems.KWARGS_UNREAD)
 """The problems that `detail` belongs to, the first of them that a row has."""
 
 

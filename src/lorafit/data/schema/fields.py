@@ -101,6 +101,28 @@ def read_tools(row: Fields, name: str) -> tuple[Fields, ...] | Reject:
     return tuple(tool for tool in read if tool is not None)
 
 
+KWARGS = "chat_template_kwargs"
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize")
+"""Names that a chat template gets from its caller."""
+
+
+def read_kwargs(row: Fields) -> Fields | Reject:
+    """The row's variables for the chat template; a JSON text is parsed, and Arrow's null members are left out."""
+    try:
+        value = from_json(row[KWARGS]) if not is_empty(row.get(KWARGS)) else {}
+    except ValueError as error:
+        return Reject(
+            "D012", f"the field '{KWARGS}' is a text that is no JSON ({error})", fix="write the object itself"
+        )
+    if not isinstance(value, dict):
+        what = f"the field '{KWARGS}' is {kind_of(value)}, not an object"
+        return Reject("D012", what, fix='write {"enable_thinking": false}')
+    if taken := next((name for name in RESERVED if value.get(name) is not None), ""):
+        what = f"the field '{KWARGS}' sets '{taken}', which is the row's own to say"
+        return Reject("D012", what, fix=f"take '{taken}' out of it")
+    return {str(name): one for name, one in value.items() if one is not None}
+
+
 def _declared(group: Any) -> list[Any]:
     """The tools of one element: several where Gemini groups its declarations, else itself."""
     for name in ("functionDeclarations", "function_declarations"):

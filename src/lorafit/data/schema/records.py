@@ -52,16 +52,29 @@ DOCUMENT = "document"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A system text, the turns after it, and where the row stands (`file:line`)."""
+    """One training example.
+
+    Attributes:
+        turns: the turns after the system text.
+        source: where the row stands, `file:line`.
+        system: the system text.
+        tools: tool schemas, each as {"type": "function", "function": {…}}.
+        template_kwargs: variables that the row sets for the chat template, as `enable_thinking`.
+    """
 
     turns: tuple[Turn, ...]
     source: str
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_messages(
-        cls, messages: Sequence[Mapping[str, Any]], source: str, tools: Sequence[Mapping[str, Any]] = ()
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        source: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Record:
         """Return the record whose `messages()` are these: the inverse of it."""
         named = ("role", "content")
@@ -70,7 +83,7 @@ class Record:
             for one in messages
         ]
         system = turns.pop(0).content if turns[0].role == "system" else None
-        return cls(tuple(turns), source, system, tuple(tools))
+        return cls(tuple(turns), source, system, tuple(tools), template_kwargs or {})
 
     def messages(self) -> list[dict[str, Any]]:
         """Every turn, system first, as a list of messages."""

@@ -12,12 +12,14 @@ from typing import Any
 from lorafit.data.schema.exports import answers_as_values
 from lorafit.data.schema.fields import (
     FLAG_NAMES,
+    KWARGS,
     Fields,
     from_json,
     is_empty,
     kind_of,
     optional_fault,
     read_calls,
+    read_kwargs,
     read_tools,
     text_fault,
 )
@@ -40,13 +42,13 @@ OPTIONAL = ("system", "input", "tools", "history", "reasoning")
 MEANT = frozenset(
     (
         *SYSTEMS, *INPUTS, *TOOLS, *ANSWERS, *LISTS, *REASONING_NAMES, "instruction", "prompt", "question", "query",
-        "history", "chat_template_kwargs", "documents", "image", "images", "video", "videos", "audio", "audios",
+        "history", KWARGS, "documents", "image", "images", "video", "videos", "audio", "audios",
     )
 )  # fmt: skip
 """Fields whose meaning is known: a row never loses what stands in one of them."""
 SAYS_WHETHER = FLAG_NAMES | {"label"}
 """Fields of a row by which it is kept from the loss: loss flags, and the label of KTO's data."""
-EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history"))
+EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KWARGS))
 
 
 ANSWER_HINTS = ("answer", "response", "reply", "completion", "output", "resolution", "target", "label")
@@ -98,9 +100,9 @@ class Shape:
         by_kind = {
             "instruction": ("instruction", self.answer, *EXCHANGE),
             "prompt": ("prompt", self.answer, *EXCHANGE),
-            "messages": ("messages", *SYSTEMS, *TOOLS),
-            "conversations": ("conversations", *SYSTEMS, *TOOLS),
-            "calls": ("query", "answers", *SYSTEMS, *TOOLS),
+            "messages": ("messages", *SYSTEMS, *TOOLS, KWARGS),
+            "conversations": ("conversations", *SYSTEMS, *TOOLS, KWARGS),
+            "calls": ("query", "answers", *SYSTEMS, *TOOLS, KWARGS),
             "text": ("text",),
         }
         return frozenset(by_kind[self.kind])
@@ -374,4 +376,7 @@ def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
         system = own if system in ("", own) else "\n".join(part for part in (system, own) if part)
     if not any(turn.role == "assistant" for turn in turns):
         return Reject("D016", "the conversation has no assistant turn")
-    return Record(tuple(turns), source, system or None, tools)
+    kwargs = read_kwargs(row) if KWARGS in row else {}
+    if isinstance(kwargs, Reject):
+        return kwargs
+    return Record(tuple(turns), source, system or None, tools, kwargs)

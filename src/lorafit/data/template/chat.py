@@ -11,6 +11,7 @@ from typing import Any
 from lorafit.data.schema.records import CALLS, Record
 from lorafit.data.template.layout import (
     CONTENT_CHANGED,
+    KWARGS_UNREAD,
     MAX_ROW_CHARACTERS,
     REFUSED,
     TEXT_MISSING,
@@ -64,7 +65,12 @@ class ChatLayout:
                     known.add(asked.outline)
                     marked = _Asked(record, twin(asked.messages), (), asked.outline, is_twin=True)
                     pending.append(marked)
-                    yield Request(self._reading.written(marked.messages), record.tools, where=record.source)
+                    yield Request(
+                        self._reading.written(marked.messages),
+                        record.tools,
+                        where=record.source,
+                        kwargs=record.template_kwargs,
+                    )
                 pending.append(asked)
                 yield self._request(asked)
 
@@ -91,7 +97,14 @@ class ChatLayout:
             return Request(())  # nothing to render, but an answer to keep the order
         messages, taught = asked.messages, asked.taught
         cuts = block_cuts(messages) if self._probe.marks_blocks else cuts_of(messages, taught)
-        return Request(self._reading.written(messages), asked.record.tools, cuts=cuts, where=asked.record.source)
+        record = asked.record
+        return Request(
+            self._reading.written(messages),
+            record.tools,
+            cuts=cuts,
+            where=record.source,
+            kwargs=record.template_kwargs,
+        )
 
     def _laid(self, answer: Rendering | Refusal, asked: _Asked) -> LaidOut | None:
         record, messages = asked.record, asked.messages
@@ -115,6 +128,9 @@ class ChatLayout:
         messages, problems, detail = asked.messages, list(laid.problems), laid.detail
         if self._drops_tools(asked.record, messages, laid.text):
             problems.append(TOOLS_IGNORED)
+        if unread := sorted(set(asked.record.template_kwargs) - self._renderer.reads):
+            problems.append(KWARGS_UNREAD)
+            detail = detail or f"the template does not read '{unread[0]}'"
         missing = self._missing(laid, asked)
         if missing:
             prompted = sorted(place for place in missing if messages[place[0]]["role"] != "assistant")
@@ -167,7 +183,7 @@ class _Asked:
         messages, taught = messages_of(record)
         if characters_in(messages) > MAX_ROW_CHARACTERS:
             return cls(record, messages)
-        return cls(record, messages, taught, outline(messages, bool(record.tools)))
+        return cls(record, messages, taught, outline(messages, bool(record.tools), record.template_kwargs))
 
 
 def _unmarked(answer: Rendering | Refusal, messages: Sequence[Message]) -> tuple[RunTarget, ...]:

@@ -41,6 +41,9 @@ PROMPT_SPLIT = "prompt-split"
 TOOLS_IGNORED = "tools-ignored"
 """The row has tools or tool calls, and the template does not read them."""
 
+KWARGS_UNREAD = "kwargs-unread"
+"""The row sets a variable that the template does not read; `Encoded.detail` names it."""
+
 TEXT_MISSING = "text-missing"
 """A text of the prompt's side is not in the rendered row; `Encoded.detail` says which turn's."""
 
@@ -60,6 +63,7 @@ ALL_PROBLEMS = (
     STRADDLED,
     PROMPT_SPLIT,
     TOOLS_IGNORED,
+    KWARGS_UNREAD,
     TEXT_MISSING,
     TOO_LARGE,
     NOT_TEXT,
@@ -197,7 +201,8 @@ def _left_out(record: Record, messages: Sequence[Message]) -> tuple[str, ...]:
     more = [message for message in messages if len(message) > 2]
     tools = bool(record.tools) or any(CALLS in message for message in more)
     reasoning = any(REASONING in message for message in more)
-    return (*((TOOLS_IGNORED,) if tools else ()), *((CONTENT_CHANGED,) if reasoning else ()))
+    unread = (KWARGS_UNREAD,) if record.template_kwargs else ()
+    return (*((TOOLS_IGNORED,) if tools else ()), *((CONTENT_CHANGED,) if reasoning else ()), *unread)
 
 
 class FallbackLayout:

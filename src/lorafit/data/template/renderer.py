@@ -35,7 +35,7 @@ WAIT_S = 60.0
 class Request:
     """A conversation to render: `ask` for a generation prompt at its end, `cuts` to compare with it.
 
-    A cut (count, ask) stands for the first `count` messages rendered alone.
+    A cut (count, ask) stands for the first `count` messages rendered alone. `kwargs` are variables of the row's own.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -43,11 +43,12 @@ class Request:
     ask: bool = False
     cuts: Sequence[tuple[int, bool]] = ()
     where: str = "the chat template"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def frame(self) -> list[Any]:
         """The request as the worker reads it."""
         # a template sees `tools` as None when there are none, as transformers has it
-        return [list(self.messages), list(self.tools) or None, self.ask, list(self.cuts)]
+        return [list(self.messages), list(self.tools) or None, self.ask, list(self.cuts), dict(self.kwargs)]
 
     @property
     def characters(self) -> int:

@@ -14,10 +14,11 @@ RunTarget = tuple[int, str]
 """(the message, counted from 0, and which part of it: text, reasoning or call)"""
 
 
-def outline(messages: Sequence[Message], has_tools: bool) -> Outline:
+def outline(messages: Sequence[Message], has_tools: bool, kwargs: Mapping[str, Any]) -> Outline:
     """What a template can tell rows apart by, other than by their words."""
     return (
         has_tools,
+        json.dumps(kwargs, sort_keys=True, default=str) if kwargs else "",
         *(
             (message["role"], not message.get("content"))
             if len(message) == 2

@@ -113,27 +113,39 @@ class Renderings:
         self.tracker = next(each for each in self.environment.iter_extensions() if isinstance(each, Generation))
         self.variables = variables
 
-    def row(self, messages: list[Any], tools: list[Any] | None, ask: bool, cuts: list[tuple[int, bool]]) -> list[Any]:
+    def row(
+        self,
+        messages: list[Any],
+        tools: list[Any] | None,
+        ask: bool,
+        cuts: list[tuple[int, bool]],
+        kwargs: dict[str, Any],
+    ) -> list[Any]:
         """[text, spans, cuts]: the whole conversation, its `{% generation %}` spans, and each cut compared with it.
 
         A cut is answered by (its length, how many of its first characters the whole text begins with).
         """
         spans: list[tuple[int, int]] = []
-        text = self.render(messages, tools, ask, spans)
+        text = self.render(messages, tools, ask, kwargs, spans)
         compared = []
         for count, asks in cuts:
-            part = self.render(messages[:count], tools, asks)
+            part = self.render(messages[:count], tools, asks, kwargs)
             compared.append((len(part), common(text, part)))
         return [text, spans, compared]
 
     def render(
-        self, messages: list[Any], tools: list[Any] | None, ask: bool, spans: list[tuple[int, int]] | None = None
+        self,
+        messages: list[Any],
+        tools: list[Any] | None,
+        ask: bool,
+        kwargs: dict[str, Any],
+        spans: list[tuple[int, int]] | None = None,
     ) -> str:
         """The text of `messages`; `spans` receives where generation blocks lie in it."""
         blocks: list[str] = []
         with self._tracked(blocks, spans), _timed(self.seconds):
             context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
-            for block in self.template.generate(**context, **self.variables):
+            for block in self.template.generate({**self.variables, **kwargs, **context}):
                 blocks.append(block)
         return "".join(blocks)
 
