@@ -292,5 +292,6 @@ def _turn_to_json(turn: Turn) -> list[Any]:
 
 def record_from_json(raw: bytes, source: str) -> Record:
     """The record that `record_to_json` wrote."""
-    system, turns, tools, kwargs = (*json.loads(raw), (), {})[:4]
+    system, turns, *more = json.loads(raw)
+    tools, kwargs = more[0] if more else (), more[1] if len(more) > 1 else {}
     return Record(tuple(Turn(*turn) for turn in turns), source, system, tuple(tools), kwargs)
