@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CODES = (
-    *(f"D{number:03}" for number in range(1, 54)),
+    *(f"D{number:03}" for number in range(1, 55)),
     *(f"P{number}" for number in range(8)),
     "R001",
     *(f"S{number:03}" for number in range(1, 6)),
