@@ -51,15 +51,8 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    given = {
-        "base": base,
-        "on_bad": on_bad,
-        "on_long": on_long,
-        "encoding": encoding,
-        "field_map": map,
-        "holdout": holdout,
-    }
-    settings = flags.settings_from(set, **given, select=select, ignore=ignore)
+    read = {"on_bad": on_bad, "on_long": on_long, "encoding": encoding, "field_map": map, "holdout": holdout}
+    settings = flags.settings_from(set, base=base, **read, select=select, ignore=ignore)
     with ReadingBar() as bar:
         report = run_check(data, on_progress=bar.show, **settings)
     if show and not report.template:
