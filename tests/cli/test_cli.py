@@ -47,6 +47,7 @@ FLAGS = {
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --json --help",
     "merge": "--onto --out --format --dtype --json --help",
+    "export": "--to --quantization --onto --out --name --json --help",
     "demo": "--task --seed --out --json --help",
     "settings": "--json --help",
     "explain": "--json --help",

@@ -9,12 +9,14 @@ from typing import Any, get_args
 
 import numpy as np
 
+from lorafit.api.ship.finishing import Finishing
 from lorafit.backbone import load_backbone, redirect_library_logs
 from lorafit.config import MergeBase
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named, verify
 from lorafit.export import merge as write_merged
+from lorafit.export.finished_run import FinishedRun
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
 from lorafit.runs import RunDir, require_trained_run
@@ -81,12 +83,14 @@ def merge(
     method = method_of(config)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
+        finishing = Finishing(FinishedRun.open(folder.path), verification_records(folder))
         verified: list[Verification] = []
 
         def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
             # before the folder gets its name, so that no unverified model looks finished
             live = method.load(load_backbone(config, exact=True), folder.adapter, config)
             verified.append(verify(live, staged, rows, onto, method=method, export_format=form))
+            finishing.finish(staged, live, form, verified[0])
 
         report = write_merged(
             folder.path,
@@ -108,19 +112,23 @@ def template_of(run: RunDir) -> Template:
 
 def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROWS) -> list[Row]:
     """Return the first held-out rows that the run kept, tokenized as in training."""
+    encoded = template.encode_many(verification_records(run, limit))
+    rows = [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
+    _require_enough(rows, run)
+    return rows
+
+
+def verification_records(run: RunDir, limit: int = VERIFIED_ROWS) -> list[Record]:
+    """Return the first held-out rows that the run kept."""
     if not run.samples.is_file():
         raise VerificationError("the run kept no rows to verify on", where=str(run.samples), fix="train it again")
     lines = run.samples.read_text(encoding="utf-8", errors="replace").splitlines()[:limit]
     try:
         samples = [json.loads(line) for line in lines]
-        records = [_record(one) for one in samples]
+        return [_record(one) for one in samples]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fix = "run the train command again, which rewrites the file"
         raise VerificationError("the file is damaged", where=str(run.samples), fix=fix) from error
-    encoded = template.encode_many(records)
-    rows = [Row(np.array(one.ids, np.int32), np.array(one.mask, bool)) for one in encoded]
-    _require_enough(rows, run)
-    return rows
 
 
 def _require_enough(rows: list[Row], run: RunDir) -> None:

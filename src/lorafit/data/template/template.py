@@ -34,6 +34,7 @@ FALLBACK, CHAT, FILE = "fallback", "chat_template", "file"
 FORMAT = 1
 MAX_TEMPLATE_BYTES = 16 << 20
 ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 GOLDEN: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "What is 12 × 34?\nAnswer briefly."},),
     ({"role": "user", "content": "Grüße aus Zürich — 你好，世界 🙂\r\n\tdef f(x):  return x**2  # ok \n"},),
@@ -106,9 +107,11 @@ class Template:
     def jinja_for_export(self) -> str:
         """The chat template for an exported tokenizer: with it transformers and vLLM render the trained prompt.
 
-        Templates that ask for today's date keep the date they were trained with.
+        Templates that ask for today's date keep the date they were trained with. `{% generation %}` tags, which some
+        servers refuse, become conditions that are always true, so that white space control stays.
         """
-        return ASKS_THE_DATE.sub(lambda match: json.dumps(FROZEN_NOW.strftime(match[2])), self.source)
+        dated = ASKS_THE_DATE.sub(lambda match: json.dumps(FROZEN_NOW.strftime(match[2])), self.source)
+        return GENERATION_TAG.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", dated)
 
     def encode(self, record: Record) -> Encoded:
         """One record's ids and mask; see `encode_many`."""

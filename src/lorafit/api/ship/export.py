@@ -1,0 +1,151 @@
+"""export: write a run as its server wants it, and prove it there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lorafit.api.merge import merge, template_of, verification_records, verification_rows
+from lorafit.api.ship.finishing import Finishing
+from lorafit.backbone import base_fingerprint, load_backbone, redirect_library_logs, require_same_base
+from lorafit.config import MergeBase, base_folder
+from lorafit.errors import UsageError
+from lorafit.export import verify
+from lorafit.export.finished_run import FinishedRun
+from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, copy_adapter
+from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
+from lorafit.findings import Finding, has_errors
+from lorafit.methods import method_of
+from lorafit.runs import RunDir, staged_folder
+
+Target = Literal["merged", "adapter", "gguf"]
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CANNOT = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """Hold a written export and its proofs.
+
+    Attributes:
+        folder: the export's folder.
+        proved_in: the folder with the proofs: that of the adapter, if there are several.
+        findings: findings about its prompt.
+    """
+
+    folder: Path
+    proved_in: Path
+    findings: tuple[Finding, ...]
+
+    @property
+    def verification(self) -> dict[str, Any]:
+        """Return the content of verification.json."""
+        content: dict[str, Any] = json.loads((self.proved_in / VERIFICATION_FILE).read_text(encoding="utf-8"))
+        return content
+
+    @property
+    def serving(self) -> dict[str, Any]:
+        """Return the content of serving.json."""
+        content: dict[str, Any] = json.loads((self.folder / SERVING_FILE).read_text(encoding="utf-8"))
+        return content
+
+    @property
+    def passed(self) -> bool:
+        """Return False if the export failed in an engine."""
+        failed = any(engine["status"] == "failed" for engine in self.verification["engines"])
+        return not failed and not has_errors(self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping."""
+        findings = [finding.to_dict() for finding in self.findings]
+        return {
+            "passed": self.passed,
+            "folder": str(self.folder),
+            "verification": self.verification,
+            "serving": self.serving,
+            "findings": findings,
+        }
+
+
+def export(
+    run: str | Path,
+    *,
+    to: str = "merged",
+    quantization: str = "q8_0",
+    onto: MergeBase = "quantized",
+    out: str | Path | None = None,
+    name: str | None = None,
+) -> ExportedRun:
+    """Export `run` for the program that serves it, and prove it there.
+
+    `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, or
+    "adapter": a folder in which vLLM finds the base once and every adapter by its name. `onto` is as in `merge`.
+    `name` is the adapter's, by default the run's. The export appears whole or not at all.
+
+    Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    """
+    if to not in get_args(Target):
+        raise UsageError(f"'{to:.40}' is no export", where="--to", fix=f"choose {', '.join(get_args(Target))}")
+    if to == "adapter":
+        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name)
+    form = "safetensors" if to == "merged" else f"gguf-{quantization}"
+    merged = merge(run, onto=onto, out=out, export_format=form)
+    return ExportedRun(merged.folder, merged.folder, tuple(merged.findings))
+
+
+def _export_adapter(run: RunDir, out: Path | None, name: str | None) -> ExportedRun:
+    name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
+    if not ADAPTER_NAME.fullmatch(name):
+        what = f"'{name:.70}' is no adapter's name"
+        raise UsageError(what, where="--name", fix="use up to 64 letters, digits, dots, dashes and underscores")
+    with redirect_library_logs(run.log, optional=True):
+        finished = FinishedRun.open(run.path)
+        config = finished.config
+        base = base_folder(config.base, config.revision, weights=True)
+        require_same_base(base, run.base_fingerprint())
+        identity = {
+            "fingerprint": run.base_fingerprint() or base_fingerprint(base),
+            "quantization": config.quantization,
+            "template": finished.template.sha256,
+        }
+        folder = AdaptersFolder(out or run.exports / "adapters")
+        with _folder_with_base(folder, finished, identity, name) as (held, findings):
+            with staged_folder(held.adapter(name)) as staged:
+                findings += _write_adapter(finished, held, staged, run)
+            held.write_settings(finished)
+    return ExportedRun(folder.path, folder.adapter(name), tuple(findings))
+
+
+@contextmanager
+def _folder_with_base(
+    folder: AdaptersFolder, run: FinishedRun, identity: dict[str, Any], name: str
+) -> Iterator[tuple[AdaptersFolder, list[Finding]]]:
+    """Yield the folder to add an adapter to: the existing one of the same base, or a new one with its base."""
+    if folder.path.exists():
+        folder.require_same_base(identity)
+        if folder.adapter(name).exists():
+            what = f"the folder has an adapter '{name}' already"
+            raise UsageError(what, where=str(folder.path), fix="choose another --name, or remove its folder")
+        yield folder, []
+        return
+    with staged_folder(folder.path) as staged:
+        held = AdaptersFolder(staged)
+        yield held, held.write_base(run, identity)
+
+
+def _write_adapter(run: FinishedRun, held: AdaptersFolder, staged: Path, folder: RunDir) -> list[Finding]:
+    """Write the adapter of `run` to `staged`, and prove it over the base in `held`."""
+    copy_adapter(run.adapter, staged)
+    config, method = run.config, method_of(run.config)
+    entry = AdapterEntry.of(run, held)
+    findings = write_chat_template(run, staged)
+    live = method.load(load_backbone(config, exact=True), folder.adapter, config)
+    rows = verification_rows(folder, template_of(folder))
+    verification = verify(live, staged, rows, "quantized", method=method, export_format=entry)
+    record_proofs(staged, Finishing(run, verification_records(folder)).prove(staged, live, entry, verification))
+    return findings

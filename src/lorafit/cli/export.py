@@ -1,0 +1,66 @@
+"""export: the command `lorafit export`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from lorafit.cli import flags
+from lorafit.cli.screen.console import heading, near, say, show_json, show_next
+from lorafit.cli.screen.findings_view import show_findings
+
+if TYPE_CHECKING:
+    from lorafit.api.ship.export import ExportedRun
+
+EXAMPLES = """Examples:
+
+lorafit export runs/rows-Qwen3-8B --to gguf --quantization q4_k_m
+
+lorafit export runs/orders --to adapter --out served --name orders"""
+COLOURS = {"proved": "green", "not proved": "yellow", "failed": "red"}
+
+
+def export(
+    run: flags.Run,
+    to: Annotated[
+        Literal["merged", "adapter", "gguf"],
+        typer.Option("--to", help="merged: transformers, vLLM. adapter: vLLM, many runs. gguf: llama.cpp, Ollama."),
+    ] = "merged",
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
+    ] = "q8_0",
+    onto: Annotated[
+        Literal["quantized", "original"],
+        typer.Option("--onto", help="Merge onto the dequantized 4-bit base or the original checkpoint."),
+    ] = "quantized",
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder; adapters of one base can share it.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the adapter; default the run's.", show_default=False)
+    ] = None,
+    json: flags.Json = False,
+) -> None:
+    """Write the run for the program that serves it, and prove its answers there."""
+    from lorafit.api.ship.export import export as run_export
+
+    exported = run_export(run, to=to, quantization=quantization, onto=onto, out=out, name=name)
+    if json:
+        show_json(exported.to_dict())
+    else:
+        show_exported(exported)
+    raise typer.Exit(0 if exported.passed else 1)
+
+
+def show_exported(exported: ExportedRun) -> None:
+    """Show the verdict of every engine, and how the export is served."""
+    heading("export", escape(near(str(exported.folder))))
+    for engine in exported.verification["engines"]:
+        colour = COLOURS[engine["status"]]
+        say(f"  [{colour}]{engine['status']}[/{colour}] in {engine['engine']}: {escape(engine['reason'])}")
+    show_findings(list(exported.findings))
+    commands = [(each["command"], f"in that folder: serve it with {each['engine']}") for each in exported.serving["commands"]]
+    if commands:
+        show_next(*commands)

@@ -1,0 +1,77 @@
+"""ServingFile: serving.json, which says what serves an export, how, and how it was proved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lorafit.data import Template
+from lorafit.runs import write_text
+
+SERVING_FILE = "serving.json"
+GREEDY = "'{\"temperature\": 0.0}'"
+"""vLLM's override of generation settings. Without it a request that names no temperature is sampled at 1.0."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Hold one way to serve an export.
+
+    Attributes:
+        engine: the program.
+        command: the command line, run in the export's folder.
+    """
+
+    engine: str
+    command: str
+
+
+@dataclass(frozen=True)
+class ServingFile:
+    """Hold the content of serving.json.
+
+    Attributes:
+        export_format: merged, adapter, or the name of a GGUF format.
+        precision: the precision that the export was proved in.
+        commands: programs with their command lines, the proved one first.
+        stop_ids: token ids that end an answer.
+        stop: the texts of these ids.
+        temperature: the temperature of the run's own answers.
+        prompt: how a request becomes the trained prompt.
+    """
+
+    export_format: str
+    precision: str
+    commands: tuple[Command, ...]
+    stop_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    temperature: float = 0.0
+    prompt: str = "send chat requests; rendered text sent to /completions gets a second beginning-of-text token"
+
+    @classmethod
+    def of(cls, export_format: str, precision: str, commands: tuple[Command, ...], template: Template) -> ServingFile:
+        """Return the file of an export whose prompts `template` renders."""
+        return cls(export_format, precision, commands, tuple(template.stop_ids), tuple(template.stop_tokens))
+
+    def write(self, folder: Path) -> None:
+        """Write serving.json to `folder`."""
+        write_text(folder / SERVING_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+
+def merged_commands(dtype: str) -> tuple[Command, ...]:
+    """Return the command lines for a folder of merged weights in `dtype`."""
+    vllm = f"vllm serve . --dtype {dtype} --override-generation-config {GREEDY}"
+    return (
+        Command("transformers", 'python -c "from transformers import pipeline; pipeline(\'text-generation\', model=\'.\')"'),
+        Command("vLLM", vllm),
+        Command("SGLang", f"python -m sglang.launch_server --model-path . --dtype {dtype}"),
+    )
+
+
+def gguf_commands(file: str, name: str) -> tuple[Command, ...]:
+    """Return the command lines for the GGUF file called `file`; `name` is the model's in Ollama."""
+    return (
+        Command("llama.cpp", f"llama-server --model {file} --jinja --temp 0"),
+        Command("Ollama", f"ollama create {name} -f Modelfile && ollama run {name}"),
+    )
