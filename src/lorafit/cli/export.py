@@ -61,6 +61,8 @@ def show_exported(exported: ExportedRun) -> None:
         colour = COLOURS[engine["status"]]
         say(f"  [{colour}]{engine['status']}[/{colour}] in {engine['engine']}: {escape(engine['reason'])}")
     show_findings(list(exported.findings))
-    commands = [(each["command"], f"in that folder: serve it with {each['engine']}") for each in exported.serving["commands"]]
+    commands = [
+        (each["command"], f"in that folder: serve it with {each['engine']}") for each in exported.serving["commands"]
+    ]
     if commands:
         show_next(*commands)

@@ -16,6 +16,7 @@ from lorafit.backbone import base_fingerprint, load_backbone, redirect_library_l
 from lorafit.config import MergeBase, base_folder
 from lorafit.errors import UsageError
 from lorafit.export import verify
+from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, copy_adapter
 from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
@@ -143,6 +144,7 @@ def _write_adapter(run: FinishedRun, held: AdaptersFolder, staged: Path, folder:
     copy_adapter(run.adapter, staged)
     config, method = run.config, method_of(run.config)
     entry = AdapterEntry.of(run, held)
+    write_text_companions(run, staged)  # an older release trained adapters without them
     findings = write_chat_template(run, staged)
     live = method.load(load_backbone(config, exact=True), folder.adapter, config)
     rows = verification_rows(folder, template_of(folder))

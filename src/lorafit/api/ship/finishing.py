@@ -45,7 +45,8 @@ class Finishing:
         dtype = str(form.dtype).removeprefix("torch.")
         commands = gguf_commands(files[0].name, self.run.folder.name.lower()) if files else merged_commands(dtype)
         name = "merged" if form.library_name == "transformers" else form.name
-        ServingFile.of(name, dtype, commands, self.run.template).write(staged)
+        precision = form.name.removeprefix("gguf-") if files else dtype
+        ServingFile.of(name, precision, commands, self.run.template).write(staged)
 
     def prove(self, folder: Path, live: nn.Module, form: ExportFormat, verification: Verification) -> list[EngineProof]:
         """Compare prompt ids and greedy answers of the export in `folder` with the live model's.

@@ -63,7 +63,9 @@ def merged_commands(dtype: str) -> tuple[Command, ...]:
     """Return the command lines for a folder of merged weights in `dtype`."""
     vllm = f"vllm serve . --dtype {dtype} --override-generation-config {GREEDY}"
     return (
-        Command("transformers", 'python -c "from transformers import pipeline; pipeline(\'text-generation\', model=\'.\')"'),
+        Command(
+            "transformers", "python -c \"from transformers import pipeline; pipeline('text-generation', model='.')\""
+        ),
         Command("vLLM", vllm),
         Command("SGLang", f"python -m sglang.launch_server --model-path . --dtype {dtype}"),
     )

@@ -46,7 +46,7 @@ class LiveAnswers:
         limit = longest + SPARE_TOKENS
         made = generate(live_model, prompts, template.stop_ids, max_new_tokens=limit)
         # an answer shorter than the limit was ended by the template's stop token
-        ended = tuple(ids + [template.stop_ids[0]] if len(ids) < limit else ids for ids in made)
+        ended = tuple([*ids, template.stop_ids[0]] if len(ids) < limit else ids for ids in made)
         return cls(prompts, expected, ended, template, limit)
 
     def compare(self, served: OpenedModel) -> Answers:

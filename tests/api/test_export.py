@@ -1,0 +1,64 @@
+"""export: what a server gets is the run, whole, and proved."""
+
+import json
+
+import pytest
+import yaml
+
+from lorafit.api.ship.export import export
+from lorafit.errors import UsageError
+from lorafit.export.serving.adapters_folder import vllm_settings
+
+
+@pytest.fixture(scope="module")
+def served(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "served"
+    return export(tiny_run.run.path, to="adapter", out=folder, name="first")
+
+
+def test_an_adapter_is_proved_over_the_base_beside_it(served):
+    assert served.passed
+    proof = served.verification["engines"][0]
+    assert (proof["engine"], proof["status"]) == ("transformers with PEFT", "proved")
+    assert proof["prompts"]["equal"] == proof["prompts"]["total"] > 3
+    assert served.verification["merged"]["kl"] <= 10 * served.verification["floor"]["kl"]
+    assert "| transformers with PEFT | proved |" in (served.proved_in / "README.md").read_text()
+
+
+def test_a_second_run_shares_the_base_and_vllm_is_told_of_both(served, tiny_run):
+    weights = served.folder / "base" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert export(tiny_run.run.path, to="adapter", out=served.folder, name="second").passed
+    assert weights.stat().st_mtime_ns == before
+    settings = yaml.safe_load((served.folder / "serving.yaml").read_text())
+    assert settings["lora-modules"] == ["first=adapters/first", "second=adapters/second"]
+    config = json.loads((served.proved_in / "adapter_config.json").read_text())
+    assert (settings["model"], config["base_model_name_or_path"]) == ("base", "base")
+
+
+def test_a_taken_name_and_a_run_over_another_base_are_refused(served, tiny_run):
+    with pytest.raises(UsageError, match="has an adapter 'first' already"):
+        export(tiny_run.run.path, to="adapter", out=served.folder, name="first")
+    identity = served.folder / "base" / "base.json"
+    held = identity.read_text()
+    identity.write_text(json.dumps(json.loads(held) | {"fingerprint": "0" * 64}))
+    with pytest.raises(UsageError, match="the base of this run is not the one"):
+        export(tiny_run.run.path, to="adapter", out=served.folder, name="third")
+    identity.write_text(held)
+    assert not (served.folder / "adapters" / "third").exists()
+
+
+def test_ranks_are_rounded_up_to_those_that_vllm_takes():
+    assert vllm_settings({"a": 4, "b": 17}, "base")["max-lora-rank"] == 32
+    with pytest.raises(UsageError, match="ranks up to 512"):
+        vllm_settings({"a": 600}, "base")
+
+
+def test_a_gguf_file_is_proved_in_llama_cpp_and_says_how_it_is_served(tiny_run, tmp_path):
+    pytest.importorskip("xllamacpp")
+    exported = export(tiny_run.run.path, to="gguf", quantization="f16", out=tmp_path / "file")
+    proof = exported.verification["engines"][0]
+    assert exported.passed and (proof["engine"], proof["status"]) == ("llama.cpp", "proved")
+    assert proof["prompts"]["equal"] == proof["prompts"]["total"] > 3
+    assert exported.serving["precision"] == "f16" and exported.serving["stop"] == ["</s>"]
+    assert (tmp_path / "file" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nPARAMETER temperature 0\n")
