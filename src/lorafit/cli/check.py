@@ -51,8 +51,9 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    read = {"on_bad": on_bad, "on_long": on_long, "encoding": encoding, "field_map": map, "holdout": holdout}
-    settings = flags.settings_from(set, base=base, **read, select=select, ignore=ignore)
+    given = {"on_bad": on_bad, "on_long": on_long, "encoding": encoding, "field_map": map, "holdout": holdout}
+    given["base"] = base
+    settings = flags.settings_from(set, **given, select=select, ignore=ignore)
     with ReadingBar() as bar:
         report = run_check(data, on_progress=bar.show, **settings)
     if show and not report.template:
