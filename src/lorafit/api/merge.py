@@ -69,8 +69,7 @@ def merge(
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
     the checkpoint as stored. `export_format` names the format of the files. `dtype` is auto, bf16, fp16 or fp32;
     auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". The artefact gets its name once it is
-    measured, even if it fails (`passed` False), so that it can be inspected. A killed merge leaves at most a hidden
-    folder, which the next merge replaces.
+    measured, even if it fails (`passed` False). A killed merge leaves at most a hidden folder, which the next replaces.
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """

@@ -17,6 +17,7 @@ from lorafit.errors import UsageError
 if TYPE_CHECKING:
     from lorafit.api.check import CheckReport
     from lorafit.data import FixReport
+    from lorafit.data.shown import ShownRow
 
 EXAMPLES = """Examples:
 
@@ -51,8 +52,8 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    given = {"on_bad": on_bad, "on_long": on_long, "encoding": encoding, "field_map": map, "holdout": holdout}
-    given["base"] = base
+    given = {"base": base, "encoding": encoding, "field_map": map, "holdout": holdout}
+    given |= {"on_bad": on_bad, "on_long": on_long}
     settings = flags.settings_from(set, **given, select=select, ignore=ignore)
     with ReadingBar() as bar:
         report = run_check(data, on_progress=bar.show, **settings)
@@ -61,8 +62,7 @@ def check(
     fixed = fix_rows(report.resolved.config, fix) if fix else None
     rows = show_rows(report.prepared, report.template, show) if show and report.template else []
     if json:
-        more = ({"fixed": fixed.to_dict()} if fixed else {}) | ({"rows": shown_as_json(rows)} if rows else {})
-        show_json(report.to_dict() | more)
+        show_json(report.to_dict() | _more(fixed, rows))
         raise typer.Exit(0 if report.ok else 1)
     heading("data")
     show_summary(report.prepared.summary)
@@ -73,6 +73,11 @@ def check(
         _show_fixed(fixed, report)
     _show_next(report, data or [], given, set, fixed is not None)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _more(fixed: FixReport | None, rows: list[ShownRow]) -> dict[str, Any]:
+    """Return what --fix and --show add to the JSON object."""
+    return ({"fixed": fixed.to_dict()} if fixed else {}) | ({"rows": shown_as_json(rows)} if rows else {})
 
 
 def _show_fixed(fixed: FixReport, report: CheckReport) -> None:

@@ -53,9 +53,8 @@ def plan(
 
     given = {
         "base": base, "gpu_memory": gpu_memory, "goal": goal, "lr": lr, "epochs": epochs, "rank": rank,
-        "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long,
-        "encoding": encoding, "field_map": map,
-        "holdout": holdout, "out": out,
+        "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long, "encoding": encoding,
+        "field_map": map, "holdout": holdout, "out": out,
     }  # fmt: skip
     settings = flags.settings_from(set, **given, gpu=gpu, select=select, ignore=ignore)
     with ReadingBar() as bar:
@@ -67,11 +66,16 @@ def plan(
     if explain:
         _show_all(planned, [*(data or ()), *flags.words_of("field_map", map)])
     else:
-        show_verdict(planned.plan, [*planned.plan.findings, *planned.prepared.findings])
-        show_data_line(planned.prepared.summary)
-        show_choices(planned.plan, planned.resolved)
+        _show_short(planned)
     _show_rest(planned, data or [], {**given, "gpu": gpu}, set, explained=explain, failed=failed)
     raise typer.Exit(1 if failed else 0)
+
+
+def _show_short(planned: PlannedRun) -> None:
+    """Show the verdict, the data in a line, and what was chosen."""
+    show_verdict(planned.plan, [*planned.plan.findings, *planned.prepared.findings])
+    show_data_line(planned.prepared.summary)
+    show_choices(planned.plan, planned.resolved)
 
 
 def _show_all(planned: PlannedRun, data: list[str]) -> None:
