@@ -53,8 +53,8 @@ def plan(
 
     given = {
         "base": base, "gpu_memory": gpu_memory, "goal": goal, "lr": lr, "epochs": epochs, "rank": rank,
-        "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long, "encoding": encoding,
-        "field_map": map, "holdout": holdout, "out": out,
+        "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long,
+        "encoding": encoding, "field_map": map, "holdout": holdout, "out": out,
     }  # fmt: skip
     settings = flags.settings_from(set, **given, gpu=gpu, select=select, ignore=ignore)
     with ReadingBar() as bar:
