@@ -1,0 +1,191 @@
+"""The tampering campaign: change each file of a finished run, and see whether train, chat and merge notice.
+
+`python bench/tampering.py` flips bytes of every file at several offsets, cuts and empties it, puts a link or a pipe in
+its place, and then trains, chats and merges. Each must refuse in one sentence, or give the undisturbed result.
+`--short` is the form that the test suite runs: one offset, `chat`'s and `merge`'s checks without a model. Exit code 1
+when a command took something up in silence or fell over.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fault_runs import in_child
+from fault_subjects import make_base, write_rows
+
+from lorafit.api.load import load
+from lorafit.api.merge import merge, template_of, verification_rows
+from lorafit.api.train import train
+from lorafit.errors import RunFinished
+from lorafit.runs import RunDir, require_trained_run
+
+OFFSETS = (0.0, 0.13, 0.37, 0.5, 0.71, 0.93, 1.0)
+SETTINGS = {"max_steps": 4, "save_steps": 2, "holdout": 0.3, "examples_per_step": 4, "lr": 5e-3, "rank": 4}
+QUESTION = "Route this ticket to a queue.\nThe courier lost my red lamp."
+VERBS = ["train", "chat", "merge"]
+
+
+def flip(place: float) -> Callable[[Path, Path], None]:
+    def harm(path: Path, victim: Path) -> None:
+        content = bytearray(path.read_bytes())
+        if content:
+            content[min(int(place * len(content)), len(content) - 1)] ^= 1
+        path.write_bytes(content)
+
+    return harm
+
+
+def cut(path: Path, victim: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def emptied(path: Path, victim: Path) -> None:
+    path.write_bytes(b"")
+
+
+def link(path: Path, victim: Path) -> None:
+    path.unlink()
+    path.symlink_to(victim)
+
+
+def pipe(path: Path, victim: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+HARMS: dict[str, Callable[[Path, Path], None]] = {
+    **{f"bit at {place:.0%}": flip(place) for place in OFFSETS},
+    "cut": cut,
+    "emptied": emptied,
+    "link": link,
+    "pipe": pipe,
+}
+
+
+class Commands:
+    """What is asked of a tampered run, and the answer of the whole one. Each runs in a forked process."""
+
+    def __init__(self, rows: Path, base: Path, *, short: bool) -> None:
+        self.rows, self.base, self.short = rows, base, short
+
+    def train(self, run: Path) -> str:
+        with contextlib.suppress(RunFinished):
+            train(self.rows, str(self.base), out=run, **SETTINGS)
+        require_trained_run(RunDir(run))
+        return _digest(run / "adapter" / "adapter_model.safetensors")
+
+    def chat(self, run: Path) -> str:
+        if self.short:
+            require_trained_run(RunDir.open(run))
+            return template_of(RunDir(run)).sha256
+        return load(run).answer(QUESTION, max_new_tokens=6)
+
+    def merge(self, run: Path) -> str:
+        if self.short:
+            require_trained_run(RunDir.open(run))
+            return repr([row.ids.tolist() for row in verification_rows(RunDir(run), template_of(RunDir(run)))])
+        merged = merge(run, out=run.parent / "merged")
+        assert merged.passed
+        return _digest(merged.folder / "model.safetensors")
+
+    def all(self) -> dict[str, Callable[[Path], str]]:
+        return {"train": self.train, "chat": self.chat, "merge": self.merge}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outcome(command: Callable[[Path], str], run: Path, wanted: str) -> tuple[str, str]:
+    """(detected, harmless, silent or crashed; what was said)."""
+    log = run.parent / "output.txt"
+
+    def work() -> None:
+        found = command(run)
+        (run.parent / "answer.txt").write_text(found)
+
+    code = in_child(work, log, kill_after_s=60)
+    said = log.read_text(errors="replace") if log.exists() else ""
+    if code in (1, 2):
+        return "detected", said
+    if code != 0:
+        return "crashed", said
+    return ("harmless" if (run.parent / "answer.txt").read_text() == wanted else "silent"), said
+
+
+def campaign(
+    folder: Path, *, short: bool, verbs: list[str], hows: list[str]
+) -> tuple[dict[str, Counter[str]], list[str]]:
+    """By command, how often each outcome came; and the failures in words."""
+    rows, base = write_rows(folder / "rows.jsonl"), make_base(folder / "base")
+    whole = folder / "whole"
+    if in_child(lambda: void(train(rows, str(base), out=whole, **SETTINGS)), folder / "train.txt") != 0:
+        sys.exit((folder / "train.txt").read_text())
+    victim = folder / "victim"
+    victim.write_text("dear")
+    commands = Commands(rows, base, short=short)
+    counts: dict[str, Counter[str]] = {}
+    failures: list[str] = []
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    for verb in verbs:
+        command = commands.all()[verb]
+        counts[verb] = Counter()
+        undisturbed = fresh(folder, whole)
+        outcome(command, undisturbed, "")
+        wanted = (undisturbed.parent / "answer.txt").read_text()
+        for name in files:
+            for how, harm in ((how, HARMS[how]) for how in hows):
+                run = fresh(folder, whole)
+                harm(run / name, victim)
+                kind, said = outcome(command, run, wanted)
+                counts[verb][kind] += 1
+                if kind in ("silent", "crashed") or victim.read_text() != "dear":
+                    failures.append(f"{verb}, {name}, {how}: {kind}: {said[-300:]}")
+                victim.write_text("dear")
+                shutil.rmtree(run.parent)
+    return counts, failures
+
+
+def void(anything: object) -> None:
+    """Drop a result."""
+
+
+def fresh(folder: Path, whole: Path) -> Path:
+    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    shutil.copytree(whole, run)
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="the form that the test suite runs")
+    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=VERBS)
+    parser.add_argument("--harms", nargs="+", choices=list(HARMS), default=list(HARMS))
+    given = parser.parse_args()
+    if given.short:
+        given.verbs, given.harms = ["chat", "merge"], ["bit at 50%", "link"]
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lorafit-tampering-") as name:
+        os.environ["LORAFIT_CACHE"] = str(Path(name) / "cache")
+        counts, failures = campaign(Path(name), short=given.short, verbs=given.verbs, hows=given.harms)
+    print("| command | tampered runs | refused in one sentence | the undisturbed result | in silence | fell over |")
+    print("|---|---|---|---|---|---|")
+    for verb, found in counts.items():
+        cells = (found.total(), *(found[kind] for kind in ("detected", "harmless", "silent", "crashed")))
+        print(f"| {verb} | " + " | ".join(map(str, cells)) + " |")
+    print(*failures, f"{time.monotonic() - began:.0f} s", sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
