@@ -116,7 +116,7 @@ VALUES = {
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
     "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors",
-    "--to": "gguf", "--quantization": "q8_0", "--name": "orders", "--task": "dates", "--seed": "1",
+    "--to": "gguf", "--dtype": "bf16", "--quantization": "q8_0", "--name": "orders", "--task": "dates", "--seed": "1",
 }  # fmt: skip
 """Examples for flags that are not settings, or whose setting has an example that does not fit here."""
 

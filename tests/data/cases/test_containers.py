@@ -247,9 +247,7 @@ def test_several_answers_are_an_error_until_one_is_chosen(tmp_path: Path) -> Non
     assert read(path, ignore=["D038"]) == [("ask", "draft")]
 
 
-@pytest.mark.parametrize(
-    "more", [{"question": "which?"}, {"image": "x.png"}, {"chat_template_kwargs": {"enable_thinking": False}}]
-)
+@pytest.mark.parametrize("more", [{"question": "which?"}, {"image": "x.png"}, {"documents": [{"text": "x"}]}])
 def test_a_field_of_known_meaning_is_never_lost_in_silence(tmp_path: Path, more: dict[str, Any]) -> None:
     path = made.write(tmp_path / "rows.jsonl", [{**PAIR, **more}])
     assert made.found(made.prepared(path, holdout=0.0, on_bad="drop"), "D038").count == 1

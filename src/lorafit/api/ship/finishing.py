@@ -86,6 +86,6 @@ def _absent(form: ExportFormat) -> list[EngineProof]:
     """Return the verdicts for programs that serve the format and were not asked."""
     if form.library_name == "gguf":
         return [EngineProof.absent("Ollama", "it takes the same file; install it, and compare its answers")]
-    if importlib.util.find_spec("vllm") is None:
-        return [EngineProof.absent("vLLM", "pip install vllm, then run bench/export_vllm.py of lorafit's repository")]
-    return [EngineProof.absent("vLLM", "run bench/export_vllm.py of lorafit's repository")]
+    asked = "serve the folder, and compare its answers with lorafit chat"
+    installed = importlib.util.find_spec("vllm") is not None
+    return [EngineProof.absent("vLLM", asked if installed else f"pip install vllm, {asked}")]
