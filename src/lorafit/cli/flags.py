@@ -112,7 +112,9 @@ def flag_of(key: str) -> str:
 
 VALUES = {
     "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
-    "--encoding": "cp1252",
+    "--encoding": "cp1252", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "key.txt", "--device": "cpu",
+    "--tenants": "tenants.yaml", "--adapter-dir": "runs", "--usage-log": "usage.jsonl", "--max-num-seqs": "16",
+    "--max-model-len": "4096", "--max-loras": "8", "--out": "folder",
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
     "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors",
