@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def test_transformers_alone_serves_the_merged_model_as_the_run_answers(tiny_run,
     served = pipeline("text-generation", model=str(merged.folder), dtype=torch.float32)
     reply = served(QUESTION, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]["content"]
     assert reply.strip() == answer.strip()
+
+
+def test_a_merge_that_one_program_refutes_does_not_pass(merged):
+    assert [proof.status for proof in merged.proofs] == ["proved", "not proved"]
+    refuted = replace(merged, proofs=[replace(merged.proofs[0], status="failed"), merged.proofs[1]])
+    assert merged.passed and not refuted.passed
 
 
 def test_onto_the_original_reports_both_and_is_another_model(tiny_run, merged, tmp_path):

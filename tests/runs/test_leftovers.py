@@ -1,5 +1,6 @@
 """Only what a run that never began has left is written over; a file of the same name may be somebody's own."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 
 from lorafit.errors import RunDirError
 from lorafit.runs import RunDir
-from lorafit.runs.leftovers import FILES, is_leftover
+from lorafit.runs.leftovers import FILES, foreign_names, is_leftover
 
 OWN = {
     "plan.json": '{"weeks": [1, 2]}',
@@ -77,3 +78,15 @@ def test_what_a_real_run_leaves_without_its_run_yaml_is_taken_for_a_leftover(tin
     assert RunDir(folder).foreign() == []
     (folder / "template.json").unlink()
     assert RunDir(folder).foreign() == ["held-out.jsonl"]
+
+
+def test_rows_kept_with_variables_of_the_template_are_a_leftover(tmp_path):
+    jinja = "{{ messages }}"
+    digest = hashlib.sha256(jinja.encode()).hexdigest()
+    template = {"jinja": jinja, "sha256": digest, "tokenizer_sha256": "a", "stop_ids": [1], "golden": []}
+    (tmp_path / "template.json").write_text(json.dumps(template))
+    row = {"messages": [], "source": "rows.jsonl:1", "template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "held-out.jsonl").write_text(json.dumps(row) + "\n")
+    assert foreign_names(tmp_path) == []
+    (tmp_path / "held-out.jsonl").write_text(json.dumps(row | {"mine": 1}) + "\n")
+    assert foreign_names(tmp_path) == ["held-out.jsonl"]

@@ -17,6 +17,7 @@ from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named, verify
 from lorafit.export import merge as write_merged
 from lorafit.export.finished_run import FinishedRun
+from lorafit.export.verify import EngineProof
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
 from lorafit.runs import RunDir, require_trained_run
@@ -33,10 +34,12 @@ class MergedRun:
     Attributes:
         report: what the merge wrote.
         verification: the comparison.
+        proofs: the verdict in each program that serves the model.
     """
 
     report: MergeReport
     verification: Verification
+    proofs: list[EngineProof]
 
     @property
     def folder(self) -> Path:
@@ -49,7 +52,8 @@ class MergedRun:
     @property
     def passed(self) -> bool:
         """Return False if the artefact is not the trained model."""
-        return self.verification.passed and not has_errors(self.findings)
+        failed = any(proof.status == "failed" for proof in self.proofs)
+        return self.verification.passed and not failed and not has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""
@@ -83,13 +87,13 @@ def merge(
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
         finishing = Finishing(FinishedRun.open(folder.path), verification_records(folder))
-        verified: list[Verification] = []
+        proven: list[tuple[Verification, list[EngineProof]]] = []
 
         def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
             # before the folder gets its name, so that no unverified model looks finished
             live = method.load(load_backbone(config, exact=True), folder.adapter, config)
-            verified.append(verify(live, staged, rows, onto, method=method, export_format=form))
-            finishing.finish(staged, live, form, verified[0])
+            measured = verify(live, staged, rows, onto, method=method, export_format=form)
+            proven.append((measured, finishing.finish(staged, live, form, measured)))
 
         report = write_merged(
             folder.path,
@@ -100,7 +104,7 @@ def merge(
             dtype=dtype,
             prove=prove,
         )
-        return MergedRun(report, verified[0])
+        return MergedRun(report, *proven[0])
 
 
 def template_of(run: RunDir) -> Template:

@@ -74,6 +74,9 @@ def show_merged(merged: MergedRun) -> None:
         "merge", f"onto the {report.onto} base: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}"
     )
     show_verification(merged.verification)
+    for proof in merged.proofs:
+        if proof.status == "failed":
+            say(f"  [red]{proof.status}[/red] in {proof.engine}: {escape(proof.reason)}")
     show_findings(merged.findings)
     say(f"  {escape(near(str(merged.folder)))}")
 

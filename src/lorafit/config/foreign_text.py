@@ -108,7 +108,7 @@ def parse_json(raw: bytes, where: str, error: type[LorafitError], *, fix: str | 
         raise error("the text is not valid JSON", where=where, fix=fix) from problem
     if not isinstance(content, dict):
         raise error("the text is not a JSON object", where=where, fix=fix)
-    if _is_deep(content):
+    if nests_deeper(content, MAX_DEPTH):
         raise error(f"the JSON nests deeper than {MAX_DEPTH} levels", where=where, fix=fix)
     return content
 
@@ -198,9 +198,10 @@ for _tag in ("int", "float"):
     _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _PlainLoader.construct_number)
 
 
-def _is_deep(content: Any) -> bool:
+def nests_deeper(content: Any, levels: int) -> bool:
+    """Return True if lists and mappings of `content` lie more than `levels` deep; no recursion."""
     level = [content]
-    for _ in range(MAX_DEPTH):
+    for _ in range(levels):
         level = [
             inner
             for part in level

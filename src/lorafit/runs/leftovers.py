@@ -21,6 +21,7 @@ from lorafit.runs.identity import RunIdentity
 HEAD_BYTES = 1 << 20
 PLAN_KEYS = {"method", "runnable", "reason", "decisions", "memory", "fits", "time_s", "steps"}
 FINDING_KEYS = {"code", "severity", "message", "where", "examples"}
+ROW_KEYS = {"messages", "source", "tools", "loss", "template_kwargs"}
 ENGINE_KEYS = {"schedule", "attempts", "peak_bytes", "asked"}
 LOGGED = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ "
@@ -84,9 +85,7 @@ def _is_split(path: Path) -> bool:
 def _are_kept_rows(path: Path) -> bool:
     # anybody's rows may have these keys; the template is always written before them
     row: dict[str, Any] = json.loads(_first_line(path))
-    return {"messages", "source"} <= set(row) <= {"messages", "source", "tools", "loss"} and _is_template(
-        path.with_name("template.json")
-    )
+    return {"messages", "source"} <= set(row) <= ROW_KEYS and _is_template(path.with_name("template.json"))
 
 
 def _is_log(path: Path) -> bool:

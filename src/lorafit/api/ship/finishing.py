@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from lorafit.data import Record
 from lorafit.export import ExportFormat, Verification
 from lorafit.export.finished_run import FinishedRun
+from lorafit.export.formats import OwnTokenizer
 from lorafit.export.serving import MODELFILE, ServingFile, gguf_commands, merged_commands, modelfile
 from lorafit.export.verify import EngineProof, LiveAnswers, Prompts, record_proofs
 
@@ -34,9 +35,12 @@ class Finishing:
     run: FinishedRun
     records: Sequence[Record]
 
-    def finish(self, staged: Path, live: nn.Module, form: ExportFormat, verification: Verification) -> None:
-        """Prove the export in `staged`, and write the verdicts, serving.json and a Modelfile into it."""
-        record_proofs(staged, self.prove(staged, live, form, verification))
+    def finish(
+        self, staged: Path, live: nn.Module, form: ExportFormat, verification: Verification
+    ) -> list[EngineProof]:
+        """Prove the export in `staged`, and return the verdicts; they, serving.json and a Modelfile are written too."""
+        proofs = self.prove(staged, live, form, verification)
+        record_proofs(staged, proofs)
         files = sorted(staged.glob("*.gguf"))
         if files:
             prompts = [golden.messages for golden in self.run.golden] + [row.prompt for row in self._asked]
@@ -47,6 +51,7 @@ class Finishing:
         name = "merged" if form.library_name == "transformers" else form.name
         precision = form.name.removeprefix("gguf-") if files else dtype
         ServingFile.of(name, precision, commands, self.run.template).write(staged)
+        return proofs
 
     def prove(self, folder: Path, live: nn.Module, form: ExportFormat, verification: Verification) -> list[EngineProof]:
         """Compare prompt ids and greedy answers of the export in `folder` with the live model's.
@@ -76,9 +81,8 @@ def prompt_ids(folder: Path, form: ExportFormat, conversations: Sequence[list[di
     texts = [
         str(tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False)) for each in conversations
     ]
-    if hasattr(form, "tokenize"):
-        found: list[list[int]] = form.tokenize(folder, texts)
-        return found
+    if isinstance(form, OwnTokenizer):
+        return form.tokenize(folder, texts)
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 

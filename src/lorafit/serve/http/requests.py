@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from lorafit.config.foreign_text import nests_deeper
 from lorafit.serve.http.errors import ApiError
 
 MAX_BODY_BYTES = 4 << 20
@@ -117,7 +118,8 @@ async def read_body(request: Request, most: int = MAX_BODY_BYTES) -> dict[str, A
         raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is no JSON object")
-    _require_shallow(content)
+    if nests_deeper(content, MAX_DEPTH):
+        raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels")
     _require_text(content)
     return content
 
@@ -156,20 +158,6 @@ def _text_part(part: Any, where: str) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
-
-
-def _require_shallow(content: Any) -> None:
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for part in level
-            for inner in (part.values() if isinstance(part, dict) else part)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
-    raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels")
 
 
 def _require_text(content: Any) -> None:
