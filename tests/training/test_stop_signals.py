@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainerCallback
 
 from little_trainer import assert_same, trainer
+from lorafit.runs import Checkpoint
+from lorafit.runs.checkpoint import checkpoint_folders
 from lorafit.runs.signals import StopSignals
-from lorafit.training import Checkpoint
-from lorafit.training.checkpoints.folder import checkpoint_folders
 from tiny_models import save_base
 
 

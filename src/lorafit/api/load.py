@@ -8,12 +8,12 @@ from lorafit.backbone import redirect_library_logs
 from lorafit.config import read_json
 from lorafit.errors import RunDirError, UsageError
 from lorafit.export import DEFAULT_FORMAT, VERIFICATION_FILE
-from lorafit.runs import RunDir
+from lorafit.runs import LAST, RunDir
 from lorafit.serve import Session
 
 
-def load(run: str | Path, *, device: str | None = None) -> Session:
-    """Load a run or a merged model to answer.
+def load(run: str | Path, *, device: str | None = None, checkpoint: str = LAST) -> Session:
+    """Load a run or a merged model to answer. `checkpoint` chooses the run's weights: last, best or a step.
 
     load(run).answer([{"role": "user", "content": "…"}])
     """
@@ -23,10 +23,12 @@ def load(run: str | Path, *, device: str | None = None) -> Session:
         raise RunDirError("no such folder", where=str(path), fix=fix)
     if not RunDir(path).settings.is_file() and (path / "config.json").is_file():
         _require_readable_format(path)
+        if checkpoint != LAST:
+            raise UsageError("a merged model has no checkpoints", where="checkpoint", fix="name the run instead")
         with redirect_library_logs():
             return Session.load_merged(path, device=device)
     with redirect_library_logs(Path(run) / "log.txt" if Path(run).is_dir() else None, optional=True):
-        return Session.load(Path(run), device=device)
+        return Session.load(Path(run), device=device, checkpoint=checkpoint)
 
 
 def _require_readable_format(folder: Path) -> None:

@@ -26,27 +26,23 @@ from lorafit.errors import RunDirError, TrainingStopped
 from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
 from lorafit.runs import (
+    ADAPTER,
     LAYOUT,
+    Checkpoint,
     RunDir,
     RunFingerprint,
     RunIdentity,
     RunLock,
     changed_file,
+    clear_unfinished,
     differing_settings,
     held_settings,
+    newest_whole,
+    set_aside,
     write_text,
 )
 from lorafit.runs.lookup import OtherRows, RunTarget, refuse_finished, refuse_other_content
-from lorafit.training import (
-    ADAPTER,
-    Checkpoint,
-    EventLog,
-    TrainingLoop,
-    TunedMemory,
-    clear_unfinished,
-    newest_whole,
-    set_aside,
-)
+from lorafit.training import EventLog, TrainingLoop, TunedMemory
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, which merge verifies on
 FEW_ROWS = 16  # with fewer held-out rows, training rows are kept too

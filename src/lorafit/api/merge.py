@@ -20,7 +20,7 @@ from lorafit.export.finished_run import FinishedRun
 from lorafit.export.verify import EngineProof
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
-from lorafit.runs import RunDir, require_trained_run
+from lorafit.runs import LAST, RunDir
 
 VERIFIED_ROWS = 64
 LEAST_ROWS, LEAST_TOKENS = 4, 32
@@ -67,31 +67,33 @@ def merge(
     out: str | Path | None = None,
     export_format: str = DEFAULT_FORMAT,
     dtype: str = "auto",
+    checkpoint: str = LAST,
 ) -> MergedRun:
     """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
     the checkpoint as stored. `export_format` names the format of the files. `dtype` is auto, bf16, fp16 or fp32;
-    auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". The artefact gets its name once it is
-    measured, even if it fails (`passed` False). A killed merge leaves at most a hidden folder, which the next replaces.
+    auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". `checkpoint` is last, best (by held-out
+    loss) or a step. The artefact gets its name once it is measured, even if it fails (`passed` False). A killed merge
+    leaves at most a hidden folder, which the next replaces.
 
-    Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    Raises UsageError, RunDirError, CheckpointError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     if onto not in get_args(MergeBase):
         names = " or ".join(get_args(MergeBase))
         raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
     form, folder = format_named(export_format), RunDir.open(Path(run))
-    require_trained_run(folder)
+    finished = FinishedRun.open(folder.path, checkpoint)
     config = folder.config()
     method = method_of(config)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
-        finishing = Finishing(FinishedRun.open(folder.path), verification_records(folder))
+        finishing = Finishing(finished, verification_records(folder))
         proven: list[tuple[Verification, list[EngineProof]]] = []
 
         def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
             # before the folder gets its name, so that no unverified model looks finished
-            live = method.load(load_backbone(config, exact=True), folder.adapter, config)
+            live = method.load(load_backbone(config, exact=True), finished.adapter, config)
             measured = verify(live, staged, rows, onto, method=method, export_format=form)
             proven.append((measured, finishing.finish(staged, live, form, measured)))
 
@@ -102,6 +104,7 @@ def merge(
             fingerprint=folder.base_fingerprint(),
             export_format=form,
             dtype=dtype,
+            checkpoint=checkpoint,
             prove=prove,
         )
         return MergedRun(report, *proven[0])

@@ -41,11 +41,10 @@ from lorafit.export import follow_base
 from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
 from lorafit.methods.lora import Counts
-from lorafit.runs import RunDir, RunIdentity, RunLock
+from lorafit.runs import Checkpoint, RunDir, RunIdentity, RunLock, best_step
 from lorafit.runs.lookup import OtherRows, RunTarget, find_target, next_free, restore_run, set_run_aside
 from lorafit.runs.signals import EarlySignals, StopSignals
 from lorafit.training import (
-    Checkpoint,
     EventLog,
     MetricsLog,
     TrainerCallback,
@@ -73,6 +72,7 @@ class TrainedRun:
         train_s: seconds of training.
         loss: the last step's loss; NaN without one.
         eval_loss: the last held-out loss, if it was measured.
+        best: (step, held-out loss) of the checkpoint with the lowest loss, if it was measured.
     """
 
     run: RunDir
@@ -88,6 +88,7 @@ class TrainedRun:
     train_s: float
     loss: float
     eval_loss: float | None = None
+    best: tuple[int, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""
@@ -98,6 +99,7 @@ class TrainedRun:
             "held_out_rows": len(self.held_out_rows),
             "loss": self.loss,
             "eval_loss": self.eval_loss,
+            "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
             "train_s": round(self.train_s, 2),
             "tokens_per_s": round(self.tokens / max(self.train_s, 1e-9)),
             "trainable_parameters": self.counts.trainable,
@@ -280,6 +282,7 @@ def _result(
         train_s=train_s,
         loss=math.nan if loss is None else loss,
         eval_loss=_last(loop, "eval_loss"),
+        best=best_step(manifest.run.checkpoints),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, say, show_json
 from lorafit.errors import UsageError
 
@@ -43,6 +44,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option("--temperature", metavar="NUMBER", min=0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
+    checkpoint: flags.Checkpoint = "last",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Talk to a trained run or a merged model. Without --prompt it is a conversation, one line a turn."""
@@ -50,9 +52,11 @@ def chat(
 
     if json and prompt is None:
         raise UsageError("a conversation has no JSON output", where="--json", fix="add --prompt")
-    session = load(run)
+    session = load(run, checkpoint=checkpoint)
     if compare and session.is_merged:
         raise UsageError("a merged model has no base to compare with", where="--compare", fix="name the run instead")
+    if session.weights is not None and session.weights.step is not None and not json:
+        say(f"[dim]answers of step {session.weights.step}[/dim]")
     if session.left_out and not json:
         left_out = ", ".join(f"{name} {value}" for name, value in session.left_out.items())
         say(f"[dim]answers leave out {escape(left_out)} of the base's generation_config.json[/dim]")

@@ -41,12 +41,13 @@ def export(
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the adapter; default the run's.", show_default=False)
     ] = None,
+    checkpoint: flags.Checkpoint = "last",
     json: flags.Json = False,
 ) -> None:
     """Write the run for the program that serves it, and prove its answers there."""
     from lorafit.api.ship.export import export as run_export
 
-    exported = run_export(run, to=to, quantization=quantization, onto=onto, out=out, name=name)
+    exported = run_export(run, to=to, quantization=quantization, onto=onto, out=out, name=name, checkpoint=checkpoint)
     if json:
         show_json(exported.to_dict())
     else:

@@ -18,6 +18,9 @@ Data = Annotated[
 ]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: a local folder or a hub id.", show_default=False)]
 Run = Annotated[str, typer.Argument(help="Run directory of a trained run.", show_default=False)]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", help="Weights of the run: last, best by held-out loss, or a step.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Set = Annotated[
     list[str] | None,
@@ -114,7 +117,7 @@ VALUES = {
     "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
     "--encoding": "cp1252", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "key.txt", "--device": "cpu",
     "--tenants": "tenants.yaml", "--adapter-dir": "runs", "--usage-log": "usage.jsonl", "--max-num-seqs": "16",
-    "--max-model-len": "4096", "--max-loras": "8", "--out": "folder",
+    "--checkpoint": "best", "--max-model-len": "4096", "--max-loras": "8", "--out": "folder",
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
     "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors",

@@ -44,12 +44,13 @@ def merge(
         Literal["auto", "bf16", "fp16", "fp32"],
         typer.Option("--dtype", help="Dtype of the weights; auto: the original's own, or bf16 onto quantized."),
     ] = "auto",
+    checkpoint: flags.Checkpoint = "last",
     json: flags.Json = False,
 ) -> None:
     """Write the merged weights, reload them, and measure them against the live adapter model."""
     from lorafit.api.merge import merge as run_merge
 
-    merged = run_merge(run, onto=onto, out=out, export_format=export_format, dtype=dtype)
+    merged = run_merge(run, onto=onto, out=out, export_format=export_format, dtype=dtype, checkpoint=checkpoint)
     if json:
         show_json(merged.to_dict())
     else:
@@ -70,8 +71,10 @@ def show_merged(merged: MergedRun) -> None:
     """Show the written model, the comparison and the verdict."""
     report = merged.report
     size = f"{gib(report.total_bytes)} in {report.shards} shard(s)"
+    step = f"step {report.step} " if report.step is not None else ""
     heading(
-        "merge", f"onto the {report.onto} base: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}"
+        "merge",
+        f"{step}onto the {report.onto} base: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}",
     )
     show_verification(merged.verification)
     for proof in merged.proofs:

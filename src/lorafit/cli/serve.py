@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from lorafit.cli import flags
 from lorafit.cli.screen.console import say, show_json
 from lorafit.errors import UsageError
 
@@ -50,19 +51,20 @@ def serve(
     usage_log: Annotated[
         Path | None, typer.Option("--usage-log", metavar="FILE", help="File for a JSON line a request.")
     ] = None,
+    checkpoint: flags.Checkpoint = "last",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the start.")] = False,
 ) -> None:
     """Serve runs over HTTP with OpenAI's routes: one base in memory, and the adapter that each request names."""
     sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "max_loras": max_loras}
-    _serve(runs, (host, port), api_key_file, tenants, adapter_dir or [], sizes, usage_log, json)
+    folders = {"tenants": tenants, "adapter_dirs": adapter_dir or [], "checkpoint": checkpoint}
+    _serve(runs, (host, port), api_key_file, folders, sizes, usage_log, json)
 
 
 def _serve(
     runs: list[Path],
     place: tuple[str, int],
     api_key_file: Path | None,
-    tenants: Path | None,
-    adapter_dirs: list[Path],
+    folders: dict[str, Any],
     sizes: dict[str, Any],
     usage_log: Path | None,
     json: bool,
@@ -80,9 +82,7 @@ def _serve(
     _require_long(keys.admin, ADMIN_KEY)
     options = ServerOptions(usage_log=usage_log)
     with redirect_library_logs():
-        server = make_server(
-            runs, keys, limits=Limits(**sizes), options=options, tenants=tenants, adapter_dirs=adapter_dirs
-        )
+        server = make_server(runs, keys, limits=Limits(**sizes), options=options, **folders)
     models = [server.engine.base_name, *server.engine.pool.names()]
 
     def on_start(address: str) -> None:

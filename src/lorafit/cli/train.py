@@ -91,6 +91,8 @@ def _show_done(trained: TrainedRun) -> None:
     held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
     took = f"{counted(trained.steps, 'step')} in {duration(trained.train_s)}"
     heading("done", f"{took}, loss {loss(trained.loss)}{held_out}")
+    if trained.best:
+        heading("best", _best(trained.best, trained.steps))
     show_findings([finding for finding in trained.findings if finding.code.startswith("R")])
     run = str(trained.run.path)
     heading("run", f"[bold]{near(run)}[/bold]")
@@ -98,6 +100,14 @@ def _show_done(trained: TrainedRun) -> None:
         (typed("lorafit", "chat", run, "--compare"), "base and tuned side by side"),
         (typed("lorafit", "merge", run), "one model to serve, verified"),
     )
+
+
+def _best(best: tuple[int, float], steps: int) -> str:
+    """Return the checkpoint with the lowest held-out loss beside the last one, and how to use it."""
+    step, held_out = best
+    if step == steps:
+        return f"the last step, held-out loss {loss(held_out)}"
+    return f"step {step}, held-out loss {loss(held_out)}; chat, merge, export and serve take it with --checkpoint best"
 
 
 def _result_as_json(trained: TrainedRun) -> dict[str, Any]:

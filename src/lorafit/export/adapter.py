@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorafit.config import RunConfig
 from lorafit.export.companions import companion_text, read_companion, write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.lineage import Lineage
 from lorafit.export.model_card import adapter_card
 from lorafit.export.verify import write_chat_template
 from lorafit.findings import Finding
-from lorafit.runs import RunDir, RunIdentity, adapter_hashes, changed_file, write_text
+from lorafit.runs import ChosenWeights, RunDir, RunIdentity, adapter_hashes, changed_file, write_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
@@ -23,12 +24,17 @@ def write_adapter_companions(run: RunDir, staged: Path) -> list[Finding]:
     Returns finding V001 if transformers would render another prompt from `staged` than training had. Raises
     BackboneError for a damaged file of the base.
     """
-    parts = FinishedRun.of(run, staged)
+    parts = FinishedRun.of(run, ChosenWeights(staged))
     write_text_companions(parts, staged)
     lineage = Lineage.of(run)
-    lineage.write(staged)
-    (staged / CARD).write_text(adapter_card(parts.config, lineage), encoding="utf-8")
+    write_origin(staged, parts.config, lineage)
     return write_chat_template(parts, staged)
+
+
+def write_origin(folder: Path, config: RunConfig, lineage: Lineage) -> None:
+    """Write lineage.json and the model card of the adapter in `folder`."""
+    lineage.write(folder)
+    (folder / CARD).write_text(adapter_card(config, lineage), encoding="utf-8")
 
 
 def result_hashes(folder: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from lorafit.config import RunConfig, read_json
 from lorafit.data.template.template import MAX_TEMPLATE_BYTES, Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
-from lorafit.runs import RunDir, require_trained_run
+from lorafit.export.lineage import Lineage
+from lorafit.runs import LAST, ChosenWeights, RunDir, choose_weights
 
 
 class Golden(NamedTuple):
@@ -32,7 +33,7 @@ class FinishedRun:
     Attributes:
         folder: the run directory.
         config: the settings.
-        adapter: the adapter's folder.
+        weights: the trained weights.
         template: the chat template, checked against `golden`.
         tokenizer: the base's tokenizer.
         golden: conversations with the prompt ids that they had in training.
@@ -40,28 +41,40 @@ class FinishedRun:
 
     folder: Path
     config: RunConfig
-    adapter: Path
+    weights: ChosenWeights
     template: Template
     tokenizer: TextTokenizer
     golden: tuple[Golden, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> FinishedRun:
-        """Read the run in `folder`.
+    def open(cls, folder: Path, checkpoint: str = LAST) -> FinishedRun:
+        """Read the run in `folder`, with the weights of `checkpoint`: last, best or a step.
 
         Raises RunDirError if a part is missing, AdapterError if the adapter is not the trained one, TemplateError if
-        prompts would differ.
+        prompts would differ, and UsageError or CheckpointError for a checkpoint that is not kept whole.
         """
         run = RunDir.open(folder)
-        require_trained_run(run)
-        return cls.of(run, run.adapter)
+        return cls.of(run, choose_weights(run, checkpoint))
 
     @classmethod
-    def of(cls, run: RunDir, adapter: Path) -> FinishedRun:
-        """Read the parts of `run` beside the trained weights in `adapter`, which are not read."""
+    def of(cls, run: RunDir, weights: ChosenWeights) -> FinishedRun:
+        """Read the parts of `run` beside the trained `weights`, which are not read."""
         config = run.config()
         tokenizer = TextTokenizer.from_base(config.base, config.revision)
         template = Template.load(run.template, tokenizer)
         golden = read_json(run.template, TemplateError, max_bytes=MAX_TEMPLATE_BYTES)["golden"]
         prompts = tuple(Golden(each["messages"], each["ids"]) for each in golden)
-        return cls(run.path, config, adapter, template, tokenizer, prompts)
+        return cls(run.path, config, weights, template, tokenizer, prompts)
+
+    @property
+    def adapter(self) -> Path:
+        """Return the folder of the trained weights."""
+        return self.weights.folder
+
+    def lineage(self) -> Lineage | None:
+        """Return the lineage of the trained weights; None for a run of an older release, which wrote none."""
+        run, weights = RunDir(self.folder), self.weights
+        last = Lineage.read(run.adapter)
+        if last is None or weights.step is None:
+            return last
+        return last.at_step(weights.step, weights.eval_loss, run.metrics)

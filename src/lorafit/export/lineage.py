@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ class Lineage:
             return cls(**{**fields, "data": tuple(fields["data"])})
         except (KeyError, TypeError) as error:
             raise RunDirError("the file is damaged", where=str(path), fix="restore the run directory") from error
+
+    def at_step(self, step: int, eval_loss: float | None, metrics: Path) -> Lineage:
+        """Return the lineage of the weights after `step`, an earlier one of the same run."""
+        losses = [entry.get("loss") for entry in _metrics(metrics) if entry["step"] == step]
+        loss = next((each for each in losses if each is not None), None)
+        return replace(self, steps=step, loss=loss, eval_loss=eval_loss)
 
     def write(self, folder: Path) -> None:
         """Write lineage.json to `folder`."""

@@ -19,12 +19,11 @@ from lorafit.errors import RunDirError
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.formats import DEFAULT_FORMAT, ExportFormat, OwnTokenizer, Safetensors, format_named, in_dtype
-from lorafit.export.lineage import Lineage
 from lorafit.export.model_card import model_card
 from lorafit.export.verify import check_own_tokenizer, write_chat_template
 from lorafit.findings import Finding
 from lorafit.methods import TrainedWeights, method_of
-from lorafit.runs import RunDir, staged_folder
+from lorafit.runs import LAST, RunDir, staged_folder
 
 SPARE_BYTES = 64 << 20
 
@@ -41,6 +40,7 @@ class MergeReport:
         merged_weights: The number of weights with a delta.
         elapsed_s: Seconds of writing.
         findings: Findings about the exported prompt.
+        step: The optimizer step of the weights; None for the end of training.
     """
 
     folder: Path
@@ -50,6 +50,7 @@ class MergeReport:
     merged_weights: int
     elapsed_s: float
     findings: tuple[Finding, ...]
+    step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""
@@ -66,6 +67,7 @@ def merge(
     fingerprint: str | None = None,
     export_format: ExportFormat | None = None,
     dtype: str = "auto",
+    checkpoint: str = LAST,
     prove: Callable[[Path, MergeBase, ExportFormat], object] | None = None,
 ) -> MergeReport:
     """Merge the trained weights of `run_dir` into its base, and write a model folder.
@@ -73,21 +75,22 @@ def merge(
     The folder appears completely or not at all. `onto` "quantized" adds the delta to the dequantized 4-bit base, the
     model that was trained; "original" adds it to the checkpoint as stored. A run over an unquantized base has the
     original only. `out` is by default `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, so
-    that another base is refused. `dtype` is that of the weights, see `in_dtype`. `prove` is called with the
+    that another base is refused. `dtype` is that of the weights, see `in_dtype`; `checkpoint` is
+    last, best or a step. `prove` is called with the
     folder of the written files before it gets its name; if it raises, no files are left.
 
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
     started = time.monotonic()
+    run = FinishedRun.open(run_dir, checkpoint)
     form = export_format or format_named(DEFAULT_FORMAT)
-    run = FinishedRun.open(run_dir)
     if run.config.quantization == "none":
         onto = "original"
     base = base_folder(run.config.base, run.config.revision, weights=True)
     require_same_base(base, fingerprint)
     form = in_dtype(form, dtype, onto, base)
     trained = method_of(run.config).trained_weights(run.adapter, run.config)
-    folder = RunDir(run_dir).exports / _folder_name(onto, form) if out is None else out
+    folder = RunDir(run_dir).exports / f"{_folder_name(onto, form)}{run.weights.suffix}" if out is None else out
     with staged_folder(folder) as staged:
         _check_space(base, staged, form)
         findings = _write_companions(run, staged, onto, form)
@@ -97,7 +100,9 @@ def merge(
         elapsed = time.monotonic() - started
         if prove is not None:
             prove(staged, onto, form)
-    return MergeReport(folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings))
+    return MergeReport(
+        folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings), run.weights.step
+    )
 
 
 def merged_weights(
@@ -125,7 +130,7 @@ def merged_weights(
 
 def _write_companions(run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
     write_companions(run, folder, form.dtype)
-    lineage = Lineage.read(run.adapter)
+    lineage = run.lineage()
     if lineage is not None:
         lineage.write(folder)
     (folder / "README.md").write_text(model_card(run.config, onto, form, lineage), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Runs: layout, lock, identity, seal, lookup, own files and signals of a run directory. No torch."""
 
+from lorafit.runs.checkpoint import ADAPTER, Checkpoint, best_step, clear_unfinished, newest_whole, set_aside
 from lorafit.runs.identity import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
 from lorafit.runs.own_files import (
     append_own,
@@ -13,11 +14,15 @@ from lorafit.runs.own_files import (
 )
 from lorafit.runs.run_dir import RunDir, write_text
 from lorafit.runs.seal import changed_file, file_hash, is_sealed, sealed
-from lorafit.runs.trained_run import adapter_hashes, require_trained_run
+from lorafit.runs.trained_run import LAST, ChosenWeights, adapter_hashes, choose_weights, require_trained_run
 from lorafit.runs.writing import RunLock, follow_umask, staged_folder, sync
 
 __all__ = [
+    "ADAPTER",
+    "Checkpoint",
+    "ChosenWeights",
     "FREE",
+    "LAST",
     "LAYOUT",
     "RunDir",
     "RunFingerprint",
@@ -25,7 +30,10 @@ __all__ = [
     "RunLock",
     "adapter_hashes",
     "append_own",
+    "best_step",
     "changed_file",
+    "choose_weights",
+    "clear_unfinished",
     "differing_settings",
     "file_hash",
     "follow_umask",
@@ -33,6 +41,7 @@ __all__ = [
     "is_sealed",
     "new_own",
     "new_own_folder",
+    "newest_whole",
     "open_own",
     "read_own",
     "refuse_planted",
@@ -40,6 +49,7 @@ __all__ = [
     "require_folder",
     "require_trained_run",
     "sealed",
+    "set_aside",
     "staged_folder",
     "sync",
     "write_text",

@@ -1,13 +1,23 @@
-"""trained_run: the check that a finished run is the one that was trained, before another command relies on it."""
+"""trained_run: the weights of a finished run, proved to be the trained ones before another command relies on them."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit.config.foreign_text import read_json
-from lorafit.errors import AdapterError, RunDirError
+from lorafit.errors import AdapterError, CheckpointError, RunDirError, UsageError
+from lorafit.runs.checkpoint import (
+    ADAPTER,
+    Checkpoint,
+    best_step,
+    checkpoint_folders,
+    folder_name,
+    read_manifest,
+    step_of,
+)
 from lorafit.runs.identity import RunIdentity, differing_settings, held_settings, with_defaults
 from lorafit.runs.run_dir import RunDir
 from lorafit.runs.seal import changed_file, file_hash
@@ -15,6 +25,69 @@ from lorafit.runs.seal import changed_file, file_hash
 REPEAT = "repeat the train command, which restores it, or pass --restart to train again"
 DOCUMENTS = (".md",)
 """Endings of files for people. They may be edited, and no command reads them."""
+
+
+LAST, BEST = "last", "best"
+"""Names of the weights at the end of training, and of those with the lowest held-out loss."""
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """Hold the weights of a run that a command uses.
+
+    Attributes:
+        folder: their folder.
+        step: their optimizer step; None for the weights at the end of training.
+        eval_loss: the held-out loss of an earlier step, if it was measured.
+    """
+
+    folder: Path
+    step: int | None = None
+    eval_loss: float | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Return the end of an export's name: nothing for the weights at the end of training."""
+        return "" if self.step is None else f"-{folder_name(self.step)}"
+
+
+def choose_weights(run: RunDir, checkpoint: str = LAST) -> ChosenWeights:
+    """Return the weights of `run` that `checkpoint` names: last, best, or a step that has a checkpoint.
+
+    Every file that is read of the run has proved to be the trained one. Raises RunDirError or AdapterError as
+    `require_trained_run` does, UsageError for a checkpoint that is not kept, CheckpointError for a damaged one.
+    """
+    identity = require_trained_run(run)
+    if checkpoint == LAST:
+        return ChosenWeights(run.adapter)
+    kept = [step_of(path) for path in checkpoint_folders(run.checkpoints)]
+    fix = f"choose {LAST}, {BEST} or {' or '.join(map(str, kept))}" if kept else f"choose {LAST}"
+    step = _best_step(run, fix) if checkpoint == BEST else _step_named(checkpoint)
+    if step is None or step not in kept:
+        what = f"'{checkpoint:.40}' is no checkpoint of this run"
+        raise UsageError(what, where=str(run.path), fix=fix)
+    try:
+        whole = Checkpoint.open(run.checkpoints / folder_name(step), run=identity.run)
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=error.where, fix="choose another checkpoint, or last") from error
+    if whole.is_last:
+        return ChosenWeights(run.adapter)
+    return ChosenWeights(whole.folder / ADAPTER, whole.step, whole.eval_loss)
+
+
+def _best_step(run: RunDir, fix: str) -> int:
+    for folder in checkpoint_folders(run.checkpoints):
+        read_manifest(folder)  # the loss of a damaged checkpoint is unknown, and might be the lowest
+    best = best_step(run.checkpoints)
+    if best is None:
+        what = "no checkpoint of this run has a held-out loss, so none is known to be the best"
+        raise UsageError(what, where=str(run.path), fix=fix.replace(f", {BEST}", ""))
+    return best[0]
+
+
+def _step_named(checkpoint: str) -> int | None:
+    digits = checkpoint.removeprefix("step-")
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else None
 
 
 def adapter_hashes(folder: Path) -> dict[str, str]:

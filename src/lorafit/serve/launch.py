@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from lorafit.errors import UsageError
-from lorafit.runs import RunDir
+from lorafit.runs import LAST, RunDir
 from lorafit.serve.adapters import ServedBase
 from lorafit.serve.engines import BuiltinEngine, Limits
 from lorafit.serve.http import ServerOptions, make_app
@@ -43,10 +43,12 @@ def make_server(
     options: ServerOptions,
     tenants: Path | None = None,
     adapter_dirs: Sequence[Path] = (),
+    checkpoint: str = LAST,
 ) -> Server:
     """Load the base of `runs` once with all their adapters, each proved. The adapter's name is its folder's.
 
-    More adapters may be loaded at run time from the runs' folders and from `adapter_dirs`. Raises UsageError,
+    `checkpoint` chooses the weights of each run: last, best or a step. More adapters may be loaded at run time from
+    the runs' folders and from `adapter_dirs`. Raises UsageError,
     RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     known = Tenants.of(keys.api, keys.admin, tenants)  # before the base is loaded, which takes longer
@@ -61,7 +63,7 @@ def make_server(
     metrics.kv_positions = limits.max_num_seqs * engine.positions
     try:
         for name, run in zip(names, runs, strict=True):
-            engine.add_adapter(name, run)
+            engine.add_adapter(name, run, checkpoint=checkpoint)
     except BaseException:
         engine.stop(0)
         raise

@@ -10,7 +10,7 @@ from lorafit.backbone import require_same_base
 from lorafit.config import RunConfig, base_folder, sampling_settings, served_stop_ids
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
-from lorafit.runs import RunDir, require_trained_run
+from lorafit.runs import LAST, ChosenWeights, RunDir, choose_weights
 from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine
 
 TUNED = "tuned"
@@ -20,28 +20,37 @@ TUNED = "tuned"
 class Session:
     """Hold an engine with the run's base and adapter, and the run's template."""
 
-    def __init__(self, run: RunDir, config: RunConfig, engine: Engine, template: Template) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        engine: Engine,
+        template: Template,
+        weights: ChosenWeights | None = None,
+    ) -> None:
         self.run, self.config, self.engine, self.template = run, config, engine, template
+        self.weights = weights
+        """The run's weights that answer; None for a merged model."""
         base = base_folder(config.base, config.revision)
         self.stop_ids = served_stop_ids(template.stop_ids, base)
         self.left_out = sampling_settings(base)
         """Settings of the base's generation_config.json that `answer` does not apply."""
 
     @classmethod
-    def load(cls, path: Path, *, device: str | None = None) -> Session:
-        """Load the run in `path`.
+    def load(cls, path: Path, *, device: str | None = None, checkpoint: str = LAST) -> Session:
+        """Load the run in `path`, with the weights of `checkpoint`: last, best or a step.
 
         The template's golden prompts are asserted, so that prompts are as in training; base and adapter must be the
         trained ones. Raises RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
         """
         run = RunDir.open(path)
-        require_trained_run(run)
+        weights = choose_weights(run, checkpoint)
         config = run.config()
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
         require_same_base(base_folder(config.base, config.revision, weights=True), run.base_fingerprint())
         engine = InProcessEngine(config, device)
-        engine.add_adapter(TUNED, run.adapter)
-        return cls(run, config, engine, template)
+        engine.add_adapter(TUNED, weights.folder)
+        return cls(run, config, engine, template, weights)
 
     @classmethod
     def load_merged(cls, path: Path, *, device: str | None = None) -> Session:

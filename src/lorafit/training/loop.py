@@ -19,15 +19,10 @@ from lorafit.engine import Step, packed
 from lorafit.errors import TrainingError
 from lorafit.methods import Method
 from lorafit.objectives import Objective
+from lorafit.runs import ADAPTER, Checkpoint, newest_whole
 from lorafit.runs.signals import StopSignals
 from lorafit.training.batches import Layout, Prefetched, StepDataset
-from lorafit.training.checkpoints.folder import Checkpoint, newest_whole
-from lorafit.training.checkpoints.snapshot import (
-    ADAPTER,
-    Snapshot,
-    restore_optimization,
-    restore_randomness,
-)
+from lorafit.training.checkpoints.snapshot import Snapshot, restore_optimization, restore_randomness
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
 from lorafit.training.distributed import Processes
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
@@ -220,6 +215,7 @@ class TrainingLoop:
         if (loss := self.held_out_loss(self.held_out_rows, stops=True)) is not None:
             self._report_evaluation(loss)
             self.owes_evaluation = False
+            self.control.should_save |= self.config.keep_best > 0 and self.callbacks.is_best(loss)
         if self._is_stopped():
             self.callbacks.stop(save=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafit.data import Rows
 from lorafit.errors import CheckpointError
-from lorafit.training.checkpoints.folder import newest_whole
+from lorafit.runs import newest_whole
 from lorafit.training.loop import TrainingLoop
 from lorafit.training.transformers_parts import Trainer
 

@@ -185,6 +185,11 @@ class Callbacks:
         state.global_step, state.epoch = step, epoch or 0.0
         self.control = self.handler.on_log(self.arguments, state, self.control, logs)
 
+    def is_best(self, loss: float) -> bool:
+        """Return True if no earlier evaluation had a held-out loss as low as `loss`."""
+        earlier = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        return loss == min(earlier, default=loss) and earlier.count(loss) <= 1
+
     def stop(self, *, save: bool = False) -> None:
         """End the loop after this step, with a checkpoint if `save` is set."""
         self.control.should_training_stop = True

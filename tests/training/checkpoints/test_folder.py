@@ -17,8 +17,8 @@ from little_trainer import training_loop
 from lorafit.backbone import load_backbone
 from lorafit.errors import CheckpointError
 from lorafit.methods.lora import attach
-from lorafit.training import Checkpoint
-from lorafit.training.checkpoints.folder import checkpoint_folders, prune, seal
+from lorafit.runs import Checkpoint
+from lorafit.runs.checkpoint import checkpoint_folders, prune, seal
 from lorafit.training.checkpoints.snapshot import Snapshot
 from tiny_models import save_base
 

@@ -1,7 +1,7 @@
 """Where a run goes on: past what is damaged, saying why, and losing nothing of it."""
 
-from lorafit.training import clear_unfinished, newest_whole, set_aside
-from lorafit.training.checkpoints.folder import seal
+from lorafit.runs import clear_unfinished, newest_whole, set_aside
+from lorafit.runs.checkpoint import seal
 
 
 def checkpoint(folder, step, run="r"):

@@ -7,7 +7,7 @@ import pytest
 
 from little_trainer import assert_same, trainer
 from lorafit.config import RunConfig
-from lorafit.training.checkpoints.folder import checkpoint_folders
+from lorafit.runs.checkpoint import checkpoint_folders
 from lorafit.training.checkpoints.writer import SaveTimer
 from tiny_models import save_base
 

@@ -16,13 +16,14 @@ from lorafit.backbone import base_fingerprint, load_backbone, redirect_library_l
 from lorafit.config import MergeBase, base_folder
 from lorafit.errors import UsageError
 from lorafit.export import verify
+from lorafit.export.adapter import write_origin
 from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, copy_adapter
 from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
-from lorafit.runs import RunDir, staged_folder
+from lorafit.runs import LAST, RunDir, staged_folder
 
 Target = Literal["merged", "adapter", "gguf"]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -81,11 +82,13 @@ def export(
     onto: MergeBase = "quantized",
     out: str | Path | None = None,
     name: str | None = None,
+    checkpoint: str = LAST,
 ) -> ExportedRun:
     """Export `run` for the program that serves it, and prove it there.
 
     `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, or
-    "adapter": a folder in which vLLM finds the base once and every adapter by its name. `onto` is as in `merge`.
+    "adapter": a folder in which vLLM finds the base once and every adapter by its name. `onto` and `checkpoint`
+    are as in `merge`.
     `name` is the adapter's, by default the run's. The export appears whole or not at all.
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
@@ -93,19 +96,19 @@ def export(
     if to not in get_args(Target):
         raise UsageError(f"'{to:.40}' is no export", where="--to", fix=f"choose {', '.join(get_args(Target))}")
     if to == "adapter":
-        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name)
+        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name, checkpoint)
     form = "safetensors" if to == "merged" else f"gguf-{quantization}"
-    merged = merge(run, onto=onto, out=out, export_format=form)
+    merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint)
     return ExportedRun(merged.folder, merged.folder, tuple(merged.findings))
 
 
-def _export_adapter(run: RunDir, out: Path | None, name: str | None) -> ExportedRun:
+def _export_adapter(run: RunDir, out: Path | None, name: str | None, checkpoint: str) -> ExportedRun:
     name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
     if not ADAPTER_NAME.fullmatch(name):
         what = f"'{name:.70}' is no adapter's name"
         raise UsageError(what, where="--name", fix="use up to 64 letters, digits, dots, dashes and underscores")
     with redirect_library_logs(run.log, optional=True):
-        finished = FinishedRun.open(run.path)
+        finished = FinishedRun.open(run.path, checkpoint)
         config = finished.config
         base = base_folder(config.base, config.revision, weights=True)
         require_same_base(base, run.base_fingerprint())
@@ -144,9 +147,12 @@ def _write_adapter(run: FinishedRun, held: AdaptersFolder, staged: Path, folder:
     copy_adapter(run.adapter, staged)
     config, method = run.config, method_of(run.config)
     entry = AdapterEntry.of(run, held)
-    write_text_companions(run, staged)  # an older release trained adapters without them
+    write_text_companions(run, staged)  # neither checkpoints nor adapters of an older release have them
+    lineage = run.lineage()
+    if lineage is not None and run.weights.step is not None:
+        write_origin(staged, config, lineage)
     findings = write_chat_template(run, staged)
-    live = method.load(load_backbone(config, exact=True), folder.adapter, config)
+    live = method.load(load_backbone(config, exact=True), run.adapter, config)
     rows = verification_rows(folder, template_of(folder))
     verification = verify(live, staged, rows, "quantized", method=method, export_format=entry)
     record_proofs(staged, Finishing(run, verification_records(folder)).prove(staged, live, entry, verification))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorafit.errors import UsageError
 from lorafit.methods.lora import GroupedAdapters
+from lorafit.runs import LAST
 from lorafit.serve.adapters.source import AdapterVersion, ServedBase, Weights, open_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
@@ -59,10 +60,10 @@ class AdapterPool:
         with self._lock:
             return version.identity in self._slots or version.identity in self._host
 
-    def open(self, name: str, path: Path) -> AdapterVersion:
+    def open(self, name: str, path: Path, checkpoint: str = LAST) -> AdapterVersion:
         """Check the adapter in `path` and read it into host memory, unregistered. See `open_adapter` for errors."""
         self._check_name(name)
-        version, weights = open_adapter(name, path, self.base, self.grouped.model, self.roots)
+        version, weights = open_adapter(name, path, self.base, self.grouped.model, self.roots, checkpoint)
         self._keep(version, weights)
         return version
 

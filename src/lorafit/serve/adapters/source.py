@@ -16,9 +16,10 @@ from lorafit.data import Template, TextTokenizer
 from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.methods import method_of
 from lorafit.methods.lora import AdapterFiles, fitting_weights
-from lorafit.runs import RunDir, adapter_hashes, require_trained_run
+from lorafit.runs import LAST, RunDir, adapter_hashes, choose_weights
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
+CHECKPOINTS = "checkpoints"
 SAME_SETTINGS = ("quantization", "compute", "method")
 """Settings that change what the base computes: adapters of one server have the same."""
 
@@ -81,15 +82,18 @@ class AdapterVersion:
 
 
 def open_adapter(
-    name: str, path: Path, base: ServedBase, model: nn.Module, roots: Sequence[Path]
+    name: str, path: Path, base: ServedBase, model: nn.Module, roots: Sequence[Path], checkpoint: str = LAST
 ) -> tuple[AdapterVersion, Weights]:
-    """Return the adapter in `path`, a run directory or its adapter folder, and its weights.
+    """Return the adapter in `path` and its weights: a run directory, its adapter folder, or a checkpoint in it.
+
+    `checkpoint` chooses the weights of a run directory: last, best or a step.
 
     `roots` are the folders that adapters may lie in. Raises UsageError for other places, AdapterError for files that
     must not be trusted or do not fit, VerificationError and TemplateError for another base or template.
     """
-    run = RunDir.open(_run_folder(_allowed(path, roots)))
-    require_trained_run(run)
+    folder, named = _run_folder(_allowed(path, roots))
+    run = RunDir.open(folder)
+    chosen = choose_weights(run, named or checkpoint).folder
     config = run.config()
     _require_same_settings(config, base.config, run.path)
     if (run.base_fingerprint() or _fingerprint(config)) != base.fingerprint:
@@ -99,11 +103,11 @@ def open_adapter(
     if template.sha256 != base.template.sha256 or template.stop_ids != base.template.stop_ids:
         what = "the adapter was trained with another chat template than the one that is served"
         raise VerificationError(what, where=str(run.path), fix="serve it from a server of its own")
-    method_of(config).trained_weights(run.adapter, config)  # raises for an untrained adapter and other settings
-    files = AdapterFiles.open(run.adapter)
-    hashes = _hashes(run.adapter)
+    method_of(config).trained_weights(chosen, config)  # raises for an untrained adapter and other settings
+    files = AdapterFiles.open(chosen)
+    hashes = _hashes(chosen)
     whole = hashlib.sha256(repr((base.fingerprint, template.sha256, hashes)).encode()).hexdigest()
-    version = AdapterVersion(name, run.adapter, whole, hashes, files.rank, files.scale)
+    version = AdapterVersion(name, chosen, whole, hashes, files.rank, files.scale)
     return version, version.read(model)
 
 
@@ -120,16 +124,19 @@ def _allowed(path: Path, roots: Sequence[Path]) -> Path:
     return real
 
 
-def _run_folder(path: Path) -> Path:
+def _run_folder(path: Path) -> tuple[Path, str | None]:
+    """Return the run directory that holds the weights in `path`, and the name of their checkpoint."""
     if not path.is_dir():
         raise UsageError("an adapter is a folder", where=str(path), fix="name a run directory")
     own = RunDir(path).holds_run
     if not own and path.name == "adapter" and RunDir(path.parent).holds_run:
-        return path.parent
+        return path.parent, None
+    if not own and path.parent.name == CHECKPOINTS and RunDir(path.parent.parent).holds_run:
+        return path.parent.parent, path.name
     if not own:
         what = "the folder names no run, so its base and its template are unknown"
         raise UsageError(what, where=str(path), fix="name the run directory")
-    return path
+    return path, None
 
 
 def _require_same_settings(config: RunConfig, served: RunConfig, where: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorafit.backbone import load_backbone
 from lorafit.errors import UsageError
+from lorafit.runs import LAST
 from lorafit.serve.adapters import AdapterPool, AdapterVersion, ServedBase
 from lorafit.serve.adapters.proof import golden_ids, prove_adapter, prove_base
 from lorafit.serve.decoding import BatchDecoder, Chosen, Generation, Sampling, Scheduler
@@ -71,8 +72,10 @@ class BuiltinEngine:
         """Return ready, draining, failed or stopped."""
         return self.scheduler.state
 
-    def add_adapter(self, name: str, path: Path, *, replace: bool = False) -> AdapterVersion:
+    def add_adapter(self, name: str, path: Path, *, replace: bool = False, checkpoint: str = LAST) -> AdapterVersion:
         """Check, prove and register the adapter in `path`. It blocks; requests go on meanwhile.
+
+        `checkpoint` chooses the weights of a run directory: last, best or a step.
 
         Raises UsageError, RunDirError, AdapterError, TemplateError or VerificationError.
         """
@@ -80,7 +83,7 @@ class BuiltinEngine:
             raise UsageError(
                 f"the adapter {name} is already loaded", where="lora_name", fix="unload it, or send load_inplace"
             )
-        version = self.pool.open(name, path)
+        version = self.pool.open(name, path, checkpoint)
 
         def prove() -> None:
             weights = self.pool.weights(version)

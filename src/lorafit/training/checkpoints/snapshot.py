@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lorafit.config import RunConfig
 from lorafit.methods import Method, MethodSnapshot
+from lorafit.runs import ADAPTER
 
 Tensors = dict[str, torch.Tensor]
 
@@ -143,7 +144,7 @@ class RandomStreams:
             torch.cuda.set_rng_state(self.gpu, device)
 
 
-ADAPTER, OPTIMIZER, RANDOM = "adapter", "optimizer.safetensors", "random.safetensors"
+OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
 TRAINER_STATE, REST = "trainer_state.json", "state.json"
 STATE_FIELDS = (
     "epoch",

@@ -13,15 +13,8 @@ from safetensors import SafetensorError
 
 from lorafit.config import RunConfig
 from lorafit.errors import LorafitError, RunDirError
-from lorafit.runs import new_own_folder, remove_own, require_folder, sync
-from lorafit.training.checkpoints.folder import (
-    Checkpoint,
-    checkpoint_folders,
-    folder_name,
-    prune,
-    remove_folder,
-    seal,
-)
+from lorafit.runs import Checkpoint, new_own_folder, remove_own, require_folder, sync
+from lorafit.runs.checkpoint import checkpoint_folders, folder_name, prune, remove_folder, seal
 from lorafit.training.checkpoints.snapshot import Snapshot
 from lorafit.training.logging.run_logs import EventLog
 

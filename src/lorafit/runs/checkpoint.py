@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import CheckpointError
-from lorafit.runs import file_hash, follow_umask, remove_own, sealed, sync
+from lorafit.runs.own_files import remove_own
+from lorafit.runs.seal import file_hash, sealed
+from lorafit.runs.writing import follow_umask, sync
 
-MANIFEST = "manifest.json"
+MANIFEST, ADAPTER = "manifest.json", "adapter"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 20
 FOREIGN = "it belongs to another run"
@@ -138,6 +140,18 @@ def remove_folder(folder: Path) -> None:
     remove_own(doomed)
     folder.rename(doomed)
     remove_own(doomed)
+
+
+def best_step(folder: Path) -> tuple[int, float] | None:
+    """Return (step, held-out loss) of the checkpoint in `folder` with the lowest loss, of equal ones the latest.
+
+    Only manifests are read. Returns None if no checkpoint has a loss.
+    """
+    scored = [
+        (loss, -(step_of(path) or 0)) for path in checkpoint_folders(folder) if (loss := _loss_of(path)) is not None
+    ]
+    loss, step = min(scored, default=(0.0, 0))
+    return (-step, loss) if scored else None
 
 
 def _loss_of(folder: Path) -> float | None:
