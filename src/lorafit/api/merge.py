@@ -79,13 +79,10 @@ def merge(
 
     Raises UsageError, RunDirError, CheckpointError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
-    if onto not in get_args(MergeBase):
-        names = " or ".join(get_args(MergeBase))
-        raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
+    _require_known(onto)
     form, folder = format_named(export_format), RunDir.open(Path(run))
     finished = FinishedRun.open(folder.path, checkpoint)
-    config = folder.config()
-    method = method_of(config)
+    config, method = finished.config, method_of(finished.config)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
         finishing = Finishing(finished, verification_records(folder))
@@ -108,6 +105,13 @@ def merge(
             prove=prove,
         )
         return MergedRun(report, *proven[0])
+
+
+def _require_known(onto: str) -> None:
+    """Raise UsageError unless `onto` is a base to merge onto."""
+    if onto not in get_args(MergeBase):
+        names = " or ".join(get_args(MergeBase))
+        raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
 
 
 def template_of(run: RunDir) -> Template:

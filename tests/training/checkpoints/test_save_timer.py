@@ -11,7 +11,7 @@ from lorafit.runs.checkpoint import checkpoint_folders
 from lorafit.training.checkpoints.writer import SaveTimer
 from tiny_models import save_base
 
-NEVER = {"save_steps": 1000, "keep_last": 99}
+NEVER = {"save_steps": 1000, "keep_last": 99, "keep_best": 0}
 
 
 @pytest.fixture(scope="module")
