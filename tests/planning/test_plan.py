@@ -6,7 +6,6 @@ import pytest
 
 from lorafit.config import resolve
 from lorafit.config.run_config import PLANNED
-from lorafit.errors import AdapterError
 from lorafit.findings import Finding
 from lorafit.hardware import hardware_named
 from lorafit.hardware.device import GIB, Hardware
@@ -90,9 +89,10 @@ def test_full_fine_tuning_without_a_gpu_is_planned_for_one():
     assert plan.hardware.name == "H100"
 
 
-def test_fused_projections_are_an_error_before_anything_is_planned():
-    with pytest.raises(AdapterError, match="qkv_proj"):
-        planned(config=PHI3)
+def test_a_fused_projection_is_planned_with_a_note():
+    _, plan = planned(config=PHI3)
+    assert plan.targets == ("qkv_proj",)
+    assert any("'qv' adapts the whole of qkv_proj" in note for note in plan.notes)
 
 
 def test_the_plan_is_json_ready_and_its_findings_come_back():

@@ -101,9 +101,9 @@ def test_a_quantised_checkpoint_of_another_family_says_how_it_is_quantised(here)
 
 def test_targets_are_checked_against_the_names_that_the_model_has(here):
     shape = ModelShape.from_config(NEMOTRON, "a-base")
-    assert resolve_targets("qv", shape) == ("q_proj", "v_proj")
+    assert resolve_targets("qv", shape.projections) == ("q_proj", "v_proj")
     with pytest.raises(AdapterError, match="did you mean 'up_proj'"):
-        resolve_targets(("up_porj",), shape)
+        resolve_targets(("up_porj",), shape.projections)
 
 
 def test_planning_imports_no_torch_for_it(tmp_path):

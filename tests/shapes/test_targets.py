@@ -1,10 +1,17 @@
 import pytest
 
 from lorafit.errors import AdapterError
-from lorafit.shapes import resolve_targets
+from lorafit.shapes import resolve_targets as resolve_in
+from lorafit.shapes import targets_note
 from planning_shapes import GPT2, PHI3, shape
 
 NEOX = {"model_type": "gpt_neox"}
+
+
+def resolve_targets(targets, model):
+    return resolve_in(targets, model.projections, model.family)
+
+
 LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -31,18 +38,15 @@ def test_attention_is_found_by_what_a_projection_does_not_by_its_name(family, na
     assert resolve_targets("attention", shape(model_type=family)) == names
 
 
-@pytest.mark.parametrize("preset", ["qv", "attention"])
 @pytest.mark.parametrize(
     ("config", "fused"), [(PHI3, "qkv_proj"), (NEOX, "query_key_value"), ({"model_type": "falcon"}, "query_key_value")]
 )
-def test_fused_projections_are_an_error_with_the_names_and_what_to_write(config, fused, preset):
-    with pytest.raises(AdapterError) as caught:
-        resolve_targets(preset, shape(**config))
-    message = str(caught.value)
-    assert f"'{preset}' needs separate attention projections" in message
-    assert f"write targets: [{fused}, " in message
-    for name in shape(**config).module_names:
-        assert name in message
+def test_a_preset_falls_back_to_the_fused_projection_with_a_note(config, fused):
+    model = shape(**config)
+    assert resolve_targets("qv", model) == (fused,)
+    assert resolve_targets("attention", model)[0] == fused
+    assert f"'qv' adapts the whole of {fused}" in targets_note("qv", model.projections, model.family)
+    assert not targets_note("all-linear", model.projections, model.family)
 
 
 def test_what_the_error_advises_is_accepted():
@@ -50,9 +54,18 @@ def test_what_the_error_advises_is_accepted():
     assert resolve_targets(("qkv_proj", "o_proj"), model) == ("qkv_proj", "o_proj")
 
 
-def test_gpt2_names_its_fused_projection():
-    with pytest.raises(AdapterError, match="c_attn"):
-        resolve_targets("qv", shape(GPT2))
+def test_names_that_two_modules_share_come_with_their_module():
+    assert resolve_targets("qv", shape(GPT2)) == ("c_attn",)
+    assert resolve_targets("attention", shape(GPT2)) == ("c_attn", "attn.c_proj")
+    assert resolve_targets("all-linear", shape(GPT2)) == ("c_attn", "c_proj", "c_fc")
+
+
+def test_feed_forwards_that_peft_takes_for_experts_are_left_out_with_a_note():
+    model = shape(model_type="qwen3_moe", num_experts=8, moe_intermediate_size=512, mlp_only_layers=[0])
+    assert resolve_targets("all-linear", model) == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert "leaves out gate_proj, up_proj, down_proj" in targets_note("all-linear", model.projections, "qwen3_moe")
+    with pytest.raises(AdapterError, match="'up_proj' cannot take an adapter: PEFT reads its name as"):
+        resolve_targets(("up_proj",), model)
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("q_proj", "lm_head")])

@@ -20,8 +20,9 @@ from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
-from lorafit.methods.lora import PRESETS, attach, lora_config
+from lorafit.methods.lora import attach, lora_config
 from lorafit.objectives import Sft
+from lorafit.shapes import ModelShape, resolve_targets
 from lorafit.training import EventLog, TrainingLoop
 from lorafit.training.trainer import LorafitTrainer
 
@@ -31,7 +32,7 @@ NAMED_ROWS = 3
 QUANT_PROFILE = nf4_config(torch.bfloat16)
 """NF4 with double quantization, as a transformers BitsAndBytesConfig."""
 
-ADAPTER_CONFIG = lora_config(RunConfig())
+ADAPTER_CONFIG = lora_config(RunConfig(), ("q_proj", "v_proj"))
 """The recipe's adapters, as a peft LoraConfig: r=16, alpha=32, dropout 0.05, q_proj and v_proj."""
 
 TRAINING_HYPERPARAMS = MappingProxyType(
@@ -87,12 +88,8 @@ class AdapterTrainingPipeline:
     @property
     def lora_config(self) -> Any:
         """Return peft's LoraConfig of the adapters."""
-        targets = self.config.targets
-        if targets == "all-linear":
-            made = lora_config(self.config)
-            made.target_modules = targets
-            return made
-        return lora_config(self.config, PRESETS[targets] if isinstance(targets, str) else targets)
+        shape = ModelShape.from_base(self.config.base, self.config.revision)
+        return lora_config(self.config, resolve_targets(self.config.targets, shape.projections, shape.family))
 
     @property
     def _base(self) -> Path:

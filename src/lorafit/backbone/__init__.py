@@ -21,10 +21,12 @@ from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
+from lorafit.backbone.projections import adapter_obstacles, linear_size, projections_of
 
 __all__ = [
     "FreshWeight",
     "FrozenLinear4bit",
+    "adapter_obstacles",
     "base_damages",
     "base_fingerprint",
     "compute_dtype",
@@ -36,9 +38,11 @@ __all__ = [
     "fresh_weights",
     "frozen_features",
     "frozen_product",
+    "linear_size",
     "load_backbone",
     "nf4_config",
     "output_head",
+    "projections_of",
     "quantize",
     "redirect_library_logs",
     "require_same_base",

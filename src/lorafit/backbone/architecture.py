@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
 from lorafit.config import RunConfig, read_json
 from lorafit.errors import BackboneError
@@ -82,14 +83,17 @@ def skeleton(architecture: PretrainedConfig) -> nn.Module:
 def linears_to_quantize(model: nn.Module) -> list[str]:
     """Return the names of the linears that lorafit quantizes.
 
-    They are all but the output head and the modules that must stay fp32.
+    They are all but the output head, the modules that must stay fp32, and those whose weight the model's code reads.
     """
-    kept = _keep_in_fp32(model)
+    kept, bare = _keep_in_fp32(model), bare_weights(model)
     head = output_head(model)
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and not any(part in name.split(".") for part in kept)
+        if type(module) is nn.Linear
+        and module is not head
+        and name not in bare
+        and not any(part in name.split(".") for part in kept)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorafit.hardware.device import GIB
 from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatch, PlanInputs
-from lorafit.shapes.shape import ModelShape, Projection
+from lorafit.shapes import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4. It has 4 bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales."""

@@ -118,7 +118,7 @@ class PlanInputs:
     @cached_property
     def targets(self) -> tuple[str, ...]:
         """Names of the modules with an adapter. Raises AdapterError for names that the model lacks."""
-        return resolve_targets(self.config.targets, self.shape)
+        return resolve_targets(self.config.targets, self.shape.projections, self.shape.family)
 
     @cached_property
     def adapter_parameters(self) -> int:

@@ -279,8 +279,8 @@ def fits_16bit(inputs: PlanInputs) -> bool:
 def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str, str]:
     if shape.quantized in QUANTIZED:
         return "nf4", f"the base is already in 4 bits ({shape.quantized})"
-    if shape.linear_class == "Conv1D":
-        return "none", f"{shape.family}'s Conv1D layers are not supported in 4 bits"
+    if shape.linear_class != "Linear":
+        return "none", f"{shape.family}'s {shape.linear_class} layers are not supported in 4 bits"
     if config.compute == "fp8" and rule.rank:
         return "nf4", "fp8 matmuls need 4-bit weights"
     return rule.quantization, rule.base_reason

@@ -53,11 +53,11 @@ def _kind(inputs: PlanInputs) -> Iterator[Finding]:
             "4-bit weights cannot be loaded as 16-bit ones",
             "set quantization: nf4, or choose the base's 16-bit checkpoint",
         )
-    if shape.linear_class == "Conv1D" and quantization == "nf4":
+    if shape.linear_class != "Linear" and quantization == "nf4":
         yield stop(
-            f"{shape.family} keeps its projections in Conv1D layers, which are not supported in 4 bits",
+            f"{shape.family} keeps its projections in {shape.linear_class} layers, which are not supported in 4 bits",
             "quantization",
-            "Conv1D weights are transposed, and the 4-bit layer is a Linear",
+            "the 4-bit layer replaces torch's Linear alone",
             "set quantization: none, or choose a base with linear layers",
         )
 
@@ -221,9 +221,8 @@ def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
 
 
 def _no_attention(inputs: PlanInputs) -> Iterator[Finding]:
-    leaves = {name.rpartition(".")[2] for name in inputs.targets}
     attention = {linear.name for linear in inputs.shape.linears if linear.is_attention}
-    if not leaves & attention:
+    if attention and not any(linear.is_attention for linear in inputs.shape.named(inputs.targets)):
         yield Finding(
             "P1",
             Severity.WARNING,

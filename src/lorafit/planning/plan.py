@@ -15,7 +15,7 @@ from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.planning.decisions import Decided, Decision, Option, decide, price_options
 from lorafit.planning.forecast import LEARNING_RATE, REASON, Forecast, forecast, not_built
 from lorafit.planning.pitfalls import obstacles, pitfalls
-from lorafit.shapes import ModelShape
+from lorafit.shapes import ModelShape, targets_note
 
 WIDTH = 1 << 20
 """Columns after which YAML folds a line, so large that each setting stays one line."""
@@ -154,6 +154,13 @@ class Plan:
     def reason(self) -> str:
         """Reason that the plan cannot run; empty when it can."""
         return "" if self.runnable else REASON
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Assumptions about model and device, and what a preset adapts beyond its usual modules."""
+        shape = self.shape
+        targets = targets_note(self.inputs.config.targets, shape.projections, shape.family)
+        return (*shape.notes, *filter(None, [targets]), *self.hardware.notes)
 
     @property
     def trainable_parameters(self) -> int:

@@ -1,5 +1,7 @@
 """Shapes: the sizes and projections of a model, from its config.json. No torch."""
 
-from lorafit.shapes.shape import ModelShape, Projection, resolve_targets
+from lorafit.shapes.projection import Projection
+from lorafit.shapes.shape import ModelShape
+from lorafit.shapes.targets import PRESETS, resolve_targets, targets_note
 
-__all__ = ["ModelShape", "Projection", "resolve_targets"]
+__all__ = ["PRESETS", "ModelShape", "Projection", "resolve_targets", "targets_note"]

@@ -22,9 +22,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Role = Literal["q", "k", "v", "qkv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
+Role = Literal["q", "k", "v", "qkv", "kv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
 LayerKind = Literal["all", "dense", "sparse"]
-ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o", "attention"})
+ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "kv", "o", "attention"})
+EXPERT_NAMES = "PEFT reads its name as that of the experts, which are no linear modules here"
+"""Obstacle of the feed-forwards beside experts, where PEFT rewrites the targets of older checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Part:
         when: Condition under which it exists.
         layers: Kind of layers that have it.
         stacked: Whether it is one 3-D parameter of all experts, not an `nn.Linear`.
+        obstacle: Why it cannot take an adapter; empty when it can.
     """
 
     path: str
@@ -50,6 +53,7 @@ class Part:
     when: str = "true"
     layers: LayerKind = "all"
     stacked: bool = False
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Family:
     positions: str = ""
     tied: bool = False
     one_kv_head: str = ""
-    linear_class: Literal["Linear", "Conv1D"] = "Linear"
+    linear_class: Literal["Linear", "Conv1D", "FalconLinear"] = "Linear"
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -167,6 +171,7 @@ _FALCON = Family(
     final="2*h",
     tied=True,
     one_kv_head="multi_query&!new_decoder_architecture",
+    linear_class="FalconLinear",
     defaults={"multi_query": True, "parallel_attn": True},
 )
 _QWEN2_MOE = Family(
@@ -264,7 +269,9 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family(_attention() + _experts("f"), (*_norms("2*h+q+kv"), _ROUTER), norms="2*h+q+kv"),
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_moe": Family(
-        _QWEN3.parts[:4] + _gated(layers="dense") + _experts(), (*_norms("2*h+2*d"), _ROUTER), norms="2*h+q+kv"
+        _QWEN3.parts[:4]
+        + tuple(replace(part, obstacle=EXPERT_NAMES) for part in _gated(layers="dense"))
+        + _experts(), (*_norms("2*h+2*d"), _ROUTER), norms="2*h+q+kv"
     ),
     "llama4_text": Family(
         _attention("attention_bias", "attention_bias")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorafit.config import base_folder
-from lorafit.errors import AdapterError
 from lorafit.shapes.dimensions import (
     Dimensions,
     holds,
@@ -20,43 +18,9 @@ from lorafit.shapes.dimensions import (
     text_part,
     tower_parameters,
 )
-from lorafit.shapes.families import ALIASES, ATTENTION_ROLES, FAMILIES, Family, Part, Role
+from lorafit.shapes.families import ALIASES, FAMILIES, Family, Part
+from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """Hold one kind of projection of the decoder.
-
-    Attributes:
-        name: Name of the module.
-        path: Module path within the layer.
-        role: What the projection does.
-        inputs: Columns of one matrix (outputs, inputs).
-        outputs: Rows of one matrix.
-        count: Matrices of this kind in the model.
-        stacked: Whether they are 3-D parameters of experts, not modules.
-        active: Share of the matrices that one token passes.
-    """
-
-    name: str
-    path: str
-    role: Role
-    inputs: int
-    outputs: int
-    count: int
-    stacked: bool = False
-    active: float = 1.0
-
-    @property
-    def parameters(self) -> int:
-        """Weights in all `count` matrices."""
-        return self.inputs * self.outputs * self.count
-
-    @property
-    def is_attention(self) -> bool:
-        """True for projections to queries, keys and values, and for attention's output."""
-        return self.role in ATTENTION_ROLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +40,7 @@ class ModelShape:
         normed_width: Values that norms see per token and layer.
         learned_positions: Whether there is a table of positions.
         capped_scores: Whether attention caps its scores, and so holds them (Gemma 2).
-        linear_class: `Linear` or `Conv1D`.
+        linear_class: Class of the decoder's linear modules: `Linear`, which 4 bits support, or another.
         quantized: How the checkpoint is quantized (`nf4`, `gptq`, …), if it is.
         counted: Whether the sizes were read from transformers' own modules.
         notes: Assumptions where the shape is not exact.
@@ -226,8 +190,8 @@ class ModelShape:
         }
 
     def named(self, names: tuple[str, ...]) -> tuple[Projection, ...]:
-        """Return the linear modules that have one of `names`."""
-        return tuple(linear for linear in self.linears if linear.name in names)
+        """Return the linear modules that one of `names` selects, and that take an adapter."""
+        return tuple(linear for linear in self.linears if not linear.obstacle and any(map(linear.is_named, names)))
 
 
 def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name: str) -> ModelShape:
@@ -290,7 +254,7 @@ def _projection(part: Part, count: int, sizes: Dimensions) -> Projection:
     name = part.path.rpartition(".")[2]
     inputs, outputs = size(part.inputs, sizes), size(part.outputs, sizes)
     if not part.stacked:
-        return Projection(name, part.path, part.role, inputs, outputs, count)
+        return Projection(name, part.path, part.role, inputs, outputs, count, obstacle=part.obstacle)
     share = sizes.experts_per_token / max(sizes["n"], 1)
     return Projection(name, part.path, part.role, inputs, outputs, count * sizes["n"], True, share)
 
@@ -307,60 +271,3 @@ def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensio
         if holds(part.when, config) and holds(part.bias, config):
             total += size(part.outputs, sizes) * sizes.layers_of(part.layers)
     return total
-
-
-PRESETS: Mapping[str, tuple[Role, ...]] = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
-
-
-def resolve_targets(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
-    """Return the names of the linear modules that `targets` selects, in layer order.
-
-    `qv` and `attention` go by the role of a projection, so `o` may be called `dense` or `out_proj`. `all-linear` is
-    every linear of the decoder except routers, without lm_head. Raises AdapterError with the model's own names when a
-    projection is fused, when a name is wrong, and when no name is given.
-    """
-    if targets == "all-linear":
-        return tuple(dict.fromkeys(linear.name for linear in shape.linears if linear.role != "other"))
-    if isinstance(targets, str) and targets in PRESETS:
-        return _preset(targets, shape)
-    names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
-    if not names:
-        raise AdapterError("targets is empty", where="targets", fix=_advice(shape))
-    for name in names:
-        _check(name, shape)
-    return names
-
-
-def _preset(preset: str, shape: ModelShape) -> tuple[str, ...]:
-    by_role = {linear.role: linear.name for linear in shape.linears}
-    wanted = PRESETS[preset]
-    if all(role in by_role for role in wanted):
-        return tuple(by_role[role] for role in wanted)
-    fused = by_role.get("qkv")
-    why = f"fuses queries, keys and values into '{fused}'" if fused else "has no such projections"
-    raise AdapterError(
-        f"'{preset}' needs separate attention projections, and {shape.family} {why}",
-        where="targets",
-        fix=_advice(shape),
-    )
-
-
-def _check(name: str, shape: ModelShape) -> None:
-    leaf = name.rpartition(".")[2]
-    if leaf in shape.module_names:
-        return
-    if leaf in ("lm_head", "embed_tokens", "embed_out"):
-        raise AdapterError(
-            f"'{name}' is not part of the decoder, so it cannot have an adapter",
-            where="targets",
-            fix=_advice(shape),
-        )
-    near = difflib.get_close_matches(leaf, shape.module_names, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise AdapterError(f"{shape.family} has no linear module '{name}'", where="targets", fix=hint + _advice(shape))
-
-
-def _advice(shape: ModelShape) -> str:
-    attention = [linear.name for linear in shape.linears if linear.is_attention]
-    names = ", ".join(shape.module_names)
-    return f"write targets: [{', '.join(dict.fromkeys(attention))}], or all-linear; the modules are {names}"

@@ -72,7 +72,7 @@ def show_choices(plan: Plan, resolved: Resolved) -> None:
     _show_grid(chosen)
     asked = resolved.config.gpu_memory
     understood = [f"gpu_memory {asked} is read as {gib(parse_bytes(asked))}"] if asked and "i" not in asked else []
-    for note in (*understood, *plan.shape.notes, *plan.hardware.notes):
+    for note in (*understood, *plan.notes):
         say(f"  [dim]note: {escape(note)}[/dim]")
 
 
@@ -87,7 +87,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
         decisions.add_row(decision.key, f"[bold]{decision.value}[/bold]", f"[dim]{escape(decision.reason)}[/dim]")
     decisions.add_row("targets", f"[bold]{', '.join(plan.targets)}[/bold]", "[dim]the names in this model[/dim]")
     _show_grid(decisions)
-    for note in (*plan.shape.notes, *plan.hardware.notes):
+    for note in plan.notes:
         say(f"  [dim]note: {escape(note)}[/dim]")
     memory = plan.memory
     budget = gib(plan.hardware.memory_bytes)

@@ -10,7 +10,7 @@ from lorafit.methods.lora.adapter_folder import (
     restore_adapter,
     save_adapter,
 )
-from lorafit.methods.lora.attach import PRESETS, Counts, attach, count_parameters, lora_config, resolve_targets
+from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
 from lorafit.methods.lora.grouped import GroupedAdapters, dense_adapter
 from lorafit.methods.lora.lora import Lora
 
@@ -22,7 +22,6 @@ __all__ = [
     "Deltas",
     "GroupedAdapters",
     "Lora",
-    "PRESETS",
     "attach",
     "count_parameters",
     "dense_adapter",

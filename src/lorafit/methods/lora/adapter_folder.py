@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lorafit.backbone import linear_size
 from lorafit.config import MAX_SCALE, RunConfig, read_json
 from lorafit.errors import AdapterError, VerificationError
 from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
@@ -28,7 +30,7 @@ PREFIX = "base_model.model."
 # keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
 FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-     "inference_mode", "peft_version", "use_rslora", "init_lora_weights")
+     "inference_mode", "peft_version", "use_rslora", "init_lora_weights", "fan_in_fan_out")
 )  # fmt: skip
 NEEDED_KEYS = frozenset(
     ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -46,12 +48,14 @@ class AdapterFiles:
         rank: LoRA's rank r.
         scale: alpha / r, or alpha / √r for rsLoRA.
         targets: the target modules, sorted.
+        transposed: True if the base stores its weights as (in, out), as Conv1D does.
     """
 
     folder: Path
     rank: int
     scale: float
     targets: tuple[str, ...]
+    transposed: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
@@ -69,7 +73,8 @@ class AdapterFiles:
         raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
         check_values(raw, str(folder / CONFIG_FILE))
-        return cls(folder, raw["r"], _scale(raw, folder), tuple(sorted(raw["target_modules"])))
+        targets = tuple(sorted(raw["target_modules"]))
+        return cls(folder, raw["r"], _scale(raw, folder), targets, bool(raw.get("fan_in_fan_out")))
 
     def settings(self) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
@@ -211,8 +216,8 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
             fix="use its own base",
         )
     for name, (a, b) in weights.items():
-        linear: Any = model.get_submodule(name)
-        if (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
+        linear = model.get_submodule(name)
+        if (a.shape[1], b.shape[0]) != linear_size(linear) or files.transposed != isinstance(linear, Conv1D):
             what = f"the adapter's shape does not fit {name}"
             raise AdapterError(what, where=str(files.folder), fix="use its own base")
     return weights
@@ -300,15 +305,18 @@ class Delta:
         a: A (r, in), fp32.
         b: B (out, r), fp32.
         scale: alpha / r.
+        transposed: True if the weight is stored as (in, out), as Conv1D does.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    transposed: bool = False
 
     def dense(self) -> Tensor:
-        """Return `scale · B @ A` (out, in) in fp32."""
-        return (self.b.float() @ self.a.float()) * self.scale
+        """Return `scale · B @ A` in fp32, as the weight is stored: (out, in), or transposed."""
+        dense = (self.b.float() @ self.a.float()) * self.scale
+        return dense.T.contiguous() if self.transposed else dense
 
 
 class Deltas(Mapping[str, Delta]):
@@ -324,7 +332,9 @@ class Deltas(Mapping[str, Delta]):
         Raises AdapterError for untrusted files, VerificationError for an untrained adapter.
         """
         files = AdapterFiles.open(folder)
-        deltas = {f"{name}.weight": Delta(a, b, files.scale) for name, (a, b) in files.weights().items()}
+        deltas = {
+            f"{name}.weight": Delta(a, b, files.scale, files.transposed) for name, (a, b) in files.weights().items()
+        }
         for name, delta in deltas.items():
             # an expert without routed tokens stays untrained
             if EXPERTS not in name and not bool(delta.dense().any()):

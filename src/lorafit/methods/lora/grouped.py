@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.backbone import linear_size
 from lorafit.errors import AdapterError
 
 NONE = 0
@@ -94,7 +95,7 @@ class GroupedAdapters:
             linear: Any = self.model.get_submodule(name)
             width = 1 << (rank - 1).bit_length()
             device = linear.weight.device
-            stack = self._stacks[name] = _Stack(self.slots, width, linear.in_features, linear.out_features, device)
+            stack = self._stacks[name] = _Stack(self.slots, width, *linear_size(linear), device)
             linear.register_forward_hook(self._hook(name, stack))
         return self._stacks[name]
 

@@ -1,0 +1,161 @@
+"""Projections: every matrix of a model's decoder, with its role and whether it takes an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from lorafit.backbone.architecture import architecture_of, output_head, text_decoder
+from lorafit.backbone.bare_weights import bare_weights
+from lorafit.shapes import Projection
+from lorafit.shapes.families import EXPERT_NAMES
+
+ROLES = {
+    "q": "q_proj q_lin query wq q q_a_proj q_b_proj",
+    "k": "k_proj k_lin key wk k",
+    "v": "v_proj v_lin value wv v",
+    "qkv": "qkv_proj query_key_value c_attn Wqkv qkv att_proj attn_qkv in_proj_qkv in_proj_qkvz",
+    "kv": "kv_a_proj_with_mqa kv_a_proj kv_b_proj kv_proj",
+    "o": "o_proj out_proj out_lin dense wo attn_out",
+    "gate": "gate_proj w1 gate_linear",
+    "up": "up_proj w3 fc1 c_fc dense_h_to_4h fc_in linear_1",
+    "gate_up": "gate_up_proj input_linear ff_proj",
+    "down": "down_proj w2 fc2 dense_4h_to_h fc_out output_linear linear_2 ff_out",
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
+OF_ATTENTION = ("q", "k", "v", "qkv", "kv", "o")
+CERTAIN = frozenset("q_proj k_proj v_proj qkv_proj query_key_value Wqkv in_proj_qkv in_proj_qkvz kv_b_proj".split())
+"""Names that only attention has, whatever the module around it is called."""
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Linears that choose experts. They take no adapter, since tuning the routing unbalances the experts."""
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+OLD_EXPERTS = {"mixtral": frozenset({"w1", "w2", "w3"}), "qwen2_moe": frozenset({"gate_proj", "up_proj", "down_proj"})}
+"""Names that PEFT rewrites into parameters of the experts (`peft.utils.transformers_weight_conversion`)."""
+OWN_PATTERNS = {"mixtral": "mixtral"}
+MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+"""Model types whose `out_proj` PEFT refuses by name."""
+MAMBA = "Mamba's kernels read its weight past an adapter"
+READ = "the model's code reads its weight past an adapter"
+INDEXER = "it only chooses which tokens are seen, so no gradient reaches it"
+
+
+class _Matrix(NamedTuple):
+    path: str
+    inputs: int
+    outputs: int
+    stacked: bool
+    role: str
+    obstacle: str
+
+
+def projections_of(model: nn.Module) -> tuple[Projection, ...]:
+    """Return each kind of matrix in the decoder of `model`, with its count and its share for one token.
+
+    The first layer that has a kind gives its place. Matrices outside the layers come last.
+    """
+    text, decoder = architecture_of(model).get_text_config(), text_decoder(model)
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    head, obstacles = output_head(model), adapter_obstacles(model)
+    seen = set() if head is None else {id(head.weight)}
+    experts, chosen = first_number(text, EXPERTS), first_number(text, EXPERTS_PER_TOKEN)
+    share = min(1.0, chosen / experts) if experts and chosen else 1.0
+    found = Counter(
+        matrix
+        for part in [*layers, decoder]
+        for matrix in _matrices(part, seen, int(text.hidden_size), experts, obstacles)
+    )
+    return tuple(
+        Projection(
+            name=path.rpartition(".")[2],
+            path=path,
+            role=role,  # type: ignore[arg-type]
+            inputs=inputs,
+            outputs=outputs,
+            count=count,
+            stacked=stacked,
+            active=share if stacked or ".experts." in f".{path}" else 1.0,
+            obstacle=obstacle,
+        )
+        for (path, inputs, outputs, stacked, role, obstacle), count in found.items()
+    )
+
+
+def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the linears of `model` that cannot take an adapter, each with the reason."""
+    kind = str(architecture_of(model).model_type)
+    pattern = {**_MODEL_TO_CONVERSION_PATTERN, **OWN_PATTERNS}.get(kind, "")
+    old, bare = OLD_EXPERTS.get(pattern, frozenset()), bare_weights(model)
+    indexers = {id(part) for one in model.modules() if "Indexer" in type(one).__name__ for part in one.modules()}
+    obstacles = {}
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if leaf in old:
+            obstacles[module] = EXPERT_NAMES
+        elif leaf == "out_proj" and (path in bare or kind in MAMBA_TYPES):
+            obstacles[module] = MAMBA
+        elif path in bare:
+            obstacles[module] = READ
+        elif id(module) in indexers:
+            obstacles[module] = INDEXER
+    return obstacles
+
+
+def linear_size(module: Any) -> tuple[int, int]:
+    """Return inputs and outputs of a Linear or Conv1D, in 4 bits too."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def first_number(text: Any, keys: tuple[str, ...]) -> int:
+    """Return the first positive number among the configuration's `keys`; 0 without one."""
+    values = (getattr(text, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+
+def _matrices(
+    part: nn.Module, seen: set[int], hidden: int, experts: int, obstacles: dict[nn.Module, str]
+) -> Iterator[_Matrix]:
+    """Yield each matrix that is not in `seen`: the linears, then the stacked experts one by one."""
+    kinds = {path: type(module).__name__ for path, module in part.named_modules()}
+    for path, module in part.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            name = EXPERT.sub(r"\1experts.", path)
+            role = _role(name, kinds[path.rpartition(".")[0]])
+            yield _Matrix(name, *linear_size(module), False, role, obstacles.get(module, ""))
+    for path, weight in part.named_parameters():
+        if _is_stacked(path, weight, experts) and id(weight) not in seen:
+            seen.add(id(weight))
+            count, outputs, inputs = weight.shape
+            lies_transposed = (outputs if _role(path, "") == "down" else inputs) != hidden
+            inputs, outputs = (outputs, inputs) if lies_transposed else (inputs, outputs)
+            yield from (_Matrix(path, inputs, outputs, True, _role(path, ""), "") for _ in range(count))
+
+
+def _is_stacked(path: str, weight: Any, experts: int) -> bool:
+    """Return True for the matrices of all experts in one parameter, whatever its module is called."""
+    return weight.dim() == 3 and (".experts." in f".{path}" or (weight.shape[0] == experts > 1))
+
+
+def _role(path: str, holder: str) -> str:
+    """Return the role of a matrix by its name, else by the module that holds it."""
+    leaf, place = path.removesuffix(".weight").rpartition(".")[2], f"{path} {holder}".lower()
+    if leaf in ROUTERS:
+        return "other"
+    in_attention = "attn" in place or "attention" in place or leaf in CERTAIN
+    if leaf == "c_proj":
+        return "o" if in_attention else "down"
+    role = ROLE_OF.get(leaf)
+    if role and in_attention == (role in OF_ATTENTION):
+        return role
+    return "attention" if in_attention else "mixer"

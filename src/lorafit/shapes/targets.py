@@ -1,0 +1,109 @@
+"""Targets: the linear modules that take an adapter, from a preset or from names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from lorafit.errors import AdapterError
+from lorafit.shapes.families import Role
+from lorafit.shapes.projection import Projection
+
+FUSED: tuple[Role, ...] = ("qkv", "kv")
+PRESETS: Mapping[str, tuple[Role, ...]] = {
+    "qv": ("q", "v", *FUSED),
+    "attention": ("q", "k", "v", "o", "attention", *FUSED),
+}
+"""Preset -> the roles that it selects. A fused projection stands for each of its parts."""
+IN_WORDS = {"qv": "queries and values", "attention": "attention"}
+HEADS = ("lm_head", "embed_tokens", "embed_out")
+
+
+def resolve_targets(
+    targets: str | Sequence[str], projections: Sequence[Projection], family: str = "the model"
+) -> tuple[str, ...]:
+    """Return the names of the linear modules that `targets` selects, in layer order.
+
+    `qv` and `attention` go by the role of a projection, whatever its name, in the layers that have it. `all-linear` is
+    every linear of the decoder that takes an adapter, without routers and lm_head. A name that other linears share is
+    returned with its module, such as `self_attn.out_proj`. Raises AdapterError with the model's own names when a name
+    is wrong, when its module cannot take an adapter, and when nothing is selected.
+    """
+    linears = [part for part in projections if not part.stacked]
+    if isinstance(targets, str) and (targets == "all-linear" or targets in PRESETS):
+        return _shortest(_of_preset(targets, linears, family), linears)
+    names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
+    if not names:
+        raise AdapterError("targets is empty", where="targets", fix=_advice(linears))
+    for name in names:
+        _check(name, linears, family)
+    return names
+
+
+def targets_note(targets: str | Sequence[str], projections: Sequence[Projection], family: str) -> str:
+    """Return what a preset adapts beyond its usual modules, or cannot adapt; empty if it is as usual."""
+    if not isinstance(targets, str):
+        return ""
+    linears = [part for part in projections if not part.stacked]
+    notes = []
+    if targets in PRESETS:
+        chosen = _of_preset(targets, linears, family)
+        if not any(part.role in PRESETS[targets] for part in chosen):
+            notes.append(f"{family} has no attention, so '{targets}' adapts {_names(chosen)}")
+        elif fused := [part for part in chosen if part.role in FUSED]:
+            notes.append(f"{family} fuses projections, so '{targets}' adapts the whole of {_names(fused)}")
+    refused = [part for part in linears if part.obstacle and part.role != "other"]
+    if targets == "all-linear" and refused:
+        why = "; ".join(dict.fromkeys(part.obstacle for part in refused))
+        notes.append(f"'all-linear' leaves out {_names(refused)}: {why}")
+    return "; ".join(notes)
+
+
+def _of_preset(preset: str, linears: Sequence[Projection], family: str) -> list[Projection]:
+    free = [part for part in linears if not part.obstacle and part.role != "other"]
+    if preset == "all-linear":
+        chosen = free
+    else:
+        # a family without attention mixes tokens elsewhere
+        chosen = [part for part in free if part.role in PRESETS[preset]] or [p for p in free if p.role == "mixer"]
+    if not chosen:
+        what = "has no linear module that could take an adapter"
+        if preset in PRESETS and free:
+            what = f"has no projections of {IN_WORDS[preset]}"
+        raise AdapterError(f"{family} {what}", where="targets", fix=_advice(linears))
+    return chosen
+
+
+def _shortest(chosen: Sequence[Projection], linears: Sequence[Projection]) -> tuple[str, ...]:
+    """Return names that select exactly `chosen`, the bare name of a module where it suffices."""
+    kept = {id(part) for part in chosen}
+    shared = {part.name for part in linears if id(part) not in kept}
+    return tuple(dict.fromkeys(part.path if part.name in shared else part.name for part in chosen))
+
+
+def _check(name: str, linears: Sequence[Projection], family: str) -> None:
+    found = [part for part in linears if part.is_named(name)]
+    if any(not part.obstacle for part in found):
+        return
+    if found:
+        raise AdapterError(
+            f"'{name}' cannot take an adapter: {found[0].obstacle}", where="targets", fix=_advice(linears)
+        )
+    if name.rpartition(".")[2] in HEADS:
+        what = f"'{name}' is not part of the decoder, so it cannot have an adapter"
+        raise AdapterError(what, where="targets", fix=_advice(linears))
+    near = difflib.get_close_matches(name.rpartition(".")[2], [part.name for part in linears], n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise AdapterError(f"{family} has no linear module '{name}'", where="targets", fix=hint + _advice(linears))
+
+
+def _advice(linears: Sequence[Projection]) -> str:
+    free = [part for part in linears if not part.obstacle]
+    if not free:
+        return "choose another base"
+    attention = [part for part in free if part.is_attention] or free
+    return f"write targets: [{_names(attention)}], or all-linear; the modules are {_names(free)}"
+
+
+def _names(parts: Sequence[Projection]) -> str:
+    return ", ".join(dict.fromkeys(part.name for part in parts))

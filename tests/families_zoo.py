@@ -1,0 +1,128 @@
+"""Tiny random configurations of every causal family of transformers: its own defaults, made small key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 640
+LAYERS = 4
+MOST_PARAMETERS = 8_000_000
+
+SMALL: Mapping[int, tuple[str, ...]] = {
+    64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width", "mamba_d_ssm",
+         "attention_hidden_size", "output_hidden_size", "out_hidden_size"),
+    96: ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "intermediate_size_mlp",
+         "shared_intermediate_size", "block_ff_dim", "dense_intermediate_size", "prefix_dense_intermediate_size"),
+    LAYERS: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts",
+             "n_routed_experts", "moe_num_experts", "num_attention_heads", "n_head", "n_heads", "num_heads",
+             "num_attention_head", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads", "index_n_heads"),
+    2: ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_experts_per_tok", "num_experts_per_token", "moe_topk",
+        "moe_k", "top_k_experts", "linear_num_key_heads", "n_group", "mamba_n_groups", "n_groups"),
+    16: ("head_dim", "kv_lora_rank", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_state",
+         "ssm_state_size", "state_size", "index_head_dim", "global_head_dim", "swa_head_dim", "d_kv",
+         "attention_head_dim"),
+    8: ("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "index_topk", "hidden_size_per_layer_input",
+        "mamba_dt_rank", "time_step_rank", "swa_v_head_dim"),
+    24: ("q_lora_rank",),
+    32: ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+         "expert_ffn_hidden_size", "mamba_head_dim", "mamba_d_head", "chunk_size", "mamba_chunk_size", "sliding_window",
+         "attention_chunk_size", "attention_window_size"),
+    VOCABULARY: ("vocab_size", "vocab_size_per_layer_input"),
+    256: ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+    1: ("first_k_dense_replace", "n_shared_experts", "num_shared_experts", "topk_group", ),
+}  # fmt: skip
+VISION: Mapping[int, tuple[str, ...]] = {
+    32: ("hidden_size", "embed_dim", "d_model", "output_dim", "projection_dim"),
+    48: ("intermediate_size", "mlp_dim"),
+    1: ("num_hidden_layers", "depth", "num_layers", "num_global_layers"),
+    2: ("num_attention_heads", "num_heads", "attention_heads", "num_key_value_heads"),
+    28: ("image_size",),
+    14: ("patch_size",),
+    64: ("out_hidden_size", "vision_output_dim", "projector_output_dim", "projector_input_dim"),
+}
+VALUE_OF = {key: value for value, keys in SMALL.items() for key in keys}
+VISION_VALUE_OF = {key: value for value, keys in VISION.items() for key in keys}
+TOKENS = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+PATTERNS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "attn_type_list", "layers_type",
+            "mlp_layer_types",
+            "attention_types", "no_rope_layers", "block_types", "moe_layer_freq", "mixer_types")  # fmt: skip
+
+WRAPPERS = (
+    "mistral3", "mistral4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v",
+    "ernie4_5_vl_moe", "internvl", "llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "paligemma",
+    "lfm2_vl", "aya_vision", "cohere2_vision", "granite4_vision", "kimi_k25", "nemotron_h_omni",
+)  # fmt: skip
+
+OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
+    "whisper": {"decoder_attention_heads": 4, "decoder_layers": 2},
+    "nemotron_h_omni": {},
+}  # fmt: skip
+"""What single families need beside the general rules, by model type."""
+
+
+def small_config(family: str) -> PretrainedConfig:
+    """Return a configuration of `family` with at most a few million parameters."""
+    own = dict(OWN.get(family, {}))
+    model_type = own.pop("model_type", family)
+    config_class = CONFIG_MAPPING[model_type]
+    raw = _shrunk(config_class(**own.pop("__init__", {})).to_dict(), VALUE_OF)
+    for key, value in own.items():
+        raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
+    raw.pop("model_type", None)
+    return config_class(**raw)
+
+
+def families() -> list[str]:
+    """Return every model type that has a causal language model in transformers, and the wrappers."""
+    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(name for name in WRAPPERS if name in CONFIG_MAPPING)]
+
+
+def _shrunk(raw: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    layers = next((raw[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if raw.get(key)), 0)
+    for key, value in raw.items():
+        if isinstance(value, dict) and key.endswith("_config") and key not in ("per_layer_config", "attn_config"):
+            tower = any(part in key for part in ("vision", "audio", "speech", "vit", "vq"))
+            small[key] = _shrunk(value, VISION_VALUE_OF if tower else VALUE_OF)
+        elif key == "per_layer_config" and isinstance(value, dict):
+            first = next(iter(value.values()), {})
+            small[key] = {LAYERS - 1: _shrunk(first, values)} if value else {}
+        elif isinstance(value, list | str) and (key in PATTERNS or (layers > LAYERS and len(value) == layers)):
+            small[key] = _mixed(value, key)
+        elif key in values and isinstance(value, int) and not isinstance(value, bool):
+            small[key] = min(value, values[key]) if value else value
+        elif key in values and value is None and key == "head_dim":
+            small[key] = values[key]
+        elif key in TOKENS:
+            small[key] = TOKENS[key]
+        else:
+            small[key] = value
+    for key in ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
+        small.pop(key, None)
+    return small
+
+
+def _mixed(pattern: Any, key: str) -> Any:
+    """Return `LAYERS` entries of `pattern`, every kind among them if that many fit."""
+    value = VALUE_OF.get(key.removesuffix("_per_layer"))
+    if isinstance(pattern, list) and isinstance(pattern[0], int) and not isinstance(pattern[0], bool) and value:
+        return [min(entry, value) for entry in pattern[:LAYERS]]
+    kinds = list(dict.fromkeys(map(str, pattern)))
+    originals = {str(entry): entry for entry in pattern}
+    chosen = [originals[kind] for kind in kinds]
+    chosen = (chosen + list(pattern))[:LAYERS]
+    if kinds and kinds[-1] not in map(str, chosen):
+        chosen[-1] = originals[kinds[-1]]
+    return "".join(chosen) if isinstance(pattern, str) else chosen
