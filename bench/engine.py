@@ -149,7 +149,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         def on_event(self, event: object) -> None:
             self.events += (f"{event.kind}, step {event.step}",)  # type: ignore[attr-defined]
 
-        def on_model(self, counts: object, base: str) -> None:
+        def on_model(self, counts: object, base: str, rows: object) -> None:
             self.attached_at = time.perf_counter()
 
         def on_dry_run(self, dry_run: object) -> None:

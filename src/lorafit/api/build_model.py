@@ -19,18 +19,18 @@ from lorafit.config import Resolved, RunConfig, Source, parse_bytes, read_json
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows, largest_step, steps_per_epoch
 from lorafit.engine import (
+    PACKED,
     PAGE_BYTES,
     DecoderLayers,
     DryRun,
     Graphs,
     MicroBatch,
+    RowMode,
     Workload,
-    assert_isolated,
     find_policy,
     let_blocks_grow,
     lock_pages_by_threads,
-    packed,
-    vocabulary_loss_for,
+    prove_rows,
     warm_compiler,
 )
 from lorafit.errors import RunDirError
@@ -57,11 +57,12 @@ class BuiltModel:
     """Hold a base that a method has made trainable, and its objective.
 
     Attributes:
-        model: the model; its rows are proved isolated from each other under packed attention.
+        model: the model; its rows are proved isolated from each other in the mode `rows`.
         method: the training method that made the base trainable.
         objective: the loss, proved to be the model's own.
         counts: trainable and total parameters.
         note: why the loss takes more memory than necessary; empty if it does not.
+        rows: packed rows, or one row a forward.
     """
 
     model: Any
@@ -69,6 +70,7 @@ class BuiltModel:
     objective: Objective
     counts: Counts
     note: str
+    rows: RowMode = PACKED
 
 
 def build_model(planned: PlannedRun) -> BuiltModel:
@@ -82,11 +84,8 @@ def build_model(planned: PlannedRun) -> BuiltModel:
     method = method_of(config)
     base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
     model = method.prepare(base, config, planned.plan.targets)
-    samples = _samples(planned.prepared.train)
-    with packed(model):
-        assert_isolated(model, samples)
-        loss = vocabulary_loss_for(model, samples)
-    return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason)
+    rows, loss = prove_rows(model, _samples(planned.prepared.train))
+    return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows)
 
 
 def enforce_budget(config: RunConfig) -> None:
@@ -136,14 +135,15 @@ def tune_memory(
     layers.policy = policy_of(config, len(layers)) or MemoryPolicy()
     if not on_gpu:
         with contextlib.nullcontext() if layers.policy == MemoryPolicy() and not layers.compiled else layers:
-            yield TunedMemory(layers.policy.micro_tokens or config.max_length), None
+            tokens = built.rows.micro_tokens(layers.policy.micro_tokens or config.max_length)
+            yield TunedMemory(tokens, rows=built.rows), None
         return
     is_explicit = resolved.sources.get("memory_policy", Source.DEFAULT) not in (Source.PLAN, Source.DEFAULT)
     request = _PolicyRequest.of(config, is_explicit)
     before = _restore_policy(layers, request, run)
     solves = request.asked == AUTO and before is None
     workload = _workload(built, config, rows, device, grows=solves)
-    with packed(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
+    with built.rows.attending(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
         found = find_policy(built.model, layers, workload, budget_bytes(config), solves=solves)
     found = replace(found, policy=found.policy.sized(workload.max_length, config.max_length))
     layers.policy = found.policy
@@ -259,16 +259,17 @@ def _tuned(
     Layers call `changed` when they start to use less memory.
     """
     graphs = None
-    if found.policy.cuda_graph_max_tokens:
+    if found.policy.cuda_graph_max_tokens and not built.rows.is_alone:
         trained = built.method.trainable(built.model)
         graphs = Graphs(layers, int(rows.lengths.max()), trained, arena_bytes=found.graph_bytes)
         graphs.tell = partial(events.note, "no_graphs")
     return TunedMemory(
-        micro_tokens=found.policy.micro_tokens or config.max_length,
+        micro_tokens=built.rows.micro_tokens(found.policy.micro_tokens or config.max_length),
         layers=layers,
         graphs=graphs,
         watches_allocator=not config.deterministic,  # its timing depends on the allocator's history
         changed=changed,
+        rows=built.rows,
     )
 
 
@@ -299,10 +300,12 @@ def _workload(
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
 
     def batch_of(micro_tokens: int) -> MicroBatch:
-        return largest_micro_batch(rows, config, micro_tokens, step, built.objective).to(device)
+        return largest_micro_batch(rows, config, built.rows.micro_tokens(micro_tokens), step, built.objective).to(
+            device
+        )
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
-        batch = largest_within(rows, config, micro_tokens, limit, step, built.objective)
+        batch = largest_within(rows, config, built.rows.micro_tokens(micro_tokens), limit, step, built.objective)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
-    from lorafit.engine import DryRun
+    from lorafit.engine import DryRun, RowMode
     from lorafit.findings import Finding
     from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
@@ -34,8 +34,8 @@ class Observer:
     def on_loading(self, run: RunDir) -> None:
         """Receive the run directory before the base is loaded and quantized."""
 
-    def on_model(self, counts: Counts, base: str) -> None:
-        """Receive the parameter counts. Adapters are attached, and packed rows are proved isolated."""
+    def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
+        """Receive the parameter counts. Adapters are attached, and `rows` is proved to keep rows apart."""
 
     def on_dry_run(self, dry_run: DryRun | None) -> None:
         """Receive the result of the dry run on the largest micro-batch, None without a GPU."""

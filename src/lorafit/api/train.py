@@ -171,7 +171,7 @@ def _train_in(target: RunTarget, resolved: Resolved, watch: Observer, callbacks:
         watch.on_loading(run)
         identity = _in_background(manifest.identity)  # the base is hashed while it is loaded
         built = build_model(planned)
-        watch.on_model(built.counts, settings.config.base)
+        watch.on_model(built.counts, settings.config.base, built.rows)
         return _train_model(manifest, built, identity, watch, callbacks)
 
 

@@ -17,6 +17,7 @@ from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
 from lorafit.config import RunConfig, read_json
 from lorafit.errors import BackboneError
+from lorafit.shapes.dimensions import noise_keys
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
@@ -44,6 +45,17 @@ def read_architecture(folder: Path) -> PretrainedConfig:
         raise BackboneError(f"a {kind} model is not a causal language model", where=str(folder))
     _check_quantization(raw.get("quantization_config"), folder)
     return config
+
+
+def without_noise(architecture: PretrainedConfig) -> PretrainedConfig:
+    """Return `architecture` with its layers' dropout and its routers' jitter off.
+
+    They would act in training beside the setting `dropout`, which is the adapters'.
+    """
+    for part in {id(one): one for one in (architecture, architecture.get_text_config())}.values():
+        for key in noise_keys(part.to_dict()):
+            setattr(part, key, 0.0)
+    return architecture
 
 
 def is_prequantized(architecture: PretrainedConfig) -> bool:

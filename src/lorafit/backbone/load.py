@@ -24,6 +24,7 @@ from lorafit.backbone.architecture import (
     skeleton,
     supported_attention,
     use_no_cache,
+    without_noise,
 )
 from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.bitsandbytes_import import Params4bit
@@ -65,7 +66,7 @@ def load_backbone(
     folder = base_folder(config.base, config.revision, weights=True)
     place = default_device() if device is None else torch.device(device)
     dtype, fp8 = compute_dtype(config, place), not exact and computes_in_fp8(config, place)
-    architecture = read_architecture(folder)
+    architecture = without_noise(read_architecture(folder))
     checkpoint = Checkpoint.open(folder)
     arguments = _arguments(config, architecture, checkpoint, dtype)
     attention = supported_attention(architecture, attn_implementation)

@@ -7,6 +7,7 @@ error.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import asdict
@@ -27,6 +28,9 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.projections import EXPERTS, EXPERTS_PER_TOKEN, first_number, projections_of
 from lorafit.errors import BackboneError
+from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION, SINKS
+
+SINK_NAMES = ("sinks", "attention_sink_bias", "attn_sink")
 
 
 def main(folder: str) -> None:
@@ -83,7 +87,24 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         "learned_positions": any("pos" in path or "wpe" in path for path in embeddings),
         "capped_scores": bool(getattr(text, "attn_logit_softcapping", None)),
         "linear_class": _linear_class(model, decoder),
+        "alone": _alone(model, decoder),
     }
+
+
+def _alone(model: nn.Module, decoder: nn.Module) -> str:
+    """Return why rows of `model` train one a forward, as far as its code tells; the start of a run proves it."""
+    if getattr(model, "_is_stateful", False) or any(isinstance(part, nn.Conv1d) for part in decoder.modules()):
+        return CARRIES
+    if not type(decoder)._can_set_attn_implementation():  # type: ignore[attr-defined, operator, unused-ignore]
+        return OWN_ATTENTION
+    if any(name.rpartition(".")[2] in SINK_NAMES for name, _ in decoder.named_parameters()):
+        return SINKS
+    parts = [part for part in decoder.modules() if type(part).__name__.endswith(("Attention", "DecoderLayer"))]
+    return "" if all(map(_takes_options, parts)) else DROPS_ROWS
+
+
+def _takes_options(part: nn.Module) -> bool:
+    return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(type(part).forward).parameters.values())
 
 
 def _linear_class(model: nn.Module, decoder: nn.Module) -> str:

@@ -10,6 +10,7 @@ from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.loss.vocabulary import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
 from lorafit.engine.packing import MicroBatch, Segments, Step, collate
+from lorafit.engine.row_mode import PACKED, RowMode, prove_rows
 from lorafit.engine.runtime import (
     PAGE_BYTES,
     allocator_retries,
@@ -20,6 +21,9 @@ from lorafit.engine.runtime import (
 )
 
 __all__ = [
+    "PACKED",
+    "RowMode",
+    "prove_rows",
     "PAGE_BYTES",
     "allocator_retries",
     "let_blocks_grow",

@@ -14,7 +14,7 @@ import torch
 
 from lorafit.backbone import unwrapped
 from lorafit.engine.attention.packed import unpacked
-from lorafit.engine.loss.vocabulary import supervised_logits
+from lorafit.engine.loss.vocabulary import keeps_logits, supervised_logits
 from lorafit.engine.packing import collate
 from lorafit.errors import TrainingError
 
@@ -28,6 +28,19 @@ PROBES = 32
 """Number of supervised tokens of a row whose logits are compared: the first and last ones."""
 
 Row = tuple[np.ndarray, np.ndarray]
+
+
+class LeakError(TrainingError):
+    """Raised when packed rows see each other.
+
+    Attributes:
+        seen: What the test saw, in one clause.
+    """
+
+    def __init__(self, model: Any, seen: str) -> None:
+        self.seen = f"packed rows see each other in this model ({seen})"
+        fix = "choose another base, and report this one: lorafit cannot train this family yet"
+        super().__init__(self.seen, where=_name(model), fix=fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,7 @@ class Isolation:
 
 
 def assert_isolated(model: Any, rows: Sequence[Row]) -> Isolation:
-    """Raise TrainingError if packed rows see each other in `model`.
+    """Raise LeakError if packed rows see each other in `model`.
 
     `model` must use packed attention. There are two tests:
     - Replacing one row must not change a single bit of the other rows' logits in the same layout (mixtures of experts:
@@ -54,10 +67,12 @@ def assert_isolated(model: Any, rows: Sequence[Row]) -> Isolation:
     was_training = model.training
     model.eval()
     probed = [(ids, _thinned(mask)) for ids, mask in rows]
-    with torch.no_grad():
-        _assert_unmoved(model, probed)
-        worst = _distance_from_alone(model, probed)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            _assert_unmoved(model, probed)
+            worst = _distance_from_alone(model, probed)
+    finally:
+        model.train(was_training)
     return Isolation(worst, len(rows))
 
 
@@ -79,12 +94,13 @@ def _assert_unmoved(model: Any, rows: Sequence[Row]) -> None:
     before = supervised_logits(model, collate(rows).to(device))
     after = supervised_logits(model, collate([(replaced, first_mask), *rows[1:]]).to(device))
     if not before.isfinite().all():
-        _assert_finite(model, rows)
+        with unpacked(model):
+            assert_finite(model, rows)
     others = slice(int(first_mask[1:].sum()), None)
     moved = float((before[others] - after[others]).float().norm() / before[others].float().norm().clamp_min(1e-9))
     routed = any("experts" in name for name, _ in model.named_modules())
     if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if routed else 0.0):
-        raise _leak(model, f"replacing one row changes the other rows' logits by {moved:.1%}")
+        raise LeakError(model, f"replacing one row changes the other rows' logits by {moved:.1%}")
 
 
 def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
@@ -98,7 +114,7 @@ def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
             start += len(wanted)
             worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp_min(1e-9)))
     if not worst <= TOLERANCE.get(packed.dtype, 1e-1):
-        raise _leak(model, f"packed logits differ by {worst:.1%} from those of the same rows alone")
+        raise LeakError(model, f"packed logits differ by {worst:.1%} from those of the same rows alone")
     return worst
 
 
@@ -108,16 +124,16 @@ def _alone(model: Any, row: Row) -> torch.Tensor:
     device = next(model.parameters()).device
     places = torch.from_numpy(np.flatnonzero(mask[1:])).to(device)
     inputs = torch.from_numpy(ids.astype(np.int64))[None].to(device)
-    logits: torch.Tensor = model(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0].float()
-    return logits
+    if keeps_logits(model):
+        logits: torch.Tensor = model(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0]
+    else:
+        logits = model(input_ids=inputs, use_cache=False).logits[0, places]
+    return logits.float()
 
 
-def _assert_finite(model: Any, rows: Sequence[Row]) -> None:
-    """Raise TrainingError if rows alone also have NaN or infinite logits.
-
-    Packing is then not the cause.
-    """
-    with unpacked(model):
+def assert_finite(model: Any, rows: Sequence[Row]) -> None:
+    """Raise TrainingError if rows alone have NaN or infinite logits, so that packing is not the cause."""
+    with torch.no_grad():
         if all(bool(_alone(model, row).isfinite().all()) for row in rows):
             return
     raise TrainingError(
@@ -129,11 +145,3 @@ def _assert_finite(model: Any, rows: Sequence[Row]) -> None:
 
 def _name(model: Any) -> str:
     return type(unwrapped(model)).__name__
-
-
-def _leak(model: Any, seen: str) -> TrainingError:
-    return TrainingError(
-        f"packed rows see each other in this model ({seen})",
-        where=_name(model),
-        fix="choose another base, and report this one: lorafit cannot train this family yet",
-    )

@@ -49,7 +49,8 @@ def merged_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the base's config.json for plain weights of `dtype`, without quantization."""
     merged = {key: value for key, value in config.items() if key not in DROPPED}
     for key, value in merged.items():
-        if key.endswith("_config") and isinstance(value, dict):
+        # the keys of a configuration of single layers are their numbers
+        if key.endswith("_config") and isinstance(value, dict) and not all(map(str.isdigit, value)):
             merged[key] = merged_config(value, dtype)
     return merged | {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -193,7 +193,7 @@ def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
     They must be compiled, in 16 bits or fp8, and without capped scores.
     """
     compiled = execution_of(inputs).fused and inputs.on_cuda
-    able = compiled and inputs.compute in ("bf16", "fp8") and not inputs.shape.capped_scores
+    able = compiled and inputs.compute in ("bf16", "fp8") and not (inputs.shape.capped_scores or inputs.shape.alone)
     return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 
 
@@ -242,6 +242,8 @@ def _plan(
     step_tokens = inputs.mean_step_tokens
     fits_one = inputs.largest_step_tokens <= batch.tokens
     count = 1 if fits_one else math.ceil(step_tokens / batch.tokens)
+    if inputs.shape.alone:
+        count = min(inputs.config.examples_per_step, max(inputs.stats.rows, 1))
     return ExecutionPlan(
         policy=policy,
         tokens=batch.tokens,

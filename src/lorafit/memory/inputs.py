@@ -160,7 +160,8 @@ class PlanInputs:
 
     def micro_batch(self, limit: int) -> MicroBatch:
         """Return the largest micro-batch of at most `limit` tokens. A longer row has a micro-batch of its own."""
-        tokens = min(max(limit, self.stats.longest), self.largest_step_tokens)
+        longest = min(self.stats.longest, self.largest_step_tokens)
+        tokens = longest if self.shape.alone else min(max(limit, self.stats.longest), self.largest_step_tokens)
         supervised = min(tokens, round(tokens * self.stats.supervised_share * SUPERVISED_SPREAD))
         return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
 

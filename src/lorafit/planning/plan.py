@@ -160,7 +160,8 @@ class Plan:
         """Assumptions about model and device, and what a preset adapts beyond its usual modules."""
         shape = self.shape
         targets = targets_note(self.inputs.config.targets, shape.projections, shape.family)
-        return (*shape.notes, *filter(None, [targets]), *self.hardware.notes)
+        rows = f"rows train one a forward, which is slower than packing: {shape.alone}" if shape.alone else ""
+        return (*shape.notes, *filter(None, [rows, targets]), *self.hardware.notes)
 
     @property
     def trainable_parameters(self) -> int:

@@ -6,6 +6,7 @@ Families use different keys for one size; `KEYS` lists them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,19 @@ def _count(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int |
             f"config.json has {key} = {value!r:.40}", where=name, fix=f"set {key} to a whole number below {LARGEST:,}"
         )
     return value
+
+
+NOISE = re.compile(r"dropout|pdrop|drop_rate|layerdrop|jitter")
+"""Keys of config.json for noise in training: dropout of the base's own layers, and jitter of its routers."""
+
+
+def noise_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of `config` that add noise in training. lorafit trains without it: only `dropout` acts."""
+    return tuple(
+        key
+        for key, value in config.items()
+        if NOISE.search(key) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    )
 
 
 NESTED = ("text_config", "llm_config", "language_config")

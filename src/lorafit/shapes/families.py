@@ -27,6 +27,11 @@ LayerKind = Literal["all", "dense", "sparse"]
 ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "kv", "o", "attention"})
 EXPERT_NAMES = "PEFT reads its name as that of the experts, which are no linear modules here"
 """Obstacle of the feed-forwards beside experts, where PEFT rewrites the targets of older checkpoints."""
+OWN_ATTENTION = "its attention is its own, and takes no row boundaries"
+DROPS_ROWS = "its layers do not pass row boundaries on to attention"
+SINKS = "its attention has sinks"
+CARRIES = "its recurrent or convolutional layers carry a state from row to row"
+"""Reasons for one row a forward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Family:
         one_kv_head: Condition under which all heads share one key.
         linear_class: Class of the projections.
         defaults: Values of keys that config.json may leave out.
+        alone: Why its rows train one a forward; empty for a family whose rows are packed.
     """
 
     parts: tuple[Part, ...]
@@ -81,6 +87,7 @@ class Family:
     one_kv_head: str = ""
     linear_class: Literal["Linear", "Conv1D", "FalconLinear"] = "Linear"
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    alone: str = ""
 
 
 def _attention(bias: str = "", out_bias: str = "", out: str = "o_proj", module: str = "self_attn") -> tuple[Part, ...]:
@@ -172,6 +179,7 @@ _FALCON = Family(
     tied=True,
     one_kv_head="multi_query&!new_decoder_architecture",
     linear_class="FalconLinear",
+    alone=OWN_ATTENTION,
     defaults={"multi_query": True, "parallel_attn": True},
 )
 _QWEN2_MOE = Family(
@@ -213,8 +221,9 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family(_QWEN3.parts, _norms("2*h+q+kv"), norms="2*h+q+kv"),
     "olmo3": Family(_QWEN3.parts, _norms("2*h+q+kv"), norms="2*h+q+kv"),
     "stablelm": Family(
-        _attention("use_qkv_bias") + _gated(),
-        (("2*h", "true"), ("2*h", "!use_parallel_residual"), ("q+kv", "qk_layernorm")),
+        alone=DROPS_ROWS,
+        parts=_attention("use_qkv_bias") + _gated(),
+        small=(("2*h", "true"), ("2*h", "!use_parallel_residual"), ("q+kv", "qk_layernorm")),
         final="2*h",
     ),
     "starcoder2": Family(
@@ -230,7 +239,10 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_bigcode": replace(_GPT2, linear_class="Linear", one_kv_head="multi_query", defaults={"multi_query": True}),
     "gpt_neox": _NEOX,
     "gptj": Family(
-        _attention(out="out_proj", module="attn") + _plain("fc_in", "fc_out"), _norms("2*h"), final="2*h+v"
+        _attention(out="out_proj", module="attn") + _plain("fc_in", "fc_out"),
+        _norms("2*h"),
+        final="2*h+v",
+        alone=OWN_ATTENTION,
     ),
     "falcon": _FALCON,
     "bloom": Family(
@@ -238,6 +250,7 @@ FAMILIES: Mapping[str, Family] = {
         _norms("4*h"),
         final="4*h",
         tied=True,
+        alone=OWN_ATTENTION,
     ),
     "mpt": Family(
         (
@@ -248,6 +261,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         _norms("2*h"),
         tied=True,
+        alone=OWN_ATTENTION,
     ),
     "opt": Family(
         _attention("enable_bias", "enable_bias", out="out_proj") + _plain("fc1", "fc2", "enable_bias", module=""),
@@ -284,6 +298,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": Family(
         _attention("attention_bias", "attention_bias") + _experts("f"),
         (("2*h+a", "true"), ("n*h+n+n*2*f+n*h", "sparse")),
+        alone=SINKS,
         defaults={"attention_bias": True},
     ),
 }  # fmt: skip

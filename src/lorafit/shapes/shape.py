@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.config import base_folder
 from lorafit.shapes.dimensions import (
     Dimensions,
     holds,
+    noise_keys,
     quantization_of,
     read_config,
     read_dimensions,
@@ -44,6 +45,7 @@ class ModelShape:
         quantized: How the checkpoint is quantized (`nf4`, `gptq`, …), if it is.
         counted: Whether the sizes were read from transformers' own modules.
         notes: Assumptions where the shape is not exact.
+        alone: Why its rows train one a forward; empty for a family whose rows are packed.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ModelShape:
     quantized: str | None
     counted: bool = False
     notes: tuple[str, ...] = ()
+    alone: str = ""
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
@@ -80,8 +83,12 @@ class ModelShape:
         named = str(text.get("model_type", "unknown"))
         model_type = ALIASES.get(named, named)
         if model_type in FAMILIES:
-            return _from_table(FAMILIES[model_type], model_type, config, name)
-        return _from_skeleton(model_type, config, name)
+            shape = _from_table(FAMILIES[model_type], model_type, config, name)
+        else:
+            shape = _from_skeleton(model_type, config, name)
+        noise = noise_keys(text)
+        note = f"the base's own noise in training is off ({', '.join(noise)}); the setting dropout is the adapters'"
+        return replace(shape, notes=(*shape.notes, note)) if noise else shape
 
     @property
     def layers(self) -> int:
@@ -217,6 +224,7 @@ def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name
         linear_class=family.linear_class,
         quantized=quantization_of(config),
         notes=(note,) if tower else (),
+        alone=family.alone,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafit.config import RunConfig
 from lorafit.data import Rows, steps_per_epoch
-from lorafit.engine import Step, packed
+from lorafit.engine import PACKED, Step
 from lorafit.errors import TrainingError
 from lorafit.methods import Method
 from lorafit.objectives import Objective
@@ -95,6 +95,7 @@ class TrainingLoop:
         self.processes = Processes()
         is_main = self.processes.is_main
         self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=is_main)
+        self.rows = memory.rows if memory else PACKED
         self._set_up_steps(objective, memory or TunedMemory(config.max_length))
         self._set_up_guards(memory or TunedMemory(config.max_length), events or EventLog(), run)
         self.clock, self.step_log = TrainingClock(), StepLog()
@@ -107,7 +108,7 @@ class TrainingLoop:
         Raises CheckpointError for a checkpoint that does not verify, TrainingError for a run that must stop.
         """
         self.left_out.clear()
-        with packed(self.model), self._clean_up():
+        with self.rows.attending(self.model), self._clean_up():
             self._begin(checkpoint)
             self._began_at, self._first_step = time.perf_counter(), self.state.global_step
             while not self.control.should_training_stop:
@@ -256,7 +257,7 @@ class TrainingLoop:
         stops = stops and self.processes.world == 1
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), packed(self.model):
+        with torch.no_grad(), self.rows.attending(self.model):
             step, loss_of = self.state.global_step, self.schedule.loss
             total = self.memory_retry.evaluate(step, rows, loss_of, lambda: stops and self.signals.stop is not None)
         self.model.train(was_training)

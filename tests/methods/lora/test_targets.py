@@ -1,9 +1,9 @@
 import pytest
-from families_zoo import small_config
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoModelForCausalLM
 
+from families_zoo import small_config
 from lorafit.backbone.projections import OLD_EXPERTS
 from lorafit.config import resolve
 from lorafit.errors import AdapterError

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lorafit.config import Resolved
     from lorafit.data import Prepared
     from lorafit.data.summary import Progress as DataProgress
-    from lorafit.engine import DryRun
+    from lorafit.engine import DryRun, RowMode
     from lorafit.findings import Finding
     from lorafit.methods.lora import Counts
     from lorafit.planning import Plan
@@ -97,10 +97,10 @@ class ConsoleObserver(Observer):
         if self.status:
             self.status.start()
 
-    def on_model(self, counts: Counts, base: str) -> None:
+    def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
         if self.status:
             self.status.stop()
-        heading("quantize", f"{Path(base).name}, frozen; packed rows verified isolated from each other")
+        heading("quantize", f"{Path(base).name}, frozen; {escape(rows.in_words)}")
         heading(
             "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
@@ -161,8 +161,10 @@ class JsonObserver(Observer):
     def on_loading(self, run: RunDir) -> None:
         self._write("loading", run=str(run.path))
 
-    def on_model(self, counts: Counts, base: str) -> None:
-        self._write("attached", trainable_parameters=counts.trainable, total_parameters=counts.total)
+    def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
+        self._write(
+            "attached", trainable_parameters=counts.trainable, total_parameters=counts.total, rows=rows.in_words
+        )
 
     def on_step(self, progress: StepProgress) -> None:
         self._write("step", **asdict(progress))

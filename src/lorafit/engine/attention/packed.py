@@ -269,11 +269,11 @@ AttentionInterface.register(PACKED, packed_attention)
 def packed(model: Any) -> Iterator[None]:
     """Use packed attention in `model` inside the block: for training and its evaluation."""
     before = model.config._attn_implementation
-    use_packed_attention(model)
     try:
+        use_packed_attention(model)
         yield
     finally:
-        unwrapped(model).set_attn_implementation(before)
+        _restore(model, before)
 
 
 @contextmanager
@@ -287,7 +287,17 @@ def unpacked(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        _restore(model, before)
+
+
+def _restore(model: Any, before: str) -> None:
+    if model.config._attn_implementation != before:
         unwrapped(model).set_attn_implementation(before)
+
+
+def _is_settable(core: Any) -> bool:
+    """Return False for a family with its own fixed attention, about which transformers would only warn."""
+    return bool(getattr(core, "_can_set_attn_implementation", lambda: True)())
 
 
 def use_packed_attention(model: Any) -> None:
@@ -295,7 +305,9 @@ def use_packed_attention(model: Any) -> None:
 
     Raises BackboneError for a family with its own fixed attention.
     """
-    unwrapped(model).set_attn_implementation(PACKED)
+    core = unwrapped(model)
+    if _is_settable(core):
+        core.set_attn_implementation(PACKED)
     if model.config._attn_implementation != PACKED:
         raise BackboneError(
             f"{type(unwrapped(model)).__name__} does not take its attention from transformers' AttentionInterface",
@@ -304,10 +316,11 @@ def use_packed_attention(model: Any) -> None:
 
 
 def use_plain_attention(model: Any) -> None:
-    """Switch `model` to SDPA, or to eager attention if the family caps its scores.
+    """Switch `model` to SDPA, or to eager attention if the family caps its scores or has sinks.
 
-    SDPA does not support capped scores.
+    SDPA does not support them. A family with its own fixed attention keeps it.
     """
-    text = model.config.get_text_config()
-    plain = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
-    unwrapped(model).set_attn_implementation(plain)
+    text, core = model.config.get_text_config(), unwrapped(model)
+    eager = getattr(text, "attn_logit_softcapping", None) or not getattr(core, "_supports_sdpa", True)
+    if _is_settable(core):
+        core.set_attn_implementation("eager" if eager else "sdpa")

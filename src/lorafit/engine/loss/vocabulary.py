@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,10 +194,12 @@ class VocabularyLoss:
     Attributes:
         steps: The steps after the head, for a loss in chunks; None for a loss from whole logits.
         reason: The reason for whole logits, in one line.
+        alone: True if a micro-batch is one row, and runs with the family's own attention.
     """
 
     steps: LogitSteps | None
     reason: str = ""
+    alone: bool = False
 
     @classmethod
     def expected(cls, model: Any) -> VocabularyLoss:
@@ -216,11 +219,12 @@ class VocabularyLoss:
         tensor () in fp32 if it changes under a recorded graph.
         """
         if self.steps is None:
-            return cross_entropy(supervised_logits(model, batch).float(), batch.targets, reduction="sum") * share
+            logits = supervised_logits(model, batch, alone=self.alone).float()
+            return cross_entropy(logits, batch.targets, reduction="sum") * share
         head = _head(model)
         assert head is not None, "the model's head was removed after its loss was chosen"
         with _watched(head, starve=True) as seen:
-            _run(model, batch)
+            _run(model, batch, self.alone)
         assert len(seen) == 1, "the model does not call its head exactly once"
         hidden, autocast = seen[0]
         with autocast:
@@ -235,22 +239,28 @@ def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
     return VocabularyLoss.expected(model).summed(model, batch)
 
 
-def supervised_logits(model: Any, batch: MicroBatch) -> Tensor:
+def supervised_logits(model: Any, batch: MicroBatch, *, alone: bool = False) -> Tensor:
     """Return the logits (supervised tokens, vocabulary) that predict supervised tokens.
 
     The head runs at those positions only (transformers' `logits_to_keep`), so prompt tokens cost no vocabulary.
     """
-    logits: Tensor = _run(model, batch).logits[0]
-    return logits
+    logits: Tensor = _run(model, batch, alone).logits[0]
+    # a family that makes its logits without calling its head makes all of them
+    return logits if len(logits) == batch.supervised else logits[batch.predictors]
 
 
-def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
+def keeps_logits(model: Any) -> bool:
+    """Return True if the family's forward takes `logits_to_keep`."""
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+
+
+def vocabulary_loss_for(model: Any, rows: Sequence[Row], *, alone: bool = False) -> VocabularyLoss:
     """Return the chunked loss if it equals the loss of the model's own logits on `rows`.
 
-    Otherwise the loss is computed from whole logits. `model` must use packed attention. Logits, loss and gradient are
-    compared, so that the loss is never wrong.
+    Otherwise the loss is computed from whole logits. `model` must use packed attention, unless its one row runs
+    `alone`. Logits, loss and gradient are compared, so that the loss is never wrong.
     """
-    expected = VocabularyLoss.expected(model)
+    expected = replace(VocabularyLoss.expected(model), alone=alone)
     head = _head(model)
     if head is None:
         return expected
@@ -259,14 +269,13 @@ def vocabulary_loss_for(model: Any, rows: Sequence[Row]) -> VocabularyLoss:
     model.eval()
     batch = collate(rows).to(next(head.parameters()).device)
     first = slice(0, PROOF_TOKENS)
-    difference = _difference(
-        model, head, replace(batch, predictors=batch.predictors[first], targets=batch.targets[first]), steps
-    )
+    probed = replace(batch, predictors=batch.predictors[first], targets=batch.targets[first])
+    difference = _difference(model, head, probed, steps, alone)
     model.train(was_training)
     if difference is None:
-        return VocabularyLoss(steps)
-    name = type(unwrapped(model)).__name__
-    return VocabularyLoss(None, f"{name}'s logits are computed whole, which takes more memory: {difference}")
+        return VocabularyLoss(steps, alone=alone)
+    reason = f"{type(unwrapped(model)).__name__}'s logits are computed whole, which takes more memory: {difference}"
+    return VocabularyLoss(None, reason, alone)
 
 
 def _head(model: Any) -> nn.Module | None:
@@ -275,7 +284,9 @@ def _head(model: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _run(model: Any, batch: MicroBatch) -> Any:
+def _run(model: Any, batch: MicroBatch, alone: bool) -> Any:
+    if alone:
+        return _run_alone(model, batch)
     return model(
         input_ids=batch.ids,
         position_ids=batch.positions,
@@ -284,6 +295,25 @@ def _run(model: Any, batch: MicroBatch) -> Any:
         logits_to_keep=batch.predictors,
         segments=batch.segments,
     )
+
+
+def _run_alone(model: Any, batch: MicroBatch) -> Any:
+    """Run one row as the family's users do, so that its positions and attention are its own."""
+    assert len(batch.segments.cu_seqlens) == 2, "a forward of several rows needs packed attention"
+    if keeps_logits(model):
+        return model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predictors)
+    head = _head(model)
+    if head is None:
+        return model(input_ids=batch.ids, use_cache=False)
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][:, batch.predictors], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(keep, prepend=True)
+    try:
+        return model(input_ids=batch.ids, use_cache=False)
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -314,13 +344,13 @@ def _autocast_here(device: str) -> torch.autocast:
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
-def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps) -> str | None:
+def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps, alone: bool) -> str | None:
     """Return the difference between the chunked loss and the model's own logits on `batch`.
 
     None if rounding explains it.
     """
     with torch.no_grad(), _watched(head, starve=False) as seen:
-        own = _run(model, batch).logits[0]
+        own = supervised_logits(model, batch, alone=alone)
     if len(seen) != 1 or seen[0][0].shape[:2] != (1, batch.supervised):
         return "its head is not called exactly once on the supervised tokens"
     hidden, autocast = seen[0]

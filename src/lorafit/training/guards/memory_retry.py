@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows
-from lorafit.engine import Graphs, MicroBatch, Step, allocator_retries, release_memory
+from lorafit.engine import PACKED, Graphs, MicroBatch, RowMode, Step, allocator_retries, release_memory
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
 from lorafit.training.batches import Layout, StepDataset
@@ -116,6 +116,7 @@ class TunedMemory:
         graphs: runs small micro-batches as CUDA graphs; None without.
         watches_allocator: True if layers use less memory after repeated allocator retries.
         changed: called when the layers' memory policy has changed.
+        rows: packed rows, or one row a forward.
     """
 
     micro_tokens: int
@@ -123,6 +124,7 @@ class TunedMemory:
     graphs: Graphs | None = None
     watches_allocator: bool = False
     changed: Callable[[], object] = lambda: None
+    rows: RowMode = PACKED
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,243 @@
+"""Walk every model family: plan, train, chat and merge on a tiny random base, compared with transformers and PEFT.
+
+    PYTHONPATH=src:tests python bench/families.py [FAMILY …] [--out TABLE.json]
+
+Each family runs in a process of its own. Two runs of two steps are trained: `qv` with the planned quantization, and
+`all-linear` on the base as stored. The second one's first loss is compared with the plain base's, each row alone, and
+its merged model's logits with those of plain PEFT. `--out` writes the table that `lorafit models` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import lorafit
+from families_zoo import families, small_config
+from lorafit.api.observer import Observer
+from lorafit.backbone import skeleton_sizes
+from lorafit.data import Rows, epoch_order
+from lorafit.engine import RowMode
+from lorafit.errors import LorafitError
+from lorafit.methods.lora import Counts
+from lorafit.shapes import skeleton
+from lorafit.training import TrainerCallback
+from tiny_models import save_tokenizer
+
+LIMIT_S = 150
+STEP_ROWS = 4
+SHORT = ("qwen3", "gemma4_text", "phi3", "deepseek_v3", "glm4_moe", "qwen3_5_text", "granitemoehybrid", "lfm2",
+         "nemotron_h", "gpt_oss", "gpt2", "bloom")  # fmt: skip
+"""Families of the short form: one of each kind."""
+TOLERANCE = 1e-3
+
+
+class Watch(Observer):
+    """Keep the row mode of a run."""
+
+    mode: RowMode | None = None
+
+    def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
+        self.mode = rows
+
+
+class FirstLoss(TrainerCallback):
+    """Keep the loss of the first step."""
+
+    loss = float("nan")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **unused: Any) -> None:
+        if "loss" in (logs or {}) and self.loss != self.loss:
+            self.loss = float(logs["loss"])
+
+
+def walk(family: str, folder: Path) -> dict[str, Any]:
+    """Return what works with `family`: a JSON-ready row of the table."""
+    base, rows = folder / "base", folder / "rows.jsonl"
+    found: dict[str, Any] = {"family": family}
+    try:
+        save_base(family, base)
+    except Exception as error:  # noqa: BLE001 (whatever transformers raises, the family is not tried)
+        return found | {"built": False, "reason": f"{type(error).__name__}: {one_line(error)}"}
+    write_rows(rows)
+    found |= {"built": True}
+    for targets, more in (("qv", {}), ("all-linear", {"quantization": "none"})):
+        found[targets] = one = attempt("plan", planned, rows, base, targets, more)
+        if one["ok"]:
+            found[targets] = one | attempt("train", trained, rows, base, folder / targets, targets, more)
+    if found["qv"]["ok"]:
+        found["chat"] = attempt("chat", answered, folder / "qv")
+        found["merge"] = attempt("merge", merged, folder / "qv", "quantized")
+    if found["all-linear"]["ok"]:
+        found["merge_original"] = attempt("merge", merged, folder / "all-linear", "original")
+        found["same"] = attempt("compare", compared, folder / "all-linear", base)
+    return found
+
+
+def attempt(stage: str, call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return the result of `call`, or the sentence or crash that ended it at `stage`."""
+    try:
+        return {"ok": True, **call(*arguments)}
+    except LorafitError as error:
+        return {"ok": False, "stage": stage, "refused": error.sentence}
+    except Exception as error:  # noqa: BLE001 (a crash is a result)
+        return {"ok": False, "stage": stage, "crashed": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def settings_of(base: Path, targets: str, more: dict[str, Any]) -> dict[str, Any]:
+    run = {"holdout": 0.4, "max_steps": 2, "lr": 0.02, "dropout": 0.0, "examples_per_step": STEP_ROWS}
+    return {"base": str(base), "targets": targets, **run, **more}
+
+
+def planned(rows: Path, base: Path, targets: str, more: dict[str, Any]) -> dict[str, Any]:
+    """Return what the plan says of the family. Raises LorafitError for a finding that stops the run."""
+    plan = lorafit.plan(rows, **settings_of(base, targets, more)).plan
+    if stops := [finding.message for finding in plan.findings if finding.severity == "error"]:
+        raise LorafitError(stops[0])
+    quantization = plan.inputs.config.quantization
+    return {"targets": list(plan.targets), "predicted_alone": plan.shape.alone, "quantization": quantization}
+
+
+def trained(rows: Path, base: Path, out: Path, targets: str, more: dict[str, Any]) -> dict[str, Any]:
+    """Train two steps, and return row mode and first loss; on a base as stored also its difference to the plain one."""
+    watch, first = Watch(), FirstLoss()
+    run = lorafit.train(rows, out=out, observer=watch, callbacks=[first], **settings_of(base, targets, more))
+    assert watch.mode is not None
+    result = {"alone": watch.mode.reason, "trainable": run.counts.trainable, "loss": first.loss}
+    if more.get("quantization") == "none":
+        plain = plain_loss(base, run.train_rows, run.resolved.config.seed)
+        result["loss_difference"] = abs(first.loss / plain - 1)
+    return result
+
+
+def answered(run: Path) -> dict[str, Any]:
+    return {"answer": lorafit.load(run).answer("abc", max_new_tokens=4)}
+
+
+def plain_loss(base: Path, rows: Rows, seed: int) -> float:
+    """Return the mean loss of the first step's supervised tokens in plain transformers, each row alone."""
+    model, total, count = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), 0.0, 0
+    for row in epoch_order(len(rows), seed, 0)[:STEP_ROWS]:
+        ids, mask = torch.from_numpy(rows.ids(int(row)).astype(np.int64)), torch.from_numpy(rows.mask(int(row)))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += float(cross_entropy(logits[mask[1:]].float(), ids[1:][mask[1:]], reduction="sum"))
+        count += int(mask[1:].sum())
+    return total / count
+
+
+def merged(run: Path, onto: Any) -> dict[str, Any]:
+    result = lorafit.merge(run, onto=onto)
+    if not result.passed:
+        raise LorafitError(result.verification.reason)
+    return {"floors": result.verification.floors, "folder": str(result.folder)}
+
+
+def compared(run: Path, base: Path) -> dict[str, Any]:
+    """Return the relative distance of the merged model's logits from those of plain PEFT."""
+    ids = torch.arange(5, 45)[None]
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
+    (folder,) = (run / "exports").glob("merged-*")
+    ours: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted, got = tuned(input_ids=ids).logits, ours(input_ids=ids).logits
+        with tuned.disable_adapter():
+            moved = float((tuned(input_ids=ids).logits - wanted).norm() / wanted.norm())
+    return {"logits_difference": float((got - wanted).norm() / wanted.norm()), "adapter_moves": moved}
+
+
+def save_base(family: str, folder: Path) -> None:
+    """Write a tiny random base of `family`, with a byte-level tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(family))
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    model.float().save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def write_rows(path: Path) -> None:
+    """Write thirty short rows of several lengths."""
+    words = "amber birch cedar delta ember fjord grove heath inlet jetty".split()
+    rows = [
+        {"instruction": f"say {words[n % 10]} {n}", "response": " ".join(words[(n + k) % 10] for k in range(1 + n % 4))}
+        for n in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _child(family: str, results: Any) -> None:
+    really_run = subprocess.run
+
+    def run(command: Sequence[str], **options: Any) -> Any:
+        if skeleton.CHILD not in command:  # only the skeleton's child would import torch again
+            return really_run(command, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            skeleton_sizes.main(command[-1])
+        return subprocess.CompletedProcess(list(command), 0, out.getvalue(), "")
+
+    subprocess.run = run
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="lorafit-family-") as folder:
+        results.put(walk(family, Path(folder)))
+
+
+def walk_apart(family: str) -> dict[str, Any]:
+    """Return the row of `family`, walked in a child process that may die or hang."""
+    context: Any = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_child, args=(family, results))
+    child.start()
+    try:
+        return dict(results.get(timeout=LIMIT_S))
+    except Exception:  # noqa: BLE001 (queue.Empty)
+        return {"family": family, "built": True, "qv": {"ok": False, "stage": "walk", "crashed": "no result"}}
+    finally:
+        child.kill()
+        child.join()
+
+
+def main() -> None:
+    """Walk the families named, or all, and print a line of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    table = []
+    for family in options.families or families():
+        table.append(walk_apart(family))
+        print(json.dumps(table[-1]), flush=True)
+        if options.out:
+            versions = {name: version(name) for name in ("transformers", "peft", "torch")}
+            content = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions, "families": table}
+            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    main()
