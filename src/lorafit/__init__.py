@@ -19,6 +19,7 @@ _HOMES = {
     "train": "lorafit.api.train",
     "merge": "lorafit.api.merge",
     "load": "lorafit.api.load",
+    "eval": "lorafit.api.ship.eval",
     "AdapterTrainingPipeline": "lorafit.api.pipeline",
     "QUANT_PROFILE": "lorafit.api.pipeline",
     "ADAPTER_CONFIG": "lorafit.api.pipeline",

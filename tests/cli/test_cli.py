@@ -46,6 +46,7 @@ FLAGS = {
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --checkpoint --json --help",
+    "eval": "--against --limit --max-new-tokens --map --least --out --checkpoint --json --help",
     "merge": "--onto --out --format --dtype --checkpoint --json --help",
     "export": "--to --quantization --onto --out --name --checkpoint --json --help",
     "demo": "--task --seed --out --json --help",
@@ -76,7 +77,7 @@ def test_without_a_command_the_help_is_printed_and_nothing_else(run):
 def test_help_has_plain_types_and_none_for_switches(run, verb):
     _, out, _ = run(verb, "--help")
     assert not re.search(r"<(bool|int|float)|range", out)
-    assert ("NUMBER" in out) == (verb in ("check", "plan", "train", "chat", "demo"))
+    assert ("NUMBER" in out) == (verb in ("check", "plan", "train", "chat", "eval", "demo"))
 
 
 def test_every_flag_that_takes_a_value_has_an_example_of_one():

@@ -128,8 +128,8 @@ def verification_rows(run: RunDir, template: Template, limit: int = VERIFIED_ROW
     return rows
 
 
-def verification_records(run: RunDir, limit: int = VERIFIED_ROWS) -> list[Record]:
-    """Return the first held-out rows that the run kept."""
+def verification_records(run: RunDir, limit: int | None = VERIFIED_ROWS) -> list[Record]:
+    """Return the first `limit` held-out rows that the run kept, or all of them."""
     if not run.samples.is_file():
         raise VerificationError("the run kept no rows to verify on", where=str(run.samples), fix="train it again")
     lines = run.samples.read_text(encoding="utf-8", errors="replace").splitlines()[:limit]

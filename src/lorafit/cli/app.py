@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafit import __version__
-from lorafit.cli import chat, check, demo, export, merge, plan, reference, serve, train
+from lorafit.cli import chat, check, demo, eval, export, merge, plan, reference, serve, train
 from lorafit.cli.screen.console import piped, show_error, show_json
 from lorafit.errors import LorafitError, UsageError
 
@@ -68,6 +68,7 @@ app.command(cls=_Plain, epilog=check.EXAMPLES)(check.check)
 app.command(cls=_Plain, epilog=plan.EXAMPLES)(plan.plan)
 app.command(cls=_Plain, epilog=train.EXAMPLES)(train.train)
 app.command(cls=_Plain, epilog=chat.EXAMPLES)(chat.chat)
+app.command(cls=_Plain, epilog=eval.EXAMPLES)(eval.eval)
 app.command(cls=_Plain, epilog=merge.EXAMPLES)(merge.merge)
 app.command(cls=_Plain, epilog=export.EXAMPLES)(export.export)
 app.command(cls=_Plain, epilog=serve.EXAMPLES)(serve.serve)

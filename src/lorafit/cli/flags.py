@@ -116,6 +116,7 @@ def flag_of(key: str) -> str:
 VALUES = {
     "--gpu": '"RTX 4090"', "--vram": "8GB", "--set": "lr=1e-4", "--map": "response=answer_text", "--batch": "16",
     "--encoding": "cp1252", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "key.txt", "--device": "cpu",
+    "--against": "runs/other", "--limit": "500", "--least": "exact_match=0.9",
     "--tenants": "tenants.yaml", "--adapter-dir": "runs", "--usage-log": "usage.jsonl", "--max-num-seqs": "16",
     "--checkpoint": "best", "--max-model-len": "4096", "--max-loras": "8", "--out": "folder",
     "--holdout": "10%", "--epochs": "3", "--long": "drop", "--on-bad": "drop", "--on-long": "drop", "--show": "3",

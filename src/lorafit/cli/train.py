@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli import flags
-from lorafit.cli.ask import ask_for_run
+from lorafit.cli.screen.ask import ask_for_run
 from lorafit.cli.screen.console import counted, duration, heading, loss, near, show_json, show_next, steady, typed
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import RunFinished, UsageError

@@ -1,5 +1,23 @@
-"""evaluate: metrics on held-out rows."""
+"""evaluate: metrics on rows, with their noise, and models compared."""
 
+from lorafit.evaluate.answers import Question, Reply, longest_answer, replies
+from lorafit.evaluate.evaluation import LOSS, Evaluation, Metric, ModelScores, ScoredRow
 from lorafit.evaluate.exact_match import ExactMatch, Sample, exact_match
+from lorafit.evaluate.statistics import Difference, Estimate
 
-__all__ = ["ExactMatch", "Sample", "exact_match"]
+__all__ = [
+    "LOSS",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "ExactMatch",
+    "Metric",
+    "ModelScores",
+    "Question",
+    "Reply",
+    "Sample",
+    "ScoredRow",
+    "exact_match",
+    "longest_answer",
+    "replies",
+]

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorafit.data import Rows, Template
 from lorafit.engine import generate
-
-SPARE_TOKENS = 8  # an answer may exceed the longest response by this many tokens
+from lorafit.evaluate import scores
+from lorafit.evaluate.answers import SPARE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Sample:
 
     @property
     def matches(self) -> bool:
-        return self.answer.strip() == self.expected.strip()
+        return scores.exact_match(self.expected, self.answer) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ InProcessEngine implements it in this process.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ class Engine(Protocol):
     @property
     def max_positions(self) -> int:
         """Return the number of positions that the base supports."""
+        ...
+
+    def answering(self, adapter: str | None) -> AbstractContextManager[Any]:
+        """Yield the model that answers as `adapter` within the block; None is the base."""
         ...
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -56,19 +60,55 @@ class Engine(Protocol):
         ...
 
 
-class InProcessEngine:
+class _LocalEngine:
+    """Generate with a model of this process, one conversation at a time."""
+
+    model: Any
+
+    @property
+    def max_positions(self) -> int:
+        """Return the number of positions that the base supports."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+    def answering(self, adapter: str | None) -> AbstractContextManager[Any]:
+        """Yield the model that answers as `adapter` within the block."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Return the new token ids after `prompt`, without the stop token. Raises UsageError for an unknown adapter."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        with self.answering(adapter) as model:
+            (ids,) = generate(model, [prompt], stop_ids, on_token=on_token, **options)
+        return ids
+
+
+class InProcessEngine(_LocalEngine):
     """Run one conversation at a time in this process, with one adapter on the base."""
 
     def __init__(self, config: RunConfig, device: str | None = None) -> None:
         """Load the base of `config`. Raises BackboneError."""
         self.config, self.method = config, method_of(config)
-        self.model: Any = load_backbone(config, device=device, exact=True).eval()
+        self.model = load_backbone(config, device=device, exact=True).eval()
         self.adapter: str | None = None
 
-    @property
-    def max_positions(self) -> int:
-        """Return the number of positions that the base supports."""
-        return _positions_of(self.model)
+    @contextmanager
+    def answering(self, adapter: str | None) -> Iterator[Any]:
+        """Yield the model that answers as `adapter` within the block; None is the base."""
+        if adapter is not None:
+            self._require(adapter)
+        is_base = adapter is None and self.adapter is not None
+        with self.method.without(self.model) if is_base else nullcontext():
+            yield self.model
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Add the trained weights in `folder`. Raises UsageError while another adapter is loaded."""
@@ -83,39 +123,12 @@ class InProcessEngine:
         self._require(name)
         self.model, self.adapter = self.method.detach(self.model), None
 
-    def generate(
-        self,
-        prompt: Sequence[int],
-        *,
-        adapter: str | None,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Return the new token ids after `prompt`, without the stop token."""
-        if adapter is not None:
-            self._require(adapter)
-        is_base = adapter is None and self.adapter is not None
-        with self.method.without(self.model) if is_base else nullcontext():
-            (ids,) = generate(
-                self.model,
-                [prompt],
-                stop_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                on_token=on_token,
-            )
-        return ids
-
     def _require(self, name: str) -> None:
         if name != self.adapter:
             raise UsageError("no adapter of this name is loaded", where=name, fix="add it first")
 
 
-class MergedEngine:
+class MergedEngine(_LocalEngine):
     """Run a merged model in this process. It answers as the tuned model and has no base."""
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
@@ -128,12 +141,14 @@ class MergedEngine:
         except (OSError, ValueError) as error:
             reason = f"the model cannot be loaded ({str(error)[:200]})"
             raise BackboneError(reason, where=str(folder), fix="merge the run again") from error
-        self.model: Any = model.to(target).eval()
+        self.model = model.to(target).eval()
 
-    @property
-    def max_positions(self) -> int:
-        """Return the number of positions that the base supports."""
-        return _positions_of(self.model)
+    @contextmanager
+    def answering(self, adapter: str | None) -> Iterator[Any]:
+        """Yield the model. Raises UsageError without an `adapter`, since a merged model has no base."""
+        if adapter is None:
+            raise UsageError("a merged model has no base to answer", where=str(self.folder), fix="load the run")
+        yield self.model
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Raise UsageError, since the adapter is part of the weights."""
@@ -142,25 +157,3 @@ class MergedEngine:
     def remove_adapter(self, name: str) -> None:
         """Raise UsageError, since the adapter is part of the weights."""
         raise UsageError("a merged model has no adapter to remove", where=str(self.folder), fix="load the run")
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        *,
-        adapter: str | None,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Return the new token ids after `prompt`, without the stop token. Raises UsageError without an `adapter`."""
-        if adapter is None:
-            raise UsageError("a merged model has no base to answer", where=str(self.folder), fix="load the run")
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        (ids,) = generate(self.model, [prompt], stop_ids, on_token=on_token, **options)
-        return ids
-
-
-def _positions_of(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

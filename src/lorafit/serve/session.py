@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class Session:
     def is_merged(self) -> bool:
         """Return True if the session has no base to answer with."""
         return isinstance(self.engine, MergedEngine)
+
+    def answering(self, *, tuned: bool = True) -> AbstractContextManager[Any]:
+        """Yield the model that answers within the block: tuned, or the base alone."""
+        return self.engine.answering(TUNED if tuned else None)
 
     def answer(
         self,

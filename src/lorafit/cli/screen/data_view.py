@@ -115,3 +115,8 @@ class ReadingBar:
         if self.status:
             left = f", {duration(progress.eta_s)} left" if progress.eta_s else ""
             self.status.update(f"{progress.stage}: {progress.rows:,} rows{left}")
+
+    def show_step(self, stage: str, done: int, total: int) -> None:
+        """Show the stage, and how many of its rows are done."""
+        if self.status:
+            self.status.update(f"{stage}: {done:,} of {total:,} rows")
