@@ -5,7 +5,6 @@ import torch
 from little_run import encoded_rows, settings
 from lorafit.backbone import load_backbone
 from lorafit.methods import method_of
-from lorafit.methods.lora import attach
 from lorafit.objectives import Sft
 from lorafit.training import TrainingLoop
 from lorafit.training.checkpoints.snapshot import Snapshot
@@ -21,7 +20,7 @@ def training_loop(model, config, rows, held_out, folder, **given):
 def trainer(base, folder, callbacks=(), signals=None, **given):
     options = {"dropout": 0.2, "examples_per_step": 3, "max_length": 40, "lr": 1e-2, "save_steps": 1, "eval_steps": 3}
     config = settings(base=base, **{**options, "max_steps": 10, "keep_last": 99, **given})
-    model = attach(load_backbone(config, device="cpu"), config)
+    model = method_of(config).prepare(load_backbone(config, device="cpu"), config)
     rows, held_out = encoded_rows(*LENGTHS), encoded_rows(18, 9, 30, 22, seed=1)
     return training_loop(model, config, rows, held_out, folder, callbacks=callbacks, signals=signals)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 CODES = (
     *(f"D{number:03}" for number in range(1, 55)),
-    *(f"P{number}" for number in range(8)),
+    *(f"P{number}" for number in range(10)),
     "R001",
     *(f"S{number:03}" for number in range(1, 6)),
     "V001",

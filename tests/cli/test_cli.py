@@ -39,17 +39,17 @@ def data(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", 60)
 
 
-SETTING_FLAGS = "--lr --epochs --rank --max-length --batch --gpu-memory --vram --goal"
+SETTING_FLAGS = "--method --lr --epochs --rank --max-length --batch --gpu-memory --vram --goal"
 DATA_FLAGS = "--on-bad --on-long --long --map --encoding --holdout"
 FLAGS = {
-    "check": f"--base --show --fix --select --ignore {DATA_FLAGS} --set --json --help",
+    "check": f"--base --show --fix --method --select --ignore {DATA_FLAGS} --set --json --help",
     "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --checkpoint --json --help",
     "eval": "--against --limit --max-new-tokens --map --least --out --checkpoint --json --help",
     "merge": "--onto --out --format --dtype --checkpoint --json --help",
     "export": "--to --quantization --onto --out --name --checkpoint --json --help",
-    "demo": "--task --seed --out --json --help",
+    "demo": "--task --method --seed --out --json --help",
     "settings": "--json --help",
     "explain": "--json --help",
 }

@@ -47,7 +47,7 @@ def test_the_plan_fills_only_what_nobody_set():
 
 def test_the_plan_may_not_decide_what_is_the_users():
     with pytest.raises(AssertionError):
-        resolve().planned({"lr": 1.0})
+        resolve().planned({"epochs": 1.0})
 
 
 def test_an_unknown_setting_is_an_error_with_the_nearest_name():
@@ -215,7 +215,7 @@ def test_an_absurd_size_is_a_usage_error():
 
 def test_what_begins_no_code_of_a_finding_is_refused():
     assert resolve(flags={"ignore": "D04, P,S001"}).config.ignore == ("D04", "P", "S001")
-    for wrong in ("ZZ", "d044", "D04x", "D0445", "044", "D99", "P9"):
+    for wrong in ("ZZ", "d044", "D04x", "D0445", "044", "D99", "P99"):
         with pytest.raises(UsageError, match=f"no finding's code starts with '{wrong}'"):
             resolve(flags={"select": wrong})
 

@@ -25,5 +25,5 @@ def test_a_setting_without_advice_is_shown_without(monkeypatch):
 
 def test_a_default_that_the_plan_may_replace_says_so():
     assert describe_setting("rank").shown_default == "16 (or as planned)"
-    assert describe_setting("lr").shown_default == "0.0002"
+    assert describe_setting("warmup").shown_default == "0.05"
     assert describe_setting("gpu").shown_default == "–"

@@ -73,8 +73,8 @@ def test_the_plan_counts_what_trains_and_how_long():
     assert plan.time_assumes
 
 
-def test_full_fine_tuning_is_planned_but_not_run():
-    _, plan = planned(rows=200_000, goal="accuracy")
+def test_full_fine_tuning_beyond_one_gpu_is_planned_but_not_run():
+    _, plan = planned(hardware_named("RTX 4090"), rows=200_000, goal="accuracy")
     assert plan.method == "full fine-tuning"
     assert not plan.runnable
     assert plan.reason
@@ -82,11 +82,7 @@ def test_full_fine_tuning_is_planned_but_not_run():
     assert plan.gpus >= 2
     assert plan.trainable_parameters == 8_030_261_248
     assert dict(plan.settings())["compute"] == "bf16"
-
-
-def test_full_fine_tuning_without_a_gpu_is_planned_for_one():
-    _, plan = planned(CPU, rows=200_000, config=TINY, goal="accuracy")
-    assert plan.hardware.name == "H100"
+    assert [(finding.code, finding.where) for finding in plan.findings] == [("P0", "method")]
 
 
 def test_a_fused_projection_is_planned_with_a_note():

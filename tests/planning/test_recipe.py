@@ -30,6 +30,7 @@ def recipe(tmp_path, hardware="4090", rows=2_000, **flags):
         {"targets": "all-linear", "rank": 64, "memory_policy": "keep"},
         {"targets": ("q_proj", "up_proj"), "lr": 1e-5, "holdout": "held out.jsonl", "gpu_memory": "8GiB", "seed": 7},
         {"base": "on", "out": "no", "goal": "latency", "compute": "fp16"},
+        {"method": "full"},
     ],
 )
 def test_the_recipe_reproduces_the_plan(tmp_path, flags):
@@ -52,7 +53,10 @@ def test_each_planned_setting_carries_its_reason(tmp_path):
 
 
 def test_a_full_recipe_says_that_lorafit_cannot_run_it(tmp_path):
-    _, path = recipe(tmp_path, rows=200_000, goal="accuracy", base="models/x", data=("a.jsonl",))
+    flags = {"goal": "accuracy", "base": "models/x", "data": ("a.jsonl",)}
+    plan = make_plan(resolve({}, flags), facts(rows=200_000), shape(), hardware_named("4090"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(plan_recipe(plan, resolve({}, flags).config), encoding="utf-8")
     text = path.read_text()
     assert text.startswith("# full fine-tuning of a-base: lorafit cannot run this recipe yet")
     loaded = yaml.safe_load(text)

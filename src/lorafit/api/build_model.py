@@ -34,7 +34,7 @@ from lorafit.engine import (
     warm_compiler,
 )
 from lorafit.errors import RunDirError
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, most_tokens, policy_of
+from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, most_tokens, policy_of
 from lorafit.methods import Method, method_of
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
@@ -112,7 +112,6 @@ def _samples(rows: Rows) -> list[tuple[Any, Any]]:
     return [(ids, np.arange(len(ids)) > 0) for ids in starts]
 
 
-GRADIENT_BYTES = 4
 AUTO = "auto"
 GPU_SHARE = 0.97
 """Share of the GPU's free memory that a run may use if no budget is set."""
@@ -294,7 +293,7 @@ def _workload(
     steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
     step_tokens = int(rows.lengths[step].sum())
-    trained = sum(weight.numel() for weight in built.method.trainable(built.model))
+    trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
@@ -319,5 +318,11 @@ def _workload(
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
         within=within,
-        coming_bytes=round(trained * (GRADIENT_BYTES + state)),
+        coming_bytes=round(sum(weight.numel() * (state + _held_bytes(weight, config)) for weight in trained)),
     )
+
+
+def _held_bytes(weight: Tensor, config: RunConfig) -> int:
+    """Return the bytes that one value of a trained weight takes beside its moments: gradient and master copy."""
+    has_master = weight.element_size() < MASTER_BYTES and config.optimizer == "adamw"
+    return weight.element_size() + (MASTER_BYTES if has_master else 0)

@@ -16,7 +16,7 @@ from lorafit.errors import AdapterError, BackboneError
 from lorafit.findings import Finding, Severity, has_errors
 from lorafit.hardware import hardware_here
 
-PITFALLS = tuple(f"P{number}" for number in range(1, 8))
+PITFALLS = tuple(f"P{number}" for number in range(1, 10))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def check(
 ) -> CheckReport:
     """Judge the rows of `data`, and with a `base` their tokens and the settings.
 
-    A base adds its tokenizer and chat template, and the pitfalls P1 to P7. `plan` tells whether the run fits this
+    A base adds its tokenizer and chat template, and the pitfalls P1 to P9. `plan` tells whether the run fits this
     machine. `settings` are keys of RunConfig. Raises DataError for a file that cannot be read at all.
     """
     resolved = settle(data, {**settings, "base": base})

@@ -312,7 +312,8 @@ def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> list[
         run.write_json(run.identity, identity.ended_in(result_hashes(staged)).to_dict())
 
     try:
-        loop.method.save(loop.model, run.adapter, loop.config, written=keep_hashes)
+        folder = run.weights_of(loop.method.name)
+        loop.method.save(loop.model, folder, loop.config, written=keep_hashes)
         return findings
     except RunDirError as error:
         fix = f"free some space and resume with: {command_to_resume(run)}"

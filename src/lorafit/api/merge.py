@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from lorafit.api.ship.finishing import Finishing
 from lorafit.backbone import load_backbone, redirect_library_logs
-from lorafit.config import MergeBase
+from lorafit.config import MERGE_BASES, MergeBase
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named, verify
@@ -109,8 +109,8 @@ def merge(
 
 def _require_known(onto: str) -> None:
     """Raise UsageError unless `onto` is a base to merge onto."""
-    if onto not in get_args(MergeBase):
-        names = " or ".join(get_args(MergeBase))
+    if onto not in MERGE_BASES:
+        names = " or ".join(MERGE_BASES)
         raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
 
 

@@ -169,7 +169,7 @@ class AdapterTrainingPipeline:
 
         Checkpoints go to `output_dir`/checkpoints, by default in a temporary folder.
         """
-        fixed = {"base", "rank", "alpha", "dropout", "targets", "quantization"} & set(settings)
+        fixed = {"base", "method", "rank", "alpha", "dropout", "targets", "quantization"} & set(settings)
         if fixed:
             raise UsageError(
                 f"{min(fixed)} is fixed when the pipeline is made", where="build_trainer", fix="set it there"

@@ -16,14 +16,11 @@ from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
 from lorafit.hardware import Hardware
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES
 from lorafit.runs import RunDir
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No run of this code is older than this."""
 CLOCK_SLACK_S = 86_400.0
-WEIGHT_BYTES = 4
-"""Bytes of each trained weight in a checkpoint, beside its moments."""
 SPARE_BYTES = 16 << 20
 """Bytes for logs, metrics and JSON."""
 MIB = 1 << 20
@@ -117,13 +114,13 @@ def _clock(files: list[Path]) -> Iterator[Finding]:
 
 
 def _space(planned: PlannedRun, run: RunDir) -> Iterator[Finding]:
-    config, plan = planned.resolved.config, planned.plan
+    config, inputs = planned.resolved.config, planned.plan.inputs
     free = shutil.disk_usage(_existing(run.path)).free
-    moments = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
-    each = round(plan.trainable_parameters * (WEIGHT_BYTES + moments))
+    each = inputs.checkpoint_bytes
+    result = inputs.trained_parameters * inputs.width if inputs.is_full else 0
     saved = len(list(run.checkpoints.glob("step-*")))
     # a new checkpoint is complete before an old one is removed
-    needed = each * max(config.keep_last + config.keep_best + 1 - saved, 1) + SPARE_BYTES
+    needed = each * max(config.keep_last + config.keep_best + 1 - saved, 1) + result + SPARE_BYTES
     if free < needed:
         yield Finding(
             "S004",

@@ -38,6 +38,7 @@ def check(
         Path | None,
         typer.Option("--fix", metavar="OUT", help="Write the data with mechanical fixes applied.", show_default=False),
     ] = None,
+    method: flags.Method = None,
     select: flags.Select = None,
     ignore: flags.Ignore = None,
     on_bad: flags.OnBad = None,
@@ -52,7 +53,7 @@ def check(
     from lorafit.api.check import check as run_check
     from lorafit.data import fix_rows, show_rows
 
-    given = {"base": base, "encoding": encoding, "field_map": map, "holdout": holdout}
+    given = {"base": base, "encoding": encoding, "field_map": map, "holdout": holdout, "method": method}
     given |= {"on_bad": on_bad, "on_long": on_long}
     settings = flags.settings_from(set, **given, select=select, ignore=ignore)
     with ReadingBar() as bar:
@@ -69,8 +70,7 @@ def check(
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
     show_findings(report.findings, [*(data or ()), *flags.words_of("field_map", map)])
     show_rows_coloured(rows)
-    if fixed:
-        _show_fixed(fixed, report)
+    _show_fixed(fixed, report)
     _show_next(report, data or [], given, set, fixed is not None)
     raise typer.Exit(0 if report.ok else 1)
 
@@ -80,7 +80,9 @@ def _more(fixed: FixReport | None, rows: list[ShownRow]) -> dict[str, Any]:
     return ({"fixed": fixed.to_dict()} if fixed else {}) | ({"rows": shown_as_json(rows)} if rows else {})
 
 
-def _show_fixed(fixed: FixReport, report: CheckReport) -> None:
+def _show_fixed(fixed: FixReport | None, report: CheckReport) -> None:
+    if fixed is None:
+        return
     written = f"{fixed.written:,} of {fixed.read:,} rows written to {escape(near(str(fixed.out)))}"
     say(f"[bold]fixed[/bold]     {fixed.changes}: {written}")
     if fixed.rejected_file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -15,11 +15,16 @@ EXAMPLES = """Examples:
 
 lorafit demo
 
-lorafit demo --task tickets --seed 1"""
+lorafit demo --task tickets --seed 1
+
+lorafit demo --method full"""
 
 
 def demo(
     task: Annotated[str, typer.Option("--task", help="Task: orders, dates or tickets.")] = "orders",
+    method: Annotated[
+        Literal["lora", "full"], typer.Option("--method", help="Training method: lora, or full for every weight.")
+    ] = "lora",
     seed: Annotated[int, typer.Option("--seed", metavar="NUMBER", min=0, help="Seed of data and training.")] = 0,
     out: Annotated[
         str | None,
@@ -39,11 +44,11 @@ def demo(
     if not json:
         what = f"trains a base of 3.5 M parameters on the task '{escape(task)}', like a run of your own"
         say(f"[bold]lorafit demo[/bold] [dim]{what}[/dim]")
-        usual = usual_path(task, seed)
+        usual = usual_path(task, seed, method)
         if out is None and usual.exists():
             say(f"  [dim]{usual} already exists and stays unchanged; this run gets a new folder[/dim]")
     with steady():
-        result = run_demo(task, seed, out, quiet=json)
+        result = run_demo(task, seed, out, method=method, quiet=json)
     if json:
         show_json(result.to_dict())
     raise typer.Exit(0 if result.merged.passed else 1)

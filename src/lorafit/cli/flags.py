@@ -43,6 +43,10 @@ GpuMemory = Annotated[
     str | None,
     typer.Option("--gpu-memory", "--vram", help="Limit of GPU memory, as 8GB.", show_default=False),
 ]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="Training method: lora, or full for every weight.", show_default=False),
+]
 Lr = Annotated[str | None, typer.Option("--lr", metavar="NUMBER", help="Peak learning rate.", show_default=False)]
 Epochs = Annotated[
     str | None, typer.Option("--epochs", metavar="NUMBER", help="Passes over the training rows.", show_default=False)

@@ -72,10 +72,8 @@ def show_merged(merged: MergedRun) -> None:
     report = merged.report
     size = f"{gib(report.total_bytes)} in {report.shards} shard(s)"
     step = f"step {report.step} " if report.step is not None else ""
-    heading(
-        "merge",
-        f"{step}onto the {report.onto} base: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}",
-    )
+    what = "every weight of the run" if report.onto == "whole" else f"onto the {report.onto} base"
+    heading("merge", f"{step}{what}: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}")
     show_verification(merged.verification)
     for proof in merged.proofs:
         if proof.status == "failed":
@@ -87,14 +85,15 @@ def show_merged(merged: MergedRun) -> None:
 def show_verification(result: Verification) -> None:
     """Show a table of each model against the live adapter model on held-out rows."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("against the live adapter model", "mean KL", "top-1 agreement", "task loss"):
+    live = "live model" if result.onto == "whole" else "live adapter model"
+    for title in (f"against the {live}", "mean KL", "top-1 agreement", "task loss"):
         table.add_column(title, justify="left" if title.startswith("against") else "right")
-    table.add_row("live adapter model", "", "", f"{result.live_loss:.4f}")
+    table.add_row(live, "", "", f"{result.live_loss:.4f}")
     kind = result.merged_dtype if result.export_format == "safetensors" else result.export_format
     for name, part in (
-        (f"merged ({kind}, from disk)", result.merged),
+        (f"{'exported' if result.onto == 'whole' else 'merged'} ({kind}, from disk)", result.merged),
         ("noise floor (live model, other precision)", result.floor),
-        ("base without adapter", result.base),
+        ("base without training" if result.onto == "whole" else "base without adapter", result.base),
     ):
         table.add_row(name, f"{part.kl:.2e}", f"{part.top1_agreement:.2%}", f"{part.loss:.4f}")
     verdict = "[bold green]verified[/bold green]" if result.passed else "[bold red]not verified[/bold red]"

@@ -31,6 +31,7 @@ def plan(
     gpu: flags.Gpu = None,
     gpu_memory: flags.GpuMemory = None,
     goal: flags.Goal = None,
+    method: flags.Method = None,
     lr: flags.Lr = None,
     epochs: flags.Epochs = None,
     rank: flags.Rank = None,
@@ -52,8 +53,8 @@ def plan(
     from lorafit.api.plan import plan as run_plan
 
     given = {
-        "base": base, "gpu_memory": gpu_memory, "goal": goal, "lr": lr, "epochs": epochs, "rank": rank,
-        "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long,
+        "base": base, "gpu_memory": gpu_memory, "goal": goal, "method": method, "lr": lr, "epochs": epochs,
+        "rank": rank, "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long,
         "encoding": encoding, "field_map": map, "holdout": holdout, "out": out,
     }  # fmt: skip
     settings = flags.settings_from(set, **given, gpu=gpu, select=select, ignore=ignore)

@@ -33,6 +33,7 @@ def train(
     out: flags.Out = None,
     goal: flags.Goal = None,
     gpu_memory: flags.GpuMemory = None,
+    method: flags.Method = None,
     lr: flags.Lr = None,
     epochs: flags.Epochs = None,
     rank: flags.Rank = None,
@@ -56,7 +57,7 @@ def train(
     if not data and not set and not json and sys.stdin.isatty() and sys.stdout.isatty():
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(
-        set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, lr=lr, epochs=epochs, rank=rank,
+        set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, method=method, lr=lr, epochs=epochs, rank=rank,
         max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long,
         encoding=encoding, field_map=map,
         holdout=holdout, deterministic=deterministic or None,

@@ -1,6 +1,6 @@
 """Settings: the frozen `RunConfig`, and `resolve`, which records the source of each value."""
 
-from lorafit.config.base_files import MergeBase, base_folder
+from lorafit.config.base_files import MERGE_BASES, MergeBase, base_folder
 from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_json
 from lorafit.config.generation import generation_settings, sampling_settings, served_stop_ids
 from lorafit.config.new_files import NewFiles
@@ -9,6 +9,7 @@ from lorafit.config.run_config import MAX_SCALE, PLANNED, RunConfig
 
 __all__ = [
     "MAX_SCALE",
+    "MERGE_BASES",
     "MergeBase",
     "NewFiles",
     "PLANNED",

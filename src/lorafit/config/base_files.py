@@ -10,8 +10,13 @@ from lorafit.errors import BackboneError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
-MergeBase = Literal["quantized", "original"]
-"""Base that a merge starts from. It is the dequantized 4-bit base of training, or the checkpoint as stored."""
+MergeBase = Literal["quantized", "original", "whole"]
+"""Base that a merge starts from. It is the dequantized 4-bit base of training, or the checkpoint as stored.
+
+`whole` is no base: a full run has trained every weight.
+"""
+MERGE_BASES = ("quantized", "original")
+"""Bases that a user can name."""
 
 
 def base_folder(base: str, revision: str | None = None, *, weights: bool = False) -> Path:

@@ -58,7 +58,9 @@ class RunConfig(BaseModel):
     max_unpacked: str = Field("64GiB", description="most that a packed data file may unpack to")
 
     # the method
-    method: Literal["lora"] = Field("lora", description="training method: lora, low-rank adapters on a frozen base")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="training method: lora, low-rank adapters on a frozen base; or full, every weight"
+    )
     objective: Literal["sft"] = Field("sft", description="the loss: sft, cross entropy over supervised tokens")
     goal: Goal = Field("balanced", description="aim of the decision matrix")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result is served")
@@ -112,7 +114,7 @@ class RunConfig(BaseModel):
         translated = translate(given, cls.model_fields)
         for key, advice in translated.problems.items():
             raise UsageError(f"unknown setting '{key}'", fix=advice)
-        return translated.values
+        return _with_defaults_of_method(translated.values)
 
     @field_validator("data", mode="before")
     @classmethod
@@ -185,6 +187,14 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _trained_weights_are_not_quantized(self) -> RunConfig:
+        if self.method == "full" and self.quantization != "none":
+            freezes = f"quantization is {self.quantization}, which freezes them"
+            what = f"method is full, which trains every weight, and {freezes}"
+            raise UsageError(what, where="quantization", fix="set quantization: none, or method: lora")
+        return self
+
     @field_validator("encoding")
     @classmethod
     def _is_an_encoding(cls, value: str | None) -> str | None:
@@ -210,7 +220,18 @@ class RunConfig(BaseModel):
         return value
 
 
-PLANNED = ("rank", "alpha", "quantization", "compute", "compile", "optimizer", "memory_policy", "serving")
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"full": {"quantization": "none", "lr": 2e-5}}
+"""Defaults that a method changes. A full run's peak learning rate is a tenth of LoRA's: every weight moves."""
+
+
+def _with_defaults_of_method(values: dict[str, Any]) -> dict[str, Any]:
+    method = values.get("method")
+    return {**(METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}), **values}
+
+
+PLANNED = (
+    "method", "rank", "alpha", "quantization", "compute", "compile", "lr", "optimizer", "memory_policy", "serving",
+)  # fmt: skip
 """Settings that the plan decides when neither recipe nor flag sets them."""
 _TEXTS = frozenset(
     key

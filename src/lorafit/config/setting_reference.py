@@ -29,7 +29,7 @@ ADVICE = {
     "max_unpacked": "Raise it for a packed file that you trust and that unpacks to more.",
     "goal": "Use budget to pay less, accuracy for many rows, tenants for one base with many adapters.",
     "serving": "Use adapters when one base serves several of them.",
-    "method": "Leave it: lora is the only method today.",
+    "method": "Use full for the most accuracy from many rows, where every weight fits the memory.",
     "objective": "Leave it: sft is the only objective today.",
     "quantization": "Use none when the base fits in 16 bits and accuracy matters most.",
     "compute": "Leave it on auto; try fp8 on Hopper or newer for speed.",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorafit.backbone import stored_dtype
 from lorafit.config import RunConfig
-from lorafit.export.companions import companion_text, read_companion, write_text_companions
+from lorafit.export.companions import companion_text, read_companion, write_companions, write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.lineage import Lineage
-from lorafit.export.model_card import adapter_card
+from lorafit.export.model_card import adapter_card, whole_card
 from lorafit.export.verify import write_chat_template
 from lorafit.findings import Finding
 from lorafit.runs import ChosenWeights, RunDir, RunIdentity, adapter_hashes, changed_file, write_text
@@ -19,22 +20,28 @@ CARD = "README.md"
 
 
 def write_adapter_companions(run: RunDir, staged: Path) -> list[Finding]:
-    """Write tokenizer, chat template, generation settings, lineage and model card beside the adapter in `staged`.
+    """Write tokenizer, chat template, generation settings, lineage and model card beside the weights in `staged`.
+
+    A whole model gets its base's config.json too, with the dtype of its weights.
 
     Returns finding V001 if transformers would render another prompt from `staged` than training had. Raises
     BackboneError for a damaged file of the base.
     """
     parts = FinishedRun.of(run, ChosenWeights(staged))
-    write_text_companions(parts, staged)
+    if (staged / "config.json").is_file():
+        write_companions(parts, staged, stored_dtype(staged))
+    else:
+        write_text_companions(parts, staged)
     lineage = Lineage.of(run)
     write_origin(staged, parts.config, lineage)
     return write_chat_template(parts, staged)
 
 
 def write_origin(folder: Path, config: RunConfig, lineage: Lineage) -> None:
-    """Write lineage.json and the model card of the adapter in `folder`."""
+    """Write lineage.json and the model card of the trained weights in `folder`."""
     lineage.write(folder)
-    (folder / CARD).write_text(adapter_card(config, lineage), encoding="utf-8")
+    card = whole_card if config.method == "full" else adapter_card
+    (folder / CARD).write_text(card(config, lineage), encoding="utf-8")
 
 
 def result_hashes(folder: Path) -> dict[str, str]:

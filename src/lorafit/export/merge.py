@@ -74,10 +74,10 @@ def merge(
 
     The folder appears completely or not at all. `onto` "quantized" adds the delta to the dequantized 4-bit base, the
     model that was trained; "original" adds it to the checkpoint as stored. A run over an unquantized base has the
-    original only. `out` is by default `run_dir/exports/merged-<onto>`. `fingerprint` is the base's at training time, so
-    that another base is refused. `dtype` is that of the weights, see `in_dtype`; `checkpoint` is
-    last, best or a step. `prove` is called with the
-    folder of the written files before it gets its name; if it raises, no files are left.
+    original only, and a full run is written as it is. `out` is by default `run_dir/exports/merged-<onto>`, or `full`.
+    `fingerprint` is the base's at training time, so that another base is refused. `dtype` is that of the weights, see
+    `in_dtype`; `checkpoint` is last, best or a step. `prove` is called with the folder of the written files before it
+    gets its name; if it raises, no files are left.
 
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
@@ -85,7 +85,7 @@ def merge(
     run = FinishedRun.open(run_dir, checkpoint)
     form = export_format or format_named(DEFAULT_FORMAT)
     if run.config.quantization == "none":
-        onto = "original"
+        onto = "whole" if run.config.method == "full" else "original"
     base = base_folder(run.config.base, run.config.revision, weights=True)
     require_same_base(base, fingerprint)
     form = in_dtype(form, dtype, onto, base)
@@ -94,7 +94,9 @@ def merge(
     with staged_folder(folder) as staged:
         _check_space(base, staged, form)
         findings = _write_companions(run, staged, onto, form)
-        written = form.write(merged_weights(run.config, onto, trained, device, _keeps_dtype(form)), staged)
+        written = form.write(
+            merged_weights(trained.source(run.config), onto, trained, device, _keeps_dtype(form)), staged
+        )
         if isinstance(form, OwnTokenizer):
             findings += check_own_tokenizer(run, staged, form)
         elapsed = time.monotonic() - started
@@ -142,7 +144,8 @@ def _keeps_dtype(form: ExportFormat) -> bool:
 
 
 def _folder_name(onto: MergeBase, form: ExportFormat) -> str:
-    return f"merged-{onto}" if form.name == DEFAULT_FORMAT else f"merged-{onto}-{form.name}"
+    name = "full" if onto == "whole" else f"merged-{onto}"
+    return name if form.name == DEFAULT_FORMAT else f"{name}-{form.name}"
 
 
 def _check_space(base: Path, staged: Path, form: ExportFormat) -> None:

@@ -14,19 +14,38 @@ SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 def model_card(config: RunConfig, onto: MergeBase, form: ExportFormat, lineage: Lineage | None = None) -> str:
     """Return the model card of a merged run, with metadata that hubs read."""
-    base, method = base_name(config), method_of(config)
+    base, method, is_whole = base_name(config), method_of(config), onto == "whole"
+    how = "of" if is_whole else "trained over"
+    merged, source = ("", "run") if is_whole else (f"merged onto the {onto} base and ", "adapter")
     return f"""---
 base_model: {base}
 library_name: {form.library_name}
 pipeline_tag: text-generation
 tags: [{method.name}, merged, lorafit]
 ---
-# {base}, fine-tuned and merged
+# {base}, fine-tuned{"" if is_whole else " and merged"}
 
-{method.describe(config)} trained over {base},
-merged onto the {onto} base and saved in {SHORT_NAMES.get(form.dtype, str(form.dtype))} by lorafit.
+{method.describe(config)} {how} {base},
+{merged}saved in {SHORT_NAMES.get(form.dtype, str(form.dtype))} by lorafit.
 `chat_template.jinja` renders the prompt that the model was trained on; generation stops at the ids in
-`generation_config.json`. `verification.json`, if present, compares this model with the adapter it was made of.
+`generation_config.json`. `verification.json`, if present, compares this model with the {source} it was made of.
+{_origin(lineage)}"""
+
+
+def whole_card(config: RunConfig, lineage: Lineage) -> str:
+    """Return the model card of a full run's own folder, with metadata that hubs read."""
+    base, method = base_name(config), method_of(config)
+    return f"""---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{method.name}, lorafit]
+---
+# {base}, fine-tuned
+
+{method.describe(config)} of {base} by lorafit, in the precision in which it trained.
+The tokenizer's `chat_template.jinja` renders the prompt of training, and `generation_config.json` has the ids that end
+an answer. `lineage.json` has every setting. `lorafit merge` writes these weights in 16 bits, and verifies them.
 {_origin(lineage)}"""
 
 

@@ -21,7 +21,7 @@ from lorafit.memory.footprint import (
 from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import FILLED, LayerCosts, Link, PeakMemory, Split, graph_tokens, timeline_s
 from lorafit.memory.solver import Room, solve, solve_micro
-from lorafit.memory.speed import layer_costs
+from lorafit.memory.speed import layer_costs, optimizer_s
 
 FRAGMENTATION = 0.05
 """Share of activations and working memory that the allocator loses between blocks."""
@@ -87,7 +87,7 @@ def plan_execution(inputs: PlanInputs, execution: Execution | None = None) -> Ex
     costs = _costs(inputs, batch, execution, policy)
     room = room_of(inputs, batch.tokens, execution, policy.dequantized_layers)
     records = _records(policy, inputs)
-    beside_s = (GRAPH_STEP_S if records else STEP_S) if inputs.on_cuda else 0.0
+    beside_s = (GRAPH_STEP_S if records else STEP_S + optimizer_s(inputs)) if inputs.on_cuda else 0.0
     plan = _plan(policy, costs, room, batch, inputs, beside_s)
     return replace(plan, graph_bytes=graph_bytes(costs, policy, batch.tokens)) if records else plan
 
@@ -130,13 +130,14 @@ def _costs(
         width=inputs.width,
         mask_bytes=_mask_bytes(inputs),
         execution=execution,
+        trains_head=inputs.is_full,
     )
     return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 
 
 def _mask_bytes(inputs: PlanInputs) -> int:
     """Return the bytes of one entry of a dropout mask. CUDA keeps a boolean, a CPU the scaled noise."""
-    if not inputs.config.dropout:
+    if not inputs.config.dropout or inputs.is_full:
         return 0
     return 1 if inputs.on_cuda else inputs.width
 
@@ -190,10 +191,11 @@ def _graph_tokens(costs: LayerCosts, inputs: PlanInputs, batch: MicroBatch) -> i
 def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
     """Return True when `policy` has CUDA graphs and the layers can run them.
 
-    They must be compiled, in 16 bits or fp8, and without capped scores.
+    They must be compiled, in 16 bits or fp8, and without capped scores. Graphs hold the gradients of adapters only.
     """
     compiled = execution_of(inputs).fused and inputs.on_cuda
-    able = compiled and inputs.compute in ("bf16", "fp8") and not (inputs.shape.capped_scores or inputs.shape.alone)
+    excluded = inputs.shape.capped_scores or inputs.shape.alone or inputs.is_full
+    able = compiled and inputs.compute in ("bf16", "fp8") and not excluded
     return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.hardware.device import GIB
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatch, PlanInputs
+from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, MicroBatch, PlanInputs
 from lorafit.shapes import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -45,9 +45,9 @@ def total_bytes(components: Iterable[Component]) -> int:
 def movable_embedding_bytes(inputs: PlanInputs) -> int:
     """Return the bytes of input embeddings that may move to host memory.
 
-    They may on CUDA, unless lm_head shares them.
+    They may on CUDA, unless lm_head shares them or they train.
     """
-    if not inputs.on_cuda or inputs.shape.tied_embeddings:
+    if not inputs.on_cuda or inputs.shape.tied_embeddings or inputs.is_full:
         return 0
     return inputs.shape.embedding_parameters * inputs.width
 
@@ -72,7 +72,8 @@ def static_memory(
     `dequantized_layers` counts the layers with dequantized weights beside the quantized ones.
     """
     base = _base(inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0)
-    return [*base, *_dense_copies(inputs, base, dequantized_layers), *_adapters(inputs), _process(inputs)]
+    trained = _trained_weights(inputs) if inputs.is_full else _adapters(inputs)
+    return [*base, *_dense_copies(inputs, base, dequantized_layers), *trained, _process(inputs)]
 
 
 def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
@@ -117,6 +118,18 @@ def _adapters(inputs: PlanInputs) -> list[Component]:
     ]
 
 
+def _trained_weights(inputs: PlanInputs) -> list[Component]:
+    """Return what full fine-tuning holds beside the weights themselves."""
+    weights, eight_bit = inputs.trained_parameters, inputs.optimizer != "adamw"
+    copies = Component("master weights", weights * MASTER_BYTES, "fp32 copies, which take the updates")
+    state = round(weights * (ADAM_8BIT_BYTES if eight_bit else ADAM_BYTES))
+    return [
+        *([copies] if inputs.has_master_weights else []),
+        Component("gradients", weights * inputs.width, f"{weights:,} weights in {8 * inputs.width} bits"),
+        Component("optimizer state", state, f"two moments of AdamW in {8 if eight_bit else 32} bits"),
+    ]
+
+
 def _process(inputs: PlanInputs) -> Component:
     if inputs.on_cuda:
         return Component("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and workspaces")
@@ -128,6 +141,7 @@ LOSS_CHUNK_BYTES = 256 << 20
 OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
+GRADIENT_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
 """Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
@@ -166,7 +180,7 @@ class Activations:
         backward_bytes: Working memory of the layer's backward.
         weight_bytes: Largest dequantized weight, which is part of `backward_bytes`.
         loss_bytes: Working memory of the loss.
-        chunk_bytes: A chunk of logits, which is part of `loss_bytes`.
+        chunk_bytes: A chunk of logits and the head's gradient, which are part of `loss_bytes`.
     """
 
     layer_bytes: int
@@ -186,11 +200,12 @@ def activations(
     width: int,
     mask_bytes: int = 0,
     execution: Execution,
+    trains_head: bool = False,
 ) -> Activations:
     """Return the activations of one micro-batch.
 
     `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
-    without dropout.
+    without dropout. With `trains_head` the loss sums the head's gradient in fp32.
     """
     stream = NORM_BYTES if execution.wide_stream else width
     linears = shape.named(targets)
@@ -203,14 +218,15 @@ def activations(
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
     chunk = _logit_bytes(shape, batch, width, execution)
+    head = shape.vocab * shape.hidden * GRADIENT_BYTES if trains_head else 0
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
         feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),
         input_bytes=shape.hidden * stream * batch.tokens,
         backward_bytes=max(gradients, _scores_bytes(shape, batch, execution)) + weight,
         weight_bytes=weight,
-        loss_bytes=chunk + batch.tokens * shape.hidden * (width + 4),
-        chunk_bytes=chunk,
+        loss_bytes=chunk + head + batch.tokens * shape.hidden * (width + 4),
+        chunk_bytes=chunk + head,
     )
 
 

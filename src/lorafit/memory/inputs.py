@@ -19,6 +19,10 @@ SUPERVISED_SPREAD = 1.25
 """Supervised share of the most supervised micro-batch, relative to the mean one."""
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2 + 8 / 256
 """Bytes of AdamW's two moments for each trained weight. They are in fp32, or in 8 bits with an fp32 scale per 256."""
+ADAPTER_BYTES = 4
+"""Bytes of an adapter's weight, which is in fp32."""
+MASTER_BYTES = 4
+"""Bytes of a 16-bit weight's copy in fp32."""
 OPTIMIZER_SHARE = 0.03
 """Share of a GPU's memory up to which AdamW's moments stay in 32 bits. The 8-bit optimizers are slower: they launch
 kernels tensor by tensor, and the paged ones wait for the device every step."""
@@ -111,28 +115,60 @@ class PlanInputs:
         return WIDTH[self.compute]
 
     @property
+    def is_full(self) -> bool:
+        """True when every weight trains."""
+        return self.config.method == "full"
+
+    @property
     def in_4_bits(self) -> bool:
         """True when the base's linear layers are in NF4."""
         return self.config.quantization == "nf4"
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """Names of the modules with an adapter. Raises AdapterError for names that the model lacks."""
+        """Names of the modules with an adapter. Raises AdapterError for names that the model lacks.
+
+        In full fine-tuning they are all linear modules, whose inputs the backward pass needs as well.
+        """
+        if self.is_full:
+            return self.shape.module_names
         return resolve_targets(self.config.targets, self.shape.projections, self.shape.family)
 
     @cached_property
     def adapter_parameters(self) -> int:
         """Weights in the adapters: rank × (inputs + outputs) for each target."""
+        if self.is_full:
+            return 0
         parts = self.shape.named(self.targets)
         return sum(self.config.rank * (part.inputs + part.outputs) * part.count for part in parts)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Weights that train: those of the adapters, or all but the towers'."""
+        return self.shape.parameters - self.shape.tower_parameters if self.is_full else self.adapter_parameters
+
+    @property
+    def has_master_weights(self) -> bool:
+        """True when 16-bit weights train by fp32 copies, as AdamW in 32 bits needs them."""
+        return self.is_full and self.width < WIDTH["fp32"] and self.optimizer == "adamw"
 
     @property
     def optimizer(self) -> str:
         """Optimizer. On auto its moments are in 32 bits while they fit OPTIMIZER_SHARE of the GPU, else in 8."""
         if self.config.optimizer != "auto":
             return self.config.optimizer
+        if self.is_full:
+            return "adamw"
         small = self.adapter_parameters * ADAM_BYTES <= OPTIMIZER_SHARE * self.hardware.memory_bytes
         return "adamw" if small or not self.on_cuda else "paged_adamw_8bit"
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: the trained weights, their fp32 copies and their moments."""
+        weight = self.width + MASTER_BYTES * self.has_master_weights if self.is_full else ADAPTER_BYTES
+        return round(
+            self.trained_parameters * (weight + (ADAM_BYTES if self.optimizer == "adamw" else ADAM_8BIT_BYTES))
+        )
 
     @cached_property
     def policy(self) -> MemoryPolicy | None:

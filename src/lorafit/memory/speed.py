@@ -13,7 +13,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
 from lorafit.hardware.device import CORE_GFLOPS
 from lorafit.memory.footprint import NF4_BYTES, Activations, Execution
-from lorafit.memory.inputs import MicroBatch, PlanInputs
+from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
@@ -90,8 +90,24 @@ def layer_costs(
         launch_s=launch,
         loss_bytes=live.loss_bytes,
         fixed_loss_bytes=live.chunk_bytes,
-        loss_s=4 * batch.supervised * inputs.shape.vocab * inputs.shape.hidden / flops_per_s(inputs),
+        loss_s=(6 if inputs.is_full else 4)
+        * batch.supervised
+        * inputs.shape.vocab
+        * inputs.shape.hidden
+        / flops_per_s(inputs),
     )
+
+
+def optimizer_s(inputs: PlanInputs) -> float:
+    """Return the seconds in which the optimizer reads and writes every trained weight; 0 for adapters.
+
+    Clipping reads the gradients; the update reads gradients, and reads and writes weights, master copies and moments.
+    """
+    if not inputs.is_full:
+        return 0.0
+    moments = ADAM_BYTES if inputs.optimizer == "adamw" else ADAM_8BIT_BYTES
+    held = inputs.width + moments + (MASTER_BYTES if inputs.has_master_weights else 0)
+    return _moving_s(inputs.trained_parameters * (2 * inputs.width + 2 * held), inputs.hardware)
 
 
 def flops_per_s(inputs: PlanInputs) -> float:
@@ -130,7 +146,7 @@ def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
     frozen = 2 * tokens * weights / (rate * faster)
     return _Matmuls(
         forward_s=frozen + 2 * tokens * adapters / rate,
-        backward_s=frozen + 4 * tokens * adapters / rate,
+        backward_s=frozen * (2 if inputs.is_full else 1) + 4 * tokens * adapters / rate,
         tail_s=TAIL_S * depth / faster if inputs.on_cuda else 0.0,
         feed_forward=inner / weights,
     )

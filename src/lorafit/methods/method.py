@@ -1,8 +1,8 @@
-"""Method: the protocol of training methods. LoRA implements it."""
+"""Method: the protocol of training methods. LoRA and full fine-tuning implement it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,10 @@ class TrainedWeights(Protocol):
         """Return the number of trained base parameters."""
         ...
 
+    def source(self, config: RunConfig) -> RunConfig:
+        """Return the settings whose base holds the tensors to merge into: `config`, or a whole trained model."""
+        ...
+
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Return the trained value of the base's parameter `name`, given its base value `weight`.
 
@@ -64,6 +68,10 @@ class Method(Protocol):
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the optimizer's parameters in a fixed order."""
+        ...
+
+    def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
+        """Return the optimizer of class `kind` over the trained weights in `groups`."""
         ...
 
     def snapshot(self, model: nn.Module, config: RunConfig) -> MethodSnapshot:

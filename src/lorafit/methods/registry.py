@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from lorafit.config import RunConfig
+from lorafit.methods.full.full import Full
 from lorafit.methods.lora.lora import Lora
 from lorafit.methods.method import Method
 
-METHODS: dict[str, Method] = {"lora": Lora()}
+METHODS: dict[str, Method] = {"lora": Lora(), "full": Full()}
 """Every method by its value of the setting `method`."""
 
 

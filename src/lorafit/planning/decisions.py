@@ -13,6 +13,7 @@ from lorafit.config.run_config import Goal
 from lorafit.memory.execution_plan import ExecutionPlan, estimate_memory, memory_of, plan_execution
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.forecast import forecast
+from lorafit.planning.full_decisions import full_optimizer, learning_rate, method_choice
 from lorafit.shapes import ModelShape
 
 Method = Literal["QLoRA", "LoRA", "full fine-tuning"]
@@ -95,6 +96,9 @@ MATRIX: tuple[Rule, ...] = (
          least=MEDIUM + 1),
 )  # fmt: skip
 
+FULL = MATRIX[0]
+"""The row that trains every weight. The setting `method` chooses it too."""
+
 SERVING: Mapping[Goal, tuple[Literal["merged", "adapters"], str]] = {
     "latency": ("merged", "a model with the adapter merged in answers fastest"),
     "tenants": ("adapters", "one base in memory serves many small adapters"),
@@ -164,8 +168,9 @@ def price_options(inputs: PlanInputs, chosen: Rule) -> tuple[Option, ...]:
 
 def _option(rule: Rule, inputs: PlanInputs, chosen: bool) -> Option:
     rank = max(rule.rank, 1)
-    changes = {"rank": rank, "alpha": 2.0 * rank, "quantization": rule.quantization}
-    run = forecast(inputs if chosen else inputs.with_settings(**changes), full=not rule.rank)
+    changes: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank, "quantization": rule.quantization}
+    changes |= {} if rule.rank else {"optimizer": "auto"}
+    run = forecast(inputs if chosen else inputs.with_settings(method="lora", **changes), full=not rule.rank)
     return Option(
         method=rule.method,
         rank=rule.rank,
@@ -181,7 +186,7 @@ def _option(rule: Rule, inputs: PlanInputs, chosen: bool) -> Option:
     )
 
 
-ADAPTER_KEYS = ("rank", "alpha", "quantization", "targets")
+ADAPTER_KEYS = ("method", "rank", "alpha", "quantization", "targets")
 """Settings that imply training an adapter. When one is set, the matrix does not choose full fine-tuning."""
 QUANTIZED = ("nf4", "fp4")
 
@@ -235,6 +240,7 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
     """
     rule = _rule(resolved, inputs)
     decisions: list[Decision] = []
+    inputs = inputs.with_settings(method="lora" if rule.rank else "full")
 
     def settle(key: str, value: Any, reason: str) -> None:
         nonlocal inputs
@@ -245,20 +251,24 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
             inputs = inputs.with_settings(**{key: value})
         decisions.append(decision)
 
+    settle("method", *method_choice(inputs, rule.rank_reason))
     if rule.rank:
         settle("rank", rule.rank, f"{inputs.stats.rows:,} rows: {rule.rank_reason}")
         settle("alpha", 2.0 * inputs.config.rank, "twice the rank: the delta is scaled by alpha / rank = 2")
     settle("quantization", *_quantization(inputs.config, rule, inputs.shape))
     settle("compute", *_compute(inputs))
     settle("compile", *_compile(inputs))
+    settle("lr", *learning_rate(inputs))
     settle("optimizer", *_optimizer(inputs, rule))
-    settle("memory_policy", *_activations(inputs, rule))
+    settle("memory_policy", *_activations(inputs))
     settle("serving", *SERVING.get(inputs.config.goal, DEFAULT_SERVING))
     return Decided(rule, tuple(decisions))
 
 
 def _rule(resolved: Resolved, inputs: PlanInputs) -> Rule:
     rows, goal = inputs.stats.rows, inputs.config.goal
+    if resolved.is_set("method") and inputs.is_full:
+        return FULL
     if any(resolved.is_set(key) for key in ADAPTER_KEYS) and goal == "accuracy":
         rows = min(rows, HUGE)
     return choose(Case(rows, goal, fits_16bit(inputs)))
@@ -277,7 +287,7 @@ def fits_16bit(inputs: PlanInputs) -> bool:
 
 
 def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str, str]:
-    if shape.quantized in QUANTIZED:
+    if shape.quantized in QUANTIZED and rule.rank:
         return "nf4", f"the base is already in 4 bits ({shape.quantized})"
     if shape.linear_class != "Linear":
         return "none", f"{shape.family}'s {shape.linear_class} layers are not supported in 4 bits"
@@ -288,6 +298,8 @@ def _quantization(config: RunConfig, rule: Rule, shape: ModelShape) -> tuple[str
 
 def _compute(inputs: PlanInputs) -> tuple[str, str]:
     value, name = inputs.with_settings(compute="auto").compute, inputs.hardware.name
+    if inputs.is_full and value == "fp16":
+        return "fp32", f"{name} does not support bf16, and weights in fp16 lose small updates"
     reasons = {
         "bf16": f"{name} supports bf16, whose range never overflows{_fp8_hint(inputs)}",
         "fp16": f"{name} does not support bf16",
@@ -311,7 +323,7 @@ def _compile(inputs: PlanInputs) -> tuple[str, str]:
 
 def _optimizer(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     if not rule.rank:
-        return "adamw", "its 32-bit moments are sharded over the GPUs"
+        return full_optimizer(inputs)
     value = inputs.with_settings(optimizer="auto").optimizer
     if not inputs.on_cuda:
         return value, "the 8-bit optimizers need CUDA"
@@ -323,9 +335,7 @@ def _optimizer(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
     return value, reasons[value]
 
 
-def _activations(inputs: PlanInputs, rule: Rule) -> tuple[str, str]:
-    if not rule.rank:
-        return "recompute", "the kept activations of full fine-tuning would not fit"
+def _activations(inputs: PlanInputs) -> tuple[str, str]:
     plan = plan_execution(inputs)
     memory = memory_of(plan, inputs)
     policy = in_words(plan, inputs.shape.layers)

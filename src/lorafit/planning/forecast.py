@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lorafit.config import RunConfig
+from lorafit.config.foreign_text import at_least, at_most
 from lorafit.findings import Finding, Severity
 from lorafit.hardware import Hardware, hardware_named
 from lorafit.hardware.device import CORE_GFLOPS_RANGE, PRICES_AS_OF
@@ -18,7 +19,7 @@ from lorafit.memory.execution_plan import (
     plan_execution,
 )
 from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, activations, execution_of
-from lorafit.memory.inputs import DataStats, PlanInputs
+from lorafit.memory.inputs import WIDTH, DataStats, PlanInputs
 from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)
@@ -38,7 +39,6 @@ USABLE = 0.8
 LEAST_GPUS = 2
 REFERENCE_GPU = "H100"
 """GPU for which full fine-tuning is planned on a machine without one."""
-LEARNING_RATE = 1e-5
 REASON = "lorafit cannot train every weight on several GPUs yet; the recipe only describes such a run"
 
 
@@ -129,6 +129,9 @@ def token_flops(inputs: PlanInputs, recomputed: float) -> float:
     shape = inputs.shape
     head = shape.vocab * shape.hidden
     forward = 2 * (shape.active_parameters - head)
+    if inputs.is_full:  # the weights' own gradients too
+        attention = shape.layers * 2 * shape.heads * shape.head_dim * inputs.stats.mean_tokens
+        return (forward + attention) * (3 + recomputed) + 6 * head * inputs.stats.supervised_share
     attention = shape.layers * 2 * shape.heads * shape.head_dim * inputs.stats.mean_tokens
     trained = 4 * head * inputs.stats.supervised_share + 6 * inputs.adapter_parameters
     return forward * (2 + recomputed) + attention * (3 + recomputed) + trained
@@ -202,13 +205,43 @@ class Forecast:
 
 
 def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
-    """Return the forecast of training adapters, or with `full` that of training every weight."""
+    """Return the forecast of training by the settings, or with `full` that of training every weight.
+
+    The latter takes the device itself if everything fits, or else several GPUs.
+    """
     if full:
+        alone = forecast(full_inputs(inputs))
+        if alone.memory.fits(alone.hardware):
+            return alone
         inputs = inputs.on(full_gpu(inputs.hardware))
         gpus = gpus_needed(inputs.shape, inputs.hardware)
         return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
     plan = plan_execution(inputs)
     return Forecast(inputs.hardware, 1, memory_of(plan, inputs), estimate_duration(inputs, plan))
+
+
+FULL_OPTIMIZERS = ("adamw", "adamw_8bit")
+"""Optimizers of full fine-tuning, the most accurate first. The first keeps fp32 master weights and moments; the second
+rounds 16-bit weights stochastically and has moments in 8 bits, on CUDA."""
+
+
+def full_inputs(inputs: PlanInputs) -> PlanInputs:
+    """Return the inputs for training every weight on this device, with the most accurate optimizer that fits."""
+    settings = {"method": "full", "quantization": "none"}
+    if inputs.compute not in ("bf16", "fp32"):
+        settings["compute"] = "bf16" if inputs.hardware.bf16 else "fp32"
+    inputs = inputs.with_settings(**settings)
+    kinds = FULL_OPTIMIZERS if inputs.on_cuda and inputs.width < WIDTH["fp32"] else FULL_OPTIMIZERS[:1]
+    if inputs.config.optimizer != "auto":
+        return inputs
+    choices = [inputs.with_settings(optimizer=kind) for kind in kinds]
+    return next((one for one in choices if _fits_surely(one)), choices[-1])
+
+
+def _fits_surely(inputs: PlanInputs) -> bool:
+    """Return True if the peak fits with the error of its estimate."""
+    memory = memory_of(plan_execution(inputs), inputs)
+    return memory.peak_bytes * (1 + memory.uncertainty) <= inputs.hardware.memory_bytes
 
 
 def full_gpu(hardware: Hardware) -> Hardware:
@@ -255,13 +288,15 @@ def full_duration(inputs: PlanInputs, gpus: int) -> Duration:
     return Duration(time_s, steps, tokens, (f"{gpus} × {inputs.hardware.name}, at the price of all of them",))
 
 
-def not_built() -> Finding:
-    """Return the finding that lorafit cannot run full fine-tuning, with settings that it can run."""
+def too_large_for_one(inputs: PlanInputs) -> Finding:
+    """Return the finding that full fine-tuning does not fit one device, with settings that do."""
+    alone, has = full_inputs(inputs), inputs.hardware
+    peak = memory_of(plan_execution(alone), alone).peak_bytes
     return Finding(
         "P0",
         Severity.ERROR,
-        "the decision matrix chooses full fine-tuning, and lorafit trains only adapters",
-        where="goal",
+        f"full fine-tuning needs about {at_least(peak)} on one device, and {has.name} has {at_most(has.memory_bytes)}",
+        where="method",
         why=REASON,
-        fix="set rank: 32 to train an adapter instead, or goal: balanced",
+        fix="set method: lora and quantization: nf4 to train an adapter instead, or name a larger GPU with gpu",
     )

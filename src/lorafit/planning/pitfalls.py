@@ -1,4 +1,4 @@
-"""Pitfalls: findings P0 to P7, on settings that cannot finish and mistakes of LoRA runs."""
+"""Pitfalls: findings P0 to P9, on settings that cannot finish and common mistakes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lorafit.hardware.device import GIB, GPUS, Hardware, from_gpu
 from lorafit.memory.execution_plan import MemoryEstimate, estimate_memory
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.decisions import rank_limit
+from lorafit.planning.forecast import FULL_OPTIMIZERS
+from lorafit.planning.full_pitfalls import full_pitfalls
 
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10
@@ -51,7 +53,7 @@ def _kind(inputs: PlanInputs) -> Iterator[Finding]:
             f"the base is already in {shape.quantized}, and quantization is none",
             "quantization",
             "4-bit weights cannot be loaded as 16-bit ones",
-            "set quantization: nf4, or choose the base's 16-bit checkpoint",
+            f"set {'method: lora' if inputs.is_full else 'quantization: nf4'}, or choose the base's 16-bit checkpoint",
         )
     if shape.linear_class != "Linear" and quantization == "nf4":
         yield stop(
@@ -171,6 +173,10 @@ def _remedies(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
     if auto:
         yield auto
     shape = inputs.shape
+    if inputs.is_full:
+        if inputs.has_master_weights and inputs.on_cuda:
+            yield {"optimizer": FULL_OPTIMIZERS[1]}
+        yield {"method": "lora", "optimizer": "auto"}
     if inputs.config.quantization == "none" and shape.quantized is None and shape.linear_class == "Linear":
         yield {"quantization": "nf4"}
 
@@ -210,6 +216,12 @@ MAX_DROPOUT = 0.1
 
 def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:
     """Return a finding for each pitfall of the settings, in the order of the codes."""
+    if inputs.is_full:
+        return [
+            *_checkpointing(inputs, memory),
+            *_precision(inputs.config, inputs.hardware),
+            *full_pitfalls(inputs),
+        ]
     return [
         *_no_attention(inputs),
         *_checkpointing(inputs, memory),
@@ -268,7 +280,8 @@ def _idle(policy: MemoryPolicy) -> list[str]:
 
 
 def _precision(config: RunConfig, hardware: Hardware) -> Iterator[Finding]:
-    best = "fp32" if hardware.kind != "cuda" else "bf16" if hardware.bf16 else "fp16"
+    half = "fp32" if config.method == "full" else "fp16"
+    best = "fp32" if hardware.kind != "cuda" else "bf16" if hardware.bf16 else half
     for severity, message, why in (*_lacking(config, hardware), *_fp8(config, hardware)):
         fix = f"set compute: {best}, or leave it on auto"
         yield Finding("P3", severity, message, where="compute", why=why, fix=fix)
@@ -292,7 +305,10 @@ def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, 
             f"compute is bf16, and {hardware.name} does not support bf16",
             "emulated bf16 is many times slower" + (", and some kernels refuse it" if cuda else ""),
         )
-    if config.compute == "fp16" and not cuda:
+    if config.compute == "fp16" and config.method == "full":
+        why = "weights in fp16 lose small updates, and their gradients overflow"
+        yield Severity.ERROR, "compute is fp16, and method is full", why
+    elif config.compute == "fp16" and not cuda:
         why = "most CPUs emulate fp16, and its small range overflows"
         yield Severity.WARNING, "compute is fp16 on a CPU", why
 

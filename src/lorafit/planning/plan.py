@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 from lorafit.config import Resolved, RunConfig
+from lorafit.config.run_config import METHOD_DEFAULTS
 from lorafit.findings import Finding, chosen, has_errors
 from lorafit.hardware import Hardware
 from lorafit.memory.execution_plan import MemoryEstimate
 from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.planning.decisions import Decided, Decision, Option, decide, price_options
-from lorafit.planning.forecast import LEARNING_RATE, REASON, Forecast, forecast, not_built
+from lorafit.planning.forecast import REASON, Forecast, forecast, too_large_for_one
 from lorafit.planning.pitfalls import obstacles, pitfalls
 from lorafit.shapes import ModelShape, targets_note
 
@@ -52,7 +53,7 @@ def _full_recipe(plan: Plan, config: RunConfig) -> str:
         "compute": "bf16",
         "optimizer": "adamw",
         "memory_policy": "recompute",
-        "lr": LEARNING_RATE,
+        "lr": METHOD_DEFAULTS["full"]["lr"],
         "schedule": config.schedule,
         "warmup": config.warmup,
         "epochs": config.epochs,
@@ -77,7 +78,7 @@ class Plan:
     Attributes:
         inputs: Inputs of the plan, with every decision in the settings.
         decided: Every planned setting.
-        targets: Names of the modules with an adapter.
+        targets: Names of the modules with an adapter; none in full fine-tuning.
         run: Memory, time and cost of the run.
         options: Memory, time and cost of each row of the decision matrix.
         findings: Obstacles and pitfalls of the run.
@@ -147,8 +148,8 @@ class Plan:
 
     @property
     def runnable(self) -> bool:
-        """False, with a `reason`, when the matrix chooses a method that lorafit cannot run."""
-        return not self.decided.is_full
+        """False, with a `reason`, when full fine-tuning takes several GPUs, which lorafit cannot run."""
+        return not self.decided.is_full or self.gpus == 1
 
     @property
     def reason(self) -> str:
@@ -166,7 +167,7 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Trained weights."""
-        return self.inputs.adapter_parameters if self.runnable else self.shape.parameters
+        return self.inputs.trained_parameters
 
     @property
     def fits(self) -> bool:
@@ -210,19 +211,20 @@ def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware:
     Raises AdapterError when the model lacks the targets.
     """
     given = PlanInputs(resolved.config, stats, shape, hardware)
-    targets = given.targets
     decided = decide(resolved, given)
+    targets = () if decided.is_full else given.targets
     inputs = given.with_settings(**{decision.key: decision.value for decision in decided.decisions})
     # findings and the other rows of the matrix depend on the user's memory policy, not on the planned one
     judged = inputs.with_settings(memory_policy=resolved.config.memory_policy)
     run = forecast(inputs, full=decided.is_full)
+    split = decided.is_full and run.gpus > 1
     return Plan(
         inputs=inputs,
         decided=decided,
         targets=targets,
         run=run,
         options=price_options(judged, decided.rule),
-        findings=tuple([not_built()] if decided.is_full else _findings(judged, run.memory)),
+        findings=tuple([too_large_for_one(inputs)] if split else _findings(judged, run.memory)),
     )
 
 

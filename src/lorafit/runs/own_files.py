@@ -28,7 +28,7 @@ KINDS = (
 )
 CHANGED_IN_PLACE = frozenset((".lock", "log.txt", "events.jsonl", "timings.jsonl", "metrics.jsonl"))
 """Files of a run that are written in place. A second name of one would change with it; all others are replaced."""
-DEEP, LISTED = ("adapter", "checkpoints"), ("exports",)
+DEEP, LISTED = ("adapter", "model", "checkpoints"), ("exports",)
 """Folders of a run: those that are looked through, and those of which only the entries are."""
 
 

@@ -27,6 +27,10 @@ SEALED_FILES = ("template.json", "held-out.jsonl")
 """Files that `chat` and `merge` read, and whose hashes fingerprint.json holds."""
 
 
+WEIGHTS = {"lora": "adapter", "full": "model"}
+"""Folder of the trained weights in a run directory, by method."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """Hold the paths of one run directory. A folder holds a run once it has a `run.yaml`."""
@@ -55,7 +59,13 @@ class RunDir:
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        """Folder of the trained weights: `adapter`, or `model` after full fine-tuning."""
+        model = self.path / WEIGHTS["full"]
+        return model if model.is_dir() else self.path / WEIGHTS["lora"]
+
+    def weights_of(self, method: str) -> Path:
+        """Return the folder in which a run of `method` keeps its trained weights."""
+        return self.path / WEIGHTS.get(method, WEIGHTS["lora"])
 
     @property
     def checkpoints(self) -> Path:

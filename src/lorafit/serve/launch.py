@@ -115,9 +115,14 @@ class _Program(uvicorn.Server):
 
 
 def _require_run(path: Path) -> None:
+    """Raise UsageError for a folder whose weights are no adapter."""
     if not RunDir(path).holds_run and (path / "config.json").is_file():
         what = "a merged model is no run, and the builtin engine serves runs"
         raise UsageError(what, where=str(path), fix=f"run vllm serve {path}, or name the run")
+    if RunDir(path).holds_run and RunDir(path).config().method == "full":
+        what = "a full run has no adapter, and the builtin engine serves adapters over one base"
+        fix = f"run lorafit merge {path}, and serve its folder with vllm serve {RunDir(path).exports / 'full'}"
+        raise UsageError(what, where=str(path), fix=fix)
 
 
 def _base_name(base: str) -> str:

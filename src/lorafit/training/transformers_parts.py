@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorafit.backbone import redirect_library_logs
 from lorafit.config import RunConfig
+from lorafit.methods import Method
 from lorafit.training.checkpoints.snapshot import TRAINER_STATE
 
 with redirect_library_logs():  # transformers imports bitsandbytes here, which warns on some CPUs
@@ -99,7 +100,9 @@ def training_arguments(
     )
 
 
-def build_optimizer(trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module) -> Any:
+def build_optimizer(
+    trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module, method: Method
+) -> Any:
     """Return the optimizer over `trained`. Only matrices have weight decay, not norms and biases."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     matrices = [weight for weight in trained if weight.ndim > 1]
@@ -108,7 +111,7 @@ def build_optimizer(trained: Sequence[nn.Parameter], arguments: TrainingArgument
         {"params": matrices, "weight_decay": arguments.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return kind(groups, **options)
+    return method.optimizer(kind, groups, options)
 
 
 def build_lr_scheduler(optimizer: Any, arguments: TrainingArguments) -> Any:

@@ -110,6 +110,9 @@ def _export_adapter(run: RunDir, out: Path | None, name: str | None, checkpoint:
     with redirect_library_logs(run.log, optional=True):
         finished = FinishedRun.open(run.path, checkpoint)
         config = finished.config
+        if config.method == "full":
+            what = "a full run has no adapter: every weight is its own"
+            raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
         base = base_folder(config.base, config.revision, weights=True)
         require_same_base(base, run.base_fingerprint())
         identity = {

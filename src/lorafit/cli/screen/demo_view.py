@@ -27,20 +27,21 @@ class _ConsoleDemo(ConsoleObserver, DemoObserver):
         show_merged(merged)
 
 
-def run_demo(task: str, seed: int, out: str | None, *, quiet: bool) -> DemoResult:
+def run_demo(task: str, seed: int, out: str | None, *, method: str, quiet: bool) -> DemoResult:
     """Run the demo, silently or with three samples and the next commands."""
     if quiet:
-        return demo(task, seed, out)
+        return demo(task, seed, out, method=method)
     with _ConsoleDemo() as watch:
-        result = demo(task, seed, out, observer=watch)
+        result = demo(task, seed, out, method=method, observer=watch)
     show_samples(result.before, result.after)
     heading("total", f"{duration(result.total_s)}, of which training {duration(result.trained.train_s)}")
     run = str(result.trained.run.path)
     asked = result.after.samples[0].prompt.replace("'", "\\'").replace("\n", "\\n")
     heading("run", f"[bold]{escape(near(run))}[/bold]")
+    other = [] if method == "full" else [(f"lorafit merge {run} --onto original", "merge onto the 16-bit base instead")]
     show_next(
         (f"lorafit chat {run} --compare --prompt $'{asked}'", "base and tuned side by side"),
-        (f"lorafit merge {run} --onto original", "merge onto the 16-bit base instead"),
+        *other,
         ("lorafit check your.jsonl", "check your own data"),
         ("lorafit train your.jsonl --base MODEL", "train on your own data"),
     )

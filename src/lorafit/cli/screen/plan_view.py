@@ -60,7 +60,8 @@ def show_choices(plan: Plan, resolved: Resolved) -> None:
     reasons = {decision.key: (str(decision.value), decision.reason) for decision in plan.decisions}
     source = resolved.sources["targets"].value
     why = "q and v projections, as in QLoRA's recipe" if source == "default" else f"set by {source}"
-    reasons["targets"] = (_targets(plan), why)
+    if plan.targets:
+        reasons["targets"] = (_targets(plan), why)
     chosen = _grid()
     for key in CHOSEN:
         if key not in reasons:
@@ -85,7 +86,8 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
     decisions = _grid()
     for decision in plan.decisions:
         decisions.add_row(decision.key, f"[bold]{decision.value}[/bold]", f"[dim]{escape(decision.reason)}[/dim]")
-    decisions.add_row("targets", f"[bold]{', '.join(plan.targets)}[/bold]", "[dim]the names in this model[/dim]")
+    if plan.targets:
+        decisions.add_row("targets", f"[bold]{', '.join(plan.targets)}[/bold]", "[dim]the names in this model[/dim]")
     _show_grid(decisions)
     for note in plan.notes:
         say(f"  [dim]note: {escape(note)}[/dim]")

@@ -95,8 +95,8 @@ def verify(
     compared with itself in fp32, another one with itself rounded to it, weights and activations.) The artefact runs in
     that precision too, so that its distance is the same error plus the error of merging.
 
-    For "quantized", `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's. For
-    "original", another model by design, `passed` is False only if the model is further from the live model than the
+    For "quantized" and "whole", `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's.
+    For "original", another model by design, `passed` is False only if the model is further from the live model than the
     base alone and does the task worse. verification.json is
     written to the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
     """
@@ -126,9 +126,9 @@ def _judge(
 ) -> tuple[bool, str]:
     if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
         return False, "the merged model's output is not finite"
-    if onto == "quantized" and lossy:
+    if onto != "original" and lossy:
         bound, measure = LOSSY_SHARE * base.kl, f"{LOSSY_SHARE:.0%} of the distance of the base without adapter"
-    elif onto == "quantized":
+    elif onto != "original":
         bound, measure = FLOORS * max(floor.kl, LEAST_FLOOR), f"{FLOORS:g} × the noise floor"
     else:
         bound, measure = base.kl, "the distance of the base without adapter"

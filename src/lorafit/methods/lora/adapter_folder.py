@@ -343,6 +343,10 @@ class Deltas(Mapping[str, Delta]):
                 )
         return cls(deltas)
 
+    def source(self, config: RunConfig) -> RunConfig:
+        """Return `config`, whose base the deltas change."""
+        return config
+
     def check_found(self, names: Iterable[str]) -> None:
         """Raise VerificationError unless every delta's weight is among `names`."""
         lost = sorted(set(self) - set(names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class Lora:
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the adapters' weights in module order."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
+        """Return `kind` over the adapters' weights, which are in fp32."""
+        return kind(groups, **options)
 
     def snapshot(self, model: Any, config: RunConfig) -> AdapterSnapshot:
         """Copy the adapter of `model` to the host, in fp32."""
