@@ -160,9 +160,9 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """Assumptions about model and device, and what a preset adapts beyond its usual modules."""
         shape = self.shape
-        targets = targets_note(self.inputs.config.targets, shape.projections, shape.family)
         rows = f"rows train one a forward, which is slower than packing: {shape.alone}" if shape.alone else ""
-        return (*shape.notes, *filter(None, [rows, targets]), *self.hardware.notes)
+        asked = self.inputs.config.targets
+        targets = None if self.decided.is_full else targets_note(asked, shape.projections, shape.family)
 
     @property
     def trainable_parameters(self) -> int:
