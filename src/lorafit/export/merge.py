@@ -84,8 +84,7 @@ def merge(
     started = time.monotonic()
     run = FinishedRun.open(run_dir, checkpoint)
     form = export_format or format_named(DEFAULT_FORMAT)
-    if run.config.quantization == "none":
-        onto = "whole" if run.config.method == "full" else "original"
+    onto = _start_of(run.config, onto)
     base = base_folder(run.config.base, run.config.revision, weights=True)
     require_same_base(base, fingerprint)
     form = in_dtype(form, dtype, onto, base)
@@ -94,9 +93,8 @@ def merge(
     with staged_folder(folder) as staged:
         _check_space(base, staged, form)
         findings = _write_companions(run, staged, onto, form)
-        written = form.write(
-            merged_weights(trained.source(run.config), onto, trained, device, _keeps_dtype(form)), staged
-        )
+        weights = merged_weights(trained.source(run.config), onto, trained, device, _keeps_dtype(form))
+        written = form.write(weights, staged)
         if isinstance(form, OwnTokenizer):
             findings += check_own_tokenizer(run, staged, form)
         elapsed = time.monotonic() - started
@@ -105,6 +103,13 @@ def merge(
     return MergeReport(
         folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings), run.weights.step
     )
+
+
+def _start_of(config: RunConfig, onto: MergeBase) -> MergeBase:
+    """Return what the export of a run starts from: `onto`, unless its base was not quantized."""
+    if config.quantization != "none":
+        return onto
+    return "whole" if config.method == "full" else "original"
 
 
 def merged_weights(
