@@ -1,5 +1,6 @@
 """The builtin engine: each answer is the run's own, whatever else is in the batch."""
 
+import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 from lorafit.errors import AdapterError, LorafitError, UsageError, VerificationError
-from lorafit.methods.lora import AdapterFiles, dense_adapter
+from lorafit.methods.lora import AdapterFiles, GroupedAdapters, dense_adapter
 from lorafit.runs import RunDir
 from lorafit.serve.adapters.proof import prove_adapter
-from lorafit.serve.decoding import Sampling, choose
+from lorafit.serve.decoding import Chosen, Sampling, choose
 from lorafit.serve.decoding.fair_queue import FairQueue
 from made_runs import MOST_TOKENS, QUESTIONS, seal, write_run
 
@@ -175,3 +176,67 @@ def test_tenants_are_served_in_proportion_to_their_priorities():
         queue.charge(tenant, 10, {"low": 1.0, "high": 2.0, "late": 1.0}[tenant])
         order.append(tenant)
     assert order[30:].count("late") <= 3, "a newcomer has no claim to the share that it never used"
+
+
+def test_answers_are_the_same_when_the_next_step_starts_before_the_last_is_read(engine, own_answers):
+    keys = [*own_answers, *own_answers]
+    ids = engine.base.template.prompt_ids([{"role": "user", "content": QUESTIONS[0]}])
+    version = engine.pool.pin("alice")
+    sampled = Sampling(temperature=0.8, seed=3)
+    alone = collect(engine, ids, version, sampled)
+    engine.decoder.runs_ahead = True
+    try:
+        with ThreadPoolExecutor(16) as clients:
+            among = clients.submit(collect, engine, ids, version, sampled)
+            answers = list(clients.map(lambda key: served(engine, key[0], QUESTIONS[key[1]]), keys))
+        assert answers == [own_answers[key] for key in keys]
+        assert among.result() == alone
+    finally:
+        engine.decoder.runs_ahead = False
+        engine.pool.unpin(version)
+
+
+def collect(engine, ids, version, sampling):
+    """The tokens of one answer."""
+
+    async def run():
+        events = engine.stream(ids, version, sampling, max_new_tokens=MOST_TOKENS)
+        return [event.token async for event in events if isinstance(event, Chosen)]
+
+    return asyncio.run(run())
+
+
+def test_adapters_of_a_batch_are_multiplied_at_once_or_gathered_with_one_result():
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(12, 10))
+    adapters = GroupedAdapters(model, 4)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [[torch.randn(size, generator=generator) for size in ((rank, 12), (10, rank))] for rank in (2, 3, 5)]
+    for slot, pair in enumerate(pairs, start=1):
+        adapters.put(slot, {"0": tuple(pair)}, 0.5)
+    rows = [0, 3, 1, 2, 3]
+    x = torch.randn(len(rows), 4, 12, generator=generator)
+    with adapters.rows(torch.tensor(rows)):
+        together = model(x)
+    for row, slot in enumerate(rows):
+        with adapters.rows(torch.tensor([slot])):
+            alone = model(x[row : row + 1])[0]
+        a, b = pairs[slot - 1] if slot else (torch.zeros(1, 12), torch.zeros(10, 1))
+        wanted = model(x[row]) + 0.5 * x[row] @ a.T @ b.T
+        torch.testing.assert_close(together[row], wanted)
+        torch.testing.assert_close(alone, wanted)
+
+
+def test_infinite_values_of_one_adapter_stay_in_its_rows():
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = GroupedAdapters(model, 2)
+    adapters.put(1, {"0": (torch.full((1, 4), 3e38), torch.ones(4, 1))}, 1.0)
+    adapters.put(2, {"0": (torch.ones(1, 4), torch.ones(4, 1))}, 1.0)
+    x = torch.full((2, 1, 4), 10.0)
+    with adapters.rows(torch.tensor([1, 2])):
+        found = model(x)
+    assert not found[0].isfinite().any()
+    torch.testing.assert_close(found[1], model(x)[1] + 40)

@@ -1,7 +1,7 @@
 """GroupedAdapters: many LoRA adapters on one frozen base, chosen for each row of a batch.
 
-The update of all rows is one gather and two batched products (BGMV in Punica, arXiv:2310.18547). Nothing depends on
-the values of the rows' indices, so the forward pass has static shapes and needs no word from the host.
+The update of all rows is two products. Nothing depends on the values of the rows' indices, so the forward pass has
+static shapes and needs no word from the host. Source: BGMV and SGMV in Punica (arXiv:2310.18547).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.backbone import linear_size
@@ -18,39 +19,58 @@ from lorafit.errors import AdapterError
 
 NONE = 0
 """Slot of the base: its update is zero."""
+MASKED_SLOTS = 2
+"""Most slots for each row of a batch with which all slots are multiplied; with more, each row's own is gathered."""
 
 
 class _Stack:
-    """Hold one linear's adapters: a (slots, rank, in), b (slots, out, rank), scale (slots, 1, 1); all fp32."""
+    """Hold one linear's adapters: a (slots, rank, in) and b (slots, rank, out), the scale within b.
 
-    def __init__(self, slots: int, rank: int, in_features: int, out_features: int, device: torch.device) -> None:
-        self.a = torch.zeros(slots, rank, in_features, device=device)
-        self.b = torch.zeros(slots, out_features, rank, device=device)
-        self.scale = torch.zeros(slots, 1, 1, device=device)
+    On a CPU they are in fp32. On a GPU they have the linear's dtype, as its tensor cores multiply no fp32.
+    """
 
-    def put(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, slots: int, rank: int, in_features: int, out_features: int, like: Tensor) -> None:
+        self.a = torch.zeros(slots, rank, in_features, device=like.device, dtype=like.dtype)
+        self.b = torch.zeros(slots, rank, out_features, device=like.device, dtype=like.dtype)
+
+    def put(self, slot: int, a: Tensor, b: Tensor, scale: float) -> bool:
+        """Write an adapter into `slot`. Returns True if the stack moved in memory to make room for its rank."""
         rank = a.shape[0]
-        if rank > self.a.shape[1]:
-            self._widen(1 << (rank - 1).bit_length())
+        moves = rank > self.a.shape[1]
+        if moves:
+            more = (1 << (rank - 1).bit_length()) - self.a.shape[1]
+            self.a, self.b = (F.pad(tensor, (0, 0, 0, more)) for tensor in (self.a, self.b))
         self.clear(slot)
         self.a[slot, :rank].copy_(a)
-        self.b[slot, :, :rank].copy_(b)
-        self.scale[slot].fill_(scale)
+        self.b[slot, :rank].copy_(b.float().mT * scale)
+        return moves
 
     def clear(self, slot: int) -> None:
-        for tensor in (self.a, self.b, self.scale):
+        for tensor in (self.a, self.b):
             tensor[slot].zero_()
 
-    def _widen(self, rank: int) -> None:
-        slots, old, _ = self.a.shape
-        more = rank - old
-        self.a = torch.cat([self.a, self.a.new_zeros(slots, more, self.a.shape[2])], 1)
-        self.b = torch.cat([self.b, self.b.new_zeros(slots, self.b.shape[1], more)], 2)
+    def add_to(self, output: Tensor, x: Tensor, rows: _Rows) -> Tensor:
+        """Return `output` (rows, tokens, out) plus the update of `x` (rows, tokens, in)."""
+        x = x.to(self.a.dtype)
+        if rows.others is None:
+            low = torch.bmm(x, self.a[rows.index].mT)
+            return (output + torch.bmm(low, self.b[rows.index])).to(output.dtype)
+        slots, rank, width = self.a.shape
+        low = F.linear(x, self.a.view(slots * rank, width)).unflatten(-1, (slots, rank))
+        # filled, and not multiplied by zero: infinite values of another row's adapter must not become NaN here
+        low = low.masked_fill_(rows.others[:, None, :, None], 0).view(-1, slots * rank)
+        flat, b = output.reshape(-1, output.shape[-1]), self.b.view(slots * rank, -1)
+        added = torch.addmm(flat, low, b) if flat.dtype is b.dtype else flat + low @ b
+        return added.view(output.shape).to(output.dtype)
 
-    def update(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the update (rows, tokens, out) of `x` (rows, tokens, in), in fp32."""
-        low = torch.bmm(x.to(self.a.dtype), self.a[index].mT)
-        return torch.bmm(low, self.b[index].mT) * self.scale[index]
+
+class _Rows:
+    """Hold the slot of each row: index (rows,), and others (rows, slots) where all slots are multiplied at once."""
+
+    def __init__(self, index: Tensor, slots: int) -> None:
+        self.index = index
+        few = slots <= MASKED_SLOTS * len(index)
+        self.others = index[:, None] != torch.arange(slots, device=index.device) if few else None
 
 
 class GroupedAdapters:
@@ -58,19 +78,21 @@ class GroupedAdapters:
 
     Attributes:
         slots: number of adapters in memory; slot 0 is the base.
+        version: number of times that linears were added or moved in memory, which CUDA graphs cannot follow.
     """
 
     def __init__(self, model: nn.Module, slots: int) -> None:
         self.model, self.slots = model, slots + 1
+        self.version = 0
         self._stacks: dict[str, _Stack] = {}
-        self._index: Tensor | None = None
+        self._rows: _Rows | None = None
 
     def put(self, slot: int, weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
         """Write A (r, in) and B (out, r) of each module in `weights` into `slot`. Other modules of it are cleared."""
         assert 0 < slot < self.slots, slot
         self.clear(slot)
         for name, (a, b) in weights.items():
-            self._stack_of(name, rank=a.shape[0]).put(slot, a, b, scale)
+            self.version += self._stack_of(name, rank=a.shape[0]).put(slot, a, b, scale)
 
     def clear(self, slot: int) -> None:
         """Make `slot` answer as the base."""
@@ -80,34 +102,42 @@ class GroupedAdapters:
     @contextmanager
     def rows(self, index: Tensor) -> Iterator[None]:
         """Within the block, row i of a batch uses the adapter in slot `index[i]`; index (rows,) is int64."""
-        self._index = index
+        self._rows = _Rows(index, self.slots)
         try:
             yield
         finally:
-            self._index = None
+            self._rows = None
 
     def size_bytes(self) -> int:
         """Return the bytes of all slots."""
-        return sum(t.nbytes for stack in self._stacks.values() for t in (stack.a, stack.b, stack.scale))
+        return sum(t.nbytes for stack in self._stacks.values() for t in (stack.a, stack.b))
 
     def _stack_of(self, name: str, rank: int) -> _Stack:
         if name not in self._stacks:
             linear: Any = self.model.get_submodule(name)
             width = 1 << (rank - 1).bit_length()
-            device = linear.weight.device
-            stack = self._stacks[name] = _Stack(self.slots, width, *linear_size(linear), device)
+            like = torch.empty(0, device=linear.weight.device, dtype=self._dtype(linear))
+            stack = self._stacks[name] = _Stack(self.slots, width, *linear_size(linear), like)
             linear.register_forward_hook(self._hook(name, stack))
+            self.version += 1
         return self._stacks[name]
+
+    def _dtype(self, linear: Any) -> torch.dtype:
+        if linear.weight.device.type == "cpu":
+            return torch.float32
+        # a quantized weight is made of integers
+        floats = (getattr(linear, "compute_dtype", None), linear.weight.dtype)
+        return next(dtype for dtype in floats if dtype is not None)
 
     def _hook(self, name: str, stack: _Stack) -> Any:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            index, x = self._index, inputs[0]
-            if index is None:
+            rows, x = self._rows, inputs[0]
+            if rows is None:
                 return output
-            if x.ndim != 3 or x.shape[0] != len(index):
+            if x.ndim != 3 or x.shape[0] != len(rows.index):
                 what = f"{name} mixes the rows of a batch, so adapters on it cannot be served together"
                 raise AdapterError(what, fix="merge the run, and serve the merged model")
-            return (output + stack.update(x, index)).to(output.dtype)
+            return stack.add_to(output, x, rows)
 
         return add
 

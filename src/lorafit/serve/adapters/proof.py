@@ -39,10 +39,11 @@ def prove_base(decoder: BatchDecoder, prompts: Sequence[Sequence[int]]) -> float
     Raises BackboneError for a family whose cache, masks or positions the engine gets wrong.
     """
     worst, least = 0.0, LEAST_FLOOR[decoder.dtype]
-    for ids in prompts:
-        start = max(0, len(ids) - POSITIONS)
-        plain = decoder.plain_log_probs(ids, start)
-        worst = max(worst, _kl(plain, decoder.slot_log_probs(ids, start, 0, 0)))
+    starts = [max(0, len(ids) - POSITIONS) for ids in prompts]
+    plain = [decoder.plain_log_probs(ids, start) for ids, start in zip(prompts, starts, strict=True)]
+    decoder.fuse()
+    for ids, start, wanted in zip(prompts, starts, plain, strict=True):
+        worst = max(worst, _kl(wanted, decoder.slot_log_probs(ids, start, 0, 0)))
     if not worst <= FLOORS * FLOORS * least:
         what = f"the builtin engine computes {type(decoder.model).__name__} with an error of {worst:.1e} nats"
         raise BackboneError(what, fix="merge the run, and serve it with vLLM")

@@ -1,7 +1,8 @@
 """BatchDecoder: one frozen model that continues many texts at once, each with its own adapter.
 
-`decode` always has the shapes of a few buckets (rows, span), reads its inputs from buffers that stay in place, and
-waits for the device once, for the chosen tokens. That is what a CUDA graph of it would need.
+A decoding step has the shapes of a few buckets (rows, span) and reads its inputs from buffers that stay in place, so
+that it is one CUDA graph. The tokens that it chooses stay on the device, and the next step can start from them before
+the host has read them.
 """
 
 from __future__ import annotations
@@ -9,18 +10,52 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafit.backbone import FrozenLinear4bit
 from lorafit.engine import use_plain_attention
 from lorafit.errors import BackboneError, UsageError
 from lorafit.methods.lora import GroupedAdapters
+from lorafit.serve.decoding.fused import fuse_norms, use_slot_attention
+from lorafit.serve.decoding.graphs import DecodeGraphs
 from lorafit.serve.decoding.slot_cache import Places, SlotCache, masks, span_for
 
-PREFILL_TOKENS = 512
-"""Tokens of a prompt in one forward pass, so that a long prompt does not hold up running answers."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens of prompts in one forward pass by device, so that a long prompt does not hold up running answers."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Hold a part of a prompt that is read: `ids`, which stand at `start` of the text in `slot`."""
+
+    slot: int
+    ids: Sequence[int]
+    start: int
+    adapter: int
+
+
+@dataclass(frozen=True)
+class DecodedStep:
+    """Hold a step on the device, which the host may read later.
+
+    Attributes:
+        logits: (slots in use and below, vocabulary), fp32, by slot; rows of other slots are meaningless. They are
+            overwritten by the next step.
+    """
+
+    logits: Tensor
+    _likeliest: Tensor
+    _done: torch.cuda.Event | None
+
+    def likeliest(self) -> list[int]:
+        """Return the most likely token of each slot. It waits for the step, and for no later one."""
+        if self._done is not None:
+            self._done.synchronize()
+        return [int(token) for token in self._likeliest.tolist()]
 
 
 class BatchDecoder:
@@ -31,6 +66,7 @@ class BatchDecoder:
         adapters: the adapters in memory.
         positions: most tokens of a text.
         slots: most texts at once.
+        runs_ahead: True where a step may start before the one before is read: on a GPU.
     """
 
     def __init__(self, model: Any, *, slots: int, positions: int, adapters: int) -> None:
@@ -41,12 +77,21 @@ class BatchDecoder:
         self.adapters = GroupedAdapters(model, adapters + 1)  # and a spare one, for proofs
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.get_input_embeddings().weight.dtype
+        self.runs_ahead = self.device.type == "cuda"
+        self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS["cpu"])
         self._as_bool = model.config._attn_implementation == "sdpa"
-        self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache: SlotCache | None = None
-        # decode reads these in place: token, position, write position and adapter of each slot
-        self._inputs = torch.zeros(4, slots, dtype=torch.int64, device=self.device)
-        self._host = torch.zeros(4, slots, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._graphs = DecodeGraphs(self.device)
+        self._fused = False
+        # a step reads these in place; rows: token, position, write position, adapter, 1 if the token is known
+        self._inputs = torch.zeros(5, slots, dtype=torch.int64, device=self.device)
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        # two of each: the copy of a step may not have run while the host fills the next one's
+        pinned = {"pin_memory": self.device.type == "cuda"}
+        self._host = [torch.zeros(5, slots, dtype=torch.int64, **pinned) for _ in range(2)]
+        self._read = [torch.zeros(slots, dtype=torch.int64, **pinned) for _ in range(2)]
+        self._turn = 0
 
     @property
     def cache(self) -> SlotCache:
@@ -55,42 +100,106 @@ class BatchDecoder:
             self._cache = self._take_memory()
         return self._cache
 
+    @property
+    def replays(self) -> int:
+        """Return the number of steps that were replayed as CUDA graphs."""
+        return self._graphs.replays
+
+    @property
+    def graphs_failed(self) -> bool:
+        """Return True if steps run without CUDA graphs: on a CPU, or after a failed recording."""
+        return self._graphs.failed
+
     def forget(self) -> None:
         """Drop all keys and values. The next use takes fresh memory."""
+        self._graphs.forget()
         self._cache = None
 
-    @torch.inference_mode()
-    def prefill(self, slot: int, ids: Sequence[int], start: int, adapter: int) -> Tensor:
-        """Read `ids`, which stand at `start` of the text in `slot`. Returns the last token's logits (vocabulary,)."""
-        tokens = torch.tensor([ids], device=self.device)
-        positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        index = torch.full((1,), adapter, dtype=torch.int64, device=self.device)
-        places = Places(range(slot, slot + 1), positions, span_for(start + len(ids), self.positions))
-        return self._forward(tokens, positions, index, places)[0]
+    def fuse(self) -> None:
+        """Let fewer kernels compute the same, once `plain_log_probs` has said what the family's own code computes."""
+        if not self._fused:
+            use_slot_attention(self.model)
+            fuse_norms(self.model)
+            self._graphs.forget()
+            self._fused = True
+
+    def keep_dense(self, spare_bytes: int) -> bool:
+        """Dequantize the base once if that leaves `spare_bytes` of the GPU's memory; a step then reads it faster.
+
+        Returns False if it does not fit, or if nothing is quantized.
+        """
+        linears = [module for module in self.model.modules() if isinstance(module, FrozenLinear4bit)]
+        needed = sum(linear.dense_bytes() for linear in linears)
+        if self.device.type != "cuda" or not linears or torch.cuda.mem_get_info(self.device)[0] < needed + spare_bytes:
+            return False
+        for linear in linears:
+            linear.keep_dense()
+        self._graphs.forget()
+        return True
 
     @torch.inference_mode()
-    def decode(self, rows: Mapping[int, tuple[int, int, int]]) -> Tensor:
-        """Read one token of each row. `rows` maps a slot to (token, position, adapter).
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
+        """Read parts of prompts at once. Returns the logits (parts, vocabulary) after the last token of each."""
+        lengths = [len(part.ids) for part in parts]
+        longest = max(lengths)
+        padded = [[*part.ids, *[0] * (longest - len(part.ids))] for part in parts]
+        tokens = torch.tensor(padded, device=self.device)
+        along = torch.arange(longest, device=self.device)
+        positions = torch.tensor([part.start for part in parts], device=self.device)[:, None] + along
+        sizes = torch.tensor(lengths, device=self.device)
+        # the last position of a slot is scratch
+        writes = positions.masked_fill(along >= sizes[:, None], self.positions)
+        positions = positions.clamp(max=self.positions - 1)
+        index = torch.tensor([part.adapter for part in parts], device=self.device)
+        span = span_for(max(part.start + len(part.ids) for part in parts), self.positions)
+        slots = torch.tensor([part.slot for part in parts], device=self.device)
+        kept = sorted(set(lengths))
+        logits = self._forward(tokens, positions, index, Places(slots, writes, span), [size - 1 for size in kept])
+        place = torch.tensor([kept.index(size) for size in lengths], device=self.device)
+        return logits[torch.arange(len(parts), device=self.device), place].float()
 
-        Returns logits (slots in use and below, vocabulary) by slot; rows of other slots are meaningless. Those slots
-        write to scratch positions and use the base.
+    @torch.inference_mode()
+    def decode(self, rows: Mapping[int, tuple[int | None, int, int]]) -> DecodedStep:
+        """Start a step that reads one token of each row. `rows` maps a slot to (token, position, adapter).
+
+        None is the token that the step before chose for the slot. Slots without a row write to scratch positions and
+        use the base.
         """
         height = min(self.slots, 1 << max(rows).bit_length())
-        host = self._host
-        host[:3], host[2], host[3] = 0, self.positions, 0
+        self._turn ^= 1
+        columns = [[0, 0, self.positions, 0, 1]] * self.slots
         for slot, (token, position, adapter) in rows.items():
-            host[0, slot], host[1, slot], host[2, slot], host[3, slot] = token, position, position, adapter
-        self._inputs.copy_(host, non_blocking=True)
+            columns[slot] = [token or 0, position, position, adapter, int(token is not None)]
+        self._inputs.copy_(self._host[self._turn].copy_(torch.tensor(columns).mT), non_blocking=True)
         longest = max(position for _, position, _ in rows.values()) + 1
-        return self._decode(height, span_for(longest, self.positions))
+        span = span_for(longest, self.positions)
+        self.cache  # noqa: B018 (its memory is taken outside of a recording)
+        logits, tokens = self._graphs.run((height, span), self.adapters.version, lambda: self._step(height, span))
+        self._tokens[:height].copy_(tokens)
+        if self.device.type != "cuda":
+            return DecodedStep(logits, tokens, None)
+        read = self._read[self._turn][:height]
+        read.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return DecodedStep(logits, read, done)
 
-    def _decode(self, height: int, span: int) -> Tensor:
-        """Run the forward pass of a bucket on the buffers: the part that a CUDA graph would hold."""
-        tokens, positions, writes, index = self._inputs[:, :height]
-        return self._forward(tokens[:, None], positions[:, None], index, Places(range(height), writes[:, None], span))
+    def _step(self, height: int, span: int) -> tuple[Tensor, Tensor]:
+        """Run the forward pass of a bucket on the buffers: what a CUDA graph holds. Returns (logits, likeliest).
 
-    def _forward(self, tokens: Tensor, positions: Tensor, index: Tensor, places: Places) -> Tensor:
+        It can run twice: it changes nothing that it reads.
+        """
+        given, positions, writes, index, known = self._inputs[:, :height]
+        tokens = torch.where(known > 0, given, self._tokens[:height])
+        places = Places(range(height), writes[:, None], span)
+        logits = self._forward(tokens[:, None], positions[:, None], index, places, [0])[:, 0].float()
+        return logits, logits.argmax(-1)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, index: Tensor, places: Places, kept: Sequence[int]) -> Tensor:
+        """Return the logits (rows, kept, vocabulary) after the tokens (rows, tokens) at the places `kept`."""
         mask = masks(self.model.config, positions, places.span, self.dtype, as_bool=self._as_bool)
+        last = list(kept) == [tokens.shape[1] - 1]
+        keep: Any = 1 if last else torch.tensor(kept, device=self.device)
         with self.adapters.rows(index):
             out = self.model(
                 input_ids=tokens,
@@ -98,9 +207,12 @@ class BatchDecoder:
                 position_ids=positions,
                 past_key_values=self.cache.at(places),
                 use_cache=True,
-                **({"logits_to_keep": 1} if self._last_only else {}),
+                **({"logits_to_keep": keep} if self._keeps else {}),
             )
-        return out.logits[:, -1].float()
+        logits: Tensor = out.logits
+        if self._keeps:
+            return logits
+        return logits[:, -1:] if last else logits[:, keep]
 
     @torch.inference_mode()
     def plain_log_probs(
@@ -117,16 +229,16 @@ class BatchDecoder:
 
     def slot_log_probs(self, ids: Sequence[int], start: int, slot: int, adapter: int) -> Tensor:
         """Return the same log-probabilities through `slot`, the tokens after `start` decoded one by one."""
-        rows = [self.prefill(slot, ids[: start + 1], 0, adapter)]
+        rows = [self.prefill([Part(slot, ids[: start + 1], 0, adapter)])[0]]
         for position in range(start + 1, len(ids)):
-            rows.append(self.decode({slot: (ids[position], position, adapter)})[slot])
+            rows.append(self.decode({slot: (ids[position], position, adapter)}).logits[slot].clone())
         return torch.stack(rows).log_softmax(-1)
 
     def spare_log_probs(self, ids: Sequence[int], start: int, adapter: int) -> Tensor:
         """Return the same log-probabilities through the spare slot, which no text uses."""
-        rows = [self.prefill(self.slots, ids[: start + 1], 0, adapter)]
-        rows += [self.prefill(self.slots, [ids[place]], place, adapter) for place in range(start + 1, len(ids))]
-        return torch.stack(rows).log_softmax(-1)
+        parts = [Part(self.slots, ids[: start + 1], 0, adapter)]
+        parts += [Part(self.slots, [ids[place]], place, adapter) for place in range(start + 1, len(ids))]
+        return torch.cat([self.prefill([part]) for part in parts]).log_softmax(-1)
 
     def _take_memory(self) -> SlotCache:
         with torch.inference_mode():

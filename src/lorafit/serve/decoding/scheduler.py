@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from lorafit.errors import LorafitError
 from lorafit.serve.adapters.pool import AdapterPool
-from lorafit.serve.decoding.batch import PREFILL_TOKENS, BatchDecoder
+from lorafit.serve.decoding.batch import BatchDecoder, DecodedStep, Part
 from lorafit.serve.decoding.fair_queue import FairQueue
 from lorafit.serve.decoding.generation import EngineStopped, Generation, Reason
 from lorafit.serve.decoding.sampling import Chosen, choose
@@ -46,6 +46,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._queue: FairQueue[Generation] = FairQueue()
         self._running: dict[int, Generation] = {}
+        # a step that the device may still run, and whose answers it continues, by slot
+        self._ahead: tuple[DecodedStep, dict[int, Generation]] | None = None
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._thread = threading.Thread(target=self._run, name="lorafit-decoder", daemon=True)
@@ -130,6 +132,8 @@ class Scheduler:
         self.watch.on_step(len(self._running), len(self._queue), used)
 
     def _make_calls(self) -> None:
+        if self._calls:
+            self._read_ahead()  # a call may decode, which changes the tokens on the device
         while self._calls:
             function, future = self._calls.popleft()
             try:
@@ -179,34 +183,77 @@ class Scheduler:
         return True
 
     def _prefill(self) -> None:
-        """Read prompts, at most PREFILL_TOKENS in all, so that running answers are not held up."""
-        budget = PREFILL_TOKENS
-        for generation in list(self._running.values()):
-            if not generation.is_reading:
-                continue
-            part = generation.prompt[generation.read : generation.read + budget]
-            if not part:
+        """Read prompts, at most the decoder's `prefill_tokens` in all, so that running answers are not held up."""
+        budget = self.decoder.prefill_tokens
+        read: list[Generation] = []
+        parts: list[Part] = []
+        # of similar lengths, as shorter parts are padded to the longest
+        reading = (each for each in self._running.values() if each.is_reading)
+        for generation in sorted(reading, key=lambda each: len(each.prompt) - each.read):
+            ids = generation.prompt[generation.read : generation.read + budget]
+            longest = max([len(ids), *(len(part.ids) for part in parts)])
+            if parts and longest * (len(parts) + 1) > budget:
                 break
-            logits = self.decoder.prefill(generation.slot, part, generation.read, generation.adapter)
-            generation.read += len(part)
-            budget -= len(part)
-            if generation.read == len(generation.prompt):
-                self._accept(generation, self._chosen(generation, logits))
+            read.append(generation)
+            parts.append(Part(generation.slot, ids, generation.read, generation.adapter))
+        if not parts:
+            return
+        logits = self.decoder.prefill(parts)
+        likeliest = logits.argmax(-1).tolist()
+        for place, (generation, part) in enumerate(zip(read, parts, strict=True)):
+            generation.read += len(part.ids)
+            if not generation.is_reading:
+                self._accept_from(generation, likeliest[place], logits[place])
 
     def _decode(self) -> None:
-        rows = {
-            slot: (each.ids[-1], len(each.prompt) + len(each.ids) - 1, each.adapter)
-            for slot, each in self._running.items()
-            if not each.is_reading
-        }
-        if not rows:
+        """Add a token to every answer. On a GPU the next step starts before the tokens of the last one are read."""
+        before = self._ahead
+        if before is not None and self._all_plain():
+            self._ahead = self._start(before)
+            self._read(before)
             return
-        logits = self.decoder.decode(rows)
-        likeliest = logits.argmax(-1).tolist()  # the step's one wait for the device
-        for slot in rows:
-            generation = self._running[slot]
-            plain = generation.sampling.is_plain
-            self._accept(generation, Chosen(likeliest[slot]) if plain else self._chosen(generation, logits[slot]))
+        self._read_ahead()
+        started = self._start(None)
+        if started is not None and self.decoder.runs_ahead and self._all_plain():
+            self._ahead = started
+        elif started is not None:
+            self._read(started)
+
+    def _start(
+        self, before: tuple[DecodedStep, dict[int, Generation]] | None
+    ) -> tuple[DecodedStep, dict[int, Generation]] | None:
+        """Start a step of all answers, on from the unread tokens of `before`; None if no answer needs one."""
+        unread = {} if before is None else before[1]
+        chosen, rows = {}, {}
+        for slot, each in self._running.items():
+            is_unread = unread.get(slot) is each
+            if each.is_reading or len(each.ids) + is_unread >= each.max_new_tokens:
+                continue
+            token = None if is_unread else each.ids[-1]
+            rows[slot] = (token, len(each.prompt) + len(each.ids) - 1 + is_unread, each.adapter)
+            chosen[slot] = each
+        return (self.decoder.decode(rows), chosen) if rows else None
+
+    def _read_ahead(self) -> None:
+        started, self._ahead = self._ahead, None
+        if started is not None:
+            self._read(started)
+
+    def _read(self, started: tuple[DecodedStep, dict[int, Generation]]) -> None:
+        """Wait for the step, and give each answer its token; answers that ended meanwhile get none."""
+        step, rows = started
+        likeliest = step.likeliest()
+        for slot, generation in rows.items():
+            if self._running.get(slot) is generation:
+                self._accept_from(generation, likeliest[slot], step.logits[slot])
+
+    def _all_plain(self) -> bool:
+        """Return True if the device itself chooses the tokens of all answers."""
+        return all(each.sampling.is_plain for each in self._running.values())
+
+    def _accept_from(self, generation: Generation, likeliest: int, logits: Any) -> None:
+        plain = generation.sampling.is_plain
+        self._accept(generation, Chosen(likeliest) if plain else self._chosen(generation, logits))
 
     def _chosen(self, generation: Generation, logits: Any) -> Chosen:
         seen = [*generation.prompt, *generation.ids] if generation.sampling.repetition_penalty != 1 else ()
@@ -230,6 +277,7 @@ class Scheduler:
         self.watch.on_crash(error)
         self._crashes.append(time.monotonic())
         too_often = len(self._crashes) == CRASHES and self._crashes[-1] - self._crashes[0] < CRASH_WINDOW_S
+        self._ahead = None
         self._end_all(EngineStopped("the engine crashed and starts again"))
         if too_often:
             with self._changed:

@@ -20,12 +20,12 @@ class Places:
     """Say where the tokens of one forward pass lie.
 
     Attributes:
-        slots: the slots of the batch's rows, a range of neighbours.
+        slots: the slots of the batch's rows: a range of neighbours, or any slots as indices (rows,).
         writes: position in the cache of each token (rows, tokens).
         span: number of leading positions that attention reads.
     """
 
-    slots: range
+    slots: range | Tensor
     writes: Tensor
     span: int
 
@@ -47,10 +47,14 @@ class _SlotLayer(CacheLayerMixin):
         """Write (rows, kv heads, tokens, dim) at their places, and return what attention reads."""
         places = self.places
         assert places is not None
-        first, last = places.slots.start, places.slots.stop
         read = []
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
-            rows = kept[first:last]
+            if isinstance(places.slots, Tensor):
+                slots, writes = places.slots[:, None], places.writes
+                kept[slots, :, writes] = states.to(kept.dtype).transpose(1, 2)
+                read.append(kept[places.slots, :, : places.span])
+                continue
+            rows = kept[places.slots.start : places.slots.stop]
             index = places.writes[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
             rows.scatter_(2, index, states.to(rows.dtype))
             read.append(rows[:, :, : places.span])

@@ -20,6 +20,8 @@ from lorafit.serve.decoding.generation import Reason
 from lorafit.serve.decoding.scheduler import Watch
 
 LONGEST = 4096
+SPARE_BYTES = 8 << 30
+"""GPU memory that stays free beside dense copies of a quantized base, for adapters and the activations of prompts."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Limits:
         max_loras: most adapters in use at once.
         host_loras: most unused adapters in host memory.
         most_waiting: most waiting requests.
+        dense: True to dequantize a quantized base once where the GPU has room.
     """
 
     max_num_seqs: int = 16
@@ -39,6 +42,7 @@ class Limits:
     max_loras: int = 8
     host_loras: int = 64
     most_waiting: int = 1024
+    dense: bool = True
 
 
 class BuiltinEngine:
@@ -47,6 +51,7 @@ class BuiltinEngine:
     Attributes:
         base: what all adapters have in common.
         base_name: the name that asks for the base itself.
+        is_dense: True if the quantized base was dequantized once, as the GPU has room for it.
     """
 
     def __init__(self, base: ServedBase, base_name: str, roots: Sequence[Path], limits: Limits, watch: Watch) -> None:
@@ -59,6 +64,7 @@ class BuiltinEngine:
         )
         self._golden = golden_ids(base.template, self.positions)
         self.floor = prove_base(self.decoder, self._golden)
+        self.is_dense = limits.dense and self.decoder.keep_dense(SPARE_BYTES)
         self.pool = AdapterPool(
             base, self.decoder.adapters, roots=roots, host_adapters=limits.host_loras, reserved=[base_name]
         )

@@ -1,0 +1,34 @@
+"""Serving under load.
+
+python bench/serve.py engine BASE OUT [options]   # the builtin engine in this process, without HTTP
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    engine = verbs.add_parser("engine")
+    engine.add_argument("base")
+    engine.add_argument("out", type=Path)
+    engine.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
+    engine.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
+    engine.add_argument("--rank", type=int, default=16)
+    engine.add_argument("--targets", default="qv")
+    engine.add_argument("--prompt", type=int, default=128)
+    engine.add_argument("--new", type=int, default=128)
+    engine.add_argument("--dense", type=int, nargs="+", default=[0, 1], help="0: NF4; 1: dequantized once")
+    arguments = vars(parser.parse_args())
+    if arguments.pop("verb") == "engine":
+        from serve_engine import run_engine
+
+        counts, dense = arguments.pop("adapters"), [bool(each) for each in arguments.pop("dense")]
+        run_engine(arguments.pop("base"), arguments.pop("out"), counts=counts, dense=dense, **arguments)
+
+
+if __name__ == "__main__":
+    main()
