@@ -22,8 +22,16 @@ def main() -> None:
     engine.add_argument("--prompt", type=int, default=128)
     engine.add_argument("--new", type=int, default=128)
     engine.add_argument("--dense", type=int, nargs="+", default=[0, 1], help="0: NF4; 1: dequantized once")
+    proof = verbs.add_parser("prove")
+    proof.add_argument("bases", nargs="+")
     arguments = vars(parser.parse_args())
-    if arguments.pop("verb") == "engine":
+    verb = arguments.pop("verb")
+    if verb == "prove":
+        from serve_engine import prove
+
+        for base in arguments["bases"]:
+            prove(base)
+    if verb == "engine":
         from serve_engine import run_engine
 
         counts, dense = arguments.pop("adapters"), [bool(each) for each in arguments.pop("dense")]

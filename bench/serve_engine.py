@@ -177,6 +177,38 @@ def print_json(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def prove(base: str) -> None:
+    """Print the KL of the slots, eager and as CUDA graphs, beside what rounding to bf16 does to the base itself."""
+    import torch.nn.functional as F
+
+    from lorafit.backbone import computing_in
+    from lorafit.serve.decoding import BatchDecoder
+
+    config = resolve(flags={"base": base}).config
+    decoder = BatchDecoder(load_backbone(config, exact=True), slots=8, positions=256, adapters=1)
+    ids = torch.randint(WORDS.start, WORDS.stop, (48,), generator=torch.Generator().manual_seed(0)).tolist()
+    start = 24
+    with torch.inference_mode(), computing_in(decoder.model, torch.float32):
+        exact = decoder.plain_log_probs(ids, start)
+    plain = decoder.plain_log_probs(ids, start)
+
+    def distance(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        kl = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        most = (found - wanted).abs().max()
+        print_json(base=base, what=name, mean_kl=float(kl.mean()), max_kl=float(kl.max()), max_log_prob=float(most))
+
+    distance("floor: rounded to the compute dtype, against fp32", plain, exact)
+    graphs = decoder._graphs
+    for fused in (False, True):
+        if fused:
+            decoder.fuse()
+        for eager in (True, False) if decoder.device.type == "cuda" else (True,):
+            graphs.failed = eager
+            kind = f"slots, {'eager' if eager else 'graphs'}, {'fused' if fused else 'the family own code'}"
+            distance(kind, decoder.slot_log_probs(ids, start, 3, 0), plain)
+    distance("spare slot, prompts only", decoder.spare_log_probs(ids, start, 0), plain)
+
+
 def run_engine(base: str, out: Path, *, counts: list[int], streams: list[int], rank: int, targets: str,
                prompt: int, new: int, dense: list[bool]) -> None:  # fmt: skip
     """Measure every combination, and write a line each to OUT/engine.jsonl."""

@@ -26,6 +26,7 @@ EXIT_CODES = """## Exit codes
 | 0 | done; findings were warnings or notes at most |
 | 1 | an error finding, a run that cannot start or finish, or a merge that failed its verification |
 | 2 | wrong usage: an unknown flag, an unknown setting, a value that does not fit |
+| 3 | of `export --verify-in vllm`: written, and not proved in vLLM, which is not installed or does not start |
 | 70 | an error inside lorafit; add `--debug` for the traceback |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command resumes the run |
 """

@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src" / "lorafit"
 LEVELS = [
     ["errors"],
     ["findings"],
-    ["config"],
+    ["config", "programs"],
     ["runs"],
     ["data"],
     ["hardware", "shapes"],
@@ -27,7 +27,7 @@ LEVELS = [
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SEAMS = {"bitsandbytes": "backbone", "peft": "methods"}
-NO_TORCH = {"errors", "findings", "config", "runs", "data", "hardware", "shapes", "memory", "planning"}
+NO_TORCH = {"errors", "findings", "config", "programs", "runs", "data", "hardware", "shapes", "memory", "planning"}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -12,6 +12,7 @@
     │   └── RunFinished         exit code 0: the run is complete
     ├── TrainingError           a run that had to stop
     │   └── TrainingStopped     exit code 130 or 143: a signal stopped the run, which can resume
+    ├── ProgramError            another program, such as vLLM, that does not start or answer
     └── VerificationError       an artefact that is not the model that was trained
 
 Every error is one sentence: what happened, where, and the fix. The command line prints it without a
@@ -85,6 +86,10 @@ class RunFinished(RunDirError):
 
     exit_code = 0
     label = "finished"
+
+
+class ProgramError(LorafitError):
+    """Another program, such as vLLM, that does not start or answer."""
 
 
 class TrainingError(LorafitError):

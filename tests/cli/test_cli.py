@@ -48,7 +48,7 @@ FLAGS = {
     "chat": "--prompt --system --compare --max-new-tokens --temperature --checkpoint --json --help",
     "eval": "--against --limit --max-new-tokens --map --least --out --checkpoint --json --help",
     "merge": "--onto --out --format --dtype --checkpoint --json --help",
-    "export": "--to --quantization --onto --out --name --checkpoint --json --help",
+    "export": "--to --quantization --onto --out --name --checkpoint --verify-in --json --help",
     "demo": "--task --method --seed --out --json --help",
     "settings": "--json --help",
     "explain": "--json --help",

@@ -240,3 +240,37 @@ def test_infinite_values_of_one_adapter_stay_in_its_rows():
         found = model(x)
     assert not found[0].isfinite().any()
     torch.testing.assert_close(found[1], model(x)[1] + 40)
+
+
+def test_one_token_of_grouped_queries_attends_as_sdpa_does():
+    from types import SimpleNamespace
+
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from lorafit.serve.decoding.fused import slot_attention
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 8, 1, 16, generator=generator)
+    key, value = (torch.randn(3, 2, 20, 16, generator=generator) for _ in range(2))
+    mask = torch.arange(20)[None, None, None] <= torch.tensor([4, 19, 0])[:, None, None, None]
+    module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False)
+    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    found, _ = slot_attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_only_norms_that_are_plain_are_fused():
+    from torch import nn
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from lorafit.serve.decoding.fused import fuse_norms
+
+    model = nn.ModuleList([LlamaRMSNorm(8, eps=1e-6), GemmaRMSNorm(8, eps=1e-6)])
+    with torch.no_grad():
+        for norm in model:
+            norm.weight.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    before = [norm(x) for norm in model]
+    assert fuse_norms(model) == 1
+    torch.testing.assert_close([norm(x) for norm in model], before)

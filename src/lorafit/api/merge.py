@@ -68,14 +68,15 @@ def merge(
     export_format: str = DEFAULT_FORMAT,
     dtype: str = "auto",
     checkpoint: str = LAST,
+    asks_vllm: bool = False,
 ) -> MergedRun:
     """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
     the checkpoint as stored. `export_format` names the format of the files. `dtype` is auto, bf16, fp16 or fp32;
     auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". `checkpoint` is last, best (by held-out
-    loss) or a step. The artefact gets its name once it is measured, even if it fails (`passed` False). A killed merge
-    leaves at most a hidden folder, which the next replaces.
+    loss) or a step. The artefact gets its name once it is measured, even if it fails (`passed` False). With `asks_vllm`
+    vLLM opens it too, where it is installed. A killed merge leaves at most a hidden folder.
 
     Raises UsageError, RunDirError, CheckpointError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
@@ -85,7 +86,7 @@ def merge(
     config, method = finished.config, method_of(finished.config)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
-        finishing = Finishing(finished, verification_records(folder))
+        finishing = Finishing(finished, verification_records(folder), rows, asks_vllm)
         proven: list[tuple[Verification, list[EngineProof]]] = []
 
         def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:

@@ -19,6 +19,7 @@ EXAMPLES = """Examples:
 lorafit export runs/rows-Qwen3-8B --to gguf --quantization q4_k_m
 
 lorafit export runs/orders --to adapter --out served --name orders"""
+EXIT_CODES = {"proved": 0, "failed": 1, "not proved": 3}
 COLOURS = {"proved": "green", "not proved": "yellow", "failed": "red"}
 
 
@@ -42,17 +43,22 @@ def export(
         str | None, typer.Option("--name", help="Name of the adapter; default the run's.", show_default=False)
     ] = None,
     checkpoint: flags.Checkpoint = "last",
+    verify_in: Annotated[
+        Literal["auto", "vllm", "none"],
+        typer.Option("--verify-in", help="vllm: prove it in vLLM too. auto: where vLLM is installed."),
+    ] = "auto",
     json: flags.Json = False,
 ) -> None:
     """Write the run for the program that serves it, and prove its answers there."""
     from lorafit.api.ship.export import export as run_export
 
-    exported = run_export(run, to=to, quantization=quantization, onto=onto, out=out, name=name, checkpoint=checkpoint)
+    asked = {"to": to, "quantization": quantization, "onto": onto, "out": out, "name": name}
+    exported = run_export(run, **asked, checkpoint=checkpoint, verify_in=verify_in)
     if json:
         show_json(exported.to_dict())
     else:
         show_exported(exported)
-    raise typer.Exit(0 if exported.passed else 1)
+    raise typer.Exit(EXIT_CODES[exported.verdict])
 
 
 def show_exported(exported: ExportedRun) -> None:

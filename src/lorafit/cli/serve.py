@@ -7,7 +7,7 @@ import secrets
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -20,14 +20,22 @@ EXAMPLES = """Examples:
 
 lorafit serve runs/tickets
 
-lorafit serve runs/tickets runs/orders --port 9000 --tenants tenants.yaml"""
+lorafit serve runs/tickets runs/orders --port 9000 --tenants tenants.yaml
+
+lorafit serve served --engine vllm"""
 API_KEY, ADMIN_KEY = "LORAFIT_API_KEY", "LORAFIT_ADMIN_KEY"
 SHORTEST_KEY = 16
-PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+PACKAGES = ("starlette", "uvicorn", "httpx", "prometheus_client")
 
 
 def serve(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories over the same base.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs over the same base, or the folder of an export.", show_default=False)
+    ],
+    engine: Annotated[
+        Literal["auto", "builtin", "vllm", "llamacpp"],
+        typer.Option("--engine", help="builtin: runs. vllm, llamacpp: a folder of lorafit export."),
+    ] = "auto",
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=0, max=65535, help="Port; 0 is any.")] = 8000,
     api_key_file: Annotated[
@@ -54,14 +62,15 @@ def serve(
     checkpoint: flags.Checkpoint = "last",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the start.")] = False,
 ) -> None:
-    """Serve runs over HTTP with OpenAI's routes: one base in memory, and the adapter that each request names."""
+    """Serve runs or an export over HTTP with OpenAI's routes; each request names the adapter that answers."""
     sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "max_loras": max_loras}
     folders = {"tenants": tenants, "adapter_dirs": adapter_dir or [], "checkpoint": checkpoint}
-    _serve(runs, (host, port), api_key_file, folders, sizes, usage_log, json)
+    _serve(runs, engine, (host, port), api_key_file, folders, sizes, usage_log, json)
 
 
 def _serve(
     runs: list[Path],
+    engine: str,
     place: tuple[str, int],
     api_key_file: Path | None,
     folders: dict[str, Any],
@@ -73,17 +82,25 @@ def _serve(
     if missing:
         raise UsageError(f"{missing[0]} is not installed", where="serve", fix="pip install 'lorafit[serve]'")
     from lorafit.backbone import redirect_library_logs
-    from lorafit.serve.engines import Limits
+    from lorafit.serve.engines import Limits, engine_for
     from lorafit.serve.http import ServerOptions
-    from lorafit.serve.launch import Keys, listen, make_server
+    from lorafit.serve.launch import Keys, listen, make_forwarding_server, make_server
 
     api, is_new = _api_key(api_key_file)
     keys = Keys(api, os.environ.get(ADMIN_KEY) or api)
     _require_long(keys.admin, ADMIN_KEY)
     options = ServerOptions(usage_log=usage_log)
+    chosen = engine_for(runs, engine)
+    shared: dict[str, Any] = {"limits": Limits(**sizes), "options": options, **folders}
     with redirect_library_logs():
-        server = make_server(runs, keys, limits=Limits(**sizes), options=options, **folders)
-    models = [server.engine.base_name, *server.engine.pool.names()]
+        if chosen == "builtin":
+            server = make_server(runs, keys, **shared)
+            models = [server.engine.base_name, *server.engine.pool.names()]
+        else:
+            if shared.pop("checkpoint") != "last":
+                raise UsageError("an export has one checkpoint", where="--checkpoint", fix="leave it out")
+            server = make_forwarding_server(chosen, runs[0], keys, **shared)
+            models = [server.engine.served.base_name, *server.engine.names()]
 
     def on_start(address: str) -> None:
         if json:

@@ -8,13 +8,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from lorafit.errors import UsageError
 from lorafit.runs import LAST, RunDir
 from lorafit.serve.adapters import ServedBase
-from lorafit.serve.engines import BuiltinEngine, Limits
+from lorafit.serve.engines import BuiltinEngine, Limits, SupervisedEngine, supervised_engine
 from lorafit.serve.http import ServerOptions, make_app
+from lorafit.serve.http.forwarding import make_forwarding_app
 from lorafit.serve.http.metrics import Metrics
 from lorafit.serve.http.server import Server
 from lorafit.serve.tenants import Tenants
@@ -56,7 +58,7 @@ def make_server(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two runs are called {twice}", where="serve", fix="rename one of the folders")
     for run in runs:
-        _require_run(run)
+        _require_adapter(run)
     base, metrics = ServedBase.of_run(runs[0]), Metrics()
     roots = [*(run.resolve() for run in runs), *(folder.resolve() for folder in adapter_dirs)]
     engine = BuiltinEngine(base, _base_name(base.config.base), roots, limits, metrics)
@@ -70,12 +72,42 @@ def make_server(
     return Server(engine, known, metrics, options)
 
 
+def make_forwarding_server(
+    engine: str,
+    target: Path,
+    keys: Keys,
+    *,
+    limits: Limits,
+    options: ServerOptions,
+    tenants: Path | None = None,
+    adapter_dirs: Sequence[Path] = (),
+    log: Path | None = None,
+) -> Server:
+    """Start the program of `engine` on the export in `target`, and wait for its first answer.
+
+    Raises UsageError, AdapterError or ProgramError.
+    """
+    known, metrics = Tenants.of(keys.api, keys.admin, tenants), Metrics()
+    made = supervised_engine(
+        engine,
+        target,
+        log,
+        texts=limits.max_num_seqs,
+        tokens=limits.max_model_len,
+        adapter_dirs=adapter_dirs,
+        on_gpu=torch.cuda.is_available(),
+        on_crash=metrics.on_crash,
+    )
+    made.start()
+    return Server(made, known, metrics, options)
+
+
 def listen(server: Server, host: str, port: int, on_start: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; running answers then finish. `on_start` receives the address.
 
     Raises UsageError if the address cannot be used.
     """
-    app = make_app(server)
+    app = make_forwarding_app(server) if isinstance(server.engine, SupervisedEngine) else make_app(server)
     drain_s = round(server.options.drain_s)
     config = uvicorn.Config(
         app,
@@ -114,11 +146,8 @@ class _Program(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _require_run(path: Path) -> None:
-    """Raise UsageError for a folder whose weights are no adapter."""
-    if not RunDir(path).holds_run and (path / "config.json").is_file():
-        what = "a merged model is no run, and the builtin engine serves runs"
-        raise UsageError(what, where=str(path), fix=f"run vllm serve {path}, or name the run")
+def _require_adapter(path: Path) -> None:
+    """Raise UsageError for a run whose weights are no adapter."""
     if RunDir(path).holds_run and RunDir(path).config().method == "full":
         what = "a full run has no adapter, and the builtin engine serves adapters over one base"
         fix = f"run lorafit merge {path}, and serve its folder with vllm serve {RunDir(path).exports / 'full'}"

@@ -20,12 +20,15 @@ from lorafit.export.adapter import write_origin
 from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, copy_adapter
-from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
+from lorafit.export.verify import VERIFICATION_FILE, Serving, record_proofs, write_chat_template
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
+from lorafit.programs import find_vllm
 from lorafit.runs import LAST, RunDir, staged_folder
 
 Target = Literal["merged", "adapter", "gguf"]
+VerifyIn = Literal["auto", "vllm", "none"]
+Verdict = Literal["proved", "not proved", "failed"]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CANNOT = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -38,11 +41,13 @@ class ExportedRun:
         folder: the export's folder.
         proved_in: the folder with the proofs: that of the adapter, if there are several.
         findings: findings about its prompt.
+        wanted: programs whose proof was asked for by name.
     """
 
     folder: Path
     proved_in: Path
     findings: tuple[Finding, ...]
+    wanted: tuple[str, ...] = ()
 
     @property
     def verification(self) -> dict[str, Any]:
@@ -62,11 +67,20 @@ class ExportedRun:
         failed = any(engine["status"] == "failed" for engine in self.verification["engines"])
         return not failed and not has_errors(self.findings)
 
+    @property
+    def verdict(self) -> Verdict:
+        """Return failed, not proved where a wanted program is not here, or proved."""
+        if not self.passed:
+            return "failed"
+        proved = {engine["engine"] for engine in self.verification["engines"] if engine["status"] == "proved"}
+        return "proved" if proved.issuperset(self.wanted) else "not proved"
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""
         findings = [finding.to_dict() for finding in self.findings]
         return {
             "passed": self.passed,
+            "verdict": self.verdict,
             "folder": str(self.folder),
             "verification": self.verification,
             "serving": self.serving,
@@ -83,26 +97,38 @@ def export(
     out: str | Path | None = None,
     name: str | None = None,
     checkpoint: str = LAST,
+    verify_in: str = "auto",
 ) -> ExportedRun:
     """Export `run` for the program that serves it, and prove it there.
 
     `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, or
     "adapter": a folder in which vLLM finds the base once and every adapter by its name. `onto` and `checkpoint`
-    are as in `merge`.
-    `name` is the adapter's, by default the run's. The export appears whole or not at all.
+    are as in `merge`. `name` is the adapter's, by default the run's. The export appears whole or not at all.
+    `verify_in` "vllm" opens it in vLLM too, which takes minutes; "auto" does so where vLLM is beside this Python or
+    named by LORAFIT_VLLM.
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     if to not in get_args(Target):
         raise UsageError(f"'{to:.40}' is no export", where="--to", fix=f"choose {', '.join(get_args(Target))}")
+    if verify_in not in get_args(VerifyIn):
+        fix = f"choose {', '.join(get_args(VerifyIn))}"
+        raise UsageError(f"'{verify_in:.40}' is no program of a proof", where="--verify-in", fix=fix)
+    if verify_in == "vllm" and to == "gguf":
+        raise UsageError("vLLM proves no GGUF file", where="--verify-in", fix="leave it out: llama.cpp proves the file")
+    asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
+    wanted = ("vLLM",) if verify_in == "vllm" else ()
     if to == "adapter":
-        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name, checkpoint)
+        asked = {"checkpoint": checkpoint, "asks_vllm": asks_vllm, "wanted": wanted}
+        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name, **asked)
     form = "safetensors" if to == "merged" else f"gguf-{quantization}"
-    merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint)
-    return ExportedRun(merged.folder, merged.folder, tuple(merged.findings))
+    merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
+    return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
 
 
-def _export_adapter(run: RunDir, out: Path | None, name: str | None, checkpoint: str) -> ExportedRun:
+def _export_adapter(
+    run: RunDir, out: Path | None, name: str | None, *, checkpoint: str, asks_vllm: bool, wanted: tuple[str, ...]
+) -> ExportedRun:
     name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
     if not ADAPTER_NAME.fullmatch(name):
         what = f"'{name:.70}' is no adapter's name"
@@ -123,9 +149,9 @@ def _export_adapter(run: RunDir, out: Path | None, name: str | None, checkpoint:
         folder = AdaptersFolder(out or run.exports / "adapters")
         with _folder_with_base(folder, finished, identity, name) as (held, findings):
             with staged_folder(held.adapter(name)) as staged:
-                findings += _write_adapter(finished, held, staged, run)
+                findings += _write_adapter(finished, held, staged, run, name, asks_vllm)
             held.write_settings(finished)
-    return ExportedRun(folder.path, folder.adapter(name), tuple(findings))
+    return ExportedRun(folder.path, folder.adapter(name), tuple(findings), wanted)
 
 
 @contextmanager
@@ -145,7 +171,9 @@ def _folder_with_base(
         yield held, held.write_base(run, identity)
 
 
-def _write_adapter(run: FinishedRun, held: AdaptersFolder, staged: Path, folder: RunDir) -> list[Finding]:
+def _write_adapter(
+    run: FinishedRun, held: AdaptersFolder, staged: Path, folder: RunDir, name: str, asks_vllm: bool
+) -> list[Finding]:
     """Write the adapter of `run` to `staged`, and prove it over the base in `held`."""
     copy_adapter(run.adapter, staged)
     config, method = run.config, method_of(run.config)
@@ -158,5 +186,7 @@ def _write_adapter(run: FinishedRun, held: AdaptersFolder, staged: Path, folder:
     live = method.load(load_backbone(config, exact=True), run.adapter, config)
     rows = verification_rows(folder, template_of(folder))
     verification = verify(live, staged, rows, "quantized", method=method, export_format=entry)
-    record_proofs(staged, Finishing(run, verification_records(folder)).prove(staged, live, entry, verification))
+    finishing = Finishing(run, verification_records(folder), rows, asks_vllm)
+    serving = Serving(held.settings_of(run, name, staged), held.path, name)
+    record_proofs(staged, finishing.prove(staged, live, entry, verification, serving))
     return findings

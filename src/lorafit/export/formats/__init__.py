@@ -13,6 +13,7 @@ from lorafit.export.formats.export_format import (
     OpenedModel,
     OwnTokenizer,
     Row,
+    TellsTop,
     TransformersModel,
     Written,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "OwnTokenizer",
     "Row",
     "Safetensors",
+    "TellsTop",
     "TransformersModel",
     "Written",
     "format_named",

@@ -47,6 +47,16 @@ class OpenedModel(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsTop(Protocol):
+    """Mark an OpenedModel that tells the most likely tokens only; the others are -inf in its log-probabilities."""
+
+    @property
+    def told_tokens(self) -> int:
+        """Return how many tokens it tells at each position."""
+        ...
+
+
 @dataclass(frozen=True)
 class Written:
     """Hold the weight files of an export.

@@ -2,7 +2,14 @@
 
 from lorafit.export.serving.adapters_folder import AdapterEntry, AdaptersFolder, copy_adapter
 from lorafit.export.serving.modelfile import MODELFILE, modelfile
-from lorafit.export.serving.serving_file import SERVING_FILE, Command, ServingFile, gguf_commands, merged_commands
+from lorafit.export.serving.serving_file import (
+    SERVING_FILE,
+    Command,
+    ServingFile,
+    gguf_commands,
+    merged_commands,
+    merged_settings,
+)
 
 __all__ = [
     "AdapterEntry",
@@ -14,5 +21,6 @@ __all__ = [
     "copy_adapter",
     "gguf_commands",
     "merged_commands",
+    "merged_settings",
     "modelfile",
 ]

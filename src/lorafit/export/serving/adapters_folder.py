@@ -98,6 +98,11 @@ class AdaptersFolder:
         command = Command("vLLM", "sh vllm.sh")
         ServingFile.of("adapter", "bfloat16", (command,), run.template).write(self.path)
 
+    def settings_of(self, run: FinishedRun, name: str, adapter: Path) -> dict[str, Any]:
+        """Return vLLM's settings for one adapter, which may not have its place in the folder yet."""
+        rank = int(read_json(adapter / "adapter_config.json", AdapterError)["r"])
+        return vllm_settings({name: rank}, self._weights(run)) | {"lora-modules": [f"{name}={adapter.resolve()}"]}
+
     def _weights(self, run: FinishedRun) -> str:
         """Return the model that the adapters sit on, seen from the folder."""
         if run.config.quantization != "none":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lorafit.data import Template
 from lorafit.runs import write_text
 
 SERVING_FILE = "serving.json"
-GREEDY = "'{\"temperature\": 0.0}'"
+GREEDY = '{"temperature": 0.0}'
 """vLLM's override of generation settings. Without it a request that names no temperature is sampled at 1.0."""
 
 
@@ -59,14 +61,19 @@ class ServingFile:
         write_text(folder / SERVING_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
 
+def merged_settings(dtype: str) -> dict[str, Any]:
+    """Return vLLM's settings for a folder of merged weights in `dtype`."""
+    return {"model": ".", "dtype": dtype, "override-generation-config": GREEDY}
+
+
 def merged_commands(dtype: str) -> tuple[Command, ...]:
     """Return the command lines for a folder of merged weights in `dtype`."""
-    vllm = f"vllm serve . --dtype {dtype} --override-generation-config {GREEDY}"
+    flags = [word for name, value in merged_settings(dtype).items() if name != "model" for word in (f"--{name}", value)]
     return (
         Command(
             "transformers", "python -c \"from transformers import pipeline; pipeline('text-generation', model='.')\""
         ),
-        Command("vLLM", vllm),
+        Command("vLLM", shlex.join(["vllm", "serve", ".", *flags])),
         Command("SGLang", f"python -m sglang.launch_server --model-path . --dtype {dtype}"),
     )
 

@@ -64,6 +64,16 @@ class LiveAnswers:
             lost, won = lost + (live and not ours), won + (ours and not live)
         return Answers(len(self.prompts), equal, live_right, right, worse(lost, won))
 
+    def compare_texts(self, texts: Sequence[str]) -> Answers:
+        """Return the same counts for answers that came as `texts`, one for each prompt."""
+        equal = live_right = right = lost = won = 0
+        for expected, answer, text in zip(self.expected, self.answers, texts, strict=True):
+            said = self._text(answer)
+            live, ours = said == expected, text.strip() == expected
+            equal, live_right, right = equal + (text.strip() == said), live_right + live, right + ours
+            lost, won = lost + (live and not ours), won + (ours and not live)
+        return Answers(len(self.prompts), equal, live_right, right, worse(lost, won))
+
     def _ended_alike(self, ids: list[int]) -> list[int]:
         """Return `ids` with the first stop token in place of any other that ends them."""
         stops = self.template.stop_ids

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.export.formats import OpenedModel, Row
+from lorafit.export.formats import OpenedModel, Row, TellsTop
 
 REFERENCE_BYTES = 1 << 30
 
@@ -61,14 +62,32 @@ class Reference:
         return cls(tuple(used), tuple(kept), _mean_loss(used, kept))
 
     def compare(self, model: OpenedModel) -> Comparison:
-        """Return KL(reference ‖ model), top-1 agreement and the loss of `model`."""
+        """Return KL(reference ‖ model), top-1 agreement and the loss of `model`.
+
+        Of a model that tells the most likely tokens only, all others count as one: its KL is that of the two
+        distributions over the told tokens and the rest, a lower bound.
+        """
         kl = agree = nll = 0.0
         for row, ours in zip(self.rows, self.log_probs):
             theirs = model.log_probabilities(row)
+            if isinstance(model, TellsTop):
+                theirs = with_rest(theirs, ours)
             kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
             agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             nll += float(F.nll_loss(theirs, row.targets, reduction="sum"))
         return Comparison(kl / self.positions, agree / self.positions, nll / self.positions)
+
+
+def with_rest(told: Tensor, reference: Tensor) -> Tensor:
+    """Return `told` (positions, vocabulary) with its missing probability on the tokens that are -inf.
+
+    It is divided among them as `reference` divides its own.
+    """
+    untold = told.isneginf()
+    left = (1 - told.double().exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny).log()
+    theirs = reference.double().masked_fill(~untold, -torch.inf)
+    spread = theirs - theirs.logsumexp(-1, keepdim=True) + left
+    return torch.where(untold, spread, told.double()).float()
 
 
 def _mean_loss(rows: Sequence[Row], log_probs: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from lorafit.backbone import computing_in, rounding_activations
 from lorafit.config import MergeBase
 from lorafit.errors import VerificationError
-from lorafit.export.formats import ExportFormat, Row, TransformersModel
+from lorafit.export.formats import ExportFormat, OpenedModel, Row, TransformersModel
 from lorafit.export.verify.comparison import Comparison, Reference
 from lorafit.methods import Method
 from lorafit.runs import write_text
@@ -119,6 +119,28 @@ def verify(
     )  # fmt: skip
     write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
+
+
+def verified_in(
+    program: OpenedModel, verification: Verification, live_model: nn.Module, rows: Sequence[Row], *, lossy: bool = False
+) -> Verification:
+    """Return `verification` with the comparison and the verdict of another program that serves the same export.
+
+    Floor and base are those of the first comparison.
+    """
+    usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
+    reference = Reference.of(TransformersModel(live_model), usable)
+    merged = reference.compare(program)
+    passed, reason = _judge(verification.onto, reference.loss, merged, verification.floor, verification.base, lossy)
+    return replace(
+        verification,
+        passed=passed,
+        reason=reason,
+        merged=merged,
+        rows=len(reference.rows),
+        positions=reference.positions,
+        live_loss=reference.loss,
+    )
 
 
 def _judge(

@@ -91,7 +91,7 @@ def open_adapter(
     `roots` are the folders that adapters may lie in. Raises UsageError for other places, AdapterError for files that
     must not be trusted or do not fit, VerificationError and TemplateError for another base or template.
     """
-    folder, named = _run_folder(_allowed(path, roots))
+    folder, named = _run_folder(allowed_path(path, roots))
     run = RunDir.open(folder)
     chosen = choose_weights(run, named or checkpoint).folder
     config = run.config()
@@ -111,7 +111,7 @@ def open_adapter(
     return version, version.read(model)
 
 
-def _allowed(path: Path, roots: Sequence[Path]) -> Path:
+def allowed_path(path: Path, roots: Sequence[Path]) -> Path:
     """Return `path` without links. Raises UsageError unless it lies in one of `roots`."""
     try:
         real = path.resolve(strict=True)

@@ -91,6 +91,7 @@ class BatchDecoder:
         pinned = {"pin_memory": self.device.type == "cuda"}
         self._host = [torch.zeros(5, slots, dtype=torch.int64, **pinned) for _ in range(2)]
         self._read = [torch.zeros(slots, dtype=torch.int64, **pinned) for _ in range(2)]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
     @property
@@ -167,10 +168,13 @@ class BatchDecoder:
         """
         height = min(self.slots, 1 << max(rows).bit_length())
         self._turn ^= 1
+        if (copied := self._copied[self._turn]) is not None:
+            copied.synchronize()  # else the copy of an earlier step would read this one's inputs
         columns = [[0, 0, self.positions, 0, 1]] * self.slots
         for slot, (token, position, adapter) in rows.items():
             columns[slot] = [token or 0, position, position, adapter, int(token is not None)]
         self._inputs.copy_(self._host[self._turn].copy_(torch.tensor(columns).mT), non_blocking=True)
+        self._copied[self._turn] = self._event()
         longest = max(position for _, position, _ in rows.values()) + 1
         span = span_for(longest, self.positions)
         self.cache  # noqa: B018 (its memory is taken outside of a recording)
@@ -180,9 +184,15 @@ class BatchDecoder:
             return DecodedStep(logits, tokens, None)
         read = self._read[self._turn][:height]
         read.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return DecodedStep(logits, read, done)
+        return DecodedStep(logits, read, self._event())
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Return an event that marks this moment of the device's work; None on a CPU, which works at once."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def _step(self, height: int, span: int) -> tuple[Tensor, Tensor]:
         """Run the forward pass of a bucket on the buffers: what a CUDA graph holds. Returns (logits, likeliest).

@@ -42,10 +42,10 @@ def make_app(server: Server) -> Starlette:
         ],
         middleware=[Middleware(Access, server=server)],
         exception_handlers={
-            ApiError: _failed,
-            LorafitError: _failed,
-            EngineStopped: _failed,
-            HTTPException: _no_route,
+            ApiError: failed,
+            LorafitError: failed,
+            EngineStopped: failed,
+            HTTPException: no_route,
         },
         lifespan=server.lifespan,
     )
@@ -109,10 +109,12 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": server.engine.positions})
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def failed(request: Request, error: Exception) -> Response:
+    """Answer with what a client may know of the error."""
     return error_response(error)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def no_route(request: Request, error: Exception) -> Response:
+    """Answer to an unknown path or method."""
     assert isinstance(error, HTTPException)
     return JSONResponse(error_content(error.status_code, error.detail), error.status_code, error.headers)

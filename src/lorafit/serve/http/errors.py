@@ -17,6 +17,7 @@ KINDS = {
     413: "invalid_request_error",
     429: "rate_limit_error",
     501: "not_implemented_error",
+    502: "bad_gateway_error",
     503: "service_unavailable_error",
 }
 

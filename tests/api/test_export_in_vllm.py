@@ -1,0 +1,62 @@
+"""export --verify-in vllm: the verdict is vLLM's, asked through its own routes. A stand-in computes it here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorafit.api.ship.export import export
+from lorafit.cli.app import main
+from lorafit.errors import UsageError
+
+STUB = Path(__file__).parent.parent / "stub_vllm.py"
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """The stand-in as a program, and a function that breaks it."""
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("LORAFIT_VLLM", str(program))
+    return lambda how: monkeypatch.setenv("STUB_VLLM", how)
+
+
+def proof_of(exported):
+    return next(each for each in exported.verification["engines"] if each["engine"] == "vLLM")
+
+
+def test_an_adapter_is_proved_by_what_vllm_answers(tiny_run, tmp_path, vllm):
+    exported = export(tiny_run.run.path, to="adapter", out=tmp_path / "served", name="one", verify_in="vllm")
+    proof = proof_of(exported)
+    assert (exported.verdict, proof["status"]) == ("proved", "proved"), proof["reason"]
+    assert proof["prompts"]["equal"] == proof["prompts"]["total"] > 3
+    assert proof["answers"]["equal"] == proof["answers"]["rows"] > 0
+    assert "| vLLM | proved |" in (exported.proved_in / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("harm", "reason"), [("template", "0 of "), ("weights", "above 10 × the noise floor")])
+def test_a_vllm_that_answers_otherwise_fails_the_export(tiny_run, tmp_path, vllm, harm, reason):
+    vllm(harm)
+    exported = export(tiny_run.run.path, to="adapter", out=tmp_path / "served", name="one", verify_in="vllm")
+    assert exported.verdict == "failed" and reason in proof_of(exported)["reason"]
+
+
+def test_a_vllm_that_is_missing_or_ends_is_not_proved_and_has_an_exit_code_of_its_own(
+    tiny_run, tmp_path, vllm, monkeypatch, capsys
+):
+    vllm("exit")
+    command = ["export", str(tiny_run.run.path), "--verify-in", "vllm", "--json"]
+    for out in ("ends", "missing"):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--out", str(tmp_path / out)])
+        assert ended.value.code == 3
+        said = capsys.readouterr().out
+        assert ("no such device" if out == "ends" else "pip install vllm") in said
+        assert (tmp_path / out / "model.safetensors").is_file()
+        monkeypatch.setenv("LORAFIT_VLLM", str(tmp_path / "nowhere"))
+
+
+def test_vllm_is_not_asked_for_a_gguf_file(tiny_run):
+    with pytest.raises(UsageError, match="vLLM proves no GGUF file"):
+        export(tiny_run.run.path, to="gguf", verify_in="vllm")

@@ -1,0 +1,105 @@
+"""A stand-in for vLLM's program: `vllm serve FOLDER --flag value …`, computed by transformers and PEFT.
+
+STUB_VLLM breaks it: "exit" ends at once, "template" answers other prompt ids, "sampling" ignores the generation
+settings as vLLM does when none are given, "weights" computes with the base alone.
+"""
+
+import json
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+BROKEN = os.environ.get("STUB_VLLM", "")
+
+
+def flags(words):
+    """Flag -> value, a list of values, or True."""
+    found, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:]
+            found[name] = True
+        else:
+            held = found[name]
+            found[name] = word if held is True else [*([held] if isinstance(held, str) else held), word]
+    return found
+
+
+class Model:
+    def __init__(self, folder, given):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.torch = torch
+        self.tokenizer = AutoTokenizer.from_pretrained(given.get("tokenizer", folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.stops = model.generation_config.eos_token_id
+        self.is_greedy = json.loads(given.get("override-generation-config", "{}")).get("temperature") == 0
+        names = given.get("served-model-name", "base")
+        self.models = {names[0] if isinstance(names, list) else names: model}
+        modules = given.get("lora-modules", [])
+        for module in [modules] if isinstance(modules, str) else modules:
+            from peft import PeftModel
+
+            name, path = module.split("=", 1)
+            ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self.models[name] = ours if BROKEN == "weights" else PeftModel.from_pretrained(ours, path).eval()
+
+    def ids(self, messages):
+        made = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ids = list(made["input_ids"])
+        return [ids[0], *ids] if BROKEN == "template" else ids
+
+    def handle(self, path, body):
+        model = self.models[body["model"]]
+        if path == "/tokenize":
+            return {"tokens": self.ids(body["messages"])}
+        if path == "/v1/chat/completions":
+            ids = self.torch.tensor([self.ids(body["messages"])])
+            sampled = BROKEN == "sampling" or not self.is_greedy
+            self.torch.manual_seed(0)
+            options = {"do_sample": True, "temperature": 3.0} if sampled else {"do_sample": False}
+            out = model.generate(input_ids=ids, max_new_tokens=body["max_tokens"], eos_token_id=self.stops, **options)
+            text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+        with self.torch.no_grad():
+            rows = model(input_ids=self.torch.tensor([body["prompt"]])).logits[0].log_softmax(-1)
+        values, tokens = rows.topk(body["prompt_logprobs"])
+        told = [
+            {str(token): {"logprob": value} for token, value in zip(*pair, strict=True)}
+            for pair in zip(tokens.tolist(), values.tolist(), strict=True)
+        ]
+        return {"choices": [{"prompt_logprobs": [None, *told[:-1]]}]}
+
+
+def main():
+    assert sys.argv[1] == "serve", sys.argv
+    if BROKEN == "exit":
+        sys.exit("ValueError: no such device")
+    given = flags(sys.argv[3:])
+    model = Model(Path(sys.argv[2]), given)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def answer(self, content):
+            raw = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def do_GET(self):
+            self.answer({})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.answer(model.handle(self.path, body))
+
+    ThreadingHTTPServer((given["host"], int(given["port"])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
