@@ -127,6 +127,7 @@ VALUES = {
     "--fix": "clean.jsonl", "--prompt": '"Where is my order?"', "--max-new-tokens": "256", "--temperature": "0.7",
     "--system": '"Answer briefly."', "--onto": "original", "--format": "safetensors",
     "--to": "gguf", "--dtype": "bf16", "--quantization": "q8_0", "--name": "orders", "--task": "dates", "--seed": "1",
+    "--verify-in": "vllm", "--engine": "vllm",
 }  # fmt: skip
 """Examples for flags that are not settings, or whose setting has an example that does not fit here."""
 
