@@ -73,10 +73,10 @@ def merge(
     """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
-    the checkpoint as stored. `export_format` names the format of the files. `dtype` is auto, bf16, fp16 or fp32;
-    auto keeps each tensor's dtype onto "original" and is bf16 onto "quantized". `checkpoint` is last, best (by held-out
-    loss) or a step. The artefact gets its name once it is measured, even if it fails (`passed` False). With `asks_vllm`
-    vLLM opens it too, where it is installed. A killed merge leaves at most a hidden folder.
+    the checkpoint as stored. `dtype` is bf16, fp16, fp32, or auto, which keeps each tensor's own onto "original" and is
+    bf16 onto "quantized". `checkpoint` is last, best (by held-out loss) or a step. `asks_vllm` opens the artefact in
+    vLLM too, where it is installed. The artefact gets its name once it is measured, even if it fails (`passed` False).
+    A killed merge leaves at most a hidden folder: nothing unverified looks finished.
 
     Raises UsageError, RunDirError, CheckpointError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
@@ -90,7 +90,6 @@ def merge(
         proven: list[tuple[Verification, list[EngineProof]]] = []
 
         def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
-            # before the folder gets its name, so that no unverified model looks finished
             live = method.load(load_backbone(config, exact=True), finished.adapter, config)
             measured = verify(live, staged, rows, onto, method=method, export_format=form)
             proven.append((measured, finishing.finish(staged, live, form, measured)))

@@ -52,8 +52,16 @@ def export(
     """Write the run for the program that serves it, and prove its answers there."""
     from lorafit.api.ship.export import export as run_export
 
-    asked = {"to": to, "quantization": quantization, "onto": onto, "out": out, "name": name}
-    exported = run_export(run, **asked, checkpoint=checkpoint, verify_in=verify_in)
+    exported = run_export(
+        run,
+        to=to,
+        quantization=quantization,
+        onto=onto,
+        out=out,
+        name=name,
+        checkpoint=checkpoint,
+        verify_in=verify_in,
+    )
     if json:
         show_json(exported.to_dict())
     else:

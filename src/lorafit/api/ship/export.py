@@ -119,15 +119,15 @@ def export(
     asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
     wanted = ("vLLM",) if verify_in == "vllm" else ()
     if to == "adapter":
-        asked = {"checkpoint": checkpoint, "asks_vllm": asks_vllm, "wanted": wanted}
-        return _export_adapter(RunDir.open(Path(run)), Path(out) if out else None, name, **asked)
+        folder = Path(out) if out else None
+        return _export_adapter(RunDir.open(Path(run)), folder, name, checkpoint, asks_vllm=asks_vllm, wanted=wanted)
     form = "safetensors" if to == "merged" else f"gguf-{quantization}"
     merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
     return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
 
 
 def _export_adapter(
-    run: RunDir, out: Path | None, name: str | None, *, checkpoint: str, asks_vllm: bool, wanted: tuple[str, ...]
+    run: RunDir, out: Path | None, name: str | None, checkpoint: str, *, asks_vllm: bool, wanted: tuple[str, ...]
 ) -> ExportedRun:
     name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
     if not ADAPTER_NAME.fullmatch(name):
