@@ -58,7 +58,7 @@ def make_server(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two runs are called {twice}", where="serve", fix="rename one of the folders")
     for run in runs:
-        _require_adapter(run)
+        _require_run(run)
     base, metrics = ServedBase.of_run(runs[0]), Metrics()
     roots = [*(run.resolve() for run in runs), *(folder.resolve() for folder in adapter_dirs)]
     engine = BuiltinEngine(base, _base_name(base.config.base), roots, limits, metrics)
@@ -146,7 +146,7 @@ class _Program(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _require_adapter(path: Path) -> None:
+def _require_run(path: Path) -> None:
     """Raise UsageError for a run whose weights are no adapter."""
     if RunDir(path).holds_run and RunDir(path).config().method == "full":
         what = "a full run has no adapter, and the builtin engine serves adapters over one base"
