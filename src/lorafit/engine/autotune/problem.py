@@ -368,8 +368,10 @@ def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: 
 
 
 def _loss_bytes(model: Any, batch: MicroBatch) -> int:
-    """Return the bytes of a chunk of logits, and of hidden states with fp32 gradients."""
-    return CHUNK_BYTES + batch.tokens * _hidden_bytes(model) * 4
+    """Return the bytes of a chunk of logits, of hidden states with fp32 gradients, and of a trained head's gradient."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    trained = 4 * head.numel() if head is not None and head.requires_grad else 0
+    return CHUNK_BYTES + trained + batch.tokens * _hidden_bytes(model) * 4
 
 
 def _hidden_bytes(model: Any) -> int:
