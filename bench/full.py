@@ -3,9 +3,9 @@
     python bench/full.py run --size 8b --gib 80          # one budget, one JSON line
     python bench/full.py table OUT --arms 8b:140 8b:80   # each in a process of its own, into OUT/full.jsonl
 
-The weights are random and made on the GPU, and nothing is saved: 8B would take 112 GB of disk for each checkpoint. All else
-is lorafit's own: the plan decides optimizer and memory policy, the dry run proves the policy, and the training loop runs
-the steps. Rows are dense: all tokens are supervised. FLOPs are six a weight and token, and attention's.
+The weights are random and made on the GPU, and nothing is saved: 8B would take 112 GB of disk for each checkpoint. All
+else is lorafit's own: the plan decides optimizer and memory policy, the dry run proves the policy, and the training
+loop runs the steps. Rows are dense: all tokens are supervised. FLOPs are six a weight and token, and attention's.
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     watch = stopwatch(options)
     with tune_memory(built, resolved, rows, RunDir(folder), EventLog()) as (memory, dry_run):
         ready = time.perf_counter()
-        loop = TrainingLoop(
-            model, method, built.objective, config, rows, None, folder / "checkpoints", memory=memory, callbacks=[watch]
-        )
+        parts = (model, method, built.objective, config, rows, None, folder / "checkpoints")
+        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch])
         loop.run()
         policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
     step_s = (watch.ended - watch.warmed) / (options.steps - options.warm)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from lorafit.errors import UsageError
+
 
 @pytest.mark.slow
 def test_the_demo_teaches_and_proves(tmp_path):
@@ -22,3 +24,16 @@ def test_the_demo_teaches_and_proves(tmp_path):
     assert result["verification"]["passed"]
     assert {"train_s", "total_s", "run"} <= set(result)
     assert (tmp_path / "run" / "exports" / "merged-quantized" / "model.safetensors").is_file()
+
+
+def test_the_demo_has_a_mode_that_trains_every_weight(tmp_path, monkeypatch):
+    """The same stages on few rows; that the whole mode teaches is the campaign's (bench/demo.py)."""
+    from lorafit.api import demo as module
+
+    monkeypatch.setattr(module, "TRAIN_ROWS", 48)
+    monkeypatch.setattr(module, "HELD_OUT_ROWS", 24)
+    result = module.demo("tickets", 1, tmp_path / "run", method="full").to_dict()
+    assert (result["method"], result["verification"]["onto"]) == ("full", "whole")
+    assert result["verification"]["passed"] and (tmp_path / "run" / "exports" / "full" / "config.json").is_file()
+    with pytest.raises(UsageError, match="'dora' is no method"):
+        module.demo("tickets", method="dora")
