@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(peak / GIB, 2), "plan_gib": round(plan.memory.peak_bytes / GIB, 2),
         "plan_time_assumes": plan.time_assumes[0], "first_step_s": round(watch.first - ready, 2),
         "build_s": round(ready - started, 2), "tries": len(dry_run.attempts) if dry_run else 0,
-        "losses": [round(entry["loss"], 3) for entry in loop.state.log_history if "loss" in entry][:: options.steps - 1],
+        "losses": [round(entry["loss"], 3) for entry in loop.state.log_history if "loss" in entry],
     }  # fmt: skip
 
 
