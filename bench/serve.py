@@ -1,6 +1,7 @@
 """Serving under load.
 
 python bench/serve.py engine BASE OUT [options]   # the builtin engine in this process, without HTTP
+    python bench/serve.py load URL --models A B …     # a running server through HTTP; key: LORAFIT_API_KEY
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ def main() -> None:
     engine.add_argument("--dense", type=int, nargs="+", default=[0, 1], help="0: NF4; 1: dequantized once")
     proof = verbs.add_parser("prove")
     proof.add_argument("bases", nargs="+")
+    load = verbs.add_parser("load")
+    load.add_argument("url")
+    load.add_argument("--models", nargs="+", required=True)
+    load.add_argument("--clients", type=int, default=8)
+    load.add_argument("--requests", type=int, default=64)
+    load.add_argument("--new", type=int, default=32)
+    load.add_argument("--disconnects", type=float, default=0.1, help="share of clients' requests that they leave")
     arguments = vars(parser.parse_args())
     verb = arguments.pop("verb")
     if verb == "prove":
@@ -31,6 +39,10 @@ def main() -> None:
 
         for base in arguments["bases"]:
             prove(base)
+    if verb == "load":
+        from serve_load import run_load
+
+        run_load(arguments.pop("url"), **arguments)
     if verb == "engine":
         from serve_engine import run_engine
 

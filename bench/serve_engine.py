@@ -24,6 +24,7 @@ from lorafit.methods.lora import attach, save_adapter
 from lorafit.runs import RunDir, RunFingerprint, RunIdentity, adapter_hashes, held_settings
 from lorafit.serve.adapters import ServedBase
 from lorafit.serve.decoding import Generation, Sampling
+from lorafit.serve.decoding.batch import Part
 from lorafit.serve.engines import BuiltinEngine, Limits
 
 NO_WATCH = SimpleNamespace(on_admitted=lambda each: None, on_step=lambda *sizes: None, on_crash=lambda error: None)
@@ -123,8 +124,70 @@ def measure(engine: BuiltinEngine, *, streams: int, adapters: int, prompt: int, 
     return {
         "streams": streams, "adapters": adapters, "dense": engine.is_dense, "tok_s": round(tokens / elapsed_s),
         "decode_tok_s": round(after / decoding_s) if decoding_s else 0, "ttft_ms": quantiles(first),
-        "between_ms": quantiles(between), "graphs": engine.decoder.replays,
+        "between_ms": quantiles(between), "replays": engine.decoder.replays,
     }  # fmt: skip
+
+
+def write_profile(engine: BuiltinEngine, path: Path, prompt: int) -> None:
+    """Write the kernels of three decoding steps of 64 texts, the slowest first, and the time of a step alone."""
+    decoder, slots = engine.decoder, min(64, engine.limits.max_num_seqs)
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+
+    def steps(count: int) -> float:
+        rows = {slot: (7, prompt + 1, slot % (len(engine.pool.names()) + 1)) for slot in range(slots)}
+        began = time.perf_counter()
+        for _ in range(count):
+            decoder.decode(rows).likeliest()
+        return 1e3 * (time.perf_counter() - began) / count
+
+    def work() -> str:
+        steps(3)
+        alone_ms = steps(10)
+        with torch.profiler.profile(activities=kinds) as profile:
+            steps(3)
+        order = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
+        table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
+        return f"{alone_ms:.2f} ms a step of {slots} texts, dense {engine.is_dense}\n{table}\n"
+
+    with path.open("a") as file:
+        file.write(engine.scheduler.call(work).result())
+
+
+def quantiles(ordered: list[float]) -> dict[str, float]:
+    """Return median and 99th percentile of ordered values."""
+    if not ordered:
+        return {}
+    return {
+        "p50": round(ordered[len(ordered) // 2], 2),
+        "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
+    }
+
+
+def batch_kl(engine: BuiltinEngine, prompts: list[list[int]]) -> float:
+    """Return the mean KL of next tokens in one batch of texts, each with its adapter, from the same texts alone."""
+    decoder = engine.decoder
+
+    def next_tokens(slots: list[int]) -> torch.Tensor:
+        parts = [Part(slot, prompts[slot], 0, slot % 2) for slot in slots]
+        decoder.prefill(parts)
+        step = decoder.decode({part.slot: (7, len(part.ids), part.adapter) for part in parts})
+        return step.logits[slots].log_softmax(-1)
+
+    def work() -> float:
+        every = list(range(len(prompts)))
+        together = next_tokens(every)
+        alone = torch.cat([next_tokens([slot]) for slot in every])
+        return float(torch.nn.functional.kl_div(together, alone, reduction="batchmean", log_target=True))
+
+    return engine.scheduler.call(work).result()
+
+
+def cold_load_ms(engine: BuiltinEngine) -> float:
+    """Return the milliseconds in which an adapter is read from disk and checked against its hash."""
+    version = next(iter(engine.pool.names().values()))
+    began = time.perf_counter()
+    version.read(engine.decoder.model)
+    return round(1e3 * (time.perf_counter() - began), 1)
 
 
 def write_profile(engine: BuiltinEngine, path: Path, prompt: int) -> None:
@@ -233,8 +296,11 @@ def run_engine(base: str, out: Path, *, counts: list[int], streams: list[int], r
                                 file.flush()
                         generator = torch.Generator().manual_seed(1)
                         asked = torch.randint(WORDS.start, WORDS.stop, (8, prompt), generator=generator).tolist()
-                        equal = equal_alone(engine, runs[0].name, asked, min(new, 32))
                         write_profile(engine, out / "profile.txt", prompt)
-                        print_json(equal_alone=equal, of=len(asked), failed_graphs=engine.decoder.graphs_failed)
+                        many = min(8, max(streams))
+                        print_json(
+                            batch_kl=batch_kl(engine, asked[:many]), floor=engine.floor,
+                            cold_load_ms=cold_load_ms(engine), failed_graphs=engine.decoder.graphs_failed,
+                        )  # fmt: skip
     finally:
         shutil.rmtree(root, ignore_errors=True)

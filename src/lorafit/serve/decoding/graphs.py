@@ -49,6 +49,8 @@ class DecodeGraphs:
         if self._graphs:
             torch.cuda.synchronize(self.device)
             self._graphs.clear()
+            # torch frees a pool with its last graph, and fails where another is recorded into it
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, key: Hashable, work: Callable[[], tuple[Tensor, ...]]) -> bool:
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
