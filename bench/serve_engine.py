@@ -190,51 +190,6 @@ def cold_load_ms(engine: BuiltinEngine) -> float:
     return round(1e3 * (time.perf_counter() - began), 1)
 
 
-def write_profile(engine: BuiltinEngine, path: Path, prompt: int) -> None:
-    """Write the kernels of three decoding steps of 64 texts, the slowest first, and the time of a step alone."""
-    decoder, slots = engine.decoder, min(64, engine.limits.max_num_seqs)
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-
-    def steps(count: int) -> float:
-        rows = {slot: (7, prompt + 1, slot % (len(engine.pool.names()) + 1)) for slot in range(slots)}
-        began = time.perf_counter()
-        for _ in range(count):
-            decoder.decode(rows).likeliest()
-        return 1e3 * (time.perf_counter() - began) / count
-
-    def work() -> str:
-        steps(3)
-        alone_ms = steps(10)
-        with torch.profiler.profile(activities=kinds) as profile:
-            steps(3)
-        order = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
-        table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
-        return f"{alone_ms:.2f} ms a step of {slots} texts, dense {engine.is_dense}\n{table}\n"
-
-    with path.open("a") as file:
-        file.write(engine.scheduler.call(work).result())
-
-
-def quantiles(ordered: list[float]) -> dict[str, float]:
-    """Return median and 99th percentile of ordered values."""
-    if not ordered:
-        return {}
-    return {
-        "p50": round(ordered[len(ordered) // 2], 2),
-        "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
-    }
-
-
-def equal_alone(engine: BuiltinEngine, name: str, prompts: list[list[int]], new: int) -> int:
-    """Return how many greedy answers of one batch equal those of the same prompts asked alone."""
-    import concurrent.futures
-
-    alone = [engine.answer(ids, name, new) for ids in prompts]
-    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda ids: engine.answer(ids, name, new), prompts))
-    return sum(a == b for a, b in zip(alone, together, strict=True))
-
-
 def print_json(**fields: object) -> None:
     """Print one line of results."""
     print(json.dumps(fields), flush=True)
