@@ -11,7 +11,8 @@
     │   ├── CheckpointError     a checkpoint that is damaged, or that belongs to another run
     │   └── RunFinished         exit code 0: the run is complete
     ├── TrainingError           a run that had to stop
-    │   └── TrainingStopped     exit code 130 or 143: a signal stopped the run, which can resume
+    │   ├── TrainingStopped     exit code 130 or 143: a signal stopped the run, which can resume
+    │   └── ProcessLost         another process of a run on several GPUs ended or hangs
     ├── ProgramError            another program, such as vLLM, that does not start or answer
     └── VerificationError       an artefact that is not the model that was trained
 
@@ -104,6 +105,10 @@ class TrainingStopped(TrainingError):
     def __init__(self, signal_number: int, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where=where, fix=fix)
         self.exit_code = 128 + signal_number
+
+
+class ProcessLost(TrainingError):
+    """Another process of this run ended or hangs. Process 0 reports it; the others end in silence."""
 
 
 class StoppedAtOnce(KeyboardInterrupt):

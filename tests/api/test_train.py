@@ -167,10 +167,10 @@ def test_what_train_cannot_honour_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="one process"):
-        train(write_rows(tmp_path / "rows.jsonl"), str(BASE), out=tmp_path / "run")
+def test_several_gpus_need_a_launcher(tmp_path):
+    with pytest.raises(UsageError, match="cannot use several GPUs; use 'lorafit train --gpus'"):
+        train(write_rows(tmp_path / "rows.jsonl"), str(BASE), out=tmp_path / "run", gpus=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_gone_bad_stop_the_run_and_are_never_saved(tmp_path):

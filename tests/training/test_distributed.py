@@ -1,8 +1,21 @@
-"""Processes: one alone is asked nothing; the two of test_loop.py agree through gloo."""
+"""Processes: one alone is asked nothing; several agree through gloo, and train as one does."""
 
+from multiprocessing import get_context
+
+import pytest
 import torch
 
+from gloo_worker import train_in_a_process
 from lorafit.training.distributed import Processes
+from tiny_models import save_base
+
+IMPORTED = get_context("forkserver")
+IMPORTED.set_forkserver_preload(["gloo_worker"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_base(tmp_path_factory.mktemp("base")))
 
 
 def test_one_process_is_the_main_one_and_gets_back_what_it_gives():
@@ -10,6 +23,42 @@ def test_one_process_is_the_main_one_and_gets_back_what_it_gives():
     weight = torch.nn.Parameter(torch.zeros(2))
     alone.add_gradients([weight])
     assert (alone.rank, alone.world, alone.is_main) == (0, 1, True)
-    assert (alone.any(True), alone.any(False), alone.least(7)) == (True, False, 7)
+    assert (alone.any(True), alone.any(False), alone.least(7), alone.most(7)) == (True, False, 7, 7)
+    assert (alone.gathered(3), alone.from_main(lambda: 4), alone.together(lambda: 5)) == ([3], 4, 5)
     assert alone.total(value) is value
     assert weight.grad is None
+
+
+def in_processes(world, base, folder, short_rank=None):
+    """What each of `world` processes ended in; that of `short_rank` runs out of memory once."""
+    folder = folder / f"{world}-{short_rank}"
+    folder.mkdir()
+    given = (base, folder / "run", str(folder), short_rank)
+    workers = [IMPORTED.Process(target=train_in_a_process, args=(rank, world, *given)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(240)
+        assert worker.exitcode == 0
+    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    (one,) = in_processes(1, base, tmp_path_factory.mktemp("alone"))
+    return one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "short_rank"), [(2, None), (3, 1)])
+def test_several_processes_train_as_one_does(base, alone, tmp_path, world, short_rank):
+    """Also when one of them has to do a step again: all do, in one layout."""
+    first, *others = in_processes(world, base, tmp_path, short_rank)
+    assert len(first["hashes"]) == 20
+    for other in others:
+        assert other["hashes"] == first["hashes"], "the weights differ after a step"
+        assert other["micro_tokens"] == first["micro_tokens"]
+    assert (first["micro_tokens"] < 48) == (short_rank is not None)
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for name in ("gradient", "weights"):
+        assert float((first[name] - alone[name]).norm() / alone[name].norm()) < 1e-5

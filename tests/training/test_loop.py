@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from transformers import TrainerCallback
 
-from gloo_worker import LENGTHS, adapted, train_in_a_process
+from gloo_worker import LENGTHS, adapted
 from little_run import encoded_rows, settings
 from little_trainer import training_loop
 from lorafit.backbone import load_backbone
@@ -137,33 +136,6 @@ def test_a_nan_loss_is_reported_as_nan(base, tmp_path):
     trainer.checkpoints.save = lambda snapshot: None
     trainer.run()
     assert all(math.isnan(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-
-
-def in_processes(world, base, folder, short_rank=None):
-    """What each of `world` processes ended in; that of `short_rank` runs out of memory once."""
-    context, folder = multiprocessing.get_context("spawn"), folder / f"{world}-{short_rank}"
-    folder.mkdir()
-    given = (base, folder / "run", str(folder), short_rank)
-    workers = [context.Process(target=train_in_a_process, args=(rank, world, *given)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        assert worker.exitcode == 0
-    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("short_rank", [None, 1])
-def test_two_processes_train_as_one_does(base, tmp_path, short_rank):
-    """Also when one of them has to do a step again: both do, in one layout."""
-    (one,) = in_processes(1, base, tmp_path)
-    first, second = in_processes(2, base, tmp_path, short_rank)
-    assert torch.equal(first["weights"], second["weights"])
-    assert first["micro_tokens"] == second["micro_tokens"]
-    assert (first["micro_tokens"] < 48) == (short_rank is not None)
-    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert float((first["weights"] - one["weights"]).norm() / one["weights"].norm()) < 1e-4
 
 
 def test_training_leaves_the_models_own_attention_as_it_was(base, tmp_path):

@@ -48,6 +48,7 @@ from lorafit.training import (
     largest_within,
     total_steps,
 )
+from lorafit.training.distributed import Processes
 
 PROOF_ROWS, PROOF_TOKENS = 4, 256
 
@@ -119,14 +120,15 @@ GPU_SHARE = 0.97
 
 @contextlib.contextmanager
 def tune_memory(
-    built: BuiltModel, resolved: Resolved, rows: Rows, run: RunDir, events: EventLog
+    built: BuiltModel, resolved: Resolved, rows: Rows, run: RunDir, events: EventLog, processes: Processes | None = None
 ) -> Iterator[tuple[TunedMemory, DryRun | None]]:
     """Apply the memory policy to the model's layers within the block.
 
     Yields the tuned memory and the result of the dry run (None on a CPU). On a GPU the policy is solved and proved by a
     dry run; on a CPU it is taken as written. A resumed run keeps its policy, so that its bits stay the same, unless the
-    settings ask for another.
+    settings ask for another. Several processes solve for the least memory among them, and use one policy.
     """
+    processes = processes or Processes()
     config, device = resolved.config, default_device()
     on_gpu = device.type == "cuda"
     layers = DecoderLayers(built.model, compiled=config.compile == "on" or (config.compile == "auto" and on_gpu))
@@ -143,10 +145,12 @@ def tune_memory(
     solves = request.asked == AUTO and before is None
     workload = _workload(built, config, rows, device, grows=solves)
     with built.rows.attending(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
-        found = find_policy(built.model, layers, workload, budget_bytes(config), solves=solves)
+        budget = processes.least(budget_bytes(config))
+        found = processes.together(lambda: find_policy(built.model, layers, workload, budget, solves=solves))
+    found = _agreed(layers, found, processes)
     found = replace(found, policy=found.policy.sized(workload.max_length, config.max_length))
     layers.policy = found.policy
-    report = _Report(run, layers, found, before or request)
+    report = _Report(run, layers, found, before or request, writes=processes.is_main)
     memory = _tuned(built, config, rows, layers, found, events, report.write_if_possible)
     report.write()
     try:
@@ -155,6 +159,15 @@ def tune_memory(
     finally:  # evaluation and merge need the memory
         if memory.graphs is not None:
             memory.graphs.forget()
+
+
+def _agreed(layers: DecoderLayers, own: DryRun, processes: Processes) -> DryRun:
+    """Return the dry run with the lowest peak among all processes; `layers` take its policy."""
+    found = min(processes.gathered(own), key=lambda one: one.peak_bytes)
+    if (found.policy, found.schedule) != (own.policy, own.schedule):
+        layers.policy = found.policy
+        layers.set_schedule(found.schedule)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,15 +237,19 @@ class _Report:
         layers: the decoder layers, which know the present policy.
         found: the result of the dry run.
         request: the policy that the settings ask for.
+        writes: False in all processes but 0.
     """
 
     run: RunDir
     layers: DecoderLayers
     found: DryRun
     request: _PolicyRequest
+    writes: bool = True
 
     def write(self) -> None:
         """Write engine.json with the present policy. Raises RunDirError if the disk refuses."""
+        if not self.writes:
+            return
         layers = self.layers
         now = {"policy": str(layers.policy), "schedule": layers.offload.schedule, "notes": layers.notes}
         content = {**asdict(self.found), **now, **asdict(self.request)}

@@ -8,6 +8,7 @@ import shlex
 import signal
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -194,6 +195,7 @@ def _sample_line(record: Record) -> str:
 
 
 HELD_OUT_TOKENS = "micro_tokens of evaluations"
+PROCESSES = "the number of processes"
 
 
 def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> RunIdentity:
@@ -251,17 +253,36 @@ def resume_from(run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], e
     return checkpoint
 
 
-def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None) -> dict[str, Any]:
+def describe_run(
+    manifest: Manifest, hashed: Future[RunIdentity] | None, layout: dict[str, Any], events: EventLog
+) -> tuple[RunIdentity, Checkpoint | None]:
+    """Describe the run in its folder, and return its identity and first checkpoint.
+
+    The checkpoint is None for the first step. Only process 0 calls this, and has `hashed` the base.
+    """
+    assert hashed is not None, "process 0 hashes the base"
+    identity = hashed.result()
+    if manifest.known is None:  # a new run records its first layout
+        identity = replace(identity, environment={**identity.environment, **layout})
+    identity = manifest.write(identity)
+    if manifest.known is None:
+        return identity, None
+    return identity, resume_from(manifest.run, identity, layout, events)
+
+
+def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None, processes: int = 1) -> dict[str, Any]:
     """Return the layout that the run's last bits depend on, as JSON values.
 
-    On a GPU the dry run's policy counts, not the setting, since a resumed run keeps that policy.
+    On a GPU the dry run's policy counts, not the setting, since a resumed run keeps that policy. `processes` is named
+    if there are several.
     """
     tokens = memory.micro_tokens
     layout = {key: getattr(config, key) for key in LAYOUT if key != "max_length"}
     if dry_run is not None:
         del layout["memory_policy"]
         layout["policy"] = str(replace(dry_run.policy, micro_tokens=None))
-    return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_length)}
+    several = {PROCESSES: processes} if processes > 1 else {}
+    return {**layout, "micro_tokens": tokens, HELD_OUT_TOKENS: min(tokens, config.max_length), **several}
 
 
 def _note_changes(
@@ -274,6 +295,8 @@ def _note_changes(
     if checkpoint is not None:  # a resumed run never uses larger micro-batches than before
         for key in ("micro_tokens", HELD_OUT_TOKENS):
             now[key] = min(now[key], began["micro_tokens"])
+    if PROCESSES in began or PROCESSES in now:
+        began, now = {PROCESSES: 1, **began}, {PROCESSES: 1, **now}
     changed = differing_settings(began, now)
     step = checkpoint.step if checkpoint else 0
     if changed:
@@ -322,7 +345,7 @@ def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> list[
 
 def refuse_stopped(run: RunDir, loop: TrainingLoop) -> None:
     """Raise TrainingStopped, with the command to resume, if a signal ended the run early."""
-    stop, step, steps = loop.signals.stop, loop.state.global_step, loop.arguments.max_steps
+    stop, step, steps = loop.stop, loop.state.global_step, loop.arguments.max_steps
     if stop is None or (step >= steps and not loop.owes_evaluation):
         return
     newest = loop.checkpoints.newest()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,30 @@ import torch
 from lorafit.api.build_model import BuiltModel, build_model, tune_memory
 from lorafit.api.manifest import (
     Manifest,
+    describe_run,
     fingerprint_of,
     known_identity,
     layout_of,
     new_run_id,
     refuse_at_end,
     refuse_stopped,
-    resume_from,
     save_result,
     write_relied_on,
 )
 from lorafit.api.observer import Observer
 from lorafit.api.plan import plan_prepared
 from lorafit.api.preflight import before_loading, before_reading, require_ready
+from lorafit.api.processes.follower import Lead, following
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.backbone import redirect_library_logs
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Rows, Template, prepare, require_clean
-from lorafit.errors import RunDirError, UsageError
+from lorafit.errors import RunDirError, TrainingStopped, UsageError
 from lorafit.export import follow_base
 from lorafit.findings import Finding
 from lorafit.hardware import hardware_here
 from lorafit.methods.lora import Counts
-from lorafit.runs import Checkpoint, RunDir, RunIdentity, RunLock, best_step
+from lorafit.runs import RunDir, RunIdentity, RunLock, best_step
 from lorafit.runs.lookup import OtherRows, RunTarget, find_target, next_free, restore_run, set_run_aside
 from lorafit.runs.signals import EarlySignals, StopSignals
 from lorafit.training import (
@@ -52,6 +53,7 @@ from lorafit.training import (
     deterministic,
     get_available_reporting_integrations,
 )
+from lorafit.training.distributed import Processes, joined
 
 
 @dataclass(frozen=True)
@@ -133,21 +135,50 @@ def train(
     require_data(resolved)
     require_base(resolved)
     _require_supported(resolved)
-    with EarlySignals() as signals:
+    with EarlySignals() as signals, joined() as processes:
+        if not processes.is_main:
+            return _follow(processes, list(callbacks))
+        together = Together(processes, watch, list(callbacks))
         target = find_target(resolved, restart=restart)
         signals.run = target.run
         try:
             with _old_run_aside(target.run, restart):
-                return _train_in(target, resolved, watch, list(callbacks))
+                return _train_in(target, resolved, together)
         except OtherRows:
             fresh = RunTarget(next_free(resolved), resumes=False, is_named=False)
             signals.run = fresh.run
-            return _train_in(fresh, resolved, watch, list(callbacks))
+            return _train_in(fresh, resolved, together)
 
 
-def _train_in(target: RunTarget, resolved: Resolved, watch: Observer, callbacks: list[TrainerCallback]) -> TrainedRun:
+@dataclass(frozen=True)
+class Together:
+    """Hold who trains and who watches.
+
+    Attributes:
+        processes: the processes of the run, one without a launcher.
+        watch: receives the stages; in other processes than 0 it shows nothing.
+        callbacks: transformers' callbacks.
+    """
+
+    processes: Processes
+    watch: Observer
+    callbacks: list[TrainerCallback]
+
+
+def _follow(processes: Processes, callbacks: list[TrainerCallback]) -> TrainedRun:
+    """Train with process 0, and write nothing."""
+    with following(processes) as manifest:
+        built = processes.together(lambda: build_model(manifest.planned))
+        try:
+            return _train_model(manifest, built, None, Together(processes, Observer(), callbacks))
+        except TrainingStopped:
+            processes.wait_for_the_end_of_main()
+            raise
+
+
+def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> TrainedRun:
     """Train in `target`. Raises OtherRows if an unnamed folder holds a finished run of other rows."""
-    run = target.run
+    run, watch, processes = target.run, together.watch, together.processes
     early = before_reading(resolved.config, run)
     watch.on_preflight(early)
     require_ready(early)
@@ -168,28 +199,29 @@ def _train_in(target: RunTarget, resolved: Resolved, watch: Observer, callbacks:
         findings = [*early, *data.findings, *planned.plan.findings, *late]
         run_id = known.run if known else new_run_id()
         manifest = Manifest(run, lock, run_id, known, planned, template, findings)
+        processes.from_main(lambda: Lead.of(manifest))  # the other processes begin here
         watch.on_loading(run)
         identity = _in_background(manifest.identity)  # the base is hashed while it is loaded
-        built = build_model(planned)
+        built = processes.together(lambda: build_model(planned))
         watch.on_model(built.counts, settings.config.base, built.rows)
-        return _train_model(manifest, built, identity, watch, callbacks)
+        return _train_model(manifest, built, identity, together)
 
 
 def _train_model(
     manifest: Manifest,
     built: BuiltModel,
-    identity: Future[RunIdentity],
-    watch: Observer,
-    callbacks: list[TrainerCallback],
+    identity: Future[RunIdentity] | None,
+    together: Together,
 ) -> TrainedRun:
     """Tune the memory, train to the end, and write the adapter. Raises TrainingStopped after a signal."""
     run, resolved, data = manifest.run, manifest.resolved, manifest.planned.prepared
-    events = EventLog(run.events, watch.on_event, is_new=manifest.known is None)
+    processes, watch = together.processes, together.watch
+    events = EventLog(run.events if processes.is_main else None, watch.on_event, is_new=manifest.known is None)
     if built.note:
         events.record("whole_logits", 0, built.note)
     metrics = MetricsLog(run.metrics)
     with (
-        tune_memory(built, resolved, data.train, run, events) as (memory, dry_run),
+        tune_memory(built, resolved, data.train, run, events, processes) as (memory, dry_run),
         StopSignals(watch.on_stopping) as signals,
     ):
         watch.on_dry_run(dry_run)
@@ -204,19 +236,36 @@ def _train_model(
             memory=memory,
             signals=signals,
             events=events,
-            callbacks=[*callbacks, metrics],
+            callbacks=[*together.callbacks, metrics],
             show=watch.on_step,
             before_write=manifest.require_folder,
             before_save=manifest.require_whole,
             run=manifest.run_id,
+            processes=processes,
         )
-        layout = layout_of(resolved.config, memory, dry_run)
-        known, checkpoint = _describe_run(manifest, identity.result(), layout, events)
+        layout = layout_of(resolved.config, memory, dry_run, processes.world)
+        known, checkpoint = processes.from_main(lambda: describe_run(manifest, identity, layout, events))
+        processes.keep_time()
         started = time.perf_counter()
         loop.run(checkpoint.folder if checkpoint else None)
         train_s = time.perf_counter() - started
-        own = _save(manifest, known, loop, metrics)
+        own = _end(manifest, known, loop, metrics)
         return _result(manifest, built, loop, train_s, own)
+
+
+def _end(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> list[Finding]:
+    """Save in process 0 while the others wait, and return the findings about it.
+
+    Raises TrainingStopped in all processes if a signal ended the run early.
+    """
+    own: list[Finding] = []
+    loop.processes.wait()  # the last checkpoint is on the disk
+    if loop.processes.is_main:
+        own = _save(manifest, identity, loop, metrics)
+    else:
+        refuse_stopped(manifest.run, loop)
+    loop.processes.wait()
+    return own
 
 
 def _save(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics: MetricsLog) -> list[Finding]:
@@ -246,21 +295,6 @@ def _known(target: RunTarget, config: RunConfig, template: Template, data: Prepa
     identity = write_relied_on(target.run, identity, config, template, data)
     refuse_at_end(target.run, identity)
     return identity
-
-
-def _describe_run(
-    manifest: Manifest, identity: RunIdentity, layout: dict[str, Any], events: EventLog
-) -> tuple[RunIdentity, Checkpoint | None]:
-    """Describe the run in its folder, and return its identity and first checkpoint.
-
-    The checkpoint is None for the first step.
-    """
-    if manifest.known is None:  # a new run records its first layout
-        identity = replace(identity, environment={**identity.environment, **layout})
-    identity = manifest.write(identity)
-    if manifest.known is None:
-        return identity, None
-    return identity, resume_from(manifest.run, identity, layout, events)
 
 
 def _result(
@@ -348,8 +382,9 @@ def _leave_nothing(run: RunDir, is_own: bool) -> None:
 
 def _require_supported(resolved: Resolved) -> None:
     """Raise UsageError for unsupported settings, before any file is written."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train runs in one process only", where="WORLD_SIZE", fix="start it without torchrun")
+    if resolved.config.gpus not in (None, 1) and "WORLD_SIZE" not in os.environ:
+        fix = "use 'lorafit train --gpus', or torchrun"
+        raise UsageError("this process is alone, and cannot use several GPUs", where="gpus", fix=fix)
     if resolved.config.gpu:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
 import sys
 from typing import Annotated, Any, NoReturn
@@ -14,8 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorafit import __version__
 from lorafit.cli import chat, check, demo, eval, export, merge, plan, reference, serve, train
-from lorafit.cli.screen.console import piped, show_error, show_json
-from lorafit.errors import LorafitError, UsageError
+from lorafit.cli.screen.console import is_follower, piped, show_error, show_json
+from lorafit.errors import LorafitError, ProcessLost, RunFinished, TrainingStopped, UsageError
 
 DEBUG_FLAG, JSON_FLAG = "--debug", "--json"
 INTERRUPTED = 130
@@ -191,10 +192,28 @@ def _flags_of(name: str) -> list[str]:
 
 
 def _end(error: LorafitError, *, as_json: bool) -> NoReturn:
+    from lorafit.runs.launched import leave_error  # runs stays out of --help
+
+    if leave_error(error):
+        _leave(error.exit_code)
+    if is_follower():  # process 0 says what all know; this one's own trouble is named with its number
+        if not isinstance(error, UsageError | TrainingStopped | ProcessLost | RunFinished):
+            show_error(f"process {os.environ['RANK']}: {error.sentence}", error.label)
+        _leave(error.exit_code)
     if as_json:
         content = {"what": error.what, "where": error.where, "fix": error.fix}
         # stdout may be closed; the sentence and the exit code remain
         with contextlib.suppress(OSError), piped():
             show_json({"ok": error.exit_code == 0, "exit_code": error.exit_code, "error": content})
     show_error(error.sentence, error.label)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(error.exit_code)
     sys.exit(error.exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End this process without Python's clean-up, in which a group with a lost process would hang."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)

@@ -39,6 +39,9 @@ Goal = Annotated[
     ),
 ]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or H100.", show_default=False)]
+Gpus = Annotated[
+    str | None, typer.Option("--gpus", metavar="NUMBER", help="GPUs to train on: a number, or all.", show_default=False)
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option("--gpu-memory", "--vram", help="Limit of GPU memory, as 8GB.", show_default=False),
@@ -83,7 +86,7 @@ Ignore = Annotated[
 ]
 FLAGS = {"examples_per_step": "batch", "field_map": "map"}
 """Setting -> its flag, if the flag has another name."""
-READ_AS_VALUES = ("holdout", "lr", "epochs", "rank", "max_length", "examples_per_step")
+READ_AS_VALUES = ("holdout", "gpus", "lr", "epochs", "rank", "max_length", "examples_per_step")
 
 
 def settings_from(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:

@@ -11,7 +11,18 @@ import typer
 
 from lorafit.cli import flags
 from lorafit.cli.screen.ask import ask_for_run
-from lorafit.cli.screen.console import counted, duration, heading, loss, near, show_json, show_next, steady, typed
+from lorafit.cli.screen.console import (
+    counted,
+    duration,
+    heading,
+    is_follower,
+    loss,
+    near,
+    show_json,
+    show_next,
+    steady,
+    typed,
+)
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import RunFinished, UsageError
 
@@ -34,6 +45,7 @@ def train(
     goal: flags.Goal = None,
     gpu_memory: flags.GpuMemory = None,
     method: flags.Method = None,
+    gpus: flags.Gpus = None,
     lr: flags.Lr = None,
     epochs: flags.Epochs = None,
     rank: flags.Rank = None,
@@ -57,19 +69,33 @@ def train(
     if not data and not set and not json and sys.stdin.isatty() and sys.stdout.isatty():
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(
-        set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, method=method, lr=lr, epochs=epochs, rank=rank,
+        set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, method=method, gpus=gpus, lr=lr,
+        epochs=epochs, rank=rank,
         max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long,
         encoding=encoding, field_map=map,
         holdout=holdout, deterministic=deterministic or None,
     )  # fmt: skip
     if not data and not settings.get("data"):
         raise UsageError("no data are named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
+    _launch_several(data or [], settings)
     with steady():
         trained = _trained(data or [], settings, restart=restart, as_json=json)
-        if not json:
+        if not json and not is_follower():
             _show_done(trained)
-    if json:
+    if json and not is_follower():
         show_json(_result_as_json(trained))
+
+
+def _launch_several(data: list[str], settings: dict[str, Any]) -> None:
+    """Run this command once on each GPU, and end, if the settings ask for several."""
+    if settings.get("gpus") is None and not any(name.endswith((".yaml", ".yml")) for name in data):
+        return
+    with steady():
+        from lorafit.api.processes.launch import launch, processes_to_start
+
+        count = processes_to_start(data, settings)
+    if count > 1:
+        sys.exit(launch(count, sys.argv[1:]))
 
 
 def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> TrainedRun:
@@ -84,6 +110,8 @@ def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_jso
         from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
 
         watch = JsonObserver() if as_json else ConsoleObserver(data)
+        if is_follower():
+            return run_train(data, restart=restart, **settings)
         with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():
             return run_train(data, restart=restart, observer=watch, **settings)
 

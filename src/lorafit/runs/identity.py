@@ -24,7 +24,7 @@ FREE = frozenset(
         "base", "revision", "data", "encoding", "template", "split_answers", "field_map", "on_bad",
         "on_long", "holdout", "out", "max_unpacked",
         # display, checkpoints, plan and trackers
-        "select", "ignore", "goal", "serving", "gpu", "gpu_memory", "report_to", "eval_steps", "save_steps",
+        "select", "ignore", "goal", "serving", "gpu", "gpus", "gpu_memory", "report_to", "eval_steps", "save_steps",
         "save_minutes", "keep_last", "keep_best", "max_bad_steps",
         *LAYOUT,
     )

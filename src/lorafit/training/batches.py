@@ -117,8 +117,8 @@ class Layout:
 class StepDataset:
     """Hold the steps of a run. A step has the same examples in every layout and for any number of processes.
 
-    Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Each of several processes gets every
-    `world`-th micro-batch.
+    Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Several processes share a step's
+    examples by tokens, and each packs its own.
     """
 
     def __init__(
@@ -161,13 +161,28 @@ class StepDataset:
     def step_of(self, chosen: Sequence[int] | NDArray[np.integer]) -> Step:
         """Return the step over these rows, in the present layout."""
         members = np.asarray(chosen, dtype=np.int64)
-        parts = self.layout.of(self.rows.lengths, members)[self.rank :: self.world]
+        parts = self.layout.of(self.rows.lengths, dealt(self.rows.lengths, members, self.world)[self.rank])
         return Step(
             micro_batches=[self.objective.collate(self.rows, part) for part in parts],
             supervised=self.objective.weight(self.rows, members),
             tokens=int(self.rows.lengths[members].sum()),
             rows=tuple(int(row) for row in members),
         )
+
+
+def dealt(lengths: NDArray[np.integer], chosen: NDArray[np.integer], world: int) -> list[NDArray[np.integer]]:
+    """Return the rows `chosen` in `world` shares of about equal tokens; `lengths` (all rows,) counts tokens.
+
+    The longest row comes first, each goes to the share with the fewest tokens (Graham's LPT rule), so two shares differ
+    by one row at most. A share keeps the order of `chosen`; one share is `chosen` itself.
+    """
+    if world == 1:
+        return [chosen]
+    share_of, tokens = np.empty(len(chosen), np.int64), np.zeros(world, np.int64)
+    for place in np.argsort(-lengths[chosen].astype(np.int64), kind="stable"):
+        share_of[place] = tokens.argmin()
+        tokens[share_of[place]] += lengths[chosen[place]]
+    return [chosen[share_of == share] for share in range(world)]
 
 
 def largest_micro_batch(

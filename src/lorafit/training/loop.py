@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from lorafit.config import RunConfig
 from lorafit.data import Rows, steps_per_epoch
 from lorafit.engine import PACKED, Step
-from lorafit.errors import TrainingError
+from lorafit.errors import ProcessLost, TrainingError
 from lorafit.methods import Method
 from lorafit.objectives import Objective
 from lorafit.runs import ADAPTER, Checkpoint, newest_whole
 from lorafit.runs.signals import StopSignals
 from lorafit.training.batches import Layout, Prefetched, StepDataset
-from lorafit.training.checkpoints.snapshot import Snapshot, restore_optimization, restore_randomness
+from lorafit.training.checkpoints.snapshot import (
+    Snapshot,
+    generators_state,
+    restore_optimization,
+    restore_randomness,
+)
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
 from lorafit.training.distributed import Processes
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
@@ -58,6 +63,7 @@ class TrainingLoop:
         loss_monitor: judges losses and gradient norms.
         checkpoints: the writer of checkpoints, on a separate thread.
         left_out: steps whose rows are skipped after a rollback.
+        stop: the signal that stops all processes, whichever received it.
         owes_evaluation: True if a signal interrupted an evaluation; a resumed run evaluates first.
     """
 
@@ -79,22 +85,20 @@ class TrainingLoop:
         before_write: Callable[[], object] = lambda: None,
         before_save: Callable[[], object] = lambda: None,
         run: str = "",
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.method, self.config = model, method, config
-        self.train_rows, self.held_out_rows = train_rows, held_out_rows
+        self.train_rows, self.held_out_rows, self.trained = train_rows, held_out_rows, method.trainable(model)
         self.signals, self.before_write, self.before_save = signals or StopSignals(), before_write, before_save
-        self.trained = method.trainable(model)
-        self.optimizer: Any = None
-        self.lr_scheduler: Any = None
-        self.left_out: set[int] = set()
-        self.owes_evaluation = False
+        self.stop: int | None = None
+        self.optimizer, self.lr_scheduler = (None, None)  # type: Any, Any
+        self.left_out, self.owes_evaluation = set[int](), False
         self._ahead: Prefetched | None = None
         epoch_steps = steps_per_epoch(len(train_rows), config.examples_per_step)
-        evaluates = held_out_rows is not None and len(held_out_rows) > 0
-        self.arguments = training_arguments(config, folder, epoch_steps, compute_dtype(model), evaluates=evaluates)
-        self.processes = Processes()
-        is_main = self.processes.is_main
-        self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=is_main)
+        dtype, evaluates = compute_dtype(model), bool(held_out_rows)
+        self.arguments = training_arguments(config, folder, epoch_steps, dtype, evaluates=evaluates)
+        self.processes = own = processes or Processes()
+        self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=own.is_main)
         self.rows = memory.rows if memory else PACKED
         self._set_up_steps(objective, memory or TunedMemory(config.max_length))
         self._set_up_guards(memory or TunedMemory(config.max_length), events or EventLog(), run)
@@ -223,8 +227,10 @@ class TrainingLoop:
     def _save(self) -> None:
         """Start to write a checkpoint of the present state, while training continues."""
         self.before_save()
+        generators = self.processes.gathered(generators_state())
+        self.processes.require_same(self.trained)
         if self.processes.is_main:
-            self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(Snapshot.of(self)))
+            self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(Snapshot.of(self, generators)))
         self.callbacks.at("on_save")
         self.save_timer.start()
 
@@ -253,8 +259,7 @@ class TrainingLoop:
 
     def held_out_loss(self, rows: Rows, *, stops: bool = False) -> float | None:
         """Return the mean loss per supervised token of `rows`, None if a signal `stops` it."""
-        # several processes evaluate the same rows; a signal to one must not stop it alone
-        stops = stops and self.processes.world == 1
+        stops = stops and self.processes.world == 1  # several share the rows, and stop together after them
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.rows.attending(self.model):
@@ -278,6 +283,7 @@ class TrainingLoop:
         self.step_log.drop()
         if checkpoint is None:
             set_seed(self.arguments.seed)  # a dry run or a proof may have drawn
+            self.processes.part_streams(self.arguments.seed)
         else:
             Checkpoint.open(checkpoint, run=self.checkpoints.run)
             self.method.restore(self.model, checkpoint / ADAPTER)
@@ -294,8 +300,8 @@ class TrainingLoop:
             self._evaluate_now()
         if self.owes_evaluation or self.state.global_step >= self.arguments.max_steps:
             self.callbacks.stop()
-        if checkpoint is not None:
-            restore_randomness(checkpoint)
+        if checkpoint is not None and not restore_randomness(checkpoint, self.processes.rank):
+            self.processes.part_streams(self.arguments.seed, self.state.global_step)
 
     def resumable(self) -> dict[str, Any]:
         """Return the further state of a resumed run, besides weights, optimizer, schedule and random states."""
@@ -314,11 +320,9 @@ class TrainingLoop:
     def _last_good(self, spike: StepNumbers) -> Path | None:
         """Skip the rows of `spike`, and return the newest valid checkpoint, None without one."""
         self.checkpoints.wait()
-        last, _ = newest_whole(self.checkpoints.folder, self.checkpoints.run)
+        last = self.processes.from_main(lambda: newest_whole(self.checkpoints.folder, self.checkpoints.run)[0])
         if last is None:
-            message = (
-                f"step {spike.step} spiked before the first checkpoint, so no rollback is possible; the run continues"
-            )
+            message = f"step {spike.step} spiked before the first checkpoint; the run continues without a rollback"
             self.events.record("rollback_impossible", spike.step, message)
             return None
         self.left_out.add(spike.step)
@@ -341,6 +345,8 @@ class TrainingLoop:
             yield
         except torch.OutOfMemoryError as error:
             raise too_little_memory(self.state.global_step + 1, self.checkpoints.folder) from error
+        except ProcessLost:  # a sum that waits for a lost GPU would hold the flush
+            raise
         except TrainingError:
             for numbers in self.step_log.flush():
                 self._log_step(numbers)
@@ -354,9 +360,8 @@ class TrainingLoop:
     def _set_up_steps(self, objective: Objective, memory: TunedMemory) -> None:
         """Set up this process's micro-batches, and the schedule that runs them."""
         self.device: torch.device = self.arguments.device
-        share = {"rank": self.processes.rank, "world": self.processes.world}
-        layout = Layout(memory.micro_tokens)
-        self.steps = StepDataset(self.train_rows, self.config, layout, objective=objective, **share)
+        rank, world, layout = self.processes.rank, self.processes.world, Layout(memory.micro_tokens)
+        self.steps = StepDataset(self.train_rows, self.config, layout, objective=objective, rank=rank, world=world)
         autocast = autocast_dtype(self.model, self.device)
         self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)
         self.scaler = self.schedule.scaler
@@ -370,8 +375,8 @@ class TrainingLoop:
         self.allocator_watch: AllocatorWatch | None = None
         if memory.watches_allocator and memory.layers is not None:
             self.allocator_watch = AllocatorWatch(memory.layers, events, on_change=memory.changed)
-        allowance = FP16_ALLOWANCE if self.scaler.is_enabled() else 0
-        self.loss_monitor = LossMonitor(self.config, self.train_rows, events, str(events.path or folder), allowance)
+        allowance, where = FP16_ALLOWANCE if self.scaler.is_enabled() else 0, str(events.path or folder)
+        self.loss_monitor = LossMonitor(self.config, self.train_rows, events, where, allowance)
         self.checkpoints = CheckpointWriter(folder, self.config, run, events)
         self.save_timer = SaveTimer(self.config.save_minutes)
 
@@ -382,7 +387,8 @@ class TrainingLoop:
             self.progress.step(numbers, self.state.max_steps)
 
     def _is_stopped(self) -> bool:
-        return self.processes.any(self.signals.stop is not None)
+        self.stop = self.processes.most(self.signals.stop or 0) or None
+        return self.stop is not None
 
     def _drop_gradients(self) -> None:
         for weight in self.trained:

@@ -154,6 +154,11 @@ def show_error(sentence: str, label: str = "error") -> None:
         ERRORS.print(Text.assemble((f"{label}: ", colour), near(sentence)), soft_wrap=True)
 
 
+def is_follower() -> bool:
+    """Return True in all processes of a run but the first, which alone speaks."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def show_json(content: Any) -> None:
     """Print one JSON object on stdout, with null for NaN, which JSON does not have."""
     print(json.dumps(without_infinities(content), indent=1, ensure_ascii=False))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,7 +92,10 @@ def _page_again(optimizer: Any) -> None:
                 state[name] = buffer
 
 
-def generators_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+GeneratorsState = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def generators_state() -> GeneratorsState:
     """Return the state of all random generators.
 
     torch's (CPU, and each visible GPU) are byte tensors; Python's and numpy's are JSON values.
@@ -206,12 +209,16 @@ class Snapshot:
     rest: Mapping[str, Any]
 
     @classmethod
-    def of(cls, loop: Resumable) -> Snapshot:
-        """Copy the present state of `loop`. The copy waits for the GPU once, and is independent of further training."""
+    def of(cls, loop: Resumable, generators_of: Sequence[GeneratorsState] = ()) -> Snapshot:
+        """Copy the present state of `loop`. The copy waits for the GPU once, and is independent of further training.
+
+        `generators_of` holds the random states of every process, by rank; by default of this one alone.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # paged moments are read from the host
         moments, optimizer_rest = optimizer_state(loop.optimizer)
-        generators, random_rest = generators_state()
+        (generators, random_rest), *others = generators_of or [generators_state()]
+        generators = {**generators, **_named_by_rank(others)}
         rest = {
             "optimizer": optimizer_rest,
             "schedule": _schedule(loop.lr_scheduler),
@@ -219,6 +226,8 @@ class Snapshot:
             "random": random_rest,
             "run": loop.resumable(),
         }
+        if others:
+            rest["random_of_others"] = [json_values for _, json_values in others]
         state = _trainer_state(loop.state)
         return cls(
             step=loop.state.global_step,
@@ -268,9 +277,23 @@ def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
     return known
 
 
-def restore_randomness(folder: Path) -> None:
-    """Set every random generator to its state in a verified checkpoint."""
-    restore_generators(load_file(folder / RANDOM), read_rest(folder)["random"])
+def restore_randomness(folder: Path, rank: int = 0) -> bool:
+    """Set every random generator to its state in a verified checkpoint; False if it has none of process `rank`."""
+    tensors, rest = load_file(folder / RANDOM), read_rest(folder)
+    if rank == 0:
+        restore_generators(tensors, rest["random"])
+        return True
+    others = rest.get("random_of_others", [])
+    if rank > len(others):
+        return False
+    prefix = f"{rank}."
+    own = {name.removeprefix(prefix): state for name, state in tensors.items() if name.startswith(prefix)}
+    restore_generators(own, others[rank - 1])
+    return True
+
+
+def _named_by_rank(others: Sequence[GeneratorsState]) -> Tensors:
+    return {f"{rank}.{name}": state for rank, (own, _) in enumerate(others, 1) for name, state in own.items()}
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

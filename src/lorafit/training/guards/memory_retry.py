@@ -19,7 +19,7 @@ from lorafit.data import Rows
 from lorafit.engine import PACKED, Graphs, MicroBatch, RowMode, Step, allocator_retries, release_memory
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
-from lorafit.training.batches import Layout, StepDataset
+from lorafit.training.batches import Layout, StepDataset, dealt
 from lorafit.training.checkpoints.snapshot import RandomStreams
 from lorafit.training.distributed import Processes
 from lorafit.training.logging.run_logs import EventLog
@@ -168,22 +168,44 @@ class MemoryRetry:
             undo()
             release_memory()
             if isinstance(outcome, _Failed):
-                self._shrink_layout(number, step, outcome)
+                self.processes.together(lambda outcome=outcome, step=step: self._shrink_layout(number, step, outcome))  # type: ignore[misc]
+            else:  # another process ran out of memory
+                self.processes.together(lambda: None)
+            self._tell_main(number, failed)
             self.steps.layout.micro_tokens = self.processes.least(self.steps.layout.micro_tokens)
             step = self.steps.step_of(step.rows)
             before.restore(self.device)
 
+    def _tell_main(self, number: int, failed: bool) -> None:
+        """Record in process 0 which other processes ran out of memory."""
+        if self.processes.world == 1:
+            return
+        for rank, one in enumerate(self.processes.gathered(failed)):
+            if one and rank and self.processes.is_main:
+                message = f"the memory ran out in process {rank} in step {number}; all processes do the step again"
+                self.events.record("out_of_memory", number, message, rank=rank)
+        self.times = self.processes.most(self.times)
+
     def evaluate(
         self, number: int, rows: Rows, loss_of: Callable[[MicroBatch], torch.Tensor], is_stopped: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """Return the sum of `loss_of(micro_batch)` over `rows`; None once `is_stopped` returns True.
+        """Return the sum of `loss_of(micro_batch)` over `rows`, which several processes share.
+
+        It is None once `is_stopped` returns True.
 
         A micro-batch that does not fit is halved.
         """
+        total = self.processes.together(lambda: self._evaluate_share(number, rows, loss_of, is_stopped))
+        return None if total is None else self.processes.total(total)
+
+    def _evaluate_share(
+        self, number: int, rows: Rows, loss_of: Callable[[MicroBatch], torch.Tensor], is_stopped: Callable[[], bool]
+    ) -> torch.Tensor | None:
         total = torch.zeros((), device=self.device)
         # steps on a GPU may exceed `max_length`, which the dry run has tried; evaluation has no dry run
         layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
-        waiting = layout.of(rows.lengths, np.arange(len(rows)))[::-1]
+        share = dealt(rows.lengths, np.arange(len(rows)), self.processes.world)[self.processes.rank]
+        waiting = layout.of(rows.lengths, share)[::-1]
         while waiting:
             if is_stopped():
                 return None
