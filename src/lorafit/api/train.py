@@ -385,6 +385,8 @@ def _require_supported(resolved: Resolved) -> None:
     if resolved.config.gpus not in (None, 1) and "WORLD_SIZE" not in os.environ:
         fix = "use 'lorafit train --gpus', or torchrun"
         raise UsageError("this process is alone, and cannot use several GPUs", where="gpus", fix=fix)
+    if resolved.config.method == "full" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("full fine-tuning uses one GPU", where="method", fix="leave gpus and torchrun out")
     if resolved.config.gpu:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"
