@@ -70,10 +70,8 @@ def train(
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(
         set, base=base, out=out, goal=goal, gpu_memory=gpu_memory, method=method, gpus=gpus, lr=lr,
-        epochs=epochs, rank=rank,
-        max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long,
-        encoding=encoding, field_map=map,
-        holdout=holdout, deterministic=deterministic or None,
+        epochs=epochs, rank=rank, max_length=max_length, examples_per_step=batch, on_bad=on_bad, on_long=on_long,
+        encoding=encoding, field_map=map, holdout=holdout, deterministic=deterministic or None,
     )  # fmt: skip
     if not data and not settings.get("data"):
         raise UsageError("no data are named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
