@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ from lorafit.engine import RowMode
 from lorafit.errors import LorafitError
 from lorafit.methods.lora import Counts
 from lorafit.shapes import skeleton
+from lorafit.shapes.tried_families import TriedFamily
 from lorafit.training import TrainerCallback
 from tiny_models import save_tokenizer
 
@@ -190,6 +192,36 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def table_row(found: dict[str, Any]) -> TriedFamily:
+    """Return the row of `lorafit models` for what `walk` found."""
+    qv, every = found["qv"], found["all-linear"]
+    stages = [qv, every, *(found.get(name, {}) for name in ("chat", "merge", "merge_original", "same"))]
+    reasons = [one.get("refused") or one.get("crashed") for one in stages if not one.get("ok")]
+    distances = every.get("loss_difference", 1.0), found.get("same", {}).get("logits_difference", 1.0)
+    trained = next((one for one in (qv, every) if one["ok"]), None)
+    return TriedFamily(
+        name=found["family"],
+        rows="" if trained is None else "alone" if trained["alone"] else "packed",
+        qv=tuple(qv["targets"]) if qv["ok"] else (),
+        all_linear=tuple(every["targets"]) if every["ok"] else (),
+        chat=bool(found.get("chat", {}).get("ok")),
+        merge=all(found.get(name, {}).get("ok", False) for name in ("merge", "merge_original")),
+        same=max(distances) <= TOLERANCE,
+        reason=next((str(reason) for reason in reasons if reason), ""),
+    )
+
+
+def write_table(tried: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the table of the families that transformers could build, with date and versions."""
+    rows = sorted((table_row(found) for found in tried if found["built"]), key=lambda row: row.name)
+    content = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "versions": {name: version(name) for name in ("transformers", "peft", "torch")},
+        "families": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _child(family: str, results: Any) -> None:
     really_run = subprocess.run
 
@@ -216,7 +248,8 @@ def walk_apart(family: str) -> dict[str, Any]:
     try:
         return dict(results.get(timeout=LIMIT_S))
     except Exception:  # noqa: BLE001 (queue.Empty)
-        return {"family": family, "built": True, "qv": {"ok": False, "stage": "walk", "crashed": "no result"}}
+        failed = {"ok": False, "stage": "walk", "crashed": f"no result in {LIMIT_S} s"}
+        return {"family": family, "built": True, "qv": failed, "all-linear": failed}
     finally:
         child.kill()
         child.join()
@@ -228,14 +261,12 @@ def main() -> None:
     parser.add_argument("families", nargs="*")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    table = []
+    tried = []
     for family in options.families or families():
-        table.append(walk_apart(family))
-        print(json.dumps(table[-1]), flush=True)
-        if options.out:
-            versions = {name: version(name) for name in ("transformers", "peft", "torch")}
-            content = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions, "families": table}
-            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        tried.append(walk_apart(family))
+        print(json.dumps(tried[-1]), flush=True)
+    if options.out:
+        write_table(tried, options.out)
 
 
 if __name__ == "__main__":

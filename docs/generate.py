@@ -1,6 +1,6 @@
-"""Make docs/reference/cli.md and docs/reference/settings.md from the code.
+"""Make docs/reference/cli.md, families.md and settings.md from the code and its data.
 
-python docs/generate.py            # write both pages
+python docs/generate.py            # write the pages
 python docs/generate.py --check    # exit 1 when a page is stale
 """
 
@@ -17,6 +17,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.config import RunConfig
 from lorafit.config.setting_reference import describe_setting
+from lorafit.shapes.tried_families import tried_families
 
 REFERENCE = Path(__file__).parent / "reference"
 MADE = "<!-- made by docs/generate.py; edit the code, then run it -->"
@@ -120,6 +121,32 @@ def _other_names() -> str:
     return "\n".join(rows)
 
 
+def families_page() -> str:
+    """Return the page of model families, as bench/families.py tried them."""
+    tried = tried_families()
+    versions = ", ".join(f"{name} {number}" for name, number in tried.versions.items())
+    working = sum(one.works for one in tried.families)
+    opening = (
+        f"`bench/families.py` walked each family from `plan` to `merge` on a tiny base ({tried.date}, {versions}). "
+        f"{working} of {len(tried.families)} work at every stage. `lorafit models` prints this table. "
+        "A family that is not listed has not been walked yet: `lorafit plan` says whether it trains."
+    )
+    how = (
+        "Works means: `qv` and `all-linear` train, the run answers, merges onto both bases pass their verification, "
+        "and the first loss and the merged logits are within 1e-3 of plain transformers and PEFT, each row alone."
+    )
+    rows = [
+        "| family | works | rows | `qv` adapts | `all-linear` adapts | what is refused |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in tried.families:
+        verdict = "yes" if one.works else "in part" if one.rows else "no"
+        kinds = {"packed": "packed", "alone": "one a forward", "": ""}[one.rows]
+        cells = [f"`{one.name}`", verdict, kinds, ", ".join(one.qv), ", ".join(one.all_linear), _cell(one.reason)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([MADE, "# Model families", "", opening, "", how, "", *rows])
+
+
 def _cell(text: str | None) -> str:
     return _flat(text or "").replace("|", "\\|")
 
@@ -132,6 +159,7 @@ def pages() -> dict[Path, str]:
     """Return each generated page with its text."""
     return {
         REFERENCE / "cli.md": cli_page().rstrip() + "\n",
+        REFERENCE / "families.md": families_page().rstrip() + "\n",
         REFERENCE / "settings.md": settings_page().rstrip() + "\n",
     }
 

@@ -89,6 +89,9 @@ def small_config(family: str) -> PretrainedConfig:
     raw = _shrunk(config_class(**own.pop("__init__", {})).to_dict(), VALUE_OF)
     for key, value in own.items():
         raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
+    if raw.get("qk_rope_head_dim") and "head_dim" in raw:
+        # latent attention rotates these dimensions alone, and has a key for each head
+        raw |= {"head_dim": raw["qk_rope_head_dim"], "num_key_value_heads": raw["num_attention_heads"]}
     raw.pop("model_type", None)
     return config_class(**raw)
 

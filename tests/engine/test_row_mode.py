@@ -7,7 +7,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from families_zoo import small_config
+from lorafit.backbone.skeleton_sizes import sizes_of
 from lorafit.engine import collate, prove_rows
+from lorafit.errors import BackboneError, TrainingError
 
 LENGTHS = (24, 17, 12)
 
@@ -55,6 +57,15 @@ def test_rows_are_packed_where_they_cannot_see_each_other_and_run_alone_elsewher
     with torch.no_grad():
         torch.testing.assert_close(ours, sum(plain_loss(model, row) for row in rows), rtol=1e-5, atol=1e-4)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_an_encoder_is_refused_though_a_causal_class_holds_it(family, tmp_path):
+    with pytest.raises(TrainingError, match="tokens see later tokens"):
+        prove_rows(model_of(family), rows_of(*LENGTHS))
+    small_config(family).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="is an encoder"):
+        sizes_of(tmp_path)
 
 
 def test_several_rows_never_run_through_a_model_that_takes_one():

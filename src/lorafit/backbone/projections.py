@@ -45,6 +45,8 @@ MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotr
 """Model types whose `out_proj` PEFT refuses by name."""
 MAMBA = "Mamba's kernels read its weight past an adapter"
 READ = "the model's code reads its weight past an adapter"
+CROSS = "it attends to an encoder, which a decoder alone does not have"
+CROSS_NAMES = frozenset({"encoder_attn", "crossattention", "cross_attn"})
 INDEXER = "it only chooses which tokens are seen, so no gradient reaches it"
 
 
@@ -106,6 +108,8 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
             obstacles[module] = MAMBA
         elif path in bare:
             obstacles[module] = READ
+        elif CROSS_NAMES.intersection(path.split(".")):
+            obstacles[module] = CROSS
         elif id(module) in indexers:
             obstacles[module] = INDEXER
     return obstacles

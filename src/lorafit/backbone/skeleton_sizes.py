@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -56,6 +57,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
     if not layers:
         raise BackboneError(f"transformers' {type(model).__name__} has no decoder layers", fix="choose another base")
+    _require_causal(architecture, decoder)
     tables = _parameters(embeddings.values())
     projections = projections_of(model)
     matrices = sum(part.parameters for part in projections)
@@ -89,6 +91,17 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         "linear_class": _linear_class(model, decoder),
         "alone": _alone(model, decoder),
     }
+
+
+def _require_causal(architecture: PretrainedConfig, decoder: nn.Module) -> None:
+    """Raise BackboneError for an encoder, and for a decoder that attends to one."""
+    if getattr(architecture, "is_encoder_decoder", False):
+        what = "the base is an encoder-decoder, and lorafit trains decoder-only models"
+        raise BackboneError(what, fix="choose a causal language model")
+    attentions = [part for part in decoder.modules() if isinstance(getattr(part, "is_causal", None), bool)]
+    if attentions and not any(part.is_causal for part in attentions):
+        what = f"{type(decoder).__name__} is an encoder: its tokens see later tokens"
+        raise BackboneError(what, fix="choose a causal language model")
 
 
 def _alone(model: nn.Module, decoder: nn.Module) -> str:

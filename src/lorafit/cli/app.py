@@ -75,6 +75,7 @@ app.command(cls=_Plain, epilog=export.EXAMPLES)(export.export)
 app.command(cls=_Plain, epilog=serve.EXAMPLES)(serve.serve)
 app.command(cls=_Plain, epilog=demo.EXAMPLES)(demo.demo)
 app.command(cls=_Plain, epilog=reference.SETTINGS_EXAMPLES)(reference.settings)
+app.command(cls=_Plain, epilog=reference.MODELS_EXAMPLES)(reference.models)
 app.command(cls=_Plain, epilog=reference.EXPLAIN_EXAMPLES)(reference.explain)
 app.command(hidden=True)(reference.help)
 

@@ -1,7 +1,8 @@
-"""reference: the commands settings, explain and help."""
+"""reference: the commands settings, models, explain and help."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -21,6 +22,11 @@ SETTINGS_EXAMPLES = """Examples:
 lorafit settings
 
 lorafit settings learning_rate"""
+MODELS_EXAMPLES = """Examples:
+
+lorafit models
+
+lorafit models qwen3_5_text"""
 EXPLAIN_EXAMPLES = """Examples:
 
 lorafit explain D013
@@ -58,6 +64,42 @@ def settings(
     heading(one.name, f"[dim]{escape(one.meaning)}[/dim]")
     rows = {"default": one.shown_default, "values": one.values, "advice": one.advice, "aliases": ", ".join(one.aliases)}
     _show_rows({**rows, "set it": one.example})
+
+
+def models(
+    family: Annotated[str | None, typer.Argument(help="Model type of config.json.", show_default=False)] = None,
+    json: flags.Json = False,
+) -> None:
+    """List the model families that were tried, or show one: rows, adapters, chat and merge."""
+    from lorafit.shapes.tried_families import tried_families
+
+    tried = tried_families()
+    chosen = [one for one in tried.families if family in (None, one.name)]
+    if not chosen:
+        near = difflib.get_close_matches(str(family), [one.name for one in tried.families], n=1)
+        fix = f"did you mean '{near[0]}'?" if near else "'lorafit plan' says whether it trains"
+        raise UsageError(f"no family '{family!s:.60}' was tried", fix=fix)
+    if json:
+        show_json({"date": tried.date, "versions": tried.versions, "families": [one.to_dict() for one in chosen]})
+        return
+    if family is not None:
+        (one,) = chosen
+        marks = {"chat": "yes" if one.chat else "no", "merge": "verified" if one.merge else "no"}
+        names = {"qv": ", ".join(one.qv), "all-linear": ", ".join(one.all_linear)}
+        heading(one.name, f"[dim]{_ROWS[one.rows]}[/dim]")
+        _show_rows({**names, **marks, "reason": one.reason})
+        return
+    table = Table.grid(padding=(0, 2))
+    for one in chosen:
+        verdict = "works" if one.works else "in part" if one.rows else "no"
+        table.add_row(f"[bold]{one.name}[/bold]", verdict, _ROWS[one.rows], f"[dim]{escape(one.reason)}[/dim]")
+    PEOPLE.print(table)
+    versions = ", ".join(f"{name} {number}" for name, number in tried.versions.items())
+    working = sum(one.works for one in chosen)
+    say(f"[dim]{working} of {len(chosen)} work from plan to merge; tiny random bases, {tried.date}, {versions}[/dim]")
+
+
+_ROWS = {"packed": "packed rows", "alone": "one row a forward", "": "does not train"}
 
 
 def explain(

@@ -24,6 +24,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # experts multiply the tokens routed to them in one matmul, so one row's routing changes another's rounding
 ROUTING_NOISE = {torch.float32: 1e-5}
 
+# largest relative change of logits by later tokens that rounding explains
+SEES_LATER = {torch.float32: 1e-4}
+
 PROBES = 32
 """Number of supervised tokens of a row whose logits are compared: the first and last ones."""
 
@@ -129,6 +132,26 @@ def _alone(model: Any, row: Row) -> torch.Tensor:
     else:
         logits = model(input_ids=inputs, use_cache=False).logits[0, places]
     return logits.float()
+
+
+def assert_causal(model: Any, row: Row) -> None:
+    """Raise TrainingError if the first half of `row` sees its second half, as in an encoder."""
+    ids, half = row[0], max(len(row[0]) // 2, 1)
+    other = ids.copy()
+    other[half:] = np.roll(ids, 1)[half:]
+    was_training = model.training
+    model.eval()
+    mask = np.arange(len(ids)) <= half
+    with torch.no_grad():
+        before, after = _alone(model, (ids, mask))[:-1], _alone(model, (other, mask))[:-1]
+    model.train(was_training)
+    moved = float((before - after).norm() / before.norm().clamp_min(1e-9)) if len(before) else 0.0
+    if not moved <= SEES_LATER.get(next(model.parameters()).dtype, 1e-2):
+        raise TrainingError(
+            f"tokens see later tokens in this model (logits change by {moved:.1%})",
+            where=_name(model),
+            fix="choose a causal language model",
+        )
 
 
 def assert_finite(model: Any, rows: Sequence[Row]) -> None:

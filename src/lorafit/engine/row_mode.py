@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorafit.engine.attention.packed import packed
-from lorafit.engine.isolation import LeakError, Row, assert_finite, assert_isolated
+from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated
 from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
 from lorafit.errors import BackboneError
 
@@ -55,12 +55,14 @@ PACKED = RowMode()
 def prove_rows(model: Any, rows: Sequence[Row]) -> tuple[RowMode, VocabularyLoss]:
     """Return the fastest mode whose rows cannot see each other on `model`, and the loss that is proved for it.
 
-    Rows are packed if the isolation test passes. Raises TrainingError if the logits are not finite.
+    Rows are packed if the isolation test passes. Raises TrainingError if the logits are not finite, or
+    if tokens see later ones.
     """
     mode = RowMode(_obstacle(model, rows))
     with mode.attending(model):
         if mode.is_alone:
             assert_finite(model, rows)
+            assert_causal(model, rows[-1])
         return mode, vocabulary_loss_for(model, rows[:1] if mode.is_alone else rows, alone=mode.is_alone)
 
 

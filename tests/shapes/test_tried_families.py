@@ -1,0 +1,41 @@
+"""The table of families is what the package's own rules give, and says so in the terminal."""
+
+import json
+
+import pytest
+
+from families_zoo import small_config
+from lorafit.backbone import projections_of
+from lorafit.backbone.architecture import skeleton
+from lorafit.cli import main
+from lorafit.shapes import resolve_targets
+from lorafit.shapes.tried_families import tried_families
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gpt_oss", "phi3", "gpt2", "nemotron_h", "stablelm"])
+def test_the_table_names_the_modules_that_the_presets_select(name):
+    (row,) = [one for one in tried_families().families if one.name == name]
+    projections = projections_of(skeleton(small_config(name)))
+    assert set(row.qv) == set(resolve_targets("qv", projections))
+    assert set(row.all_linear) == set(resolve_targets("all-linear", projections))
+    assert row.works and not row.reason
+
+
+def test_every_row_that_does_not_work_says_why():
+    tried = tried_families()
+    assert [one.name for one in tried.families] == sorted({one.name for one in tried.families})
+    for one in tried.families:
+        assert one.works or one.reason or not one.same, one.name
+        assert "Error:" not in one.reason, f"{one.name} crashes"
+
+
+def test_the_command_shows_the_table_and_one_family(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "qwen3_5_text", "--json"])
+    assert not ended.value.code
+    (shown,) = json.loads(capsys.readouterr().out)["families"]
+    assert shown["rows"] == "alone" and shown["works"]
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "qwen3_5_txt"])
+    assert ended.value.code == 2
+    assert "did you mean 'qwen3_5_text'" in capsys.readouterr().err
