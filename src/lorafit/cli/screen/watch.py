@@ -100,9 +100,11 @@ class ConsoleObserver(Observer):
     def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
         if self.status:
             self.status.stop()
-        heading("quantize", f"{Path(base).name}, frozen; {escape(rows.in_words)}")
+        trains_all = counts.trainable > counts.total // 2  # adapters are a few per cent
+        state = "every weight trains" if trains_all else "frozen"
+        heading("load" if trains_all else "quantize", f"{Path(base).name}, {state}; {escape(rows.in_words)}")
         heading(
-            "attach",
+            "train" if trains_all else "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
             f"([bold]{counts.percent:.3f} %[/bold])",
         )
