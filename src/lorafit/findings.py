@@ -21,7 +21,7 @@ CODES = (
     *(f"D{number:03}" for number in range(1, 55)),
     *(f"P{number}" for number in range(10)),
     "R001",
-    *(f"S{number:03}" for number in range(1, 6)),
+    *(f"S{number:03}" for number in range(1, 7)),
     "V001",
     "V002",
 )

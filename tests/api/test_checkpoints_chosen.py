@@ -51,11 +51,11 @@ def test_a_merge_of_the_best_checkpoint_has_its_weights_and_its_loss(overfitted)
     step, loss = overfitted.best
     merged = merge(overfitted.run.path, checkpoint="best")
     assert merged.passed and merged.report.step == step
-    assert merged.folder.name == f"merged-quantized-step-{step:06d}"
+    assert merged.folder.name == f"merged-step-{step:06d}"
     lineage = json.loads((merged.folder / "lineage.json").read_text())
     assert lineage["steps"] == step and lineage["eval_loss"] == loss
     last = merge(overfitted.run.path)
-    assert last.report.step is None and last.folder.name == "merged-quantized"
+    assert last.report.step is None and last.folder.name == "merged"
     assert last.verification.live_loss > merged.verification.live_loss + 0.1
     assert json.loads((last.folder / "lineage.json").read_text())["steps"] == 4
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_run_is_refused(overfitted, tiny_run, tmp_path):
 
 
 def test_a_merged_model_has_no_checkpoints(overfitted):
-    folder = overfitted.run.exports / "merged-quantized"
+    folder = overfitted.run.exports / "merged"
     if not folder.exists():
         merge(overfitted.run.path)
     with pytest.raises(UsageError, match="a merged model has no checkpoints; name the run instead"):

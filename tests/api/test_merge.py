@@ -21,7 +21,7 @@ QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe cour
 
 @pytest.fixture(scope="module")
 def merged(tiny_run, tmp_path_factory):
-    return merge(tiny_run.run.path, out=tmp_path_factory.mktemp("merged") / "model")
+    return merge(tiny_run.run.path, onto="quantized", out=tmp_path_factory.mktemp("merged") / "model")
 
 
 def test_the_quantised_merge_is_within_ten_noise_floors(merged):
@@ -101,9 +101,10 @@ def test_damaged_rows_to_verify_on_are_one_sentence(tiny_run, tmp_path):
 
 def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_next_one_works(tiny_run, tmp_path):
     code = (
-        "import os, signal, lorafit.api.merge as m\n"
+        "import os, signal, lorafit.api.ship.merge_proof as m\n"
+        "import lorafit.api.merge as a\n"
         "m.verify = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"m.merge({str(tiny_run.run.path)!r}, out={str(tmp_path / 'model')!r})\n"
+        f"a.merge({str(tiny_run.run.path)!r}, out={str(tmp_path / 'model')!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -47,7 +47,7 @@ FLAGS = {
     "train": f"--base --out --gpus {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --checkpoint --json --help",
     "eval": "--against --limit --max-new-tokens --map --least --out --checkpoint --json --help",
-    "merge": "--onto --out --format --dtype --checkpoint --json --help",
+    "merge": "--onto --base --out --format --dtype --checkpoint --json --help",
     "export": "--to --quantization --onto --out --name --checkpoint --verify-in --json --help",
     "demo": "--task --method --seed --out --json --help",
     "settings": "--json --help",
@@ -310,7 +310,7 @@ def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path, monkeypatch
     code, out, _ = run("merge", folder, "--json")
     assert code == 0
     assert json.loads(out)["passed"] is True
-    merged = folder / "exports" / "merged-quantized"
+    merged = folder / "exports" / "merged"
     code, out, _ = run("chat", merged, "--prompt", "Hello", "--json", "--max-new-tokens", 5)
     assert (code, set(json.loads(out))) == (0, {"prompt", "tuned"})
     code, _, err = run("chat", merged, "--prompt", "Hello", "--compare")

@@ -23,7 +23,7 @@ def test_the_demo_teaches_and_proves(tmp_path):
     assert result["exact_match_after"] >= 0.9
     assert result["verification"]["passed"]
     assert {"train_s", "total_s", "run"} <= set(result)
-    assert (tmp_path / "run" / "exports" / "merged-quantized" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "exports" / "merged" / "model.safetensors").is_file()
 
 
 def test_the_demo_has_a_mode_that_trains_every_weight(tmp_path, monkeypatch):

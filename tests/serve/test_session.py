@@ -132,7 +132,7 @@ def test_an_adapter_with_one_bit_flipped_is_refused(tiny_run, tmp_path):
     for verb in (load, merge):
         with pytest.raises(AdapterError, match="the adapter has changed since training"):
             verb(folder)
-    assert not (folder / "exports" / "merged-quantized").exists()
+    assert not (folder / "exports" / "merged").exists()
     sealed_again(folder)
     load(folder)
 

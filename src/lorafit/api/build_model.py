@@ -34,6 +34,8 @@ from lorafit.engine import (
     warm_compiler,
 )
 from lorafit.errors import RunDirError
+from lorafit.evaluate.rounding_check import quantization_loss
+from lorafit.findings import Finding
 from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, most_tokens, policy_of
 from lorafit.methods import Method, method_of
 from lorafit.methods.lora import Counts, count_parameters
@@ -64,6 +66,7 @@ class BuiltModel:
         counts: trainable and total parameters.
         note: why the loss takes more memory than necessary; empty if it does not.
         rows: packed rows, or one row a forward.
+        findings: what quantizing costs the base, if it was measured.
     """
 
     model: Any
@@ -72,10 +75,14 @@ class BuiltModel:
     counts: Counts
     note: str
     rows: RowMode = PACKED
+    findings: tuple[Finding, ...] = ()
 
 
-def build_model(planned: PlannedRun) -> BuiltModel:
-    """Return the model of a planned run. Raises BackboneError, AdapterError."""
+def build_model(planned: PlannedRun, *, is_new: bool = True) -> BuiltModel:
+    """Return the model of a planned run, measured against its base's own precision if the run is new.
+
+    Raises BackboneError, AdapterError.
+    """
     config = planned.resolved.config
     lock_pages_by_threads()
     let_blocks_grow()
@@ -84,9 +91,10 @@ def build_model(planned: PlannedRun) -> BuiltModel:
         warm_compiler()
     method = method_of(config)
     base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
+    findings = tuple(quantization_loss(base, config, planned.prepared.train)) if is_new else ()
     model = method.prepare(base, config, planned.plan.targets)
     rows, loss = prove_rows(model, _samples(planned.prepared.train))
-    return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows)
+    return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows, findings)
 
 
 def enforce_budget(config: RunConfig) -> None:

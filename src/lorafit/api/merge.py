@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from lorafit.api.ship.finishing import Finishing
-from lorafit.backbone import load_backbone, redirect_library_logs
+from lorafit.api.ship.merge_proof import MergeProof, NotAsGood
+from lorafit.backbone import redirect_library_logs
 from lorafit.config import MERGE_BASES, MergeBase
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
-from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named, verify
+from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named
 from lorafit.export import merge as write_merged
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.verify import EngineProof
+from lorafit.export.verify import EngineProof, Precisions
 from lorafit.findings import Finding, has_errors
-from lorafit.methods import method_of
 from lorafit.runs import LAST, RunDir
 
 VERIFIED_ROWS = 64
@@ -35,11 +36,13 @@ class MergedRun:
         report: what the merge wrote.
         verification: the comparison.
         proofs: the verdict in each program that serves the model.
+        precisions: the choice of the base, and the task loss in 16 bits and in NF4.
     """
 
     report: MergeReport
     verification: Verification
     proofs: list[EngineProof]
+    precisions: Precisions
 
     @property
     def folder(self) -> Path:
@@ -57,13 +60,19 @@ class MergedRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""
-        return {"passed": self.passed, "merge": self.report.to_dict(), "verification": self.verification.to_dict()}
+        return {
+            "passed": self.passed,
+            "merge": self.report.to_dict(),
+            "verification": self.verification.to_dict(),
+            **self.precisions.to_dict(),
+        }
 
 
 def merge(
     run: str | Path,
     *,
-    onto: MergeBase = "quantized",
+    onto: MergeBase | None = None,
+    base: str | None = None,
     out: str | Path | None = None,
     export_format: str = DEFAULT_FORMAT,
     dtype: str = "auto",
@@ -73,43 +82,56 @@ def merge(
     """Merge the trained weights of `run` into its base, and verify the artefact from disk.
 
     `onto` "quantized" adds the delta to the dequantized 4-bit base, the model that was trained; "original" adds it to
-    the checkpoint as stored. `dtype` is bf16, fp16, fp32, or auto, which keeps each tensor's own onto "original" and is
-    bf16 onto "quantized". `checkpoint` is last, best (by held-out loss) or a step. `asks_vllm` opens the artefact in
-    vLLM too, where it is installed. The artefact gets its name once it is measured, even if it fails (`passed` False).
-    A killed merge leaves at most a hidden folder: nothing unverified looks finished.
+    the checkpoint as stored, or to the 16-bit model `base`. None measures both where the original is at hand, and takes
+    the original if its task loss is as good. `dtype` is bf16, fp16, fp32, or auto, which keeps each tensor's own onto
+    "original" and is bf16 onto "quantized". `checkpoint` is last, best (by held-out loss) or a step. `asks_vllm` opens
+    the artefact in vLLM too, where it is installed. The artefact gets its name once it is measured, even if it fails
+    (`passed` False). A killed merge leaves at most a hidden folder: nothing unverified looks finished.
 
     Raises UsageError, RunDirError, CheckpointError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     _require_known(onto)
     form, folder = format_named(export_format), RunDir.open(Path(run))
     finished = FinishedRun.open(folder.path, checkpoint)
-    config, method = finished.config, method_of(finished.config)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
         finishing = Finishing(finished, verification_records(folder), rows, asks_vllm)
-        proven: list[tuple[Verification, list[EngineProof]]] = []
-
-        def prove(staged: Path, onto: MergeBase, form: ExportFormat) -> None:
-            live = method.load(load_backbone(config, exact=True), finished.adapter, config)
-            measured = verify(live, staged, rows, onto, method=method, export_format=form)
-            proven.append((measured, finishing.finish(staged, live, form, measured)))
-
-        report = write_merged(
-            folder.path,
-            onto=onto,
-            out=Path(out) if out else None,
+        proof = MergeProof(finished, rows, finishing, onto, base)
+        report = _first_as_good(
+            proof,
+            form,
+            out=_named(folder, out, onto, form, finished),
             fingerprint=folder.base_fingerprint(),
-            export_format=form,
+            base=base,
             dtype=dtype,
             checkpoint=checkpoint,
-            prove=prove,
         )
-        return MergedRun(report, *proven[0])
+        assert proof.verification is not None and proof.precisions is not None
+        return MergedRun(report, proof.verification, proof.proofs, proof.precisions)
 
 
-def _require_known(onto: str) -> None:
+def _first_as_good(proof: MergeProof, form: ExportFormat, **given: Any) -> MergeReport:
+    """Merge onto each candidate in turn, until one is not refused in favour of the next."""
+    *earlier, last = proof.candidates(form)
+    for candidate in earlier:
+        with suppress(NotAsGood):
+            return write_merged(proof.run.folder, onto=candidate, export_format=form, prove=proof.prove, **given)
+    return write_merged(proof.run.folder, onto=last, export_format=form, prove=proof.prove, **given)
+
+
+def _named(
+    run: RunDir, out: str | Path | None, onto: MergeBase | None, form: ExportFormat, finished: FinishedRun
+) -> Path | None:
+    """Return the folder of the merge; None for the name by base and format."""
+    if out is not None:
+        return Path(out)
+    is_open = onto is None and form.name == DEFAULT_FORMAT and finished.config.method != "full"
+    return run.exports / f"merged{finished.weights.suffix}" if is_open else None
+
+
+def _require_known(onto: str | None) -> None:
     """Raise UsageError unless `onto` is a base to merge onto."""
-    if onto not in MERGE_BASES:
+    if onto is not None and onto not in MERGE_BASES:
         names = " or ".join(MERGE_BASES)
         raise UsageError(f"'{onto!s:.40}' is no base to merge onto", where="onto", fix=f"write {names}")
 

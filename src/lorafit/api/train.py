@@ -202,7 +202,9 @@ def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> Trai
         processes.from_main(lambda: Lead.of(manifest))  # the other processes begin here
         watch.on_loading(run)
         identity = _in_background(manifest.identity)  # the base is hashed while it is loaded
-        built = processes.together(lambda: build_model(planned))
+        built = processes.together(lambda: build_model(planned, is_new=known is None))
+        watch.on_preflight(list(built.findings))
+        findings.extend(built.findings)  # the manifest's own list
         watch.on_model(built.counts, settings.config.base, built.rows)
         return _train_model(manifest, built, identity, together)
 
@@ -391,9 +393,8 @@ def _require_supported(resolved: Resolved) -> None:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"
         )
-    unknown = [
-        name for name in resolved.config.report_to if name not in (*get_available_reporting_integrations(), "all")
-    ]
+    trackers = (*get_available_reporting_integrations(), "all")
+    unknown = [name for name in resolved.config.report_to if name not in trackers]
     if unknown:
         fix = f"pip install {unknown[0]}, or set report_to=none"
         raise UsageError(f"no tracker '{unknown[0]:.40}' is installed", where="report_to", fix=fix)

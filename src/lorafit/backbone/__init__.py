@@ -3,7 +3,15 @@
 No other package imports bitsandbytes.
 """
 
-from lorafit.backbone.architecture import compute_dtype, default_device, output_head, text_decoder, unwrapped
+from lorafit.backbone.architecture import (
+    compute_dtype,
+    default_device,
+    is_packed_base,
+    output_head,
+    require_twin,
+    text_decoder,
+    unwrapped,
+)
 from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
@@ -22,6 +30,7 @@ from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
 from lorafit.backbone.projections import adapter_obstacles, linear_size, projections_of
+from lorafit.backbone.stored_weights import with_stored_weights
 
 __all__ = [
     "FreshWeight",
@@ -36,6 +45,8 @@ __all__ = [
     "freeze_linears",
     "forget_quantization",
     "fresh_weights",
+    "is_packed_base",
+    "require_twin",
     "frozen_features",
     "frozen_product",
     "linear_size",
@@ -53,4 +64,5 @@ __all__ = [
     "dequantize_linears",
     "true_numel",
     "unwrapped",
+    "with_stored_weights",
 ]

@@ -63,6 +63,32 @@ def is_prequantized(architecture: PretrainedConfig) -> bool:
     return getattr(architecture, "quantization_config", None) is not None
 
 
+def is_packed_base(folder: Path) -> bool:
+    """Return True when the base in `folder` exists in 4 bits only."""
+    return is_prequantized(read_architecture(folder))
+
+
+def require_twin(base: Path, other: Path) -> None:
+    """Raise BackboneError unless `other` is an unquantized model with the parameters and shapes of `base`."""
+    architecture = read_architecture(other)
+    if is_prequantized(architecture):
+        what = "the model to merge onto exists in 4 bits only"
+        raise BackboneError(what, where=str(other), fix="name its 16-bit original with --base")
+    ours, theirs = (
+        {name: tuple(weight.shape) for name, weight in skeleton(each).named_parameters()}
+        for each in (read_architecture(base), architecture)
+    )
+    if ours != theirs:
+        name = min(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        what = f"the model is not the 16-bit original of the run's base: {name} is {_shape(theirs.get(name))} "
+        what += f"there and {_shape(ours.get(name))} in the base"
+        raise BackboneError(what, where=str(other), fix="name the model that the base was made from")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " × ".join(map(str, shape))
+
+
 def architecture_of(model: nn.Module) -> PretrainedConfig:
     """Return the configuration that `model` carries; changing it changes the model."""
     return cast(PretrainedConfig, model.config)

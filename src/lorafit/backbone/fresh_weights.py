@@ -79,7 +79,7 @@ def fresh_weights(
             raise BackboneError(
                 "the base exists in 4 bits only, so the adapter cannot be merged onto an original",
                 where=str(folder),
-                fix="merge onto quantized, or point base at the unquantized model",
+                fix="merge onto quantized, or pass --base with the 16-bit model that it was made from to lorafit merge",
             )
         yield from _unpacked(checkpoint, place, dtype)
         return

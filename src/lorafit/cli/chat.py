@@ -22,7 +22,7 @@ lorafit chat runs/rows-Qwen3-8B --compare
 
 lorafit chat runs/rows-Qwen3-8B --prompt "Where is my order?"
 
-lorafit chat runs/rows-Qwen3-8B/exports/merged-quantized"""
+lorafit chat runs/rows-Qwen3-8B/exports/merged"""
 LEAVE = ("", "exit", "quit", "/exit", "/quit", "/bye")
 COMMANDS = "/new starts a new conversation; exit, /exit, an empty line or Ctrl-D ends it"
 

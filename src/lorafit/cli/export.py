@@ -33,9 +33,9 @@ def export(
         str, typer.Option("--quantization", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
     ] = "q8_0",
     onto: Annotated[
-        Literal["quantized", "original"],
-        typer.Option("--onto", help="Merge onto the dequantized 4-bit base or the original checkpoint."),
-    ] = "quantized",
+        Literal["quantized", "original"] | None,
+        typer.Option("--onto", help="Base to merge onto; default by measurement.", show_default=False),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Folder; adapters of one base can share it.", show_default=False)
     ] = None,

@@ -30,9 +30,15 @@ lorafit merge runs/rows-Qwen3-8B --format gguf-q4_k_m"""
 def merge(
     run: flags.Run,
     onto: Annotated[
-        Literal["quantized", "original"],  # as config.MergeBase, which imports pydantic
-        typer.Option("--onto", help="Merge onto the dequantized 4-bit base or the original checkpoint."),
-    ] = "quantized",
+        Literal["quantized", "original"] | None,  # as config.MergeBase, which imports pydantic
+        typer.Option(
+            "--onto", help="The dequantized 4-bit base or the original; default by measurement.", show_default=False
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The 16-bit original of a base that is stored in 4 bits.", show_default=False),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
     ] = None,
@@ -50,7 +56,9 @@ def merge(
     """Write the merged weights, reload them, and measure them against the live adapter model."""
     from lorafit.api.merge import merge as run_merge
 
-    merged = run_merge(run, onto=onto, out=out, export_format=export_format, dtype=dtype, checkpoint=checkpoint)
+    merged = run_merge(
+        run, onto=onto, base=base, out=out, export_format=export_format, dtype=dtype, checkpoint=checkpoint
+    )
     if json:
         show_json(merged.to_dict())
     else:
@@ -75,6 +83,7 @@ def show_merged(merged: MergedRun) -> None:
     what = "every weight of the run" if report.onto == "whole" else f"onto the {report.onto} base"
     heading("merge", f"{step}{what}: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}")
     show_verification(merged.verification)
+    heading("chosen", escape(merged.precisions.sentence))
     for proof in merged.proofs:
         if proof.status == "failed":
             say(f"  [red]{proof.status}[/red] in {proof.engine}: {escape(proof.reason)}")

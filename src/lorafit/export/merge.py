@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafit.backbone import fresh_weights, require_same_base
+from lorafit.backbone import (
+    FreshWeight,
+    FrozenLinear4bit,
+    fresh_weights,
+    load_backbone,
+    quantize,
+    require_same_base,
+    require_twin,
+)
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.config import MergeBase, RunConfig, base_folder
 from lorafit.errors import RunDirError
@@ -65,6 +73,7 @@ def merge(
     out: Path | None = None,
     device: str | torch.device | None = None,
     fingerprint: str | None = None,
+    base: str | None = None,
     export_format: ExportFormat | None = None,
     dtype: str = "auto",
     checkpoint: str = LAST,
@@ -73,11 +82,11 @@ def merge(
     """Merge the trained weights of `run_dir` into its base, and write a model folder.
 
     The folder appears completely or not at all. `onto` "quantized" adds the delta to the dequantized 4-bit base, the
-    model that was trained; "original" adds it to the checkpoint as stored. A run over an unquantized base has the
-    original only, and a full run is written as it is. `out` is by default `run_dir/exports/merged-<onto>`, or `full`.
-    `fingerprint` is the base's at training time, so that another base is refused. `dtype` is that of the weights, see
-    `in_dtype`; `checkpoint` is last, best or a step. `prove` is called with the folder of the written files before it
-    gets its name; if it raises, no files are left.
+    model that was trained; "original" adds it to the checkpoint as stored, or to the 16-bit model `base`. A run over an
+    unquantized base has the original only, and a full run is written as it is. `out` is by default
+    `run_dir/exports/merged-<onto>`, or `full`. `fingerprint` is the base's at training time: another is refused.
+    `dtype` is that of the weights, see `in_dtype`; `checkpoint` is last, best or a step. `prove` is called with the
+    folder of the written files before it gets its name; if it raises, no files are left.
 
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
@@ -85,15 +94,14 @@ def merge(
     run = FinishedRun.open(run_dir, checkpoint)
     form = export_format or format_named(DEFAULT_FORMAT)
     onto = _start_of(run.config, onto)
-    base = base_folder(run.config.base, run.config.revision, weights=True)
-    require_same_base(base, fingerprint)
-    form = in_dtype(form, dtype, onto, base)
+    source, place = _source(run.config, fingerprint, base if onto == "original" else None)
+    form = in_dtype(form, dtype, onto, place)
     trained = method_of(run.config).trained_weights(run.adapter, run.config)
     folder = RunDir(run_dir).exports / f"{_folder_name(onto, form)}{run.weights.suffix}" if out is None else out
     with staged_folder(folder) as staged:
-        _check_space(base, staged, form)
-        findings = _write_companions(run, staged, onto, form)
-        weights = merged_weights(trained.source(run.config), onto, trained, device, _keeps_dtype(form))
+        _check_space(place, staged, form)
+        findings = _write_companions(run, staged, onto, form, source)
+        weights = merged_weights(trained.source(source), onto, trained, device, _keeps_dtype(form))
         written = form.write(weights, staged)
         if isinstance(form, OwnTokenizer):
             findings += check_own_tokenizer(run, staged, form)
@@ -112,6 +120,17 @@ def _start_of(config: RunConfig, onto: MergeBase) -> MergeBase:
     return "whole" if config.method == "full" else "original"
 
 
+def _source(config: RunConfig, fingerprint: str | None, base: str | None) -> tuple[RunConfig, Path]:
+    """Return settings and folder of the base to merge onto: the run's own, or its 16-bit original `base`."""
+    own = base_folder(config.base, config.revision, weights=True)
+    require_same_base(own, fingerprint)
+    if base is None:
+        return config, own
+    place = base_folder(base, weights=True)
+    require_twin(own, place)
+    return config.model_copy(update={"base": base, "revision": None}), place
+
+
 def merged_weights(
     config: RunConfig,
     onto: MergeBase,
@@ -124,23 +143,47 @@ def merged_weights(
     Floating-point tensors are in fp32, and the format rounds them; with `keeps_dtype` they are rounded to the dtype of
     the base's tensor. Raises VerificationError at the end if a trained weight has no counterpart in the base.
     """
+    for fresh, tensor in _merged(config, onto, trained, device):
+        keeps = keeps_dtype and tensor.is_floating_point()
+        yield fresh.stored, tensor.to(fresh.tensor.dtype) if keeps else tensor
+
+
+def requantized(config: RunConfig, onto: MergeBase, trained: TrainedWeights) -> nn.Module:
+    """Return the merged model in NF4, as it would load from a bf16 merge onto `onto`, without writing one."""
+    model = load_backbone(config, exact=True)
+    linears = {name: each for name, each in model.named_modules() if isinstance(each, FrozenLinear4bit)}
+    others = dict(model.named_parameters())
+    for fresh, tensor in _merged(config, onto, trained, None):
+        linear = linears.get(fresh.parameter.removesuffix(".weight"))
+        rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        if linear is not None:
+            dense = rounded.to(linear.weight.device)
+            linear.weight = quantize(dense, compute_dtype=linear.compute_dtype).weight
+        elif fresh.parameter in others:
+            others[fresh.parameter].data.copy_(rounded)
+    return model
+
+
+def _merged(
+    config: RunConfig, onto: MergeBase, trained: TrainedWeights, device: str | torch.device | None
+) -> Iterator[tuple[FreshWeight, Tensor]]:
+    """Yield (base's tensor, merged tensor); floating-point ones are in fp32."""
     met: set[str] = set()
     for fresh in fresh_weights(config, onto, device=device):
         met.add(fresh.parameter)
-        tensor = fresh.tensor
-        if tensor.is_floating_point():
-            tensor = trained.merged(fresh.parameter, tensor.float())
-            tensor = tensor.to(fresh.tensor.dtype) if keeps_dtype else tensor
-        yield fresh.stored, tensor
+        plain = fresh.tensor.is_floating_point()
+        yield fresh, trained.merged(fresh.parameter, fresh.tensor.float()) if plain else fresh.tensor
     trained.check_found(met)
 
 
-def _write_companions(run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
+def _write_companions(
+    run: FinishedRun, folder: Path, onto: MergeBase, form: ExportFormat, source: RunConfig
+) -> list[Finding]:
     write_companions(run, folder, form.dtype)
     lineage = run.lineage()
     if lineage is not None:
         lineage.write(folder)
-    (folder / "README.md").write_text(model_card(run.config, onto, form, lineage), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run.config, onto, form, lineage, source), encoding="utf-8")
     return write_chat_template(run, folder)
 
 

@@ -12,11 +12,23 @@ from lorafit.methods import method_of
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def model_card(config: RunConfig, onto: MergeBase, form: ExportFormat, lineage: Lineage | None = None) -> str:
-    """Return the model card of a merged run, with metadata that hubs read."""
+def model_card(
+    config: RunConfig,
+    onto: MergeBase,
+    form: ExportFormat,
+    lineage: Lineage | None = None,
+    source: RunConfig | None = None,
+) -> str:
+    """Return the model card of a merged run, with metadata that hubs read.
+
+    `source` has the base that was merged onto, if it is not the run's.
+    """
     base, method, is_whole = base_name(config), method_of(config), onto == "whole"
+    target = f"the {onto} base"
+    if source is not None and source.base != config.base:
+        target = f"{base_name(source)}, a 16-bit model that was not trained over,"
     how = "of" if is_whole else "trained over"
-    merged, source = ("", "run") if is_whole else (f"merged onto the {onto} base and ", "adapter")
+    merged, made_of = ("", "run") if is_whole else (f"merged onto {target} and ", "adapter")
     return f"""---
 base_model: {base}
 library_name: {form.library_name}
@@ -28,7 +40,7 @@ tags: [{method.name}, merged, lorafit]
 {method.describe(config)} {how} {base},
 {merged}saved in {SHORT_NAMES.get(form.dtype, str(form.dtype))} by lorafit.
 `chat_template.jinja` renders the prompt that the model was trained on; generation stops at the ids in
-`generation_config.json`. `verification.json`, if present, compares this model with the {source} it was made of.
+`generation_config.json`. `verification.json`, if present, compares this model with the {made_of} it was made of.
 {_origin(lineage)}"""
 
 

@@ -93,7 +93,7 @@ def export(
     *,
     to: str = "merged",
     quantization: str = "q8_0",
-    onto: MergeBase = "quantized",
+    onto: MergeBase | None = None,
     out: str | Path | None = None,
     name: str | None = None,
     checkpoint: str = LAST,

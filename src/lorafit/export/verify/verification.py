@@ -87,6 +87,7 @@ def verify(
     *,
     method: Method,
     export_format: ExportFormat,
+    reference: Reference | None = None,
 ) -> Verification:
     """Open the artefact in `folder` from disk, and compare it with `live_model` on `rows`.
 
@@ -97,15 +98,15 @@ def verify(
 
     For "quantized" and "whole", `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's.
     For "original", another model by design, `passed` is False only if the model is further from the live model than the
-    base alone and does the task worse. verification.json is
-    written to the folder. Rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
+    base alone and does the task worse. verification.json is written to the folder. `reference` has the live model's
+    probabilities if they are known; rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
     """
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     if not usable:
         raise VerificationError("no held-out row is left to verify with", fix="train with holdout above 0")
     live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
-    reference = Reference.of(live, usable)
+    reference = reference or Reference.of(live, usable)
     with _in_the_other_precision(live_model, dtype, stored):
         floor = reference.compare(live)
     with method.without(live_model):

@@ -1,0 +1,116 @@
+"""merge_proof: measure a merge before it gets its name, and decide which base it is merged onto."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from lorafit.api.ship.finishing import Finishing
+from lorafit.backbone import base_fingerprint, is_packed_base, load_backbone
+from lorafit.config import MergeBase, base_folder
+from lorafit.errors import UsageError
+from lorafit.export import DEFAULT_FORMAT, ExportFormat, Row, TransformersModel, Verification, verify
+from lorafit.export.finished_run import FinishedRun
+from lorafit.export.merge import requantized
+from lorafit.export.verify import NF4, EngineProof, PrecisionRow, Precisions, Reference, of_the_quantized, reason_for
+from lorafit.export.verify.precisions import AS_GOOD
+from lorafit.methods import method_of
+
+
+class NotAsGood(Exception):
+    """The original base loses accuracy: the merge goes onto the quantized one. It never reaches a user."""
+
+
+@dataclass
+class MergeProof:
+    """Measure merges of one run, one base after the other.
+
+    Attributes:
+        run: the run.
+        rows: held-out rows, tokenized.
+        finishing: proves the artefact in its program.
+        onto: the base that the user chose; None to decide by measurement.
+        base: the 16-bit model that takes the place of the run's base, if the user named one.
+        measured: the rows of every base that was measured.
+    """
+
+    run: FinishedRun
+    rows: Sequence[Row]
+    finishing: Finishing
+    onto: MergeBase | None = None
+    base: str | None = None
+    measured: list[PrecisionRow] = field(default_factory=list)
+    verification: Verification | None = None
+    proofs: list[EngineProof] = field(default_factory=list)
+    precisions: Precisions | None = None
+
+    def candidates(self, form: ExportFormat) -> tuple[MergeBase, ...]:
+        """Return the bases to try in order: the first that is as good is taken, else the last."""
+        config = self.run.config
+        if self.onto == "quantized" and self.base is not None:
+            fix = "leave --base out, or write --onto original"
+            raise UsageError("onto quantized takes the base of training, and no other", where="--base", fix=fix)
+        if self.onto is not None:
+            return (self.onto,)
+        if config.quantization == "none":
+            return ("original",)
+        packed = is_packed_base(base_folder(config.base, config.revision))
+        if form.name != DEFAULT_FORMAT or (packed and self.base is None):
+            return ("quantized",)
+        return ("original", "quantized")
+
+    def prove(self, staged: Path, onto: MergeBase, form: ExportFormat) -> None:
+        """Verify the artefact in `staged`, and measure it in NF4. Raises NotAsGood if another base is to be taken."""
+        config, method = self.run.config, method_of(self.run.config)
+        live = method.load(load_backbone(config, exact=True), self.run.adapter, config)
+        reference = Reference.of(TransformersModel(live), [row for row in self.rows if len(row.predicting)])
+        measured = verify(live, staged, self.rows, onto, method=method, export_format=form, reference=reference)
+        self.proofs, self.verification = self.finishing.finish(staged, live, form, measured), measured
+        del live
+        own = [PrecisionRow(onto, measured.merged_dtype, measured.merged), *self._in_nf4(staged, onto, form, reference)]
+        if self.onto is None and onto == "original" and len(self.candidates(form)) > 1:
+            self._decide(own, measured, reference)
+        self.measured += own
+        self.precisions = Precisions(onto, self._reason(onto, form), measured.live_loss, tuple(self.measured))
+        self.precisions.record(staged, **self._named_base(onto))
+
+    def _decide(self, own: list[PrecisionRow], measured: Verification, reference: Reference) -> None:
+        """Add the rows of the quantized base if the original is chosen. Raises NotAsGood otherwise."""
+        quantized = of_the_quantized(measured)
+        failed = any(proof.status == "failed" for proof in self.proofs)
+        if not measured.passed or failed or measured.merged.loss > quantized.measured.loss + AS_GOOD:
+            self.measured += own
+            raise NotAsGood
+        config = self.run.config
+        trained = method_of(config).trained_weights(self.run.adapter, config)
+        again = reference.compare(TransformersModel(requantized(config, "quantized", trained)))
+        self.measured += [quantized, PrecisionRow("quantized", NF4, again)]
+
+    def _in_nf4(self, staged: Path, onto: MergeBase, form: ExportFormat, reference: Reference) -> list[PrecisionRow]:
+        """Return the row of the artefact loaded in 4 bits, as `train` and `load_in_4bit` load it."""
+        if form.name != DEFAULT_FORMAT or self.run.config.quantization == "none":
+            return []
+        config = self.run.config.model_copy(update={"base": str(staged), "revision": None})
+        model: nn.Module = load_backbone(config, exact=True)
+        return [PrecisionRow(onto, NF4, reference.compare(TransformersModel(model)))]
+
+    def _reason(self, onto: MergeBase, form: ExportFormat) -> str:
+        if onto == "whole":
+            return "every weight of the run, in the precision of the files"
+        if self.onto is not None:
+            return "as chosen"
+        if self.run.config.quantization == "none":
+            return "the run trained over it in 16 bits"
+        if form.name != DEFAULT_FORMAT:
+            return "the model that was trained, in the format's own precision"
+        bases = {row.onto for row in self.measured}
+        return reason_for(onto, self.measured) if len(bases) > 1 else "the base exists in 4 bits only"
+
+    def _named_base(self, onto: MergeBase) -> dict[str, dict[str, str]]:
+        """Return name and hash of the base that the user named, for verification.json."""
+        if self.base is None or onto != "original":
+            return {}
+        return {"onto_base": {"base": self.base, "sha256": base_fingerprint(base_folder(self.base, weights=True))}}

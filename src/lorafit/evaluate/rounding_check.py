@@ -1,0 +1,91 @@
+"""rounding_check: measure what quantizing costs a base on the rows of a run, before it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.backbone import with_stored_weights
+from lorafit.config import RunConfig, base_folder
+from lorafit.data import Rows
+from lorafit.findings import Finding, Severity
+
+ROWS, LONGEST = 16, 128
+"""Rows that are measured, and their most tokens: the shortest ones, in one forward pass."""
+LOST = 0.05
+"""Nats of loss that quantizing may cost."""
+ERRORS = 3.0
+"""Standard errors of the mean difference that chance explains."""
+
+
+def quantization_loss(base: nn.Module, config: RunConfig, rows: Rows) -> Iterator[Finding]:
+    """Yield finding S006 if `base` in NF4 has a higher loss on `rows` than with its weights as stored.
+
+    The cost is two forward passes over at most 16 short rows, and one more read of the base, weight by weight. A base
+    without 16-bit weights, and memory too small for the pass, yield nothing.
+    """
+    if config.quantization != "nf4":
+        return
+    folder = base_folder(config.base, config.revision, weights=True)
+    try:
+        losses = _losses(base, folder, rows)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return
+    if losses is None or not len(losses[0]):
+        return
+    rounded, stored = losses
+    difference = (rounded - stored).double()
+    lost, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+    if lost > LOST and lost > ERRORS * error:
+        yield _finding(float(rounded.mean()), float(stored.mean()), len(difference), folder)
+
+
+def _losses(base: nn.Module, folder: Path, rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """Return the losses (tokens,) in NF4 and with the stored weights; None if the base has none."""
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.inference_mode(), with_stored_weights(base, folder) as has_weights:
+            if not has_weights:
+                return None
+            stored = _loss(base, rows)
+        with torch.inference_mode():
+            return _loss(base, rows), stored
+    finally:
+        base.train(was_training)
+
+
+def _loss(base: Any, rows: Rows) -> Tensor:
+    """Return the loss of every supervised token of the shortest rows, in fp32 on the CPU."""
+    chosen = [int(row) for row in rows.lengths.argsort(kind="stable")[:ROWS]]
+    longest = min(max(int(rows.lengths[row]) for row in chosen), LONGEST)
+    ids, mask = np.zeros((len(chosen), longest), np.int64), np.zeros((len(chosen), longest), bool)
+    for place, row in enumerate(chosen):
+        each = rows.ids(row)[:longest]
+        ids[place, : len(each)], mask[place, : len(each)] = each, rows.mask(row)[:longest]
+    mask[:, 0] = False  # no token precedes it
+    device = base.get_input_embeddings().weight.device
+    logits = base(input_ids=torch.as_tensor(ids, device=device), use_cache=False).logits  # causal: padding comes last
+    predicted = logits[:, :-1][torch.as_tensor(mask[:, 1:], device=device)].float()
+    losses: Tensor = F.cross_entropy(predicted, torch.as_tensor(ids[mask], device=device), reduction="none").cpu()
+    return losses
+
+
+def _finding(rounded: float, stored: float, tokens: int, folder: Path) -> Finding:
+    return Finding(
+        "S006",
+        Severity.WARNING,
+        f"quantizing costs this base {rounded - stored:.2f} nats: the loss on {tokens} tokens of your rows is "
+        f"{rounded:.3f} in NF4 and {stored:.3f} in its own precision",
+        where=str(folder),
+        why="a model that was merged onto a quantized base loses in NF4 what it was taught",
+        fix="set quantization: none, or merge that run again with --onto original",
+    )
