@@ -24,8 +24,9 @@ from lorafit.methods.lora import attach, count_parameters
 from lorafit.methods.lora.lora import Lora
 from lorafit.objectives import Sft
 from lorafit.runs import RunDir
-from lorafit.training import EventLog
+from lorafit.training import EventLog, StepDataset
 from lorafit.training import loop as loop_module
+from lorafit.training.batches import Layout
 from lorafit.training.guards.memory_retry import AllocatorWatch
 
 
@@ -210,6 +211,19 @@ def test_a_whole_step_is_tried_where_it_is_to_run(made):
     work = _workload(made, config, ROWS, device, grows=True)
     assert work.max_length == work.batch_of(work.max_length).tokens == LARGEST
     assert _workload(made, config, ROWS, device).max_length == 64
+
+
+@pytest.mark.parametrize(("world", "limit"), [(1, LARGEST), (2, 79), (3, 64)])
+def test_with_several_processes_the_limit_is_the_largest_share_of_a_step(made, world, limit):
+    """157 tokens are dealt to two as 79 and 78; a share below max_length leaves max_length."""
+    config = settings(rank=2, **GIVEN)
+    work = _workload(made, config, ROWS, torch.device("cpu"), grows=True, world=world)
+    layout = Layout(LARGEST)
+    ranks = [StepDataset(ROWS, config, layout, rank=rank, world=world) for rank in range(world)]
+    largest = max(batch.tokens for steps in ranks for batch in steps.step_of(range(8)).micro_batches)
+    assert work.max_length == limit
+    assert work.step_tokens == pytest.approx(LARGEST / world)
+    assert work.batch_of(LARGEST).tokens == largest
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from lorafit.training import (
     OneByOne,
     TunedMemory,
     autocast_dtype,
+    dealt,
     largest_micro_batch,
     largest_within,
     total_steps,
@@ -151,7 +152,7 @@ def tune_memory(
     request = _PolicyRequest.of(config, is_explicit)
     before = _restore_policy(layers, request, run)
     solves = request.asked == AUTO and before is None
-    workload = _workload(built, config, rows, device, grows=solves)
+    workload = _workload(built, config, rows, device, grows=solves, world=processes.world)
     with built.rows.attending(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
         budget = processes.least(budget_bytes(config))
         found = processes.together(lambda: find_policy(built.model, layers, workload, budget, solves=solves))
@@ -309,27 +310,28 @@ def budget_bytes(config: RunConfig) -> int:
 
 
 def _workload(
-    built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False
+    built: BuiltModel, config: RunConfig, rows: Rows, device: torch.device, *, grows: bool = False, world: int = 1
 ) -> Workload:
     """Return the run's micro-batches for the dry run.
 
-    A micro-batch has at most `max_length` tokens, or up to a whole step if it `grows`.
+    A micro-batch has at most `max_length` tokens, or up to the largest share of a step among `world` processes if it
+    `grows`. It depends on no rank, so that all processes have the same limit.
     """
     steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
-    step_tokens = int(rows.lengths[step].sum())
+    share_tokens = max(int(rows.lengths[share].sum()) for share in dealt(rows.lengths, step, world))
     trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
     state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
 
     def batch_of(micro_tokens: int) -> MicroBatch:
-        return largest_micro_batch(rows, config, built.rows.micro_tokens(micro_tokens), step, built.objective).to(
-            device
-        )
+        limit = built.rows.micro_tokens(micro_tokens)
+        return largest_micro_batch(rows, config, limit, step, built.objective, world=world).to(device)
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
-        batch = largest_within(rows, config, built.rows.micro_tokens(micro_tokens), limit, step, built.objective)
+        cut = built.rows.micro_tokens(micro_tokens)
+        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:
@@ -339,9 +341,9 @@ def _workload(
     return Workload(
         batch_of=batch_of,
         loss_of=loss_of,
-        max_length=most_tokens(step_tokens, config.max_length) if grows else config.max_length,
+        max_length=most_tokens(share_tokens, config.max_length) if grows else config.max_length,
         longest=int(rows.lengths.max()),
-        step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)),
+        step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)) / world,
         within=within,
         coming_bytes=round(sum(weight.numel() * (state + _held_bytes(weight, config)) for weight in trained)),
     )

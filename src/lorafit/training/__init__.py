@@ -1,6 +1,6 @@
 """training: an explicit loop over packed steps, with its checkpoints, guards and logs."""
 
-from lorafit.training.batches import StepDataset, largest_micro_batch, largest_within
+from lorafit.training.batches import StepDataset, dealt, largest_micro_batch, largest_within
 from lorafit.training.guards.memory_retry import TunedMemory
 from lorafit.training.logging.progress import StepProgress, TrainingProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
@@ -26,6 +26,7 @@ __all__ = [
     "TrainingProgress",
     "TunedMemory",
     "autocast_dtype",
+    "dealt",
     "deterministic",
     "get_available_reporting_integrations",
     "largest_micro_batch",

@@ -191,14 +191,16 @@ def largest_micro_batch(
     micro_tokens: int,
     step: Sequence[int] | NDArray[np.integer] = (),
     objective: Objective | None = None,
+    *,
+    world: int = 1,
 ) -> MicroBatch:
     """Return the micro-batch of `objective` with the most tokens, at a limit of `micro_tokens`.
 
     The search covers the first epoch's steps, `step` (the rows of the largest step, if known) and the longest row
-    alone.
+    alone, in the shares of `world` processes.
     """
     most, largest = 0, np.array([rows.lengths.argmax()])
-    for tokens, members in _micro_batches(rows, config, micro_tokens, step):
+    for tokens, members in _micro_batches(rows, config, micro_tokens, step, world):
         if tokens > most:
             most, largest = tokens, members
         if most >= micro_tokens:
@@ -213,26 +215,29 @@ def largest_within(
     limit: int,
     step: Sequence[int] | NDArray[np.integer] = (),
     objective: Objective | None = None,
+    *,
+    world: int = 1,
 ) -> MicroBatch | None:
     """Return the largest micro-batch with at most `limit` tokens; None if all have more.
 
     Micro-batches are cut at `micro_tokens`, as in `largest_micro_batch`.
     """
     most, largest = 0, None
-    for tokens, members in _micro_batches(rows, config, micro_tokens, step):
+    for tokens, members in _micro_batches(rows, config, micro_tokens, step, world):
         if most < tokens <= limit:
             most, largest = tokens, members
     return None if largest is None else (objective or Sft()).collate(rows, largest)
 
 
 def _micro_batches(
-    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer]
+    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer], world: int
 ) -> Iterator[tuple[int, NDArray[np.integer]]]:
     """Yield tokens and row numbers of the candidate micro-batches.
 
-    The candidates are the longest row alone, and the micro-batches of `step` and of the first steps.
+    The candidates are the longest row alone, and the micro-batches of `step` and of the first steps in all shares.
     """
     layout, longest = Layout(micro_tokens), np.array([rows.lengths.argmax()])
     for chosen in (longest, np.asarray(step, dtype=np.int64), *StepDataset(rows, config).rows_of(0)[:STEPS_SEEN]):
-        for members in layout.of(rows.lengths, chosen):
-            yield int(rows.lengths[members].sum()), members
+        for share in dealt(rows.lengths, chosen, world):
+            for members in layout.of(rows.lengths, share):
+                yield int(rows.lengths[members].sum()), members

@@ -40,6 +40,16 @@ def test_it_is_the_largest_of_the_first_epoch_or_the_longest_row(micro_tokens):
     assert largest_micro_batch(rows, config, micro_tokens).tokens == max(largest, max(LENGTHS))
 
 
+@pytest.mark.parametrize("micro_tokens", [10, 40, 64, 4096])
+def test_with_several_processes_it_is_the_largest_of_any_of_them(micro_tokens):
+    config, rows = settings(examples_per_step=6, epochs=1), encoded_rows(*LENGTHS)
+    ranks = [StepDataset(rows, config, Layout(micro_tokens), rank=rank, world=2) for rank in range(2)]
+    sizes = [max(LENGTHS), *(batch.tokens for steps in ranks for step in steps for batch in step.micro_batches)]
+    assert largest_micro_batch(rows, config, micro_tokens, world=2).tokens == max(sizes)
+    found = largest_within(rows, config, micro_tokens, max(sizes) - 1, world=2)
+    assert (found.tokens if found else None) == max((size for size in sizes if size < max(sizes)), default=None)
+
+
 def test_a_step_too_large_is_cut_as_training_cuts_it():
     config, rows = settings(examples_per_step=4), encoded_rows(*LENGTHS)
     batch = largest_micro_batch(rows, config, 50, np.arange(len(rows)))

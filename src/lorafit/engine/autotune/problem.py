@@ -67,7 +67,7 @@ class Workload:
         loss_of: The loss of a micro-batch, times a share.
         max_length: Tokens of the largest micro-batch worth trying.
         longest: Tokens of the longest row.
-        step_tokens: Tokens of the mean step.
+        step_tokens: Tokens of the mean step, in this process.
         coming_bytes: Adapter gradients and optimizer state, which are not allocated yet.
         within: The largest micro-batch of at most its second argument's tokens, if a step is cut into micro-batches of
             at most its first; None without one.
