@@ -197,7 +197,7 @@ def test_code_from_the_checkpoint_is_refused(broken):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "t5"}, "not a causal language model"),
+        ({"model_type": "t5"}, "no causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "already quantized"),
         ({"hidden_size": "many"}, "config.json is not valid"),

@@ -7,11 +7,16 @@ import subprocess
 import sys
 
 import pytest
+from transformers import CONFIG_MAPPING
 
+import lorafit
+from families_zoo import WRAPPERS, small_config
 from lorafit.backbone import skeleton_sizes
+from lorafit.backbone.architecture import read_architecture
 from lorafit.errors import AdapterError, BackboneError
 from lorafit.shapes import ModelShape, resolve_targets, skeleton
 from planning_shapes import LLAMA_8B
+from tiny_models import save_tokenizer
 
 NEMOTRON = {**LLAMA_8B, "model_type": "nemotron", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
@@ -32,9 +37,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """Have the child's work done in this process, and count how often: a child takes seconds."""
-    asked = []
+    asked, really_run = [], subprocess.run
 
-    def run(command, **unused):
+    def run(command, **options):
+        if skeleton.CHILD not in command:
+            return really_run(command, **options)
         asked.append(command)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             skeleton_sizes.main(command[-1])
@@ -113,3 +120,27 @@ def test_planning_imports_no_torch_for_it(tmp_path):
         f"ModelShape.from_base({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def refusal(call, *arguments):
+    with pytest.raises(BackboneError) as refused:
+        call(*arguments)
+    return refused.value.what, refused.value.fix
+
+
+@pytest.mark.parametrize("wrapper", [*(name for name in WRAPPERS if name in CONFIG_MAPPING), "RefinedWeb", "smollm"])
+def test_planning_refuses_with_the_sentence_of_training(wrapper, tmp_path, here):
+    """Most of them wrap a decoder of the table; the last two are older names that transformers does not know."""
+    config = small_config(wrapper).to_dict() if wrapper in CONFIG_MAPPING else {**LLAMA_8B, "model_type": wrapper}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refusal(ModelShape.from_base, str(tmp_path)) == refusal(read_architecture, tmp_path)
+
+
+def test_plan_and_check_refuse_a_wrapper_that_training_cannot_load(tmp_path, here):
+    small_config("mistral3").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 4)
+    what, _ = refusal(lambda: lorafit.plan(tmp_path / "rows.jsonl", base=tmp_path / "base"))
+    assert what == "transformers loads no causal language model from a base of type 'mistral3'"
+    checked = lorafit.check(tmp_path / "rows.jsonl", base=tmp_path / "base")
+    assert not checked.ok and what in [finding.message for finding in checked.findings]

@@ -42,7 +42,8 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     except (ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         raise BackboneError(f"config.json is not valid ({one_line(error)})", where=str(folder)) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BackboneError(f"a {kind} model is not a causal language model", where=str(folder))
+        what = f"transformers loads no causal language model from a base of type '{kind}'"
+        raise BackboneError(what, where=str(folder), fix="choose a causal language model")
     _check_quantization(raw.get("quantization_config"), folder)
     return config
 

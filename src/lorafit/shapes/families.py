@@ -304,12 +304,5 @@ FAMILIES: Mapping[str, Family] = {
 }  # fmt: skip
 """Model type of config.json -> its family."""
 
-ALIASES: Mapping[str, str] = {
-    "gemma3": "gemma3_text",
-    "llama4": "llama4_text",
-    "RefinedWeb": "falcon",
-    "RefinedWebModel": "falcon",
-    "smollm": "llama",
-    "mistral3": "mistral",
-}
-"""Other model type -> its name in FAMILIES. It wraps a text_config, or is an older name."""
+ALIASES: Mapping[str, str] = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
+"""Model type that wraps a text_config -> the name of its decoder in FAMILIES. Both are causal in transformers."""

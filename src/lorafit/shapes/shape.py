@@ -75,14 +75,16 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
         """Return the shape that a config.json describes.
 
-        A child process counts families outside the table with transformers. Raises BackboneError when config.json
-        describes no decoder.
+        A child process counts families outside the table with transformers, and refuses what training refuses. Raises
+        BackboneError when config.json describes no decoder that transformers loads as a causal language model.
         """
         require_causal(config, name)
         text = text_part(config)
         named = str(text.get("model_type", "unknown"))
         model_type = ALIASES.get(named, named)
-        if model_type in FAMILIES:
+        # transformers chooses the class by the outer type: LLaVA around a Llama is no causal language model to it
+        outer = str(config.get("model_type", "unknown"))
+        if model_type in FAMILIES and ALIASES.get(outer, outer) == model_type:
             shape = _from_table(FAMILIES[model_type], model_type, config, name)
         else:
             shape = _from_skeleton(model_type, config, name)
