@@ -14,7 +14,7 @@ import pytest
 import made_data as made
 from lorafit.data import cache
 from lorafit.data.gather import Gatherer
-from lorafit.data.sealed_folder import MANIFEST, is_whole
+from lorafit.data.sealed_folder import MANIFEST, is_whole, publish
 from lorafit.errors import DataError
 
 ROWS = [made.row(number) for number in range(25)]
@@ -150,6 +150,26 @@ def test_a_damaged_entry_is_replaced_by_many_at_once(path: Path) -> None:
             results = list(pool.map(lambda _: made.prepared(path), range(4)))
         assert len({result.train.content_hash for result in results}) == 1
         assert is_whole(entry)
+
+
+def test_a_place_that_others_fill_meanwhile_is_published_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, fresh = tmp_path / "place", tmp_path / "around" / "new"
+    for folder in (place, fresh):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+    original, aside = Path.rename, []
+
+    def filled_again(self: Path, target: Path) -> Path:
+        moved = original(self, target)
+        if self == place and not aside:
+            aside.append(shutil.copytree(moved, place))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", filled_again)
+    publish(fresh, place)
+    assert aside and is_whole(place) and (place / "file").read_text() == "new"
 
 
 def test_entries_that_vanish_under_the_housekeeping_do_not_fail_the_work(

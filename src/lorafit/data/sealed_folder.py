@@ -25,6 +25,8 @@ BLOCK_BYTES = 1 << 18
 """Small enough to be hashed while it is in the processor's cache."""
 
 READERS = 4
+PUBLISHES = 8
+"""How often a damaged folder is put aside: others may put theirs there meanwhile."""
 
 
 def seal(folder: Path) -> None:
@@ -82,32 +84,33 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(around, ignore_errors=True)
 
 
-def publish(fresh: Path, place: Path) -> None:
-    """Seal `fresh` and rename it to `place`. A whole folder that stands there already is kept instead.
+def publish(fresh: Path, place: Path, is_usable: Callable[[Path], bool] = is_whole) -> None:
+    """Seal `fresh` and rename it to `place`. A usable folder that stands there already is kept instead.
 
     Raises OSError. Several may publish at once: each leaves a whole folder there, never a mixture.
     """
     seal(fresh)
-    try:
-        fresh.rename(place)
-    except OSError:
-        if is_whole(place):
+    for attempt in range(PUBLISHES):
+        with suppress(OSError):
+            fresh.rename(place)
+            return
+        if is_usable(place):
             return  # somebody else has built the same meanwhile
         with suppress(FileNotFoundError):  # or has put it aside as well
-            place.rename(fresh.with_name("damaged"))
-        fresh.rename(place)
+            place.rename(fresh.with_name(f"damaged-{attempt}"))
+    fresh.rename(place)
 
 
-def kept(place: Path, build: Callable[[Path], None]) -> bool:
-    """Make sure that a whole folder stands at `place`. True when it had been there; otherwise `build` fills a new one.
+def kept(place: Path, build: Callable[[Path], None], is_usable: Callable[[Path], bool] = is_whole) -> bool:
+    """Make sure that a usable folder stands at `place`. True when it had been there; otherwise `build` fills a new one.
 
     Raises OSError, and what `build` raises.
     """
-    if is_whole(place):
+    if is_usable(place):
         return True
     with staged(place.parent, place.name) as fresh:
         build(fresh)
-        publish(fresh, place)
+        publish(fresh, place, is_usable)
     return False
 
 

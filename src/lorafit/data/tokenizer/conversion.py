@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lorafit.config import one_line
 from lorafit.data.bounded_child import child_environment
-from lorafit.data.sealed_folder import kept
+from lorafit.data.sealed_folder import is_whole, kept
 from lorafit.data.tokenizer.files import TokenizerFiles
 from lorafit.errors import BackboneError
 
@@ -53,6 +53,8 @@ facts = {"named": named, "cleans_up": cleans, "splits_special": splits}
 def converted(files: TokenizerFiles) -> Path:
     """A folder with `tokenizer.json` and `facts.json` (named special tokens, decoding flags) for `files`.
 
+    A remembered folder that lacks one of them, or cannot be read, counts as absent and is made again.
+
     Raises BackboneError when transformers cannot load the tokenizer.
     """
     version = importlib.metadata.version("transformers")
@@ -63,7 +65,7 @@ def converted(files: TokenizerFiles) -> Path:
         _convert(files.folder, fresh)
 
     try:
-        kept(home, convert)
+        kept(home, convert, _is_usable)
     except OSError as error:
         raise BackboneError(
             f"the converted tokenizer cannot be kept ({one_line(error)})",
@@ -77,12 +79,27 @@ def _convert(folder: Path, out: Path) -> None:
     reason = _failure(_run(folder, out, "without-torch"))
     if reason and "torch" in reason.lower():
         reason = _failure(_run(folder, out, "with-torch"))
+    if not reason and not _has_answer(out):
+        reason = "its process wrote nothing that can be read"
     if reason:
         raise BackboneError(
             f"transformers cannot load the tokenizer ({reason})",
             where=str(folder),
             fix="install sentencepiece and protobuf" if _lacks_sentencepiece(folder) else "add a tokenizer.json to it",
         )
+
+
+def _is_usable(home: Path) -> bool:
+    return is_whole(home) and _has_answer(home)
+
+
+def _has_answer(home: Path) -> bool:
+    """True when `home` holds a backend, and facts that can be read."""
+    try:
+        facts_of(home)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return (home / BACKEND_FILE).is_file()
 
 
 def _failure(child: subprocess.CompletedProcess[str]) -> str | None:
