@@ -43,7 +43,7 @@ SETTING_FLAGS = "--method --lr --epochs --rank --max-length --batch --gpu-memory
 DATA_FLAGS = "--on-bad --on-long --long --map --encoding --holdout"
 FLAGS = {
     "check": f"--base --show --fix --method --select --ignore {DATA_FLAGS} --set --json --help",
-    "plan": f"--base --gpu {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
+    "plan": f"--base --gpu --gpus {SETTING_FLAGS} --select --ignore {DATA_FLAGS} --out --set --explain --json --help",
     "train": f"--base --out --gpus {SETTING_FLAGS} {DATA_FLAGS} --set --restart --deterministic --json --help",
     "chat": "--prompt --system --compare --max-new-tokens --temperature --checkpoint --json --help",
     "eval": "--against --limit --max-new-tokens --map --least --out --checkpoint --json --help",

@@ -38,7 +38,7 @@ Goal = Annotated[
         "--goal", help="Goal of the plan: balanced, budget, accuracy, latency or tenants.", show_default=False
     ),
 ]
-Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or H100.", show_default=False)]
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or 2x4090.", show_default=False)]
 Gpus = Annotated[
     str | None, typer.Option("--gpus", metavar="NUMBER", help="GPUs to train on: a number, or all.", show_default=False)
 ]

@@ -21,6 +21,8 @@ EXAMPLES = """Examples:
 
 lorafit plan rows.jsonl --base Qwen/Qwen3-8B --gpu 4090
 
+lorafit plan rows.jsonl --base Qwen/Qwen3-8B --gpu "2 x 4090"
+
 lorafit plan rows.jsonl --base Qwen/Qwen3-8B --gpu-memory 8GB --explain"""
 SHORT_FINDINGS = 4
 
@@ -29,6 +31,7 @@ def plan(
     data: flags.Data = None,
     base: flags.Base = None,
     gpu: flags.Gpu = None,
+    gpus: flags.Gpus = None,
     gpu_memory: flags.GpuMemory = None,
     goal: flags.Goal = None,
     method: flags.Method = None,
@@ -53,9 +56,9 @@ def plan(
     from lorafit.api.plan import plan as run_plan
 
     given = {
-        "base": base, "gpu_memory": gpu_memory, "goal": goal, "method": method, "lr": lr, "epochs": epochs,
-        "rank": rank, "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad, "on_long": on_long,
-        "encoding": encoding, "field_map": map, "holdout": holdout, "out": out,
+        "base": base, "gpus": gpus, "gpu_memory": gpu_memory, "goal": goal, "method": method, "lr": lr,
+        "epochs": epochs, "rank": rank, "max_length": max_length, "examples_per_step": batch, "on_bad": on_bad,
+        "on_long": on_long, "encoding": encoding, "field_map": map, "holdout": holdout, "out": out,
     }  # fmt: skip
     settings = flags.settings_from(set, **given, gpu=gpu, select=select, ignore=ignore)
     with ReadingBar() as bar:
@@ -64,11 +67,7 @@ def plan(
     if json:
         show_json(planned.to_dict())
         raise typer.Exit(1 if failed else 0)
-    if explain:
-        _show_all(planned, [*(data or ()), *flags.words_of("field_map", map)])
-    else:
-        _show_short(planned)
-    _show_rest(planned, data or [], {**given, "gpu": gpu}, set, explained=explain, failed=failed)
+    _show(planned, data or [], {**given, "gpu": gpu}, set, explained=explain, failed=failed)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -95,7 +94,7 @@ def _show_all(planned: PlannedRun, data: list[str]) -> None:
         PEOPLE.print(Text(planned.recipe))
 
 
-def _show_rest(
+def _show(
     planned: PlannedRun,
     data: list[str],
     given: dict[str, Any],
@@ -104,15 +103,22 @@ def _show_rest(
     explained: bool,
     failed: bool,
 ) -> None:
-    """Show the findings in short, and the next commands."""
+    """Show the plan, in short or with every number, and the next commands."""
+    if explained:
+        _show_all(planned, [*data, *flags.words_of("field_map", given["field_map"])])
+    else:
+        _show_short(planned)
     details = flags.command("plan", data, {**given, "explain": True}, set)
     if not explained:
         # the verdict already reports the memory
         plan_findings = [one for one in planned.plan.findings if (one.code, one.where) != ("P0", "memory")]
         show_short_findings([*plan_findings, *planned.prepared.findings], SHORT_FINDINGS)
     if not failed:
-        where = f"on a machine with the {planned.plan.hardware.name}" if given["gpu"] else ""
-        show_next((flags.command("train", data, {**given, "gpu": None}, set), where))
+        many = f"{planned.plan.gpus} × " if planned.plan.gpus > 1 else "the "
+        where = f"on a machine with {many}{planned.plan.hardware.name}" if given["gpu"] else ""
+        several = str(planned.plan.gpus) if planned.plan.gpus > 1 else None
+        again = {**given, "gpu": None, "gpus": given["gpus"] or several}
+        show_next((flags.command("train", data, again, set), where))
     elif planned.prepared.summary.rejected:
         show_next((flags.command("check", data, {"base": given["base"], "field_map": given["field_map"]}, None), ""))
     if not explained:

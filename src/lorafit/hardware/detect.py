@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from lorafit.config import RunConfig, parse_bytes
+from lorafit.errors import UsageError
 from lorafit.hardware.device import CORE_PEAK_GFLOPS, Hardware, find_gpu, from_gpu, generic_gpu, hardware_named
 
 QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
@@ -55,8 +56,22 @@ def hardware_for(config: RunConfig) -> Hardware:
     """Return the device to plan for, within `config.gpu_memory`.
 
     It is the GPU named by `config.gpu`, else the detected one. On a machine without a GPU, `gpu_memory` stands for a
-    GPU of that size. Raises UsageError for an unknown GPU.
+    GPU of that size. Raises UsageError for an unknown GPU, and for a number of GPUs that cannot be.
     """
+    device = _device_for(config)
+    if config.gpus in (None, 1, "all") and not (config.gpus == 1 and config.gpu and device.count > 1):
+        return device
+    if device.kind == "cpu":
+        fix = f"name the GPU: gpu: {config.gpus} x RTX 4090"
+        raise UsageError("there is no GPU here to plan several of", where="gpus", fix=fix)
+    if config.gpu and device.count not in (1, config.gpus):
+        what = f"gpu names {device.count} GPUs, and gpus is {config.gpus}"
+        raise UsageError(what, where="gpus", fix="leave gpus out")
+    return device
+
+
+def _device_for(config: RunConfig) -> Hardware:
+    """Return the device to plan for, whatever the number of GPUs."""
     if config.gpu == "cpu":
         device = detect_processor()
     else:

@@ -150,6 +150,8 @@ CORE_GFLOPS = 40.0
 """One value within CORE_GFLOPS_RANGE, for comparing settings: ranges have no order."""
 LEAST_HOST_BYTES = 8 * GIB
 """ASSUMED least memory that another machine can pin for activations. It can pin as much as its GPU has, or this."""
+SEVERAL = re.compile(r"\s*(\d{1,4})\s*[x×*]\s*(\S.*)", re.IGNORECASE)
+"""Several GPUs of one name, as `2 x RTX 4090`."""
 DRIVER_SHARE = 0.02
 """Share of a GPU's memory that its driver keeps. It is nvidia-smi's figure less the memory that torch can allocate."""
 
@@ -170,7 +172,7 @@ class Hardware:
         link_gbs: Bandwidth to the host in GB/s, each way.
         usd_per_hour: Price range (low, high), assumed.
         cores: CPU cores that a run may use.
-        count: Visible devices of this machine.
+        count: Devices of this machine that are visible, or that its name counts.
         host_bytes: Host memory that may be pinned for activations.
         notes: Assumptions and remarks for the user.
     """
@@ -217,13 +219,17 @@ class Hardware:
 def hardware_named(name: str) -> Hardware:
     """Return the GPU named `name`, such as `RTX 4090`, `h100` or `NVIDIA A100-SXM4-80GB`.
 
-    Raises UsageError for an unknown name.
+    `2 x RTX 4090` (or `2x4090`) is two of them. Raises UsageError for an unknown name.
     """
+    several = SEVERAL.match(name)
+    count, name = (int(several[1]), several[2]) if several else (1, name)
     gpu = find_gpu(name)
     if gpu is None:
         fix = f"did you mean '{_nearest(name)}'? For another GPU, pass --gpu-memory with its memory"
         raise UsageError(f"unknown GPU '{name:.60}'", where="gpu", fix=fix)
-    return from_gpu(gpu)
+    if not count:
+        raise UsageError("a plan needs one GPU or more", where="gpu", fix=f"write gpu: 2 x {gpu.name}")
+    return replace(from_gpu(gpu), count=count)
 
 
 def find_gpu(name: str) -> Gpu | None:

@@ -52,7 +52,7 @@ class ExecutionPlan:
         peak: Activations on the device at the peak.
         host_bytes: Bytes pinned in host memory.
         step_s: Predicted seconds of the mean step.
-        step_tokens: Tokens of the mean step.
+        step_tokens: Tokens of the mean step, of one GPU.
         kept: The peak with nothing recomputed, at the same micro-batch.
         recomputed: The peak with everything recomputed, at the same micro-batch.
         graph_bytes: Memory of CUDA graphs.
@@ -72,7 +72,7 @@ class ExecutionPlan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Predicted speed of training."""
+        """Predicted speed of one GPU."""
         return self.step_tokens / self.step_s
 
 
@@ -245,7 +245,7 @@ def _plan(
     fits_one = inputs.largest_step_tokens <= batch.tokens
     count = 1 if fits_one else math.ceil(step_tokens / batch.tokens)
     if inputs.shape.alone:
-        count = min(inputs.config.examples_per_step, max(inputs.stats.rows, 1))
+        count = math.ceil(min(inputs.config.examples_per_step, max(inputs.stats.rows, 1)) / inputs.gpus)
     return ExecutionPlan(
         policy=policy,
         tokens=batch.tokens,

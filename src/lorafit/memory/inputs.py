@@ -176,16 +176,28 @@ class PlanInputs:
         return policy_of(self.config, self.shape.layers)
 
     @property
+    def gpus(self) -> int:
+        """GPUs that share a step. Every weight trains on one, and a CPU is one."""
+        if self.is_full or not self.on_cuda:
+            return 1
+        asked = self.config.gpus or (self.hardware.count if self.config.gpu else 1)
+        return self.hardware.count if asked == "all" else asked
+
+    @property
     def largest_step_tokens(self) -> int:
-        """Tokens of the run's largest step. Without a count they are those of a step of the longest rows."""
+        """Tokens of a GPU's share of the run's largest step.
+
+        Without a count the step is one of the longest rows. No share is less than one row.
+        """
         step = self.stats.largest_step or self.config.examples_per_step * self.stats.longest
-        return max(1, min(step, self.stats.tokens or step))
+        step = max(1, min(step, self.stats.tokens or step))
+        return min(step, max(-(-step // self.gpus), self.stats.longest))
 
     @property
     def mean_step_tokens(self) -> float:
-        """Tokens of the mean step."""
+        """Tokens of a GPU's share of the mean step."""
         rows = min(self.config.examples_per_step, max(self.stats.rows, 1))
-        return max(1.0, rows * self.stats.mean_tokens)
+        return max(1.0, rows * self.stats.mean_tokens / self.gpus)
 
     @property
     def most_tokens(self) -> int:

@@ -20,6 +20,7 @@ from lorafit.memory.execution_plan import (
 )
 from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, activations, execution_of
 from lorafit.memory.inputs import WIDTH, DataStats, PlanInputs
+from lorafit.planning.several_gpus import all_reduce_s, several_in_words
 from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)
@@ -74,16 +75,19 @@ def steps_of(config: RunConfig, stats: DataStats) -> int:
 def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:
     """Return the time of training, evaluations and start-up under an execution plan."""
     steps = steps_of(inputs.config, inputs.stats)
-    held_out = round(inputs.stats.holdout_rows * inputs.stats.mean_tokens * _evaluations(inputs, steps))
+    held_out = round(inputs.stats.holdout_rows * inputs.stats.mean_tokens * _evaluations(inputs, steps) / inputs.gpus)
     if inputs.on_cuda and execution_of(inputs).fused:
         low, high = _predicted(plan, steps, held_out)
         assumes = f"{plan.tokens_per_s:,.0f} tokens/s predicted from the GPU's data sheet"
     else:
         low, high = _eager(inputs, plan, steps, held_out)
         assumes = _speed_in_words(inputs.hardware)
+    summing = steps * all_reduce_s(inputs)
+    low, high = low + summing * PREDICTED_SPREAD[0], high + summing * PREDICTED_SPREAD[1]
     load = 2 * inputs.shape.parameters / 1e9
     time_s = (low + START_S[0] + load / LOAD_GBS[1], high + START_S[1] + load / LOAD_GBS[0])
-    return Duration(time_s, steps, _trained_tokens(inputs, steps), (assumes, _price_in_words(inputs.hardware)))
+    assumed = (assumes, _price_in_words(inputs.hardware), several_in_words(inputs, plan))
+    return Duration(time_s, steps, _trained_tokens(inputs, steps), tuple(filter(None, assumed)))
 
 
 def _trained_tokens(inputs: PlanInputs, steps: int) -> int:
@@ -217,7 +221,7 @@ def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
         gpus = gpus_needed(inputs.shape, inputs.hardware)
         return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
     plan = plan_execution(inputs)
-    return Forecast(inputs.hardware, 1, memory_of(plan, inputs), estimate_duration(inputs, plan))
+    return Forecast(inputs.hardware, inputs.gpus, memory_of(plan, inputs), estimate_duration(inputs, plan))
 
 
 FULL_OPTIMIZERS = ("adamw", "adamw_8bit")

@@ -163,7 +163,8 @@ class Plan:
         rows = f"rows train one a forward, which is slower than packing: {shape.alone}" if shape.alone else ""
         asked = self.inputs.config.targets
         targets = None if self.decided.is_full else targets_note(asked, shape.projections, shape.family)
-        return (*shape.notes, *filter(None, [rows, targets]), *self.hardware.notes)
+        several = self.time_assumes[-1] if self.inputs.gpus > 1 else ""
+        return (*shape.notes, *filter(None, [rows, targets, several]), *self.hardware.notes)
 
     @property
     def trainable_parameters(self) -> int:

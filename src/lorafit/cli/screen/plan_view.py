@@ -28,7 +28,7 @@ def show_verdict(plan: Plan, findings: list[Finding]) -> None:
 
     Below it stand the findings that stop the run, or the settings that would fit.
     """
-    what = f"{_size(plan.shape.parameters)} {plan.method} on {plan.hardware.name}"
+    what = f"{_size(plan.shape.parameters)} {plan.method} on {_where(plan)}"
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     memory = next((finding for finding in errors if finding.code == "P0" and finding.where == "memory"), None)
     has = gib(plan.hardware.memory_bytes)
@@ -40,7 +40,8 @@ def show_verdict(plan: Plan, findings: list[Finding]) -> None:
     else:
         took = _short_span(plan.time_s, plan.cost_usd)
         needs = gib(plan.memory.peak_bytes).removesuffix(f" {has.rpartition(' ')[2]}")
-        _verdict("fits", "bold green", f"{what}: {needs} of {has}, {took}")
+        each = " each" if plan.gpus > 1 else ""
+        _verdict("fits", "bold green", f"{what}: {needs} of {has}{each}, {took}")
     if others := [finding for finding in errors if finding is not memory]:
         stops = f"fix {counted(len(others), 'finding')} below before training"
         heading("stopped", f"[bold red]{stops}[/bold red]")
@@ -82,7 +83,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
 
     With `options` every row of the decision matrix is shown too.
     """
-    heading("plan", f"[bold]{plan.method}[/bold] of {plan.shape.name or 'the base'} on {plan.hardware.name}")
+    heading("plan", f"[bold]{plan.method}[/bold] of {plan.shape.name or 'the base'} on {_where(plan)}")
     decisions = _grid()
     for decision in plan.decisions:
         decisions.add_row(decision.key, f"[bold]{decision.value}[/bold]", f"[dim]{escape(decision.reason)}[/dim]")
@@ -108,6 +109,11 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
 
 def _verdict(word: str, style: str, rest: str) -> None:
     PEOPLE.print(f"[{style}]{word:<9}[/{style}] {escape(near(rest))}")
+
+
+def _where(plan: Plan) -> str:
+    several = plan.gpus > 1 and plan.runnable
+    return f"{plan.gpus} × {plan.hardware.name}" if several else plan.hardware.name
 
 
 def _targets(plan: Plan) -> str:

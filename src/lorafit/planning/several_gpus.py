@@ -1,0 +1,36 @@
+"""several_gpus: what a step on several GPUs takes beside a GPU's own share."""
+
+from __future__ import annotations
+
+from lorafit.hardware.links import link_between
+from lorafit.memory.execution_plan import ExecutionPlan
+from lorafit.memory.inputs import ADAPTER_BYTES, PlanInputs
+
+
+def all_reduce_s(inputs: PlanInputs) -> float:
+    """Return the seconds of summing the adapter's gradients over all GPUs; 0 on one.
+
+    In a ring of N each GPU sends 2 (N - 1) / N of the bytes (Patarasuk and Yuan 2009).
+    """
+    if inputs.gpus == 1:
+        return 0.0
+    _, rate = link_between(inputs.hardware)
+    return 2 * (inputs.gpus - 1) / inputs.gpus * _gradient_bytes(inputs) / (rate * 1e9)
+
+
+def several_in_words(inputs: PlanInputs, plan: ExecutionPlan) -> str:
+    """Return what is assumed of several GPUs, in one line; empty for one."""
+    if inputs.gpus == 1:
+        return ""
+    name, rate = link_between(inputs.hardware)
+    step_s = all_reduce_s(inputs)
+    speed = inputs.gpus * plan.step_tokens / (plan.step_s + step_s)
+    return (
+        f"{inputs.gpus} GPUs, each with a copy of the base and its share of a step: {speed:,.0f} tokens/s together; "
+        f"{_gradient_bytes(inputs) / 1e6:,.1f} MB of gradients summed over {name} at {rate:.0f} GB/s (assumed), "
+        f"{1000 * step_s:.2g} ms a step"
+    )
+
+
+def _gradient_bytes(inputs: PlanInputs) -> int:
+    return inputs.adapter_parameters * ADAPTER_BYTES
