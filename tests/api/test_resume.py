@@ -189,7 +189,7 @@ def test_what_may_change_does_not_stop_a_run_from_going_on(made, stopped):
     assert watch.events == [("resumed", 5), ("environment_changed", 5)]
     assert "micro_tokens was 2048 and is 1024" in (stopped / "events.jsonl").read_text()
     kept = sorted(path.name for path in (stopped / "checkpoints").iterdir())
-    assert kept == ["step-000004", "step-000005", "step-000006"]
+    assert kept == ["step-000003", "step-000004", "step-000005", "step-000006"], "the best evaluation's stays too"
 
 
 def test_a_finished_run_is_not_trained_again(made, whole):

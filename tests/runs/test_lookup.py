@@ -41,7 +41,7 @@ def test_a_new_run_goes_to_a_folder_named_after_data_and_base():
 @pytest.mark.parametrize("finished", [False, True])
 def test_the_same_settings_find_their_run_again(here, finished):
     begun(here / "runs/rows-base-2", settled(), finished=finished)
-    begun(here / "runs/rows-base", settled(lr=0.5))
+    begun(here / "runs/rows-base", settled(seed=7))
     place = find_target(settled())
     assert (place.run.path.name, place.resumes) == ("rows-base-2", True)
 

@@ -49,8 +49,8 @@ def undisturbed(base, tmp_path_factory):
 def test_the_step_is_finished_a_checkpoint_written_and_the_run_can_go_on(undisturbed, base, tmp_path, number):
     stopped = run(base, tmp_path, Send(number, 3), save_steps=5)
     assert (stopped.signals.stop, stopped.state.global_step) == (number, 4)
-    (folder,) = checkpoint_folders(tmp_path)
-    assert Checkpoint.open(folder).step == 4
+    best, folder = checkpoint_folders(tmp_path)
+    assert (Checkpoint.open(best).step, Checkpoint.open(folder).step) == (3, 4), "the best evaluation's, and the last"
     assert_same(undisturbed, run(base, tmp_path, resume=folder, save_steps=5))
 
 
@@ -95,7 +95,7 @@ def test_a_signal_in_an_owed_evaluation_leaves_it_owed_again(undisturbed, base, 
 
 def test_sigusr1_writes_a_checkpoint_and_goes_on(undisturbed, base, tmp_path):
     one = run(base, tmp_path, Send(signal.SIGUSR1, 1), save_steps=5, keep_last=99)
-    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000002", "step-000005", "step-000010"]
+    assert [path.name for path in checkpoint_folders(tmp_path)] == [f"step-{step:06}" for step in (2, 3, 5, 10)]
     assert_same(undisturbed, one)
 
 
