@@ -168,7 +168,7 @@ class Together:
 def _follow(processes: Processes, callbacks: list[TrainerCallback]) -> TrainedRun:
     """Train with process 0, and write nothing."""
     with following(processes) as manifest:
-        built = processes.together(lambda: build_model(manifest.planned))
+        built = processes.together(lambda: build_model(manifest.planned, is_new=False))
         try:
             return _train_model(manifest, built, None, Together(processes, Observer(), callbacks))
         except TrainingStopped:

@@ -29,9 +29,9 @@ def quantization_loss(base: nn.Module, config: RunConfig, rows: Rows) -> Iterato
     """Yield finding S006 if `base` in NF4 has a higher loss on `rows` than with its weights as stored.
 
     The cost is two forward passes over at most 16 short rows, and one more read of the base, weight by weight. A base
-    without 16-bit weights, and memory too small for the pass, yield nothing.
+    without 16-bit weights, one on several devices, and memory too small for the pass yield nothing.
     """
-    if config.quantization != "nf4":
+    if config.quantization != "nf4" or len({weight.device for weight in base.parameters()}) > 1:
         return
     folder = base_folder(config.base, config.revision, weights=True)
     try:
