@@ -24,7 +24,15 @@ def test_every_name_leads_to_a_setting():
 def test_a_usual_name_is_the_setting_itself(theirs):
     values = {"rank": 3, "epochs": 2, "lr": 1e-3, "targets": "all-linear", "memory_policy": "keep", "alpha": 5}
     values |= {"gpu_memory": "9GiB", "on_long": "drop", "field_map": {"response": "a"}, "schedule": "linear"}
-    values |= {"optimizer": "adamw", "holdout": 0.2, "warmup": 0.2, "dropout": 0.1, "base": "b", "out": "o"}
+    values |= {
+        "optimizer": "adamw",
+        "rslora": True,
+        "holdout": 0.2,
+        "warmup": 0.2,
+        "dropout": 0.1,
+        "base": "b",
+        "out": "o",
+    }
     ours = SETTING_ALIASES[theirs]
     value = values.get(ours, ["a.jsonl"] if ours == "data" else 64)
     assert resolve({theirs: value}).config == resolve({ours: value}).config

@@ -65,7 +65,7 @@ def train(
     ] = False,
     json: flags.Json = False,
 ) -> None:
-    """Train adapters on DATA, or with a recipe YAML. The same command resumes a stopped run."""
+    """Train on DATA, or with a recipe YAML. The same command resumes a stopped run."""
     if not data and not set and not json and sys.stdin.isatty() and sys.stdout.isatty():
         data, base, gpu_memory = ask_for_run(base, gpu_memory)
     settings = flags.settings_from(

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafit.config.foreign_text import parse_yaml, read_recipe
-from lorafit.config.run_config import PLANNED, TEXTS, RunConfig
+from lorafit.config.run_config import PLANNED, TEXTS, RunConfig, scale_divisor
 from lorafit.config.setting_aliases import CODE, CONFLICT, Translated, translate
 from lorafit.errors import UsageError
 
@@ -101,7 +101,7 @@ def resolve(recipe: Mapping[str, Any] | None = None, flags: Mapping[str, Any] | 
     if problems or misfits:
         raise _joined([*problems, *misfits])
     if "rank" in values and "alpha" not in values:
-        values["alpha"] = 2 * RunConfig(rank=values["rank"]).rank
+        values["alpha"] = usual_alpha(RunConfig(rank=values["rank"], rslora=values.get("rslora", False)))
         sources["alpha"] = sources["rank"]
     return Resolved(_validated(values, "settings"), sources, names)
 
@@ -215,3 +215,8 @@ def _validated(values: Mapping[str, Any], where: str) -> RunConfig:
         return RunConfig(**values)
     except ValidationError as error:
         raise _misfit(error.errors()[0], where) from error
+
+
+def usual_alpha(config: RunConfig) -> float:
+    """Return the alpha that scales the delta of `config` by 2."""
+    return 2.0 * scale_divisor(config.rank, rslora=config.rslora)

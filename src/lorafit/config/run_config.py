@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,11 @@ OTHER_MAKERS = re.compile(
 """GPUs that torch's CUDA does not run on."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear"]
+
+
+def scale_divisor(rank: int, *, rslora: bool) -> float:
+    """Return what alpha is divided by: the rank, or its root in rank-stabilized LoRA (Kalajdzievski, 2023)."""
+    return math.sqrt(rank) if rslora else float(rank)
 
 
 class RunConfig(BaseModel):
@@ -70,6 +76,7 @@ class RunConfig(BaseModel):
     )
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
+    rslora: bool = Field(False, description="rank-stabilized LoRA: the delta is scaled by alpha / √rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
     targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
     memory_policy: str = Field("auto", description="keep, recompute, offload, or counts; auto fits the memory")
@@ -180,13 +187,20 @@ class RunConfig(BaseModel):
             MemoryPolicy.parse(value, layers=1)
         return value
 
+    @property
+    def scale(self) -> float:
+        """Return what the product of the adapter's matrices is multiplied by."""
+        return self.alpha / scale_divisor(self.rank, rslora=self.rslora)
+
     @model_validator(mode="after")
     def _scale_can_be_loaded(self) -> RunConfig:
-        if self.alpha / self.rank > MAX_SCALE:
+        if self.scale > MAX_SCALE:
+            divisor = scale_divisor(self.rank, rslora=self.rslora)
             raise UsageError(
-                f"alpha / rank is {self.alpha / self.rank:g}, and adapters load with at most {MAX_SCALE:g}",
+                f"alpha / {'√rank' if self.rslora else 'rank'} is {self.scale:g}, and adapters load with at most "
+                f"{MAX_SCALE:g}",
                 where="alpha",
-                fix=f"set alpha to {MAX_SCALE * self.rank:g} or less (twice the rank is usual)",
+                fix=f"set alpha to {MAX_SCALE * divisor:g} or less ({2 * divisor:g} is usual)",
             )
         return self
 

@@ -35,6 +35,7 @@ ADVICE = {
     "compute": "Leave it on auto; try fp8 on Hopper or newer for speed.",
     "rank": "Raise it for more than 10,000 rows or a new skill; halve it when it overfits.",
     "alpha": "Leave it at twice the rank.",
+    "rslora": "Set it with a high rank, so that the delta is not scaled down by it.",
     "dropout": "Raise it to 0.1 for under 1,000 rows; set 0 for the most speed.",
     "targets": "Use all-linear for a new format, language or domain.",
     "memory_policy": "Leave it on auto; set recompute when memory runs out.",

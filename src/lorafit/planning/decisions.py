@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lorafit.config import Resolved, RunConfig
 from lorafit.config.foreign_text import size_in_words
 from lorafit.config.memory_policy import MemoryPolicy
+from lorafit.config.resolve import usual_alpha
 from lorafit.config.run_config import Goal
 from lorafit.memory.execution_plan import ExecutionPlan, estimate_memory, memory_of, plan_execution
 from lorafit.memory.inputs import PlanInputs
@@ -254,7 +255,7 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
     settle("method", *method_choice(inputs, rule.rank_reason))
     if rule.rank:
         settle("rank", rule.rank, f"{inputs.stats.rows:,} rows: {rule.rank_reason}")
-        settle("alpha", 2.0 * inputs.config.rank, "twice the rank: the delta is scaled by alpha / rank = 2")
+        settle("alpha", usual_alpha(inputs.config), _alpha_reason(inputs.config))
     settle("quantization", *_quantization(inputs.config, rule, inputs.shape))
     settle("compute", *_compute(inputs))
     settle("compile", *_compile(inputs))
@@ -382,3 +383,9 @@ def _on_the_host(policy: MemoryPolicy, size_bytes: int) -> str:
     if policy.host_embeddings:
         offloaded.append("the input embeddings")
     return f"{' and '.join(offloaded)} are in host memory ({size_in_words(size_bytes)})"
+
+
+def _alpha_reason(config: RunConfig) -> str:
+    if config.rslora:
+        return "twice the root of the rank: the delta is scaled by alpha / √rank = 2"
+    return "twice the rank: the delta is scaled by alpha / rank = 2"

@@ -98,6 +98,7 @@ def lora_config(config: RunConfig, names: Sequence[str]) -> LoraConfig:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_rslora=config.rslora,
         target_modules=list(names),
         bias="none",
         task_type="CAUSAL_LM",

@@ -32,7 +32,7 @@ class Lora:
 
     def describe(self, config: RunConfig) -> str:
         """Return the method with rank and alpha, in a few words."""
-        return f"LoRA (rank {config.rank}, alpha {config.alpha:g})"
+        return f"{'rsLoRA' if config.rslora else 'LoRA'} (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
         """Return `model` with fresh adapters on `targets` (default: `config.targets`) and a frozen base."""
@@ -88,7 +88,7 @@ class Lora:
 def _check_settings(folder: Path, config: RunConfig) -> None:
     """Raise AdapterError if rank or scale of the files differ from the run's settings."""
     files = AdapterFiles.open(folder)
-    trained = {"rank": config.rank, "scale": config.alpha / config.rank}
+    trained = {"rank": config.rank, "scale": config.scale}
     for name, found in (("rank", files.rank), ("scale", files.scale)):
         if not math.isclose(found, trained[name], rel_tol=1e-6):
             what = f"the adapter has {name} {found:g}, but the run was trained with {trained[name]:g}"

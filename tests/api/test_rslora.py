@@ -1,0 +1,49 @@
+"""Rank-stabilized LoRA: the scale is alpha / √rank in training, on disk, in PEFT and in the merge."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from little_run import write_rows
+from lorafit.api.merge import merge
+from lorafit.api.train import train
+from lorafit.config import resolve
+from lorafit.demo import BASE
+from lorafit.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rslora")
+    data = write_rows(folder / "tickets.jsonl", 40)
+    return train(data, str(BASE), out=folder / "run", rslora=True, rank=64, lr=5e-3, max_steps=6, examples_per_step=8)
+
+
+def test_the_run_has_the_scale_of_two_and_peft_reads_the_same(run):
+    from peft import PeftModel
+
+    assert (run.resolved.config.alpha, run.resolved.config.scale) == (16.0, 2.0)
+    written = json.loads((run.run.adapter / "adapter_config.json").read_text())
+    assert (written["use_rslora"], written["lora_alpha"], written["r"]) == (True, 16.0, 64)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), run.run.adapter)
+    scales = {
+        value
+        for module in plain.modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+        for value in module.scaling.values()
+    }
+    assert scales == {2.0}
+
+
+def test_its_merge_is_the_trained_model(run):
+    assert merge(run.run.path, onto="quantized").verification.passed
+
+
+def test_alpha_follows_the_root_of_the_rank_unless_it_is_set():
+    assert resolve(flags={"rank": 64}).config.alpha == 128
+    assert resolve(flags={"rank": 64, "use_rslora": True}).config.alpha == 16
+    assert resolve(flags={"rank": 64, "rslora": True, "alpha": 8.0}).config.scale == 1.0
+    with pytest.raises(UsageError, match="√rank is 2000, and adapters load with at most 1024; set alpha to 4096"):
+        resolve(flags={"rank": 16, "rslora": True, "alpha": 8000.0})
