@@ -49,13 +49,13 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(overfitt
 
 def test_a_merge_of_the_best_checkpoint_has_its_weights_and_its_loss(overfitted):
     step, loss = overfitted.best
-    merged = merge(overfitted.run.path, checkpoint="best")
+    merged = merge(overfitted.run.path, checkpoint="best", onto="quantized")
     assert merged.passed and merged.report.step == step
-    assert merged.folder.name == f"merged-step-{step:06d}"
+    assert merged.folder.name == f"merged-quantized-step-{step:06d}"
     lineage = json.loads((merged.folder / "lineage.json").read_text())
     assert lineage["steps"] == step and lineage["eval_loss"] == loss
-    last = merge(overfitted.run.path)
-    assert last.report.step is None and last.folder.name == "merged"
+    last = merge(overfitted.run.path, onto="quantized")
+    assert last.report.step is None and last.folder.name == "merged-quantized"
     assert last.verification.live_loss > merged.verification.live_loss + 0.1
     assert json.loads((last.folder / "lineage.json").read_text())["steps"] == 4
 

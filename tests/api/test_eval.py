@@ -50,7 +50,7 @@ def test_rows_of_a_file_are_read_as_in_training_and_written_down(tiny_run, tmp_p
 
 
 def test_a_merged_model_is_compared_with_the_run_on_named_rows(tiny_run, tmp_path):
-    merged = merge(tiny_run.run.path, out=tmp_path / "merged").folder
+    merged = merge(tiny_run.run.path, onto="quantized", out=tmp_path / "merged").folder
     with pytest.raises(UsageError, match="a merged model keeps no rows"):
         evaluate(merged)
     rows = write_rows(tmp_path / "test.jsonl", 8, seed=6)
