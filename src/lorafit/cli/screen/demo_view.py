@@ -38,7 +38,7 @@ def run_demo(task: str, seed: int, out: str | None, *, method: str, quiet: bool)
     run = str(result.trained.run.path)
     asked = result.after.samples[0].prompt.replace("'", "\\'").replace("\n", "\\n")
     heading("run", f"[bold]{escape(near(run))}[/bold]")
-    other = [] if method == "full" else [(f"lorafit merge {run} --onto original", "merge onto the 16-bit base instead")]
+    other = [] if method == "full" else [(f"lorafit export {run} --to gguf", "one file for llama.cpp, measured there")]
     show_next(
         (f"lorafit chat {run} --compare --prompt $'{asked}'", "base and tuned side by side"),
         *other,
