@@ -142,7 +142,8 @@ def _table(evaluation: Evaluation) -> Table:
     for name, estimate in evaluation.tuned.metrics.items():
         cells = [NAMES.get(name, escape(name))]
         if other:
-            cells += [_value(name, other.metrics[name].mean), f"[bold]{_value(name, estimate.mean)}[/bold]"]
+            theirs = _value(name, other.metrics[name].mean) if name in other.metrics else ""
+            cells += [theirs, f"[bold]{_value(name, estimate.mean)}[/bold]"]
             cells += _difference(name, evaluation.differences.get(name))
         else:
             cells += [f"[bold]{_value(name, estimate.mean)}[/bold]", _interval(name, estimate)]

@@ -9,6 +9,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lorafit.engine.attention.packed import unpacked
+from lorafit.engine.logits import evaluating
 
 BATCH_ROWS = 64
 
@@ -40,25 +41,26 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Return the new token ids for each prompt, in order, without the stop token.
 
     Decoding is greedy at temperature 0, else sampled with `seed`. Prompts are sorted by length into batches, so that
     little is padded; padding is masked by position, never by token id. `on_token` streams a single prompt's answer.
+    `on_batch` receives the number of answered prompts after each batch.
     """
     assert on_token is None or len(prompts) == 1, "only one answer can be streamed"
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
-    with unpacked(model), torch.no_grad(), torch.random.fork_rng():
+    with evaluating(model), unpacked(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH_ROWS):
             chosen = order[start : start + BATCH_ROWS]
             new = _batch(model, [prompts[i] for i in chosen], stop_ids, max_new_tokens, temperature, on_token)
             for index, ids in zip(chosen, new, strict=True):
                 answers[index] = ids
-    model.train(was_training)
+            if on_batch:
+                on_batch(start + len(chosen))
     return answers
 
 

@@ -1,11 +1,12 @@
 """evaluate: metrics on rows, with their noise, and models compared."""
 
-from lorafit.evaluate.answers import Question, Reply, longest_answer, replies
-from lorafit.evaluate.evaluation import LOSS, Evaluation, Metric, ModelScores, ScoredRow
+from lorafit.evaluate.answers import Question, Reply, longest_answer, questions_of, replies
+from lorafit.evaluate.evaluation import KNOWN, LOSS, Evaluation, Metric, ModelScores, ScoredRow
 from lorafit.evaluate.exact_match import ExactMatch, Sample, exact_match
 from lorafit.evaluate.statistics import Difference, Estimate
 
 __all__ = [
+    "KNOWN",
     "LOSS",
     "Difference",
     "Estimate",
@@ -19,5 +20,6 @@ __all__ = [
     "ScoredRow",
     "exact_match",
     "longest_answer",
+    "questions_of",
     "replies",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorafit.backbone import unwrapped
-from lorafit.data import Record, Template
-from lorafit.engine import generate
-from lorafit.engine.attention.packed import unpacked
-from lorafit.engine.generate import BATCH_ROWS
+from lorafit.data import Record, Rows, Template
+from lorafit.engine import generate, logits_at
 
 SPARE_TOKENS = 8
 """Tokens by which an answer may exceed the longest response."""
@@ -65,6 +61,14 @@ class Question:
         return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[0].content)
 
 
+def questions_of(rows: Rows, template: Template) -> list[Question]:
+    """Return the question of each of `rows`, which were made with their records."""
+    return [
+        Question.of(rows.record(place), rows.ids(place).tolist(), rows.mask(place).tolist(), template)
+        for place in range(len(rows))
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """Hold what a model makes of one question.
@@ -94,25 +98,19 @@ def replies(
     stop_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    on_answer: Callable[[int], None] = lambda done: None,
+    on_answer: Callable[[int], None] | None = None,
 ) -> list[Reply]:
     """Let `model` answer `questions` greedily, and measure the likelihood of their responses.
 
-    `on_answer` receives the number of rows that are done.
+    `on_answer` receives the number of questions that are answered.
     """
-    asked = [question for question in questions if question.prompt]
-    most = max((len(question.prompt) for question in asked), default=0)
+    asked = [question.prompt for question in questions if question.prompt]
+    most = max(map(len, asked), default=0)
     limit = max(1, min(max_new_tokens, _positions_of(model) - most))
-    answers: dict[int, list[int]] = {}
-    by_length = sorted(asked, key=lambda question: len(question.prompt))  # so that little is padded
-    for start in range(0, len(by_length), BATCH_ROWS):
-        batch = by_length[start : start + BATCH_ROWS]
-        made = generate(model, [question.prompt for question in batch], stop_ids, max_new_tokens=limit)
-        answers |= {id(question): ids for question, ids in zip(batch, made, strict=True)}
-        on_answer(len(answers))
+    answers = iter(generate(model, asked, stop_ids, max_new_tokens=limit, on_batch=on_answer))
     found = []
     for question in questions:
-        ids = answers.get(id(question))
+        ids = next(answers) if question.prompt else None
         text = None if ids is None else template.tokenizer.decode(ids)
         nll = negative_log_likelihood(model, question.ids, question.supervised)
         found.append(Reply(text, nll, len(question.supervised), ids is not None and len(ids) >= limit))
@@ -120,23 +118,12 @@ def replies(
 
 
 def negative_log_likelihood(model: Any, ids: Sequence[int], supervised: Sequence[int]) -> float:
-    """Return the summed loss of the `supervised` positions of one row, in nats. The row runs alone and unpadded."""
+    """Return the summed loss of the `supervised` positions of one row, in nats."""
     if not supervised:
         return 0.0
-    device = next(model.parameters()).device
-    row = torch.tensor([list(ids)], device=device)
-    before = torch.tensor([place - 1 for place in supervised], device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        with unpacked(model), torch.inference_mode():
-            if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-                logits = model(input_ids=row, use_cache=False, logits_to_keep=before).logits[0]
-            else:
-                logits = model(input_ids=row, use_cache=False).logits[0, before]
-            return float(F.cross_entropy(logits.float(), row[0, before + 1], reduction="sum"))
-    finally:
-        model.train(was_training)
+    logits = logits_at(model, ids, [place - 1 for place in supervised]).float()
+    wanted = torch.tensor([ids[place] for place in supervised], device=logits.device)
+    return float(F.cross_entropy(logits, wanted, reduction="sum"))
 
 
 def _last_segment(supervised: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ from lorafit.evaluate.answers import Question, Reply
 from lorafit.evaluate.scores import (
     EXACT_MATCH,
     JSON_EQUAL,
+    JSON_FIELDS,
     JSON_VALID,
     TOKEN_F1,
     as_json,
@@ -24,6 +25,9 @@ LOSS = "loss"
 """Mean negative log-likelihood of the supervised tokens, in nats a token; lower is better."""
 SHARES = frozenset({EXACT_MATCH, JSON_VALID, JSON_EQUAL})
 """Metrics whose scores are 0 or 1."""
+
+KNOWN = (LOSS, EXACT_MATCH, TOKEN_F1, JSON_VALID, JSON_EQUAL, JSON_FIELDS)
+"""Every metric of this module, in the order of display."""
 
 Metric = Callable[[str, str], float]
 """A metric of the caller's: (expected text, answer) -> score. Higher is better."""
@@ -99,7 +103,8 @@ class Evaluation:
     @classmethod
     def of(cls, rows_from: str, tuned: ModelScores, other: ModelScores | None, max_new_tokens: int) -> Evaluation:
         """Compare both models, metric by metric. Losses are compared only if both read the same tokens."""
-        names = [name for name in tuned.metrics if other and (name != LOSS or _read_alike(tuned, other))]
+        shared = [name for name in tuned.metrics if other and name in other.metrics]
+        names = [name for name in shared if other and (name != LOSS or _read_alike(tuned, other))]
         differences = {name: _difference(name, other, tuned) for name in names if other}
         return cls(rows_from, tuned, other, max_new_tokens, differences)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorafit.data import Rows, Template
 from lorafit.engine import generate
 from lorafit.evaluate import scores
-from lorafit.evaluate.answers import SPARE_TOKENS
+from lorafit.evaluate.answers import longest_answer, questions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +45,13 @@ class ExactMatch:
     samples: tuple[Sample, ...]
 
 
-def exact_match(model: Any, rows: Rows, template: Template, *, limit: int | None = None) -> ExactMatch:
-    """Compare greedy answers to the prompts of `rows` with their responses.
-
-    `limit` keeps only the first rows. The template builds each prompt as in serving, instead of cutting it from the
-    training ids.
-    """
-    chosen = range(min(len(rows), limit or len(rows)))
-    records = [rows.record(index) for index in chosen]
-    longest = max((int(rows.supervised[index]) for index in chosen), default=0)
-    prompts = [template.prompt_ids(record.prompt) for record in records]
-    answers = generate(model, prompts, template.stop_ids, max_new_tokens=longest + SPARE_TOKENS)
+def exact_match(model: Any, rows: Rows, template: Template) -> ExactMatch:
+    """Compare greedy answers to the prompts of `rows` with their responses."""
+    questions = questions_of(rows, template)
+    prompts = [question.prompt for question in questions]
+    answers = generate(model, prompts, template.stop_ids, max_new_tokens=longest_answer(questions))
     samples = tuple(
-        Sample(_last_user_text(record.prompt), record.response, template.tokenizer.decode(answer), record.source)
-        for record, answer in zip(records, answers, strict=True)
+        Sample(question.asked, question.expected, template.tokenizer.decode(answer), question.record.source)
+        for question, answer in zip(questions, answers, strict=True)
     )
     return ExactMatch(sum(sample.matches for sample in samples) / max(len(samples), 1), samples)
-
-
-def _last_user_text(messages: Sequence[dict[str, Any]]) -> str:
-    return next((str(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorafit.backbone import with_stored_weights
 from lorafit.config import RunConfig, base_folder
 from lorafit.data import Rows
+from lorafit.engine.logits import evaluating
 from lorafit.findings import Finding, Severity
 
 ROWS, LONGEST = 16, 128
@@ -50,17 +51,12 @@ def quantization_loss(base: nn.Module, config: RunConfig, rows: Rows) -> Iterato
 
 def _losses(base: nn.Module, folder: Path, rows: Rows) -> tuple[Tensor, Tensor] | None:
     """Return the losses (tokens,) in NF4 and with the stored weights; None if the base has none."""
-    was_training = base.training
-    base.eval()
-    try:
-        with torch.inference_mode(), with_stored_weights(base, folder) as has_weights:
+    with evaluating(base), torch.inference_mode():
+        with with_stored_weights(base, folder) as has_weights:
             if not has_weights:
                 return None
             stored = _loss(base, rows)
-        with torch.inference_mode():
-            return _loss(base, rows), stored
-    finally:
-        base.train(was_training)
+        return _loss(base, rows), stored
 
 
 def _loss(base: Any, rows: Rows) -> Tensor:

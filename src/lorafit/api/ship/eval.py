@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorafit.api.load import load
 from lorafit.api.merge import verification_records
 from lorafit.data import Prepared, Template, prepare, require_clean
 from lorafit.data.summary import Progress
+from lorafit.engine import release_memory
 from lorafit.errors import RunDirError, UsageError
-from lorafit.evaluate import Evaluation, Metric, ModelScores, Question, longest_answer, replies
+from lorafit.evaluate import (
+    KNOWN,
+    LOSS,
+    Evaluation,
+    Metric,
+    ModelScores,
+    Question,
+    longest_answer,
+    questions_of,
+    replies,
+)
 from lorafit.runs import LAST, RunDir, write_text
 from lorafit.serve import Session
 
@@ -72,7 +80,7 @@ def eval(
     out: str | Path | None = None,
     checkpoint: str = LAST,
     on_progress: Callable[[Progress], None] | None = None,
-    on_answer: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_answer: Callable[[str, int, int], None] | None = None,
 ) -> EvaluatedRun:
     """Measure `model`, a run directory or a merged model, beside its base or beside `against`.
 
@@ -86,6 +94,7 @@ def eval(
     Raises UsageError, DataError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     folder = _new_folder(out)
+    _require_metrics(least or {}, [*KNOWN, *(metrics or {})])
     session = load(model, checkpoint=checkpoint)
     questions, rows_from, notes = _questions(session, data, limit, field_map, on_progress)
     most = max_new_tokens or longest_answer(questions)
@@ -111,29 +120,15 @@ def _questions(
     on_progress: Callable[[Progress], None] | None,
 ) -> tuple[list[Question], str, list[str]]:
     """Return the rows to answer, where they come from, and notes on them."""
-    template = session.template
-    if data is None or (not isinstance(data, str | Path) and not data):
+    names = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
+    if not names:
         if session.is_merged:
             where = str(session.run.path)
             raise UsageError("a merged model keeps no rows", where=where, fix="name a file of rows after it")
-        return _kept_rows(session.run, template, limit)
-    names = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data]
-    prepared = _prepared(session, names, field_map, on_progress)
-    count = min(limit, len(prepared.train))
-    rows = [
-        Question.of(
-            prepared.train.record(place),
-            prepared.train.ids(place).tolist(),
-            prepared.train.mask(place).tolist(),
-            template,
-        )
-        for place in range(count)
-    ]
-    notes = (
-        [f"the first {count:,} of {len(prepared.train):,} rows; --limit takes more"]
-        if count < len(prepared.train)
-        else []
-    )
+        return _kept_rows(session.run, session.template, limit)
+    every = _prepared(session, names, field_map, on_progress).train
+    rows = questions_of(every.select(range(min(limit, len(every)))), session.template)
+    notes = [f"the first {limit:,} of {len(every):,} rows; --limit takes more"] if limit < len(every) else []
     trained = {str(Path(name).resolve()) for name in session.config.data}
     seen = [name for name in names if str(Path(name).resolve()) in trained]
     notes += [f"the run was trained on {name}: these rows tell nothing about new ones" for name in seen]
@@ -187,11 +182,16 @@ def _prepared(
 class _Asking:
     most: int
     metrics: Mapping[str, Metric]
-    on_answer: Callable[[str, int, int], None]
+    on_answer: Callable[[str, int, int], None] | None
 
     def scored(self, session: Session, name: str, questions: Sequence[Question], *, tuned: bool = True) -> ModelScores:
         """Return the scores of one model; `tuned=False` asks the run's base."""
-        self.on_answer(name, 0, len(questions))
+
+        def answered(done: int) -> None:
+            if self.on_answer:
+                self.on_answer(name, done, len(questions))
+
+        answered(0)
         with session.answering(tuned=tuned) as model:
             found = replies(
                 model,
@@ -199,13 +199,13 @@ class _Asking:
                 session.template,
                 session.stop_ids,
                 max_new_tokens=self.most,
-                on_answer=lambda done: self.on_answer(name, done, len(questions)),
+                on_answer=answered,
             )
         return ModelScores.of(name, questions, found, self.metrics)
 
     def scored_against(self, path: str | Path, questions: Sequence[Question]) -> ModelScores:
         """Return the scores of the run or merged model in `path`, once the memory of the first is free."""
-        _free_memory()
+        release_memory()
         session = load(path)
         return self.scored(session, _name_of(path), _asked_of(session, questions))
 
@@ -231,17 +231,23 @@ def _non_empty(rows: list[Question], where: str) -> list[Question]:
     return useful
 
 
-def _below(evaluation: Evaluation, least: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    found = evaluation.tuned.metrics
-    unknown = [name for name in least if name not in found]
+def _require_metrics(least: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise UsageError if `least` names a metric that is not among `names`."""
+    unknown = [name for name in least if name not in names]
     if unknown:
-        raise UsageError(f"there is no metric '{unknown[0]}' on these rows", fix=f"name one of {', '.join(found)}")
-    misses = {}
-    for name, bound in least.items():
-        mean = found[name].mean
-        if not (mean <= bound if name == "loss" else mean >= bound):
-            misses[name] = (mean, bound)
-    return misses
+        raise UsageError(f"there is no metric '{unknown[0]}' on these rows", fix=f"name one of {', '.join(names)}")
+
+
+def _below(evaluation: Evaluation, least: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Return (value, bound) of each metric that misses its bound."""
+    found = evaluation.tuned.metrics
+    _require_metrics(least, list(found))
+    means = {name: (found[name].mean, bound) for name, bound in least.items()}
+    return {
+        name: (mean, bound)
+        for name, (mean, bound) in means.items()
+        if not (mean <= bound if name == LOSS else mean >= bound)
+    }
 
 
 def _cut_note(evaluation: Evaluation) -> list[str]:
@@ -277,9 +283,3 @@ def _write(folder: Path, evaluated: EvaluatedRun) -> None:
 def _name_of(path: str | Path) -> str:
     name = Path(path).resolve().name
     return f"{name} (other)" if name == TUNED else name
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafit.backbone import unwrapped
+from lorafit.engine import logits_at
 
 
 class Row(NamedTuple):
@@ -134,26 +133,5 @@ class TransformersModel:
 
         The row runs alone and unpadded, so that no other row affects the numbers.
         """
-        device = next(self.model.parameters()).device
-        ids = torch.as_tensor(np.asarray(row.ids, dtype=np.int64), device=device)[None]
-        predicting = torch.as_tensor(row.predicting, device=device)
-        with _evaluating(self.model), torch.inference_mode():
-            if "logits_to_keep" in inspect.signature(unwrapped(self.model).forward).parameters:
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=predicting).logits[0]
-            else:
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, predicting]
-            log_probs: Tensor = logits.float().log_softmax(-1).cpu()
-            return log_probs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    if not was_training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
+        log_probs: Tensor = logits_at(self.model, row.ids, row.predicting).float().log_softmax(-1).cpu()
+        return log_probs
