@@ -23,7 +23,7 @@ def main() -> None:
     out, runs = Path(sys.argv[1]), [Path(each) for each in sys.argv[2:]]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    print("| export | verdict | KL beside vLLM | programs |\n|---|---|---|---|", flush=True)
+    print("| export | verdict | KL in transformers | programs |\n|---|---|---|---|", flush=True)
     exported = [("merged", export(runs[0], out=out / "merged", verify_in="vllm"))]
     print(row(*exported[0]), flush=True)
     for run in runs:

@@ -1,7 +1,7 @@
 """A stand-in for vLLM's program: `vllm serve FOLDER --flag value …`, computed by transformers and PEFT.
 
-STUB_VLLM breaks it: "exit" ends at once, "template" answers other prompt ids, "sampling" ignores the generation
-settings as vLLM does when none are given, "weights" computes with the base alone.
+It samples unless it is told not to, as vLLM does. With STUB_VLLM=exit it ends at once. HARMS break a stand-in in this
+process: "template" answers other prompt ids, "weights" computes with the base alone.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-BROKEN = os.environ.get("STUB_VLLM", "")
+HARMS = set()
 
 
 def flags(words):
@@ -44,12 +44,12 @@ class Model:
 
             name, path = module.split("=", 1)
             ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self.models[name] = ours if BROKEN == "weights" else PeftModel.from_pretrained(ours, path).eval()
+            self.models[name] = ours if "weights" in HARMS else PeftModel.from_pretrained(ours, path).eval()
 
     def ids(self, messages):
         made = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         ids = list(made["input_ids"])
-        return [ids[0], *ids] if BROKEN == "template" else ids
+        return [ids[0], *ids] if "template" in HARMS else ids
 
     def handle(self, path, body):
         model = self.models[body["model"]]
@@ -57,9 +57,8 @@ class Model:
             return {"tokens": self.ids(body["messages"])}
         if path == "/v1/chat/completions":
             ids = self.torch.tensor([self.ids(body["messages"])])
-            sampled = BROKEN == "sampling" or not self.is_greedy
             self.torch.manual_seed(0)
-            options = {"do_sample": True, "temperature": 3.0} if sampled else {"do_sample": False}
+            options = {"do_sample": False} if self.is_greedy else {"do_sample": True, "temperature": 3.0}
             out = model.generate(input_ids=ids, max_new_tokens=body["max_tokens"], eos_token_id=self.stops, **options)
             text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
@@ -73,12 +72,11 @@ class Model:
         return {"choices": [{"prompt_logprobs": [None, *told[:-1]]}]}
 
 
-def main():
-    assert sys.argv[1] == "serve", sys.argv
-    if BROKEN == "exit":
-        sys.exit("ValueError: no such device")
-    given = flags(sys.argv[3:])
-    model = Model(Path(sys.argv[2]), given)
+def server_of(words):
+    """The server of the command line `serve FOLDER --flag value …`."""
+    assert words[0] == "serve", words
+    given = flags(words[2:])
+    model = Model(Path(words[1]), given)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -98,7 +96,13 @@ def main():
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             self.answer(model.handle(self.path, body))
 
-    ThreadingHTTPServer((given["host"], int(given["port"])), Handler).serve_forever()
+    return ThreadingHTTPServer((given["host"], int(given["port"])), Handler)
+
+
+def main():
+    if os.environ.get("STUB_VLLM") == "exit":
+        sys.exit("ValueError: no such device")
+    server_of(sys.argv[1:]).serve_forever()
 
 
 if __name__ == "__main__":

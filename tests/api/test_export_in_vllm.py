@@ -1,15 +1,40 @@
 """export --verify-in vllm: the verdict is vLLM's, asked through its own routes. A stand-in computes it here."""
 
+import contextlib
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+import stub_vllm
 from lorafit.api.ship.export import export
 from lorafit.cli.app import main
 from lorafit.errors import UsageError
+from lorafit.export.verify import vllm_proof
+from lorafit.programs import free_port, vllm_command
 
 STUB = Path(__file__).parent.parent / "stub_vllm.py"
+
+
+class InProcess:
+    """The stand-in on a thread, for `Program`: this process has torch, whose import takes longer than the proof."""
+
+    def __init__(self, program, settings, folder, log, **more):
+        self.folder, port = folder, free_port()
+        self.words, self.url = vllm_command(program, settings, port)[1:], f"http://127.0.0.1:{port}"
+
+    def start(self):
+        with contextlib.chdir(self.folder):
+            self.server = stub_vllm.server_of(self.words)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def wait_until_healthy(self, timeout_s):
+        pass
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 @pytest.fixture
@@ -35,11 +60,13 @@ def test_an_adapter_is_proved_by_what_vllm_answers(tiny_run, tmp_path, vllm):
     assert "| vLLM | proved |" in (exported.proved_in / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("harm", "reason"), [("weights", "above 10 × the noise floor")])
-def test_a_vllm_that_answers_otherwise_fails_the_export(tiny_run, tmp_path, vllm, harm, reason):
-    vllm(harm)
+def test_a_vllm_that_answers_otherwise_fails_the_export(tiny_run, tmp_path, vllm, monkeypatch):
+    monkeypatch.setattr(vllm_proof, "vllm_program", InProcess)
+    monkeypatch.setattr(stub_vllm, "HARMS", {"weights", "template"})
     exported = export(tiny_run.run.path, to="adapter", out=tmp_path / "served", name="one", verify_in="vllm")
-    assert exported.verdict == "failed" and reason in proof_of(exported)["reason"]
+    proof = proof_of(exported)
+    assert exported.verdict == "failed" and "above 10 × the noise floor" in proof["reason"]
+    assert proof["prompts"]["equal"] == 0
 
 
 def test_a_vllm_that_is_missing_or_ends_is_not_proved_and_has_an_exit_code_of_its_own(

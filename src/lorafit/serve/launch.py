@@ -50,8 +50,9 @@ def make_server(
     """Load the base of `runs` once with all their adapters, each proved. The adapter's name is its folder's.
 
     `checkpoint` chooses the weights of each run: last, best or a step. More adapters may be loaded at run time from
-    the runs' folders and from `adapter_dirs`. Raises UsageError,
-    RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
+    the runs' folders and from `adapter_dirs`.
+
+    Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
     known = Tenants.of(keys.api, keys.admin, tenants)  # before the base is loaded, which takes longer
     names = [run.resolve().name for run in runs]

@@ -98,10 +98,7 @@ class Finishing:
             answers = expected.compare(served)
         proofs = [EngineProof.of(_engine_of(form), prompts, verification, answers)]
         if serving is None:
-            return [
-                *proofs,
-                EngineProof.absent("Ollama", "it takes the same file; install it, and compare its answers"),
-            ]
+            return [*proofs, EngineProof.absent("Ollama", IN_OLLAMA)]
         if not self.asks_vllm:
             return [*proofs, EngineProof.absent("vLLM", NOT_ASKED)]
         subjects = Subjects(conversations, trained, [row.prompt for row in asked], expected, self.rows)

@@ -55,24 +55,18 @@ class LiveAnswers:
         One forward pass over prompt and live answer decides equality: greedy decoding repeats an answer if each of its
         tokens is the most likely one after those before it. Only a different answer is decoded token by token.
         """
-        equal = live_right = right = lost = won = 0
+        judged = []
         for prompt, expected, answer in zip(self.prompts, self.expected, self.answers, strict=True):
             same = self._ended_alike(most_likely(served, prompt, answer)) == self._ended_alike(answer)
             live = self._text(answer) == expected
-            ours = live if same else self._text(self._decoded(served, prompt)) == expected
-            equal, live_right, right = equal + same, live_right + live, right + ours
-            lost, won = lost + (live and not ours), won + (ours and not live)
-        return Answers(len(self.prompts), equal, live_right, right, worse(lost, won))
+            judged.append((same, live, live if same else self._text(self._decoded(served, prompt)) == expected))
+        return Answers.of(judged)
 
     def compare_texts(self, texts: Sequence[str]) -> Answers:
         """Return the same counts for answers that came as `texts`, one for each prompt."""
-        equal = live_right = right = lost = won = 0
-        for expected, answer, text in zip(self.expected, self.answers, texts, strict=True):
-            said = self._text(answer)
-            live, ours = said == expected, text.strip() == expected
-            equal, live_right, right = equal + (text.strip() == said), live_right + live, right + ours
-            lost, won = lost + (live and not ours), won + (ours and not live)
-        return Answers(len(self.prompts), equal, live_right, right, worse(lost, won))
+        lives, ours = [self._text(answer) for answer in self.answers], [text.strip() for text in texts]
+        each = zip(self.expected, lives, ours, strict=True)
+        return Answers.of([(text == live, live == expected, text == expected) for expected, live, text in each])
 
     def _ended_alike(self, ids: list[int]) -> list[int]:
         """Return `ids` with the first stop token in place of any other that ends them."""
@@ -109,6 +103,14 @@ class Answers:
     live_right: int
     right: int
     worse: bool
+
+    @classmethod
+    def of(cls, judged: Sequence[tuple[bool, bool, bool]]) -> Answers:
+        """Count (equal to the live answer, live answer right, answer right), one for each row."""
+        lost = sum(live and not ours for _, live, ours in judged)
+        won = sum(ours and not live for _, live, ours in judged)
+        equal, live_right, right = (sum(each[place] for each in judged) for place in range(3))
+        return cls(len(judged), equal, live_right, right, worse(lost, won))
 
     @property
     def sentence(self) -> str:

@@ -18,6 +18,11 @@ TOLD_TOKENS = 1024
 Messages = Sequence[Mapping[str, Any]]
 
 
+def told_of(vocabulary: int) -> int:
+    """Return how many tokens of `vocabulary` are told at each position."""
+    return min(vocabulary, TOLD_TOKENS)
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """Ask a server in vLLM's protocol. It implements `OpenedModel` and `TellsTop`.
@@ -35,7 +40,7 @@ class ServedModel:
     @property
     def told_tokens(self) -> int:
         """Return how many tokens the server tells at each position."""
-        return min(self.vocabulary, TOLD_TOKENS)
+        return told_of(self.vocabulary)
 
     def log_probabilities(self, row: Row) -> Tensor:
         """Return log-probabilities (positions, vocabulary) at `row.predicting`; untold tokens are -inf."""

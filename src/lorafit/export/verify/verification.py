@@ -123,16 +123,18 @@ def verify(
 
 
 def verified_in(
-    program: OpenedModel, verification: Verification, live_model: nn.Module, rows: Sequence[Row], *, lossy: bool = False
+    program: OpenedModel, verification: Verification, live_model: nn.Module, rows: Sequence[Row]
 ) -> Verification:
     """Return `verification` with the comparison and the verdict of another program that serves the same export.
 
-    Floor and base are those of the first comparison.
+    Floor and base are those of the first comparison. The export's format loses nothing.
     """
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     reference = Reference.of(TransformersModel(live_model), usable)
     merged = reference.compare(program)
-    passed, reason = _judge(verification.onto, reference.loss, merged, verification.floor, verification.base, lossy)
+    passed, reason = _judge(
+        verification.onto, reference.loss, merged, verification.floor, verification.base, lossy=False
+    )
     return replace(
         verification,
         passed=passed,

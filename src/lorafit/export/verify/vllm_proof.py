@@ -15,7 +15,7 @@ from lorafit.errors import ProgramError
 from lorafit.export.formats import Row
 from lorafit.export.verify.answers import LiveAnswers
 from lorafit.export.verify.engines import EngineProof, Prompts
-from lorafit.export.verify.served_model import ServedModel
+from lorafit.export.verify.served_model import ServedModel, told_of
 from lorafit.export.verify.verification import Verification, verified_in
 from lorafit.programs import VLLM_VARIABLE, find_vllm, vllm_program
 
@@ -100,7 +100,7 @@ def _of_proof(subjects: Subjects, device: torch.device, vocabulary: int) -> dict
     own: dict[str, Any] = {
         "max-model-len": subjects.longest,
         "max-num-seqs": 8,
-        "max-logprobs": ServedModel("", "", vocabulary).told_tokens,
+        "max-logprobs": told_of(vocabulary),
         "enforce-eager": True,
     }
     if device.type == "cuda":

@@ -22,29 +22,28 @@ EngineName = Literal["auto", "builtin", "vllm", "llamacpp"]
 SETTINGS, ADAPTERS, BASE = "serving.yaml", "adapters", "base"
 GREEDY = '{"temperature": 0.0}'
 LONGEST = 4096
-
-
-def engine_for(targets: Sequence[Path], wanted: str) -> str:
-    """Return builtin, vllm or llamacpp: `wanted`, or with auto what serves `targets`.
-
-    Raises UsageError for targets that the engine does not serve.
-    """
-    kinds = {_kind_of(target) for target in targets}
-    chosen = {"run": "builtin", "gguf": "llamacpp"}.get(next(iter(kinds)), "vllm") if wanted == "auto" else wanted
-    serves = {"builtin": {"run"}, "vllm": {"adapters", "merged"}, "llamacpp": {"gguf"}}[chosen]
-    if wrong := next((target for target in targets if _kind_of(target) not in serves), None):
-        raise UsageError(f"the engine {chosen} does not serve this", where=str(wrong), fix=FIXES[chosen])
-    if chosen != "builtin" and len(targets) > 1:
-        fix = "export the runs into one folder with --to adapter" if chosen == "vllm" else "start a server for each"
-        raise UsageError(f"the engine {chosen} serves one folder", where="serve", fix=fix)
-    return chosen
-
-
+ENGINE_OF = {"run": "builtin", "adapters": "vllm", "merged": "vllm", "gguf": "llamacpp"}
+"""Engine by the kind of what is served."""
 FIXES = {
     "builtin": "name runs, or take --engine vllm for an export",
     "vllm": "export the run with --to adapter or --to merged, and name that folder",
     "llamacpp": "export the run with --to gguf, and name that folder",
 }
+
+
+def engine_for(targets: Sequence[Path], wanted: str) -> str:
+    """Return builtin, vllm or llamacpp: `wanted`, or with auto what serves the first of `targets`.
+
+    Raises UsageError for targets that the engine does not serve.
+    """
+    kinds = [_kind_of(target) for target in targets]
+    chosen = ENGINE_OF[kinds[0]] if wanted == "auto" else wanted
+    if wrong := next((target for target, kind in zip(targets, kinds) if ENGINE_OF[kind] != chosen), None):
+        raise UsageError(f"the engine {chosen} does not serve this", where=str(wrong), fix=FIXES[chosen])
+    if chosen != "builtin" and len(targets) > 1:
+        fix = "export the runs into one folder with --to adapter" if chosen == "vllm" else "start a server for each"
+        raise UsageError(f"the engine {chosen} serves one folder", where="serve", fix=fix)
+    return chosen
 
 
 def supervised_engine(
@@ -106,7 +105,7 @@ def _of_vllm(
         settings = {"model": ".", "served-model-name": [target.name], "dtype": dtype}
         settings["override-generation-config"] = GREEDY
         served = ServedFolder(target.name)
-    settings |= {"max-num-seqs": texts} | ({"max-model-len": tokens} if tokens else {})
+    settings |= {"max-num-seqs": texts, "max-model-len": tokens}  # None leaves the length to vLLM
     if not on_gpu and shutil.which("nvidia-smi") is None:
         settings["enforce-eager"] = True  # compiling for a CPU takes minutes
     loads = bool(served.roots)

@@ -23,9 +23,7 @@ def require_adapter(path: Path, roots: Sequence[Path], most_rank: int, template:
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         what = "the folder holds no exported adapter"
         raise UsageError(what, where=str(path), fix="export the run with --to adapter, and name adapters/NAME")
-    if other := next(
-        (each for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py") for each in folder.glob(suffix)), None
-    ):
+    if other := next((each for pattern in UNTRUSTED for each in folder.glob(pattern)), None):
         raise AdapterError("only safetensors are loaded", where=str(other), fix="remove the file")
     rank = read_json(folder / "adapter_config.json", AdapterError).get("r")
     if not isinstance(rank, int) or not 0 < rank <= most_rank:

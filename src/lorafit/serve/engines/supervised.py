@@ -91,6 +91,9 @@ class SupervisedEngine:
         self._program.stop(max(timeout_s, 1.0))
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+            # the thread may have been starting it again
+            self._program.stop()
+            self.state = "stopped"
         return time.monotonic() - began < max(timeout_s, 1.0)
 
     def names(self) -> dict[str, Path]:
@@ -146,7 +149,7 @@ class SupervisedEngine:
     def _watch(self) -> None:
         failed = 0
         while not self._ends.wait(POLL_S):
-            if self._program.is_running:
+            if self._program.is_running or self._ends.is_set():
                 continue
             error = ProgramError(f"{self._program.name} ended ({self._program.last_words()})")
             LOG.error("%s; it is started again", error.what)

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit.errors import LorafitError, TemplateError
 from lorafit.serve.adapters import AdapterVersion
 from lorafit.serve.decoding import Chosen, EngineStopped, Sampling
-from lorafit.serve.http.errors import ApiError, as_api_error
+from lorafit.serve.http.errors import LEFT, ApiError, as_api_error
 from lorafit.serve.http.requests import SamplingFields
 from lorafit.serve.http.server import Server
 from lorafit.serve.http.text_stream import TextStream
@@ -88,7 +88,7 @@ class Answering:
         if isinstance(error, EngineStopped | LorafitError | ApiError):
             self.status = as_api_error(error).status
         elif error is not None:
-            self.status = 499  # the client left
+            self.status = LEFT
         by = (self.fields.model, self.tenant.name)
         self.server.metrics.prompt_tokens.labels(*by).inc(prompt_tokens)
         self.server.metrics.generated_tokens.labels(*by).inc(self.generated)

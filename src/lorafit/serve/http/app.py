@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ExceptionHandler
 
 from lorafit.errors import LorafitError
 from lorafit.serve.decoding import EngineStopped
@@ -28,25 +30,28 @@ STARTED_S = int(time.time())
 
 def make_app(server: Server) -> Starlette:
     """Return the ASGI application of a server with the builtin engine."""
+    own = [
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", completions.chat, methods=["POST"]),
+        Route("/v1/completions", completions.complete, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+    ]
+    return app_with(server, own, {EngineStopped: failed})
+
+
+def app_with(server: Server, own: Sequence[Route], handlers: Mapping[Any, ExceptionHandler]) -> Starlette:
+    """Return the ASGI application with the routes of every engine and its `own`; `handlers` answer its own errors."""
     app = Starlette(
         routes=[
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", metrics),
-            Route("/v1/models", models),
-            Route("/v1/chat/completions", completions.chat, methods=["POST"]),
-            Route("/v1/completions", completions.complete, methods=["POST"]),
-            Route("/tokenize", tokenize, methods=["POST"]),
+            *own,
             Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
         ],
         middleware=[Middleware(Access, server=server)],
-        exception_handlers={
-            ApiError: failed,
-            LorafitError: failed,
-            EngineStopped: failed,
-            HTTPException: no_route,
-        },
+        exception_handlers={ApiError: failed, LorafitError: failed, HTTPException: no_route, **handlers},
         lifespan=server.lifespan,
     )
     app.state.server = server
@@ -80,13 +85,14 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data})
 
 
+def model_entry(name: str, parent: str | None) -> dict[str, Any]:
+    """Return the part of a model's entry in /v1/models that every engine knows."""
+    return {"id": name, "object": "model", "created": STARTED_S, "owned_by": "lorafit", "parent": parent}
+
+
 def _model(engine: Any, name: str, version: Any) -> dict[str, Any]:
     return {
-        "id": name,
-        "object": "model",
-        "created": STARTED_S,
-        "owned_by": "lorafit",
-        "parent": None if version is None else engine.base_name,
+        **model_entry(name, None if version is None else engine.base_name),
         "root": engine.base.config.base if version is None else version.folder.parent.name,
         "max_model_len": engine.positions,
         "default_sampling": {"temperature": 0, "top_p": 1, "repetition_penalty": engine.repetition_penalty},

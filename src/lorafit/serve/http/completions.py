@@ -16,11 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from lorafit.errors import LorafitError
 from lorafit.serve.decoding import Chosen, EngineStopped
 from lorafit.serve.http.answering import Answering, Piece, chat_prompt, text_prompt
-from lorafit.serve.http.errors import ApiError, as_api_error, error_content
+from lorafit.serve.http.errors import LEFT, ApiError, as_api_error, error_content
 from lorafit.serve.http.requests import ChatRequest, CompletionRequest, parse, read_body, text_messages
 from lorafit.serve.http.server import server_of, tenant_of
-
-LEFT = 499
 
 
 async def chat(request: Request) -> Response:
@@ -146,7 +144,7 @@ async def _respond(request: Request, answering: Answering, form: _Form) -> Respo
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     async with answering:
         work = asyncio.create_task(_collect(answering, form))
-        left = asyncio.create_task(_left(request))
+        left = asyncio.create_task(client_left(request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -159,7 +157,7 @@ async def _respond(request: Request, answering: Answering, form: _Form) -> Respo
             await asyncio.gather(work, left, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
+async def client_left(request: Request) -> None:
     """Return when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

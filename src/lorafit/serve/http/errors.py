@@ -9,6 +9,8 @@ from starlette.responses import JSONResponse
 from lorafit.errors import LorafitError, UsageError
 from lorafit.serve.decoding import EngineStopped
 
+LEFT = 499
+"""Status of a request whose client closed the connection before the answer."""
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",

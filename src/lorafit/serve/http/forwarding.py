@@ -11,45 +11,28 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lorafit.errors import LorafitError, ProgramError
-from lorafit.serve.http.access import Access
-from lorafit.serve.http.adapters import load_adapter, unload_adapter
-from lorafit.serve.http.app import STARTED_S, failed, health, metrics, no_route, ready
-from lorafit.serve.http.errors import ApiError
+from lorafit.errors import ProgramError
+from lorafit.serve.http.app import app_with, failed, model_entry
+from lorafit.serve.http.completions import client_left
+from lorafit.serve.http.errors import LEFT, ApiError
 from lorafit.serve.http.requests import read_body
 from lorafit.serve.http.server import Server, server_of, tenant_of
 from lorafit.serve.tenants import Tenant
 
 ANSWER_S = 600.0
 """Most seconds between two pieces of an answer."""
-LEFT = 499
 NOT_READY = "the engine is not ready"
 
 
 def make_forwarding_app(server: Server) -> Starlette:
     """Return the ASGI application of a server with a supervised engine."""
     answering = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize")
-    app = Starlette(
-        routes=[
-            Route("/health", health),
-            Route("/ready", ready),
-            Route("/metrics", metrics),
-            Route("/v1/models", models),
-            *(Route(path, forward, methods=["POST"]) for path in answering),
-            Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
-        ],
-        middleware=[Middleware(Access, server=server)],
-        exception_handlers={ApiError: failed, ProgramError: unreachable, LorafitError: failed, HTTPException: no_route},
-        lifespan=server.lifespan,
-    )
-    app.state.server = server
+    own = [Route("/v1/models", models), *(Route(path, forward, methods=["POST"]) for path in answering)]
+    app = app_with(server, own, {ProgramError: unreachable})
     app.state.client = httpx.AsyncClient(timeout=httpx.Timeout(ANSWER_S, connect=5.0), limits=httpx.Limits())
     return app
 
@@ -59,18 +42,8 @@ async def models(request: Request) -> Response:
     engine, tenant = server_of(request).engine, tenant_of(request)
     names: list[tuple[str, str | None]] = [(engine.served.base_name, None)]
     names += [(name, engine.served.base_name) for name in sorted(engine.names())]
-    data = [
-        {
-            "id": name,
-            "object": "model",
-            "created": STARTED_S,
-            "owned_by": "lorafit",
-            "parent": parent,
-            "default_sampling": {"temperature": 0},
-        }
-        for name, parent in names
-        if tenant.may_use(name)
-    ]
+    sampling = {"default_sampling": {"temperature": 0}}
+    data = [model_entry(name, parent) | sampling for name, parent in names if tenant.may_use(name)]
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -158,7 +131,7 @@ class Passing:
         client: httpx.AsyncClient = request.app.state.client
         asked = client.build_request("POST", f"{self.server.engine.url}{self.path}", json=self.body)
         work = asyncio.create_task(client.send(asked, stream=True))
-        left = asyncio.create_task(_left(request))
+        left = asyncio.create_task(client_left(request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -227,9 +200,3 @@ class Passing:
         (shared.first_token if self.first_s is None else shared.between).observe(now - last_s)
         self.first_s = self.first_s or now
         return now
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
