@@ -20,7 +20,7 @@ import yaml
 from lorafit.api.load import load
 from lorafit.errors import AdapterError, ProgramError, UsageError, VerificationError
 from lorafit.export.serving.adapters_folder import vllm_settings
-from lorafit.serve.engines import engine_for, supervised_engine
+from lorafit.serve.engines import ServedFolder, SupervisedEngine, engine_for, supervised_engine
 from lorafit.serve.http import ServerOptions
 from lorafit.serve.http.forwarding import make_forwarding_app
 from lorafit.serve.http.metrics import Metrics
@@ -151,7 +151,7 @@ def test_adapters_are_checked_before_they_are_loaded_at_run_time(door, folder, t
     write_adapter(adapters / "other", template="{{ other }}")
     write_adapter(adapters / "failed", status="failed")
     write_adapter(adapters / "pickled")
-    (adapters / "pickled" / "x.bin").write_bytes(b"")
+    (adapters / "pickled" / "x.ckpt").write_bytes(b"")
     for name, error, reason in (
         ("wide", UsageError, "rank 64, and the server takes ranks up to 16"),
         ("other", VerificationError, "another chat template"),
@@ -211,12 +211,51 @@ def test_a_program_that_ends_at_once_is_one_sentence(make, tmp_path):
     assert engine.state == "failed" and engine.process_id is None
 
 
+def test_a_stop_ends_the_program_that_is_just_being_started_again():
+    made, began, may_run = [], threading.Event(), threading.Event()
+
+    class Slow:
+        name = "slow"
+
+        def __init__(self):
+            self.is_running = False
+            made.append(self)
+
+        def start(self):
+            if len(made) > 1:
+                began.set()
+                may_run.wait(10)
+            self.is_running = True
+
+        def wait_until_healthy(self, timeout_s, stopped):
+            if stopped():
+                raise ProgramError("it ended at its start")
+
+        def stop(self, timeout_s=1.0):
+            self.is_running = False
+            if began.is_set():
+                may_run.set()
+
+        def last_words(self):
+            return ""
+
+    engine = SupervisedEngine(Slow, ServedFolder("base"), lambda error: None)
+    engine.start()
+    made[0].is_running = False
+    assert began.wait(10)
+    engine.stop()
+    assert len(made) == 2 and may_run.is_set()
+    assert not made[1].is_running and engine.state == "stopped"
+
+
 def test_the_engine_follows_from_what_is_served(tiny_run, folder, tmp_path):
     run, gguf = tiny_run.run.path, tmp_path / "x.gguf"
     gguf.write_bytes(b"")
     assert [engine_for([each], "auto") for each in (run, folder, gguf)] == ["builtin", "vllm", "llamacpp"]
     with pytest.raises(UsageError, match="engine vllm does not serve this; export the run with --to adapter"):
         engine_for([run], "vllm")
+    with pytest.raises(UsageError, match="the engine builtin does not serve this"):
+        engine_for([run, folder], "auto")
     with pytest.raises(UsageError, match="serves one folder"):
         engine_for([folder, folder], "auto")
 
