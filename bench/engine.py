@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -41,9 +42,7 @@ EXAMPLES = 64  # in one step of the instruction-shaped work, as 4 × 16 or as on
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    base = verbs.add_parser("base")
-    base.add_argument("folder")
-    base.add_argument("--size", default="8b", choices=("8b", "1b", "tiny"))
+    add_base(verbs)
     run = verbs.add_parser("run")
     run.add_argument("arm")
     run.add_argument("folder")
@@ -67,6 +66,13 @@ def main() -> None:
     table.add_argument("--only", default="", help="rows whose name contains this")
     options = parser.parse_args()
     {"base": make_base, "run": run_arm, "table": make_table}[options.verb](options)
+
+
+def add_base(verbs: Any) -> None:
+    """Add the command that makes a random base."""
+    base = verbs.add_parser("base")
+    base.add_argument("folder")
+    base.add_argument("--size", default="8b", choices=("8b", "1b", "tiny"))
 
 
 def make_base(options: argparse.Namespace) -> None:

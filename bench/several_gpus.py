@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import write_rows
+from engine import add_base, make_base, write_rows
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SKIPPED_STEPS = 3
 LENGTH = 2048
 EXAMPLES = {"real": 64, "dense": 4}
@@ -97,9 +95,7 @@ def main() -> None:
     """Make the base, or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    base = verbs.add_parser("base")
-    base.add_argument("folder")
-    base.add_argument("--size", default="8b", choices=("8b", "1b", "tiny"))
+    add_base(verbs)
     run = verbs.add_parser("run")
     run.add_argument("folder", type=Path)
     run.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
@@ -108,12 +104,7 @@ def main() -> None:
     run.add_argument("--out", type=Path, help="folder for the runs' JSON files")
     run.add_argument("--set", action="append", default=[], help="a setting of every arm, as KEY=VALUE")
     options = parser.parse_args()
-    if options.verb == "base":
-        from make_random_base import make
-
-        make(options.folder, options.size)
-    else:
-        run_arms(options)
+    make_base(options) if options.verb == "base" else run_arms(options)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
 import lorafit.api.train as training
+from fork_server import IMPORTED
 from lorafit.api.processes import launch
 from lorafit.cli import app
 from lorafit.demo import BASE
 from lorafit.training import distributed
 
 SETTINGS = "max_steps=8 examples_per_step=6 save_steps=2 eval_steps=4 holdout=0.1 dropout=0.1 max_bad_steps=2"
-IMPORTED = get_context("forkserver")
-IMPORTED.set_forkserver_preload(["several_worker"])
 
 
 @dataclass
@@ -110,7 +108,7 @@ class Ended:
         return [line for line in self.errors.splitlines() if not line.startswith(("W1", "W0", "E1", "E0"))]
 
 
-def launched(data: Path, run: Path, harm: Harm | None = None, *more: str, world: int = 2, kill_after_s=None) -> Ended:
+def launched(data: Path, run: Path, harm: Harm | None = None, *more: str, world: int = 2) -> Ended:
     """Run `lorafit train --gpus` to its end."""
     words = ["train", str(data), "--base", str(BASE), "--out", str(run), "--gpus", str(world), *more]
     for setting in SETTINGS.split():
@@ -118,7 +116,7 @@ def launched(data: Path, run: Path, harm: Harm | None = None, *more: str, world:
     output, started = run.with_suffix(".log"), time.monotonic()
     process = IMPORTED.Process(target=command, args=(world, words, harm or Harm(), str(output)))
     process.start()
-    process.join(kill_after_s or 150)
+    process.join(150)
     if process.exitcode is None:
         process.terminate()
         process.join(60)

@@ -56,11 +56,11 @@ def test_every_weight_trained_and_the_run_is_a_model(run):
     assert plan["model"]["trainable_parameters"] == run.counts.trainable
 
 
-def test_a_killed_run_resumes_to_the_bits_of_the_undisturbed_one(run, rows, tmp_path, step=2):
+def test_a_killed_run_resumes_to_the_bits_of_the_undisturbed_one(run, rows, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.run.path, folder)
     shutil.rmtree(folder / "model")
-    for later in range(step + 2, 7, 2):
+    for later in (4, 6):
         shutil.rmtree(folder / "checkpoints" / f"step-{later:06d}")
     again = train(rows, str(BASE), out=folder, **SETTINGS)
     assert again.steps == 6

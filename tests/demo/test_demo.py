@@ -30,8 +30,8 @@ def test_the_demo_has_a_mode_that_trains_every_weight(tmp_path, monkeypatch):
     """The same stages on few rows; that the whole mode teaches is the campaign's (bench/demo.py)."""
     from lorafit.api import demo as module
 
-    monkeypatch.setattr(module, "TRAIN_ROWS", 48)
-    monkeypatch.setattr(module, "HELD_OUT_ROWS", 24)
+    monkeypatch.setattr(module, "TRAIN_ROWS", 24)
+    monkeypatch.setattr(module, "HELD_OUT_ROWS", 8)
     result = module.demo("tickets", 1, tmp_path / "run", method="full").to_dict()
     assert (result["method"], result["verification"]["onto"]) == ("full", "whole")
     assert result["verification"]["passed"] and (tmp_path / "run" / "exports" / "full" / "config.json").is_file()

@@ -1,16 +1,12 @@
 """Processes: one alone is asked nothing; several agree through gloo, and train as one does."""
 
-from multiprocessing import get_context
-
 import pytest
 import torch
 
+from fork_server import IMPORTED
 from gloo_worker import train_in_a_process
 from lorafit.training.distributed import Processes
 from tiny_models import save_base
-
-IMPORTED = get_context("forkserver")
-IMPORTED.set_forkserver_preload(["gloo_worker"])
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from lorafit.engine import (
 from lorafit.errors import RunDirError
 from lorafit.evaluate.rounding_check import quantization_loss
 from lorafit.findings import Finding
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, most_tokens, policy_of
+from lorafit.memory.inputs import MASTER_BYTES, moment_bytes, most_tokens, policy_of
 from lorafit.methods import Method, method_of
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
@@ -323,7 +323,7 @@ def _workload(
     trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
-    state = ADAM_BYTES if config.optimizer == "adamw" else ADAM_8BIT_BYTES
+    state = moment_bytes(config.optimizer)
 
     def batch_of(micro_tokens: int) -> MicroBatch:
         limit = built.rows.micro_tokens(micro_tokens)

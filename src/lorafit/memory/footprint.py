@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.hardware.device import GIB
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, MicroBatch, PlanInputs
+from lorafit.memory.inputs import MASTER_BYTES, MicroBatch, PlanInputs, moment_bytes
 from lorafit.shapes import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -109,25 +109,30 @@ def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> lis
 
 
 def _adapters(inputs: PlanInputs) -> list[Component]:
-    weights, eight_bit = inputs.adapter_parameters, inputs.optimizer != "adamw"
-    state = round(weights * (ADAM_8BIT_BYTES if eight_bit else ADAM_BYTES))
+    weights = inputs.adapter_parameters
     return [
         Component("adapters", weights * 4, f"{weights:,} weights in fp32"),
         Component("adapter gradients", weights * 4, "fp32"),
-        Component("optimizer state", state, f"two moments of AdamW in {8 if eight_bit else 32} bits"),
+        _optimizer_state(inputs),
     ]
 
 
 def _trained_weights(inputs: PlanInputs) -> list[Component]:
     """Return what full fine-tuning holds beside the weights themselves."""
-    weights, eight_bit = inputs.trained_parameters, inputs.optimizer != "adamw"
+    weights = inputs.trained_parameters
     copies = Component("master weights", weights * MASTER_BYTES, "fp32 copies, which take the updates")
-    state = round(weights * (ADAM_8BIT_BYTES if eight_bit else ADAM_BYTES))
     return [
         *([copies] if inputs.has_master_weights else []),
         Component("gradients", weights * inputs.width, f"{weights:,} weights in {8 * inputs.width} bits"),
-        Component("optimizer state", state, f"two moments of AdamW in {8 if eight_bit else 32} bits"),
+        _optimizer_state(inputs),
     ]
+
+
+def _optimizer_state(inputs: PlanInputs) -> Component:
+    size = round(inputs.trained_parameters * moment_bytes(inputs.optimizer))
+    return Component(
+        "optimizer state", size, f"two moments of AdamW in {32 if inputs.optimizer == 'adamw' else 8} bits"
+    )
 
 
 def _process(inputs: PlanInputs) -> Component:

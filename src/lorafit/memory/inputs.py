@@ -166,9 +166,7 @@ class PlanInputs:
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: the trained weights, their fp32 copies and their moments."""
         weight = self.width + MASTER_BYTES * self.has_master_weights if self.is_full else ADAPTER_BYTES
-        return round(
-            self.trained_parameters * (weight + (ADAM_BYTES if self.optimizer == "adamw" else ADAM_8BIT_BYTES))
-        )
+        return round(self.trained_parameters * (weight + moment_bytes(self.optimizer)))
 
     @cached_property
     def policy(self) -> MemoryPolicy | None:
@@ -212,6 +210,11 @@ class PlanInputs:
         tokens = longest if self.shape.alone else min(max(limit, self.stats.longest), self.largest_step_tokens)
         supervised = min(tokens, round(tokens * self.stats.supervised_share * SUPERVISED_SPREAD))
         return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
+
+
+def moment_bytes(optimizer: str) -> float:
+    """Return the bytes of AdamW's two moments for each trained weight: 32 bits each (adamw), or 8."""
+    return ADAM_BYTES if optimizer == "adamw" else ADAM_8BIT_BYTES
 
 
 def most_tokens(step_tokens: int, max_length: int) -> int:

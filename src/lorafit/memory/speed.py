@@ -13,7 +13,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
 from lorafit.hardware.device import CORE_GFLOPS
 from lorafit.memory.footprint import NF4_BYTES, Activations, Execution
-from lorafit.memory.inputs import ADAM_8BIT_BYTES, ADAM_BYTES, MASTER_BYTES, MicroBatch, PlanInputs
+from lorafit.memory.inputs import MASTER_BYTES, MicroBatch, PlanInputs, moment_bytes
 from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
@@ -71,6 +71,7 @@ def layer_costs(
     traffic_forward, traffic_backward = _traffic_s(inputs, batch.tokens, live, execution)
     fixed = matmuls.tail_s + _dequantize_s(inputs) * (1 - dequantized)
     is_dense = not inputs.in_4_bits or dequantized == 1
+    head_flops = (6 if inputs.is_full else 4) * inputs.shape.vocab * inputs.shape.hidden
     launch = GRAPH_LAUNCH_S if graphs else _launch_s(inputs, execution, is_dense=is_dense)
     forward_s = max(launch, matmuls.forward_s + attention + traffic_forward + fixed)
     return LayerCosts(
@@ -90,11 +91,7 @@ def layer_costs(
         launch_s=launch,
         loss_bytes=live.loss_bytes,
         fixed_loss_bytes=live.chunk_bytes,
-        loss_s=(6 if inputs.is_full else 4)
-        * batch.supervised
-        * inputs.shape.vocab
-        * inputs.shape.hidden
-        / flops_per_s(inputs),
+        loss_s=head_flops * batch.supervised / flops_per_s(inputs),
     )
 
 
@@ -105,8 +102,7 @@ def optimizer_s(inputs: PlanInputs) -> float:
     """
     if not inputs.is_full:
         return 0.0
-    moments = ADAM_BYTES if inputs.optimizer == "adamw" else ADAM_8BIT_BYTES
-    held = inputs.width + moments + (MASTER_BYTES if inputs.has_master_weights else 0)
+    held = inputs.width + moment_bytes(inputs.optimizer) + (MASTER_BYTES if inputs.has_master_weights else 0)
     return _moving_s(inputs.trained_parameters * (2 * inputs.width + 2 * held), inputs.hardware)
 
 

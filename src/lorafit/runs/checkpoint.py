@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
     The newest `keep_last` stay, and of the others the `keep_best` with the lowest held-out loss.
     """
     older = checkpoint_folders(folder)[:-keep_last]
-    scored = sorted((loss, -(step_of(path) or 0), path) for path in older if (loss := _loss_of(path)) is not None)
-    best = {path for _, _, path in scored[:keep_best]}
+    best = {path for _, _, path in _scored(older)[:keep_best]}
     for path in older:
         if path not in best:
             remove_folder(path)
@@ -147,11 +146,12 @@ def best_step(folder: Path) -> tuple[int, float] | None:
 
     Only manifests are read. Returns None if no checkpoint has a loss.
     """
-    scored = [
-        (loss, -(step_of(path) or 0)) for path in checkpoint_folders(folder) if (loss := _loss_of(path)) is not None
-    ]
-    loss, step = min(scored, default=(0.0, 0))
-    return (-step, loss) if scored else None
+    return next(((-step, loss) for loss, step, _ in _scored(checkpoint_folders(folder))), None)
+
+
+def _scored(folders: Iterable[Path]) -> list[tuple[float, int, Path]]:
+    """Return (held-out loss, -step, folder) of those that have a loss, the best first."""
+    return sorted((loss, -(step_of(path) or 0), path) for path in folders if (loss := _loss_of(path)) is not None)
 
 
 def _loss_of(folder: Path) -> float | None:

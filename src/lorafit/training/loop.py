@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafit.config import RunConfig
 from lorafit.data import Rows, steps_per_epoch
-from lorafit.engine import PACKED, Step
+from lorafit.engine import Step
 from lorafit.errors import ProcessLost, TrainingError
 from lorafit.methods import Method
 from lorafit.objectives import Objective
@@ -99,12 +99,12 @@ class TrainingLoop:
         self.arguments = training_arguments(config, folder, epoch_steps, dtype, evaluates=evaluates)
         self.processes = own = processes or Processes()
         self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=own.is_main)
-        self.rows = memory.rows if memory else PACKED
-        self._set_up_steps(objective, memory or TunedMemory(config.max_length))
-        self._set_up_guards(memory or TunedMemory(config.max_length), events or EventLog(), run)
+        memory = memory or TunedMemory(config.max_length)
+        self.rows = memory.rows
+        self._set_up_steps(objective, memory)
+        self._set_up_guards(memory, events or EventLog(), run)
         self.clock, self.step_log = TrainingClock(), StepLog()
         self.progress = TrainingProgress(show, self.clock)
-        self._began_at, self._first_step = 0.0, 0
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train from `checkpoint`, or from the first step, to the last step or a signal.

@@ -106,7 +106,6 @@ def test_a_model_that_was_not_trained_is_found_out(trained, config, tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_neither_saved_nor_loaded(trained, config, tmp_path):
-    FULL.save(trained, tmp_path / "model", config)
     with torch.no_grad():
         FULL.trainable(trained)[-1].view(-1)[0] = float("nan")
     with pytest.raises(AdapterError, match="NaN or infinite"):
@@ -114,3 +113,6 @@ def test_a_weight_that_is_not_finite_is_neither_saved_nor_loaded(trained, config
     with pytest.raises(AdapterError, match="NaN or infinite"):
         FULL.snapshot(trained, config).require_finite(tmp_path)
     assert not (tmp_path / "other").exists()
+    FULL.snapshot(trained, config).write(tmp_path / "damaged")
+    with pytest.raises(AdapterError, match="NaN or infinite values: the model is not loaded"):
+        FULL.load(load_backbone(config), tmp_path / "damaged", config)

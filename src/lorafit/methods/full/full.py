@@ -14,7 +14,7 @@ from lorafit.config import RunConfig
 from lorafit.errors import AdapterError
 from lorafit.methods.full.optimizer import optimizer_of
 from lorafit.methods.full.weights_folder import CONFIG_FILE, WeightsSnapshot, WholeWeights, put_weights
-from lorafit.runs import staged_folder
+from lorafit.methods.saving import require_finite, save_snapshot
 
 
 class Full:
@@ -62,18 +62,13 @@ class Full:
         self, model: nn.Module, folder: Path, config: RunConfig, *, written: Callable[[Path], None] | None = None
     ) -> None:
         """Write a Hugging Face model to `folder`, completely or not at all."""
-        snapshot = self.snapshot(model, config)
-        snapshot.require_finite(folder)
-        with staged_folder(folder, replace=True) as staged:
-            snapshot.write(staged)
-            if written is not None:
-                written(staged)
+        save_snapshot(self.snapshot(model, config), folder, written)
 
     def load(self, model: nn.Module, folder: Path, config: RunConfig) -> nn.Module:
         """Return the model in `folder`, frozen, on the device of `model`. Raises AdapterError, BackboneError."""
         own = config.model_copy(update={"base": str(folder), "revision": None})
         tuned = load_backbone(own, device=next(model.parameters()).device, exact=True)
-        WeightsSnapshot(dict(tuned.named_parameters()), tuned).require_finite(folder)
+        require_finite(dict(tuned.named_parameters()), folder, "the model is not loaded")
         return _of_base(tuned, config)
 
     def detach(self, model: Any) -> nn.Module:

@@ -15,6 +15,7 @@ from lorafit.backbone import FreshWeight, fresh_weights
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, VerificationError
+from lorafit.methods.saving import require_finite
 
 SHARD_BYTES = 4 * 10**9
 CONFIG_FILE = "config.json"
@@ -46,9 +47,7 @@ class WeightsSnapshot:
 
     def require_finite(self, where: Path) -> None:
         """Raise AdapterError if a weight is NaN or infinite. Such a model is never saved."""
-        for name, weight in self.tensors.items():
-            if not bool(torch.isfinite(weight).all()):
-                raise AdapterError(f"{name} holds NaN or infinite values: the model is not saved", where=str(where))
+        require_finite(self.tensors, where, "the model is not saved")
 
     def write(self, folder: Path) -> None:
         """Write a Hugging Face model, under the names of its checkpoint. It serves with a KV cache."""

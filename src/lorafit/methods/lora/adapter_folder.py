@@ -22,7 +22,7 @@ from lorafit.errors import AdapterError, VerificationError
 from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
 from lorafit.methods.lora.foreign_settings import check_values, plain_settings
-from lorafit.runs import staged_folder
+from lorafit.methods.saving import require_finite, save_snapshot
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
@@ -136,9 +136,7 @@ class AdapterSnapshot:
 
     def require_finite(self, where: Path) -> None:
         """Raise AdapterError if a weight is NaN or infinite. Such an adapter is never saved."""
-        for name, tensor in self.tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{name} holds NaN or infinite values: the adapter is not saved", where=str(where))
+        require_finite(self.tensors, where, "the adapter is not saved")
 
     def write(self, folder: Path) -> None:
         """Write the files into `folder`, which exists. The caller makes the write atomic."""
@@ -160,12 +158,7 @@ def save_adapter(
     An existing folder is replaced. The folder appears completely or not at all, after `written` has seen the staged
     one. Raises RunDirError if it cannot be written, AdapterError if a weight is not finite.
     """
-    snapshot = AdapterSnapshot.of(model, config, base_name=base_name)
-    snapshot.require_finite(folder)
-    with staged_folder(folder, replace=True) as staged:
-        snapshot.write(staged)
-        if written is not None:
-            written(staged)
+    save_snapshot(AdapterSnapshot.of(model, config, base_name=base_name), folder, written)
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -168,7 +169,7 @@ class MemoryRetry:
             undo()
             release_memory()
             if isinstance(outcome, _Failed):
-                self.processes.together(lambda outcome=outcome, step=step: self._shrink_layout(number, step, outcome))  # type: ignore[misc]
+                self.processes.together(partial(self._shrink_layout, number, step, outcome))
             else:  # another process ran out of memory
                 self.processes.together(lambda: None)
             self._tell_main(number, failed)
