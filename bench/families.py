@@ -198,6 +198,9 @@ def table_row(found: dict[str, Any]) -> TriedFamily:
     stages = [qv, every, *(found.get(name, {}) for name in ("chat", "merge", "merge_original", "same"))]
     reasons = [one.get("refused") or one.get("crashed") for one in stages if not one.get("ok")]
     distances = every.get("loss_difference", 1.0), found.get("same", {}).get("logits_difference", 1.0)
+    is_same = max(distances) <= TOLERANCE
+    if not is_same:
+        reasons.append(f"first loss or merged logits are {max(distances):.1e} from plain transformers and PEFT")
     trained = next((one for one in (qv, every) if one["ok"]), None)
     return TriedFamily(
         name=found["family"],
@@ -206,7 +209,7 @@ def table_row(found: dict[str, Any]) -> TriedFamily:
         all_linear=tuple(every["targets"]) if every["ok"] else (),
         chat=bool(found.get("chat", {}).get("ok")),
         merge=all(found.get(name, {}).get("ok", False) for name in ("merge", "merge_original")),
-        same=max(distances) <= TOLERANCE,
+        same=is_same,
         reason=next((str(reason) for reason in reasons if reason), ""),
     )
 

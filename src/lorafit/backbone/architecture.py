@@ -53,7 +53,7 @@ def without_noise(architecture: PretrainedConfig) -> PretrainedConfig:
 
     They would act in training beside the setting `dropout`, which is the adapters'.
     """
-    for part in {id(one): one for one in (architecture, architecture.get_text_config())}.values():
+    for part in (architecture, architecture.get_text_config()):
         for key in noise_keys(part.to_dict()):
             setattr(part, key, 0.0)
     return architecture

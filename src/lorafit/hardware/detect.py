@@ -59,9 +59,9 @@ def hardware_for(config: RunConfig) -> Hardware:
     GPU of that size. Raises UsageError for an unknown GPU, and for a number of GPUs that cannot be.
     """
     device = _device_for(config)
-    if config.gpus in (None, 1, "all") and not (config.gpus == 1 and config.gpu and device.count > 1):
+    if config.gpus is None or config.gpus == "all":
         return device
-    if device.kind == "cpu":
+    if config.gpus > 1 and device.kind == "cpu":
         fix = f"name the GPU: gpu: {config.gpus} x RTX 4090"
         raise UsageError("there is no GPU here to plan several of", where="gpus", fix=fix)
     if config.gpu and device.count not in (1, config.gpus):

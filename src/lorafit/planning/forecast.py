@@ -133,10 +133,9 @@ def token_flops(inputs: PlanInputs, recomputed: float) -> float:
     shape = inputs.shape
     head = shape.vocab * shape.hidden
     forward = 2 * (shape.active_parameters - head)
-    if inputs.is_full:  # the weights' own gradients too
-        attention = shape.layers * 2 * shape.heads * shape.head_dim * inputs.stats.mean_tokens
-        return (forward + attention) * (3 + recomputed) + 6 * head * inputs.stats.supervised_share
     attention = shape.layers * 2 * shape.heads * shape.head_dim * inputs.stats.mean_tokens
+    if inputs.is_full:  # the weights' own gradients too
+        return (forward + attention) * (3 + recomputed) + 6 * head * inputs.stats.supervised_share
     trained = 4 * head * inputs.stats.supervised_share + 6 * inputs.adapter_parameters
     return forward * (2 + recomputed) + attention * (3 + recomputed) + trained
 
@@ -235,9 +234,9 @@ def full_inputs(inputs: PlanInputs) -> PlanInputs:
     if inputs.compute not in ("bf16", "fp32"):
         settings["compute"] = "bf16" if inputs.hardware.bf16 else "fp32"
     inputs = inputs.with_settings(**settings)
-    kinds = FULL_OPTIMIZERS if inputs.on_cuda and inputs.width < WIDTH["fp32"] else FULL_OPTIMIZERS[:1]
     if inputs.config.optimizer != "auto":
         return inputs
+    kinds = FULL_OPTIMIZERS if inputs.on_cuda and inputs.width < WIDTH["fp32"] else FULL_OPTIMIZERS[:1]
     choices = [inputs.with_settings(optimizer=kind) for kind in kinds]
     return next((one for one in choices if _fits_surely(one)), choices[-1])
 

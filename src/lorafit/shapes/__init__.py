@@ -2,6 +2,6 @@
 
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.shape import ModelShape
-from lorafit.shapes.targets import PRESETS, resolve_targets, targets_note
+from lorafit.shapes.targets import resolve_targets, targets_note
 
-__all__ = ["PRESETS", "ModelShape", "Projection", "resolve_targets", "targets_note"]
+__all__ = ["ModelShape", "Projection", "resolve_targets", "targets_note"]

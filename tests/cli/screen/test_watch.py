@@ -7,7 +7,13 @@ import pytest
 
 from lorafit.cli.screen import console, watch
 from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
+from lorafit.config import resolve
+from lorafit.engine import RowMode
+from lorafit.hardware import hardware_named
+from lorafit.methods.lora import Counts
+from lorafit.planning import make_plan
 from lorafit.training.logging.progress import StepProgress
+from planning_shapes import TINY, facts, shape
 
 
 def progress(step=7, eval_loss=None, steps=2_400):
@@ -36,6 +42,15 @@ def test_a_file_gets_a_line_at_once_then_every_half_minute_and_at_each_evaluatio
     assert [line.split()[2].split("/")[0] for line in lines] == ["1", "3", "6", "7"]
     assert "held-out 2.5000" in lines[1]
     assert not any("held-out" in line for line in (lines[0], *lines[2:])), "no stale value"
+
+
+@pytest.mark.parametrize(("method", "words"), [("lora", "frozen"), ("full", "every weight trains")])
+def test_a_large_adapter_is_not_taken_for_every_weight(method, words, capsys):
+    resolved = resolve({}, {"method": method})
+    shown = ConsoleObserver()
+    shown.on_plan(make_plan(resolved, facts(), shape(TINY), hardware_named("H100")), resolved)
+    shown.on_model(Counts(trainable=8, total=10), "base", RowMode())
+    assert f"base, {words};" in capsys.readouterr().out
 
 
 def test_machines_get_one_object_a_line(capsys):

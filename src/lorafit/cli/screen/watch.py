@@ -56,7 +56,7 @@ class ConsoleObserver(Observer):
         )
         self.last_line_s = float("-inf")
         self.task = self.progress.add_task("train", total=1, seen="", visible=False)
-        self.has_dry_run = False
+        self.has_dry_run = self.trains_all = False
         self.last_eval_loss: float | None = None
         self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
 
@@ -85,7 +85,7 @@ class ConsoleObserver(Observer):
         show_findings(prepared.findings, self.data)
 
     def on_plan(self, plan: Plan, resolved: Resolved) -> None:
-        self.has_dry_run = plan.hardware.kind == "cuda"
+        self.has_dry_run, self.trains_all = plan.hardware.kind == "cuda", plan.decided.is_full
         show_verdict(plan, [*plan.findings])
         show_choices(plan, resolved)
         show_findings(plan.findings)
@@ -100,11 +100,10 @@ class ConsoleObserver(Observer):
     def on_model(self, counts: Counts, base: str, rows: RowMode) -> None:
         if self.status:
             self.status.stop()
-        trains_all = counts.trainable > counts.total // 2  # adapters are a few per cent
-        state = "every weight trains" if trains_all else "frozen"
-        heading("load" if trains_all else "quantize", f"{Path(base).name}, {state}; {escape(rows.in_words)}")
+        state = "every weight trains" if self.trains_all else "frozen"
+        heading("load" if self.trains_all else "quantize", f"{Path(base).name}, {state}; {escape(rows.in_words)}")
         heading(
-            "train" if trains_all else "attach",
+            "train" if self.trains_all else "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
             f"([bold]{counts.percent:.3f} %[/bold])",
         )
