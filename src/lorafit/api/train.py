@@ -121,7 +121,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> TrainedRun:
-    """Train LoRA adapters for `data` on the frozen `base`.
+    """Train on `data`: adapters on the frozen `base`, or with `method="full"` every weight.
 
     `data` may be a recipe YAML; `settings` are keys of RunConfig. A folder with an unfinished run of the same settings
     and data resumes from its newest valid checkpoint, to the bits of an uninterrupted run. `restart` moves that run
