@@ -70,6 +70,10 @@ class Method(Protocol):
         """Return the optimizer's parameters in a fixed order."""
         ...
 
+    def learning_rate_factor(self, name: str, config: RunConfig) -> float:
+        """Return what the learning rate is multiplied by for the parameter `name` of the model."""
+        ...
+
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
         """Return the optimizer of class `kind` over the trained weights in `groups`."""
         ...

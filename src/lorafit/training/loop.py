@@ -288,7 +288,7 @@ class TrainingLoop:
             Checkpoint.open(checkpoint, run=self.checkpoints.run)
             self.method.restore(self.model, checkpoint / ADAPTER)
         self.model.train()
-        self.optimizer = build_optimizer(self.trained, self.arguments, self.model, self.method)
+        self.optimizer = build_optimizer(self.trained, self.arguments, self.model, self.method, self.config)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, self.arguments)
         self.callbacks.begin(checkpoint, self.optimizer, self.lr_scheduler)
         if checkpoint is not None:

@@ -101,16 +101,22 @@ def training_arguments(
 
 
 def build_optimizer(
-    trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module, method: Method
+    trained: Sequence[nn.Parameter], arguments: TrainingArguments, model: nn.Module, method: Method, config: RunConfig
 ) -> Any:
-    """Return the optimizer over `trained`. Only matrices have weight decay, not norms and biases."""
+    """Return the optimizer over `trained`. Only matrices have weight decay, not norms and biases.
+
+    The first groups have the learning rate of `config`; groups whose rate the method multiplies follow.
+    """
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    matrices = [weight for weight in trained if weight.ndim > 1]
-    vectors = [weight for weight in trained if weight.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": arguments.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    factors = [method.learning_rate_factor(names.get(id(weight), ""), config) for weight in trained]
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys([1.0, *factors]):
+        own = [weight for weight, its in zip(trained, factors, strict=True) if its == factor]
+        rate = {} if factor == 1 else {"lr": factor * arguments.learning_rate}
+        matrices, vectors = [weight for weight in own if weight.ndim > 1], [weight for weight in own if weight.ndim <= 1]
+        groups.append({"params": matrices, "weight_decay": arguments.weight_decay, **rate})
+        groups.append({"params": vectors, "weight_decay": 0.0, **rate})
     return method.optimizer(kind, groups, options)
 
 

@@ -44,6 +44,10 @@ class Full:
         """Return the trained weights in module order; a tied head is listed once."""
         return [weight for weight in model.parameters() if weight.requires_grad]
 
+    def learning_rate_factor(self, name: str, config: RunConfig) -> float:
+        """Return 1: all weights have the same learning rate."""
+        return 1.0
+
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
         """Return the optimizer; 16-bit weights get fp32 master copies, or stochastic rounding with 8-bit moments."""
         return optimizer_of(kind, groups, options)

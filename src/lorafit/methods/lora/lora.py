@@ -32,7 +32,8 @@ class Lora:
 
     def describe(self, config: RunConfig) -> str:
         """Return the method with rank and alpha, in a few words."""
-        return f"{'rsLoRA' if config.rslora else 'LoRA'} (rank {config.rank}, alpha {config.alpha:g})"
+        kind = f"{'rsLoRA' if config.rslora else 'LoRA'}{'+' if config.loraplus_lr_ratio != 1 else ''}"
+        return f"{kind} (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
         """Return `model` with fresh adapters on `targets` (default: `config.targets`) and a frozen base."""
@@ -41,6 +42,10 @@ class Lora:
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the adapters' weights in module order."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def learning_rate_factor(self, name: str, config: RunConfig) -> float:
+        """Return LoRA+'s ratio for B, 1 for A (Hayou et al., arXiv:2402.12354)."""
+        return config.loraplus_lr_ratio if ".lora_B." in name else 1.0
 
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
         """Return `kind` over the adapters' weights, which are in fp32."""
