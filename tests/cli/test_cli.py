@@ -13,7 +13,7 @@ import pytest
 
 from little_run import write_rows
 from lorafit.cli import main
-from lorafit.cli.app import _commands
+from lorafit.cli.app import _as_lorafit_error, _commands
 from lorafit.cli.flags import example_of
 from lorafit.cli.screen import console
 from lorafit.data import Template
@@ -516,3 +516,18 @@ def test_the_bases_that_merge_offers_are_those_that_it_takes():
 
     offered = get_args(get_args(get_type_hints(command)["onto"])[0])
     assert {*offered, "whole"} == set(get_args(MergeBase)), "a run that trained every weight has no base to choose"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)
+def test_memory_that_ended_is_one_sentence_and_no_bug(error):
+    told = _as_lorafit_error(error, ["train"])
+    assert (told.exit_code, told.what) == (1, "the memory that this process may use is full")

@@ -119,7 +119,7 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
         return error
     if hasattr(error, "format_message"):  # from the command line's parser
         return _misuse(error, given)
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    if _is_out_of_memory(error):
         fix = "free some, or raise the limit that ulimit -v or the container sets"
         return LorafitError("the memory that this process may use is full", fix=fix)
     if isinstance(error, OSError):
@@ -133,6 +133,23 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     internal = LorafitError(what, fix="run it with --debug and report the trace")
     internal.exit_code = INTERNAL
     return internal
+
+
+OUT_OF_MEMORY = ("can't start new thread", "can't allocate memory", "cannot allocate memory", "failed to map segment")
+"""What Python, torch and the loader of libraries say without memory, in errors of other kinds."""
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Return True if the host's memory ended, in `error` or in one that it came of."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if isinstance(error, RuntimeError | ImportError) and any(
+            words in str(error).lower() for words in OUT_OF_MEMORY
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _misuse(error: Any, given: list[str]) -> UsageError:
