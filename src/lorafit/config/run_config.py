@@ -78,7 +78,11 @@ class RunConfig(BaseModel):
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     rslora: bool = Field(False, description="rank-stabilized LoRA: the delta is scaled by alpha / √rank")
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, le=1000, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of lr, which A has"
+        1.0,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="LoRA+: learning rate of B as a multiple of lr, which A has",
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
     targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
@@ -167,8 +171,8 @@ class RunConfig(BaseModel):
         return value
 
     @field_validator(
-        "max_length", "rank", "alpha", "loraplus_lr_ratio", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm", "epochs", "seed",
-        "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps", "keep_last",
+        "max_length", "rank", "alpha", "loraplus_lr_ratio", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm",
+        "epochs", "seed", "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps", "keep_last",
         "keep_best",
         mode="before",
     )  # fmt: skip

@@ -114,7 +114,10 @@ def build_optimizer(
     for factor in dict.fromkeys([1.0, *factors]):
         own = [weight for weight, its in zip(trained, factors, strict=True) if its == factor]
         rate = {} if factor == 1 else {"lr": factor * arguments.learning_rate}
-        matrices, vectors = [weight for weight in own if weight.ndim > 1], [weight for weight in own if weight.ndim <= 1]
+        matrices, vectors = (
+            [weight for weight in own if weight.ndim > 1],
+            [weight for weight in own if weight.ndim <= 1],
+        )
         groups.append({"params": matrices, "weight_decay": arguments.weight_decay, **rate})
         groups.append({"params": vectors, "weight_decay": 0.0, **rate})
     return method.optimizer(kind, groups, options)

@@ -1,0 +1,17 @@
+"""The tampering campaign in its short form: each file of a run changed, or made a link. The whole: bench/tampering.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parent.parent / "bench" / "tampering.py"
+
+
+def test_no_changed_file_of_a_run_is_taken_up_in_silence():
+    command = [sys.executable, str(BENCH), "--short"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
+    assert "| chat |" in ended.stdout and "| merge |" in ended.stdout
