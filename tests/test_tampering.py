@@ -1,4 +1,4 @@
-"""The tampering campaign in its short form: each file of a run changed, or made a link. The whole: bench/tampering.py."""
+"""The tampering campaign in its short form: every file of a run is changed. The whole: bench/tampering.py."""
 
 import os
 import subprocess

@@ -172,8 +172,8 @@ class RunConfig(BaseModel):
 
     @field_validator(
         "max_length", "rank", "alpha", "loraplus_lr_ratio", "dropout", "lr", "warmup", "weight_decay", "max_grad_norm",
-        "epochs", "seed", "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps", "keep_last",
-        "keep_best",
+        "epochs", "seed", "max_steps", "examples_per_step", "eval_steps", "save_steps", "save_minutes", "max_bad_steps",
+        "keep_last", "keep_best",
         mode="before",
     )  # fmt: skip
     @classmethod
