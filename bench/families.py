@@ -1,17 +1,16 @@
 """Walk every model family: plan, train, chat and merge on a tiny random base, compared with transformers and PEFT.
 
-    PYTHONPATH=src:tests python bench/families.py [FAMILY …] [--out TABLE.json]
+    PYTHONPATH=src:tests python bench/families.py [all | FAMILY …] [--keep RESULTS.jsonl] [--out TABLE.json]
 
 Each family runs in a process of its own. Two runs of two steps are trained: `qv` with the planned quantization, and
 `all-linear` on the base as stored. The second one's first loss is compared with the plain base's, each row alone, and
-its merged model's logits with those of plain PEFT. `--out` writes the table that `lorafit models` prints.
+its merged model's logits with those of plain PEFT. `--keep` adds the results to a file, so that a walk may be made in
+slices. `--out` writes the table that `lorafit models` prints, from the last result of each family in that file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import multiprocessing
 import subprocess
@@ -29,17 +28,16 @@ import peft
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 import lorafit
-from families_zoo import families, small_config
+from families_zoo import counted_here, families, small_config
 from lorafit.api.observer import Observer
-from lorafit.backbone import skeleton_sizes
+from lorafit.backbone import load_whole
+from lorafit.backbone.architecture import auto_class
 from lorafit.data import Rows, epoch_order
 from lorafit.engine import RowMode
 from lorafit.errors import LorafitError
 from lorafit.methods.lora import Counts
-from lorafit.shapes import skeleton
 from lorafit.shapes.tried_families import TriedFamily
 from lorafit.training import TrainerCallback
 from tiny_models import save_tokenizer
@@ -136,7 +134,7 @@ def answered(run: Path) -> dict[str, Any]:
 
 def plain_loss(base: Path, rows: Rows, seed: int) -> float:
     """Return the mean loss of the first step's supervised tokens in plain transformers, each row alone."""
-    model, total, count = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), 0.0, 0
+    model, total, count = load_whole(base, dtype=torch.float32).eval(), 0.0, 0
     for row in epoch_order(len(rows), seed, 0)[:STEP_ROWS]:
         ids, mask = torch.from_numpy(rows.ids(int(row)).astype(np.int64)), torch.from_numpy(rows.mask(int(row)))
         with torch.no_grad():
@@ -156,10 +154,10 @@ def merged(run: Path, onto: Any) -> dict[str, Any]:
 def compared(run: Path, base: Path) -> dict[str, Any]:
     """Return the relative distance of the merged model's logits from those of plain PEFT."""
     ids = torch.arange(5, 45)[None]
-    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain: Any = load_whole(base, dtype=torch.float32)
     tuned = peft.PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
     (folder,) = (run / "exports").glob("merged-*")
-    ours: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours: Any = load_whole(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted, got = tuned(input_ids=ids).logits, ours(input_ids=ids).logits
         with tuned.disable_adapter():
@@ -170,7 +168,8 @@ def compared(run: Path, base: Path) -> dict[str, Any]:
 def save_base(family: str, folder: Path) -> None:
     """Write a tiny random base of `family`, with a byte-level tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family))
+    config = small_config(family)
+    model = auto_class(config).from_config(config)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.08)
@@ -226,16 +225,7 @@ def write_table(tried: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _child(family: str, results: Any) -> None:
-    really_run = subprocess.run
-
-    def run(command: Sequence[str], **options: Any) -> Any:
-        if skeleton.CHILD not in command:  # only the skeleton's child would import torch again
-            return really_run(command, **options)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            skeleton_sizes.main(command[-1])
-        return subprocess.CompletedProcess(list(command), 0, out.getvalue(), "")
-
-    subprocess.run = run
+    subprocess.run = counted_here(subprocess.run)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lorafit-family-") as folder:
@@ -259,17 +249,29 @@ def walk_apart(family: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Walk the families named, or all, and print a line of each."""
+    """Walk the families named, and print a line of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    tried = []
-    for family in options.families or families():
-        tried.append(walk_apart(family))
-        print(json.dumps(tried[-1]), flush=True)
+    tried = _kept(options.keep)
+    chosen = families() if options.families == ["all"] else options.families
+    for family in chosen:
+        tried[family] = walk_apart(family)
+        line = json.dumps(tried[family])
+        print(line, flush=True)
+        if options.keep:
+            with options.keep.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
     if options.out:
-        write_table(tried, options.out)
+        write_table(list(tried.values()), options.out)
+
+
+def _kept(path: Path | None) -> dict[str, Any]:
+    """Return the last result of each family in the file at `path`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
+    return {row["family"]: row for row in map(json.loads, lines)}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lorafit.backbone import skeleton_sizes
+from lorafit.shapes import skeleton
 
 VOCABULARY = 640
 LAYERS = 4
@@ -30,7 +36,8 @@ SMALL: Mapping[int, tuple[str, ...]] = {
     24: ("q_lora_rank",),
     32: ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
          "expert_ffn_hidden_size", "mamba_head_dim", "mamba_d_head", "chunk_size", "mamba_chunk_size", "sliding_window",
-         "attention_chunk_size", "attention_window_size"),
+         "attention_window_size"),
+    128: ("attention_chunk_size",),
     VOCABULARY: ("vocab_size", "vocab_size_per_layer_input"),
     256: ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
     1: ("first_k_dense_replace", "n_shared_experts", "num_shared_experts", "topk_group", ),
@@ -57,6 +64,11 @@ WRAPPERS = (
     "lfm2_vl", "aya_vision", "cohere2_vision", "granite4_vision", "kimi_k25", "nemotron_h_omni",
 )  # fmt: skip
 
+AXES = frozenset(
+    "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr paddleocr_vl hunyuan_vl cosmos3_edge "
+    "qwen3_5 qwen3_5_moe ernie4_5_vl_moe".split()
+)
+"""Families whose positions have three axes: time, height and width."""
 OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
@@ -92,13 +104,36 @@ def small_config(family: str) -> PretrainedConfig:
     if raw.get("qk_rope_head_dim") and "head_dim" in raw:
         # latent attention rotates these dimensions alone, and has a key for each head
         raw |= {"head_dim": raw["qk_rope_head_dim"], "num_key_value_heads": raw["num_attention_heads"]}
+    if family in AXES:
+        _set_axes(raw.get("text_config") or raw)
     raw.pop("model_type", None)
     return config_class(**raw)
+
+
+def _set_axes(text: dict[str, Any]) -> None:
+    """Share half of a small head's rotated dimensions out to the three axes of positions."""
+    rope = text.get("rope_parameters") or {}
+    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    half = int(width * (rope.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1)) // 2
+    text["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
 
 def families() -> list[str]:
     """Return every model type that has a causal language model in transformers, and the wrappers."""
     return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(name for name in WRAPPERS if name in CONFIG_MAPPING)]
+
+
+def counted_here(really_run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `subprocess.run` with the skeleton's child in this process: a child takes seconds to import torch."""
+
+    def run(command: Sequence[str], **options: Any) -> Any:
+        if skeleton.CHILD not in command:
+            return really_run(command, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            skeleton_sizes.main(command[-1])
+        return subprocess.CompletedProcess(list(command), 0, out.getvalue(), "")
+
+    return run
 
 
 def _shrunk(raw: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:

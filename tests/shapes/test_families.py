@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.shapes import ModelShape
-from lorafit.shapes.families import ALIASES, FAMILIES
+from lorafit.shapes.families import FAMILIES
 
 SMALL = {
     "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -72,7 +72,6 @@ def test_shape_counts_what_transformers_builds(family, change):
     tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     embeddings = {id(weight): weight.numel() for weight in tables}
     head = model.get_output_embeddings()
-    assert shape.exact
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.embedding_parameters == sum(embeddings.values())
     assert shape.head_parameters == (0 if id(head.weight) in embeddings else head.weight.numel())
@@ -80,10 +79,6 @@ def test_shape_counts_what_transformers_builds(family, change):
     for linear in shape.linears:
         ours[linear.name, linear.inputs, linear.outputs] += linear.count
     assert ours == linear_sizes(model)
-
-
-def test_an_alias_leads_to_a_family():
-    assert set(ALIASES.values()) <= set(FAMILIES)
 
 
 def test_a_family_has_one_module_for_each_path():

@@ -1,7 +1,5 @@
 """Families outside of the table, sized by a child process; this process imports no torch for it."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -10,8 +8,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 import lorafit
-from families_zoo import WRAPPERS, small_config
-from lorafit.backbone import skeleton_sizes
+from families_zoo import counted_here, small_config
 from lorafit.backbone.architecture import read_architecture
 from lorafit.errors import AdapterError, BackboneError
 from lorafit.shapes import ModelShape, resolve_targets, skeleton
@@ -37,17 +34,14 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """Have the child's work done in this process, and count how often: a child takes seconds."""
-    asked, really_run = [], subprocess.run
+    asked, run = [], counted_here(subprocess.run)
 
-    def run(command, **options):
-        if skeleton.CHILD not in command:
-            return really_run(command, **options)
-        asked.append(command)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            skeleton_sizes.main(command[-1])
-        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+    def counted(command, **options):
+        if skeleton.CHILD in command:
+            asked.append(command)
+        return run(command, **options)
 
-    monkeypatch.setattr(skeleton.subprocess, "run", run)
+    monkeypatch.setattr(skeleton.subprocess, "run", counted)
     return asked
 
 
@@ -56,8 +50,17 @@ def test_a_mixture_outside_the_table_has_all_its_experts(here):
     shape = ModelShape.from_config(GLM_4_5_AIR, "glm")
     assert 104e9 < shape.parameters < 108e9
     assert 11e9 < shape.active_parameters < 14e9
-    assert shape.exact and shape.counted and not shape.notes
+    assert shape.counted and not shape.notes
     assert shape.expert_parameters == 45 * 128 * 3 * 4096 * 1408
+
+
+def test_a_nested_text_config_is_the_decoder_and_the_tower_is_counted(here):
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    model = ModelShape.from_config({"model_type": "gemma3", "text_config": text, "vision_config": vision}, "gemma")
+    assert (model.family, model.heads, model.head_dim, model.vocab) == ("gemma3_text", 8, 256, 262208)
+    assert 3.8e9 < model.parameters - model.tower_parameters < 3.9e9  # google/gemma-3-4b's language model
+    assert 0.40e9 < model.tower_parameters < 0.45e9
 
 
 def test_the_second_look_starts_no_child_and_says_the_same(here):
@@ -128,19 +131,25 @@ def refusal(call, *arguments):
     return refused.value.what, refused.value.fix
 
 
-@pytest.mark.parametrize("wrapper", [*(name for name in WRAPPERS if name in CONFIG_MAPPING), "RefinedWeb", "smollm"])
-def test_planning_refuses_with_the_sentence_of_training(wrapper, tmp_path, here):
-    """Most of them wrap a decoder of the table; the last two are older names that transformers does not know."""
-    config = small_config(wrapper).to_dict() if wrapper in CONFIG_MAPPING else {**LLAMA_8B, "model_type": wrapper}
+@pytest.mark.parametrize("kind", ["clip", "pix2struct", "vision-encoder-decoder", "florence2", "RefinedWeb", "smollm"])
+def test_planning_refuses_with_the_sentence_of_training(kind, tmp_path, here):
+    """The last two are older names that transformers does not know."""
+    config = small_config(kind).to_dict() if kind in CONFIG_MAPPING else {**LLAMA_8B, "model_type": kind}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert refusal(ModelShape.from_base, str(tmp_path)) == refusal(read_architecture, tmp_path)
 
 
-def test_plan_and_check_refuse_a_wrapper_that_training_cannot_load(tmp_path, here):
-    small_config("mistral3").save_pretrained(tmp_path / "base")
+def test_a_model_that_needs_an_image_with_every_row_is_refused(tmp_path, here):
+    small_config("instructblip").save_pretrained(tmp_path)
+    what, _ = refusal(ModelShape.from_base, str(tmp_path))
+    assert "needs pixel_values" in what and what.endswith("with every row, and lorafit trains on text")
+
+
+def test_plan_and_check_refuse_a_base_that_training_cannot_load(tmp_path, here):
+    small_config("clip").save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 4)
     what, _ = refusal(lambda: lorafit.plan(tmp_path / "rows.jsonl", base=tmp_path / "base"))
-    assert what == "transformers loads no causal language model from a base of type 'mistral3'"
+    assert what == "transformers loads no causal language model from a base of type 'clip'"
     checked = lorafit.check(tmp_path / "rows.jsonl", base=tmp_path / "base")
     assert not checked.ok and what in [finding.message for finding in checked.findings]

@@ -31,6 +31,7 @@ from lorafit.engine import (
     let_blocks_grow,
     lock_pages_by_threads,
     prove_rows,
+    require_runs,
     warm_compiler,
 )
 from lorafit.errors import RunDirError
@@ -92,9 +93,11 @@ def build_model(planned: PlannedRun, *, is_new: bool = True) -> BuiltModel:
         warm_compiler()
     method = method_of(config)
     base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
+    samples = _samples(planned.prepared.train)
+    require_runs(base, samples[0])
     findings = tuple(quantization_loss(base, config, planned.prepared.train)) if is_new else ()
     model = method.prepare(base, config, planned.plan.targets)
-    rows, loss = prove_rows(model, _samples(planned.prepared.train))
+    rows, loss = prove_rows(model, samples)
     return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows, findings)
 
 

@@ -9,9 +9,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
@@ -41,11 +47,47 @@ def read_architecture(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         raise BackboneError(f"config.json is not valid ({one_line(error)})", where=str(folder)) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not _doors(config):
         what = f"transformers loads no causal language model from a base of type '{kind}'"
+        raise BackboneError(what, where=str(folder), fix="choose a causal language model")
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        what = "the base is an encoder-decoder, and lorafit trains decoder-only models"
         raise BackboneError(what, where=str(folder), fix="choose a causal language model")
     _check_quantization(raw.get("quantization_config"), folder)
     return config
+
+
+AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""Classes of transformers that load a model which continues text, the usual one first."""
+
+
+def auto_class(architecture: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a base: `AutoModelForCausalLM`, or one for multimodal models.
+
+    The class that config.json names in `architectures` decides, so that tensors and adapters have the names that
+    servers expect: Qwen 3.5 loads whole, with its vision tower, unless config.json names the language model alone.
+    """
+    doors = _doors(architecture)
+    named = set(architecture.architectures or ())
+    return next((door for door in doors if named.intersection(_classes(door, architecture))), doors[0])
+
+
+def load_whole(folder: Path, **arguments: Any) -> Any:
+    """Return the model in `folder`, loaded by transformers' own class for it; no code of the checkpoint runs.
+
+    `arguments` are those of `from_pretrained`.
+    """
+    architecture = arguments.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return auto_class(architecture).from_pretrained(folder, trust_remote_code=False, **arguments)
+
+
+def _doors(architecture: PretrainedConfig) -> list[Any]:
+    return [door for door in AUTO_CLASSES if type(architecture) in door._model_mapping]
+
+
+def _classes(door: Any, architecture: PretrainedConfig) -> dict[str, Any]:
+    found = door._model_mapping[type(architecture)]
+    return {kind.__name__: kind for kind in (found if isinstance(found, (list, tuple)) else [found])}
 
 
 def without_noise(architecture: PretrainedConfig) -> PretrainedConfig:
@@ -109,28 +151,31 @@ def supported_attention(architecture: PretrainedConfig, wanted: str) -> str:
 
     Gemma 2 is one: it caps its attention scores.
     """
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
-    return "eager" if wanted == "sdpa" and not getattr(family, "_supports_sdpa", True) else wanted
+    classes = _classes(auto_class(architecture), architecture)
+    supports = all(getattr(kind, "_supports_sdpa", True) for kind in classes.values())
+    return "eager" if wanted == "sdpa" and not supports else wanted
 
 
 def skeleton(architecture: PretrainedConfig) -> nn.Module:
     """Return the model on the meta device: every module, no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+        return cast(nn.Module, auto_class(architecture).from_config(architecture, trust_remote_code=False))
 
 
 def linears_to_quantize(model: nn.Module) -> list[str]:
     """Return the names of the linears that lorafit quantizes.
 
-    They are all but the output head, the modules that must stay fp32, and those whose weight the model's code reads.
+    They are all of the text decoder but the output head, the modules that must stay fp32, and those whose weight the
+    model's code reads. Image and audio towers stay as stored.
     """
     kept, bare = _keep_in_fp32(model), bare_weights(model)
-    head = output_head(model)
+    head, inside = output_head(model), set(text_decoder(model).modules())
     return [
         name
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and module is not head
+        and module in inside
         and name not in bare
         and not any(part in name.split(".") for part in kept)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from lorafit.backbone.architecture import (
     architecture_of,
@@ -19,6 +19,7 @@ from lorafit.backbone.architecture import (
     default_device,
     is_prequantized,
     linears_to_quantize,
+    load_whole,
     one_line,
     read_architecture,
     skeleton,
@@ -121,9 +122,7 @@ def nf4_config(dtype: torch.dtype, skip: list[str] | None = None) -> BitsAndByte
 
 def _from_pretrained(folder: Path, **arguments: Any) -> nn.Module:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **arguments
-        )
+        model, report = load_whole(folder, output_loading_info=True, use_safetensors=True, **arguments)
     except torch.OutOfMemoryError as error:
         raise BackboneError(
             "the base does not fit into the device's memory",

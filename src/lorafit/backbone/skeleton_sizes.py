@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -57,7 +56,8 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
     if not layers:
         raise BackboneError(f"transformers' {type(model).__name__} has no decoder layers", fix="choose another base")
-    _require_causal(architecture, decoder)
+    _require_causal(decoder)
+    _require_text_alone(model)
     tables = _parameters(embeddings.values())
     projections = projections_of(model)
     matrices = sum(part.parameters for part in projections)
@@ -93,14 +93,20 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def _require_causal(architecture: PretrainedConfig, decoder: nn.Module) -> None:
-    """Raise BackboneError for an encoder, and for a decoder that attends to one."""
-    if getattr(architecture, "is_encoder_decoder", False):
-        what = "the base is an encoder-decoder, and lorafit trains decoder-only models"
-        raise BackboneError(what, fix="choose a causal language model")
+def _require_causal(decoder: nn.Module) -> None:
+    """Raise BackboneError for an encoder."""
     attentions = [part for part in decoder.modules() if isinstance(getattr(part, "is_causal", None), bool)]
     if attentions and not any(part.is_causal for part in attentions):
         what = f"{type(decoder).__name__} is an encoder: its tokens see later tokens"
+        raise BackboneError(what, fix="choose a causal language model")
+
+
+def _require_text_alone(model: nn.Module) -> None:
+    """Raise BackboneError for a model whose forward demands more than the ids of a row."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if more := [name for name in needed if name != "input_ids"]:
+        what = f"{type(model).__name__} needs {', '.join(more)} with every row, and lorafit trains on text"
         raise BackboneError(what, fix="choose a causal language model")
 
 

@@ -11,7 +11,7 @@ from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.logits import logits_at
 from lorafit.engine.loss.vocabulary import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
 from lorafit.engine.packing import MicroBatch, Segments, Step, collate
-from lorafit.engine.row_mode import PACKED, RowMode, prove_rows
+from lorafit.engine.row_mode import PACKED, RowMode, prove_rows, require_runs
 from lorafit.engine.runtime import (
     PAGE_BYTES,
     allocator_retries,
@@ -26,6 +26,7 @@ __all__ = [
     "PACKED",
     "RowMode",
     "prove_rows",
+    "require_runs",
     "PAGE_BYTES",
     "allocator_retries",
     "let_blocks_grow",

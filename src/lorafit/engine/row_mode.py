@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from lorafit.backbone import one_line, unwrapped
 from lorafit.engine.attention.packed import packed
 from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated
 from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
-from lorafit.errors import BackboneError
+from lorafit.errors import BackboneError, TrainingError
 
 FAMILY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError)
 """Errors of a family's own forward that was not written for packed rows."""
@@ -64,6 +65,17 @@ def prove_rows(model: Any, rows: Sequence[Row]) -> tuple[RowMode, VocabularyLoss
             assert_finite(model, rows)
             assert_causal(model, rows[-1])
         return mode, vocabulary_loss_for(model, rows[:1] if mode.is_alone else rows, alone=mode.is_alone)
+
+
+def require_runs(model: Any, row: Row) -> None:
+    """Raise TrainingError unless the forward of `model` takes one row of text as it is, and gives finite logits."""
+    try:
+        assert_finite(model, [row])
+    except torch.OutOfMemoryError:
+        raise
+    except FAMILY_ERRORS as error:
+        what = f"the base's forward fails on a row of text ({type(error).__name__}: {one_line(error)})"
+        raise TrainingError(what, where=type(unwrapped(model)).__name__, fix="choose another base") from error
 
 
 def _obstacle(model: Any, rows: Sequence[Row]) -> str:

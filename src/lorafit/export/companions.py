@@ -1,9 +1,10 @@
-"""companions: the files beside exported weights: configuration, generation settings, tokenizer, licence."""
+"""companions: the files beside exported weights: configuration, generation settings, tokenizer, processor, licence."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,21 @@ from lorafit.export.finished_run import FinishedRun
 DROPPED = ("quantization_config", "torch_dtype", "dtype", "auto_map")
 MAX_COMPANION_BYTES = 64 << 20  # a tokenizer lists every added token
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files beside a multimodal base's tokenizer, from which `AutoProcessor` reads how images become inputs."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 FAST = "PreTrainedTokenizerFast"
 """The class of a tokenizer.json, by the name that transformers 4 and 5 both know."""
 
 
 def write_companions(run: FinishedRun, folder: Path, dtype: torch.dtype) -> None:
-    """Write configuration, tokenizer and licence to `folder`.
+    """Write configuration, tokenizer, processor and licence to `folder`.
 
     transformers and vLLM then serve weights of `dtype` from it.
     """
     config = read_companion(_base_of(run) / "config.json")
     write_companion(folder / "config.json", merged_config(config, dtype))
+    _copy(_base_of(run), PROCESSORS, folder)
     write_text_companions(run, folder)
 
 
@@ -39,7 +43,11 @@ def write_text_companions(run: FinishedRun, folder: Path) -> None:
     write_companion(folder / "generation_config.json", generation_settings(base) | stops)
     for path in run.tokenizer.files:
         shutil.copyfile(path, folder / path.name)
-    for pattern in LICENCES:
+    _copy(base, LICENCES, folder)
+
+
+def _copy(base: Path, patterns: Iterable[str], folder: Path) -> None:
+    for pattern in patterns:
         for path in base.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)

@@ -95,7 +95,7 @@ def plan_execution(inputs: PlanInputs, execution: Execution | None = None) -> Ex
 def uncertainty_of(inputs: PlanInputs) -> float:
     """Return the half-width of the memory estimate for this kind of model and device."""
     shape = inputs.shape
-    measured = shape.exact and not shape.counted and shape.is_gated and inputs.on_cuda
+    measured = not shape.counted and shape.is_gated and inputs.on_cuda
     return UNCERTAINTY if measured else UNCERTAINTY_ELSEWHERE
 
 

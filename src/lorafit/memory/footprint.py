@@ -81,7 +81,7 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
     outside_width = 4 if wide else width
     outside = (shape.embedding_parameters + shape.head_parameters) * outside_width - moved_bytes
     where = "; the input embeddings are in host memory" if moved_bytes else ""
-    linears = shape.linear_parameters + shape.tower_parameters
+    linears = shape.linear_parameters
     if inputs.in_4_bits:
         matrices = sum(part.count for part in shape.linears)
         size = round(linears * NF4_BYTES) + matrices * QUANT_STATE_BYTES
@@ -93,7 +93,13 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
         base,
         Component("embeddings and lm_head", outside, f"never quantized: {8 * outside_width}-bit{where}"),
         Component("norms, biases, stacked experts", rest, f"never quantized: {8 * width}-bit"),
+        *_towers(inputs),
     ]
+
+
+def _towers(inputs: PlanInputs) -> list[Component]:
+    size = inputs.shape.tower_parameters * inputs.width
+    return [Component("image and audio towers", size, f"never quantized: {8 * inputs.width}-bit")] if size else []
 
 
 def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> list[Component]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from lorafit.backbone import load_backbone
+from lorafit.backbone import load_backbone, load_whole
 from lorafit.config import RunConfig
 from lorafit.engine import generate
 from lorafit.errors import BackboneError, UsageError
@@ -137,7 +136,7 @@ class MergedEngine(_LocalEngine):
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "auto" if target.startswith("cuda") else torch.float32
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            model = load_whole(folder, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = f"the model cannot be loaded ({str(error)[:200]})"
             raise BackboneError(reason, where=str(folder), fix="merge the run again") from error

@@ -170,7 +170,6 @@ def noise_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 NESTED = ("text_config", "llm_config", "language_config")
-TOWERS = ("vision_config", "audio_config")
 OTHER_TASKS = ("MaskedLM", "Classification", "QuestionAnswering", "ForPreTraining")
 
 
@@ -202,14 +201,6 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**outer, **nested}.items() if value is not None}
 
 
-def tower_parameters(config: Mapping[str, Any]) -> int:
-    """Return the estimated parameters of image and audio towers; 0 without one.
-
-    The estimate counts the matrices of their layers.
-    """
-    return sum(_tower(config[key]) for key in TOWERS if isinstance(config.get(key), Mapping))
-
-
 def quantization_of(config: Mapping[str, Any]) -> str | None:
     """Return how a checkpoint is quantized; None for a plain one.
 
@@ -224,14 +215,3 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
     if not settings.get("load_in_4bit") and not settings.get("_load_in_4bit"):
         return "int8"
     return str(settings.get("bnb_4bit_quant_type") or "fp4")
-
-
-def _tower(config: Mapping[str, Any]) -> int:
-    hidden, layers = _tower_size(config, "hidden_size"), _tower_size(config, "num_hidden_layers")
-    inner = _tower_size(config, "intermediate_size") or 4 * hidden
-    return layers * hidden * (4 * hidden + 2 * inner)
-
-
-def _tower_size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) and 0 <= value < 1 << 30 else 0

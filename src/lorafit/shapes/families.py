@@ -303,6 +303,3 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }  # fmt: skip
 """Model type of config.json -> its family."""
-
-ALIASES: Mapping[str, str] = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
-"""Model type that wraps a text_config -> the name of its decoder in FAMILIES. Both are causal in transformers."""

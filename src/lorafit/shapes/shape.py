@@ -17,9 +17,8 @@ from lorafit.shapes.dimensions import (
     require_causal,
     size,
     text_part,
-    tower_parameters,
 )
-from lorafit.shapes.families import ALIASES, FAMILIES, Family, Part
+from lorafit.shapes.families import FAMILIES, Family, Part
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
 
@@ -80,11 +79,9 @@ class ModelShape:
         """
         require_causal(config, name)
         text = text_part(config)
-        named = str(text.get("model_type", "unknown"))
-        model_type = ALIASES.get(named, named)
-        # transformers chooses the class by the outer type: LLaVA around a Llama is no causal language model to it
-        outer = str(config.get("model_type", "unknown"))
-        if model_type in FAMILIES and ALIASES.get(outer, outer) == model_type:
+        model_type = str(text.get("model_type", "unknown"))
+        # the decoder of a multimodal model is counted with its towers, by transformers
+        if model_type in FAMILIES and model_type == config.get("model_type"):
             shape = _from_table(FAMILIES[model_type], model_type, config, name)
         else:
             shape = _from_skeleton(model_type, config, name)
@@ -138,11 +135,6 @@ class ModelShape:
         return self.sizes.experts_per_token
 
     @property
-    def exact(self) -> bool:
-        """False when a tower is only estimated."""
-        return self.counted or not self.tower_parameters
-
-    @property
     def linears(self) -> tuple[Projection, ...]:
         """The decoder's linear modules, without the stacked experts and lm_head."""
         return tuple(projection for projection in self.projections if not projection.stacked)
@@ -194,7 +186,6 @@ class ModelShape:
             "hidden": self.hidden,
             "vocab": self.vocab,
             "parameters": self.parameters,
-            "exact": self.exact,
             "notes": list(self.notes),
         }
 
@@ -208,8 +199,6 @@ def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name
     text = {**family.defaults, **text_part(config)}
     sizes = read_dimensions(text, family, name)
     tied = bool(text.get("tie_word_embeddings", family.tied))
-    tower = tower_parameters(config)
-    note = f"the image or audio tower is estimated at {tower / 1e6:,.0f} M parameters"
     return ModelShape(
         name=name,
         family=model_type,
@@ -219,13 +208,12 @@ def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name
         embedding_parameters=sizes["v"] * sizes["w"] + size(family.positions, sizes) * sizes["h"],
         head_parameters=0 if tied else sizes["v"] * sizes["w"],
         norm_parameters=_small_parameters(family, text, sizes),
-        tower_parameters=tower,
+        tower_parameters=0,
         normed_width=size(family.norms, sizes),
         learned_positions=bool(family.positions),
         capped_scores=bool(text.get("attn_logit_softcapping")),
         linear_class=family.linear_class,
         quantized=quantization_of(config),
-        notes=(note,) if tower else (),
         alone=family.alone,
     )
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from lorafit.backbone import rounding_activations
+from lorafit.backbone import load_whole, rounding_activations
 from lorafit.export.formats.export_format import OpenedModel, TransformersModel, Written
 
 MAX_SHARD_BYTES = 4 * 10**9
@@ -82,8 +81,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     On CUDA, layers that do not fit beside the live model stay on the host.
     """
     placement = "auto" if device.type == "cuda" else {"": device}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placement, trust_remote_code=False)
-    return model.eval()
+    return load_whole(folder, dtype=dtype, device_map=placement).eval()
 
 
 def _unnamed(folder: Path, number: int) -> Path:

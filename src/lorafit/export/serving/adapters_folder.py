@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from lorafit.backbone import fresh_weights, rounding_activations
+from lorafit.backbone import fresh_weights, load_whole, rounding_activations
 from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import AdapterError, UsageError
 from lorafit.export.companions import write_companions
@@ -137,7 +136,7 @@ class AdapterEntry(Safetensors):
         """Load the base with transformers, and the adapter in `folder` over it with PEFT."""
         assert self.config is not None and self.over is not None
         dtype = self.dtype if compute is self.dtype else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(self.over, dtype=dtype, trust_remote_code=False).to(device)
+        model = load_whole(self.over, dtype=dtype).to(device)
         tuned = method_of(self.config).load(model, folder, self.config).eval()
         if dtype is self.dtype:
             yield TransformersModel(tuned)
