@@ -27,6 +27,7 @@ def test_a_usual_name_is_the_setting_itself(theirs):
     values |= {
         "optimizer": "adamw",
         "rslora": True,
+        "dora": True,
         "holdout": 0.2,
         "warmup": 0.2,
         "dropout": 0.1,

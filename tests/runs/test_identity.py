@@ -9,9 +9,9 @@ from lorafit.errors import RunDirError
 from lorafit.runs import FREE, RunFingerprint, RunIdentity, held_settings
 
 HELD = {
-    "method", "objective", "quantization", "compute", "rank", "alpha", "rslora", "loraplus_lr_ratio", "dropout",
-    "targets", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "epochs", "max_steps",
-    "examples_per_step", "on_spike", "seed",
+    "method", "objective", "quantization", "compute", "rank", "alpha", "rslora", "dora", "loraplus_lr_ratio",
+    "dropout", "targets", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "epochs",
+    "max_steps", "examples_per_step", "on_spike", "seed",
 }  # fmt: skip
 
 

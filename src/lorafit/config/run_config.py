@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     rslora: bool = Field(False, description="rank-stabilized LoRA: the delta is scaled by alpha / √rank")
+    dora: bool = Field(False, description="DoRA: the length of each weight row trains too, apart from its direction")
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,

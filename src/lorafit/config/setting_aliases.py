@@ -47,6 +47,8 @@ SETTING_ALIASES = {
     "lora_alpha": "alpha",
     "use_rslora": "rslora",
     "peft_use_rslora": "rslora",
+    "use_dora": "dora",
+    "peft_use_dora": "dora",
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "lora_dropout": "dropout",
     "target_modules": "targets",
@@ -99,8 +101,6 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "packing": {True: {}},
     "neat_packing": {True: {}},
     "train_on_inputs": {False: {}},
-    "use_dora": {False: {}},
-    "peft_use_dora": {False: {}},
     "bias": {"none": {}},
     "task_type": {"CAUSAL_LM": {}},
     "use_wandb": {True: {"report_to": ("wandb",)}, False: {}},
@@ -134,7 +134,7 @@ ONE_GPU = "leave it out: write gpus, or start lorafit with torchrun"
 ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
-NO_VARIANT = "leave it out: lorafit trains plain LoRA"
+NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
 ADVICE = {
@@ -152,7 +152,6 @@ ADVICE = {
     **dict.fromkeys(("train_on_inputs", "train_on_responses_only", "mask_history", "roles_to_train"), ANSWERS_ONLY),
     **dict.fromkeys(("logging_steps", "logging_strategy", "plot_loss", "logging_dir"), EVERY_STEP),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2"), FIXED_ADAM),
-    **dict.fromkeys(("use_dora", "peft_use_dora"), NO_VARIANT),
     **dict.fromkeys(("neftune_noise_alpha", "modules_to_save", "lora_modules_to_save", "bias"), NO_VARIANT),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "eval_strategy", "evaluation_strategy"), ONCE_AN_EPOCH),
     **dict.fromkeys(("save_strategy", "load_best_model_at_end", "metric_for_best_model"), ONCE_AN_EPOCH),

@@ -36,6 +36,7 @@ ADVICE = {
     "rank": "Raise it for more than 10,000 rows or a new skill; halve it when it overfits.",
     "alpha": "Leave it at twice the rank.",
     "rslora": "Set it with a high rank, so that the delta is not scaled down by it.",
+    "dora": "Set it with a low rank and dropout: 0, for accuracy near a higher rank's; steps take longer.",
     "loraplus_lr_ratio": "Set it to 16 for a new skill, with half the lr.",
     "dropout": "Raise it to 0.1 for under 1,000 rows; set 0 for the most speed.",
     "targets": "Use all-linear for a new format, language or domain.",

@@ -131,6 +131,7 @@ def _costs(
         mask_bytes=_mask_bytes(inputs),
         execution=execution,
         trains_head=inputs.is_full,
+        dora=inputs.is_dora,
     )
     return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 

@@ -212,17 +212,19 @@ def activations(
     mask_bytes: int = 0,
     execution: Execution,
     trains_head: bool = False,
+    dora: bool = False,
 ) -> Activations:
     """Return the activations of one micro-batch.
 
     `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
-    without dropout. With `trains_head` the loss sums the head's gradient in fp32.
+    without dropout. With `trains_head` the loss sums the head's gradient in fp32. With `dora` adapters keep their
+    outputs.
     """
     stream = NORM_BYTES if execution.wide_stream else width
     linears = shape.named(targets)
     inner = tuple(part for part in linears if part.role == "down")
     adapters, inner_adapters = (
-        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes) for parts in (linears, inner)
+        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes, dora) for parts in (linears, inner)
     )
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
@@ -278,12 +280,16 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
     return shape.experts_per_token * (inner * copies + 2 * shape.hidden) * layers / shape.layers
 
 
-def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
+def _adapter_bytes(
+    shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int, dora: bool
+) -> float:
     """Return the bytes per token and mean layer that adapters keep.
 
-    They keep dropout masks, and their inputs unless fused.
+    They keep dropout masks, and their inputs unless fused; DoRA keeps the output that its magnitudes multiply.
     """
-    return (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts) / shape.layers
+    inputs = (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts)
+    outputs = width * sum(part.outputs * part.count for part in parts) if dora else 0
+    return (inputs + outputs) / shape.layers
 
 
 def _gradient_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:

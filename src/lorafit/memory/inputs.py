@@ -120,6 +120,11 @@ class PlanInputs:
         return self.config.method == "full"
 
     @property
+    def is_dora(self) -> bool:
+        """True when the adapters train the lengths of the rows too."""
+        return self.config.dora and not self.is_full
+
+    @property
     def in_4_bits(self) -> bool:
         """True when the base's linear layers are in NF4."""
         return self.config.quantization == "nf4"
@@ -136,11 +141,13 @@ class PlanInputs:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        """Weights in the adapters: rank × (inputs + outputs) for each target."""
+        """Weights in the adapters: rank × (inputs + outputs) for each target, and DoRA's magnitudes."""
         if self.is_full:
             return 0
-        parts = self.shape.named(self.targets)
-        return sum(self.config.rank * (part.inputs + part.outputs) * part.count for part in parts)
+        parts, magnitudes = self.shape.named(self.targets), int(self.is_dora)
+        return sum(
+            (self.config.rank * (part.inputs + part.outputs) + magnitudes * part.outputs) * part.count for part in parts
+        )
 
     @property
     def trained_parameters(self) -> int:

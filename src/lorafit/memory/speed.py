@@ -139,7 +139,10 @@ def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
     # forward sums over a projection's inputs and backward over its outputs, so the mean is used for both
     depth = sum((part.inputs + part.outputs) / 2 * _calls(part, shape) for part in shape.projections) / shape.layers
     adapters = inputs.adapter_parameters / shape.layers
-    frozen = 2 * tokens * weights / (rate * faster)
+    # the dropped-out input of a DoRA target goes through its frozen weight once more
+    twice = inputs.shape.named(inputs.targets) if inputs.is_dora and inputs.config.dropout else ()
+    again = 2 * tokens * sum(part.parameters for part in twice) / shape.layers / (rate * faster)
+    frozen = 2 * tokens * weights / (rate * faster) + again
     return _Matmuls(
         forward_s=frozen + 2 * tokens * adapters / rate,
         backward_s=frozen * (2 if inputs.is_full else 1) + 4 * tokens * adapters / rate,

@@ -111,7 +111,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(config, tmp_path):
         ({"target_modules": []}, ["no list of module names"]),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, ["auto_mapping"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
-        ({"use_dora": True}, ["use_dora"]),
+        ({"use_dora": True}, ["lacks its magnitude"]),
         ({"bias": "all"}, ["bias"]),
         ({"rank_pattern": {".*": 4}}, ["rank_pattern"]),
         ({"layers_pattern": ".*"}, ["layers_pattern"]),

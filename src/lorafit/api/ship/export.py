@@ -139,6 +139,9 @@ def _export_adapter(
         if config.method == "full":
             what = "a full run has no adapter: every weight is its own"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
+        if config.dora:
+            what = "the run is DoRA, and vLLM serves no DoRA adapters"
+            raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
         base = base_folder(config.base, config.revision, weights=True)
         require_same_base(base, run.base_fingerprint())
         identity = {

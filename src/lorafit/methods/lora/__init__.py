@@ -3,14 +3,13 @@
 from lorafit.methods.lora.adapter_folder import (
     AdapterFiles,
     AdapterSnapshot,
-    Delta,
-    Deltas,
     fitting_weights,
     load_adapter,
     restore_adapter,
     save_adapter,
 )
 from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
+from lorafit.methods.lora.deltas import Delta, Deltas
 from lorafit.methods.lora.grouped import GroupedAdapters, dense_adapter
 from lorafit.methods.lora.lora import Lora
 

@@ -14,6 +14,7 @@ from lorafit.backbone import (
     forget_quantization,
     redirect_library_logs,
 )
+from lorafit.methods.lora.dora import rescaled
 
 with redirect_library_logs():  # peft imports bitsandbytes, which warns on some CPUs
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -75,5 +76,7 @@ def _merged(layer: Any, adapters: list[str]) -> nn.Linear:
             if name in layer.lora_A:
                 delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
                 total = total + layer.scaling[name] * delta
+                if name in layer.lora_variant:
+                    total = rescaled(total, layer.lora_magnitude_vector[name].weight)
         linear.weight.copy_(total)
     return linear

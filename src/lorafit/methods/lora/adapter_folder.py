@@ -1,11 +1,11 @@
-"""adapter_folder: an adapter on disk in PEFT's format, saved, checked and loaded; and its deltas."""
+"""adapter_folder: an adapter on disk in PEFT's format, saved, checked and loaded."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone import linear_size
 from lorafit.config import MAX_SCALE, RunConfig, read_json
-from lorafit.errors import AdapterError, VerificationError
+from lorafit.errors import AdapterError
 from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
+from lorafit.methods.lora.dora import MAGNITUDE, prepare_dora
 from lorafit.methods.lora.foreign_settings import check_values, plain_settings
 from lorafit.methods.saving import require_finite, save_snapshot
 
@@ -30,7 +31,7 @@ PREFIX = "base_model.model."
 # keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
 FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-     "inference_mode", "peft_version", "use_rslora", "init_lora_weights", "fan_in_fan_out")
+     "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out")
 )  # fmt: skip
 NEEDED_KEYS = frozenset(
     ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -49,6 +50,7 @@ class AdapterFiles:
         scale: alpha / r, or alpha / √r for rsLoRA.
         targets: the target modules, sorted.
         transposed: True if the base stores its weights as (in, out), as Conv1D does.
+        dora: True if the adapter has magnitudes, one for each row of a weight.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class AdapterFiles:
     scale: float
     targets: tuple[str, ...]
     transposed: bool = False
+    dora: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
@@ -74,7 +77,8 @@ class AdapterFiles:
         _check_plain(raw, folder)
         check_values(raw, str(folder / CONFIG_FILE))
         targets = tuple(sorted(raw["target_modules"]))
-        return cls(folder, raw["r"], _scale(raw, folder), targets, bool(raw.get("fan_in_fan_out")))
+        flags = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
+        return cls(folder, raw["r"], _scale(raw, folder), targets, *flags)
 
     def settings(self) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
@@ -85,18 +89,30 @@ class AdapterFiles:
 
         Raises AdapterError for invalid or non-finite weights.
         """
-        pairs: dict[str, dict[str, Tensor]] = {}
+        return {module: _pair(module, sides, self) for module, sides in self._tensors().items()}
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return DoRA's magnitudes (out,), fp32, by module name in the base; empty for plain LoRA."""
+        return {module: sides[MAGNITUDE] for module, sides in self._tensors().items()} if self.dora else {}
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the checked tensors of each module by their side: A, B, and for DoRA the magnitude."""
+        found: dict[str, dict[str, Tensor]] = {}
         path = self.folder / WEIGHTS_FILE
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
-                    module, side = _parse_key(key, self.folder)
-                    pairs.setdefault(module, {})[side] = _checked(key, file.get_tensor(key), self.folder)
+                    module, side = _parse_key(key, self)
+                    tensor = file.get_tensor(key)
+                    found.setdefault(module, {})[side] = _checked(key, tensor, self.folder, 1 + (side != MAGNITUDE))
         except (SafetensorError, OSError) as error:
             raise AdapterError("the adapter's weights are truncated or unreadable", where=str(path)) from error
-        if not pairs:
+        if not found:
             raise AdapterError("the adapter holds no weights", where=str(path))
-        return {module: _pair(module, sides, self.rank, self.folder) for module, sides in sorted(pairs.items())}
+        for module, sides in found.items():
+            if self.dora and MAGNITUDE not in sides:
+                raise AdapterError(f"{module} lacks its magnitude", where=str(path))
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,8 @@ def save_adapter(
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:
     """Copy the weights in `folder` into the adapter of `model`. Raises AdapterError if they do not fit."""
-    weights = AdapterFiles.open(folder).weights()
+    files = AdapterFiles.open(folder)
+    weights, magnitudes = files.weights(), files.magnitudes()
     live = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -180,6 +197,8 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
                 if weight.shape != saved.shape:
                     raise AdapterError(f"the adapter's shape does not fit {name}", where=str(folder))
                 weight.copy_(saved)
+            if name in magnitudes:
+                sides.lora_magnitude_vector[model.active_adapter].weight.copy_(magnitudes[name])
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -190,6 +209,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     files = AdapterFiles.open(folder)
     weights = fitting_weights(model, files)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
+    prepare_dora(adapted, is_new=False)
     check_attached(adapted, weights)
     return adapted
 
@@ -261,110 +281,29 @@ def _jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))
 
 
-def _parse_key(key: str, folder: Path) -> tuple[str, str]:
-    for side in ("A", "B"):
-        ending = f".lora_{side}.weight"
+def _parse_key(key: str, files: AdapterFiles) -> tuple[str, str]:
+    endings = {".lora_A.weight": "A", ".lora_B.weight": "B", **({f".{MAGNITUDE}": MAGNITUDE} if files.dora else {})}
+    for ending, side in endings.items():
         if key.startswith(PREFIX) and key.endswith(ending):
             return key.removeprefix(PREFIX).removesuffix(ending), side
-    raise AdapterError(f"{key} is no LoRA weight", where=str(folder / WEIGHTS_FILE))
+    raise AdapterError(f"{key} is no LoRA weight", where=str(files.folder / WEIGHTS_FILE))
 
 
-def _checked(key: str, tensor: Tensor, folder: Path) -> Tensor:
+def _checked(key: str, tensor: Tensor, folder: Path, dimensions: int) -> Tensor:
     where = str(folder / WEIGHTS_FILE)
-    if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise AdapterError(f"{key} is no matrix of floats", where=where)
+    if tensor.ndim != dimensions or not tensor.is_floating_point():
+        raise AdapterError(f"{key} is no {'matrix' if dimensions > 1 else 'vector'} of floats", where=where)
     if not bool(torch.isfinite(tensor).all()):
         raise AdapterError(f"{key} holds NaN or infinite values", where=where, fix="train again, or use a checkpoint")
     return tensor.float()
 
 
-def _pair(module: str, sides: dict[str, Tensor], rank: int, folder: Path) -> tuple[Tensor, Tensor]:
-    where = str(folder / WEIGHTS_FILE)
-    if set(sides) != {"A", "B"}:
+def _pair(module: str, sides: Mapping[str, Tensor], files: AdapterFiles) -> tuple[Tensor, Tensor]:
+    where = str(files.folder / WEIGHTS_FILE)
+    if not {"A", "B"} <= set(sides):
         raise AdapterError(f"{module} lacks its A or its B", where=where)
-    if sides["A"].shape[0] != rank or sides["B"].shape[1] != rank:
-        raise AdapterError(f"{module}'s weights do not have rank {rank}", where=where)
+    if sides["A"].shape[0] != files.rank or sides["B"].shape[1] != files.rank:
+        raise AdapterError(f"{module}'s weights do not have rank {files.rank}", where=where)
+    if files.dora and sides[MAGNITUDE].shape[0] != sides["B"].shape[0]:
+        raise AdapterError(f"{module}'s magnitude does not fit its B", where=where)
     return sides["A"], sides["B"]
-
-
-EXPERTS = ".experts."
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Hold the low-rank update of one weight.
-
-    Attributes:
-        a: A (r, in), fp32.
-        b: B (out, r), fp32.
-        scale: alpha / r.
-        transposed: True if the weight is stored as (in, out), as Conv1D does.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    transposed: bool = False
-
-    def dense(self) -> Tensor:
-        """Return `scale · B @ A` in fp32, as the weight is stored: (out, in), or transposed."""
-        dense = (self.b.float() @ self.a.float()) * self.scale
-        return dense.T.contiguous() if self.transposed else dense
-
-
-class Deltas(Mapping[str, Delta]):
-    """Map base parameter names (`….q_proj.weight`) to their deltas."""
-
-    def __init__(self, deltas: Mapping[str, Delta]) -> None:
-        self._deltas = dict(deltas)
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Deltas:
-        """Return the deltas of the adapter in `folder`.
-
-        Raises AdapterError for untrusted files, VerificationError for an untrained adapter.
-        """
-        files = AdapterFiles.open(folder)
-        deltas = {
-            f"{name}.weight": Delta(a, b, files.scale, files.transposed) for name, (a, b) in files.weights().items()
-        }
-        for name, delta in deltas.items():
-            # an expert without routed tokens stays untrained
-            if EXPERTS not in name and not bool(delta.dense().any()):
-                raise VerificationError(
-                    f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
-                )
-        return cls(deltas)
-
-    def source(self, config: RunConfig) -> RunConfig:
-        """Return `config`, whose base the deltas change."""
-        return config
-
-    def check_found(self, names: Iterable[str]) -> None:
-        """Raise VerificationError unless every delta's weight is among `names`."""
-        lost = sorted(set(self) - set(names))
-        if lost:
-            raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
-
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return `weight` (out, in) plus its delta, summed in fp32.
-
-        The sum is rounded once, to the weight's dtype. A weight without a delta is returned unchanged. Raises
-        VerificationError if the shapes differ.
-        """
-        delta = self.get(name)
-        if delta is None:
-            return weight
-        update, shape = delta.dense(), tuple(weight.shape)
-        if update.shape != weight.shape:
-            raise VerificationError(f"the adapter's delta {tuple(update.shape)} does not fit {name} {shape}")
-        return (weight.float() + update.to(weight.device)).to(weight.dtype)
-
-    def __getitem__(self, name: str) -> Delta:
-        return self._deltas[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._deltas)
-
-    def __len__(self) -> int:
-        return len(self._deltas)

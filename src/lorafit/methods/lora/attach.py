@@ -14,6 +14,7 @@ from lorafit import shapes
 from lorafit.backbone import adapter_obstacles, output_head, projections_of, text_decoder, true_numel, unwrapped
 from lorafit.config import RunConfig
 from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
+from lorafit.methods.lora.dora import prepare_dora
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -88,6 +89,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         adapted = AdaptedModel(model, lora)
     _draw(adapted, config.seed)
+    prepare_dora(adapted, is_new=True)
     check_attached(adapted, wanted)
     return adapted
 
@@ -99,6 +101,7 @@ def lora_config(config: RunConfig, names: Sequence[str]) -> LoraConfig:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
+        use_dora=config.dora,
         target_modules=list(names),
         bias="none",
         task_type="CAUSAL_LM",

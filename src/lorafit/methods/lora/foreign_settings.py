@@ -24,7 +24,7 @@ def check_values(raw: Mapping[str, Any], where: str) -> None:
     dropout = raw.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise AdapterError(f"lora_dropout is {_short(dropout)}, not a number from 0 to 1", where=where)
-    for key in ("use_rslora", "inference_mode", "fan_in_fan_out"):
+    for key in ("use_rslora", "use_dora", "inference_mode", "fan_in_fan_out"):
         if not isinstance(raw.get(key, False), bool | None):
             raise AdapterError(f"{key} is {_short(raw[key])}, not true or false", where=where)
     if raw.get("task_type") not in TASKS:
@@ -38,6 +38,7 @@ def plain_settings(raw: Mapping[str, Any], rank: int, targets: Sequence[str]) ->
         lora_alpha=raw["lora_alpha"],
         lora_dropout=raw.get("lora_dropout", 0.0),
         use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         target_modules=list(targets),
         task_type="CAUSAL_LM",

@@ -17,12 +17,13 @@ from lorafit.methods.lora.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFiles,
     AdapterSnapshot,
-    Deltas,
     load_adapter,
     restore_adapter,
     save_adapter,
 )
 from lorafit.methods.lora.attach import attach
+from lorafit.methods.lora.deltas import Deltas
+from lorafit.methods.lora.dora import MAGNITUDE
 
 
 class Lora:
@@ -32,7 +33,8 @@ class Lora:
 
     def describe(self, config: RunConfig) -> str:
         """Return the method with rank and alpha, in a few words."""
-        kind = f"{'rsLoRA' if config.rslora else 'LoRA'}{'+' if config.loraplus_lr_ratio != 1 else ''}"
+        kind = f"{'rs' if config.rslora else ''}{'DoRA' if config.dora else 'LoRA'}"
+        kind += "+" if config.loraplus_lr_ratio != 1 else ""
         return f"{kind} (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
@@ -44,8 +46,8 @@ class Lora:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def learning_rate_factor(self, name: str, config: RunConfig) -> float:
-        """Return LoRA+'s ratio for B, 1 for A (Hayou et al., arXiv:2402.12354)."""
-        return config.loraplus_lr_ratio if ".lora_B." in name else 1.0
+        """Return LoRA+'s ratio for B and DoRA's magnitudes, 1 for A (Hayou et al., arXiv:2402.12354)."""
+        return config.loraplus_lr_ratio if ".lora_B." in name or f".{MAGNITUDE}." in name else 1.0
 
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
         """Return `kind` over the adapters' weights, which are in fp32."""
@@ -93,6 +95,10 @@ class Lora:
 def _check_settings(folder: Path, config: RunConfig) -> None:
     """Raise AdapterError if rank or scale of the files differ from the run's settings."""
     files = AdapterFiles.open(folder)
+    if files.dora != config.dora:
+        kinds = {True: "DoRA", False: "LoRA"}
+        what = f"the adapter is {kinds[files.dora]}, but the run was trained with {kinds[config.dora]}"
+        raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
     trained = {"rank": config.rank, "scale": config.scale}
     for name, found in (("rank", files.rank), ("scale", files.scale)):
         if not math.isclose(found, trained[name], rel_tol=1e-6):

@@ -95,6 +95,8 @@ def open_adapter(
     run = RunDir.open(folder)
     chosen = choose_weights(run, named or checkpoint).folder
     config = run.config()
+    if config.dora:
+        raise no_dora(run.path)
     _require_same_settings(config, base.config, run.path)
     if (run.base_fingerprint() or _fingerprint(config)) != base.fingerprint:
         what = "the adapter was trained on another base than the one that is served"
@@ -109,6 +111,13 @@ def open_adapter(
     whole = hashlib.sha256(repr((base.fingerprint, template.sha256, hashes)).encode()).hexdigest()
     version = AdapterVersion(name, chosen, whole, hashes, files.rank, files.scale)
     return version, version.read(model)
+
+
+def no_dora(run: Path) -> UsageError:
+    """Return the refusal of a DoRA run, whose rows' lengths no sum of adapters can express."""
+    what = "the run is DoRA, which rescales the base's weights, and the server only adds adapters to them"
+    fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
+    return UsageError(what, where=str(run), fix=fix)
 
 
 def allowed_path(path: Path, roots: Sequence[Path]) -> Path:

@@ -1,0 +1,103 @@
+"""deltas: what an adapter on disk changes in each weight of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorafit.config import RunConfig
+from lorafit.errors import VerificationError
+from lorafit.methods.lora.adapter_folder import AdapterFiles
+from lorafit.methods.lora.dora import rescaled
+
+EXPERTS = ".experts."
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Hold the low-rank update of one weight.
+
+    Attributes:
+        a: A (r, in), fp32.
+        b: B (out, r), fp32.
+        scale: alpha / r.
+        transposed: True if the weight is stored as (in, out), as Conv1D does.
+        magnitude: DoRA's length of each row of the sum (out,), fp32; None for plain LoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool = False
+    magnitude: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Return `scale · B @ A` in fp32, as the weight is stored: (out, in), or transposed."""
+        dense = (self.b.float() @ self.a.float()) * self.scale
+        return dense.T.contiguous() if self.transposed else dense
+
+
+class Deltas(Mapping[str, Delta]):
+    """Map base parameter names (`….q_proj.weight`) to their deltas."""
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        self._deltas = dict(deltas)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Deltas:
+        """Return the deltas of the adapter in `folder`.
+
+        Raises AdapterError for untrusted files, VerificationError for an untrained adapter.
+        """
+        files = AdapterFiles.open(folder)
+        magnitudes = files.magnitudes()
+        deltas = {
+            f"{name}.weight": Delta(a, b, files.scale, files.transposed, magnitudes.get(name))
+            for name, (a, b) in files.weights().items()
+        }
+        for name, delta in deltas.items():
+            # an expert without routed tokens stays untrained
+            if EXPERTS not in name and not bool(delta.dense().any()):
+                raise VerificationError(
+                    f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
+                )
+        return cls(deltas)
+
+    def source(self, config: RunConfig) -> RunConfig:
+        """Return `config`, whose base the deltas change."""
+        return config
+
+    def check_found(self, names: Iterable[str]) -> None:
+        """Raise VerificationError unless every delta's weight is among `names`."""
+        lost = sorted(set(self) - set(names))
+        if lost:
+            raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return `weight` (out, in) plus its delta, summed in fp32; for DoRA with rows of the trained lengths.
+
+        The sum is rounded once, to the weight's dtype. A weight without a delta is returned unchanged. Raises
+        VerificationError if the shapes differ.
+        """
+        delta = self.get(name)
+        if delta is None:
+            return weight
+        update, shape = delta.dense(), tuple(weight.shape)
+        if update.shape != weight.shape:
+            raise VerificationError(f"the adapter's delta {tuple(update.shape)} does not fit {name} {shape}")
+        total = weight.float() + update.to(weight.device)
+        if delta.magnitude is not None:
+            total = rescaled(total.T, delta.magnitude).T if delta.transposed else rescaled(total, delta.magnitude)
+        return total.to(weight.dtype)
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
