@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafit.backbone import FrozenLinear4bit, fresh_weights, load_backbone
+from lorafit.backbone import FrozenExpertsLinear, fresh_weights, frozen_weights, load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import BackboneError
 from tiny_models import FAMILIES, save_base, some_ids
@@ -12,11 +12,11 @@ from tiny_models import FAMILIES, save_base, some_ids
 
 def live_weights(model):
     """What the model multiplies by, under checkpoint names."""
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        module = modules[name.rpartition(".")[0]]
-        packed = isinstance(module, FrozenLinear4bit) and name.endswith(".weight")
-        yield name, module.dense if packed else parameter
+    frozen = frozen_weights(model)
+    for name, layer in frozen.items():
+        yield name, layer.stacked() if isinstance(layer, FrozenExpertsLinear) else layer.dense
+    inside = {id(layer.weight) for layer in frozen.values()}
+    yield from ((name, weight) for name, weight in model.named_parameters() if id(weight) not in inside)
 
 
 def parameters(weights):
@@ -39,9 +39,8 @@ def test_each_familys_quantized_linears_are_all_found(tmp_path, family):
     config = RunConfig(base=str(save_base(tmp_path / "base", family)))
     fresh = parameters(fresh_weights(config, "quantized"))
     model = load_backbone(config)
-    packed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FrozenLinear4bit)}
     live = dict(live_weights(model))
-    assert packed <= set(fresh)
+    assert set(frozen_weights(model)) <= set(fresh)
     for name in set(fresh) & set(live):
         assert torch.equal(fresh[name].to(live[name].dtype), live[name]), name
 

@@ -29,10 +29,19 @@ def test_the_base_is_counted_in_its_own_bits():
     assert nf4["embeddings and lm_head"] == 2 * 2 * 128256 * 4096
 
 
-def test_stacked_experts_stay_in_16_bits():
+def test_stacked_experts_are_in_4_bits():
     moe = shape(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
     memory = parts(model=moe)
-    assert memory["norms, biases, stacked experts"] > 2 * moe.expert_parameters
+    weights = moe.linear_parameters + moe.expert_parameters
+    assert weights > 46e9  # Mixtral 8x7B
+    assert memory["base, linear layers and experts"] == pytest.approx(NF4_BYTES * weights, rel=1e-3)
+
+
+def test_experts_that_transformers_multiplies_in_a_way_of_its_own_stay_in_16_bits():
+    scout = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 256, "intermediate_size_mlp": 512}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024}
+    moe = shape(model_type="llama4_text", num_local_experts=16, num_experts_per_tok=1, **scout, **heads)
+    assert parts(model=moe)["norms, biases, experts"] > 2 * moe.expert_parameters
 
 
 def test_adapters_gradients_and_optimizer_are_counted_from_the_targets():

@@ -16,6 +16,13 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.base_checkpoint import base_damages, base_fingerprint, require_same_base
 from lorafit.backbone.computing_in import computing_in, rounding_activations
+from lorafit.backbone.experts import (
+    FrozenExpertsLinear,
+    experts_to_quantize,
+    frozen_weights,
+    quantize_experts,
+    unfreeze_experts,
+)
 from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
 from lorafit.backbone.kernels.frozen_linear import (
     FrozenLinear4bit,
@@ -31,11 +38,12 @@ from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
-from lorafit.backbone.projections import adapter_obstacles, linear_size, projections_of
+from lorafit.backbone.projections import adapter_obstacles, is_plain_linear, linear_size, projections_of
 from lorafit.backbone.stored_weights import with_stored_weights
 
 __all__ = [
     "FreshWeight",
+    "FrozenExpertsLinear",
     "FrozenLinear4bit",
     "adapter_obstacles",
     "base_damages",
@@ -44,12 +52,15 @@ __all__ = [
     "computing_in",
     "default_device",
     "dequantize",
+    "experts_to_quantize",
     "freeze_linears",
     "forget_quantization",
     "fresh_weights",
     "is_packed_base",
+    "is_plain_linear",
     "require_twin",
     "frozen_features",
+    "frozen_weights",
     "frozen_product",
     "linear_size",
     "load_backbone",
@@ -59,6 +70,7 @@ __all__ = [
     "output_head",
     "projections_of",
     "quantize",
+    "quantize_experts",
     "redirect_library_logs",
     "require_same_base",
     "rounding_activations",
@@ -67,6 +79,7 @@ __all__ = [
     "dequantize_linear",
     "dequantize_linears",
     "true_numel",
+    "unfreeze_experts",
     "unwrapped",
     "with_stored_weights",
 ]

@@ -168,7 +168,7 @@ def linears_to_quantize(model: nn.Module) -> list[str]:
     They are all of the text decoder but the output head, the modules that must stay fp32, and those whose weight the
     model's code reads. Image and audio towers stay as stored.
     """
-    kept, bare = _keep_in_fp32(model), bare_weights(model)
+    kept, bare = kept_in_fp32(model), bare_weights(model)
     head, inside = output_head(model), set(text_decoder(model).modules())
     return [
         name
@@ -197,7 +197,8 @@ def unwrapped(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _keep_in_fp32(model: nn.Module) -> list[str]:
+def kept_in_fp32(model: nn.Module) -> list[str]:
+    """Return the names of the modules that the family keeps in fp32."""
     names = [getattr(model, "_keep_in_fp32_modules", None), getattr(model, "_keep_in_fp32_modules_strict", None)]
     return [name for group in names for name in (group or ())]
 

@@ -6,7 +6,8 @@ Merging reads the checkpoint again and never uses a model that has run. On a CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,8 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.bitsandbytes_import import QuantState
+from lorafit.backbone.experts.fused_tensors import Fusion
+from lorafit.backbone.experts.layout import experts_to_quantize
 from lorafit.backbone.kernels.frozen_linear import dequantize, quantize
 from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.config import MergeBase, RunConfig, base_folder
@@ -46,24 +49,32 @@ STATE_MARKS = (
 class FreshWeight(NamedTuple):
     """Hold one tensor of the base.
 
-    The two names differ in some families and old checkpoints. Tensors that transformers fuses or renames in ways of
-    its own (experts) keep their stored name as `parameter`; no adapter sits on those.
+    The two names differ in some families and old checkpoints. Tensors that transformers fuses (experts) keep their
+    stored name as `parameter`, unless they are asked for as fused.
 
     Attributes:
         stored: The tensor's name in the checkpoint.
         parameter: The name of the model's parameter that it becomes.
         tensor: The tensor, on the CPU.
+        fusion: How a fused tensor is stored; None for one that is stored as it is.
     """
 
     stored: str
     parameter: str
     tensor: Tensor
+    fusion: Fusion | None = None
+
+    def parts(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Return `tensor`, of the shape of this one, by the names under which the checkpoint stores it."""
+        return {self.stored: tensor} if self.fusion is None else self.fusion.split(tensor)
 
 
 def fresh_weights(
-    config: RunConfig, onto: MergeBase, *, device: str | torch.device | None = None
+    config: RunConfig, onto: MergeBase, *, device: str | torch.device | None = None, fused: Container[str] = ()
 ) -> Iterator[FreshWeight]:
     """Yield every tensor of the base, shard by shard, one in memory at a time.
+
+    Parameters that the checkpoint stores in parts are yielded whole if they are in `fused` or in 4 bits.
 
     "original" yields tensors as stored. "quantized" quantizes each weight that `load_backbone` quantizes, and
     dequantizes it on `device` in the compute dtype there, so that it equals the live model's weight; all other tensors
@@ -87,11 +98,11 @@ def fresh_weights(
     names = Names(model)
     packed: set[str] = set()
     if onto == "quantized" and config.quantization == "nf4":
-        packed = {f"{name}.weight" for name in linears_to_quantize(model)}
-    names.check_found(packed, checkpoint)
-    for stored, tensor in _stored(checkpoint):
-        name = names.parameter(stored)
-        yield FreshWeight(stored, name, _through_nf4(tensor, place, dtype) if name in packed else tensor)
+        packed = {*(f"{name}.weight" for name in linears_to_quantize(model)), *experts_to_quantize(model)}
+    fusions = {name: each for name, each in names.fusions(checkpoint).items() if name in packed or name in fused}
+    names.check_found(packed - set(fusions), checkpoint)
+    for fresh in _joined(checkpoint, names, fusions):
+        yield fresh._replace(tensor=_through_nf4(fresh.tensor, place, dtype)) if fresh.parameter in packed else fresh
 
 
 class Names:
@@ -102,14 +113,32 @@ class Names:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._prefix, self._parameters = str(model.base_model_prefix), model.state_dict()
+        self._model = model
 
     def parameter(self, stored: str) -> str:
         """Return the parameter that the tensor named `stored` becomes.
 
         A tensor that is fused with others keeps its stored name.
         """
-        name, converter = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._parameters)
-        return name if converter is None else stored
+        name, pattern = self._renamed(stored)
+        return name if pattern is None else stored
+
+    def fusions(self, checkpoint: Checkpoint) -> dict[str, Fusion]:
+        """Return the parameters of the model that `checkpoint` stores in several tensors, or in another layout."""
+        single = [rule for rule in self._converters if len(rule.target_patterns) == 1]
+        rules = {pattern: rule for rule in single for pattern in rule.source_patterns}
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for stored in checkpoint.names():
+            name, pattern = self._renamed(stored)
+            if pattern is not None and pattern in rules and name in self._parameters:
+                found[name][stored] = pattern
+        return {
+            name: Fusion.of(name, sources, rules[next(iter(sources.values()))], self._model)
+            for name, sources in found.items()
+        }
+
+    def _renamed(self, stored: str) -> tuple[str, str | None]:
+        return rename_source_key(stored, self._renamings, self._converters, self._prefix, self._parameters)
 
     def check_found(self, wanted: set[str], checkpoint: Checkpoint) -> None:
         """Raise BackboneError unless the checkpoint holds every tensor of `wanted`."""
@@ -122,16 +151,27 @@ class Names:
             )
 
 
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _joined(checkpoint: Checkpoint, names: Names, fusions: Mapping[str, Fusion]) -> Iterator[FreshWeight]:
+    """Yield the tensors of `checkpoint`, those of a fusion together in place of the first."""
+    place = {name: path for name, path, _ in checkpoint.entries()}
+    fusion_of = {stored: fusion for fusion in fusions.values() for stored, _ in fusion.sources}
+    met: set[str] = set()
     for path, tensors in checkpoint.shards.items():
         with safe_open(path, framework="pt") as file:
-            for name in tensors:
-                yield name, file.get_tensor(name)
+            for stored in tensors:
+                fusion = fusion_of.get(stored)
+                if fusion is None:
+                    yield FreshWeight(stored, names.parameter(stored), file.get_tensor(stored))
+                elif fusion.parameter not in met:
+                    met.add(fusion.parameter)
+                    parts = {name: _read(place[name], name) for name, _ in fusion.sources}
+                    yield FreshWeight(stored, fusion.parameter, fusion.fused(parts), fusion)
 
 
 def _through_nf4(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return `weight` quantized to NF4 and dequantized again, on the CPU."""
-    return dequantize(quantize(weight.to(device), compute_dtype=dtype), dtype).cpu()
+    """Return `weight` (…, columns) quantized to NF4 and dequantized again, on the CPU."""
+    flat = weight.to(device).reshape(-1, weight.shape[-1])
+    return dequantize(quantize(flat, compute_dtype=dtype), dtype).view(weight.shape).cpu()
 
 
 def _unpacked(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[FreshWeight]:

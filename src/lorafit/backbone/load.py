@@ -29,6 +29,7 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.bitsandbytes_import import Params4bit
+from lorafit.backbone.experts import experts_to_quantize, freeze_experts, quantizing_experts, restore_method
 from lorafit.backbone.kernels.frozen_linear import freeze_linears
 from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
@@ -59,10 +60,11 @@ def load_backbone(
 ) -> nn.Module:
     """Return the causal language model of `config.base`, frozen and without a KV cache by default.
 
-    With quantization "nf4" each linear but the output head is a FrozenLinear4bit, quantized from the values as
-    they are stored; everything else is in the compute dtype. `device` is by default the current CUDA device, or
-    the CPU, where dense copies may take `dense_budget_bytes` (see `freeze_linears`). With `exact`, FP8 settings compute
-    in bf16 on any device; set it for everything but training. Raises BackboneError.
+    With quantization "nf4" each linear but the output head is a FrozenLinear4bit, and stacked experts are
+    FrozenExpertsLinears, quantized from the values as they are stored; everything else is in the compute dtype.
+    `device` is by default the current CUDA device, or the CPU, where dense copies may take `dense_budget_bytes` (see
+    `freeze_linears`). With `exact`, FP8 settings compute in bf16 on any device; set it for everything but training.
+    Raises BackboneError.
     """
     folder = base_folder(config.base, config.revision, weights=True)
     place = default_device() if device is None else torch.device(device)
@@ -77,7 +79,8 @@ def load_backbone(
     _cast(model, dtype)
     model.requires_grad_(False)
     use_no_cache(model)
-    return freeze_linears(model, dtype, dense_budget_bytes, fp8=fp8)
+    restore_method(model)
+    return freeze_linears(freeze_experts(model, dtype), dtype, dense_budget_bytes, fp8=fp8)
 
 
 def _arguments(
@@ -103,7 +106,10 @@ def _arguments(
     checkpoint.require_shapes({f"{name}.weight": tuple(model.get_parameter(f"{name}.weight").shape) for name in chosen})
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in chosen]
     # quantize from the stored values: converting to the compute dtype would round them first
-    return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": nf4_config(dtype, others)}
+    quantization = nf4_config(dtype, others)
+    if experts_to_quantize(model):
+        quantizing_experts(quantization)
+    return {"dtype": STORED[checkpoint.widest_float()], "quantization_config": quantization}
 
 
 def nf4_config(dtype: torch.dtype, skip: list[str] | None = None) -> BitsAndBytesConfig:

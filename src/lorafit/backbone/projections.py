@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone.architecture import architecture_of, output_head, text_decoder
 from lorafit.backbone.bare_weights import bare_weights
+from lorafit.backbone.experts.frozen_experts import SUFFIX, FrozenExpertsLinear
+from lorafit.backbone.experts.layout import experts_to_quantize
 from lorafit.shapes import Projection
 from lorafit.shapes.families import EXPERT_NAMES
 
@@ -57,6 +60,8 @@ class _Matrix(NamedTuple):
     stacked: bool
     role: str
     obstacle: str
+    group: int = 1
+    packs: bool = True
 
 
 def projections_of(model: nn.Module) -> tuple[Projection, ...]:
@@ -70,11 +75,8 @@ def projections_of(model: nn.Module) -> tuple[Projection, ...]:
     seen = set() if head is None else {id(head.weight)}
     experts, chosen = first_number(text, EXPERTS), first_number(text, EXPERTS_PER_TOKEN)
     share = min(1.0, chosen / experts) if experts and chosen else 1.0
-    found = Counter(
-        matrix
-        for part in [*layers, decoder]
-        for matrix in _matrices(part, seen, int(text.hidden_size), experts, obstacles)
-    )
+    matrices = _Matrices(int(text.hidden_size), experts, obstacles, _packable(model), seen)
+    found = Counter(matrix for part in [*layers, decoder] for matrix in matrices.of(part))
     return tuple(
         Projection(
             name=path.rpartition(".")[2],
@@ -85,9 +87,11 @@ def projections_of(model: nn.Module) -> tuple[Projection, ...]:
             count=count,
             stacked=stacked,
             active=share if stacked or ".experts." in f".{path}" else 1.0,
+            group=group,
+            packs=packs,
             obstacle=obstacle,
         )
-        for (path, inputs, outputs, stacked, role, obstacle), count in found.items()
+        for (path, inputs, outputs, stacked, role, obstacle, group, packs), count in found.items()
     )
 
 
@@ -100,7 +104,7 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
     obstacles = {}
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not is_plain_linear(module):
             continue
         if leaf in old:
             obstacles[module] = EXPERT_NAMES
@@ -126,24 +130,66 @@ def first_number(text: Any, keys: tuple[str, ...]) -> int:
     return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
-def _matrices(
-    part: nn.Module, seen: set[int], hidden: int, experts: int, obstacles: dict[nn.Module, str]
-) -> Iterator[_Matrix]:
-    """Yield each matrix that is not in `seen`: the linears, then the stacked experts one by one."""
-    kinds = {path: type(module).__name__ for path, module in part.named_modules()}
+@dataclass(frozen=True, slots=True)
+class _Matrices:
+    """Find the matrices of a model's parts, each once.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        experts: Experts of a layer.
+        obstacles: Linears that take no adapter.
+        packable: Identities of the stacked weights that 4-bit quantization packs.
+        seen: Identities of the weights that were found already.
+    """
+
+    hidden: int
+    experts: int
+    obstacles: dict[nn.Module, str]
+    packable: set[int]
+    seen: set[int]
+
+    def of(self, part: nn.Module) -> Iterator[_Matrix]:
+        """Yield each matrix of `part` that is new: the linears, then the stacked experts one by one."""
+        kinds = {path: type(module).__name__ for path, module in part.named_modules()}
+        for path, module in part.named_modules():
+            if is_plain_linear(module) and self._is_new(module.weight):
+                name = EXPERT.sub(r"\1experts.", path)
+                role = _role(name, kinds[path.rpartition(".")[0]])
+                yield _Matrix(name, *linear_size(module), False, role, self.obstacles.get(module, ""))
+        for path, weight, (count, outputs, inputs) in _stacked(part, self.experts):
+            if self._is_new(weight):
+                role = _role(path, "")
+                if (outputs if role == "down" else inputs) != self.hidden:  # it lies transposed
+                    inputs, outputs = outputs, inputs
+                matrix = _Matrix(path, inputs, outputs, True, role, "", count, id(weight) in self.packable)
+                yield from (matrix for _ in range(count))
+
+    def _is_new(self, weight: Any) -> bool:
+        is_new = id(weight) not in self.seen
+        self.seen.add(id(weight))
+        return is_new
+
+
+def _packable(model: nn.Module) -> set[int]:
+    """Return the identities of the stacked weights of `model` that are in 4 bits, or that loading would pack."""
+    frozen = {id(module.weight) for module in model.modules() if isinstance(module, FrozenExpertsLinear)}
+    return frozen | {id(model.get_parameter(name)) for name in experts_to_quantize(model)}
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return True for a module with one matrix: no experts, which have one each."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, FrozenExpertsLinear)
+
+
+def _stacked(part: nn.Module, experts: int) -> Iterator[tuple[str, Any, tuple[int, int, int]]]:
+    """Yield name, weight and shape of each parameter with the matrices of all experts, in 4 bits too."""
     for path, module in part.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            name = EXPERT.sub(r"\1experts.", path)
-            role = _role(name, kinds[path.rpartition(".")[0]])
-            yield _Matrix(name, *linear_size(module), False, role, obstacles.get(module, ""))
+        if isinstance(module, FrozenExpertsLinear):
+            yield path.removesuffix(SUFFIX), module.weight, module.stored
     for path, weight in part.named_parameters():
-        if _is_stacked(path, weight, experts) and id(weight) not in seen:
-            seen.add(id(weight))
-            count, outputs, inputs = weight.shape
-            lies_transposed = (outputs if _role(path, "") == "down" else inputs) != hidden
-            inputs, outputs = (outputs, inputs) if lies_transposed else (inputs, outputs)
-            yield from (_Matrix(path, inputs, outputs, True, _role(path, ""), "") for _ in range(count))
+        if _is_stacked(path, weight, experts):
+            count, rows, columns = weight.shape
+            yield path, weight, (count, rows, columns)
 
 
 def _is_stacked(path: str, weight: Any, experts: int) -> bool:

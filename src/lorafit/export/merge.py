@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lorafit.backbone import (
     FreshWeight,
-    FrozenLinear4bit,
     fresh_weights,
+    frozen_weights,
     load_backbone,
     quantize,
     require_same_base,
@@ -145,19 +145,19 @@ def merged_weights(
     """
     for fresh, tensor in _merged(config, onto, trained, device):
         keeps = keeps_dtype and tensor.is_floating_point()
-        yield fresh.stored, tensor.to(fresh.tensor.dtype) if keeps else tensor
+        yield from fresh.parts(tensor.to(fresh.tensor.dtype) if keeps else tensor).items()
 
 
 def requantized(config: RunConfig, onto: MergeBase, trained: TrainedWeights) -> nn.Module:
     """Return the merged model in NF4, as it would load from a bf16 merge onto `onto`, without writing one."""
     model = load_backbone(config, exact=True)
-    linears = {name: each for name, each in model.named_modules() if isinstance(each, FrozenLinear4bit)}
+    linears = frozen_weights(model)
     others = dict(model.named_parameters())
     for fresh, tensor in _merged(config, onto, trained, None):
-        linear = linears.get(fresh.parameter.removesuffix(".weight"))
+        linear = linears.get(fresh.parameter)
         rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         if linear is not None:
-            dense = rounded.to(linear.weight.device)
+            dense = rounded.to(linear.weight.device).view(linear.out_features, linear.in_features)
             linear.weight = quantize(dense, compute_dtype=linear.compute_dtype).weight
         elif fresh.parameter in others:
             others[fresh.parameter].data.copy_(rounded)
@@ -169,7 +169,8 @@ def _merged(
 ) -> Iterator[tuple[FreshWeight, Tensor]]:
     """Yield (base's tensor, merged tensor); floating-point ones are in fp32."""
     met: set[str] = set()
-    for fresh in fresh_weights(config, onto, device=device):
+    deltas = trained if isinstance(trained, Mapping) else ()
+    for fresh in fresh_weights(config, onto, device=device, fused=deltas):
         met.add(fresh.parameter)
         plain = fresh.tensor.is_floating_point()
         yield fresh, trained.merged(fresh.parameter, fresh.tensor.float()) if plain else fresh.tensor

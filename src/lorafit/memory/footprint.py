@@ -60,7 +60,7 @@ def dense_bytes(inputs: PlanInputs, layers: int) -> int:
     """
     if not inputs.on_cuda or not inputs.in_4_bits:
         return 0
-    return round(inputs.shape.linear_parameters * inputs.width * layers / inputs.shape.layers)
+    return round(inputs.shape.packed_parameters * inputs.width * layers / inputs.shape.layers)
 
 
 def static_memory(
@@ -81,18 +81,21 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
     outside_width = 4 if wide else width
     outside = (shape.embedding_parameters + shape.head_parameters) * outside_width - moved_bytes
     where = "; the input embeddings are in host memory" if moved_bytes else ""
-    linears = shape.linear_parameters
+    packed = shape.packed if inputs.in_4_bits else ()
+    unpacked = sum(part.parameters for part in shape.projections if part.stacked and part not in packed)
+    matrices = shape.linear_parameters + shape.expert_parameters - unpacked
+    name = "base, linear layers and experts" if shape.expert_parameters > unpacked else "base, linear layers"
     if inputs.in_4_bits:
-        matrices = sum(part.count for part in shape.linears)
-        size = round(linears * NF4_BYTES) + matrices * QUANT_STATE_BYTES
-        base = Component("base, linear layers", size, "NF4 with double quantization: 0.516 bytes a weight")
+        tensors = sum(part.count // part.group for part in packed)
+        size = round(matrices * NF4_BYTES) + tensors * QUANT_STATE_BYTES
+        base = Component(name, size, "NF4 with double quantization: 0.516 bytes a weight")
     else:
-        base = Component("base, linear layers", linears * width, f"{8 * width}-bit weights")
-    rest = (shape.norm_parameters + shape.expert_parameters) * width
+        base = Component(name, matrices * width, f"{8 * width}-bit weights")
+    rest = "norms, biases, experts" if unpacked else "norms, biases"
     return [
         base,
         Component("embeddings and lm_head", outside, f"never quantized: {8 * outside_width}-bit{where}"),
-        Component("norms, biases, stacked experts", rest, f"never quantized: {8 * width}-bit"),
+        Component(rest, (shape.norm_parameters + unpacked) * width, f"never quantized: {8 * width}-bit"),
         *_towers(inputs),
     ]
 
@@ -110,7 +113,7 @@ def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> lis
         why = f"the weights of {layers} of {inputs.shape.layers} layers, also dequantized for speed"
         return [Component("dequantized copies", size, why, spare=True)] if size else []
     left = inputs.hardware.memory_bytes - CPU_PROCESS_BYTES - total_bytes(base)
-    size = max(0, min(inputs.shape.linear_parameters * inputs.width, round(left * DENSE_SHARE)))
+    size = max(0, min(inputs.shape.packed_parameters * inputs.width, round(left * DENSE_SHARE)))
     return [Component("dequantized copies", size, "kept on a CPU for speed, in at most half of the free memory")]
 
 
@@ -229,7 +232,7 @@ def activations(
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
-    weight = width * max((part.inputs * part.outputs for part in shape.linears), default=0)
+    weight = width * max((part.tensor_parameters for part in shape.packed), default=0)
     chunk = _logit_bytes(shape, batch, width, execution)
     head = shape.vocab * shape.hidden * GRADIENT_BYTES if trains_head else 0
     return Activations(
@@ -275,9 +278,10 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
     copies = (2 if fused else 3) if shape.is_gated else 1
     if not part.stacked:
         return inner * copies * part.count * part.active / shape.layers
-    # each token is copied for every expert that it visits
+    # each token has an output of every expert that it visits; 16-bit experts keep their inputs too
+    streams = 1 if part in shape.packed else 2
     layers = part.count * part.active / max(shape.experts_per_token, 1)
-    return shape.experts_per_token * (inner * copies + 2 * shape.hidden) * layers / shape.layers
+    return shape.experts_per_token * (inner * copies + streams * shape.hidden) * layers / shape.layers
 
 
 def _adapter_bytes(
@@ -296,7 +300,9 @@ def _gradient_bytes(shape: ModelShape, tokens: int, width: int, execution: Execu
     """Return the bytes of temporary gradients in one layer's backward."""
     inner = max(shape.intermediate, shape.hidden)
     copies = 4 if execution.fused else 3
-    return width * tokens * (copies * inner + 4 * shape.hidden)
+    routed = max((part.inputs for part in shape.projections if part.stacked and part.role == "down"), default=0)
+    through_experts = shape.experts_per_token * (copies * routed + 2 * shape.hidden) if routed else 0
+    return width * tokens * (max(copies * inner, through_experts) + 4 * shape.hidden)
 
 
 def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:

@@ -198,7 +198,7 @@ def _dequantize_s(inputs: PlanInputs) -> float:
     if not inputs.in_4_bits:
         return 0.0
     written = 1 if inputs.compute == "fp8" else inputs.width
-    return _moving_s(inputs.shape.linear_parameters / inputs.shape.layers * (NF4_BYTES + written), inputs.hardware)
+    return _moving_s(inputs.shape.packed_parameters / inputs.shape.layers * (NF4_BYTES + written), inputs.hardware)
 
 
 def _launch_s(inputs: PlanInputs, execution: Execution, *, is_dense: bool) -> float:

@@ -167,7 +167,7 @@ def _floor_s(inputs: PlanInputs, batches: int, passes: float, quantized: float) 
     if not inputs.on_cuda:
         return 0.0, 0.0
     shape, hardware = inputs.shape, inputs.hardware
-    dequantize_s = passes * quantized * shape.linear_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
+    dequantize_s = passes * quantized * shape.packed_parameters * 4.5 / (hardware.bandwidth_gbs * 1e9)
     dequantize_s = dequantize_s if inputs.in_4_bits else 0.0
     low, high = (batches * (shape.layers * ms / 1000 * passes / 2 + dequantize_s) for ms in LAUNCH_MS_PER_LAYER)
     return low, high

@@ -47,6 +47,7 @@ class Part:
         when: Condition under which it exists.
         layers: Kind of layers that have it.
         stacked: Whether it is one 3-D parameter of all experts, not an `nn.Linear`.
+        packs: Whether 4-bit quantization packs it.
         obstacle: Why it cannot take an adapter; empty when it can.
     """
 
@@ -58,6 +59,7 @@ class Part:
     when: str = "true"
     layers: LayerKind = "all"
     stacked: bool = False
+    packs: bool = True
     obstacle: str = ""
 
 
@@ -111,10 +113,11 @@ def _plain(up: str, down: str, bias: str = "true", module: str = "mlp.") -> tupl
     return Part(f"{module}{up}", "up", "h", "f", bias), Part(f"{module}{down}", "down", "f", "h", bias)
 
 
-def _experts(width: str = "x", module: str = "mlp") -> tuple[Part, ...]:
+def _experts(width: str = "x", module: str = "mlp", packs: bool = True) -> tuple[Part, ...]:
+    place = f"{module}.experts"
     return (
-        Part(f"{module}.experts.gate_up_proj", "gate_up", "h", f"2*{width}", layers="sparse", stacked=True),
-        Part(f"{module}.experts.down_proj", "down", width, "h", layers="sparse", stacked=True),
+        Part(f"{place}.gate_up_proj", "gate_up", "h", f"2*{width}", layers="sparse", stacked=True, packs=packs),
+        Part(f"{place}.down_proj", "down", width, "h", layers="sparse", stacked=True, packs=packs),
     )
 
 
@@ -290,7 +293,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama4_text": Family(
         _attention("attention_bias", "attention_bias")
         + _gated(width="m", module="feed_forward", layers="dense")
-        + _experts("f", "feed_forward")
+        + _experts("f", "feed_forward", packs=False)
         + _shared("feed_forward", "f")
         + (Part("feed_forward.router", "other", "h", "n", layers="sparse"),),
         _norms("2*h"),

@@ -20,6 +20,8 @@ class Projection:
         count: Matrices of this kind in the model.
         stacked: Whether they are 3-D parameters of experts, not modules.
         active: Share of the matrices that one token passes.
+        group: Matrices in one tensor, the experts of a layer.
+        packs: Whether 4-bit quantization packs it.
         obstacle: Why it cannot take an adapter; empty when it can.
     """
 
@@ -31,12 +33,19 @@ class Projection:
     count: int
     stacked: bool = False
     active: float = 1.0
+    group: int = 1
+    packs: bool = True
     obstacle: str = ""
 
     @property
     def parameters(self) -> int:
         """Weights in all `count` matrices."""
         return self.inputs * self.outputs * self.count
+
+    @property
+    def tensor_parameters(self) -> int:
+        """Weights of one tensor: of a linear module, or of all experts of a layer."""
+        return self.inputs * self.outputs * self.group
 
     @property
     def is_attention(self) -> bool:

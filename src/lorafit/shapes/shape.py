@@ -22,6 +22,9 @@ from lorafit.shapes.families import FAMILIES, Family, Part
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
 
+MOST_PACKED = 1 << 31
+"""Weights of one tensor that bitsandbytes can count; larger tensors stay in 16 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -151,13 +154,23 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the decoder's linear modules, which 4-bit quantization compresses."""
+        """Weights of the decoder's linear modules."""
         return sum(linear.parameters for linear in self.linears)
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of stacked experts. They are not modules, so they stay in 16 bits."""
+        """Weights of stacked experts."""
         return sum(projection.parameters for projection in self.projections if projection.stacked)
+
+    @property
+    def packed(self) -> tuple[Projection, ...]:
+        """The matrices that are in 4 bits when the base is quantized; a base stored in 4 bits has its experts in 16."""
+        return tuple(part for part in self.projections if not part.stacked or (part.packs and not self.quantized))
+
+    @property
+    def packed_parameters(self) -> int:
+        """Weights of the decoder that 4-bit quantization compresses."""
+        return sum(part.parameters for part in self.packed)
 
     @property
     def parameters(self) -> int:
@@ -253,8 +266,12 @@ def _projection(part: Part, count: int, sizes: Dimensions) -> Projection:
     inputs, outputs = size(part.inputs, sizes), size(part.outputs, sizes)
     if not part.stacked:
         return Projection(name, part.path, part.role, inputs, outputs, count, obstacle=part.obstacle)
-    share = sizes.experts_per_token / max(sizes["n"], 1)
-    return Projection(name, part.path, part.role, inputs, outputs, count * sizes["n"], True, share)
+    experts = max(sizes["n"], 1)
+    packs = part.packs and inputs * outputs * experts < MOST_PACKED
+    share = sizes.experts_per_token / experts
+    return Projection(
+        name, part.path, part.role, inputs, outputs, count * sizes["n"], True, share, group=experts, packs=packs
+    )
 
 
 def _small_parameters(family: Family, config: Mapping[str, Any], sizes: Dimensions) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +51,9 @@ def plain(base, config):
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+        if parameter.dim() == 3:  # bitsandbytes quantizes linears alone
+            packed_4bit, state = quantize_4bit(parameter.data.flatten(0, 1), compress_statistics=True, quant_type="nf4")
+            parameter.data.copy_(dequantize_4bit(packed_4bit, state).view_as(parameter))
     names = targets(model)
     lora = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM"

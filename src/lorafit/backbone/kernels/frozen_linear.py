@@ -47,6 +47,7 @@ class FrozenLinear4bit(Linear4bit):
     _kept: tuple[tuple[Tensor, ...], Params4bit] | None = None
     weight_dtype: torch.dtype | None = None
     """Dtype to which the dequantized weight is rounded before use; None rounds nothing."""
+    takes_fp8: bool = True
     fp8: bool = False
     """Multiply in FP8 if the weight's shape allows it; `compute_dtype` is bf16 then."""
     _scaled: tuple[Tensor, Params4bit] | None = None
@@ -228,9 +229,10 @@ def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Pa
 
 
 def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) -> None:
-    assert type(linear) in (Linear4bit, FrozenLinear4bit), f"{type(linear)} overrides forward"
+    assert type(linear) is Linear4bit or isinstance(linear, FrozenLinear4bit), f"{type(linear)} overrides forward"
     assert not getattr(linear.weight.quant_state, "packing_format_for_cpu", False), "bitsandbytes repacked the weight"
-    linear.__class__ = FrozenLinear4bit
+    if not isinstance(linear, FrozenLinear4bit):
+        linear.__class__ = FrozenLinear4bit
     linear.compute_dtype = compute_dtype or linear.compute_dtype or linear.weight.quant_state.dtype
     linear.compute_type_is_set = True
     linear.requires_grad_(False)
@@ -239,7 +241,7 @@ def _freeze(linear: Linear4bit, compute_dtype: torch.dtype | None, fp8: bool) ->
     linear.drop_dense()
     linear._packed, linear._handle = None, handle_for(linear, linear.weight.device)
     assert not fp8 or linear.compute_dtype is torch.bfloat16, "FP8 matmuls return bf16"
-    linear.fp8 = fp8
+    linear.fp8 = fp8 and linear.takes_fp8
     linear.scale_rows()
 
 

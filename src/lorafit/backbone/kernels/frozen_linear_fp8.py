@@ -27,6 +27,7 @@ from lorafit.backbone.kernels.frozen_linear_op import (
     op_arguments,
     unpack_e4m3,
 )
+from lorafit.backbone.kernels.grouped_product import frozen_grouped
 
 MULTIPLE = 16
 """Factor of the matrix widths that `torch._scaled_mm` accepts."""
@@ -151,11 +152,11 @@ With `transposed` it is `x (…, out) -> (…, in)`, without the rows' scales. `
 
 
 def frozen_features(op: Any, arguments: Sequence[Any]) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a frozen linear's forward, by the called operator and its arguments.
+    """Return (in_features, out_features) of a frozen matmul's forward, by the called operator and its arguments.
 
     None for any other operator, and for a frozen linear's backward. Recompute policies read it.
     """
-    if op in (frozen_product, frozen_linear_fp8):
+    if op in (frozen_product, frozen_linear_fp8, frozen_grouped):
         *_, out_features, in_features, transposed = arguments
     elif op is frozen_linear:
         *_, out_features, in_features, _, _, transposed = arguments

@@ -182,4 +182,4 @@ def vllm_settings(ranks: dict[str, int], model: str) -> dict[str, Any]:
 def _dequantized(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     for fresh in fresh_weights(config, "quantized"):
         tensor = fresh.tensor
-        yield fresh.stored, tensor.float() if tensor.is_floating_point() else tensor
+        yield from fresh.parts(tensor.float() if tensor.is_floating_point() else tensor).items()

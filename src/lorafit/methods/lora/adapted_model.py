@@ -13,6 +13,7 @@ from lorafit.backbone import (
     dequantize_linears,
     forget_quantization,
     redirect_library_logs,
+    unfreeze_experts,
 )
 from lorafit.methods.lora.dora import rescaled
 
@@ -65,7 +66,7 @@ class AdaptedModel(PeftModelForCausalLM):
             if isinstance(module, LoraLayer):
                 parent, _, leaf = path.rpartition(".")
                 setattr(base.get_submodule(parent), leaf, _merged(module, names))
-        return forget_quantization(dequantize_linears(base))
+        return forget_quantization(dequantize_linears(unfreeze_experts(base)))
 
 
 def _merged(layer: Any, adapters: list[str]) -> nn.Linear:

@@ -11,7 +11,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit import shapes
-from lorafit.backbone import adapter_obstacles, output_head, projections_of, text_decoder, true_numel, unwrapped
+from lorafit.backbone import (
+    adapter_obstacles,
+    is_plain_linear,
+    output_head,
+    projections_of,
+    text_decoder,
+    true_numel,
+    unwrapped,
+)
 from lorafit.config import RunConfig
 from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
 from lorafit.methods.lora.dora import prepare_dora
@@ -33,7 +41,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and module in inside
+        if is_plain_linear(module) and module is not head and module in inside
     ]
 
 
