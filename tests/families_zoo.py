@@ -101,11 +101,12 @@ def small_config(family: str) -> PretrainedConfig:
     raw = _shrunk(config_class(**own.pop("__init__", {})).to_dict(), VALUE_OF)
     for key, value in own.items():
         raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
-    if raw.get("qk_rope_head_dim") and "head_dim" in raw:
+    text = raw.get("text_config") or raw
+    if text.get("qk_rope_head_dim") and "head_dim" in text:
         # latent attention rotates these dimensions alone, and has a key for each head
-        raw |= {"head_dim": raw["qk_rope_head_dim"], "num_key_value_heads": raw["num_attention_heads"]}
+        text |= {"head_dim": text["qk_rope_head_dim"], "num_key_value_heads": text["num_attention_heads"]}
     if family in AXES:
-        _set_axes(raw.get("text_config") or raw)
+        _set_axes(text)
     raw.pop("model_type", None)
     return config_class(**raw)
 

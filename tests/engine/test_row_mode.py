@@ -8,8 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from families_zoo import small_config
 from lorafit.backbone.skeleton_sizes import sizes_of
-from lorafit.engine import collate, prove_rows
+from lorafit.engine import PACKED, VocabularyLoss, collate, prove_rows
+from lorafit.engine.loss.logit_rules import LogitSteps
 from lorafit.errors import BackboneError, TrainingError
+from lorafit.shapes import ModelShape
+from planning_shapes import LLAMA_8B
 
 LENGTHS = (24, 17, 12)
 
@@ -21,7 +24,8 @@ def rows_of(*lengths):
 
 def model_of(family):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family)).eval()
+    config = small_config(family) if isinstance(family, str) else family
+    model = AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         if weight.ndim >= 2:
             torch.nn.init.normal_(weight, std=0.08)
@@ -57,6 +61,45 @@ def test_rows_are_packed_where_they_cannot_see_each_other_and_run_alone_elsewher
     with torch.no_grad():
         torch.testing.assert_close(ours, sum(plain_loss(model, row) for row in rows), rtol=1e-5, atol=1e-4)
     assert model.config._attn_implementation == before
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0,
+            "original_max_position_embeddings": 60}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+BY_LENGTH = {
+    "longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 60}, 60),
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 60}, 60),
+    "within chunks": ("llama4_text", {"attention_chunk_size": 60}, 60),
+}
+
+
+@pytest.mark.parametrize("change", BY_LENGTH)
+def test_rows_on_both_sides_of_a_length_at_which_the_model_changes_run_alone(change):
+    """The proof sees a row's first tokens only, which are all on one side."""
+    family, settings, tokens = BY_LENGTH[change]
+    config = small_config(family)
+    model = model_of(type(config)(**{**config.to_dict(), **settings}))
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
+            weight.data *= 6  # sharp enough that a wrong position shows
+    rows, long = rows_of(*LENGTHS), rows_of(70, 50, 40)
+    assert prove_rows(model, rows, tokens) == (PACKED, VocabularyLoss(LogitSteps()))
+    mode, loss = prove_rows(model, rows, 70)
+    assert change in mode.reason and "above 60 tokens, and a row has 70" in mode.reason
+    with torch.no_grad():
+        plain = [plain_loss(model, row) for row in long]
+        torch.testing.assert_close([loss.summed(model, collate([row])) for row in long], plain, rtol=1e-5, atol=1e-4)
+        with PACKED.attending(model):
+            assert abs(VocabularyLoss(LogitSteps()).summed(model, collate(long)) - sum(plain)) > 1e-3 * sum(plain)
+
+
+def test_planning_knows_the_length_above_which_rows_run_alone():
+    rope = {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}
+    shape = ModelShape.from_config({**LLAMA_8B, **rope}, "a-base")
+    assert not shape.for_rows(4096).alone
+    assert (
+        shape.for_rows(5000).alone == "its rotary frequencies change (longrope) above 4,096 tokens, and a row has 5,000"
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])

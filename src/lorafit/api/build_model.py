@@ -97,7 +97,7 @@ def build_model(planned: PlannedRun, *, is_new: bool = True) -> BuiltModel:
     require_runs(base, samples[0])
     findings = tuple(quantization_loss(base, config, planned.prepared.train)) if is_new else ()
     model = method.prepare(base, config, planned.plan.targets)
-    rows, loss = prove_rows(model, samples)
+    rows, loss = prove_rows(model, samples, planned.prepared.longest)
     return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows, findings)
 
 

@@ -86,7 +86,7 @@ def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) ->
     """Return the plan for data that are already read. Raises DataError if no row is left to train on."""
     config = resolved.config
     require_rows(prepared, config)
-    shape = ModelShape.from_base(config.base, config.revision)
+    shape = ModelShape.from_base(config.base, config.revision).for_rows(prepared.longest)
     made = make_plan(resolved, stats_of(prepared, config), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 

@@ -45,6 +45,11 @@ class Prepared:
     summary: Summary
     rejected: Path | None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, held-out rows counted."""
+        return max((int(rows.lengths.max()) for rows in (self.train, self.holdout) if len(rows)), default=0)
+
 
 def prepare(
     config: RunConfig,

@@ -14,6 +14,7 @@ from lorafit.engine.attention.packed import packed
 from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated
 from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
 from lorafit.errors import BackboneError, TrainingError
+from lorafit.shapes import length_limit
 
 FAMILY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError)
 """Errors of a family's own forward that was not written for packed rows."""
@@ -53,13 +54,14 @@ class RowMode:
 PACKED = RowMode()
 
 
-def prove_rows(model: Any, rows: Sequence[Row]) -> tuple[RowMode, VocabularyLoss]:
+def prove_rows(model: Any, rows: Sequence[Row], longest: int = 0) -> tuple[RowMode, VocabularyLoss]:
     """Return the fastest mode whose rows cannot see each other on `model`, and the loss that is proved for it.
 
-    Rows are packed if the isolation test passes. Raises TrainingError if the logits are not finite, or
-    if tokens see later ones.
+    Rows are packed if the isolation test passes, and if the run's `longest` row, in tokens, is below every length at
+    which the model computes otherwise; `rows` may be too short to show that. Raises TrainingError if the logits are not
+    finite, or if tokens see later ones.
     """
-    mode = RowMode(_obstacle(model, rows))
+    mode = RowMode(_change_by_length(model, longest) or _obstacle(model, rows))
     with mode.attending(model):
         if mode.is_alone:
             assert_finite(model, rows)
@@ -76,6 +78,11 @@ def require_runs(model: Any, row: Row) -> None:
     except FAMILY_ERRORS as error:
         what = f"the base's forward fails on a row of text ({type(error).__name__}: {one_line(error)})"
         raise TrainingError(what, where=type(unwrapped(model)).__name__, fix="choose another base") from error
+
+
+def _change_by_length(model: Any, longest: int) -> str:
+    limit = length_limit(unwrapped(model).config.get_text_config().to_dict())
+    return limit.reason(longest) if limit else ""
 
 
 def _obstacle(model: Any, rows: Sequence[Row]) -> str:

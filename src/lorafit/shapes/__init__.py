@@ -1,7 +1,8 @@
 """Shapes: the sizes and projections of a model, from its config.json. No torch."""
 
+from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.shape import ModelShape
 from lorafit.shapes.targets import resolve_targets, targets_note
 
-__all__ = ["ModelShape", "Projection", "resolve_targets", "targets_note"]
+__all__ = ["LengthLimit", "ModelShape", "Projection", "length_limit", "resolve_targets", "targets_note"]

@@ -19,6 +19,7 @@ from lorafit.shapes.dimensions import (
     text_part,
 )
 from lorafit.shapes.families import FAMILIES, Family, Part
+from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
 
@@ -48,6 +49,7 @@ class ModelShape:
         counted: Whether the sizes were read from transformers' own modules.
         notes: Assumptions where the shape is not exact.
         alone: Why its rows train one a forward; empty for a family whose rows are packed.
+        limit: The length above which its rows train one a forward.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ModelShape:
     counted: bool = False
     notes: tuple[str, ...] = ()
     alone: str = ""
+    limit: LengthLimit | None = None
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
@@ -90,7 +93,12 @@ class ModelShape:
             shape = _from_skeleton(model_type, config, name)
         noise = noise_keys(text)
         note = f"the base's own noise in training is off ({', '.join(noise)}); the setting dropout is the adapters'"
-        return replace(shape, notes=(*shape.notes, note)) if noise else shape
+        return replace(shape, notes=(*shape.notes, note) if noise else shape.notes, limit=length_limit(text))
+
+    def for_rows(self, longest: int) -> ModelShape:
+        """Return the shape for rows of up to `longest` tokens: above a limit every row runs alone."""
+        reason = self.limit.reason(longest) if self.limit and not self.alone else ""
+        return replace(self, alone=reason) if reason else self
 
     @property
     def layers(self) -> int:
