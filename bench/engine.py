@@ -35,6 +35,7 @@ TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+TARGETS_OF_LORAFIT = {"qv": "qv", "attention": "attention", "all": "all-linear"}
 GIB = 1 << 30
 EXAMPLES = 64  # in one step of the instruction-shaped work, as 4 × 16 or as one, unless lorafit is told otherwise
 
@@ -174,7 +175,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             settings["deterministic"] = True
         run = lorafit.train(
             data, options.folder, out=Path(folder) / "run", rank=16, alpha=32.0, dropout=options.dropout, holdout=0,
-            targets={"qv": "qv", "all": "all-linear"}[options.targets], compute=options.compute, epochs=1,
+            targets=TARGETS_OF_LORAFIT[options.targets], compute=options.compute, epochs=1,
             quantization="nf4", examples_per_step=examples, save_steps=10_000, optimizer="adamw", ignore=("D", "P"),
             max_length=max(2048, options.length),
             callbacks=[timed], observer=watch, **settings,
