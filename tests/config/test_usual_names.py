@@ -28,6 +28,7 @@ def test_a_usual_name_is_the_setting_itself(theirs):
         "optimizer": "adamw",
         "rslora": True,
         "dora": True,
+        "init_adapter": "a",
         "holdout": 0.2,
         "warmup": 0.2,
         "dropout": 0.1,

@@ -23,13 +23,14 @@ from lorafit.config import Resolved, RunConfig, base_folder
 from lorafit.data import Prepared, Record, Template
 from lorafit.data.checks.whole_set import write_split
 from lorafit.engine import DryRun
-from lorafit.errors import RunDirError, TrainingStopped
+from lorafit.errors import AdapterError, RunDirError, TrainingStopped
 from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
 from lorafit.runs import (
     ADAPTER,
     LAYOUT,
     Checkpoint,
+    InitialAdapter,
     RunDir,
     RunFingerprint,
     RunIdentity,
@@ -60,6 +61,7 @@ def fingerprint_of(config: RunConfig, template: Template, prepared: Prepared) ->
         template=template.sha256,
         base=base_fingerprint(base_folder(config.base, config.revision, weights=True)),
         settings=held_settings(config),
+        init_adapter=InitialAdapter.open(config.init_adapter).content_hash if config.init_adapter else "",
     )
 
 
@@ -262,12 +264,21 @@ def describe_run(
     """
     assert hashed is not None, "process 0 hashes the base"
     identity = hashed.result()
+    _refuse_other_base(manifest.resolved.config, identity)
     if manifest.known is None:  # a new run records its first layout
         identity = replace(identity, environment={**identity.environment, **layout})
     identity = manifest.write(identity)
     if manifest.known is None:
         return identity, None
     return identity, resume_from(manifest.run, identity, layout, events)
+
+
+def _refuse_other_base(config: RunConfig, identity: RunIdentity) -> None:
+    """Raise AdapterError if the initial adapter's run had another base."""
+    run = InitialAdapter.open(config.init_adapter).run if config.init_adapter else None
+    if run is not None and run.base_fingerprint() not in (None, identity.fingerprint.base):
+        what = "the initial adapter was trained on another base than this run's"
+        raise AdapterError(what, where=str(run.path), fix=f"set base: {run.config().base}")
 
 
 def layout_of(config: RunConfig, memory: TunedMemory, dry_run: DryRun | None, processes: int = 1) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
-from lorafit.methods.lora import attach, lora_config
+from lorafit.methods.lora import Lora, lora_config
 from lorafit.objectives import Sft
 from lorafit.shapes import ModelShape, resolve_targets
 from lorafit.training import EventLog, TrainingLoop
@@ -107,7 +107,7 @@ class AdapterTrainingPipeline:
 
     def inject_adapters(self, model: Any) -> Any:
         """Return `model` with fresh adapters, and print trainable and total parameters. Raises AdapterError."""
-        adapted = attach(model, self.config)
+        adapted: Any = Lora().prepare(model, self.config)
         adapted.print_trainable_parameters()
         return adapted
 

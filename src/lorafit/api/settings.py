@@ -10,7 +10,7 @@ from lorafit.config import Resolved, RunConfig, base_folder, load_recipe, resolv
 from lorafit.config.setting_aliases import our_name
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
-from lorafit.runs import RunDir
+from lorafit.runs import RunDir, with_initial_adapter
 from lorafit.runs.lookup import find_target
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -37,11 +37,13 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     recipes = [name for name in names if name.endswith(RECIPE_SUFFIXES)]
     if not recipes:
         _refuse_other_data(names, settings.get("data"))
-        return resolve(flags=_absolute({**settings, **({"data": tuple(names)} if names else {})}))
+        flags = _absolute({**settings, **({"data": tuple(names)} if names else {})})
+        return with_initial_adapter(resolve(flags=flags))
     if len(names) > 1:
         raise UsageError("a recipe takes no other data files", where=recipes[0], fix="use --set data=FILE")
     path = Path(recipes[0])
-    return resolve(_absolute(_beside(load_recipe(path), path.parent)), _absolute(settings))
+    named = _absolute(_beside(load_recipe(path), path.parent))
+    return with_initial_adapter(resolve(named, _absolute(settings)))
 
 
 def _refuse_other_data(names: list[str], also: Any) -> None:
@@ -66,7 +68,7 @@ def _beside(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     placed = dict(recipe)
     for key, value in recipe.items():
-        if our_name(key, RunConfig.model_fields) in ("base", "data", "template"):
+        if our_name(key, RunConfig.model_fields) in ("base", "data", "template", "init_adapter"):
             placed[key] = [seen(name) for name in value] if isinstance(value, list) else seen(value)
     return placed
 
@@ -89,7 +91,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
     absolute = dict(settings)
     for key, value in settings.items():
-        if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout", "template"):
+        if our_name(key, RunConfig.model_fields) in ("base", "data", "holdout", "template", "init_adapter"):
             absolute[key] = type(value)(map(placed, value)) if isinstance(value, list | tuple) else placed(value)
     return absolute
 

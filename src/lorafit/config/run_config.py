@@ -74,6 +74,7 @@ class RunConfig(BaseModel):
     compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
         "auto", description="matmul precision; auto depends on the GPU, fp8 is for the frozen matmuls"
     )
+    init_adapter: str | None = Field(None, description="adapter to go on from: a finished run, or an adapter folder")
     rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     rslora: bool = Field(False, description="rank-stabilized LoRA: the delta is scaled by alpha / √rank")

@@ -38,6 +38,7 @@ class Lineage:
         loss: Loss of the last step.
         eval_loss: The last held-out loss, if it was measured.
         date: Day of the end of training, UTC.
+        init_adapter: Name and hash of the adapter that training began with, if there was one.
     """
 
     base: str
@@ -55,6 +56,7 @@ class Lineage:
     loss: float | None
     eval_loss: float | None
     date: str
+    init_adapter: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, run: RunDir) -> Lineage:
@@ -78,6 +80,7 @@ class Lineage:
             loss=_last(metrics, "loss"),
             eval_loss=_last(metrics, "eval_loss"),
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            init_adapter=(Path(config.init_adapter).name, print_.init_adapter) if config.init_adapter else None,
         )
 
     @classmethod
@@ -107,6 +110,7 @@ class Lineage:
         """Return the lineage as a Markdown table."""
         rows = [
             ("base", f"{self.base}{f' at {self.revision}' if self.revision else ''}, sha256 `{self.base_sha256[:16]}`"),
+            *self._begun_with(),
             ("data", f"{self.train_rows} rows of {', '.join(self.data)}, sha256 `{self.train_sha256[:16]}`"),
             ("held-out rows", f"{self.held_out_rows}, sha256 `{self.held_out_sha256[:16]}`"),
             ("chat template", f"sha256 `{self.template_sha256[:16]}`"),
@@ -119,6 +123,12 @@ class Lineage:
         ]
         lines = [f"| {name} | {value} |" for name, value in rows]
         return "\n".join(["| lineage | |", "|---|---|", *lines]) + "\n"
+
+    def _begun_with(self) -> list[tuple[str, str]]:
+        if self.init_adapter is None:
+            return []
+        name, digest = self.init_adapter
+        return [("begun with", f"the adapter of {name}, sha256 `{digest[:16]}`")]
 
 
 LIBRARIES = ("lorafit", "torch", "transformers", "peft", "bitsandbytes")

@@ -2,6 +2,7 @@
 
 from lorafit.runs.checkpoint import ADAPTER, Checkpoint, best_step, clear_unfinished, newest_whole, set_aside
 from lorafit.runs.identity import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
+from lorafit.runs.initial_adapter import InitialAdapter, with_initial_adapter
 from lorafit.runs.own_files import (
     append_own,
     new_own,
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "ChosenWeights",
     "FREE",
+    "InitialAdapter",
     "LAST",
     "LAYOUT",
     "RunDir",
@@ -52,5 +54,6 @@ __all__ = [
     "set_aside",
     "staged_folder",
     "sync",
+    "with_initial_adapter",
     "write_text",
 ]

@@ -20,9 +20,9 @@ LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
 """Settings of layout and speed. They change no step's examples, and results only in their last bits."""
 FREE = frozenset(
     (
-        # the fingerprint holds hashes of the base, the rows and the template, so their places may change
+        # the fingerprint holds hashes of the base, the rows, the template and the initial adapter: places may change
         "base", "revision", "data", "encoding", "template", "split_answers", "field_map", "on_bad",
-        "on_long", "holdout", "out", "max_unpacked",
+        "init_adapter", "on_long", "holdout", "out", "max_unpacked",
         # display, checkpoints, plan and trackers
         "select", "ignore", "goal", "serving", "gpu", "gpus", "gpu_memory", "report_to", "eval_steps", "save_steps",
         "save_minutes", "keep_last", "keep_best", "max_bad_steps",
@@ -42,6 +42,7 @@ class RunFingerprint:
         template: Hash of the chat template.
         base: Hash of the base.
         settings: Every setting that is not in FREE.
+        init_adapter: Hash of the adapter that training begins with; empty without one.
     """
 
     train_rows: str
@@ -49,10 +50,12 @@ class RunFingerprint:
     template: str
     base: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    init_adapter: str = ""
 
     def differences(self, now: RunFingerprint) -> list[tuple[str, str, str]]:
         """Return (name, then, now) of everything that differs, the most informative first."""
-        names = {"base": "the base", "template": "the chat template", "train_rows": "the training rows"}
+        names = {"base": "the base", "init_adapter": "the initial adapter", "template": "the chat template"}
+        names["train_rows"] = "the training rows"
         found = [
             (words, _short(getattr(self, name)), _short(getattr(now, name)))
             for name, words in {**names, "held_out_rows": "the held-out rows"}.items()
@@ -68,7 +71,7 @@ class RunFingerprint:
     def from_dict(cls, fields: Mapping[str, Any]) -> RunFingerprint:
         """Return the fingerprint that `to_dict` wrote. Raises TypeError for any other mapping."""
         made = cls(**fields)
-        hashes = (made.train_rows, made.held_out_rows, made.template, made.base)
+        hashes = (made.train_rows, made.held_out_rows, made.template, made.base, made.init_adapter)
         if not _are_texts(hashes) or not isinstance(made.settings, Mapping):
             raise TypeError("no fingerprint")
         return made

@@ -24,6 +24,8 @@ from lorafit.methods.lora.adapter_folder import (
 from lorafit.methods.lora.attach import attach
 from lorafit.methods.lora.deltas import Deltas
 from lorafit.methods.lora.dora import MAGNITUDE
+from lorafit.methods.lora.initial import begin_with
+from lorafit.runs import InitialAdapter
 
 
 class Lora:
@@ -38,8 +40,16 @@ class Lora:
         return f"{kind} (rank {config.rank}, alpha {config.alpha:g})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
-        """Return `model` with fresh adapters on `targets` (default: `config.targets`) and a frozen base."""
-        return attach(model, config, targets)
+        """Return `model` with adapters on `targets` (default: `config.targets`) and a frozen base.
+
+        They are fresh, or have the weights of `config.init_adapter`.
+        """
+        adapted = attach(model, config, targets)
+        if config.init_adapter is not None:
+            folder = InitialAdapter.open(config.init_adapter).folder
+            _check_settings(folder, config)
+            begin_with(adapted, folder)
+        return adapted
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the adapters' weights in module order."""
