@@ -24,7 +24,7 @@ from lorafit.methods.lora import attach, save_adapter
 from lorafit.runs import RunDir, RunFingerprint, RunIdentity, adapter_hashes, held_settings
 from lorafit.serve.adapters import ServedBase
 from lorafit.serve.decoding import Generation, Sampling
-from lorafit.serve.decoding.batch import Part
+from lorafit.serve.decoding.batch import Part, Tail
 from lorafit.serve.engines import BuiltinEngine, Limits
 
 NO_WATCH = SimpleNamespace(on_admitted=lambda each: None, on_step=lambda *sizes: None, on_crash=lambda error: None)
@@ -77,7 +77,7 @@ def engine_over(runs: list[Path], *, streams: int, loaded: int, length: int, den
         engine.add_adapter(run.name, run)
         loads.append(1e3 * (time.perf_counter() - began))
     print_json(
-        started_s=round(started_s, 1), dense=engine.is_dense, floor=engine.floor, adapters=loaded,
+        started_s=round(started_s, 1), dense=engine.is_dense, floor=engine.proof.floor, adapters=loaded,
         load_and_prove_ms=round(statistics.median(loads)),
     )  # fmt: skip
     try:
@@ -205,10 +205,10 @@ def prove(base: str) -> None:
     config = resolve(flags={"base": base}).config
     decoder = BatchDecoder(load_backbone(config, exact=True), slots=8, positions=256, adapters=1)
     ids = torch.randint(WORDS.start, WORDS.stop, (48,), generator=torch.Generator().manual_seed(0)).tolist()
-    start = 24
+    tail = Tail(ids, 24)
     with torch.inference_mode(), computing_in(decoder.model, torch.float32):
-        exact = decoder.plain_log_probs(ids, start)
-    plain = decoder.plain_log_probs(ids, start)
+        [exact] = decoder.plain_log_probs([tail])
+    [plain] = decoder.plain_log_probs([tail])
 
     def distance(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
         kl = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
@@ -223,8 +223,8 @@ def prove(base: str) -> None:
         for eager in (True, False) if decoder.device.type == "cuda" else (True,):
             graphs.failed = eager
             kind = f"slots, {'eager' if eager else 'graphs'}, {'fused' if fused else 'the family own code'}"
-            distance(kind, decoder.slot_log_probs(ids, start, 3, 0), plain)
-    distance("spare slot, prompts only", decoder.spare_log_probs(ids, start, 0), plain)
+            distance(kind, decoder.slot_log_probs(tail, 3, 0), plain)
+    distance("spare slot, prompts only", decoder.spare_log_probs([tail], 0)[0], plain)
 
 
 def run_engine(base: str, out: Path, *, counts: list[int], streams: list[int], rank: int, targets: str,
@@ -254,7 +254,7 @@ def run_engine(base: str, out: Path, *, counts: list[int], streams: list[int], r
                         write_profile(engine, out / "profile.txt", prompt)
                         many = min(8, max(streams))
                         print_json(
-                            batch_kl=batch_kl(engine, asked[:many]), floor=engine.floor,
+                            batch_kl=batch_kl(engine, asked[:many]), floor=engine.proof.floor,
                             cold_load_ms=cold_load_ms(engine), failed_graphs=engine.decoder.graphs_failed,
                         )  # fmt: skip
     finally:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lorafit.errors import AdapterError, LorafitError, UsageError, VerificationError
-from lorafit.methods.lora import AdapterFiles, GroupedAdapters, dense_adapter
+from lorafit.methods.lora import AdapterFiles, GroupedAdapters, plain_adapter
 from lorafit.runs import RunDir
-from lorafit.serve.adapters.proof import prove_adapter
 from lorafit.serve.decoding import Chosen, Sampling, choose
+from lorafit.serve.decoding.batch import Tail
 from lorafit.serve.decoding.fair_queue import FairQueue
 from made_runs import MOST_TOKENS, QUESTIONS, seal, write_run
 
@@ -45,11 +45,11 @@ def test_a_slots_log_probabilities_are_those_of_its_dense_update(engine, runs):
         weights = engine.pool.weights(version)
         slot = engine.pool.place(version)
         engine.pool.release(version)
-        ids = list(range(20, 60))
-        wanted = decoder.plain_log_probs(ids, 30, lambda: dense_adapter(decoder.model, weights, version.scale))
-        return (decoder.slot_log_probs(ids, 30, 2, slot) - wanted).abs().max(), (
-            decoder.slot_log_probs(ids, 30, 2, 0) - wanted
-        ).abs().max()
+        tail = Tail(list(range(20, 60)), 30)
+        dense = {name: (torch.eye(a.shape[1]), version.scale * b @ a) for name, (a, b) in weights.items()}
+        [wanted] = decoder.plain_log_probs([tail], lambda: plain_adapter(decoder.model, dense, 1.0))
+        found = [decoder.slot_log_probs(tail, 2, index) for index in (slot, 0)]
+        return [(each - wanted).abs().max() for each in found]
 
     near, far = engine.scheduler.call(compare).result()
     assert near < 1e-3 < far
@@ -64,7 +64,7 @@ def test_a_wrong_slot_is_found_by_the_golden_prompts(engine):
         put = engine.decoder.adapters.put
         engine.decoder.adapters.put = lambda slot, _, scale: put(slot, wrong, scale)
         try:
-            return prove_adapter(engine.decoder, version, weights, engine.pool.proof_slot, engine._golden, engine.floor)
+            return engine.proof.prove_adapter(version, weights, engine.pool.proof_slot)
         finally:
             engine.decoder.adapters.put = put
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, RunDirError, VerificationError
-from lorafit.methods.lora import AdapterSnapshot, Deltas, attach, load_adapter, restore_adapter, save_adapter
+from lorafit.methods.lora import AdapterSnapshot, Delta, Deltas, attach, load_adapter, restore_adapter, save_adapter
 from tiny_models import save_base, some_ids, stir
 
 
@@ -237,3 +237,12 @@ def test_an_adapters_files_have_the_modes_the_umask_asks_for(trained, config, tm
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o660}
+
+
+def test_a_delta_is_zero_when_its_product_is():
+    a, b = torch.zeros(2, 5), torch.zeros(4, 2)
+    assert Delta(a, b, 2.0).is_zero
+    a[0], b[:, 1] = 1.0, 1.0
+    assert Delta(a, b, 2.0).is_zero, "B reads what A never writes"
+    b[3, 0] = -1e-12
+    assert not Delta(a, b, 2.0).is_zero

@@ -10,7 +10,7 @@ from lorafit.methods.lora.adapter_folder import (
 )
 from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
 from lorafit.methods.lora.deltas import Delta, Deltas
-from lorafit.methods.lora.grouped import GroupedAdapters, dense_adapter
+from lorafit.methods.lora.grouped import GroupedAdapters, plain_adapter
 from lorafit.methods.lora.lora import Lora
 
 __all__ = [
@@ -23,10 +23,10 @@ __all__ = [
     "Lora",
     "attach",
     "count_parameters",
-    "dense_adapter",
     "fitting_weights",
     "load_adapter",
     "lora_config",
+    "plain_adapter",
     "resolve_targets",
     "restore_adapter",
     "save_adapter",

@@ -39,6 +39,12 @@ class Delta:
         dense = (self.b.float() @ self.a.float()) * self.scale
         return dense.T.contiguous() if self.transposed else dense
 
+    @property
+    def is_zero(self) -> bool:
+        """Return True if B A is zero. ‖B A‖² is the sum of (BᵀB) ∘ (AAᵀ), which has r² terms."""
+        a, b = self.a.double(), self.b.double()
+        return self.scale == 0 or not bool(((b.T @ b) * (a @ a.T)).sum())
+
 
 class Deltas(Mapping[str, Delta]):
     """Map base parameter names (`….q_proj.weight`) to their deltas."""
@@ -60,7 +66,7 @@ class Deltas(Mapping[str, Delta]):
         }
         for name, delta in deltas.items():
             # an expert without routed tokens stays untrained
-            if EXPERTS not in name and not bool(delta.dense().any()):
+            if EXPERTS not in name and delta.is_zero:
                 raise VerificationError(
                     f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
                 )

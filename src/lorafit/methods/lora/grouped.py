@@ -143,19 +143,23 @@ class GroupedAdapters:
 
 
 @contextmanager
-def dense_adapter(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
-    """Within the block, `model` has one adapter as dense updates `scale · B @ A` (out, in): the reference of a slot."""
+def plain_adapter(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
+    """Within the block, `model` has one adapter, added as scale · B(A x) in fp32: the reference of a slot."""
     handles = []
-    for name, (a, b) in weights.items():
+    for name, pair in weights.items():
         linear: Any = model.get_submodule(name)
-        dense = ((b.float() @ a.float()) * scale).to(linear.weight.device)
-
-        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor, dense: Tensor = dense) -> Tensor:
-            return (output + inputs[0].float() @ dense.T).to(output.dtype)
-
-        handles.append(linear.register_forward_hook(add))
+        handles.append(
+            linear.register_forward_hook(_adding(*(side.to(linear.weight.device).float() for side in pair), scale))
+        )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _adding(a: Tensor, b: Tensor, scale: float) -> Any:
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return (output + F.linear(F.linear(inputs[0].float(), a), b) * scale).to(output.dtype)
+
+    return add

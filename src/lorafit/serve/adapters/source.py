@@ -33,12 +33,14 @@ class ServedBase:
         folder: the base's folder.
         fingerprint: hash of the base's content.
         template: the chat template, with its tokenizer.
+        template_file: content of the file that `template` was read from.
     """
 
     config: RunConfig
     folder: Path
     fingerprint: str
     template: Template
+    template_file: bytes
 
     @classmethod
     def of_run(cls, path: Path) -> ServedBase:
@@ -47,7 +49,7 @@ class ServedBase:
         config = run.config()
         folder = base_folder(config.base, config.revision, weights=True)
         template = Template.load(run.template, TextTokenizer.from_base(config.base, config.revision))
-        return cls(config, folder, base_fingerprint(folder), template)
+        return cls(config, folder, base_fingerprint(folder), template, run.template.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def open_adapter(
     if (run.base_fingerprint() or _fingerprint(config)) != base.fingerprint:
         what = "the adapter was trained on another base than the one that is served"
         raise VerificationError(what, where=str(run.path), fix="serve it from a server of its own")
-    template = Template.load(run.template, base.template.tokenizer)
+    # an equal file is the template of the server, which has proved its golden prompts
+    same = run.template.read_bytes() == base.template_file
+    template = base.template if same else Template.load(run.template, base.template.tokenizer)
     if template.sha256 != base.template.sha256 or template.stop_ids != base.template.stop_ids:
         what = "the adapter was trained with another chat template than the one that is served"
         raise VerificationError(what, where=str(run.path), fix="serve it from a server of its own")

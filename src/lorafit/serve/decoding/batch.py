@@ -39,6 +39,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """Hold a text, of which the predictions from the token at `start` to the last one are compared."""
+
+    ids: Sequence[int]
+    start: int
+
+
+@dataclass(frozen=True)
 class DecodedStep:
     """Hold a step on the device, which the host may read later.
 
@@ -82,6 +90,7 @@ class BatchDecoder:
         self._as_bool = model.config._attn_implementation == "sdpa"
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache: SlotCache | None = None
+        self._spare: SlotCache | None = None
         self._graphs = DecodeGraphs(self.device)
         self._fused = False
         # a step reads these in place; rows: token, position, write position, adapter, 1 if the token is known
@@ -114,7 +123,7 @@ class BatchDecoder:
     def forget(self) -> None:
         """Drop all keys and values. The next use takes fresh memory."""
         self._graphs.forget()
-        self._cache = None
+        self._cache = self._spare = None
 
     def fuse(self) -> None:
         """Let fewer kernels compute the same, once `plain_log_probs` has said what the family's own code computes."""
@@ -139,8 +148,12 @@ class BatchDecoder:
         return True
 
     @torch.inference_mode()
-    def prefill(self, parts: Sequence[Part]) -> Tensor:
-        """Read parts of prompts at once. Returns the logits (parts, vocabulary) after the last token of each."""
+    def prefill(self, parts: Sequence[Part], cache: SlotCache | None = None) -> Tensor:
+        """Read parts of prompts at once, into `cache` in place of the running texts' own.
+
+        Returns the logits (parts, vocabulary) after the last token of each.
+        """
+        cache = cache or self.cache
         lengths = [len(part.ids) for part in parts]
         longest = max(lengths)
         padded = [[*part.ids, *[0] * (longest - len(part.ids))] for part in parts]
@@ -149,13 +162,14 @@ class BatchDecoder:
         positions = torch.tensor([part.start for part in parts], device=self.device)[:, None] + along
         sizes = torch.tensor(lengths, device=self.device)
         # the last position of a slot is scratch
-        writes = positions.masked_fill(along >= sizes[:, None], self.positions)
-        positions = positions.clamp(max=self.positions - 1)
+        writes = positions.masked_fill(along >= sizes[:, None], cache.positions)
+        positions = positions.clamp(max=cache.positions - 1)
         index = torch.tensor([part.adapter for part in parts], device=self.device)
-        span = span_for(max(part.start + len(part.ids) for part in parts), self.positions)
+        span = span_for(max(part.start + len(part.ids) for part in parts), cache.positions)
         slots = torch.tensor([part.slot for part in parts], device=self.device)
         kept = sorted(set(lengths))
-        logits = self._forward(tokens, positions, index, Places(slots, writes, span), [size - 1 for size in kept])
+        places = Places(slots, writes, span)
+        logits = self._forward(tokens, positions, index, places, [size - 1 for size in kept], cache)
         place = torch.tensor([kept.index(size) for size in lengths], device=self.device)
         return logits[torch.arange(len(parts), device=self.device), place].float()
 
@@ -202,10 +216,12 @@ class BatchDecoder:
         given, positions, writes, index, known = self._inputs[:, :height]
         tokens = torch.where(known > 0, given, self._tokens[:height])
         places = Places(range(height), writes[:, None], span)
-        logits = self._forward(tokens[:, None], positions[:, None], index, places, [0])[:, 0].float()
+        logits = self._forward(tokens[:, None], positions[:, None], index, places, [0], self.cache)[:, 0].float()
         return logits, logits.argmax(-1)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, index: Tensor, places: Places, kept: Sequence[int]) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, index: Tensor, places: Places, kept: Sequence[int], cache: SlotCache
+    ) -> Tensor:
         """Return the logits (rows, kept, vocabulary) after the tokens (rows, tokens) at the places `kept`."""
         mask = masks(self.model.config, positions, places.span, self.dtype, as_bool=self._as_bool)
         last = list(kept) == [tokens.shape[1] - 1]
@@ -215,7 +231,7 @@ class BatchDecoder:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache.at(places),
+                past_key_values=cache.at(places),
                 use_cache=True,
                 **({"logits_to_keep": keep} if self._keeps else {}),
             )
@@ -226,29 +242,46 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def plain_log_probs(
-        self, ids: Sequence[int], start: int, around: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> Tensor:
-        """Return log-probabilities (tokens - start, vocabulary) of one forward pass without cache or slots.
+        self, tails: Sequence[Tail], around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> list[Tensor]:
+        """Return log-probabilities (tokens - start, vocabulary) of each tail, without cache or slots.
 
-        It is the reference for what the slots compute; the pass runs within `around()`.
+        One forward pass reads all of them, padded on the right, within `around()`. It is the reference for what the
+        slots compute.
         """
-        tokens = torch.tensor([ids], device=self.device)
+        longest = max(len(tail.ids) for tail in tails)
+        padded = [[*tail.ids, *[0] * (longest - len(tail.ids))] for tail in tails]
         with around():
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-        return logits[0, start:].float().log_softmax(-1)
+            logits = self.model(input_ids=torch.tensor(padded, device=self.device), use_cache=False).logits
+        return [
+            row[tail.start : len(tail.ids)].float().log_softmax(-1) for row, tail in zip(logits, tails, strict=True)
+        ]
 
-    def slot_log_probs(self, ids: Sequence[int], start: int, slot: int, adapter: int) -> Tensor:
+    def slot_log_probs(self, tail: Tail, slot: int, adapter: int) -> Tensor:
         """Return the same log-probabilities through `slot`, the tokens after `start` decoded one by one."""
-        rows = [self.prefill([Part(slot, ids[: start + 1], 0, adapter)])[0]]
-        for position in range(start + 1, len(ids)):
-            rows.append(self.decode({slot: (ids[position], position, adapter)}).logits[slot].clone())
+        rows = [self.prefill([Part(slot, tail.ids[: tail.start + 1], 0, adapter)])[0]]
+        for position in range(tail.start + 1, len(tail.ids)):
+            rows.append(self.decode({slot: (tail.ids[position], position, adapter)}).logits[slot].clone())
         return torch.stack(rows).log_softmax(-1)
 
-    def spare_log_probs(self, ids: Sequence[int], start: int, adapter: int) -> Tensor:
-        """Return the same log-probabilities through the spare slot, which no text uses."""
-        parts = [Part(self.slots, ids[: start + 1], 0, adapter)]
-        parts += [Part(self.slots, [ids[place]], place, adapter) for place in range(start + 1, len(ids))]
-        return torch.cat([self.prefill([part]) for part in parts]).log_softmax(-1)
+    def spare_log_probs(self, tails: Sequence[Tail], adapter: int) -> list[Tensor]:
+        """Return the same log-probabilities through spare slots, which no text uses, all tails at once."""
+        cache = self._spare_for(tails)
+        found: list[list[Tensor]] = [[] for _ in tails]
+        for step in range(max(len(tail.ids) - tail.start for tail in tails)):
+            left = [row for row, tail in enumerate(tails) if tail.start + step < len(tail.ids)]
+            parts = [_part_of(tails[row], row, step, adapter) for row in left]
+            for row, logits in zip(left, self.prefill(parts, cache), strict=True):
+                found[row].append(logits)
+        return [torch.stack(rows).log_softmax(-1) for rows in found]
+
+    def _spare_for(self, tails: Sequence[Tail]) -> SlotCache:
+        positions = max(len(tail.ids) for tail in tails)
+        if self._spare is None or len(tails) > self._spare.slots or positions > self._spare.positions:
+            shapes = [(layer.keys, layer.values) for layer in self.cache.layers]
+            with torch.inference_mode():
+                self._spare = SlotCache(shapes, len(tails), positions)
+        return self._spare
 
     def _take_memory(self) -> SlotCache:
         with torch.inference_mode():
@@ -259,8 +292,14 @@ class BatchDecoder:
             what = f"the builtin engine has no cache for {type(self.model).__name__}"
             raise BackboneError(what, fix="merge the run, and serve it with vLLM")
         try:
-            return SlotCache(pairs, self.slots + 1, self.positions)  # and a spare one, for proofs
+            return SlotCache(pairs, self.slots, self.positions)
         except RuntimeError as error:
             need = sum(t[0, :, 0].nbytes for pair in pairs for t in pair) * self.slots * self.positions
             what = f"{self.slots} texts of {self.positions:,} tokens need {need / 2**30:.1f} GiB of keys and values"
             raise UsageError(what, where="serve", fix="lower --max-model-len or --max-num-seqs") from error
+
+
+def _part_of(tail: Tail, slot: int, step: int, adapter: int) -> Part:
+    """Return what a slot reads at `step`: the text up to `start` first, and then a token at a time."""
+    place = tail.start + step
+    return Part(slot, [tail.ids[place]], place, adapter) if step else Part(slot, tail.ids[: place + 1], 0, adapter)

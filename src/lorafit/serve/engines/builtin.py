@@ -14,7 +14,7 @@ from lorafit.backbone import load_backbone
 from lorafit.errors import UsageError
 from lorafit.runs import LAST
 from lorafit.serve.adapters import AdapterPool, AdapterVersion, ServedBase
-from lorafit.serve.adapters.proof import golden_ids, prove_adapter, prove_base
+from lorafit.serve.adapters.proof import GoldenProof
 from lorafit.serve.decoding import BatchDecoder, Chosen, Generation, Sampling, Scheduler
 from lorafit.serve.decoding.generation import Reason
 from lorafit.serve.decoding.scheduler import Watch
@@ -51,6 +51,7 @@ class BuiltinEngine:
     Attributes:
         base: what all adapters have in common.
         base_name: the name that asks for the base itself.
+        proof: the golden prompts, and the noise floor on them.
         is_dense: True if the quantized base was dequantized once, as the GPU has room for it.
     """
 
@@ -62,8 +63,7 @@ class BuiltinEngine:
         self.decoder = BatchDecoder(
             model, slots=limits.max_num_seqs, positions=self.positions, adapters=limits.max_loras
         )
-        self._golden = golden_ids(base.template, self.positions)
-        self.floor = prove_base(self.decoder, self._golden)
+        self.proof = GoldenProof(self.decoder, base.template)
         self.is_dense = limits.dense and self.decoder.keep_dense(SPARE_BYTES)
         self.pool = AdapterPool(
             base, self.decoder.adapters, roots=roots, host_adapters=limits.host_loras, reserved=[base_name]
@@ -94,7 +94,7 @@ class BuiltinEngine:
         def prove() -> None:
             weights = self.pool.weights(version)
             try:
-                prove_adapter(self.decoder, version, weights, self.pool.proof_slot, self._golden, self.floor)
+                self.proof.prove_adapter(version, weights, self.pool.proof_slot)
             finally:
                 self.decoder.adapters.clear(self.pool.proof_slot)
 
