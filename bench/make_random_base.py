@@ -35,6 +35,9 @@ def make(out: str, size: str) -> None:
     for settings in (model.config, model.generation_config):
         settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = 0, 1, 2
     tokenizer = make_tokenizer()
+    with torch.no_grad():  # answers are words, and no special token ends them early
+        rows = model.get_output_embeddings().weight
+        rows[:3], rows[len(tokenizer) :] = 0, 0
     model.save_pretrained(out + "-bf16")
     tokenizer.save_pretrained(out + "-bf16")
     del model

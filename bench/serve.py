@@ -1,6 +1,7 @@
 """Serving under load.
 
 python bench/serve.py engine BASE OUT [options]   # the builtin engine in this process, without HTTP
+    python bench/serve.py http BASE OUT [options]     # the same through `lorafit serve`, which it starts
     python bench/serve.py load URL --models A B …     # a running server through HTTP; key: LORAFIT_API_KEY
 """
 
@@ -23,6 +24,15 @@ def main() -> None:
     engine.add_argument("--prompt", type=int, default=128)
     engine.add_argument("--new", type=int, default=128)
     engine.add_argument("--dense", type=int, nargs="+", default=[0, 1], help="0: NF4; 1: dequantized once")
+    http = verbs.add_parser("http")
+    http.add_argument("base")
+    http.add_argument("out", type=Path)
+    http.add_argument("--adapters", type=int, default=8)
+    http.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
+    http.add_argument("--rank", type=int, default=16)
+    http.add_argument("--targets", default="qv")
+    http.add_argument("--prompt", type=int, default=128)
+    http.add_argument("--new", type=int, default=128)
     proof = verbs.add_parser("prove")
     proof.add_argument("bases", nargs="+")
     load = verbs.add_parser("load")
@@ -39,6 +49,10 @@ def main() -> None:
 
         for base in arguments["bases"]:
             prove(base)
+    if verb == "http":
+        from serve_http import run_http
+
+        run_http(arguments.pop("base"), arguments.pop("out"), **arguments)
     if verb == "load":
         from serve_load import run_load
 
