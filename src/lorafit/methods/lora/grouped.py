@@ -146,11 +146,10 @@ class GroupedAdapters:
 def plain_adapter(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
     """Within the block, `model` has one adapter, added as scale · B(A x) in fp32: the reference of a slot."""
     handles = []
-    for name, pair in weights.items():
+    for name, (a, b) in weights.items():
         linear: Any = model.get_submodule(name)
-        handles.append(
-            linear.register_forward_hook(_adding(*(side.to(linear.weight.device).float() for side in pair), scale))
-        )
+        device = linear.weight.device
+        handles.append(linear.register_forward_hook(_adding(a.to(device).float(), b.to(device).float(), scale)))
     try:
         yield
     finally:
