@@ -39,7 +39,7 @@ from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
 from lorafit.backbone.projections import adapter_obstacles, is_plain_linear, linear_size, projections_of
-from lorafit.backbone.stored_weights import with_stored_weights
+from lorafit.backbone.stored_weights import packed_weights, with_stored_weights
 
 __all__ = [
     "FreshWeight",
@@ -81,5 +81,6 @@ __all__ = [
     "true_numel",
     "unfreeze_experts",
     "unwrapped",
+    "packed_weights",
     "with_stored_weights",
 ]

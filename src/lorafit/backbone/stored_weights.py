@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -16,17 +17,25 @@ from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.fresh_weights import Names
 from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit
 
+WRAPPED, BASE_LAYER = "base_model.model.", ".base_layer"
+"""What PEFT adds to the name of a linear."""
+
+
+def packed_weights(model: nn.Module) -> int:
+    """Return the number of weights that `model` holds in 4 bits, of linears and of others."""
+    return sum(each.dtype is torch.uint8 for each in (*model.parameters(), *model.buffers()))
+
 
 @contextmanager
 def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
     """Let every 4-bit linear of `model` use its weight in the base's `folder`, within the block.
 
-    One weight is in memory at a time. Yields False, and changes nothing, where the base has no such weights: it is
-    stored in 4 bits, or fuses its tensors while loading.
+    One weight is in memory at a time; adapters stay in use. Yields False, and changes nothing, where the base has no
+    such weights: it is stored in 4 bits, or fuses its tensors while loading.
     """
     places = _places(folder)
-    linears = {f"{name}.weight": each for name, each in model.named_modules() if isinstance(each, FrozenLinear4bit)}
-    if not linears or not set(linears) <= set(places):
+    linears = {_plain(name): each for name, each in model.named_modules() if isinstance(each, FrozenLinear4bit)}
+    if not linears or not set(linears) <= set(places) or packed_weights(model) != len(linears):
         yield False
         return
     for name, linear in linears.items():
@@ -36,6 +45,11 @@ def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
     finally:
         for linear in linears.values():
             del linear.forward
+
+
+def _plain(module: str) -> str:
+    """Return the name of the module's weight in the base, whether PEFT wraps the module or not."""
+    return f"{module.removeprefix(WRAPPED).removesuffix(BASE_LAYER)}.weight"
 
 
 def _places(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -49,5 +63,6 @@ def _places(folder: Path) -> dict[str, tuple[Path, str]]:
 
 def _multiply(linear: FrozenLinear4bit, path: Path, stored: str, x: Tensor) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        weight = file.get_tensor(stored).to(x.device, linear.compute_dtype)
+        weight = file.get_tensor(stored).to(linear.weight_dtype or linear.compute_dtype)
+    weight = weight.to(x.device, linear.compute_dtype)
     return F.linear(x.to(linear.compute_dtype), weight, linear.bias).to(x.dtype)

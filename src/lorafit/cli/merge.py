@@ -16,6 +16,7 @@ from lorafit.cli.screen.findings_view import show_findings
 if TYPE_CHECKING:
     from lorafit.api.merge import MergedRun
     from lorafit.export import Verification
+    from lorafit.export.verify import Precisions
 
 
 EXAMPLES = """Examples:
@@ -84,6 +85,7 @@ def show_merged(merged: MergedRun) -> None:
     heading("merge", f"{step}{what}: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}")
     show_verification(merged.verification)
     heading("chosen", escape(merged.precisions.sentence))
+    _show_precisions(merged.precisions)
     for proof in merged.proofs:
         if proof.status == "failed":
             say(f"  [red]{proof.status}[/red] in {proof.engine}: {escape(proof.reason)}")
@@ -91,12 +93,30 @@ def show_merged(merged: MergedRun) -> None:
     say(f"  {escape(near(str(merged.folder)))}")
 
 
+def _show_precisions(precisions: Precisions) -> None:
+    """Show the task loss of each base that was measured, in 16 bits and in NF4."""
+    bases = dict.fromkeys(row.onto for row in precisions.rows)
+    if len(bases) < 2:
+        return
+    found = {(row.onto, row.precision == "nf4"): f"{row.measured.loss:.4f}" for row in precisions.rows}
+    table = _table("task loss, merged onto", "in 16 bits", "in NF4")
+    for onto in bases:
+        table.add_row(f"the {onto} base", found.get((onto, False), ""), found.get((onto, True), ""))
+    PEOPLE.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first)
+    for title in numbers:
+        table.add_column(title, justify="right")
+    return table
+
+
 def show_verification(result: Verification) -> None:
     """Show a table of each model against the live adapter model on held-out rows."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
     live = "live model" if result.onto == "whole" else "live adapter model"
-    for title in (f"against the {live}", "mean KL", "top-1 agreement", "task loss"):
-        table.add_column(title, justify="left" if title.startswith("against") else "right")
+    table = _table(f"against the {live}", "mean KL", "top-1 agreement", "task loss")
     table.add_row(live, "", "", f"{result.live_loss:.4f}")
     kind = result.merged_dtype if result.export_format == "safetensors" else result.export_format
     for name, part in (

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from lorafit.export import verify as verify_export
 from lorafit.methods import METHODS
 
 
-def verify(live, folder, rows, onto):
+def verify(live, folder, rows, onto, **given):
     form = format_named("safetensors")
-    return verify_export(live, folder, rows, onto, method=METHODS["lora"], export_format=form)
+    return verify_export(live, folder, rows, onto, method=METHODS["lora"], export_format=form, **given)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,26 @@ def test_the_original_is_reported_and_gated_only_grossly(trained, rows, tmp_path
     assert not strict.passed  # the 4-bit error is far above the floor, so the two artefacts cannot be confused
     worse = damaged(folder, tmp_path / "bad", lambda t: t.update({k: v * 4 for k, v in t.items() if "lm_head" in k}))
     assert not verify(trained.live, worse, rows, "original").passed
+
+
+def test_a_merge_onto_the_original_is_the_adapter_over_the_stored_weights(trained, rows, tmp_path):
+    folder = merge(trained.path, onto="original", out=tmp_path / "out").folder
+    base = Path(trained.config.base)
+    result = verify(trained.live, folder, rows, "original", original=base)
+    assert result.passed and "to the adapter over the base as stored" in result.reason
+    assert result.exact.kl < 5 * result.exact_floor.kl < result.merged.kl / 10  # the live model is another model
+    stored = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+    def lose_one_update(tensors):
+        name = "model.layers.1.self_attn.v_proj.weight"
+        assert not torch.equal(tensors[name], stored[name])
+        tensors[name] = stored[name]
+
+    lacking = damaged(folder, tmp_path / "lacking", lose_one_update)
+    assert verify(trained.live, lacking, rows, "original").passed  # near enough to the live model
+    assert not verify(trained.live, lacking, rows, "original", original=base).passed
+    quantized = merge(trained.path, onto="quantized", out=tmp_path / "quantized").folder
+    assert not verify(trained.live, quantized, rows, "original", original=base).passed
 
 
 def test_verification_json_holds_the_result_and_nothing_is_left_beside_it(trained, merged, rows):

@@ -67,7 +67,16 @@ class MergeProof:
         config, method = self.run.config, method_of(self.run.config)
         live = method.load(load_backbone(config, exact=True), self.run.adapter, config)
         reference = Reference.of(TransformersModel(live), [row for row in self.rows if len(row.predicting)])
-        measured = verify(live, staged, self.rows, onto, method=method, export_format=form, reference=reference)
+        measured = verify(
+            live,
+            staged,
+            self.rows,
+            onto,
+            method=method,
+            export_format=form,
+            reference=reference,
+            original=self._original(onto),
+        )
         self.proofs, self.verification = self.finishing.finish(staged, live, form, measured), measured
         del live
         own = [PrecisionRow(onto, measured.merged_dtype, measured.merged), *self._in_nf4(staged, onto, form, reference)]
@@ -96,6 +105,13 @@ class MergeProof:
         config = self.run.config.model_copy(update={"base": str(staged), "revision": None})
         model: nn.Module = load_backbone(config, exact=True)
         return [PrecisionRow(onto, NF4, reference.compare(TransformersModel(model)))]
+
+    def _original(self, onto: MergeBase) -> Path | None:
+        """Return the folder of the base that a merge onto the original takes."""
+        config = self.run.config
+        if onto != "original":
+            return None
+        return base_folder(self.base or config.base, None if self.base else config.revision, weights=True)
 
     def _reason(self, onto: MergeBase, form: ExportFormat) -> str:
         if onto == "whole":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,12 @@ class Reference:
                 break
             used.append(row)
             kept.append(log_probs)
-        return cls(tuple(used), tuple(kept), _mean_loss(used, kept))
+        return cls.known(used, kept)
+
+    @classmethod
+    def known(cls, rows: Sequence[Row], log_probs: Sequence[Tensor]) -> Reference:
+        """Return a reference from its rows and their log-probabilities."""
+        return cls(tuple(rows), tuple(log_probs), _mean_loss(rows, log_probs))
 
     def compare(self, model: OpenedModel) -> Comparison:
         """Return KL(reference ‖ model), top-1 agreement and the loss of `model`.
@@ -67,11 +72,15 @@ class Reference:
         Of a model that tells the most likely tokens only, all others count as one: its KL is that of the two
         distributions over the told tokens and the rest, a lower bound.
         """
+        told = (model.log_probabilities(row) for row in self.rows)
+        if isinstance(model, TellsTop):
+            told = (with_rest(theirs, ours) for theirs, ours in zip(told, self.log_probs, strict=True))
+        return self.compare_to(told)
+
+    def compare_to(self, log_probs: Iterable[Tensor]) -> Comparison:
+        """Return the comparison with a model's log-probabilities of the same rows."""
         kl = agree = nll = 0.0
-        for row, ours in zip(self.rows, self.log_probs):
-            theirs = model.log_probabilities(row)
-            if isinstance(model, TellsTop):
-                theirs = with_rest(theirs, ours)
+        for row, ours, theirs in zip(self.rows, self.log_probs, log_probs, strict=True):
             kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
             agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             nll += float(F.nll_loss(theirs, row.targets, reduction="sum"))

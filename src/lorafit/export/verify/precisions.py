@@ -111,8 +111,5 @@ def reason_for(chosen: MergeBase, rows: Sequence[PrecisionRow]) -> str:
     losses = {(row.onto, row.precision == NF4): row.measured.loss for row in rows}
     other: MergeBase = "quantized" if chosen == "original" else "original"
     ours, theirs = losses[chosen, False], losses[other, False]
-    word = "as good" if chosen == "original" else "better"
-    said = f"{word} in 16 bits (task loss {ours:.3f}, {other} {theirs:.3f})"
-    if (chosen, True) in losses and (other, True) in losses:
-        said += f", and in NF4 {losses[chosen, True]:.3f}, {other} {losses[other, True]:.3f}"
-    return said
+    word = "as good as" if chosen == "original" else "better than"
+    return f"task loss {ours:.3f} in 16 bits, {word} {theirs:.3f} onto the {other} base"

@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafit.backbone import computing_in, rounding_activations
+from lorafit.backbone import computing_in, packed_weights, rounding_activations
 from lorafit.config import MergeBase
 from lorafit.errors import VerificationError
 from lorafit.export.formats import ExportFormat, OpenedModel, Row, TransformersModel
 from lorafit.export.verify.comparison import Comparison, Reference
+from lorafit.export.verify.stored_base import over_stored_weights
 from lorafit.methods import Method
 from lorafit.runs import write_text
 
@@ -31,6 +33,8 @@ LOSSY_SHARE = 0.01
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 VERIFICATION_FILE = "verification.json"
+NOT_FINITE = "the merged model's output is not finite"
+OVER_STORED = " to the adapter over the base as stored, on the shortest rows,"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Verification:
         merged: the artefact against the live model.
         floor: the live model against itself in the other precision.
         base: the base without its adapter against the live model.
+        exact: a merge onto the original against the adapter over the base as stored; None where that cannot be run.
+        exact_floor: the adapter over the base as stored against itself in the other precision.
         live_loss: the live model's own loss.
         rows: held-out rows.
         positions: supervised tokens of these rows.
@@ -68,6 +74,8 @@ class Verification:
     merged_dtype: str
     elapsed_s: float
     export_format: str
+    exact: Comparison | None = None
+    exact_floor: Comparison | None = None
 
     @property
     def floors(self) -> float:
@@ -88,18 +96,20 @@ def verify(
     method: Method,
     export_format: ExportFormat,
     reference: Reference | None = None,
+    original: Path | None = None,
 ) -> Verification:
     """Open the artefact in `folder` from disk, and compare it with `live_model` on `rows`.
 
-    `live_model` comes from `method.load`. The noise floor compares the live model with and without the format's
-    precision: the error of serving any model in that precision, merged or not. (A live model in that precision is
-    compared with itself in fp32, another one with itself rounded to it, weights and activations.) The artefact runs in
-    that precision too, so that its distance is the same error plus the error of merging.
+    `live_model` comes from `method.load`. The noise floor compares it with itself in the format's precision, or in fp32
+    if it is in that precision. The artefact runs in that precision too: its distance is the floor plus the error of
+    merging. `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's.
 
-    For "quantized" and "whole", `passed` is False if KL > 10 × floor, and in a lossy format if KL > 1 % of the base's.
-    For "original", another model by design, `passed` is False only if the model is further from the live model than the
-    base alone and does the task worse. verification.json is written to the folder. `reference` has the live model's
-    probabilities if they are known; rows whose log-probabilities exceed 1 GiB in all are left out, the last ones first.
+    A merge onto "original" is another model than the live one. Its KL is to the adapter over the weights in `original`,
+    the folder of that base. Without it, or if those weights cannot be run, such a merge fails only if it is further
+    from the live model than the base alone and does the task worse.
+
+    `reference` has the live model's probabilities if they are known. Rows whose log-probabilities exceed 1 GiB in all
+    are left out. verification.json is written to the folder.
     """
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
@@ -107,17 +117,19 @@ def verify(
         raise VerificationError("no held-out row is left to verify with", fix="train with holdout above 0")
     live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
     reference = reference or Reference.of(live, usable)
-    with _in_the_other_precision(live_model, dtype, stored):
+    rounded = partial(_in_the_other_precision, live_model, dtype, stored)
+    with rounded():
         floor = reference.compare(live)
     with method.without(live_model):
         base = reference.compare(live)
+    exact = over_stored_weights(live_model, original, usable, rounded) if original else None
     with export_format.open(folder, next(live_model.parameters()).device, dtype) as artefact:
-        merged = reference.compare(artefact)
-    passed, reason = _judge(onto, reference.loss, merged, floor, base, export_format.lossy)
-    verification = Verification(
-        onto, passed, reason, merged, floor, base, reference.loss, len(reference.rows), reference.positions,
-        _name(dtype), _name(stored), time.monotonic() - started, export_format.name,
+        merged, exactly = reference.compare(artefact), (exact[0].compare(artefact), exact[1]) if exact else (None, None)
+    measured = Verification(
+        onto, False, "", merged, floor, base, reference.loss, len(reference.rows), reference.positions,
+        _name(dtype), _name(stored), time.monotonic() - started, export_format.name, *exactly,
     )  # fmt: skip
+    verification = _judged(measured, lossy=export_format.lossy, is_same=not packed_weights(live_model))
     write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
 
@@ -132,37 +144,55 @@ def verified_in(
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
     reference = Reference.of(TransformersModel(live_model), usable)
     merged = reference.compare(program)
-    passed, reason = _judge(
-        verification.onto, reference.loss, merged, verification.floor, verification.base, lossy=False
-    )
-    return replace(
+    measured = replace(
         verification,
-        passed=passed,
-        reason=reason,
         merged=merged,
         rows=len(reference.rows),
         positions=reference.positions,
         live_loss=reference.loss,
+        exact=None,
+        exact_floor=None,
     )
+    return _judged(measured, lossy=False, is_same=not packed_weights(live_model))
+
+
+def _judged(measured: Verification, *, lossy: bool, is_same: bool) -> Verification:
+    """Return `measured` with its verdict. `is_same` is True if a merge onto the original is the live model."""
+    if measured.exact is not None and measured.exact_floor is not None:
+        passed, reason = _judge(measured.exact, measured.exact_floor, measured.base, lossy=lossy, what=OVER_STORED)
+    elif measured.onto == "original" and not is_same:
+        passed, reason = _judge_grossly(measured.live_loss, measured.merged, measured.base)
+    else:
+        passed, reason = _judge(measured.merged, measured.floor, measured.base, lossy=lossy)
+    return replace(measured, passed=passed, reason=reason)
 
 
 def _judge(
-    onto: MergeBase, live_loss: float, merged: Comparison, floor: Comparison, base: Comparison, lossy: bool
+    measured: Comparison, floor: Comparison, base: Comparison, *, lossy: bool, what: str = ""
 ) -> tuple[bool, str]:
-    if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
-        return False, "the merged model's output is not finite"
-    if onto != "original" and lossy:
+    """Return whether the artefact is the model that `measured` compares it with, and why."""
+    if not math.isfinite(measured.kl) or not math.isfinite(measured.loss):
+        return False, NOT_FINITE
+    if lossy:
         bound, measure = LOSSY_SHARE * base.kl, f"{LOSSY_SHARE:.0%} of the distance of the base without adapter"
-    elif onto != "original":
-        bound, measure = FLOORS * max(floor.kl, LEAST_FLOOR), f"{FLOORS:g} × the noise floor"
     else:
-        bound, measure = base.kl, "the distance of the base without adapter"
-    near = merged.kl <= bound
-    reason = f"KL {merged.kl:.1e} is {'within' if near else 'above'} {measure} ({bound:.1e})"
-    if onto == "original" and not near and merged.loss <= live_loss + LOSS_MARGIN:
-        return True, f"{reason}, and it does the task as well"
+        bound, measure = FLOORS * max(floor.kl, LEAST_FLOOR), f"{FLOORS:g} × the noise floor"
+    near = measured.kl <= bound
+    reason = f"KL {measured.kl:.1e}{what} is {'within' if near else 'above'} {measure} ({bound:.1e})"
     if base.kl < floor.kl:
         reason += "; the adapter moves the base by less than the floor, so this comparison is weak: train it longer"
+    return near, reason
+
+
+def _judge_grossly(live_loss: float, merged: Comparison, base: Comparison) -> tuple[bool, str]:
+    """Return whether a merge onto another base than the live model's can be the trained model, and why."""
+    if not math.isfinite(merged.kl) or not math.isfinite(merged.loss):
+        return False, NOT_FINITE
+    near = merged.kl <= base.kl
+    side = "within" if near else "above"
+    reason = f"KL {merged.kl:.1e} is {side} the distance of the base without adapter ({base.kl:.1e})"
+    if not near and merged.loss <= live_loss + LOSS_MARGIN:
+        return True, f"{reason}, and it does the task as well"
     return near, reason
 
 
