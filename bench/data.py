@@ -2,6 +2,7 @@
 
     python bench/data.py make --rows 200000 --out /tmp/data-bench
     python bench/data.py run /tmp/data-bench --arms lorafit,lorafit-no-copies,lorafit-again,trl,trl-2proc
+    python bench/data.py warm /tmp/data-bench --copies 10
 
 `make` writes prompt/completion rows of about 120 tokens (lognormal lengths, words by Zipf's law) and a base folder
 with a BPE tokenizer. `run` starts every arm in a process of its own, one after the other. Seconds are measured there
@@ -9,6 +10,9 @@ after the imports; processor seconds too, because on a shared machine they are t
 resident memory of the process and its children, sampled 20 times a second. The TRL arms call TRL's own
 `SFTTrainer._prepare_dataset` as `SFTTrainer(...)` does with `packing=True`; they want `pip install trl`. lorafit's
 arms read, judge, tokenise, split and plan the packing.
+
+`warm` measures what the seal of the row cache costs a start that finds its rows there. The entry of a large data set is
+laid down from copies of a small one, each with hashes of its own, for making it anew would take ten times as long.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 
@@ -84,7 +89,7 @@ class Clock:
     def spent(self) -> dict[str, float]:
         """Both, rounded."""
         cpu = sum(os.times()[:4]) - sum(self.times[:4])
-        return {"s": round(time.monotonic() - self.started, 1), "cpu_s": round(cpu, 1)}
+        return {"s": round(time.monotonic() - self.started, 2), "cpu_s": round(cpu, 2)}
 
 
 def lorafit(folder: Path, cache: Path, **settings: object) -> dict[str, object]:
@@ -136,6 +141,66 @@ ARMS = {
     "trl": lambda folder, cache: trl(folder, cache, None),
     "trl-2proc": lambda folder, cache: trl(folder, cache, 2),
 }
+
+
+def warm(folder: Path, copies: int, repeats: int = 5) -> None:
+    """Time starts with all rows in the cache, and the check of the seal within them; print the table."""
+    from lorafit.config import resolve
+    from lorafit.data import Template, TextTokenizer, prepare, sealed_folder
+    from lorafit.data.cache import key_of
+    from lorafit.data.sealed_folder import seal
+    from lorafit.data.sources.discovery import find_files
+
+    large = folder / f"rows-{copies}.jsonl"
+    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=folder) as scratch:
+        template = Template.for_tokenizer(TextTokenizer.from_base(str(folder / "base")))
+        small = resolve({}, {"data": str(folder / "rows.jsonl"), "max_length": MAX_TOKENS}).config
+        prepare(small, template, cache_dir=Path(scratch))
+        made = next(Path(scratch).iterdir())
+        large.write_bytes((folder / "rows.jsonl").read_bytes() * copies)
+        config = resolve({}, {"data": str(large), "max_length": MAX_TOKENS}).config
+        entry = Path(scratch) / key_of(config, template, find_files(config.data))
+        _copied(made, entry, copies)
+        seal(entry)
+        sealed, unsealed = [], []
+        for _ in range(repeats):
+            for spent, measured in ((sealed, sealed_folder._measured), (unsealed, _believed)):
+                with patch.object(sealed_folder, "_measured", measured):
+                    clock = Clock()
+                    summary = prepare(config, template, cache_dir=Path(scratch)).summary
+                    spent.append(clock.spent())
+                    assert summary.cached
+        size = sum(path.stat().st_size for path in entry.iterdir())
+        whole, bare = (min(each, key=lambda one: one["s"]) for each in (sealed, unsealed))
+        print(f"{summary.read:,} rows, an entry of {size / 2**30:.2f} GiB, best of {repeats} in turn:")
+        print(f"warm start {whole}, without reading for the seal {bare}: {whole['s'] / bare['s'] - 1:+.1%}")
+    large.unlink()
+
+
+def _believed(path: Path) -> list[int | str]:
+    """What the manifest says of a file, unread."""
+    listed: dict[str, list[int | str]] = json.loads((path.parent / "manifest.json").read_text().partition("\n")[0])
+    return listed[path.name]
+
+
+def _copied(made: Path, entry: Path, copies: int) -> None:
+    """Lay down `made` so many times over, one after the other, as one entry."""
+    entry.mkdir()
+    for path in made.iterdir():
+        if path.suffix == ".npy":
+            column = np.load(path)
+            shift = {"leader": len(column), "row": len(column)}.get(path.stem, 0)
+            mix = path.stem in ("exact", "question", "answer")
+            parts = [column ^ np.uint64(place * 0x9E3779B97F4A7C15 % 2**64) if mix else column + place * shift
+                     for place in range(copies)]  # fmt: skip
+            np.save(entry / path.name, np.concatenate(parts).astype(column.dtype))
+        elif path.suffix == ".bin":
+            (entry / path.name).write_bytes(path.read_bytes() * copies)
+        elif path.name != "manifest.json":
+            (entry / path.name).write_bytes(path.read_bytes())
+    facts = json.loads((entry / "facts.json").read_text())
+    facts["counts"] = {name: count * copies for name, count in facts["counts"].items()}
+    (entry / "facts.json").write_text(json.dumps(facts))
 
 
 def run(folder: Path, arms: list[str]) -> None:
@@ -197,6 +262,9 @@ def main() -> None:
     running = verbs.add_parser("run")
     running.add_argument("folder", type=Path)
     running.add_argument("--arms", default=",".join(ARMS))
+    warming = verbs.add_parser("warm")
+    warming.add_argument("folder", type=Path)
+    warming.add_argument("--copies", type=int, default=10)
     one = verbs.add_parser("arm")
     one.add_argument("name", choices=ARMS)
     one.add_argument("folder", type=Path)
@@ -206,6 +274,8 @@ def main() -> None:
         make(options.out, options.rows)
     elif options.verb == "run":
         run(options.folder, options.arms.split(","))
+    elif options.verb == "warm":
+        warm(options.folder, options.copies)
     else:
         print(json.dumps(ARMS[options.name](options.folder, options.cache)))
 

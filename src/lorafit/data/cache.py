@@ -10,12 +10,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.config import RunConfig
 from lorafit.data.gather import compares, ignored_codes
-from lorafit.data.sealed_folder import STAGED, kept, touch
+from lorafit.data.sealed_folder import STAGED, is_whole, kept, touch
 from lorafit.data.sources.files import DataFile
 from lorafit.data.sources.tables import hub_fingerprint
 from lorafit.data.store import Stored
@@ -24,7 +25,7 @@ from lorafit.errors import DataError
 if TYPE_CHECKING:
     from lorafit.data.template.template import Template
 
-FORMAT = 4
+FORMAT = 5
 """Raise it when the same input gives other rows or other facts than before."""
 LIMIT_BYTES = 20 << 30
 STALE_S = 86_400.0
@@ -63,16 +64,22 @@ ATTEMPTS = 3
 """How often rows are made again that cannot be read back, or that somebody else removes meanwhile."""
 
 
-def stored(key: str, folder: Path, build: Callable[[Path], None]) -> tuple[Stored, bool]:
+BULK = ("tokens.bin", "text.bin")
+"""Nine tenths of an entry's bytes, which nothing reads before the rows are trained on or shown."""
+
+
+def stored(key: str, folder: Path, build: Callable[[Path], None], *, but_bulk: bool = False) -> tuple[Stored, bool]:
     """(the rows under `key`, True when they had been there); `build` fills a new folder with them.
 
     Raises DataError when the disk is full or the folder cannot be written. An entry is taken only when it is whole to
     the byte (see sealed_folder.py), whoever wrote it: threads, processes and containers may share the folder.
+    `but_bulk` leaves `bulk_is_whole` to the caller, for a time when there is other work.
     """
     place = folder / key
+    is_usable = partial(is_whole, but=BULK if but_bulk else ())
     try:
         for _ in range(ATTEMPTS):
-            found = kept(place, build)
+            found = kept(place, build, is_usable)
             # an entry can vanish or be damaged between the two: others make room in the same folder
             with suppress(FileNotFoundError, EOFError, ValueError, KeyError):
                 rows = Stored.open(place)
@@ -83,6 +90,11 @@ def stored(key: str, folder: Path, build: Callable[[Path], None]) -> tuple[Store
     except OSError as error:
         raise _unusable(folder, error.strerror or str(error)) from error
     raise _unusable(folder, "they are removed or changed at once")
+
+
+def bulk_is_whole(rows: Stored) -> bool:
+    """Whether the tokens and the texts of an entry are those that were sealed."""
+    return is_whole(rows.folder, only=BULK)
 
 
 def _unusable(folder: Path, reason: str) -> DataError:

@@ -15,8 +15,9 @@ from lorafit.data.checks.findings import CODES
 from lorafit.data.checks.rows import CONTROL_BYTES, text_checks
 from lorafit.data.dedup import hash64
 from lorafit.data.gather import ignored_codes
-from lorafit.data.schema.shapes import ANSWERS, Shape, detect, renamed
-from lorafit.data.sources.files import find_files
+from lorafit.data.schema.detection import detect
+from lorafit.data.schema.shapes import ANSWERS, Shape, renamed
+from lorafit.data.sources.discovery import UNREAD, find_files
 from lorafit.data.sources.raw_row import RawRow, Reject, parse_row, rejected_line
 from lorafit.data.sources.reader import RowReader
 from lorafit.errors import DataError
@@ -67,6 +68,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
     already, is an input or cannot be written.
     """
     files = find_files(config.data, encoding=config.encoding)
+    files = [file for file in files if file.split != UNREAD]
     if splits := {file.split for file in files if file.split} - {"train"}:
         what = f"the data hold files for {' and '.join(sorted(splits))}, which are not to be mixed into one"
         raise DataError(what, where=config.data[0], fix="name one file after the other, each with an OUT of its own")

@@ -17,8 +17,9 @@ from lorafit.config import RunConfig
 from lorafit.data.checks.findings import CODES, RowOutcomes
 from lorafit.data.checks.rows import Observation, SpecialTokens, Tokenised, text_checks, token_checks
 from lorafit.data.dedup import Compared, duplicates_of, hash64, leaders, near_copies, signatures
+from lorafit.data.schema.detection import detect
 from lorafit.data.schema.records import Record, each_answer_alone, split_at_turns, up_to_last_answer
-from lorafit.data.schema.shapes import Shape, detect
+from lorafit.data.schema.shapes import Shape
 from lorafit.data.sources.raw_row import RawRow, Reject
 from lorafit.data.sources.reader import RowReader
 from lorafit.data.store import LEADER, StoreWriter, flagged, mapped, offsets_of, record_to_json
@@ -111,6 +112,8 @@ class Gatherer:
         started = time.monotonic()
         leader = self._leaders(columns["words"], columns["exact"])
         self.copies_s += time.monotonic() - started
+        if self.template is not None:
+            self.outcomes.turn_fields_seen -= self.template.turn_fields_shown(self.outcomes.turn_fields_seen)
         facts = {
             **self.outcomes.facts(),
             "names": self.outcomes.names,

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config import RunConfig, base_folder, parse_bytes
-from lorafit.data.cache import default_folder, key_of, stored
+from lorafit.data.cache import bulk_is_whole, default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
 from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_special_tokens
 from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
 from lorafit.data.gather import Gatherer
 from lorafit.data.pack import packed_fill, steps_per_epoch
-from lorafit.data.sources.files import DataFile, find_files
+from lorafit.data.sources.discovery import find_files
+from lorafit.data.sources.files import DataFile
 from lorafit.data.sources.reader import RowReader
 from lorafit.data.store import Rows, Stored, StoreWriter
 from lorafit.data.summary import Clock, Histogram, Listener, Summary
@@ -67,18 +69,28 @@ def prepare(
     """
     started = time.monotonic()
     files, left_out = _files_to_read(config)
-    key = key_of(config, template, files)
-    rows, cached = stored(
-        key, cache_dir or default_folder(), lambda folder: _gather(config, template, files, folder, on_progress)
-    )
-    held = _held(config, files, rows)
-    whole = WholeSet(rows, held, config.holdout, any(file.held_out for file in files))
-    train, holdout = whole.rows.select(np.flatnonzero(~held)), whole.rows.select(np.flatnonzero(held))
-    findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template, rows)]
-    findings += _left_out_findings(left_out, files)
-    findings = chosen(sorted(findings, key=lambda one: one.code), config.select, config.ignore)
-    summary = _summary(config, template, whole, train, holdout, time.monotonic() - started, cached)
-    return Prepared(train, holdout, findings, summary, _recorded(rows, run_dir, train, holdout))
+    key, folder = key_of(config, template, files), cache_dir or default_folder()
+
+    def build(into: Path) -> None:
+        _gather(config, template, files, into, on_progress)
+
+    def judged(rows: Stored, cached: bool) -> Prepared:
+        whole = WholeSet(rows, _held(config, files, rows), config.holdout, any(file.held_out for file in files))
+        train, holdout = (whole.rows.select(np.flatnonzero(side)) for side in (~whole.held, whole.held))
+        findings = [*_row_findings(config, rows), *whole.findings(), *_base_findings(config, template, rows)]
+        findings += _left_out_findings(left_out, files)
+        findings = chosen(sorted(findings, key=lambda one: one.code), config.select, config.ignore)
+        summary = _summary(config, template, whole, train, holdout, time.monotonic() - started, cached)
+        return Prepared(train, holdout, findings, summary, None)
+
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        rows, cached = stored(key, folder, build, but_bulk=True)
+        sound = beside.submit(bulk_is_whole, rows) if cached else None  # beside the judging, which reads none of it
+        prepared = judged(rows, cached)
+    if sound and not sound.result():
+        rows, cached = stored(key, folder, build)
+        prepared = judged(rows, cached)
+    return replace(prepared, rejected=_recorded(rows, run_dir, prepared.train, prepared.holdout))
 
 
 def _files_to_read(config: RunConfig) -> tuple[list[DataFile], list[DataFile]]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,17 +35,22 @@ def seal(folder: Path) -> None:
     (folder / MANIFEST).write_text(_sealed(json.dumps(listed)), encoding="utf-8")
 
 
-def is_whole(folder: Path) -> bool:
-    """True when `folder` holds exactly what was sealed, byte for byte."""
+def is_whole(folder: Path, only: Collection[str] = (), but: Collection[str] = ()) -> bool:
+    """True when `folder` holds exactly what was sealed, byte for byte.
+
+    With `only`, the bytes of those files alone are compared, and with `but` those of all others. Sizes always are.
+    """
     try:
         manifest = (folder / MANIFEST).read_text(encoding="utf-8")
         files = manifest.partition("\n")[0]
         if manifest != _sealed(files):
             return False
         listed: dict[str, list[int | str]] = json.loads(files)
-        if {path.name for path in folder.iterdir()} != {*listed, MANIFEST}:
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST}
+        if sizes != {name: size for name, (size, _) in listed.items()}:
             return False
-        return _measured_all([folder / name for name in listed]) == listed
+        read = [name for name in listed if name not in but and (not only or name in only)]
+        return _measured_all([folder / name for name in read]) == {name: listed[name] for name in read}
     except (OSError, ValueError):
         return False
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from lorafit.data.schema.detection import detect
 from lorafit.data.schema.records import Record, Turn
-from lorafit.data.schema.shapes import detect
 from lorafit.data.sources.raw_row import Reject
 from lorafit.errors import DataError, UsageError
 

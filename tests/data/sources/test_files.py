@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from lorafit.data.sources.files import ByteStream, ZstdStream, find_files, reading
+from lorafit.data.sources.discovery import find_files
+from lorafit.data.sources.files import ByteStream, ZstdStream, reading
 from lorafit.errors import DataError
 
 ONE_ROW = b'{"instruction": "a", "response": "b"}\n'

@@ -15,7 +15,8 @@ import zstandard
 
 import made_data as made
 from lorafit.config import one_line, resolve
-from lorafit.data.sources.files import BLOCK_BYTES, LINE_LIMIT_BYTES, ZstdStream, find_files, lines
+from lorafit.data.sources.discovery import find_files
+from lorafit.data.sources.files import BLOCK_BYTES, LINE_LIMIT_BYTES, ZstdStream, lines
 from lorafit.data.sources.raw_row import Reject, parse_row
 from lorafit.data.sources.reader import RowReader
 from lorafit.errors import DataError, UsageError
@@ -99,7 +100,7 @@ def rle_bomb(blocks: int) -> bytes:
 LIMITED = """
 import resource, sys
 from lorafit.config import resolve
-from lorafit.data.sources.files import find_files
+from lorafit.data.sources.discovery import find_files
 from lorafit.data.sources.reader import RowReader
 from lorafit.errors import LorafitError
 import pyarrow.parquet

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 import made_data as made
-from lorafit.data.sources.files import LINE_LIMIT_BYTES, find_files
+from lorafit.data.sources.discovery import find_files
+from lorafit.data.sources.files import LINE_LIMIT_BYTES
 from lorafit.data.sources.raw_row import RawRow
 from lorafit.data.sources.reader import RowReader
 from lorafit.errors import DataError

@@ -33,7 +33,7 @@ def _bad(title: str, why: str, fix: str) -> Code:
 
 CODES: dict[str, Code] = {
     # the bytes and the JSON
-    "D001": _bad("broken JSON", "the row cannot be read", "mend the line, or write the file with a JSON library"),
+    "D001": _bad("broken JSON", "the row cannot be read", "mend the line, or let lorafit check --fix set it aside"),
     "D002": _bad("no JSON object", "a row needs named fields", "write one {...} object per row"),
     "D003": _bad("a field named twice", "one of the two values would be lost", "keep one of the two"),
     "D004": _bad(
@@ -68,11 +68,14 @@ CODES: dict[str, Code] = {
     "D019": Code(
         "turns after the last answer", "what follows the last answer is not trained on", "end with the assistant"
     ),
-    "D037": Code("columns that are not used", "nothing in them is learnt", "name them with --map where they should be"),
+    "D037": Code(
+        "columns that are not used", "nothing in them is learnt", "a column to learn gets a place with --map input=NAME"
+    ),
     "D038": _bad(
         "a field that would be lost",
         "its meaning is known, and this shape of row has no place for it",
-        "give it a place (--map input=NAME), choose the answer (--map response=NAME), or --ignore D038",
+        "give it a place (--map input=NAME, --map reasoning=NAME), choose the answer (--map response=NAME), "
+        "or --ignore D038",
     ),
     "D051": Code(
         "a loss flag on a turn that is no answer",
@@ -90,10 +93,22 @@ CODES: dict[str, Code] = {
         "lorafit never cuts a row in silence",
         "--set max_length=N, or --on-long drop or split-turns",
     ),
-    "D021": _bad("no supervised token", "it would cost time and teach nothing", "check the template and the row"),
-    "D022": _bad("stop token missing or masked", "the model would not learn to stop", "check the template's end"),
+    "D021": _bad(
+        "no supervised token",
+        "it would cost time and teach nothing",
+        "flag one of its answers as learnt, or drop the row",
+    ),
+    "D022": _bad(
+        "stop token missing or masked",
+        "the model would not learn to stop",
+        "name a template that ends answers with a special token (--set template=FILE)",
+    ),
     "D023": _bad("BOS doubled", "serving sends it once: the prompts would differ", "take BOS out of the text"),
-    "D024": _bad("refused by the chat template", "it cannot be rendered", "mend the row, or use another template"),
+    "D024": _bad(
+        "refused by the chat template",
+        "it cannot be rendered",
+        "mend the row as the template says, or name another template (--set template=FILE)",
+    ),
     "D025": Code(
         "earlier answers not supervised",
         "the template rewrites them later on",
@@ -102,11 +117,23 @@ CODES: dict[str, Code] = {
     "D026": _bad(
         "a prompt that serving would not send",
         "the model would be asked otherwise than it was taught",
-        "use the template that serving will use, or --ignore D026 if you know that it does",
+        "name the template that serving will use (--set template=FILE), or --ignore D026 if this is it",
     ),
-    "D027": Code("an answer that the template changed", "it is not learnt as you wrote it", "see check --show"),
-    "D028": Code("a token across an answer's edge", "it is not supervised", "start the answer on a line of its own"),
-    "D029": Code("tools that the template does not show", "the model never sees them", "use a template with tools"),
+    "D027": Code(
+        "an answer that the template changed",
+        "it is not learnt as you wrote it",
+        "see check --show, and name a template that shows all of it (--set template=FILE)",
+    ),
+    "D028": Code(
+        "a token across an answer's edge",
+        "it is not supervised",
+        "name a template whose prompt ends with a line end or a special token (--set template=FILE)",
+    ),
+    "D029": Code(
+        "tools that the template does not show",
+        "the model never sees them",
+        "name a template that shows tools (--set template=FILE)",
+    ),
     "D054": Code(
         "variables that the template does not read",
         "they change nothing",
@@ -119,14 +146,14 @@ CODES: dict[str, Code] = {
     ),
     # the set as a whole
     "D030": Code("exact copies", "copies are learnt by heart", "lorafit check --fix drops them"),
-    "D031": Code("near copies", "near copies count double", "thin them out"),
+    "D031": Code("near copies", "near copies count double", "keep one of each, or accept them with --ignore D031"),
     "D032": Code("near copies on both sides of the split", "held-out results would flatter", "take it out of one side"),
     "D033": Code("conflicting answers to one prompt", "the model is pulled both ways", "keep one answer"),
-    "D034": Code("one response over and over", "the model may always answer that", "balance the responses"),
+    "D034": Code("one response over and over", "the model may always answer that", "drop some of those rows"),
     "D035": Code(
         "no row left to train on", "there is nothing to learn", "bring rows, or mend those that were rejected"
     ),
-    "D036": Code("no row held out", "nothing will measure the result", "add rows, or name a file with --holdout"),
+    "D036": Code("no row held out", "nothing will measure the result", "add rows, or name a file with --holdout FILE"),
     # the text
     "D040": Code(
         "chat template markers in the text", "the template adds its own: they would nest", "store the plain text"
@@ -296,7 +323,8 @@ class RowOutcomes:
         self.fields_seen.update(row.fields or ())
         for turn in record.turns:
             if turn.extra:
-                self.turn_fields_seen.update(turn.extra)
+                # a tool's name is known by the call that it answers
+                self.turn_fields_seen.update(name for name in turn.extra if name != "name" or turn.role != "tool")
         if not self.rows_noted:
             self.system = record.system
         elif record.system != self.system:

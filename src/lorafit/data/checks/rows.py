@@ -208,6 +208,7 @@ SAID: dict[str, Observation] = {
     problems.PROMPT_DIFFERS: ("D026", "the rendered row does not begin with the prompt that serving sends"),
     problems.PROMPT_SPLIT: ("D028", "the tokenizer splits the prompt otherwise when an answer follows"),
     problems.CONTENT_CHANGED: ("D027", "the template dropped or rewrote part of an answer"),
+    problems.ANSWER_EMPTY: ("D013", "the template shows nothing of an answer"),
     problems.STRADDLED: ("D028", "a token covers the edge of an answer"),
     problems.TEXT_MISSING: ("D039", "the template leaves out a text of the row"),
     problems.TOOLS_IGNORED: ("D029", "the template does not read tools"),

@@ -92,7 +92,7 @@ FEW_LABELS = 10
 MIXED_SHARE = 0.01
 
 MOST_NAMES = 12
-KNOWN_TURN_FIELDS = (REASONING, CALLS, "name", "tool_call_id", "id")
+KNOWN_TURN_FIELDS = (REASONING, CALLS, "tool_call_id", "id")
 
 Mask = NDArray[np.bool_]
 

@@ -18,7 +18,7 @@ JOINED = "(v if v == str(v) else ', '.join(map(str, v)))"
 
 def export_of(row: Fields, where: str) -> tuple[str, str] | None:
     """(what the rows are, the command that rewrites them) for a known export; None for any other row."""
-    for found in (_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _nested):
+    for found in (_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _squad, _alternating, _nested):
         if answer := found(row, where):
             return answer
     return None
@@ -35,6 +35,8 @@ def _rows_in(where: str) -> str:
     path = PurePath(where)
     if path.suffix.lower() == ".parquet":
         return f"__import__('pyarrow.parquet').parquet.read_table({where!r}).to_pylist()"
+    if path.suffix.lower() == ".csv":
+        return f"list(__import__('csv').DictReader(open({where!r}, newline='', encoding='utf-8-sig')))"
     opened = f"open({where!r}, encoding='utf-8-sig')"
     if path.suffix.lower() == ".gz":
         opened = f"__import__('gzip').open({where!r}, 'rt', encoding='utf-8-sig')"
@@ -104,6 +106,37 @@ def _argilla(row: Fields, where: str) -> tuple[str, str] | None:
     ours = name.removesuffix(".responses")
     line = rewritten(where, f"{{**r, {ours!r}: (r[{name!r}] or [''])[0]}}")
     return f"the rows are an export of Argilla, whose answers are lists ('{name}')", line
+
+
+def _squad(row: Fields, where: str) -> tuple[str, str] | None:
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or not isinstance(answers.get("text"), list) or "question" not in row:
+        return None
+    line = rewritten(where, "{**r, 'answers': None, 'response': (r['answers']['text'] or [''])[0]}")
+    what = "the rows are questions about a text (SQuAD), whose answers are lists"
+    return what, f"{line} && lorafit check {OUT} --map instruction=question"
+
+
+def _alternating(row: Fields, where: str) -> tuple[str, str] | None:
+    """UltraChat's first form: a list of texts, user and assistant in turn, and nothing else to read."""
+    lists = [name for name, value in row.items() if _is_texts(value)]
+    if len(lists) != 1 or {"prompt", "instruction", "question", "query", "input"} & set(row):
+        return None
+    turns = f"[{{'role': ('user', 'assistant')[i % 2], 'content': t}} for i, t in enumerate(r[{lists[0]!r}])]"
+    line = rewritten(where, f"{{'messages': {turns}}}")
+    return f"the turns in '{lists[0]}' are texts without roles", f"if user and assistant speak in turn: {line}"
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
+def pythons_own(row: Fields, name: str, where: str) -> str:
+    """The command that reads a field which holds Python's own text of a list, as pandas writes one into CSV."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.lstrip().startswith(("[{'", '[{"')):
+        return ""
+    return rewritten(where, f"{{**r, {name!r}: ast.literal_eval(r[{name!r}])}}", beside=", ast")
 
 
 def answers_as_values(row: Fields, name: str, where: str) -> str:

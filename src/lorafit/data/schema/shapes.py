@@ -1,15 +1,13 @@
-"""Shape: how the fields of a row spell a Record. One shape per dataset, detected from its first rows."""
+"""Shape: how the fields of a row spell a Record. One shape per dataset (detection.py finds it)."""
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lorafit.data.schema.exports import answers_as_values
+from lorafit.data.schema.exports import answers_as_values, pythons_own
 from lorafit.data.schema.fields import (
     FLAG_NAMES,
     KWARGS,
@@ -25,46 +23,26 @@ from lorafit.data.schema.fields import (
 )
 from lorafit.data.schema.parts import system_text
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
-from lorafit.data.schema.turns import REASONING_NAMES, read_message, read_turns
-from lorafit.data.schema.unknown_rows import listed, table, unknown_rows
-from lorafit.data.sources.raw_row import Reject, excerpt
-from lorafit.errors import DataError, UsageError
+from lorafit.data.schema.turns import MEDIA, REASONING_NAMES, exchange_in, read_message, read_turns
+from lorafit.data.sources.raw_row import Reject
 
 ANSWERS = ("response", "output", "completion", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 INPUTS = ("input", "context")
 TOOLS = ("tools", "functions")
 LISTS = ("messages", "conversations")
-MAPPABLE = (
-    "system", "instruction", "input", "prompt", *ANSWERS, *LISTS, "tools", "history", "reasoning", "text",
-)  # fmt: skip
-OPTIONAL = ("system", "input", "tools", "history", "reasoning")
 MEANT = frozenset(
     (
         *SYSTEMS, *INPUTS, *TOOLS, *ANSWERS, *LISTS, *REASONING_NAMES, "instruction", "prompt", "question", "query",
-        "history", KWARGS, "documents", "image", "images", "video", "videos", "audio", "audios",
+        "history", KWARGS, "documents", "contexts", "passage", "passages", "choices", "options", "thought", "thoughts",
+        "cot", "chain_of_thought", "rationale", *MEDIA,
     )
 )  # fmt: skip
 """Fields whose meaning is known: a row never loses what stands in one of them."""
+WEIGHTS = ("weight", "loss_weight")
 SAYS_WHETHER = FLAG_NAMES | {"label"}
 """Fields of a row by which it is kept from the loss: loss flags, and the label of KTO's data."""
 EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KWARGS))
-
-
-ANSWER_HINTS = ("answer", "response", "reply", "completion", "output", "resolution", "target", "label")
-ASKED_HINTS = (
-    "question",
-    "instruction",
-    "prompt",
-    "description",
-    "body",
-    "query",
-    "request",
-    "input",
-    "text",
-    "subject",
-)
-"""What people call the two columns, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +105,11 @@ class Shape:
 
     def lost(self, fields: Fields, record: Record) -> str:
         """What a field of known meaning holds that the record does not, in words; empty when nothing is lost."""
-        for name in fields.keys() & self._unused:
+        for name in sorted(fields.keys() & self._unused):
             value = fields[name]
             if name in SAYS_WHETHER:
-                if value is False or (name != "label" and isinstance(value, int | float) and value == 0):
-                    return f"the row's own flag '{name}' says that its answer is not to be learnt"
+                if fault := _row_flag_fault(name, value):
+                    return fault
             elif not is_empty(value) and not _is_said(value, record):
                 return f"the field '{name}' is not used in rows of {self.title}"
         return ""
@@ -147,6 +125,9 @@ class Shape:
 
     def _prompt(self, row: Fields, source: str) -> Record | Reject:
         asked, answered = row.get("prompt"), row.get(self.answer)
+        if _is_turn(asked) or _is_turn(answered):
+            alone = {name: [row[name]] for name in ("prompt", self.answer) if _is_turn(row.get(name))}
+            return _asked_in_turns({**row, **alone}, self.answer, source)
         if isinstance(asked, list) or isinstance(answered, list):
             return _asked_in_turns(row, self.answer, source)
         return text_fault(row, "prompt") or _exchange(row, "prompt", self.answer, source)
@@ -178,74 +159,20 @@ def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
     return kept | {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
 
 
-def check_map(mapped: Mapping[str, str]) -> None:
-    """Raises UsageError when `--map` names a field that lorafit does not know, or one field twice."""
-    for ours in mapped:
-        if ours not in MAPPABLE:
-            near = difflib.get_close_matches(ours, MAPPABLE, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else "the left side is one of " + ", ".join(MAPPABLE)
-            raise UsageError(f"'{ours}' is no field of a row", where="--map", fix=fix)
-    theirs, count = Counter(mapped.values()).most_common(1)[0] if mapped else ("", 0)
-    if count > 1:
-        raise UsageError(f"the field '{excerpt(theirs, 30)}' is mapped twice", where="--map", fix="map it once")
-
-
-def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Shape:
-    """The shape most of `rows` have. Raises DataError naming the fields there are when it is none of ours."""
-    check_map(mapped)
-    _check_mapped_names(rows, mapped)
-    if len(rows) == 1 and (found := table(rows[0], where)):
-        raise DataError(found[0], where=where, fix=found[1])
-    votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped), mapped)))
-    if not votes:
-        what, fix = unknown_rows(rows, mapped, where)
-        raise DataError(what, where=where, fix=fix)
-    kind, answer = votes.most_common(1)[0][0]
-    return Shape(kind, answer, dict(mapped))
-
-
-def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> None:
-    """Raises UsageError when a field that every row needs is mapped to one that none of `rows` has."""
-    names = {str(name) for row in rows for name in row} if mapped else set()
-    for ours, theirs in mapped.items():
-        if names and theirs not in names and ours not in OPTIONAL:
-            near = difflib.get_close_matches(theirs, names, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else f"the rows have {listed(names)}"
-            message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"
-            raise UsageError(message, where="--map", fix=fix)
-
-
-def _shape_of(row: Fields, mapped: Mapping[str, str]) -> tuple[str, str] | None:
-    if "text" in mapped and "text" in row:
-        return "text", ""
-    named = [name for name in ANSWERS if name in mapped and name in row]
-    answers = [*named, *(name for name in ANSWERS if name in row and name not in named)]
-    answer = next((name for name in answers if not is_empty(row[name])), answers[0] if answers else "")
-    asked = [kind for kind in ("instruction", "prompt") if answer and kind in row]
-    wished = [kind for kind in asked if kind in mapped]
-    lists = [] if wished else [kind for kind in LISTS if _is_list(row.get(kind)) and not _awaits_choice(row, kind)]
-    if lists:
-        return lists[0], ""
-    if asked:
-        return (wished or asked)[0], answer
-    return ("calls", "") if "query" in row and "answers" in row else None
-
-
-def _awaits_choice(row: Fields, name: str) -> bool:
-    """Whether the turns end before an answer, and two to choose from stand beside them (LLaMA-Factory)."""
-    turns = row[name]
-    if not {"chosen", "rejected"} <= set(row) or not isinstance(turns, list) or not turns:
-        return False
-    last = turns[-1]
-    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+def _row_flag_fault(name: str, value: Any) -> str:
+    """What a row's own loss flag asks for that is not done; empty when the row is to be learnt as any other."""
+    word = str(value).strip().lower()  # CSV has texts only
+    if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
+        return f"the row's own flag '{name}' says that its answer is not to be learnt"
+    if name in WEIGHTS and word not in ("", "none", "true", "yes", "1", "1.0"):
+        return f"the row's own '{name}' is neither 0 nor 1, and every row counts the same"
+    return ""
 
 
 def _is_said(value: Any, record: Record) -> bool:
     """Whether all that a known field says stands in the record anyway, as a copy of one of its texts."""
+    if isinstance(value, list | dict):
+        return all(_is_said(part, record) for part in (value.values() if isinstance(value, dict) else value))
     if not isinstance(value, str):
         return False
     wanted = "".join(value.split())
@@ -272,6 +199,10 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
     return _assembled(row, [*before, Turn("user", asked), answer], source)
 
 
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
 def _answer_fault(row: Fields, name: str, source: str) -> Reject | None:
     fault = text_fault(row, name)
     if fault and isinstance(row.get(name), list):
@@ -296,7 +227,7 @@ def _history(row: Fields) -> list[Turn] | Reject:
     turns: list[Turn] = []
     for number, one in enumerate(rounds, start=1):
         if isinstance(one, dict):
-            read = read_message(one)
+            read = exchange_in(one) or read_message(one)
         elif isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one):
             read = [Turn("user", one[0]), Turn("assistant", one[1])]
         else:
@@ -319,6 +250,8 @@ def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
             continue
         if isinstance(value, list | dict) and name in SYSTEMS:
             value = system_text(value)
+        elif name in INPUTS and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            value = "\n".join(value)
         if not isinstance(value, str):
             return optional_fault(row, name) or ""
         if found and found != value:
@@ -353,7 +286,7 @@ def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
         value = None
     if not isinstance(value, list):
         code = "D011" if row[name] is None else "D012"
-        fix = 'write [{"role": "user", "content": "…"}, …]'
+        fix = pythons_own(row, name, source.rpartition(":")[0]) or 'write [{"role": "user", "content": "…"}, …]'
         return Reject(code, f"the field '{name}' is not a list of turns", fix=fix)
     turns = read_turns(value)
     return turns if isinstance(turns, Reject) else _assembled(row, turns, source)
@@ -375,7 +308,10 @@ def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
         own = turns.pop(0).content
         system = own if system in ("", own) else "\n".join(part for part in (system, own) if part)
     if not any(turn.role == "assistant" for turn in turns):
-        return Reject("D016", "the conversation has no assistant turn")
+        beside = next((name for name in ANSWERS if not is_empty(row.get(name))), "")
+        kind = next((name for name in LISTS if name in row), "")
+        fix = f"--map prompt={kind} takes the answer from '{beside}'" if beside and kind else ""
+        return Reject("D016", "the conversation has no assistant turn", fix=fix)
     kwargs = read_kwargs(row) if KWARGS in row else {}
     if isinstance(kwargs, Reject):
         return kwargs

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lorafit.data.schema.fields import FLAG_NAMES, Fields, kind_of, loss_flag, read_calls, text_fault
-from lorafit.data.schema.parts import Parts, are_parts, read_parts
+from lorafit.data.schema.fields import FLAG_NAMES, Fields, is_empty, kind_of, loss_flag, read_calls, text_fault
+from lorafit.data.schema.parts import IMAGE_FIX, Parts, are_parts, read_parts
 from lorafit.data.schema.records import CALLS, REASONING, Turn
 from lorafit.data.sources.raw_row import Reject, excerpt
 
@@ -18,31 +18,55 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
     "ai": "assistant", "chatbot": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
-    "tool_result": "tool", "tool_results": "tool", "function_response": "tool",
+    "tool_result": "tool", "tool_results": "tool", "function_response": "tool", "function_call_output": "tool",
     "function_call": CALL, "tool_call": CALL, "tool_calls": CALL,
 }  # fmt: skip
 """Every name of a role that is read, and what it means."""
+SPEAKERS = ("role", "from", "type")
+MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+"""Fields of a turn or a row that hold something else than text."""
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-CONTENT_NAMES = ("content", "value", "parts", "text", "refusal")
-READ = frozenset(("role", "from", "tool_calls", "function_call", *CONTENT_NAMES, *REASONING_NAMES, *FLAG_NAMES))
+CONTENT_NAMES = ("content", "value", "parts", "text", "output", "refusal")
+READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *REASONING_NAMES, *FLAG_NAMES))
 
 
 def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
     """The turns that a list of messages spells."""
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
-        read = read_message(message)
+        read = exchange_in(message) or read_message(message)
         if isinstance(read, Reject):
             return Reject(read.code, f"turn {number}: {read.reason}", fix=read.fix)
         turns += read
     return turns
 
 
+PAIRS = (
+    ("input", "output"), ("human", "assistant"), ("human", "gpt"), ("user", "assistant"), ("question", "answer"),
+    ("query", "response"), ("instruction", "output"), ("instruction", "response"), ("prompt", "response"),
+    ("prompt", "completion"),
+)  # fmt: skip
+"""Under which two names one element of a list holds a question and its answer."""
+
+
+def exchange_in(message: Any) -> list[Turn]:
+    """The two turns of a question and its answer in one object; empty for anything else."""
+    if not isinstance(message, dict) or "role" in message or "from" in message:
+        return []
+    held = {name for name, value in message.items() if not is_empty(value)}
+    for asks, says in PAIRS:
+        if held == {asks, says} and isinstance(message[asks], str) and isinstance(message[says], str):
+            return [Turn("user", message[asks]), Turn("assistant", message[says])]
+    return []
+
+
 def read_message(message: Any) -> list[Turn] | Reject:
     """The turn that `message` spells, after the tools' results that stand in it."""
     if not isinstance(message, dict):
         return Reject("D012", f"is {kind_of(message)}, not an object with role and content", fix=SHAPE_FIX)
-    speaker = message.get("role", message.get("from"))
+    speaker = next((message[name] for name in SPEAKERS if message.get(name) is not None), None)
+    if speaker is None:
+        return Reject("D012", "the turn names no role", fix=SHAPE_FIX)
     role = ROLES.get(speaker) or ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(sorted(ROLES))
@@ -50,6 +74,8 @@ def read_message(message: Any) -> list[Turn] | Reject:
     content = message.get("content")
     if isinstance(content, str) and len(message) == 2 and role != CALL:
         return [Turn(role, content)]
+    if held := next((name for name in MEDIA if not is_empty(message.get(name))), ""):
+        return Reject("D012", f"the turn holds more than text ('{held}')", fix=IMAGE_FIX)
     return _called(message) if role == CALL else _full(role, message)
 
 
@@ -72,6 +98,8 @@ def _full(role: str, message: Fields) -> list[Turn] | Reject:
     if parts.results and role == "assistant":
         return _misplaced("a tool's result", role)
     extra = {name: value for name, value in message.items() if name not in READ and value is not None}
+    if role == "tool" and "call_id" in extra:
+        extra.setdefault("tool_call_id", extra.pop("call_id"))
     if thought := "\n".join(part for part in (reasoned, parts.reasoning) if part):
         extra[REASONING] = thought
     if calls := [*calls, *parts.calls]:
@@ -98,8 +126,14 @@ def _misplaced(what: str, role: str) -> Reject:
 
 
 def _called(message: Fields) -> list[Turn] | Reject:
-    """ShareGPT's turn of function_call: the text is the call in JSON."""
-    loss, parts = loss_flag(message), _content("assistant", message, False)
+    """ShareGPT's turn of function_call, whose text is the call in JSON; or OpenAI's item, which is the call."""
+    loss = loss_flag(message)
+    if isinstance(message.get("name"), str) and "arguments" in message:
+        call = {name: message[name] for name in ("name", "arguments")}
+        calls = read_calls(call | ({"id": message["call_id"]} if message.get("call_id") else {}), "function_call")
+        parts: Parts | Reject = Parts(calls=calls) if not isinstance(calls, Reject) else calls
+    else:
+        parts = _content("assistant", message, False)
     if isinstance(loss, Reject):
         return loss
     if isinstance(parts, Reject):

@@ -31,6 +31,8 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
     names = listed(str(name) for row in rows[:100] for name in row)
     what = f"the rows' fields ({names}) are none of instruction/response, prompt/completion, messages, conversations"
     flags = suggested_map(first, mapped)
+    if where.lower().endswith((".csv", ".tsv")) and any(not str(name)[:1].isalpha() for name in first):
+        return what, "put a line with the columns' names above the first row, as prompt,completion"
     return what, f"name them, as in {flags}" if flags else 'write each row as {"instruction": "…", "response": "…"}'
 
 
@@ -41,6 +43,7 @@ def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
             return _list_flags(row, str(name))
     apart = (*mapped.values(), "system", "system_prompt", "context", "history")
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and name not in apart]
+    texts = [name for name in texts if not ABOUT.fullmatch(name)]
     asks, says = _nearest(texts, ASKS), _nearest(texts, SAYS)
     left = [name for name in texts if name not in (asks, says)]
     asks = asks or (left.pop(0) if left else "")
@@ -65,6 +68,12 @@ def _list_flags(row: Fields, name: str) -> str:
 def _flag(ours: str, theirs: str) -> str:
     plain = theirs.replace("_", "").replace("-", "").isalnum()
     return f"--map {ours}={theirs}" if plain else f"--map '{ours}={theirs}'"
+
+
+ABOUT = re.compile(
+    r"(?i)(?:.*[_-])?(?:u?u?id|idx|index|hash|source|url|category|topic|lang|language|model|type|date|split)"
+)
+"""Columns that say something about a row, and are neither its question nor its answer."""
 
 
 def _nearest(names: Sequence[str], wanted: Sequence[str]) -> str:
@@ -107,13 +116,15 @@ def _wrapper(row: Fields, where: str) -> tuple[str, str] | None:
     if len(lists) == 1 and not lists[0].startswith(("messages", "conversation")):
         name = lists[0]
         return f"the file is one object whose '{excerpt(name, 30)}' holds the rows", _unpacked(where, f"d[{name!r}]")
+    if _keyed(row):
+        return "the file is one object that holds each row under a name of its own", _unpacked(where, "d.values()")
     return None
 
 
 def table(row: Fields, where: str) -> tuple[str, str] | None:
     """As `container`, but only for an object whose every member is one column."""
     values = list(row.values())
-    if len(values) < 2:
+    if len(values) < 2 or _keyed(row):
         return None
     if all(_is_index(value) for value in values) and len({tuple(value) for value in values}) == 1:
         rows = "[dict(zip(d, r)) for r in zip(*(c.values() for c in d.values()))]"
@@ -124,10 +135,20 @@ def table(row: Fields, where: str) -> tuple[str, str] | None:
     return None
 
 
+def _keyed(row: Fields) -> bool:
+    """Whether an object holds one row under each of its names, as pandas' orient="index" writes them."""
+    rows = list(row.values())
+    if len(rows) < 2 or not all(isinstance(one, dict) and one for one in rows):
+        return False
+    labels = set(map(str, rows[0]))
+    same = all(set(map(str, one)) == labels for one in rows)
+    return same and not any(label.isdigit() for label in labels) and (all(map(str.isdigit, row)) or len(labels) == 2)
+
+
 def _is_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         return False
-    return not any("role" in row or "from" in row or "parts" in row for row in value)
+    return not any({"role", "from", "parts", "speaker"} & set(row) for row in value)
 
 
 def _is_index(value: Any) -> bool:

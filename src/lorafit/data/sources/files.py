@@ -1,27 +1,22 @@
-"""Physical lines of a byte stream, bounded in memory, with what was read past counted."""
+"""One data file: its bytes, unpacked and in UTF-8, and their lines, bounded in memory."""
 
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import io
-import os
-import re
-import stat
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import zstandard
 
 from lorafit.config import one_line
-from lorafit.data.sources.raw_row import excerpt
 from lorafit.errors import DataError
 from lorafit.runs import file_hash
 
@@ -117,34 +112,11 @@ def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
         yield number, bytes(tail), length
 
 
-FORMATS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow",
-}  # fmt: skip
-OTHER_KINDS = {
-    ".xlsx": ("is an Excel workbook", "save the sheet as 'CSV UTF-8' in Excel, and name that file"),
-    ".xls": ("is an Excel workbook", "save the sheet as 'CSV UTF-8' in Excel, and name that file"),
-    ".ods": ("is a LibreOffice sheet", "save it as CSV, and name that file"),
-    ".txt": (
-        "is a text file",
-        "name it .csv or .tsv if it is a table; else write one JSON object per line to a .jsonl",
-    ),
-    ".yaml": ("is YAML", "name a recipe alone, or write the rows as .jsonl"),
-}
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-"""Words in the names of files and folders that say which split they are."""
-COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_UNPACKED = 64 << 30
 """More than any instruction data take. A ratio would be no judge: equal rows pack a thousandfold."""
 PACKED_BLOCK = 1 << 10
 """Bytes of zstd that are unpacked at once: they are 32 MiB at most, since four bytes (a block of one repeated byte) can
 stand for 128 KiB."""
-KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv, .parquet and .arrow, each also as .gz or .zst"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,105 +145,6 @@ class DataFile:
         """SHA-256 of the bytes on disk, in hex."""
         with reading(self):
             return file_hash(self.path)
-
-
-def find_files(named: Sequence[str], *, held_out: bool = False, encoding: str | None = None) -> list[DataFile]:
-    """The files that paths, globs and folders in `named` stand for, in the given order, folders and globs sorted.
-
-    Raises DataError when something named does not exist, cannot be read, or is of no known format.
-    """
-    if not named:
-        raise DataError("no data was named", fix="pass a file, a folder, a glob or a hub dataset id")
-    files: list[DataFile] = []
-    for entry in named:
-        files += [replace(file, encoding=encoding or "") for file in _files_of(entry, held_out)]
-    seen: dict[str, DataFile] = {}
-    for file in files:
-        seen.setdefault(file.hub_id or str(file.path.resolve()), file)
-    return list(seen.values())
-
-
-def _files_of(entry: str, held_out: bool) -> list[DataFile]:
-    try:
-        path = Path(entry or "\0").expanduser()  # an empty name is no file, and not the folder we are in
-        mode = path.stat().st_mode
-    except (OSError, ValueError, RuntimeError) as error:
-        return _not_a_path(entry, error, held_out)
-    if stat.S_ISDIR(mode):
-        return _folder(path, held_out)
-    if not stat.S_ISREG(mode):
-        raise DataError("is not a regular file", where=entry, fix="write the rows to a file first")
-    return [_data_file(path, held_out)]
-
-
-def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
-    if glob.has_magic(entry):
-        matches = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207
-        found = sorted(path for path in matches if os.path.isfile(path))  # noqa: PTH113 - unreadable ones raise nothing
-        if not found:
-            raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
-        return [replace(_data_file(path, held_out), split=_split_of(path.name)) for path in map(Path, found)]
-    if isinstance(error, PermissionError):
-        raise DataError("cannot be read (permission denied)", where=entry, fix="check its rights") from error
-    if HUB_ID.fullmatch(entry) and not _suffixes(entry)[0] and not Path(entry).parent.is_dir():
-        return [DataFile(Path(entry), entry, "hub", hub_id=entry, held_out=held_out)]
-    raise DataError("no such file", where=entry or "''", fix="check the path") from error
-
-
-def _folder(path: Path, held_out: bool) -> list[DataFile]:
-    found = sorted(
-        Path(root) / name
-        for root, _, names in os.walk(path)
-        for name in names
-        if _suffixes(name)[0] and not name.startswith(".") and "/." not in root.removeprefix(str(path))
-    )
-    found = [file for file in found if _is_no_companion(file)]
-    if not found:
-        raise DataError("the folder holds no data file", where=str(path), fix=KNOWN)
-    return [_in_folder(path, file, held_out) for file in found]
-
-
-def _in_folder(root: Path, file: Path, held_out: bool) -> DataFile:
-    splits = [split for part in file.relative_to(root).parts if (split := _split_of(part))]
-    return replace(_data_file(file, held_out), split=splits[0] if splits else "")
-
-
-def _split_of(name: str) -> str:
-    """The split that a file's or folder's name speaks of; empty without one."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    return next((SPLITS[word] for word in words if word in SPLITS), "")
-
-
-def _is_no_companion(file: Path) -> bool:
-    """Whether a file holds rows: beside those of `datasets.save_to_disk` lie its own notes and caches."""
-    if file.name in ("dataset_dict.json", "dataset_info.json", "state.json"):
-        beside = (file.parent / "dataset_dict.json", file.parent / "state.json")
-        return not any(note.is_file() for note in beside)
-    if file.suffix != ".arrow" or not (file.parent / "state.json").is_file():
-        return True
-    return not file.name.startswith("cache-")
-
-
-def _suffixes(name: str) -> tuple[str, str]:
-    """(format, compression) by the name's endings; an empty format when it is none of ours."""
-    parts = [part.lower() for part in Path(name).suffixes]
-    compression = COMPRESSIONS.get(parts[-1], "") if parts else ""
-    if compression:
-        parts.pop()
-    return (FORMATS.get(parts[-1], "") if parts else ""), compression
-
-
-def _data_file(path: Path, held_out: bool) -> DataFile:
-    form, compression = _suffixes(path.name)
-    if not form and (kind := OTHER_KINDS.get(path.suffix.lower())):
-        raise DataError(kind[0], where=str(path), fix=kind[1])
-    if not form:
-        raise DataError("is not a data file by its name", where=str(path), fix=KNOWN)
-    file = DataFile(path, excerpt(str(path), 4096), form, compression, held_out=held_out)
-    with reading(file):
-        if path.stat().st_size == 0:
-            raise DataError("the file is empty", where=str(path), fix="write one row per line into it")
-    return file
 
 
 @contextmanager

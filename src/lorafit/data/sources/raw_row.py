@@ -120,8 +120,13 @@ def parse_row(raw: bytes) -> Mapping[str, Any] | Reject:
         kind = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}.get(
             type(fields), "a number"
         )
-        return Reject("D002", f"the line is {kind}, not an object", 1, excerpt=excerpt(text))
+        fix = 'write {"messages": …} around each list' if _are_turns(fields) else ""
+        return Reject("D002", f"the line is {kind}, not an object", 1, excerpt=excerpt(text), fix=fix)
     return fields
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _depth(text: str) -> int:

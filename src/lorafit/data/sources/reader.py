@@ -205,13 +205,17 @@ class RowReader:
             try:
                 stream = Utf8Stream(disk, self.file_warnings[index], file.encoding)
                 head = _first_text(stream)
-                for row in self._by_format(index, file, _Rewound(stream, head), head):
+                rewound: Readable = _Rewound(stream, head)
+                if b"\r" in head[:-1] and b"\n" not in head:
+                    self.file_warnings[index]["CR line ends"] += 1
+                    rewound, head = _OfOldMacs(rewound), head.replace(b"\r", b"\n")
+                for row in self._by_format(index, file, rewound, head):
                     self.bytes_done = before + disk.bytes_done
                     yield row
             finally:
                 disk.close()
 
-    def _by_format(self, index: int, file: DataFile, stream: _Rewound, head: bytes) -> Iterator[RawRow]:
+    def _by_format(self, index: int, file: DataFile, stream: Readable, head: bytes) -> Iterator[RawRow]:
         if file.format == "csv":
             return csv_rows(stream, index, file, self.file_warnings[index])
         start = head.lstrip()
@@ -234,6 +238,17 @@ class _Rewound:
         return head or self.stream.read(size)
 
 
+class _OfOldMacs:
+    """A stream whose lines end with CR alone, as Excel's "CSV (Macintosh)" has them, with LF in their place."""
+
+    def __init__(self, stream: Readable) -> None:
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        return self.stream.read(size).replace(b"\r", b"\n")
+
+
 def _first_text(stream: Utf8Stream) -> bytes:
     """The first bytes, enough to see what kind of file it is; blanks before them are part of it."""
     head, shown = bytearray(), 0
@@ -243,7 +258,7 @@ def _first_text(stream: Utf8Stream) -> bytes:
     return bytes(head)
 
 
-def _one_object(stream: _Rewound, file: DataFile) -> DataError:
+def _one_object(stream: Readable, file: DataFile) -> DataError:
     """What the file's one object is, and how its rows are taken out of it."""
     text = b""
     while len(text) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
@@ -271,7 +286,7 @@ def _opens_an_array(start: bytes) -> bool:
     return start[1:].lstrip()[:1] in (b"{", b"") and not (newline and first.rstrip().endswith(b"]"))
 
 
-def jsonl_rows(stream: _Rewound, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
+def jsonl_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
     """One row per line; blank lines are counted and passed by."""
     for number, raw, length in lines(stream):
         if raw.endswith(b"\r"):
@@ -283,7 +298,7 @@ def jsonl_rows(stream: _Rewound, index: int, file_warnings: Counter[str]) -> Ite
         yield _row(index, number, raw, length)
 
 
-def array_rows(stream: _Rewound, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
+def array_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
     """One row per element of a top-level array."""
     elements = Elements(stream)
     broken = False

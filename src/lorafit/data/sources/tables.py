@@ -91,19 +91,25 @@ def _header(table: Iterator[list[str]], file: DataFile, line: int) -> list[str]:
     return header
 
 
+def _title_fix(header: list[str]) -> str:
+    """What mends a table whose first line is a title or a remark; empty for a line of several names."""
+    return "delete the lines above the columns' names" if sum(map(bool, header)) == 1 else ""
+
+
 def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawRow:
     raw = json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
     if len(cells) != len(header):
         if any(cell.strip() for cell in cells[len(header) :]) or len(cells) < len(header):
             reason = f"{len(cells)} cells under a header of {len(header)}"
-            return RawRow(index, line, raw, reject=Reject("D008", reason))
+            return RawRow(index, line, raw, reject=Reject("D008", reason, fix=_title_fix(header)))
         cells = cells[: len(header)]
     for place, (name, cell) in enumerate(zip(header, cells, strict=True)):
         if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
             reject = Reject("D004", f"the cell '{excerpt(name)}' holds bytes that are not UTF-8")
             return RawRow(index, line, raw, reject=reject)
         if not name and cell.strip() and not (place == 0 and cell.strip().isdigit()):
-            reject = Reject("D008", f"cell {place + 1} has no column name", fix="name the column in the header")
+            fix = _title_fix(header) or "name the column in the header"
+            reject = Reject("D008", f"cell {place + 1} has no column name", fix=fix)
             return RawRow(index, line, raw, reject=reject)
     return RawRow(index, line, raw, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 

@@ -31,6 +31,7 @@ from lorafit.data.template.spans import block_cuts, by_blocks, by_prefix, cuts_o
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
 
+FIELD_MARK = "Zq9field"
 MENTIONS_CALLS = re.compile(r"\btool_calls\b")
 
 
@@ -91,6 +92,12 @@ class ChatLayout:
                 f"the chat template refuses the conversation ({answer.reason})", fix="check the roles and their order"
             )
         return answer.text
+
+    def shows_turn_field(self, name: str) -> bool:
+        """Whether the value of a turn's further field, as `name`, stands in the rendered text."""
+        turns = [{"role": role, "content": "a", name: FIELD_MARK} for role in ("user", "assistant")]
+        answer = self._renderer.render(Request(turns))
+        return isinstance(answer, Rendering) and FIELD_MARK in answer.text
 
     def _request(self, asked: _Asked) -> Request:
         if asked.outline is None:

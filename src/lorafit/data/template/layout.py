@@ -32,6 +32,9 @@ PROMPT_DIFFERS = "prompt-differs"
 CONTENT_CHANGED = "content-changed"
 """The template dropped or rewrote (part of) an answer; white space around it does not count."""
 
+ANSWER_EMPTY = "answer-empty"
+"""The template shows nothing of an answer but its end, a call for instance: the model would learn to say nothing."""
+
 STRADDLED = "straddled"
 """A token covers the prompt's end and the answer's start: it is not supervised, and serving splits it otherwise."""
 
@@ -60,6 +63,7 @@ ALL_PROBLEMS = (
     NOT_PREFIX_STABLE,
     PROMPT_DIFFERS,
     CONTENT_CHANGED,
+    ANSWER_EMPTY,
     STRADDLED,
     PROMPT_SPLIT,
     TOOLS_IGNORED,
@@ -202,7 +206,9 @@ def _left_out(record: Record, messages: Sequence[Message]) -> tuple[str, ...]:
     tools = bool(record.tools) or any(CALLS in message for message in more)
     reasoning = any(REASONING in message for message in more)
     unread = (KWARGS_UNREAD,) if record.template_kwargs else ()
-    return (*((TOOLS_IGNORED,) if tools else ()), *((CONTENT_CHANGED,) if reasoning else ()), *unread)
+    bare = any(CALLS in message and not message.get("content") for message in more)
+    found = {TOOLS_IGNORED: tools, CONTENT_CHANGED: reasoning, ANSWER_EMPTY: bare}
+    return (*(problem for problem, seen in found.items() if seen), *unread)
 
 
 class FallbackLayout:
@@ -236,6 +242,10 @@ class FallbackLayout:
     ) -> str:
         """The text of `messages`; tools cannot be shown."""
         return self._text(cleaned(messages), add_generation_prompt)[0]
+
+    def shows_turn_field(self, name: str) -> bool:
+        """Never: only roles and contents are shown."""
+        return False
 
     def _laid(self, record: Record) -> LaidOut:
         if record.is_document:

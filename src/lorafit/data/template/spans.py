@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit.data.schema.records import CALLS, REASONING
 from lorafit.data.template.layout import (
+    ANSWER_EMPTY,
     CONTENT_CHANGED,
     NOT_PREFIX_STABLE,
     PROMPT_DIFFERS,
@@ -69,6 +70,8 @@ def by_prefix(
     kept = [span for span in spans if span is not None]
     if any(not _says(text, span, messages[place]) for span, place in zip(kept, answers)):
         problems.append(CONTENT_CHANGED)
+    if any(_is_bare(text, span, messages[place], ending) for span, place in zip(kept, answers)):
+        problems.append(ANSWER_EMPTY)
     return LaidOut(text, tuple(kept), tuple(problems), lost=tuple(lost))
 
 
@@ -119,6 +122,8 @@ def by_blocks(
             spans.append((begin, end))
             if owner is not None and not _says(text, (begin, end), messages[owner]):
                 problems.append(CONTENT_CHANGED)
+            if owner is not None and _is_bare(text, (begin, end), messages[owner], ending):
+                problems.append(ANSWER_EMPTY)
     return LaidOut(text, tuple(spans), tuple(dict.fromkeys(problems)))
 
 
@@ -141,6 +146,15 @@ def _block_end(text: str, start: int, end: int, ending: Ending) -> int:
     place = _trimmed(text, 0, end) if text[end:].isspace() else len(text) - len(text[end:].lstrip())
     found = [len(token) for token in ending.tokens if text.startswith(token, place)]
     return place + max(found) if found else end
+
+
+def _is_bare(text: str, span: Span, message: Mapping[str, Any], ending: Ending) -> bool:
+    """Whether nothing but the stop token stands where an answer says or calls something."""
+    if not message.get(CALLS) and not (message.get("content") or "").strip():
+        return False
+    shown = text[slice(*span)].rstrip()
+    closing = next((each for each in (ending.closing, *ending.tokens) if each and shown.endswith(each)), "")
+    return not shown.removesuffix(closing).strip()
 
 
 def _says(text: str, span: Span, message: Mapping[str, Any]) -> bool:

@@ -113,6 +113,10 @@ class Template:
         dated = ASKS_THE_DATE.sub(lambda match: json.dumps(FROZEN_NOW.strftime(match[2])), self.source)
         return GENERATION_TAG.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", dated)
 
+    def turn_fields_shown(self, names: Iterable[str]) -> set[str]:
+        """Those of the further fields of turns, as `name`, that the template writes into its text."""
+        return {name for name in names if self._layout.shows_turn_field(name)}
+
     def encode(self, record: Record) -> Encoded:
         """One record's ids and mask; see `encode_many`."""
         return self.encode_many([record])[0]
