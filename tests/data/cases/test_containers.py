@@ -119,7 +119,8 @@ def test_a_file_that_holdout_names_is_not_trained_on(tmp_path: Path) -> None:
     assert (len(result.train), result.holdout.source(0).endswith("b.jsonl:1")) == (1, True)
 
 
-def test_the_same_conversation_in_every_container_and_spelling_gives_the_same_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["qwen2_5", "llama2", "harmony"])
+def test_the_same_conversation_in_every_container_and_spelling_gives_the_same_ids(tmp_path: Path, shape: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,12 +139,15 @@ def test_the_same_conversation_in_every_container_and_spelling_gives_the_same_id
         made.write(tmp_path / "a.jsonl", [{"messages": messages}]),
         made.write(tmp_path / "b.jsonl", [{"conversations": spoken}]),
         made.write(tmp_path / "c.jsonl", [alpaca]),
+        made.write(
+            tmp_path / "g.jsonl", [{"conversations": [{"input": "Grüße?", "output": turns[1][1]}, *messages[2:]]}]
+        ),
         made.write(tmp_path / "d.json", json.dumps([{"messages": messages}], indent=1).encode("utf-16")),
         made.write(tmp_path / "e.csv", f'messages\n"{cell}"\n'.encode()),
         tmp_path / "f.parquet",
         tmp_path / "saved",
     ]
-    template = template_of(tmp_path / "base", "qwen2_5")
+    template = template_of(tmp_path / "base", shape)
     stores = [made.prepared(path, template, holdout=0.0).train for path in paths]
     assert len({rows.content_hash for rows in stores}) == 1 and len(stores[0]) == 1
 

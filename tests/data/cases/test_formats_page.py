@@ -12,7 +12,8 @@ from lorafit.data import Template
 from template_shapes import template_of
 
 PAGE = (Path(__file__).parents[3] / "docs" / "guides" / "data-formats.md").read_text(encoding="utf-8")
-BOX = re.compile(r"```(?:json|text) (row|file|flags|taught)\n(.*?)\n```", re.DOTALL)
+BOX = re.compile(r"```(json|csv|sh|text)\n(.*?)\n```", re.DOTALL)
+"""One row, or a whole table; the command; what is taught."""
 SECTIONS = {
     title: dict(BOX.findall(body))
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -39,15 +40,15 @@ def marked(template: Template, ids: list[int], mask: list[bool]) -> str:
 @pytest.mark.parametrize("title", SECTIONS)
 def test_a_row_of_the_page_is_taught_as_the_page_says(tmp_path: Path, chatml: Template, title: str) -> None:
     boxes = SECTIONS[title]
-    name = "file.csv" if "file" in boxes else "file.jsonl"
-    path = made.write(tmp_path / name, (boxes.get("row") or boxes["file"]).encode() + b"\n")
-    words = shlex.split(boxes.get("flags", ""))
+    name = "file.csv" if "csv" in boxes else "file.jsonl"
+    path = made.write(tmp_path / name, (boxes.get("json") or boxes["csv"]).encode() + b"\n")
+    words = shlex.split(boxes.get("sh", ""))
     pairs = dict(word.split("=", 1) for flag, word in pairwise(words) if flag == "--map")
     result = made.prepared(path, chatml, holdout=0.0, field_map=pairs)
-    assert (result.summary.rejected, len(result.train)) == ((0, 1) if "taught" in boxes else (1, 0))
-    if "taught" in boxes:
+    assert (result.summary.rejected, len(result.train)) == ((0, 1) if "text" in boxes else (1, 0))
+    if "text" in boxes:
         said = marked(chatml, result.train.ids(0).tolist(), result.train.mask(0).tolist())
-        first, shown = boxes["taught"][:1], boxes["taught"].strip()
+        first, shown = boxes["text"][:1], boxes["text"].strip()
         # the very first token of a document has nothing before it that could predict it
         assert said.replace("⟧", "").replace("⟦", "") == shown.replace("⟧", "").replace("⟦", "")
         assert said == shown or first == "⟦"

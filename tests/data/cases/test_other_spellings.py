@@ -37,6 +37,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "a turn and a text": {"prompt": USER, "completion": "say"},
     "no context": {"instruction": "ask", "context": [], "output": "say"},
     "options that were asked": {"instruction": "ask", "choices": ["a", "k"], "output": "say"},
+    "turns as JSON texts": {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])},
     "a flag as CSV has it": {"prompt": "ask", "completion": "say", "weight": "1"},
 }
 
@@ -140,6 +141,47 @@ def test_a_call_that_leaves_nothing_of_its_answer_rejects_the_row(tmp_path: Path
     assert "shows nothing of an answer" in made.found(result, "D013").message and not len(result.train)
     spoken = made.write(tmp_path / "spoken.jsonl", [{"messages": [USER, {**turns[1], "content": "Let me see."}]}])
     assert "D013" not in made.codes(made.prepared(spoken, template_of(tmp_path, shape), holdout=0.0))
+
+
+def test_what_a_system_turn_holds_beside_its_text_is_used_or_listed(tmp_path: Path) -> None:
+    tools = [{"name": "weather", "parameters": {"type": "object"}}]
+    head = {"role": "system", "content": "Be brief.", "tools": tools, "name": "Ann", "mood": None}
+    path = made.write(tmp_path / "rows.jsonl", [{"messages": [head, USER, ASSISTANT]}])
+    result = made.prepared(path, holdout=0.0)
+    assert result.train.record(0).tools == parse_rows([{"messages": [USER, ASSISTANT], "tools": tools}])[0].tools
+    assert made.found(result, "D037").message == "columns that are not used: name (of a turn)"
+
+
+def test_a_result_that_holds_the_templates_own_marks_is_told(tmp_path: Path) -> None:
+    found = {"from": "tool", "value": "<tool_response>\n21 C\n</tool_response>"}
+    turns = [
+        {"from": "human", "value": "ask"},
+        {"from": "gpt", "value": "call"},
+        found,
+        {"from": "gpt", "value": "say"},
+    ]
+    result = made.prepared(made.write(tmp_path / "rows.jsonl", [{"conversations": turns}] * 2), holdout=0.0)
+    assert made.found(result, "D040").count == 2 and "P5" not in made.codes(result)
+    plain = [*turns[:2], {**found, "value": "21 C"}, turns[3]]
+    assert "D040" not in made.codes(made.prepared(made.write(tmp_path / "b.jsonl", [{"conversations": plain}])))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, suffix: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays(
+        [pa.array(["ask"]), pa.array(["say"]), pa.array(["no"])], ["prompt", "completion", "completion"]
+    )
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    with pytest.raises(DataError, match="two columns named 'completion'"):
+        made.prepared(path)
 
 
 def test_lines_that_end_with_cr_alone_are_read(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ SHOWS_TOOLS = (
 )
 
 
+ENDS_WITH_EOS = (
+    "{% for m in messages %}{{ '[' + m.role + ']\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+)
 BOS_AND_TEXT = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' if m.role == 'assistant' else m.content + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -57,7 +61,7 @@ class Fault:
     name: str = "rows.jsonl"
     given: str = ""
     values: dict[str, str] = field(default_factory=dict)
-    template: str = CHATML
+    template: str = ENDS_WITH_EOS
 
 
 def talk(*contents: str) -> dict[str, Any]:
@@ -156,24 +160,36 @@ def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[s
     return call
 
 
+def configured(base: Path, vocabulary: int) -> Path:
+    """The base with a config.json of a small Llama with so many embeddings."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+    }
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, **sizes}
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
 def odd_base(home: Path, shape: str) -> Path:
     """A base folder with the chat template of this shape, or with the fault that `shape` names."""
-    if shape == "glm4":
-        source = CHATML.replace("<|im_end|>", "")
-        return made_tokenizers.special_folder(
-            home / shape, made_tokenizers.byte_level(), template=source, eos_token="<|e|>"
-        )
-    if shape == "bos-and-text":
-        source = BOS_AND_TEXT
-        return made_tokenizers.special_folder(
-            home / shape,
-            made_tokenizers.byte_level(),
-            template=source,
-            bos_token="<s>",
-            eos_token="<|im_end|>",
-            extra=["<|im_start|>"],
-        )
-    return base_folder(home, shape)
+    odd: dict[str, dict[str, Any]] = {
+        "glm4": {"template": CHATML.replace("<|im_end|>", ""), "eos_token": "<|e|>"},
+        "bos-and-text": {
+            "template": BOS_AND_TEXT,
+            "bos_token": "<s>",
+            "eos_token": "<|im_end|>",
+            "extra": ["<|im_start|>"],
+        },
+    }
+    if shape in odd:
+        base = made_tokenizers.special_folder(home / shape, made_tokenizers.byte_level(), **odd[shape])
+    else:
+        base = base_folder(home, shape)
+    return configured(base, 4096)
 
 
 def written(path: Path, rows: Rows) -> Path:
@@ -245,15 +261,15 @@ def test_d048_is_gone_without_the_added_token_or_with_a_larger_table(tmp_path: P
     }
     more = {**saved, "added_tokens": [*saved["added_tokens"], {"id": last + 1, **entity}]}
     path = made.write(tmp_path / "rows.jsonl", [{"prompt": "ask", "completion": "<ent> say"}])
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": last + 1}))
+    configured(base, last + 1)
     (base / "tokenizer.json").write_text(json.dumps(more))
     ended, before, _ = check(path, "--base", base)
     assert (
         ended == 1 and "take the added token out" in before["D048"]["fix"] and "were resized" in before["D048"]["fix"]
     )
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": last + 2}))
+    configured(base, last + 2)
     assert check(path, "--base", base)[0] == 0
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": last + 1}))
+    configured(base, last + 1)
     (base / "tokenizer.json").write_text(json.dumps(saved))
     assert check(path, "--base", base)[0] == 0
 
@@ -268,7 +284,7 @@ def test_d050_is_gone_without_the_chat_template(tmp_path: Path, check: Any) -> N
         {"model.embed_tokens.weight": {"dtype": "F32", "shape": list(table.shape), "data_offsets": [0, table.nbytes]}}
     ).encode()
     (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + table.tobytes())
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": len(table)}))
+    configured(base, len(table))
     path = made.write(tmp_path / "rows.jsonl", [PAIR])
     before = check(path, "--base", base)[1]
     assert "take its chat template out" in before["D050"]["fix"]

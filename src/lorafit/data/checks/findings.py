@@ -309,8 +309,8 @@ class RowOutcomes:
         """Count what was seen in a row that is kept."""
         for code, seen in observations:
             self.finding_counts.add(code, record.source, seen)
-            if code == "D040":
-                entry = self.markers.setdefault(STYLES_APART.join(marker_styles(record)), [0, record.source])
+            if code == "D040" and (styles := marker_styles(record)):
+                entry = self.markers.setdefault(STYLES_APART.join(styles), [0, record.source])
                 entry[0] += 1
 
     def note_tokens(self, one: Tokenised) -> None:
@@ -321,6 +321,7 @@ class RowOutcomes:
     def note_fields(self, row: RawRow, record: Record) -> None:
         """Note the names of a row's fields, of its turns' further fields, and its system text."""
         self.fields_seen.update(row.fields or ())
+        self.turn_fields_seen.update(record.unread)
         for turn in record.turns:
             if turn.extra:
                 # a tool's name is known by the call that it answers

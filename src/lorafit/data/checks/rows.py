@@ -28,6 +28,9 @@ MARKERS = {
 }
 """Template styles, by the marker they are known by, and what in a text shows them."""
 
+RESULT_MARK = "<tool_response>"
+"""What templates with tools put around a result, and Hermes' data hold already."""
+
 # a cheap test that every text with a marker passes: most texts need only this
 MARKER_HINTS = ("<|", "### ", "INST]", "_of_turn>")
 CONTROL_BYTES = bytes(code for code in (*range(32), 127) if code not in (9, 10, 13))
@@ -80,6 +83,8 @@ def text_checks(record: Record) -> Iterator[Observation]:
         yield from _answers(record)
         if len(record.turns) != 2:
             yield from _order(record)
+            if any(turn.role == "tool" and turn.content.lstrip().startswith(RESULT_MARK) for turn in record.turns):
+                yield "D040", f"'{RESULT_MARK}' around a tool's result"
     yield from _hygiene(text, raw)
 
 

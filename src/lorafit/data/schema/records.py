@@ -60,6 +60,7 @@ class Record:
         system: the system text.
         tools: tool schemas, each as {"type": "function", "function": {…}}.
         template_kwargs: variables that the row sets for the chat template, as `enable_thinking`.
+        unread: names of the system turn's further fields, which have no place here.
     """
 
     turns: tuple[Turn, ...]
@@ -67,6 +68,7 @@ class Record:
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_messages(

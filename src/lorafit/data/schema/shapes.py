@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -124,7 +125,11 @@ class Shape:
         return text_fault(row, "instruction") or _exchange(row, "instruction", self.answer, source)
 
     def _prompt(self, row: Fields, source: str) -> Record | Reject:
-        asked, answered = row.get("prompt"), row.get(self.answer)
+        asked, answered = _turns_in_text(row.get("prompt")), _turns_in_text(row.get(self.answer))
+        if isinstance(asked, list) and isinstance(row["prompt"], str):
+            row = {**row, "prompt": asked}
+        if isinstance(answered, list) and isinstance(row[self.answer], str):
+            row = {**row, self.answer: answered}
         if _is_turn(asked) or _is_turn(answered):
             alone = {name: [row[name]] for name in ("prompt", self.answer) if _is_turn(row.get(name))}
             return _asked_in_turns({**row, **alone}, self.answer, source)
@@ -197,6 +202,19 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
         asked = f"{asked.rstrip()}\n{extra}" if asked.strip() else extra
     answer = Turn("assistant", row[answers], {REASONING: reasoned} if reasoned else {})
     return _assembled(row, [*before, Turn("user", asked), answer], source)
+
+
+def _turns_in_text(value: Any) -> Any:
+    """The list of turns that a text holds as JSON, as CSV has them; any other value as it is."""
+    if not isinstance(value, str) or not TURNS_AS_TEXT.match(value):
+        return value
+    try:
+        return from_json(value)
+    except ValueError:
+        return value
+
+
+TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|from)"\s*:')
 
 
 def _is_turn(value: Any) -> bool:
@@ -297,15 +315,16 @@ def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
     system = _optional(row, SYSTEMS)
     if isinstance(system, Reject):
         return system
+    head = turns.pop(0) if turns and turns[0].role == "system" else None
     tools: tuple[Fields, ...] = ()
-    for name in TOOLS:
-        if row.get(name):
-            read = read_tools(row, name)
+    for holder in (row, head.extra if head else {}):
+        for name in TOOLS:
+            read = read_tools(holder, name) if holder.get(name) else ()
             if isinstance(read, Reject):
                 return read
             tools += read
-    if turns and turns[0].role == "system":
-        own = turns.pop(0).content
+    if head:
+        own = head.content
         system = own if system in ("", own) else "\n".join(part for part in (system, own) if part)
     if not any(turn.role == "assistant" for turn in turns):
         beside = next((name for name in ANSWERS if not is_empty(row.get(name))), "")
@@ -315,4 +334,7 @@ def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
     kwargs = read_kwargs(row) if KWARGS in row else {}
     if isinstance(kwargs, Reject):
         return kwargs
-    return Record(tuple(turns), source, system or None, tools, kwargs)
+    unread = (
+        tuple(name for name, value in head.extra.items() if name not in TOOLS and not is_empty(value)) if head else ()
+    )
+    return Record(tuple(turns), source, system or None, tools, kwargs, unread)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lorafit.config import one_line
 from lorafit.data.sources.files import DataFile, reading, too_much_unpacked, unpacked
-from lorafit.data.sources.raw_row import RawRow
+from lorafit.data.sources.raw_row import RawRow, excerpt
 from lorafit.data.sources.tables import without_nulls
 from lorafit.errors import DataError
 
@@ -31,6 +31,7 @@ def parquet_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callab
             metadata = pq.read_metadata(stream)
             table = pq.ParquetFile(stream, metadata=metadata, read_dictionary=_texts(metadata))
             schema, line, size = metadata.schema.to_arrow_schema(), 0, 0
+            _check_names(schema.names, file)
             for batch in table.iter_batches(batch_size=_batch_rows(metadata)):
                 for part, part_bytes in _parts(batch):
                     size += part_bytes
@@ -53,8 +54,12 @@ def arrow_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable
 
     with reading(file), unpacked(file, max_unpacked) as stream:
         try:
-            size, line = file.size_bytes, 0
+            size, line, unpacked_bytes = file.size_bytes, 0, 0
             for batch in _arrow_batches(stream):
+                _check_names(batch.schema.names, file)
+                unpacked_bytes += batch.nbytes
+                if unpacked_bytes > max(max_unpacked, size):
+                    raise too_much_unpacked(file.name, max_unpacked)
                 for start in range(0, len(batch), BATCH_ROWS):
                     part = batch.slice(start, BATCH_ROWS)
                     row_bytes = part.nbytes // max(1, len(part))
@@ -65,6 +70,14 @@ def arrow_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable
         except (pa.ArrowException, UnicodeDecodeError) as error:
             what = f"is no readable Arrow file ({one_line(error)})"
             raise DataError(what, where=file.name, fix="save it again") from error
+
+
+def _check_names(names: Sequence[str], file: DataFile) -> None:
+    """Raises DataError for a table with two columns of one name, of which a row could keep one only."""
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        what = f"the table has two columns named '{excerpt(str(twice), 30)}'"
+        raise DataError(what, where=file.name, fix="rename one of the two, and write the file again")
 
 
 def _arrow_batches(stream: Any) -> Iterator[Any]:
