@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 import made_data as made
-from lorafit.data import cache
+from lorafit.config import resolve
+from lorafit.data import Prepared, cache, prepare
 from lorafit.data.gather import Gatherer
 from lorafit.data.sealed_folder import MANIFEST, is_whole, publish
 from lorafit.errors import DataError
+from template_shapes import template_of
 
 ROWS = [made.row(number) for number in range(25)]
 
@@ -255,3 +257,27 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("LORAFIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.default_folder() == tmp_path / "xdg" / "lorafit" / "data"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "text.bin"])
+def test_rows_that_a_check_left_unread_are_checked_before_the_first_is_read(tmp_path: Path, name: str) -> None:
+    path = made.write(tmp_path / "rows.jsonl", [made.row(number) for number in range(5)])
+    template = template_of(tmp_path / "base", "chatml")
+    config = resolve({}, {"data": str(path), "holdout": 0.0}).config
+
+    def checked() -> Prepared:
+        return prepare(config, template, cache_dir=tmp_path / "cache", reads_rows=False)
+
+    whole = checked().train.content_hash
+    entry = next((tmp_path / "cache").iterdir())
+    damaged = bytearray((entry / name).read_bytes())
+    damaged[7] ^= 4
+    (entry / name).write_bytes(damaged)
+    found = checked()
+    assert found.summary.cached and len(found.train) == 5
+    for read in (found.train.ids, found.train.record):
+        with pytest.raises(DataError, match=r"rows kept there are damaged.*run the command again"):
+            read(0)
+    again = checked()
+    assert not again.summary.cached and again.train.content_hash == whole
+    assert checked().train.ids(0).tolist() == again.train.ids(0).tolist()

@@ -69,7 +69,7 @@ def check(
     resolved = settle(data, {**settings, "base": base})
     require_data(resolved)
     template = template_for(resolved) if resolved.config.base else None
-    prepared = prepare(resolved.config, template, on_progress=on_progress)
+    prepared = prepare(resolved.config, template, on_progress=on_progress, reads_rows=False)
     return CheckReport(resolved, prepared, template, _pitfalls(resolved, prepared) if template else ())
 
 

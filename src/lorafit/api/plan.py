@@ -73,7 +73,7 @@ def plan(
     resolved = settle(data, {**settings, "base": base})
     require_data(resolved)
     require_base(resolved)
-    prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress)
+    prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress, reads_rows=False)
     planned = plan_prepared(resolved, prepared, hardware_for(resolved.config))
     made = planned.plan
     if made.inputs.is_full and made.runnable and made.inputs.with_settings(method="lora").gpus > 1:

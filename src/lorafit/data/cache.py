@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.config import RunConfig
 from lorafit.data.gather import compares, ignored_codes
-from lorafit.data.sealed_folder import STAGED, is_whole, kept, touch
+from lorafit.data.sealed_folder import MANIFEST, STAGED, is_whole, kept, touch
 from lorafit.data.sources.files import DataFile
 from lorafit.data.sources.tables import hub_fingerprint
 from lorafit.data.store import Stored
@@ -95,6 +95,15 @@ def stored(key: str, folder: Path, build: Callable[[Path], None], *, but_bulk: b
 def bulk_is_whole(rows: Stored) -> bool:
     """Whether the tokens and the texts of an entry are those that were sealed."""
     return is_whole(rows.folder, only=BULK)
+
+
+def confirm(rows: Stored) -> None:
+    """Raises DataError when the tokens or the texts of an entry are damaged; the next command makes it again."""
+    if not bulk_is_whole(rows):
+        with suppress(OSError):
+            (rows.folder / MANIFEST).unlink()
+        what, fix = "the rows kept there are damaged", "run the command again, and they are made anew"
+        raise DataError(what, where=str(rows.folder), fix=fix)
 
 
 def _unusable(folder: Path, reason: str) -> DataError:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config import RunConfig, base_folder, parse_bytes
-from lorafit.data.cache import bulk_is_whole, default_folder, key_of, stored
+from lorafit.data.cache import bulk_is_whole, confirm, default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
 from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_special_tokens
 from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
@@ -60,12 +60,14 @@ def prepare(
     run_dir: Path | None = None,
     cache_dir: Path | None = None,
     on_progress: Listener | None = None,
+    reads_rows: bool = True,
 ) -> Prepared:
     """Read, judge, tokenise and split `config.data`; without a template all that needs no tokenizer.
 
     Rows that cannot be trained on become findings of severity error (`require_clean` raises for those), never
     exceptions. Raises DataError when a file is missing, empty, unreadable or holds no rows of a known shape.
-    With `run_dir` the split and the rejected rows are written there.
+    With `run_dir` the split and the rejected rows are written there. Callers that want findings and numbers alone pass
+    `reads_rows` as False: the bytes of rows from the cache are then checked when the first of them is read.
     """
     started = time.monotonic()
     files, left_out = _files_to_read(config)
@@ -85,11 +87,13 @@ def prepare(
 
     with ThreadPoolExecutor(max_workers=1) as beside:
         rows, cached = stored(key, folder, build, but_bulk=True)
-        sound = beside.submit(bulk_is_whole, rows) if cached else None  # beside the judging, which reads none of it
+        sound = beside.submit(bulk_is_whole, rows) if cached and reads_rows else None  # judging reads none of it
         prepared = judged(rows, cached)
     if sound and not sound.result():
         rows, cached = stored(key, folder, build)
         prepared = judged(rows, cached)
+    if cached and not reads_rows:
+        rows.rows.pending.append(lambda: confirm(rows))
     return replace(prepared, rejected=_recorded(rows, run_dir, prepared.train, prepared.holdout))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class RowStore:
 
     `tokens` (all tokens,) int32; `offsets` (n + 1,) int64; `supervised` (n,) int32; `file` (n,) int32 into
     `names`; `line` (n,) int64; `text` (bytes,) uint8 with each record's JSON at `text_offsets` (n + 1,) int64.
+    `pending` are checks that have to pass before tokens or texts are read.
     """
 
     tokens: NDArray[np.int32]
@@ -44,6 +45,13 @@ class RowStore:
     text: NDArray[np.uint8]
     text_offsets: NDArray[np.int64]
     folder: Path | None = None
+    pending: list[Callable[[], None]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Run the pending checks. Raises what they raise."""
+        for check in self.pending:
+            check()
+        self.pending.clear()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -194,6 +202,8 @@ class Rows:
         return len(self.indices)
 
     def _stored(self, position: int) -> NDArray[np.int32]:
+        if self.store.pending:
+            self.store.settle()
         row = self.indices[position]
         return np.asarray(self.store.tokens[self.store.offsets[row] : self.store.offsets[row + 1]])
 
@@ -212,6 +222,7 @@ class Rows:
 
     def record(self, position: int) -> Record:
         """The record that the row at `position` was tokenised from."""
+        self.store.settle()
         row = self.indices[position]
         raw = self.store.text[self.store.text_offsets[row] : self.store.text_offsets[row + 1]]
         assert len(raw), "these rows were made without their records"
@@ -224,6 +235,7 @@ class Rows:
     @property
     def content_hash(self) -> str:
         """SHA-256 over ids and masks in order, in hex."""
+        self.store.settle()
         digest = hashlib.sha256(self.lengths.astype("<i4").tobytes())
         # rows that follow one another in the store are hashed in one piece
         for run in np.split(self.indices, np.flatnonzero(np.diff(self.indices) != 1) + 1):
