@@ -194,7 +194,7 @@ def test_entries_that_vanish_under_the_housekeeping_do_not_fail_the_work(
 
 
 def test_an_entry_that_always_vanishes_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kept(place: Path, build: Any) -> bool:
+    def kept(place: Path, build: Any, is_usable: Any) -> bool:
         return True
 
     monkeypatch.setattr(cache, "kept", kept)
