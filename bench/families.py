@@ -97,7 +97,7 @@ def attempt(stage: str, call: Callable[..., dict[str, Any]], *arguments: Any) ->
     try:
         return {"ok": True, **call(*arguments)}
     except LorafitError as error:
-        return {"ok": False, "stage": stage, "refused": error.sentence}
+        return {"ok": False, "stage": stage, "refused": error.what}
     except Exception as error:  # noqa: BLE001 (a crash is a result)
         return {"ok": False, "stage": stage, "crashed": f"{type(error).__name__}: {one_line(error)}"}
 

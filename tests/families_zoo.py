@@ -88,6 +88,9 @@ OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "whisper": {"decoder_attention_heads": 4, "decoder_layers": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "bailing_hybrid": {"n_group": 2, "num_group": 2, "topk_group": 1},
+    "hrm_text": {"num_layers_per_stack": 2},
     "nemotron_h_omni": {},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""
@@ -98,17 +101,26 @@ def small_config(family: str) -> PretrainedConfig:
     own = dict(OWN.get(family, {}))
     model_type = own.pop("model_type", family)
     config_class = CONFIG_MAPPING[model_type]
-    raw = _shrunk(config_class(**own.pop("__init__", {})).to_dict(), VALUE_OF)
+    whole = config_class(**own.pop("__init__", {})).to_dict()
+    raw = _shrunk(whole, VALUE_OF)
     for key, value in own.items():
         raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
     text = raw.get("text_config") or raw
-    if text.get("qk_rope_head_dim") and "head_dim" in text:
-        # latent attention rotates these dimensions alone, and has a key for each head
-        text |= {"head_dim": text["qk_rope_head_dim"], "num_key_value_heads": text["num_attention_heads"]}
+    if text.get("qk_rope_head_dim"):
+        _set_latent(text, whole["text_config"] if "text_config" in raw else whole)
     if family in AXES:
         _set_axes(text)
     raw.pop("model_type", None)
     return config_class(**raw)
+
+
+def _set_latent(text: dict[str, Any], whole: Mapping[str, Any]) -> None:
+    """Give latent attention a key for each head, and a head whose width follows from the rotated dimensions."""
+    text["num_key_value_heads"] = text["num_attention_heads"]
+    if whole.get("head_dim") == whole["qk_rope_head_dim"]:
+        text["head_dim"] = text["qk_rope_head_dim"]
+    else:
+        text.pop("head_dim", None)
 
 
 def _set_axes(text: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def test_planning_knows_the_length_above_which_rows_run_alone():
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "electra", "megatron-bert"])
 def test_an_encoder_is_refused_though_a_causal_class_holds_it(family, tmp_path):
     with pytest.raises(TrainingError, match="tokens see later tokens"):
         prove_rows(model_of(family), rows_of(*LENGTHS))

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -50,6 +52,7 @@ MAMBA = "Mamba's kernels read its weight past an adapter"
 READ = "the model's code reads its weight past an adapter"
 CROSS = "it attends to an encoder, which a decoder alone does not have"
 CROSS_NAMES = frozenset({"encoder_attn", "crossattention", "cross_attn"})
+OWN_PRODUCT = "its class computes more than a product with its weight"
 INDEXER = "it only chooses which tokens are seen, so no gradient reaches it"
 
 
@@ -116,7 +119,23 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
             obstacles[module] = CROSS
         elif id(module) in indexers:
             obstacles[module] = INDEXER
+        elif not _is_plain_product(module):
+            obstacles[module] = OWN_PRODUCT
     return obstacles
+
+
+def _is_plain_product(module: nn.Module) -> bool:
+    """Return False for a subclass of Linear whose output is another one, as that of grouped projections is."""
+    kind = type(module)
+    if isinstance(module, Conv1D) or not kind.__module__.startswith("transformers."):
+        return True
+    weights = {name: torch.empty_like(weight, device="meta") for name, weight in module.named_parameters()}
+    inputs, outputs = linear_size(module)
+    try:
+        out = functional_call(module, weights, torch.empty(1, 2, inputs, dtype=weights["weight"].dtype, device="meta"))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, 2, outputs)
 
 
 def linear_size(module: Any) -> tuple[int, int]:
@@ -200,7 +219,7 @@ def _is_stacked(path: str, weight: Any, experts: int) -> bool:
 def _role(path: str, holder: str) -> str:
     """Return the role of a matrix by its name, else by the module that holds it."""
     leaf, place = path.removesuffix(".weight").rpartition(".")[2], f"{path} {holder}".lower()
-    if leaf in ROUTERS:
+    if not {leaf, *path.split(".")[-2:-1]}.isdisjoint(ROUTERS):
         return "other"
     in_attention = "attn" in place or "attention" in place or leaf in CERTAIN
     if leaf == "c_proj":

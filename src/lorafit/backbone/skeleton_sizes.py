@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone.architecture import (
+    architecture_of,
     linears_to_quantize,
     one_line,
     output_head,
@@ -56,7 +57,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
     if not layers:
         raise BackboneError(f"transformers' {type(model).__name__} has no decoder layers", fix="choose another base")
-    _require_causal(decoder)
+    _require_causal(model, decoder)
     _require_text_alone(model)
     tables = _parameters(embeddings.values())
     projections = projections_of(model)
@@ -93,10 +94,14 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def _require_causal(decoder: nn.Module) -> None:
+def _require_causal(model: nn.Module, decoder: nn.Module) -> None:
     """Raise BackboneError for an encoder."""
     attentions = [part for part in decoder.modules() if isinstance(getattr(part, "is_causal", None), bool)]
-    if attentions and not any(part.is_causal for part in attentions):
+    # transformers only warns of an encoder's causal class without is_decoder
+    asks = "is_decoder" in inspect.getsource(type(model).__init__) and not getattr(
+        architecture_of(model), "is_decoder", True
+    )
+    if asks or (attentions and not any(part.is_causal for part in attentions)):
         what = f"{type(decoder).__name__} is an encoder: its tokens see later tokens"
         raise BackboneError(what, fix="choose a causal language model")
 

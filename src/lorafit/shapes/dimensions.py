@@ -122,7 +122,7 @@ def _sparse_layers(config: Mapping[str, Any], layers: int, experts: int, name: s
         return 0
     listed = config.get("moe_layers")
     if isinstance(listed, list):
-        return len(listed)
+        return sum(0 <= layer < layers for layer in listed if isinstance(layer, int))
     step = _optional(config, "sparse_step", name) or 1
     dense = config.get("mlp_only_layers")
     chosen = range(step - 1, layers, step)

@@ -200,6 +200,14 @@ def test_an_untrained_adapter_is_an_error(config, tmp_path):
         Deltas.from_folder(tmp_path / "fresh")
 
 
+def test_a_target_that_no_gradient_reached_is_merged_as_it_was(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, path)
+    assert [delta.is_zero for delta in Deltas.from_folder(saved).values()].count(True) == 1
+
+
 def test_a_snapshot_does_not_change_as_training_goes_on(config, tmp_path):
     model = attach(load_backbone(config), config)
     snapshot = AdapterSnapshot.of(model, config, base_name="org/base")

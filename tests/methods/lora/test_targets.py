@@ -82,6 +82,13 @@ def test_attach_adapts_what_the_preset_selects_and_only_that(family):
     assert len(names) >= 4 and not [name for name in names if "out_proj" in name and "mamba" in name]
 
 
+@pytest.mark.parametrize(("family", "left_out"), [("deepseek_v4", "o_a_proj"), ("hunyuan_v1_moe", "wg")])
+def test_grouped_projections_and_routers_of_any_name_take_no_adapter(family, left_out):
+    model = AutoModelForCausalLM.from_config(small_config(family))
+    assert any(name.endswith(f".{left_out}") for name in linear_names(model))
+    assert left_out not in resolve_targets(model, "all-linear")
+
+
 def test_a_vision_tower_takes_no_adapter_though_its_projections_have_the_same_names():
     model = model_of("gemma3")
     wanted = matching(["q_proj"], linear_names(model))

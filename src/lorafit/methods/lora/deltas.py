@@ -13,8 +13,6 @@ from lorafit.errors import VerificationError
 from lorafit.methods.lora.adapter_folder import AdapterFiles
 from lorafit.methods.lora.dora import rescaled
 
-EXPERTS = ".experts."
-
 
 @dataclass(frozen=True)
 class Delta:
@@ -64,12 +62,9 @@ class Deltas(Mapping[str, Delta]):
             f"{name}.weight": Delta(a, b, files.scale, files.transposed, magnitudes.get(name))
             for name, (a, b) in files.weights().items()
         }
-        for name, delta in deltas.items():
-            # an expert without routed tokens stays untrained
-            if EXPERTS not in name and delta.is_zero:
-                raise VerificationError(
-                    f"the delta of {name} is all zero: the adapter was not trained", where=str(folder)
-                )
+        # no gradient reaches an expert without routed tokens, or a layer whose result is not used
+        if all(delta.is_zero for delta in deltas.values()):
+            raise VerificationError("every delta is zero: the adapter was not trained", where=str(folder))
         return cls(deltas)
 
     def source(self, config: RunConfig) -> RunConfig:
