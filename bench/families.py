@@ -1,6 +1,6 @@
 """Walk every model family: plan, train, chat and merge on a tiny random base, compared with transformers and PEFT.
 
-    PYTHONPATH=src:tests python bench/families.py [all | FAMILY …] [--keep RESULTS.jsonl] [--out TABLE.json]
+    PYTHONPATH=src:tests python bench/families.py [all | short | FAMILY …] [--keep RESULTS.jsonl] [--out TABLE.json]
 
 Each family runs in a process of its own. Two runs of two steps are trained: `qv` with the planned quantization, and
 `all-linear` on the base as stored. The second one's first loss is compared with the plain base's, each row alone, and
@@ -45,8 +45,8 @@ from tiny_models import save_tokenizer
 LIMIT_S = 150
 STEP_ROWS = 4
 SHORT = ("qwen3", "gemma4_text", "phi3", "deepseek_v3", "glm4_moe", "qwen3_5_text", "granitemoehybrid", "lfm2",
-         "nemotron_h", "gpt_oss", "gpt2", "bloom")  # fmt: skip
-"""Families of the short form: one of each kind."""
+         "nemotron_h", "gpt_oss", "gpt2", "bloom", "mistral3", "qwen2_5_vl")  # fmt: skip
+"""One family of each kind, which `short` stands for."""
 TOLERANCE = 1e-3
 
 
@@ -256,8 +256,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tried = _kept(options.keep)
-    chosen = families() if options.families == ["all"] else options.families
-    for family in chosen:
+    lists = {"all": families(), "short": list(SHORT)}
+    for family in [one for named in options.families for one in lists.get(named, [named])]:
         tried[family] = walk_apart(family)
         line = json.dumps(tried[family])
         print(line, flush=True)
