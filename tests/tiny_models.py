@@ -7,6 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families_zoo import small_config
+
 VOCABULARY = 260
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>")
 SIZES = {
@@ -70,6 +72,17 @@ def save_base(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bf
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
     save_tokenizer(folder)
     return folder
+
+
+def save_small(folder: Path, family: str) -> str:
+    """A random base of any causal family, without a tokenizer; weights wide enough that experts differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(family))
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2 or name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.08)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
 
 
 def save_tokenizer(folder: Path) -> None:

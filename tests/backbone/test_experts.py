@@ -2,28 +2,23 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from families_zoo import small_config
-from lorafit.backbone import FrozenExpertsLinear, dequantize_linears, frozen_weights, load_backbone, unfreeze_experts
+from lorafit.backbone import (
+    FrozenExpertsLinear,
+    base_skeleton,
+    dequantize_linears,
+    frozen_weights,
+    load_backbone,
+    unfreeze_experts,
+    with_stored_weights,
+)
 from lorafit.backbone.experts import SUFFIX, experts_to_quantize
 from lorafit.config import RunConfig
 from lorafit.memory.footprint import NF4_BYTES
-from tiny_models import save_base, some_ids
+from tiny_models import save_base, save_small, some_ids
 
 # a fused gate, biases and weights that lie transposed, no gate, experts in some layers only, stored fused
 KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "granitemoe", "qwen3_next", "minimax_m2")
-
-
-def saved(folder, kind):
-    """A tiny base of `kind`, with weights wide enough that experts differ."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind))
-    for name, weight in model.named_parameters():
-        if weight.ndim >= 2 or name.endswith("bias"):
-            torch.nn.init.normal_(weight, std=0.08)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return str(folder), len(experts_to_quantize(model))
 
 
 def logits_and_gradient(model):
@@ -36,7 +31,8 @@ def logits_and_gradient(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_in_4_bits_compute_what_transformers_computes_with_the_dequantized_ones(kind, tmp_path):
-    base, count = saved(tmp_path, kind)
+    base = save_small(tmp_path, kind)
+    count = len(experts_to_quantize(base_skeleton(RunConfig(base=base))))
     model = load_backbone(RunConfig(base=base), attn_implementation="eager").eval()
     experts = [module for module in model.modules() if isinstance(module, FrozenExpertsLinear)]
     assert len(experts) == count > 0
@@ -65,3 +61,16 @@ def test_no_dense_experts_stay_between_forward_and_backward(tmp_path):
         logits_and_gradient(model)
     dense = {4 * 7 * 96 * 64, 4 * 7 * 48 * 64}
     assert len(kept) > 50 and not any(tensor.untyped_storage().nbytes() in dense for tensor in kept)
+
+
+def test_experts_can_compute_with_their_weights_as_stored(tmp_path):
+    base = save_base(tmp_path, "qwen3_moe")
+    config = RunConfig(base=str(base))
+    model, stored = load_backbone(config), load_backbone(config.model_copy(update={"quantization": "none"}))
+    before, wanted = (logits_and_gradient(each)[0] for each in (model, stored))
+    with with_stored_weights(model, base) as has_weights:
+        assert has_weights
+        found = logits_and_gradient(model)[0]
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert float((before - wanted).abs().max() / wanted.abs().max()) > 1e-3
+    assert torch.equal(logits_and_gradient(model)[0], before)

@@ -1,8 +1,8 @@
 import pytest
 
 from lorafit.errors import AdapterError
+from lorafit.shapes import experts_note, targets_note
 from lorafit.shapes import resolve_targets as resolve_in
-from lorafit.shapes import targets_note
 from planning_shapes import GPT2, PHI3, shape
 
 NEOX = {"model_type": "gpt_neox"}
@@ -82,6 +82,20 @@ def test_a_wrong_name_is_an_error_with_the_nearest_one():
 def test_no_name_at_all_is_an_error():
     with pytest.raises(AdapterError, match="targets is empty"):
         resolve_targets((), shape())
+
+
+def test_experts_are_targets_when_they_are_named_with_their_module():
+    model = shape(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    every = resolve_targets("all-linear+experts", model)
+    assert every == (*resolve_targets("all-linear", model), "experts.gate_up_proj", "experts.down_proj")
+    assert resolve_targets(("experts.down_proj",), model) == ("experts.down_proj",)
+    with pytest.raises(AdapterError, match="has no linear module 'gate_up_proj'"):
+        resolve_targets(("gate_up_proj",), model)
+    with pytest.raises(AdapterError, match="has no stacked experts"):
+        resolve_targets("all-linear+experts", shape())
+    note = experts_note(every, model.projections, 16, 2)
+    assert note.startswith("adapters on experts have rank 8,")
+    assert f"{32 * 8 * 8 * (4096 + 2 * 14336 + 14336 + 4096):,} weights" in note
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "phimoe", "mixtral"])

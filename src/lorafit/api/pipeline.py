@@ -89,7 +89,10 @@ class AdapterTrainingPipeline:
     def lora_config(self) -> Any:
         """Return peft's LoraConfig of the adapters."""
         shape = ModelShape.from_base(self.config.base, self.config.revision)
-        return lora_config(self.config, resolve_targets(self.config.targets, shape.projections, shape.family))
+        names = resolve_targets(self.config.targets, shape.projections, shape.family)
+        experts = tuple(name for name in names if any(part.stacked for part in shape.named((name,))))
+        linears = tuple(name for name in names if name not in experts)
+        return lora_config(self.config, linears, experts, shape.experts_per_token)
 
     @property
     def _base(self) -> Path:

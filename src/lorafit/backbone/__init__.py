@@ -4,6 +4,7 @@ No other package imports bitsandbytes.
 """
 
 from lorafit.backbone.architecture import (
+    base_skeleton,
     compute_dtype,
     default_device,
     is_packed_base,
@@ -19,8 +20,11 @@ from lorafit.backbone.computing_in import computing_in, rounding_activations
 from lorafit.backbone.experts import (
     FrozenExpertsLinear,
     experts_to_quantize,
+    frozen_in,
     frozen_weights,
     quantize_experts,
+    stacked_experts,
+    transposed_experts,
     unfreeze_experts,
 )
 from lorafit.backbone.fresh_weights import FreshWeight, fresh_weights
@@ -36,9 +40,16 @@ from lorafit.backbone.kernels.frozen_linear import (
 )
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
+from lorafit.backbone.kernels.grouped_product import grouped_linear
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
-from lorafit.backbone.projections import adapter_obstacles, is_plain_linear, linear_size, projections_of
+from lorafit.backbone.projections import (
+    adapter_obstacles,
+    experts_per_token,
+    is_plain_linear,
+    linear_size,
+    projections_of,
+)
 from lorafit.backbone.stored_weights import packed_weights, with_stored_weights
 
 __all__ = [
@@ -48,10 +59,12 @@ __all__ = [
     "adapter_obstacles",
     "base_damages",
     "base_fingerprint",
+    "base_skeleton",
     "compute_dtype",
     "computing_in",
     "default_device",
     "dequantize",
+    "experts_per_token",
     "experts_to_quantize",
     "freeze_linears",
     "forget_quantization",
@@ -60,8 +73,10 @@ __all__ = [
     "is_plain_linear",
     "require_twin",
     "frozen_features",
+    "frozen_in",
     "frozen_weights",
     "frozen_product",
+    "grouped_linear",
     "linear_size",
     "load_backbone",
     "load_whole",
@@ -74,10 +89,12 @@ __all__ = [
     "redirect_library_logs",
     "require_same_base",
     "rounding_activations",
+    "stacked_experts",
     "stored_dtype",
     "text_decoder",
     "dequantize_linear",
     "dequantize_linears",
+    "transposed_experts",
     "true_numel",
     "unfreeze_experts",
     "unwrapped",

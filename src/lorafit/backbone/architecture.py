@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
-from lorafit.config import RunConfig, read_json
+from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
 from lorafit.shapes.dimensions import noise_keys
 
@@ -93,9 +93,12 @@ def _classes(door: Any, architecture: PretrainedConfig) -> dict[str, Any]:
 def without_noise(architecture: PretrainedConfig) -> PretrainedConfig:
     """Return `architecture` with its layers' dropout and its routers' jitter off.
 
-    They would act in training beside the setting `dropout`, which is the adapters'.
+    They would act in training beside the setting `dropout`, which is the adapters'. Routers report no logits for their
+    auxiliary loss, which frozen routers do not have.
     """
     for part in (architecture, architecture.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
         for key in noise_keys(part.to_dict()):
             setattr(part, key, 0.0)
     return architecture
@@ -160,6 +163,11 @@ def skeleton(architecture: PretrainedConfig) -> nn.Module:
     """Return the model on the meta device: every module, no memory."""
     with torch.device("meta"):
         return cast(nn.Module, auto_class(architecture).from_config(architecture, trust_remote_code=False))
+
+
+def base_skeleton(config: RunConfig) -> nn.Module:
+    """Return the base of `config` on the meta device."""
+    return skeleton(read_architecture(base_folder(config.base, config.revision)))
 
 
 def linears_to_quantize(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.backbone.architecture import architecture_of, output_head, text_decoder
+from lorafit.backbone.architecture import architecture_of, output_head, text_decoder, unwrapped
 from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.experts.frozen_experts import SUFFIX, FrozenExpertsLinear
 from lorafit.backbone.experts.layout import experts_to_quantize
@@ -141,6 +141,12 @@ def _is_plain_product(module: nn.Module) -> bool:
 def linear_size(module: Any) -> tuple[int, int]:
     """Return inputs and outputs of a Linear or Conv1D, in 4 bits too."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def experts_per_token(model: nn.Module) -> int:
+    """Return the experts that one token of `model` visits; 1 without experts."""
+    text = architecture_of(unwrapped(model)).get_text_config()
+    return first_number(text, EXPERTS_PER_TOKEN) if first_number(text, EXPERTS) else 1
 
 
 def first_number(text: Any, keys: tuple[str, ...]) -> int:

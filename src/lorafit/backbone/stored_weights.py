@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from lorafit.backbone.architecture import is_prequantized, read_architecture, skeleton
 from lorafit.backbone.base_checkpoint import Checkpoint
+from lorafit.backbone.experts import FrozenExpertsLinear, frozen_weights
+from lorafit.backbone.experts.fused_tensors import Fusion
 from lorafit.backbone.fresh_weights import Names
 from lorafit.backbone.kernels.frozen_linear import FrozenLinear4bit
 
+Reader = Callable[[], Tensor]
 WRAPPED, BASE_LAYER = "base_model.model.", ".base_layer"
 """What PEFT adds to the name of a linear."""
 
@@ -28,41 +31,65 @@ def packed_weights(model: nn.Module) -> int:
 
 @contextmanager
 def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
-    """Let every 4-bit linear of `model` use its weight in the base's `folder`, within the block.
+    """Let every 4-bit layer of `model` use its weight in the base's `folder`, within the block.
 
-    One weight is in memory at a time; adapters stay in use. Yields False, and changes nothing, where the base has no
-    such weights: it is stored in 4 bits, or fuses its tensors while loading.
+    One weight is in memory at a time, of experts all of a layer; adapters stay in use. Yields False, and changes
+    nothing, where the base has no such weights: it is stored in 4 bits, or fuses linears while loading.
     """
-    places = _places(folder)
-    linears = {_plain(name): each for name, each in model.named_modules() if isinstance(each, FrozenLinear4bit)}
-    if not linears or not set(linears) <= set(places) or packed_weights(model) != len(linears):
+    readers = _readers(folder)
+    layers = {_plain(name): each for name, each in frozen_weights(model).items()}
+    if not layers or not set(layers) <= set(readers) or packed_weights(model) != len(layers):
         yield False
         return
-    for name, linear in linears.items():
-        linear.forward = partial(_multiply, linear, *places[name])  # type: ignore[method-assign]
+    for name, layer in layers.items():
+        if isinstance(layer, FrozenExpertsLinear):
+            layer.matrices = partial(_matrices, layer, readers[name])  # type: ignore[method-assign]
+        else:
+            layer.forward = partial(_multiply, layer, readers[name])  # type: ignore[method-assign]
     try:
         yield True
     finally:
-        for linear in linears.values():
-            del linear.forward
+        for layer in layers.values():
+            del layer.__dict__["matrices" if isinstance(layer, FrozenExpertsLinear) else "forward"]
 
 
-def _plain(module: str) -> str:
-    """Return the name of the module's weight in the base, whether PEFT wraps the module or not."""
-    return f"{module.removeprefix(WRAPPED).removesuffix(BASE_LAYER)}.weight"
+def _plain(weight: str) -> str:
+    """Return the name of a weight in the base, whether PEFT wraps its module or not."""
+    return weight.removeprefix(WRAPPED).replace(BASE_LAYER, "")
 
 
-def _places(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return (file, stored name) of each parameter; nothing for a base that is stored in 4 bits."""
+def _readers(folder: Path) -> dict[str, Reader]:
+    """Return what reads each parameter; nothing for a base that is stored in 4 bits."""
     architecture = read_architecture(folder)
     if is_prequantized(architecture):
         return {}
-    names = Names(skeleton(architecture))
-    return {names.parameter(stored): (path, stored) for stored, path, _ in Checkpoint.open(folder).entries()}
+    checkpoint, names = Checkpoint.open(folder), Names(skeleton(architecture))
+    place = {stored: path for stored, path, _ in checkpoint.entries()}
+    readers: dict[str, Reader] = {names.parameter(stored): partial(_read, place, stored) for stored in place}
+    for name, fusion in names.fusions(checkpoint).items():
+        readers[name] = partial(_fused, place, fusion)
+    return readers
 
 
-def _multiply(linear: FrozenLinear4bit, path: Path, stored: str, x: Tensor) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        weight = file.get_tensor(stored).to(linear.weight_dtype or linear.compute_dtype)
-    weight = weight.to(x.device, linear.compute_dtype)
-    return F.linear(x.to(linear.compute_dtype), weight, linear.bias).to(x.dtype)
+def _read(place: Mapping[str, Path], stored: str) -> Tensor:
+    with safe_open(place[stored], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(stored)
+    return tensor
+
+
+def _fused(place: Mapping[str, Path], fusion: Fusion) -> Tensor:
+    return fusion.fused({stored: _read(place, stored) for stored, _ in fusion.sources})
+
+
+def _weight(layer: FrozenLinear4bit, read: Reader) -> Tensor:
+    rounded = read().to(layer.weight_dtype or layer.compute_dtype)
+    return rounded.to(layer.weight.device, layer.compute_dtype)
+
+
+def _matrices(layer: FrozenExpertsLinear, read: Reader) -> Tensor:
+    weight = _weight(layer, read)
+    return weight.transpose(1, 2) if layer.is_transposed else weight
+
+
+def _multiply(linear: FrozenLinear4bit, read: Reader, x: Tensor) -> Tensor:
+    return F.linear(x.to(linear.compute_dtype), _weight(linear, read), linear.bias).to(x.dtype)

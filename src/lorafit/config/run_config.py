@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -24,7 +24,8 @@ OTHER_MAKERS = re.compile(
 )
 """GPUs that torch's CUDA does not run on."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
-TargetPreset = Literal["qv", "attention", "all-linear"]
+TargetPreset = Literal["qv", "attention", "all-linear", "all-linear+experts"]
+PRESETS: tuple[str, ...] = get_args(TargetPreset)
 
 
 def scale_divisor(rank: int, *, rslora: bool) -> float:
@@ -87,7 +88,9 @@ class RunConfig(BaseModel):
         description="LoRA+: learning rate of B as a multiple of lr, which A has",
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
-    targets: TargetPreset | tuple[str, ...] = Field("qv", description="qv, attention, all-linear, or module names")
+    targets: TargetPreset | tuple[str, ...] = Field(
+        "qv", description="qv, attention, all-linear, all-linear+experts, or module names"
+    )
     memory_policy: str = Field("auto", description="keep, recompute, offload, or counts; auto fits the memory")
     compile: Literal["auto", "on", "off"] = Field("auto", description="compile the decoder layer; auto: on CUDA")
 
@@ -168,7 +171,7 @@ class RunConfig(BaseModel):
     @field_validator("targets", mode="before")
     @classmethod
     def _names_or_preset(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in ("qv", "attention", "all-linear"):
+        if isinstance(value, str) and value not in PRESETS:
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 

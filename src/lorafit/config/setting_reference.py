@@ -40,7 +40,7 @@ ADVICE = {
     "dora": "Set it with a low rank and dropout: 0, for accuracy near a higher rank's; steps take longer.",
     "loraplus_lr_ratio": "Set it to 16 for a new skill, with half the lr.",
     "dropout": "Raise it to 0.1 for under 1,000 rows; set 0 for the most speed.",
-    "targets": "Use all-linear for a new format, language or domain.",
+    "targets": "Use all-linear for a new format, language or domain; add +experts if a mixture barely moves.",
     "memory_policy": "Leave it on auto; set recompute when memory runs out.",
     "compile": "Set off to debug, or for runs of a few steps.",
     "lr": "Halve it when the loss spikes; double it when the loss hardly falls.",

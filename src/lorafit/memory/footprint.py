@@ -289,9 +289,11 @@ def _adapter_bytes(
 ) -> float:
     """Return the bytes per token and mean layer that adapters keep.
 
-    They keep dropout masks, and their inputs unless fused; DoRA keeps the output that its magnitudes multiply.
+    They keep dropout masks, and their inputs unless fused; DoRA keeps the output that its magnitudes multiply. Experts'
+    adapters keep the copy of a token that each of its experts reads.
     """
-    inputs = (mask_bytes + (0 if fused else width)) * sum(part.inputs * part.count for part in parts)
+    kept = mask_bytes + (0 if fused else width)
+    inputs = sum((width if part.stacked else kept) * part.inputs * part.count * part.active for part in parts)
     outputs = width * sum(part.outputs * part.count for part in parts) if dora else 0
     return (inputs + outputs) / shape.layers
 

@@ -9,7 +9,7 @@ from typing import Any
 from lorafit.config import RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
-from lorafit.shapes import ModelShape, resolve_targets
+from lorafit.shapes import ModelShape, Projection, expert_rank, resolve_targets
 
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Bytes of an activation by compute dtype. fp8 narrows only the operands of frozen matmuls, which are temporary."""
@@ -142,12 +142,16 @@ class PlanInputs:
     @cached_property
     def adapter_parameters(self) -> int:
         """Weights in the adapters: rank × (inputs + outputs) for each target, and DoRA's magnitudes."""
-        if self.is_full:
-            return 0
-        parts, magnitudes = self.shape.named(self.targets), int(self.is_dora)
-        return sum(
-            (self.config.rank * (part.inputs + part.outputs) + magnitudes * part.outputs) * part.count for part in parts
-        )
+        return 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets)))
+
+    @cached_property
+    def active_adapter_parameters(self) -> float:
+        """Weights of adapters that one token is multiplied with."""
+        return sum(self._adapter_weights(part) * part.active for part in self.shape.named(self.targets))
+
+    def _adapter_weights(self, part: Projection) -> int:
+        rank = expert_rank(self.config.rank, self.shape.experts_per_token) if part.stacked else self.config.rank
+        return (rank * (part.inputs + part.outputs) + int(self.is_dora) * part.outputs) * part.count
 
     @property
     def trained_parameters(self) -> int:

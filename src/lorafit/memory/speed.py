@@ -138,7 +138,7 @@ def _matmuls(inputs: PlanInputs, tokens: int) -> _Matmuls:
     inner = sum(part.parameters * part.active for part in shape.projections if part.role in INTO) / shape.layers
     # forward sums over a projection's inputs and backward over its outputs, so the mean is used for both
     depth = sum((part.inputs + part.outputs) / 2 * _calls(part, shape) for part in shape.projections) / shape.layers
-    adapters = inputs.adapter_parameters / shape.layers
+    adapters = 0.0 if inputs.is_full else inputs.active_adapter_parameters / shape.layers
     # the dropped-out input of a DoRA target goes through its frozen weight once more
     twice = inputs.shape.named(inputs.targets) if inputs.is_dora and inputs.config.dropout else ()
     again = 2 * tokens * sum(part.parameters for part in twice) / shape.layers / (rate * faster)

@@ -16,7 +16,7 @@ from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.planning.decisions import Decided, Decision, Option, decide, price_options
 from lorafit.planning.forecast import REASON, Forecast, forecast, too_large_for_one
 from lorafit.planning.pitfalls import obstacles, pitfalls
-from lorafit.shapes import ModelShape, targets_note
+from lorafit.shapes import ModelShape, experts_note, targets_note
 
 WIDTH = 1 << 20
 """Columns after which YAML folds a line, so large that each setting stays one line."""
@@ -163,8 +163,10 @@ class Plan:
         rows = f"rows train one a forward, which is slower than packing: {shape.alone}" if shape.alone else ""
         asked = self.inputs.config.targets
         targets = None if self.decided.is_full else targets_note(asked, shape.projections, shape.family)
+        rank, visited = self.inputs.config.rank, shape.experts_per_token
+        experts = "" if self.decided.is_full else experts_note(self.targets, shape.projections, rank, visited)
         several = self.time_assumes[-1] if self.inputs.gpus > 1 else ""
-        return (*shape.notes, *filter(None, [rows, targets, several]), *self.hardware.notes)
+        return (*shape.notes, *filter(None, [rows, targets, experts, several]), *self.hardware.notes)
 
     @property
     def trainable_parameters(self) -> int:

@@ -13,7 +13,7 @@ import uvicorn
 
 from lorafit.errors import UsageError
 from lorafit.runs import LAST, RunDir
-from lorafit.serve.adapters import ServedBase, no_dora
+from lorafit.serve.adapters import ServedBase, require_sums
 from lorafit.serve.engines import BuiltinEngine, Limits, SupervisedEngine, supervised_engine
 from lorafit.serve.http import ServerOptions, make_app
 from lorafit.serve.http.forwarding import make_forwarding_app
@@ -149,8 +149,8 @@ class _Program(uvicorn.Server):
 
 def _require_run(path: Path) -> None:
     """Raise UsageError for a run whose weights are no adapter."""
-    if RunDir(path).holds_run and RunDir(path).config().dora:
-        raise no_dora(path)
+    if RunDir(path).holds_run:
+        require_sums(RunDir(path).config(), path)
     if RunDir(path).holds_run and RunDir(path).config().method == "full":
         what = "a full run has no adapter, and the builtin engine serves adapters over one base"
         fix = f"run lorafit merge {path}, and serve its folder with vllm serve {RunDir(path).exports / 'full'}"

@@ -3,6 +3,15 @@
 from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.shape import ModelShape
-from lorafit.shapes.targets import resolve_targets, targets_note
+from lorafit.shapes.targets import expert_rank, experts_note, resolve_targets, targets_note
 
-__all__ = ["LengthLimit", "ModelShape", "Projection", "length_limit", "resolve_targets", "targets_note"]
+__all__ = [
+    "LengthLimit",
+    "ModelShape",
+    "Projection",
+    "expert_rank",
+    "experts_note",
+    "length_limit",
+    "resolve_targets",
+    "targets_note",
+]

@@ -55,6 +55,9 @@ class Projection:
     def is_named(self, name: str) -> bool:
         """Return True if `name` is its name, or a dotted ending of the module's path.
 
-        A path within a layer may be shorter than `name`, which may begin outside of the layer.
+        A path within a layer may be shorter than `name`, which may begin outside of the layer. Experts are named with
+        their module, as `experts.down_proj`: their last name alone is that of linears beside them.
         """
+        if self.stacked and "." not in name:
+            return False
         return self.name == name or f".{self.path}".endswith(f".{name}") or name.endswith(f".{self.path}")

@@ -23,6 +23,7 @@ from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
 
+ROUTERS = "the routers are frozen, and their auxiliary loss is off"
 MOST_PACKED = 1 << 31
 """Weights of one tensor that bitsandbytes can count; larger tensors stay in 16 bits."""
 
@@ -91,6 +92,8 @@ class ModelShape:
             shape = _from_table(FAMILIES[model_type], model_type, config, name)
         else:
             shape = _from_skeleton(model_type, config, name)
+        if shape.expert_parameters:
+            shape = replace(shape, notes=(*shape.notes, ROUTERS))
         noise = noise_keys(text)
         note = f"the base's own noise in training is off ({', '.join(noise)}); the setting dropout is the adapters'"
         return replace(shape, notes=(*shape.notes, note) if noise else shape.notes, limit=length_limit(text))
@@ -211,8 +214,9 @@ class ModelShape:
         }
 
     def named(self, names: tuple[str, ...]) -> tuple[Projection, ...]:
-        """Return the linear modules that one of `names` selects, and that take an adapter."""
-        return tuple(linear for linear in self.linears if not linear.obstacle and any(map(linear.is_named, names)))
+        """Return the linear modules and stacked experts that one of `names` selects, and that take an adapter."""
+        free = (part for part in self.projections if (part.packs if part.stacked else not part.obstacle))
+        return tuple(part for part in free if any(map(part.is_named, names)))
 
 
 def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name: str) -> ModelShape:

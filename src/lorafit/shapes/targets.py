@@ -15,6 +15,8 @@ PRESETS: Mapping[str, tuple[Role, ...]] = {
     "attention": ("q", "k", "v", "o", "attention", *FUSED),
 }
 """Preset -> the roles that it selects. A fused projection stands for each of its parts."""
+EVERY = ("all-linear", "all-linear+experts")
+"""Presets of every linear; the second has the experts too."""
 IN_WORDS = {"qv": "queries and values", "attention": "attention"}
 HEADS = ("lm_head", "embed_tokens", "embed_out")
 
@@ -25,19 +27,41 @@ def resolve_targets(
     """Return the names of the linear modules that `targets` selects, in layer order.
 
     `qv` and `attention` go by the role of a projection, whatever its name, in the layers that have it. `all-linear` is
-    every linear of the decoder that takes an adapter, without routers and lm_head. A name that other linears share is
-    returned with its module, such as `self_attn.out_proj`. Raises AdapterError with the model's own names when a name
-    is wrong, when its module cannot take an adapter, and when nothing is selected.
+    every linear of the decoder that takes an adapter, without routers and lm_head; `all-linear+experts` has stacked
+    experts too, each by the name of its parameter, such as `experts.down_proj`. A name that others share is returned
+    with its module, such as `self_attn.out_proj`. Raises AdapterError with the model's own names when a name is wrong,
+    when its module cannot take an adapter, and when nothing is selected.
     """
     linears = [part for part in projections if not part.stacked]
-    if isinstance(targets, str) and (targets == "all-linear" or targets in PRESETS):
-        return _shortest(_of_preset(targets, linears, family), linears)
+    if isinstance(targets, str) and (targets in EVERY or targets in PRESETS):
+        chosen = _shortest(_of_preset(targets.removesuffix("+experts"), linears, family), linears)
+        return (*chosen, *_experts(projections, family)) if targets == EVERY[1] else chosen
     names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
     if not names:
         raise AdapterError("targets is empty", where="targets", fix=_advice(linears))
     for name in names:
-        _check(name, linears, family)
+        if not any(part.stacked and part.packs and part.is_named(name) for part in projections):
+            _check(name, linears, family)
     return names
+
+
+def expert_rank(rank: int, experts_per_token: int) -> int:
+    """Return the rank of an expert's adapter: those of a token's experts together have `rank`.
+
+    Source: "LoRA Without Regret" (Schulman et al., 2025), on mixtures.
+    """
+    return max(1, rank // max(1, experts_per_token))
+
+
+def _experts(projections: Sequence[Projection], family: str) -> tuple[str, ...]:
+    found = [part for part in projections if part.stacked]
+    if not found:
+        what, fix = f"{family} has no stacked experts", "write targets: all-linear"
+        raise AdapterError(what, where="targets", fix=fix)
+    if not all(part.packs for part in found):
+        what = f"the experts of {family} take no adapters, since transformers multiplies them in a way of its own"
+        raise AdapterError(what, where="targets", fix="write targets: all-linear")
+    return tuple(dict.fromkeys(".".join(part.path.split(".")[-2:]) for part in found))
 
 
 def targets_note(targets: str | Sequence[str], projections: Sequence[Projection], family: str) -> str:
@@ -53,10 +77,23 @@ def targets_note(targets: str | Sequence[str], projections: Sequence[Projection]
         elif fused := [part for part in chosen if part.role in FUSED]:
             notes.append(f"{family} fuses projections, so '{targets}' adapts the whole of {_names(fused)}")
     refused = [part for part in linears if part.obstacle and part.role != "other"]
-    if targets == "all-linear" and refused:
+    if targets in EVERY and refused:
         why = "; ".join(dict.fromkeys(part.obstacle for part in refused))
-        notes.append(f"'all-linear' leaves out {_names(refused)}: {why}")
+        notes.append(f"'{targets}' leaves out {_names(refused)}: {why}")
     return "; ".join(notes)
+
+
+def experts_note(names: Sequence[str], projections: Sequence[Projection], rank: int, experts_per_token: int) -> str:
+    """Return rank and number of the weights that adapt experts; empty when `names` select none."""
+    chosen = [part for part in projections if part.stacked and part.packs and any(map(part.is_named, names))]
+    if not chosen:
+        return ""
+    own = expert_rank(rank, experts_per_token)
+    weights = sum(own * (part.inputs + part.outputs) * part.count for part in chosen)
+    return (
+        f"adapters on experts have rank {own}, {rank} over the {experts_per_token} experts of a token, and no dropout: "
+        f"{weights:,} weights"
+    )
 
 
 def _of_preset(preset: str, linears: Sequence[Projection], family: str) -> list[Projection]:

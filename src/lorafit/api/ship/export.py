@@ -23,6 +23,7 @@ from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, c
 from lorafit.export.verify import VERIFICATION_FILE, Serving, record_proofs, write_chat_template
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
+from lorafit.methods.lora import adapts_experts
 from lorafit.programs import find_vllm
 from lorafit.runs import LAST, RunDir, staged_folder
 
@@ -142,6 +143,9 @@ def _export_adapter(
         if config.dora:
             what = "the run is DoRA, and vLLM serves no DoRA adapters"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
+        if adapts_experts(config):
+            what = "the run has adapters on experts, and this export is for adapters on linear modules"
+            raise UsageError(what, where=str(run.path), fix="export it with --to merged")
         base = base_folder(config.base, config.revision, weights=True)
         require_same_base(base, run.base_fingerprint())
         identity = {

@@ -4,11 +4,13 @@ from lorafit.backbone.experts.frozen_experts import (
     SUFFIX,
     FrozenExpertsLinear,
     freeze_experts,
+    frozen_in,
     frozen_weights,
     quantize_experts,
+    stacked_experts,
     unfreeze_experts,
 )
-from lorafit.backbone.experts.layout import experts_to_quantize
+from lorafit.backbone.experts.layout import experts_to_quantize, transposed_experts
 from lorafit.backbone.experts.quantizer import quantizing_experts, restore_method
 
 __all__ = [
@@ -16,9 +18,12 @@ __all__ = [
     "FrozenExpertsLinear",
     "experts_to_quantize",
     "freeze_experts",
+    "frozen_in",
     "frozen_weights",
     "quantize_experts",
     "quantizing_experts",
     "restore_method",
+    "stacked_experts",
+    "transposed_experts",
     "unfreeze_experts",
 ]

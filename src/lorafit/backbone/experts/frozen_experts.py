@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.backbone.bitsandbytes_import import Params4bit
-from lorafit.backbone.experts.layout import expert_names
+from lorafit.backbone.experts.layout import expert_names, experts_to_quantize
 from lorafit.backbone.kernels.frozen_linear import BLOCK, QUANT_TYPE, FrozenLinear4bit, freeze_linears
 from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.backbone.kernels.grouped_product import grouped_product
@@ -106,6 +106,19 @@ def frozen_weights(model: nn.Module) -> dict[str, FrozenLinear4bit]:
         for path, module in model.named_modules()
         if isinstance(module, FrozenLinear4bit)
     }
+
+
+def stacked_experts(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return (experts, in, out) of each stacked parameter of `model`, dense or frozen, by its dotted name."""
+    sizes = {}
+    for name in experts_to_quantize(model):
+        experts, *widths = model.get_parameter(name).shape
+        is_transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
+        sizes[name] = (experts, *(widths if is_transposed else reversed(widths)))
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenExpertsLinear):
+            sizes[path.removesuffix(SUFFIX)] = (module.stored[0], *reversed(module.widths))
+    return sizes
 
 
 def frozen_in(module: nn.Module) -> Iterator[tuple[str, FrozenExpertsLinear]]:

@@ -37,3 +37,8 @@ def _stacked(model: nn.Module) -> Iterator[str]:
 
 def _packs(weight: nn.Parameter | None) -> bool:
     return weight is not None and weight.dim() == 3 and weight.numel() < MOST_PACKED
+
+
+def transposed_experts(model: nn.Module) -> set[str]:
+    """Return the dotted names of the stacked parameters of `model` whose matrices are stored as (in, out)."""
+    return {name for name in experts_to_quantize(model) if model.get_submodule(name.rpartition(".")[0]).is_transposed}

@@ -33,8 +33,12 @@ def grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
     Group e has the rows from `offsets[e - 1]` up to `offsets[e]`; offsets (groups,) int32.
     """
-    if _takes(x, weights):
+    if _takes(x, *weights.shape[1:]):
         return torch.nn.functional.grouped_mm(x, weights, offs=offsets)
+    return _one_by_one(x, weights, offsets)
+
+
+def _one_by_one(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_zeros(len(x), weights.shape[2])
     for group, (begin, end) in enumerate(pairwise([0, *offsets.tolist()])):
         if begin < end:
@@ -42,17 +46,41 @@ def grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _takes(x: Tensor, weights: Tensor) -> bool:
+def grouped_outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """Return `xᵀ @ grad` of each group's rows, (groups, in, out): the gradient of the weights of `grouped_matmul`."""
+    if _takes(x, x.shape[1], grad.shape[1]):
+        out = torch.nn.functional.grouped_mm(x.t(), grad, offs=offsets)
+        # a group without rows may be left as it was in memory
+        return out.masked_fill_((offsets.diff(prepend=offsets.new_zeros(1)) == 0)[:, None, None], 0)
+    out = x.new_zeros(len(offsets), x.shape[1], grad.shape[1])
+    for group, (begin, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        torch.mm(x[begin:end].t(), grad[begin:end], out=out[group])
+    return out
+
+
+def _takes(x: Tensor, *widths: int) -> bool:
     """Return True if torch's grouped matmul takes the operands; other ones are multiplied group by group."""
-    if not (x.is_cuda and x.dtype is weights.dtype is torch.bfloat16 and _has_kernel(x.device.index)):
-        return False
-    widths = (x.shape[1], weights.shape[1], weights.shape[2])
-    return all(width * x.element_size() % ALIGNMENT == 0 for width in widths)
+    fits = x.is_cuda and x.dtype is torch.bfloat16 and _has_kernel(x.device.index)
+    return fits and all(width * x.element_size() % ALIGNMENT == 0 for width in widths)
 
 
 @cache
 def _has_kernel(device: int) -> bool:
-    return hasattr(torch.nn.functional, "grouped_mm") and torch.cuda.get_device_capability(device) >= CAPABILITY
+    """Return True if torch's grouped matmul works on GPU `device`, with groups of any size."""
+    if not hasattr(torch.nn.functional, "grouped_mm") or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return False
+    x, grad = (torch.linspace(-1, 1, 37 * width).sin().view(37, width).bfloat16() for width in (16, 24))
+    weights = torch.linspace(-2, 2, 4 * 16 * 24).cos().view(4, 16, 24).bfloat16()
+    offsets = torch.tensor([5, 5, 30, 37], dtype=torch.int32)
+    place = torch.device("cuda", device)
+    try:
+        forward = torch.nn.functional.grouped_mm(x.to(place), weights.to(place), offs=offsets.to(place)).cpu()
+        backward = torch.nn.functional.grouped_mm(x.to(place).t(), grad.to(place), offs=offsets.to(place)).cpu()
+    except RuntimeError:
+        return False
+    close = torch.allclose(forward, _one_by_one(x, weights, offsets), atol=0.05, rtol=0.05)
+    parts = [x[begin:end].float().t() @ grad[begin:end].float() for begin, end in ((0, 5), (5, 30), (30, 37))]
+    return close and torch.allclose(backward[[0, 2, 3]].float(), torch.stack(parts), atol=0.05, rtol=0.05)
 
 
 SCHEMA = (
@@ -104,3 +132,40 @@ class _GroupedProduct(torch.autograd.Function):
         offsets, handle = ctx.saved_tensors
         grad_x = frozen_grouped(grads[0].contiguous(), offsets, handle, *ctx.features, True)
         return grad_x, None, None, None, None
+
+
+LIBRARY.define("grouped_matmul(Tensor x, Tensor weights, Tensor offsets) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+LIBRARY.define("grouped_outer(Tensor x, Tensor grad, Tensor offsets) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+LIBRARY.impl("grouped_matmul", grouped_matmul, "CompositeExplicitAutograd")
+LIBRARY.impl("grouped_outer", grouped_outer, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lorafit::grouped_matmul", lib=LIBRARY)
+def _matmul_shape(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[2])
+
+
+@torch.library.register_fake("lorafit::grouped_outer", lib=LIBRARY)
+def _outer_shape(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+
+
+def grouped_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Return `grouped_matmul` with a gradient to `x` and to `weights` (groups, in, out), which are contiguous."""
+    result: Tensor = _GroupedLinear.apply(x, weights, offsets)
+    return result
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights, offsets)
+        result: Tensor = torch.ops.lorafit.grouped_matmul.default(x.contiguous(), weights, offsets)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, offsets = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = torch.ops.lorafit.grouped_matmul.default(grad, weights.transpose(1, 2), offsets)
+        return grad_x, torch.ops.lorafit.grouped_outer.default(x.contiguous(), grad, offsets), None

@@ -10,6 +10,7 @@ from lorafit.methods.lora.adapter_folder import (
 )
 from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_config, resolve_targets
 from lorafit.methods.lora.deltas import Delta, Deltas
+from lorafit.methods.lora.expert_adapters import adapts_experts
 from lorafit.methods.lora.grouped import GroupedAdapters, plain_adapter
 from lorafit.methods.lora.lora import Lora
 
@@ -21,6 +22,7 @@ __all__ = [
     "Deltas",
     "GroupedAdapters",
     "Lora",
+    "adapts_experts",
     "attach",
     "count_parameters",
     "fitting_weights",

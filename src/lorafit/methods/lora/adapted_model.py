@@ -16,6 +16,7 @@ from lorafit.backbone import (
     unfreeze_experts,
 )
 from lorafit.methods.lora.dora import rescaled
+from lorafit.methods.lora.expert_adapters import INNER, ExpertsAdapter, expert_deltas
 
 with redirect_library_logs():  # peft imports bitsandbytes, which warns on some CPUs
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -62,11 +63,20 @@ class AdaptedModel(PeftModelForCausalLM):
             merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
             return merged
         names = adapter_names or self.active_adapters
+        deltas = expert_deltas(base, names)
         for path, module in list(base.named_modules()):
-            if isinstance(module, LoraLayer):
-                parent, _, leaf = path.rpartition(".")
+            parent, _, leaf = path.rpartition(".")
+            if isinstance(module, ExpertsAdapter):
+                if not path.endswith(INNER):  # the inner one goes with the outer
+                    experts = module.unload_and_optionally_merge_module(False, False, None)
+                    setattr(base.get_submodule(parent), leaf, experts)
+            elif isinstance(module, LoraLayer):
                 setattr(base.get_submodule(parent), leaf, _merged(module, names))
-        return forget_quantization(dequantize_linears(unfreeze_experts(base)))
+        plain = dequantize_linears(unfreeze_experts(base))
+        for name, delta in deltas.items():
+            weight = plain.get_parameter(name)
+            weight.data.copy_(weight.data.float() + delta)
+        return forget_quantization(plain)
 
 
 def _merged(layer: Any, adapters: list[str]) -> nn.Linear:

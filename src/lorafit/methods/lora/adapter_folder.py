@@ -16,12 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.backbone import linear_size
+from lorafit.backbone import linear_size, stacked_experts
 from lorafit.config import MAX_SCALE, RunConfig, read_json
 from lorafit.errors import AdapterError
-from lorafit.methods.lora.adapted_model import LoraConfig, LoraLayer, PeftModel, get_peft_model_state_dict
+from lorafit.methods.lora.adapted_model import LoraConfig, PeftModel, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
 from lorafit.methods.lora.dora import MAGNITUDE, prepare_dora
+from lorafit.methods.lora.expert_adapters import (
+    adapted_layers,
+    as_parameters,
+    bind_experts,
+    check_expert_settings,
+    parameter_of,
+)
 from lorafit.methods.lora.foreign_settings import check_values, plain_settings
 from lorafit.methods.saving import require_finite, save_snapshot
 
@@ -31,7 +38,8 @@ PREFIX = "base_model.model."
 # keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
 FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-     "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out")
+     "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
+     "target_parameters", "rank_pattern", "alpha_pattern")
 )  # fmt: skip
 NEEDED_KEYS = frozenset(
     ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -51,6 +59,8 @@ class AdapterFiles:
         targets: the target modules, sorted.
         transposed: True if the base stores its weights as (in, out), as Conv1D does.
         dora: True if the adapter has magnitudes, one for each row of a weight.
+        parameters: PEFT's `target_parameters`, the stacked experts with adapters, sorted.
+        expert_rank: the rank of an expert's adapter.
     """
 
     folder: Path
@@ -59,6 +69,8 @@ class AdapterFiles:
     targets: tuple[str, ...]
     transposed: bool = False
     dora: bool = False
+    parameters: tuple[str, ...] = ()
+    expert_rank: int = 0
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
@@ -76,16 +88,27 @@ class AdapterFiles:
         raw = read_json(folder / CONFIG_FILE, AdapterError)
         _check_plain(raw, folder)
         check_values(raw, str(folder / CONFIG_FILE))
-        targets = tuple(sorted(raw["target_modules"]))
-        flags = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
-        return cls(folder, raw["r"], _scale(raw, folder), targets, *flags)
+        scale = _scale(raw, folder)
+        check_expert_settings(raw, str(folder / CONFIG_FILE), _is_name)
+        targets, experts = (tuple(sorted(raw.get(key) or ())) for key in ("target_modules", "target_parameters"))
+        swapped, dora = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
+        expert_rank = next(iter((raw.get("rank_pattern") or {}).values()), raw["r"])
+        return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank)
 
     def settings(self) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
-        return plain_settings(read_json(self.folder / CONFIG_FILE, AdapterError), self.rank, self.targets)
+        settings = plain_settings(read_json(self.folder / CONFIG_FILE, AdapterError), self.rank, self.targets)
+        if self.parameters:
+            power = 0.5 if settings.use_rslora else 1.0
+            settings.target_parameters, settings.lora_dropout = list(self.parameters), 0.0
+            settings.rank_pattern = dict.fromkeys(self.parameters, self.expert_rank)
+            settings.alpha_pattern = dict.fromkeys(self.parameters, self.scale * self.expert_rank**power)
+        return settings
 
     def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return (A (r, in), B (out, r)), fp32, by module name in the base.
+        """Return (A (r, in), B (out, r)), fp32, by module name in the base; of experts by the parameter's name.
+
+        A of experts is (experts · r, in), and B is (out, r · experts), as PEFT stores them.
 
         Raises AdapterError for invalid or non-finite weights.
         """
@@ -102,7 +125,8 @@ class AdapterFiles:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
-                    module, side = _parse_key(key, self)
+                    wrapper, side = _parse_key(key, self)
+                    module = parameter_of(wrapper, self.parameters) or wrapper
                     tensor = file.get_tensor(key)
                     found.setdefault(module, {})[side] = _checked(key, tensor, self.folder, 1 + (side != MAGNITUDE))
         except (SafetensorError, OSError) as error:
@@ -135,6 +159,8 @@ class AdapterSnapshot:
         saved = copy.copy(lora)
         saved.revision = config.revision  # PEFT's auto classes load the base by it
         # sorted, since the order of a set differs from run to run
+        if lora.target_parameters:
+            saved.target_parameters = sorted(lora.target_parameters)
         saved.target_modules, saved.base_model_name_or_path, saved.inference_mode = (
             sorted(lora.target_modules),
             str(Path(base_name).expanduser().absolute()) if Path(base_name).expanduser().is_dir() else base_name,
@@ -181,11 +207,7 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
     """Copy the weights in `folder` into the adapter of `model`. Raises AdapterError if they do not fit."""
     files = AdapterFiles.open(folder)
     weights, magnitudes = files.weights(), files.magnitudes()
-    live = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    live = adapted_layers(model.get_base_model())
     if set(live) != set(weights):
         odd = min(set(live) ^ set(weights))
         raise AdapterError(f"the adapter does not fit this run: {odd} is in only one of them", where=str(folder))
@@ -208,7 +230,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     """
     files = AdapterFiles.open(folder)
     weights = fitting_weights(model, files)
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
+    with as_parameters(model):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
+    bind_experts(adapted)
     prepare_dora(adapted, is_new=False)
     check_attached(adapted, weights)
     return adapted
@@ -220,7 +244,8 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
     Raises AdapterError if a target has no weights, a weight has no target, or a shape differs.
     """
     weights = files.weights()
-    wanted = matching(files.targets, linear_names(model))
+    experts = stacked_experts(model)
+    wanted = matching(files.targets, linear_names(model)) | matching(files.parameters, list(experts))
     if set(weights) != wanted:
         odd = min(set(weights) ^ wanted)
         raise AdapterError(
@@ -229,6 +254,11 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
             fix="use its own base",
         )
     for name, (a, b) in weights.items():
+        if name in experts:
+            if (len(a) // files.expert_rank, a.shape[1], len(b)) != experts[name]:
+                what = f"the adapter's shape does not fit {name}"
+                raise AdapterError(what, where=str(files.folder), fix="use its own base")
+            continue
         linear = model.get_submodule(name)
         if (a.shape[1], b.shape[0]) != linear_size(linear) or files.transposed != isinstance(linear, Conv1D):
             what = f"the adapter's shape does not fit {name}"
@@ -257,7 +287,8 @@ def _check_plain(raw: dict[str, Any], folder: Path) -> None:
     targets = raw.get("target_modules")
     if isinstance(targets, str):
         raise AdapterError("target_modules is a regular expression, not a list of names", where=where)
-    if not isinstance(targets, list) or not targets or not all(_is_name(target) for target in targets):
+    has_any = targets or raw.get("target_parameters")
+    if not isinstance(targets, list) or not has_any or not all(_is_name(target) for target in targets):
         raise AdapterError("target_modules is no list of module names", where=where)
     if not isinstance(raw.get("r"), int) or isinstance(raw["r"], bool) or not 1 <= raw["r"] <= MAX_RANK:
         raise AdapterError(f"rank {raw.get('r')} is not between 1 and {MAX_RANK}", where=where)
@@ -302,7 +333,10 @@ def _pair(module: str, sides: Mapping[str, Tensor], files: AdapterFiles) -> tupl
     where = str(files.folder / WEIGHTS_FILE)
     if not {"A", "B"} <= set(sides):
         raise AdapterError(f"{module} lacks its A or its B", where=where)
-    if sides["A"].shape[0] != files.rank or sides["B"].shape[1] != files.rank:
+    found, rank = (sides["A"].shape[0], sides["B"].shape[1]), files.rank
+    if files.parameters and any(module.endswith(f".{name}") or module == name for name in files.parameters):
+        rank = files.expert_rank * max(1, found[0] // files.expert_rank)
+    if found != (rank, rank):
         raise AdapterError(f"{module}'s weights do not have rank {files.rank}", where=where)
     if files.dora and sides[MAGNITUDE].shape[0] != sides["B"].shape[0]:
         raise AdapterError(f"{module}'s magnitude does not fit its B", where=where)

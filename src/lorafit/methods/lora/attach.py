@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from lorafit import shapes
 from lorafit.backbone import (
     adapter_obstacles,
+    experts_per_token,
     is_plain_linear,
     output_head,
     projections_of,
+    stacked_experts,
     text_decoder,
     true_numel,
     unwrapped,
@@ -23,6 +25,13 @@ from lorafit.backbone import (
 from lorafit.config import RunConfig
 from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
 from lorafit.methods.lora.dora import prepare_dora
+from lorafit.methods.lora.expert_adapters import (
+    adapted_layers,
+    as_parameters,
+    bind_experts,
+    patterns,
+    set_dropout,
+)
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -55,7 +64,8 @@ def unambiguous(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """Return `names`, or full names if `names` also select modules that take no adapter."""
     wanted = matching(names, adaptable_names(model))
     everywhere = matching(names, [name for name, _ in model.named_modules()])
-    return tuple(names) if everywhere == wanted else tuple(sorted(wanted))
+    experts = expert_targets(model, names)
+    return tuple(name for name in names if name not in experts) if everywhere == wanted else tuple(sorted(wanted))
 
 
 def matching(names: Sequence[str], linears: Sequence[str]) -> set[str]:
@@ -92,27 +102,40 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     """
     names = resolve_targets(model, config.targets if target_names is None else target_names)
     wanted = matching(names, adaptable_names(model))
-    lora = lora_config(config, unambiguous(model, names))
+    experts = expert_targets(model, names)
+    everything = {*wanted, *matching(experts, list(stacked_experts(model)))}
+    lora = lora_config(config, unambiguous(model, names), experts, experts_per_token(model))
     lora.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), as_parameters(model):
         adapted = AdaptedModel(model, lora)
+    bind_experts(adapted)
+    set_dropout(adapted, config.dropout if experts else 0)
     _draw(adapted, config.seed)
     prepare_dora(adapted, is_new=True)
-    check_attached(adapted, wanted)
+    check_attached(adapted, everything)
     return adapted
 
 
-def lora_config(config: RunConfig, names: Sequence[str]) -> LoraConfig:
-    """Return PEFT's description of the adapters of `config` on the modules `names`."""
+def expert_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of `names` that select stacked experts of `model`; such names have their module's before a dot."""
+    stacked = list(stacked_experts(model))
+    return tuple(name for name in names if "." in name and matching([name], stacked))
+
+
+def lora_config(
+    config: RunConfig, names: Sequence[str], experts: Sequence[str] = (), experts_of_token: int = 1
+) -> LoraConfig:
+    """Return PEFT's description of the adapters of `config` on the modules `names` and the parameters `experts`."""
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        lora_dropout=0.0 if experts else config.dropout,
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=list(names),
         bias="none",
         task_type="CAUSAL_LM",
+        **patterns(config, experts, experts_of_token),
     )
 
 
@@ -131,8 +154,8 @@ def _draw(adapted: PeftModel, seed: int) -> None:
 
 
 def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
-    """Assert that exactly the linears in `wanted` have an adapter, and only fp32 adapters train."""
-    found = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    """Assert that exactly the linears and experts in `wanted` have an adapter, and only fp32 adapters train."""
+    found = set(adapted_layers(adapted.get_base_model()))
     assert found == set(wanted), f"adapters on {sorted(found ^ set(wanted))[:4]} do not match the targets"
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:

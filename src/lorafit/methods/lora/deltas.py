@@ -6,12 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from lorafit.backbone import base_skeleton, transposed_experts
 from lorafit.config import RunConfig
 from lorafit.errors import VerificationError
 from lorafit.methods.lora.adapter_folder import AdapterFiles
+from lorafit.methods.lora.attach import matching
 from lorafit.methods.lora.dora import rescaled
+from lorafit.methods.lora.expert_adapters import stacked
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Delta:
         scale: alpha / r.
         transposed: True if the weight is stored as (in, out), as Conv1D does.
         magnitude: DoRA's length of each row of the sum (out,), fp32; None for plain LoRA.
+        experts: number of experts of a stacked weight, with A (experts · r, in) and B (out, r · experts); 0 for one
+            matrix. `transposed` is then True for matrices that are stored as (in, out).
     """
 
     a: Tensor
@@ -31,17 +37,24 @@ class Delta:
     scale: float
     transposed: bool = False
     magnitude: Tensor | None = None
+    experts: int = 0
 
     def dense(self) -> Tensor:
-        """Return `scale · B @ A` in fp32, as the weight is stored: (out, in), or transposed."""
+        """Return `scale · B @ A` in fp32, as the weight is stored: (out, in), or transposed; of experts stacked."""
+        if self.experts:
+            a, b = stacked(self.a.float(), self.b.float(), self.experts)
+            each = torch.bmm(b, a) * self.scale
+            return each.transpose(1, 2).contiguous() if self.transposed else each
         dense = (self.b.float() @ self.a.float()) * self.scale
         return dense.T.contiguous() if self.transposed else dense
 
     @property
     def is_zero(self) -> bool:
         """Return True if B A is zero. ‖B A‖² is the sum of (BᵀB) ∘ (AAᵀ), which has r² terms."""
-        a, b = self.a.double(), self.b.double()
-        return self.scale == 0 or not bool(((b.T @ b) * (a @ a.T)).sum())
+        a, b = self.a.double()[None], self.b.double()[None]
+        if self.experts:
+            a, b = stacked(a[0], b[0], self.experts)
+        return self.scale == 0 or not bool(((b.mT @ b) * (a @ a.mT)).sum())
 
 
 class Deltas(Mapping[str, Delta]):
@@ -51,17 +64,26 @@ class Deltas(Mapping[str, Delta]):
         self._deltas = dict(deltas)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Deltas:
-        """Return the deltas of the adapter in `folder`.
+    def from_folder(cls, folder: Path, config: RunConfig | None = None) -> Deltas:
+        """Return the deltas of the adapter in `folder`; those of experts need `config`, which names the base.
 
         Raises AdapterError for untrusted files, VerificationError for an untrained adapter.
         """
         files = AdapterFiles.open(folder)
         magnitudes = files.magnitudes()
+        weights = files.weights()
+        of_experts = matching(files.parameters, list(weights))
         deltas = {
             f"{name}.weight": Delta(a, b, files.scale, files.transposed, magnitudes.get(name))
-            for name, (a, b) in files.weights().items()
+            for name, (a, b) in weights.items()
+            if name not in of_experts
         }
+        if of_experts:
+            assert config is not None, "the base says how experts are stored"
+            swapped = transposed_experts(base_skeleton(config))
+            for name in of_experts:
+                experts = len(weights[name][0]) // files.expert_rank
+                deltas[name] = Delta(*weights[name], files.scale, name in swapped, experts=experts)
         # no gradient reaches an expert without routed tokens, or a layer whose result is not used
         if all(delta.is_zero for delta in deltas.values()):
             raise VerificationError("every delta is zero: the adapter was not trained", where=str(folder))

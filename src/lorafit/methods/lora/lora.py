@@ -95,7 +95,7 @@ class Lora:
     def trained_weights(self, folder: Path, config: RunConfig) -> Deltas:
         """Open the deltas of the adapter in `folder`. Raises AdapterError unless `config` describes it."""
         _check_settings(folder, config)
-        return Deltas.from_folder(folder)
+        return Deltas.from_folder(folder, config)
 
     def is_finished(self, folder: Path) -> bool:
         """Return True if `folder` holds an adapter's weights and configuration."""

@@ -1,6 +1,6 @@
 """adapters: what a server answers with, from the folder to the slot in memory."""
 
 from lorafit.serve.adapters.pool import AdapterPool
-from lorafit.serve.adapters.source import AdapterVersion, ServedBase, no_dora, open_adapter
+from lorafit.serve.adapters.source import AdapterVersion, ServedBase, open_adapter, require_sums
 
-__all__ = ["AdapterPool", "AdapterVersion", "ServedBase", "no_dora", "open_adapter"]
+__all__ = ["AdapterPool", "AdapterVersion", "ServedBase", "open_adapter", "require_sums"]

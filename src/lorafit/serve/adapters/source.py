@@ -15,7 +15,7 @@ from lorafit.config import RunConfig, base_folder
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import AdapterError, UsageError, VerificationError
 from lorafit.methods import method_of
-from lorafit.methods.lora import AdapterFiles, fitting_weights
+from lorafit.methods.lora import AdapterFiles, adapts_experts, fitting_weights
 from lorafit.runs import LAST, RunDir, adapter_hashes, choose_weights
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
@@ -97,8 +97,7 @@ def open_adapter(
     run = RunDir.open(folder)
     chosen = choose_weights(run, named or checkpoint).folder
     config = run.config()
-    if config.dora:
-        raise no_dora(run.path)
+    require_sums(config, run.path)
     _require_same_settings(config, base.config, run.path)
     if (run.base_fingerprint() or _fingerprint(config)) != base.fingerprint:
         what = "the adapter was trained on another base than the one that is served"
@@ -117,11 +116,16 @@ def open_adapter(
     return version, version.read(model)
 
 
-def no_dora(run: Path) -> UsageError:
-    """Return the refusal of a DoRA run, whose rows' lengths no sum of adapters can express."""
-    what = "the run is DoRA, which rescales the base's weights, and the server only adds adapters to them"
-    fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
-    return UsageError(what, where=str(run), fix=fix)
+def require_sums(config: RunConfig, run: Path) -> None:
+    """Raise UsageError for a DoRA run and for adapters on experts, which no sum over linears can express."""
+    if config.dora:
+        what = "the run is DoRA, which rescales the base's weights, and the server only adds adapters to them"
+        fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
+        raise UsageError(what, where=str(run), fix=fix)
+    if adapts_experts(config):
+        what = "the run has adapters on experts, and the server adds adapters to linear modules only"
+        fix = f"run lorafit merge {run}, and talk to the folder that it names with lorafit chat, or serve it with vLLM"
+        raise UsageError(what, where=str(run), fix=fix)
 
 
 def allowed_path(path: Path, roots: Sequence[Path]) -> Path:
