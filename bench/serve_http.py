@@ -33,8 +33,8 @@ Streamed = tuple[int, list[float]]
 
 
 @contextmanager
-def serving(targets: Sequence[Path], log: Path, **flags: Any) -> Iterator[tuple[str, str]]:
-    """Run `lorafit serve` on `targets` within the block. Yields its address and its key."""
+def serving(targets: Sequence[Path], log: Path, **flags: Any) -> Iterator[tuple[str, str, int]]:
+    """Run `lorafit serve` on `targets` within the block. Yields its address, its key and its process id."""
     key = secrets.token_urlsafe(24)
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "lorafit", "serve", *map(str, targets), "--port", "0", "--json", *words]
@@ -52,7 +52,7 @@ def serving(targets: Sequence[Path], log: Path, **flags: Any) -> Iterator[tuple[
                 raise SystemExit(f"lorafit serve ended: {log.read_text()[-400:]}")
             said += line
         print_json(started_s=round(time.perf_counter() - began, 1), targets=len(targets))
-        yield json.loads(said)["address"], key
+        yield json.loads(said)["address"], key, server.pid
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
@@ -117,7 +117,7 @@ def run_http(base: str, out: Path, *, adapters: int, streams: list[int], rank: i
     runs = make_runs(base, root, adapters, rank, targets)
     sizes = {"max_num_seqs": max(streams), "max_model_len": 1 << (prompt + new - 1).bit_length(), "max_loras": adapters}
     context = get_context("spawn")
-    with serving(runs, out / "server.log", **sizes) as (url, key), ProcessPoolExecutor(PROCESSES, context) as pool:
+    with serving(runs, out / "server.log", **sizes) as (url, key, _), ProcessPoolExecutor(PROCESSES, context) as pool:
         for many in streams:
             for _ in range(2):  # the first records the graphs and starts the clients
                 line = measure(pool, url, key, [run.name for run in runs], streams=many, prompt=prompt, new=new)

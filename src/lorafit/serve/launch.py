@@ -153,7 +153,7 @@ def _require_run(path: Path) -> None:
         require_sums(RunDir(path).config(), path)
     if RunDir(path).holds_run and RunDir(path).config().method == "full":
         what = "a full run has no adapter, and the builtin engine serves adapters over one base"
-        fix = f"run lorafit merge {path}, and serve its folder with vllm serve {RunDir(path).exports / 'full'}"
+        fix = f"run lorafit merge {path}, and then lorafit serve {RunDir(path).exports / 'full'}"
         raise UsageError(what, where=str(path), fix=fix)
 
 
