@@ -9,7 +9,6 @@ import pytest
 
 import made_data as made
 from lorafit.data import Template
-from template_shapes import template_of
 
 PAGE = (Path(__file__).parents[3] / "docs" / "guides" / "data-formats.md").read_text(encoding="utf-8")
 BOX = re.compile(r"```(json|csv|sh|text)\n(.*?)\n```", re.DOTALL)
@@ -19,11 +18,6 @@ SECTIONS = {
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
     if BOX.search(body)
 }
-
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    return template_of(tmp_path_factory.mktemp("chatml"), "chatml")
 
 
 def marked(template: Template, ids: list[int], mask: list[bool]) -> str:
@@ -38,8 +32,10 @@ def marked(template: Template, ids: list[int], mask: list[bool]) -> str:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_row_of_the_page_is_taught_as_the_page_says(tmp_path: Path, chatml: Template, title: str) -> None:
-    boxes = SECTIONS[title]
+def test_a_row_of_the_page_is_taught_as_the_page_says(
+    tmp_path: Path, templates: dict[str, Template], title: str
+) -> None:
+    boxes, chatml = SECTIONS[title], templates["chatml"]
     name = "file.csv" if "csv" in boxes else "file.jsonl"
     path = made.write(tmp_path / name, (boxes.get("json") or boxes["csv"]).encode() + b"\n")
     words = shlex.split(boxes.get("sh", ""))

@@ -10,7 +10,7 @@ import made_data as made
 from lorafit.data import Template, parse_rows
 from lorafit.data.checks.rows import token_checks
 from lorafit.errors import DataError
-from template_shapes import SHAPES, template_of
+from template_shapes import SHAPES
 
 Row = Mapping[str, Any]
 SYSTEM_FREE = {"gemma", "gemma2"}
@@ -24,12 +24,6 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 ASK = {"role": "user", "content": "Weather in Lima?"}
 FOUND = {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "21 C"}
 SAY = {"role": "assistant", "content": "It is warm."}
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
-    home = tmp_path_factory.mktemp("shapes")
-    return {shape: template_of(home, shape) for shape in SHAPES}
 
 
 def encoded(template: Template, row: Row, mapped: Mapping[str, str] | None = None) -> tuple[list[int], str, set[str]]:

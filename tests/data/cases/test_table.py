@@ -14,7 +14,7 @@ import pytest
 from lorafit.data import Template, parse_rows
 from lorafit.data.checks.findings import CODES
 from lorafit.data.checks.rows import text_checks, token_checks
-from template_shapes import SHAPES, template_of
+from template_shapes import SHAPES
 
 Row = Mapping[str, Any]
 ASK = {"role": "user", "content": "Weather in Lima?"}
@@ -159,12 +159,6 @@ WHOLE = {
     "trail": HEAD + "<|im_start|>user\nComplete:\ndef f(x):<|im_end|>\n<|im_start|>assistant\n⟦return x<|im_end|>⟧\n",
 }
 """Of some cases the whole text on Qwen 2.5's shape, with what is supervised in ⟦ ⟧."""
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
-    home = tmp_path_factory.mktemp("shapes")
-    return {shape: template_of(home, shape) for shape in SHAPES}
 
 
 def outcome(template: Template, row: Row) -> tuple[str, set[str]]:

@@ -105,7 +105,6 @@ FAULTS: dict[str, Fault] = {
     "D024": Fault([{"messages": [{"role": "system", "content": "S"}, USER, SAY]}], ("--set template=FILE",), shape="gemma2"),
     "D025": Fault([talk("a", "<think>\nx\n</think>\n\nb", "c", "d")], ("--set split_answers=true",), shape="qwen3"),
     "D026": Fault([PAIR], ("--set template=FILE",), shape="r1"),
-    "D026 ignored": Fault([PAIR], ("--ignore D026",), shape="r1"),
     "D027": Fault([{"messages": [USER, {**SAY, "reasoning": "First."}]}], ("--set template=FILE",), shape="chatml", template=SHOWS_TOOLS),
     "D028": Fault([PAIR], ("--set template=FILE",), shape="qwen35"),
     "D029": Fault([{"messages": [USER, {**SAY, "tool_calls": [CALL]}], "tools": [TOOL]}], ("--set template=FILE",), shape="chatml", template=SHOWS_TOOLS),
@@ -121,7 +120,6 @@ FAULTS: dict[str, Fault] = {
     "D038 answers": Fault([{**PAIR, "answer": "other"}], ("--map response=NAME",), values={"NAME": "answer"}),
     "D038 ignored": Fault([{**PAIR, "passage": "more"}], ("--ignore D038",)),
     "D039": Fault([{"messages": [{"role": "system", "content": "S"}, USER, SAY]}], ("--set template=FILE",), shape="phi3old"),
-    "D039 ignored": Fault([{"messages": [{"role": "system", "content": "S"}, USER, SAY]}], ("--ignore D039",), shape="phi3old"),
     "D040": Fault([{"prompt": "### Instruction:\nask", "completion": "say"}], says="store the plain text", mended=[PAIR]),
     "D041": Fault(b'{"prompt": "a\\u0007b", "completion": "c"}\n', fixes=True),
     "D042": Fault([{"prompt": "cafÃ©?", "completion": "ja"}], says="decode the source as UTF-8", mended=[{"prompt": "cafÃ©?".encode("cp1252").decode(), "completion": "ja"}]),
@@ -133,7 +131,6 @@ FAULTS: dict[str, Fault] = {
     "D051": Fault([{"messages": [{**USER, "weight": 1}, SAY]}], says="set it to 0", mended=[{"messages": [{**USER, "weight": 0}, SAY]}]),
     "D053": Fault(b'prompt,completion\n"say \\"hi\\"",4\na,b\n', says='as ""', mended=b'prompt,completion\n"say ""hi""",4\na,b\n', name="rows.csv"),
     "D054": Fault([{**PAIR, "chat_template_kwargs": {"enable_thinking": False}}], ("--set template=FILE",), shape="chatml", template=SHOWS_TOOLS),
-    "D054 taken out": Fault([{**PAIR, "chat_template_kwargs": {"enable_thinking": False}}], says="take them out", mended=[PAIR], shape="chatml"),
     "P5": Fault([*many(20), *(made.row(50 + n, instruction=f"### Instruction:\nask {n}") for n in range(3))], says="strip the markers", mended=many(23)),
 }  # fmt: skip
 ALONE = {"D032", "D036", "D048", "D050", "D052"}
