@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafit.backbone import with_stored_weights
 from lorafit.engine.logits import evaluating
 from lorafit.export.formats import Row
-from lorafit.export.verify.comparison import Comparison, Reference
+from lorafit.export.verify.comparison import Comparison, Reference, median_row
 
 ROWS, LONGEST = 8, 128
 """Rows that are measured, and their most tokens: the shortest ones, in one forward pass."""
@@ -26,7 +26,8 @@ def over_stored_weights(
     """Return the adapter over the weights in `folder` as a reference, and its noise floor.
 
     `live` has the adapter over the same base in NF4. `rounded` puts it into the precision of the floor. The cost is two
-    more reads of the base, weight by weight. None where a weight in 4 bits has no counterpart in `folder`.
+    more reads of the base, weight by weight. The floor is of the row with the median KL. None where a weight in 4 bits
+    has no counterpart in `folder`.
     """
     chosen = _shortest(rows)
     with with_stored_weights(live, folder) as has_weights:
@@ -36,7 +37,7 @@ def over_stored_weights(
         with rounded():
             again = _log_probs(live, chosen)
     reference = Reference.known(chosen, exact)
-    return reference, reference.compare_to(again)
+    return reference, median_row(reference, again)
 
 
 def _shortest(rows: Sequence[Row]) -> list[Row]:

@@ -19,7 +19,7 @@ from lorafit.backbone import computing_in, packed_weights, rounding_activations
 from lorafit.config import MergeBase
 from lorafit.errors import VerificationError
 from lorafit.export.formats import ExportFormat, OpenedModel, Row, TransformersModel
-from lorafit.export.verify.comparison import Comparison, Reference
+from lorafit.export.verify.comparison import Comparison, Reference, median_row
 from lorafit.export.verify.stored_base import over_stored_weights
 from lorafit.methods import Method
 from lorafit.runs import write_text
@@ -34,7 +34,7 @@ LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 VERIFICATION_FILE = "verification.json"
 NOT_FINITE = "the merged model's output is not finite"
-OVER_STORED = " to the adapter over the base as stored, on the shortest rows,"
+OVER_STORED = " to the adapter over the base as stored, in the median row,"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Verification:
         merged: the artefact against the live model.
         floor: the live model against itself in the other precision.
         base: the base without its adapter against the live model.
-        exact: a merge onto the original against the adapter over the base as stored; None where that cannot be run.
+        exact: a merge onto the original against the adapter over the base as stored, in the row of the median KL;
+            None where that cannot be run.
         exact_floor: the adapter over the base as stored against itself in the other precision.
         live_loss: the live model's own loss.
         rows: held-out rows.
@@ -124,7 +125,7 @@ def verify(
         base = reference.compare(live)
     exact = over_stored_weights(live_model, original, usable, rounded) if original else None
     with export_format.open(folder, next(live_model.parameters()).device, dtype) as artefact:
-        merged, exactly = reference.compare(artefact), (exact[0].compare(artefact), exact[1]) if exact else (None, None)
+        merged, exactly = reference.compare(artefact), _exactly(exact, artefact)
     measured = Verification(
         onto, False, "", merged, floor, base, reference.loss, len(reference.rows), reference.positions,
         _name(dtype), _name(stored), time.monotonic() - started, export_format.name, *exactly,
@@ -154,6 +155,16 @@ def verified_in(
         exact_floor=None,
     )
     return _judged(measured, lossy=False, is_same=not packed_weights(live_model))
+
+
+def _exactly(
+    exact: tuple[Reference, Comparison] | None, artefact: OpenedModel
+) -> tuple[Comparison | None, Comparison | None]:
+    """Return the artefact's comparison with the adapter over the base as stored, and the floor of it."""
+    if exact is None:
+        return None, None
+    reference, floor = exact
+    return median_row(reference, map(artefact.log_probabilities, reference.rows)), floor
 
 
 def _judged(measured: Verification, *, lossy: bool, is_same: bool) -> Verification:
