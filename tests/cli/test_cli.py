@@ -531,3 +531,9 @@ def test_the_bases_that_merge_offers_are_those_that_it_takes():
 def test_memory_that_ended_is_one_sentence_and_no_bug(error):
     told = _as_lorafit_error(error, ["train"])
     assert (told.exit_code, told.what) == (1, "the memory that this process may use is full")
+
+
+def test_a_file_that_torch_cannot_open_is_one_sentence_and_no_bug():
+    error = RuntimeError("unable to open file </x/model.safetensors> in read-only mode: Input/output error (5)")
+    told = _as_lorafit_error(error, ["chat"])
+    assert (told.exit_code, told.fix) == (1, "check the disk and the path")

@@ -1,7 +1,11 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from lorafit.errors import RunDirError
-from lorafit.runs import staged_folder
+from lorafit.runs import staged_folder, writing
 
 
 def test_the_folder_appears_whole_at_the_end_and_not_before(tmp_path):
@@ -38,3 +42,24 @@ def test_a_place_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunDirError, match="cannot be written"), staged_folder(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("failing", ["sync", "rename"])
+def test_a_folder_that_cannot_be_published_leaves_what_was_there(tmp_path, monkeypatch, replace, failing):
+    folder = tmp_path / "result"
+    if replace:
+        folder.mkdir()
+        (folder / "old").write_text("old")
+    sync, rename = writing.sync, Path.rename
+
+    def fails(path, *to):
+        if (failing == "sync" and path == tmp_path) or (failing == "rename" and path.name.endswith(".staged")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return (rename if to else sync)(path, *to)
+
+    monkeypatch.setattr(writing if failing == "sync" else Path, failing, fails)
+    with pytest.raises(RunDirError, match="No space left"), staged_folder(folder, replace=replace) as staged:
+        (staged / "new").write_text("new")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.rglob("*")] == (["result", "old"] if replace else [])

@@ -125,6 +125,8 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     if isinstance(error, OSError):
         path = str(error.filename) if error.filename else None
         return LorafitError(error.strerror or str(error), where=path, fix="check the disk and the path")
+    if any(words in str(error) for words in UNREADABLE):
+        return LorafitError(str(error).strip().splitlines()[0], fix="check the disk and the path")
     if type(error).__name__ == "Abort":
         return UsageError("no answer was given", fix="pass data and --base")
     # a bug of lorafit: say so, and how to report it
@@ -135,6 +137,8 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     return internal
 
 
+UNREADABLE = ("unable to open file <", "unable to mmap ")
+"""What torch says of a file that the disk does not give, in a RuntimeError."""
 OUT_OF_MEMORY = ("can't start new thread", "can't allocate memory", "cannot allocate memory", "failed to map segment")
 """What Python, torch and the loader of libraries say without memory, in errors of other kinds."""
 

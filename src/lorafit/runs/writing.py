@@ -81,10 +81,19 @@ def _publish(staged: Path, folder: Path) -> None:
     # rename cannot replace a folder that is not empty, so the old one is renamed first
     old = folder.with_name(f".{folder.name}.old")
     remove_own(old)
-    if os.path.lexists(folder):
+    replaces = os.path.lexists(folder)
+    if replaces:
         folder.rename(old)
-    staged.rename(folder)
-    sync(folder.parent)
+    try:
+        staged.rename(folder)
+        sync(folder.parent)
+    except OSError:
+        with suppress(OSError):  # the same command can be repeated: what was there is there again
+            if not os.path.lexists(staged):
+                folder.rename(staged)
+            if replaces:
+                old.rename(folder)
+        raise
     remove_own(old)
 
 

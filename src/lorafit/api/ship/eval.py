@@ -25,7 +25,7 @@ from lorafit.evaluate import (
     questions_of,
     replies,
 )
-from lorafit.runs import LAST, RunDir, write_text
+from lorafit.runs import LAST, RunDir, staged_folder, write_text
 from lorafit.serve import Session
 
 ROWS = 200
@@ -268,16 +268,10 @@ def _new_folder(out: str | Path | None) -> Path | None:
 
 
 def _write(folder: Path, evaluated: EvaluatedRun) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(
-            f"cannot be made ({reason})", where=str(folder), fix="name another folder with --out"
-        ) from error
     lines = [json.dumps(row, ensure_ascii=False) for row in evaluated.evaluation.rows_to_dicts()]
-    write_text(folder / ANSWERS_FILE, "".join(f"{line}\n" for line in lines))
-    write_text(folder / EVALUATION_FILE, json.dumps(evaluated.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    with staged_folder(folder) as staged:  # whole, or not at all
+        write_text(staged / ANSWERS_FILE, "".join(f"{line}\n" for line in lines))
+        write_text(staged / EVALUATION_FILE, json.dumps(evaluated.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def _name_of(path: str | Path) -> str:
