@@ -40,9 +40,10 @@ def test_weights_under_the_name_of_a_variant_open_once_renamed(base):
 
 
 def test_an_adapter_as_base_is_called_one(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(BackboneError, match="this folder is an adapter, not a base"):
-        base_folder(str(tmp_path))
+    for config, base in (("{}", "ITS_BASE"), ('{"base_model_name_or_path": "org/base"}', "org/base")):
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(BackboneError, match=f"adapter, not a base; .*--base {base} --set init_adapter="):
+            base_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize(("given", "kept"), [("none", ()), ("all", ("all",)), ("none,tensorboard", ("tensorboard",))])

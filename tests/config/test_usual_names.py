@@ -48,6 +48,8 @@ def test_a_usual_name_is_the_setting_itself(theirs):
         ({"load_in_4bit": False, "load_in_8bit": False}, {"quantization": "none"}),
         ({"bf16": True, "fp16": False}, {"compute": "bf16"}),
         ({"bf16": "auto"}, {}),
+        ({"init_lora_weights": True}, {}),
+        ({"use_dora": True, "loraplus_lr_ratio": 16}, {"dora": True, "loraplus_lr_ratio": 16.0}),
         ({"adapter": "qlora", "load_in_4bit": True}, {}),
         ({"micro_batch_size": 2, "gradient_accumulation_steps": 4}, {"examples_per_step": 8}),
         ({"per_device_train_batch_size": 4}, {"examples_per_step": 4}),
@@ -78,6 +80,8 @@ def test_what_has_an_exact_counterpart_is_translated(given, wanted):
     [
         ({"gradient_accumulation_steps": 4}, "write examples_per_step"),
         ({"load_in_8bit": True}, "write quantization: nf4"),
+        ({"init_lora_weights": "pissa"}, "A is drawn at random, and PiSSA"),
+        ({"modules_to_save": ["lm_head"]}, "lorafit trains LoRA, with rslora, dora"),
         ({"warmup_steps": 10}, "write warmup: the share"),
         ({"wandb_project": "x"}, "write report_to: wandb"),
         ({"flash_attention": True}, "lorafit chooses attention itself"),

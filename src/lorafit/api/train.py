@@ -51,7 +51,7 @@ from lorafit.training import (
     TrainerCallback,
     TrainingLoop,
     deterministic,
-    get_available_reporting_integrations,
+    require_trackers,
 )
 from lorafit.training.distributed import Processes, joined
 
@@ -393,8 +393,4 @@ def _require_supported(resolved: Resolved) -> None:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"
         )
-    trackers = (*get_available_reporting_integrations(), "all")
-    unknown = [name for name in resolved.config.report_to if name not in trackers]
-    if unknown:
-        fix = f"pip install {unknown[0]}, or set report_to=none"
-        raise UsageError(f"no tracker '{unknown[0]:.40}' is installed", where="report_to", fix=fix)
+    require_trackers(resolved.config.report_to)

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from typing import Literal
 
+from lorafit.config.foreign_text import read_json
 from lorafit.errors import BackboneError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -30,11 +31,9 @@ def base_folder(base: str, revision: str | None = None, *, weights: bool = False
     local = Path(base).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file() and (local / "adapter_config.json").is_file():
-            raise BackboneError(
-                "this folder is an adapter, not a base",
-                where=str(local),
-                fix="merge its run with lorafit merge, and point --base at the merged folder",
-            )
+            named = read_json(local / "adapter_config.json", BackboneError).get("base_model_name_or_path") or "ITS_BASE"
+            fix = f"to train it further, pass --base {named} --set init_adapter={local}"
+            raise BackboneError("this folder is an adapter, not a base", where=str(local), fix=fix)
         if not (local / "config.json").is_file():
             raise BackboneError(
                 "no config.json in the base's folder", where=str(local), fix="point --base at a model folder"

@@ -105,6 +105,9 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "neat_packing": {True: {}},
     "train_on_inputs": {False: {}},
     "bias": {"none": {}},
+    "init_lora_weights": {True: {}},
+    "peft_init_lora_weights": {True: {}},
+    "pissa_init": {False: {}},
     "task_type": {"CAUSAL_LM": {}},
     "use_wandb": {True: {"report_to": ("wandb",)}, False: {}},
     "use_tensorboard": {True: {"report_to": ("tensorboard",)}, False: {}},
@@ -138,6 +141,7 @@ ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
+OTHER_INIT = "leave it out: A is drawn at random, and PiSSA, OLoRA and LoftQ move weights of the base into the adapter"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
 ADVICE = {
@@ -156,6 +160,7 @@ ADVICE = {
     **dict.fromkeys(("logging_steps", "logging_strategy", "plot_loss", "logging_dir"), EVERY_STEP),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2"), FIXED_ADAM),
     **dict.fromkeys(("neftune_noise_alpha", "modules_to_save", "lora_modules_to_save", "bias"), NO_VARIANT),
+    **dict.fromkeys(("init_lora_weights", "peft_init_lora_weights", "pissa_init", "loftq_config"), OTHER_INIT),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "eval_strategy", "evaluation_strategy"), ONCE_AN_EPOCH),
     **dict.fromkeys(("save_strategy", "load_best_model_at_end", "metric_for_best_model"), ONCE_AN_EPOCH),
     "gradient_accumulation_steps": "write examples_per_step: its product with the batch of one device",

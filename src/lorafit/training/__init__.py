@@ -4,11 +4,11 @@ from lorafit.training.batches import StepDataset, dealt, largest_micro_batch, la
 from lorafit.training.guards.memory_retry import TunedMemory
 from lorafit.training.logging.progress import StepProgress, TrainingProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
+from lorafit.training.logging.trackers import require_trackers
 from lorafit.training.loop import TrainingLoop
 from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype, deterministic
 from lorafit.training.transformers_parts import (
     TrainerCallback,
-    get_available_reporting_integrations,
     total_steps,
     training_arguments,
 )
@@ -28,9 +28,9 @@ __all__ = [
     "autocast_dtype",
     "dealt",
     "deterministic",
-    "get_available_reporting_integrations",
     "largest_micro_batch",
     "largest_within",
+    "require_trackers",
     "total_steps",
     "training_arguments",
 ]

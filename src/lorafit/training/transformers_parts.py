@@ -26,7 +26,7 @@ with redirect_library_logs():  # transformers imports bitsandbytes here, which w
         get_scheduler,
         set_seed,
     )
-    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+    from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "TrainingArguments",
     "build_lr_scheduler",
     "build_optimizer",
-    "get_available_reporting_integrations",
     "get_reporting_integration_callbacks",
     "set_seed",
     "total_steps",
