@@ -1,4 +1,4 @@
-"""Rank-stabilized LoRA: the scale is alpha / √rank in training, on disk, in PEFT and in the merge."""
+"""Variants of LoRA, rank-stabilized and DoRA in one run: in training, on disk, in PEFT, merged and refused."""
 
 import json
 
@@ -8,17 +8,20 @@ from transformers import AutoModelForCausalLM
 
 from little_run import write_rows
 from lorafit.api.merge import merge
+from lorafit.api.ship.export import export
 from lorafit.api.train import train
 from lorafit.config import resolve
 from lorafit.demo import BASE
 from lorafit.errors import UsageError
+from lorafit.serve.launch import _require_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rslora")
+    folder = tmp_path_factory.mktemp("variants")
     data = write_rows(folder / "tickets.jsonl", 40)
-    return train(data, str(BASE), out=folder / "run", rslora=True, rank=64, lr=5e-3, max_steps=6, examples_per_step=8)
+    given = {"rslora": True, "dora": True, "rank": 64, "lr": 5e-3, "max_steps": 6, "examples_per_step": 8}
+    return train(data, str(BASE), out=folder / "run", **given)
 
 
 def test_the_run_has_the_scale_of_two_and_peft_reads_the_same(run):
@@ -26,7 +29,7 @@ def test_the_run_has_the_scale_of_two_and_peft_reads_the_same(run):
 
     assert (run.resolved.config.alpha, run.resolved.config.scale) == (16.0, 2.0)
     written = json.loads((run.run.adapter / "adapter_config.json").read_text())
-    assert (written["use_rslora"], written["lora_alpha"], written["r"]) == (True, 16.0, 64)
+    assert (written["use_rslora"], written["use_dora"], written["lora_alpha"], written["r"]) == (True, True, 16.0, 64)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), run.run.adapter)
     scales = {
         value
@@ -39,6 +42,13 @@ def test_the_run_has_the_scale_of_two_and_peft_reads_the_same(run):
 
 def test_its_merge_is_the_trained_model(run):
     assert merge(run.run.path, onto="quantized").verification.passed
+
+
+def test_programs_that_add_adapters_refuse_dora_in_one_sentence(run):
+    with pytest.raises(UsageError, match="the run is DoRA, which rescales the base's weights"):
+        _require_run(run.run.path)
+    with pytest.raises(UsageError, match="vLLM serves no DoRA adapters; export it with --to merged"):
+        export(run.run.path, to="adapter")
 
 
 def test_alpha_follows_the_root_of_the_rank_unless_it_is_set():
