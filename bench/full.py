@@ -1,6 +1,7 @@
-"""Full fine-tuning on one GPU: tokens a second and peak memory at each budget, beside what the plan predicts.
+"""Full fine-tuning: tokens a second and peak memory at each budget, beside what the plan predicts.
 
-    python bench/full.py run --size 8b --gib 80          # one budget, one JSON line
+    python bench/full.py run --size 8b --gib 80          # one GPU, one budget, one JSON line
+    torchrun --nproc-per-node 2 bench/full.py run        # weights, gradients and moments sharded; a line of process 0
     python bench/full.py table OUT --arms 8b:140 8b:80   # each in a process of its own, into OUT/full.jsonl
 
 The weights are random and made on the GPU, and nothing is saved: 8B would take 112 GB of disk for each checkpoint. All
@@ -32,7 +33,7 @@ def main() -> None:
     run.add_argument("--gib", type=float, default=0, help="memory budget; 0 for all")
     run.add_argument("--optimizer", default="auto", help="auto, adamw or adamw_8bit")
     run.add_argument("--memory-policy", default="auto")
-    run.add_argument("--rows", type=int, default=4, help="rows of a step")
+    run.add_argument("--rows", type=int, default=4, help="rows of a step, for each GPU")
     run.add_argument("--length", type=int, default=2048, help="tokens of a row")
     run.add_argument("--steps", type=int, default=10)
     run.add_argument("--warm", type=int, default=3)
@@ -43,8 +44,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.verb == "table":
         make_table(options)
-    else:
-        print(json.dumps(measure(options)))
+        return
+    from lorafit.training.distributed import joined
+
+    with joined() as processes:
+        line = json.dumps(measure(options, processes))
+        if processes.is_main:
+            print(line, flush=True)
 
 
 def make_table(options: argparse.Namespace) -> None:
@@ -64,15 +70,17 @@ def make_table(options: argparse.Namespace) -> None:
         print(arm, line, flush=True)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train `steps` steps of dense rows, and return speed and memory beside the plan's."""
+def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
+    """Train `steps` steps of dense rows, and return speed and memory a GPU beside the plan's."""
     import torch
 
     from lorafit.api.build_model import BuiltModel, enforce_budget, tune_memory
+    from lorafit.backbone import compute_dtype, default_device
     from lorafit.config import resolve
     from lorafit.engine import prove_rows
     from lorafit.hardware import hardware_here
     from lorafit.methods import METHODS
+    from lorafit.methods.full.sharding import free_gathered, shard
     from lorafit.methods.lora import count_parameters
     from lorafit.objectives import objective_of
     from lorafit.planning import make_plan
@@ -80,9 +88,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from lorafit.shapes import ModelShape
     from lorafit.training import EventLog, TrainingLoop
 
-    folder = Path(tempfile.mkdtemp(prefix="lorafit-full-"))
+    folder, world = Path(tempfile.mkdtemp(prefix="lorafit-full-")), processes.world
+    options.rows *= world
     flags = {
         "method": "full", "base": str(folder), "examples_per_step": options.rows, "max_length": options.length,
+        "gpus": world,
         "gpu_memory": f"{options.gib}GiB" if options.gib else None, "max_steps": options.steps + 50, "save_minutes": 0,
         "memory_policy": options.memory_policy, "optimizer": options.optimizer,
     }  # fmt: skip
@@ -96,22 +106,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     resolved = resolved.planned(plan.settings())
     config, started = resolved.config, time.perf_counter()
     model, method = METHODS["full"].prepare(random_model(options.size, config), config), METHODS["full"]
+    if world > 1:
+        dtype = compute_dtype(config)
+        shard(model, default_device(), dtype=dtype, wide=config.optimizer == "adamw")
     mode, loss = prove_rows(model, [(rows.ids(0)[:256], rows.mask(0)[:256])])
+    free_gathered(model)
     built = BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, mode)
     watch = stopwatch(options)
-    with tune_memory(built, resolved, rows, RunDir(folder), EventLog()) as (memory, dry_run):
+    with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
         ready = time.perf_counter()
         parts = (model, method, built.objective, config, rows, None, folder / "checkpoints")
-        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch])
+        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch], processes=processes)
         loop.run()
         policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
     step_s = (watch.ended - watch.warmed) / (options.steps - options.warm)
-    tokens = options.rows * options.length
+    tokens = options.rows * options.length // world
     attention = 6 * shape.layers * 2 * shape.heads * shape.head_dim * options.length / 2
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return {
-        "size": options.size, "gib": options.gib, "optimizer": config.optimizer, "policy": policy,
-        "tokens_per_s": round(tokens / step_s), "step_s": round(step_s, 4),
+        "size": options.size, "gpus": world, "gib": options.gib, "optimizer": config.optimizer, "policy": policy,
+        "tokens_per_s_gpu": round(tokens / step_s), "step_s": round(step_s, 4),
         "tflops": round(tokens * (6 * shape.active_parameters + attention) / step_s / 1e12, 1),
         "peak_gib": round(peak / GIB, 2), "plan_gib": round(plan.memory.peak_bytes / GIB, 2),
         "plan_time_assumes": plan.time_assumes[0], "first_step_s": round(watch.first - ready, 2),

@@ -21,6 +21,7 @@ from fork_server import IMPORTED
 from lorafit.api.processes import launch
 from lorafit.cli import app
 from lorafit.demo import BASE
+from lorafit.methods.full.sharding import is_sharded, own_shard
 from lorafit.training import distributed
 
 SETTINGS = "max_steps=8 examples_per_step=6 save_steps=2 eval_steps=4 holdout=0.1 dropout=0.1 max_bad_steps=2"
@@ -42,7 +43,12 @@ class Harm(TrainerCallback):
     spoiled_step: int = 3
 
     def on_step_begin(self, args, state, control, **given):
-        if state.global_step + 1 == self.spoiled_step and torch.distributed.get_rank() == 1:
+        if state.global_step + 1 != self.spoiled_step or torch.distributed.get_rank() != 1:
+            return
+        if is_sharded(given["model"]):  # the gradient of a gathered weight is in no parameter
+            layer = given["model"].model.layers[-1]
+            spoiled = layer.register_forward_hook(lambda _, given, out: (spoiled.remove(), out * float("nan"))[1])
+        else:
             weight = next(weight for weight in given["model"].parameters() if weight.requires_grad)
             spoiled = weight.register_hook(lambda gradient: (spoiled.remove(), gradient * float("nan"))[1])
 
@@ -50,11 +56,14 @@ class Harm(TrainerCallback):
         digest = hashlib.sha256()
         for weight in given["model"].parameters():
             if weight.requires_grad:
-                assert bool(weight.isfinite().all()), f"a weight is not finite after step {state.global_step}"
-                digest.update(weight.detach().numpy().tobytes())
+                assert bool(own_shard(weight).isfinite().all()), (
+                    f"a weight is not finite after step {state.global_step}"
+                )
+                digest.update(own_shard(weight).numpy().tobytes())
         told = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(told, digest.hexdigest())
-        assert len(set(told)) == 1, f"the weights differ after step {state.global_step}"
+        if not is_sharded(given["model"]):
+            assert len(set(told)) == 1, f"the weights differ after step {state.global_step}"
         if state.global_step == self.step and torch.distributed.get_rank() == self.rank:
             self.happen()
 

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from lorafit.config import load_recipe, resolve
+from lorafit.config import RunConfig, load_recipe, resolve
 from lorafit.hardware import hardware_named
 from lorafit.planning import make_plan, plan_recipe
 from planning_shapes import TINY, facts, shape
@@ -52,13 +52,14 @@ def test_each_planned_setting_carries_its_reason(tmp_path):
     assert "# plan: 2,000 rows" in lines["rank"]
 
 
-def test_a_full_recipe_says_that_lorafit_cannot_run_it(tmp_path):
+def test_a_full_recipe_beyond_one_gpu_is_one_for_more_gpus(tmp_path):
     flags = {"goal": "accuracy", "base": "models/x", "data": ("a.jsonl",)}
     plan = make_plan(resolve({}, flags), facts(rows=200_000), shape(), hardware_named("4090"))
     path = tmp_path / "recipe.yaml"
     path.write_text(plan_recipe(plan, resolve({}, flags).config), encoding="utf-8")
     text = path.read_text()
-    assert text.startswith("# full fine-tuning of a-base: lorafit cannot run this recipe yet")
+    assert text.startswith("# full fine-tuning of a-base: for a machine with 7 GPUs of this kind")
     loaded = yaml.safe_load(text)
+    assert set(loaded) <= set(RunConfig.model_fields), "lorafit reads it"
     assert (loaded["method"], loaded["compute"], loaded["memory_policy"]) == ("full", "bf16", "recompute")
     assert loaded["gpus"] >= 2

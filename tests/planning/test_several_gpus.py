@@ -2,14 +2,16 @@
 
 import pytest
 
-from lorafit.config import RunConfig
+from lorafit.config import RunConfig, resolve
 from lorafit.errors import UsageError
 from lorafit.hardware import hardware_for, hardware_named
 from lorafit.hardware.links import link_between
 from lorafit.memory import PlanInputs
 from lorafit.memory.execution_plan import plan_execution
+from lorafit.memory.sharded import moved_bytes
+from lorafit.planning import make_plan
 from lorafit.planning.forecast import forecast
-from lorafit.planning.several_gpus import all_reduce_s, several_in_words
+from lorafit.planning.several_gpus import all_reduce_s, communication_s, several_in_words
 from planning_shapes import facts, shape
 
 
@@ -69,5 +71,44 @@ def test_gradients_are_summed_over_the_link_between_the_gpus(gpu, link):
     assert not several_in_words(one, plan_execution(one)) and not all_reduce_s(one)
 
 
-def test_every_weight_trains_on_one_gpu():
-    assert made(64, gpu="2xH200", method="full", quantization="none").gpus == 1
+def full(gpus, name="H200", **flags):
+    """The plan of training every weight of an 8B, 4 x 2,048 tokens a GPU."""
+    settings = {"method": "full", "examples_per_step": 4 * gpus, "gpus": gpus, **flags}
+    data = facts(rows=20_000, mean=2048, longest=2048)
+    return make_plan(resolve({}, settings), data, shape(), hardware_named(name))
+
+
+def parts(plan):
+    return {part.name: part.size_bytes for part in plan.memory.components}
+
+
+def test_each_gpu_holds_its_shard_of_every_weight_gradient_and_moment():
+    two, four = full(2), full(4)
+    assert two.runnable and not two.findings and two.settings()["optimizer"] == "adamw"
+    held = [parts(plan) for plan in (two, four)]
+    for name, size in (("weights", 4), ("gradients", 4), ("optimizer state", 8)):
+        assert held[0][f"{name}, sharded"] == pytest.approx(size * two.shape.parameters / 2)
+        assert held[1][f"{name}, sharded"] == pytest.approx(held[0][f"{name}, sharded"] / 2, rel=1e-6)
+    assert held[0]["gathered weights"] == held[1]["gathered weights"] > 8 * 128_256 * 4_096
+    assert two.inputs.checkpoint_bytes == 12 * two.shape.parameters
+    eight_bit = parts(full(2, optimizer="adamw_8bit"))
+    assert eight_bit["weights, sharded"] == eight_bit["gradients, sharded"] == two.shape.parameters
+
+
+def test_gathering_costs_what_the_arithmetic_does_not_hide():
+    fast, slow = full(2), full(8, "RTX 4090")
+    assert "hold weights, gradients and moments in shards" in fast.time_assumes[-1]
+    assert moved_bytes(fast.inputs)[0] == pytest.approx((8.03e9 - 1.05e9) * (2 * 2 + 4) / 2, rel=0.01)
+    waits = [communication_s(plan.inputs, plan_execution(plan.inputs)) for plan in (fast, slow)]
+    assert waits[0] < 0.02 < 1 < waits[1], "NVLink hides it, PCIe does not"
+
+
+def test_what_train_refuses_of_shards_plan_refuses():
+    small = full(2, "RTX 4090")
+    assert not small.runnable and small.gpus == 7
+    assert "on each of 2 GPUs, and RTX 4090 has 23.5 GiB" in small.findings[0].message
+    assert small.findings[0].fix.startswith("set gpus: 7")
+    assert full(7, "RTX 4090").runnable, "the fix works"
+    (finding,) = full(2, memory_policy="offload").findings
+    assert finding.where == "memory_policy" and "sharded" in finding.message
+    assert not full(2, memory_policy="recompute").findings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafit.api.plan import PlannedRun
-from lorafit.backbone import default_device, load_backbone
+from lorafit.backbone import compute_dtype, default_device, load_backbone
 from lorafit.config import Resolved, RunConfig, Source, parse_bytes, read_json
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows, largest_step, steps_per_epoch
@@ -30,6 +30,7 @@ from lorafit.engine import (
     find_policy,
     let_blocks_grow,
     lock_pages_by_threads,
+    prove_policy,
     prove_rows,
     require_runs,
     warm_compiler,
@@ -39,6 +40,7 @@ from lorafit.evaluate.rounding_check import quantization_loss
 from lorafit.findings import Finding
 from lorafit.memory.inputs import MASTER_BYTES, moment_bytes, most_tokens, policy_of
 from lorafit.methods import Method, method_of
+from lorafit.methods.full.sharding import free_gathered, is_sharded, own_shard, shard
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
 from lorafit.runs import RunDir, is_sealed, sealed
@@ -80,10 +82,10 @@ class BuiltModel:
     findings: tuple[Finding, ...] = ()
 
 
-def build_model(planned: PlannedRun, *, is_new: bool = True) -> BuiltModel:
+def build_model(planned: PlannedRun, *, is_new: bool = True, world: int = 1) -> BuiltModel:
     """Return the model of a planned run, measured against its base's own precision if the run is new.
 
-    Raises BackboneError, AdapterError.
+    With `method` full its weights are sharded over `world` processes. Raises BackboneError, AdapterError.
     """
     config = planned.resolved.config
     lock_pages_by_threads()
@@ -91,14 +93,31 @@ def build_model(planned: PlannedRun, *, is_new: bool = True) -> BuiltModel:
     enforce_budget(config)
     if torch.cuda.is_available() and config.compile != "off":
         warm_compiler()
-    method = method_of(config)
-    base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
+    method, findings = method_of(config), tuple[Finding, ...]()
     samples = _samples(planned.prepared.train)
-    require_runs(base, samples[0])
-    findings = tuple(quantization_loss(base, config, planned.prepared.train)) if is_new else ()
-    model = method.prepare(base, config, planned.plan.targets)
+    if config.method == "full" and world > 1:
+        model = sharded_model(config)
+        require_runs(model, samples[0])
+    else:
+        base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
+        require_runs(base, samples[0])
+        findings = tuple(quantization_loss(base, config, planned.prepared.train)) if is_new else ()
+        model = method.prepare(base, config, planned.plan.targets)
     rows, loss = prove_rows(model, samples, planned.prepared.longest)
+    free_gathered(model)
     return BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, rows, findings)
+
+
+def sharded_model(config: RunConfig) -> Any:
+    """Return the base with every weight trainable and sharded over all processes. Raises BackboneError, AdapterError.
+
+    Every process reads the base into host memory, and one layer after another comes to its device.
+    """
+    device, dtype = default_device(), compute_dtype(config)
+    narrow = "bf16" if dtype is torch.bfloat16 else "fp32"
+    base = load_backbone(config.model_copy(update={"compute": narrow}), device="cpu")
+    model = method_of(config).prepare(base, config)
+    return shard(model, device, dtype=dtype, wide=config.optimizer in ("auto", "adamw"))
 
 
 def enforce_budget(config: RunConfig) -> None:
@@ -155,11 +174,15 @@ def tune_memory(
     request = _PolicyRequest.of(config, is_explicit)
     before = _restore_policy(layers, request, run)
     solves = request.asked == AUTO and before is None
-    workload = _workload(built, config, rows, device, grows=solves, world=processes.world)
+    grows = solves and not is_sharded(built.model)  # a planned policy names its micro-batch
+    workload = _workload(built, config, rows, device, grows=grows, world=processes.world)
     with built.rows.attending(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
         budget = processes.least(budget_bytes(config))
-        found = processes.together(lambda: find_policy(built.model, layers, workload, budget, solves=solves))
-    found = _agreed(layers, found, processes)
+        if is_sharded(built.model):
+            found = prove_policy(built.model, layers, workload, budget, processes.most, solves=solves)
+        else:
+            found = processes.together(lambda: find_policy(built.model, layers, workload, budget, solves=solves))
+            found = _agreed(layers, found, processes)
     found = replace(found, policy=found.policy.sized(workload.max_length, config.max_length))
     layers.policy = found.policy
     report = _Report(run, layers, found, before or request, writes=processes.is_main)
@@ -295,7 +318,8 @@ def _tuned(
         micro_tokens=built.rows.micro_tokens(found.policy.micro_tokens or config.max_length),
         layers=layers,
         graphs=graphs,
-        watches_allocator=not config.deterministic,  # its timing depends on the allocator's history
+        # its timing depends on the allocator's history, which differs between processes
+        watches_allocator=not config.deterministic and not is_sharded(built.model),
         changed=changed,
         rows=built.rows,
     )
@@ -348,7 +372,9 @@ def _workload(
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)) / world,
         within=within,
-        coming_bytes=round(sum(weight.numel() * (state + _held_bytes(weight, config)) for weight in trained)),
+        coming_bytes=round(
+            sum(own_shard(weight).numel() * (state + _held_bytes(weight, config)) for weight in trained)
+        ),
     )
 
 

@@ -26,6 +26,8 @@ from lorafit.engine import DryRun
 from lorafit.errors import AdapterError, RunDirError, TrainingStopped
 from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
+from lorafit.methods.full import WeightsSnapshot
+from lorafit.methods.full.sharding import is_sharded
 from lorafit.runs import (
     ADAPTER,
     LAYOUT,
@@ -352,6 +354,12 @@ def save_result(run: RunDir, identity: RunIdentity, loop: TrainingLoop) -> list[
     except RunDirError as error:
         fix = f"free some space and resume with: {command_to_resume(run)}"
         raise RunDirError(f"the trained adapter: {error.what}", where=error.where, fix=fix) from error
+
+
+def help_to_save(loop: TrainingLoop) -> None:
+    """Give process 0 this one's shards while it saves the result."""
+    if is_sharded(loop.model):
+        WeightsSnapshot.gathered(loop.model)
 
 
 def refuse_stopped(run: RunDir, loop: TrainingLoop) -> None:

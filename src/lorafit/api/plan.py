@@ -14,7 +14,7 @@ from lorafit.api.settings import require_base, require_data, settle, template_fo
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, largest_step, prepare
 from lorafit.data.summary import Progress
-from lorafit.errors import DataError, UsageError
+from lorafit.errors import DataError
 from lorafit.findings import has_errors
 from lorafit.hardware import Hardware, hardware_for
 from lorafit.memory import DataStats
@@ -66,28 +66,25 @@ def plan(
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> PlannedRun:
-    """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu`, `gpus` and `gpu_memory`.
-
-    Raises UsageError for several GPUs where every weight trains.
-    """
+    """Plan a run of `data` on `base` for the hardware here, or for the settings `gpu`, `gpus` and `gpu_memory`."""
     resolved = settle(data, {**settings, "base": base})
     require_data(resolved)
     require_base(resolved)
     prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress, reads_rows=False)
-    planned = plan_prepared(resolved, prepared, hardware_for(resolved.config))
-    made = planned.plan
-    if made.inputs.is_full and made.runnable and made.inputs.with_settings(method="lora").gpus > 1:
-        fix = "leave gpus out, or set method: lora and quantization: nf4"
-        raise UsageError("full fine-tuning uses one GPU", where="gpus", fix=fix)
-    return planned
+    return plan_prepared(resolved, prepared, hardware_for(resolved.config))
 
 
-def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware) -> PlannedRun:
-    """Return the plan for data that are already read. Raises DataError if no row is left to train on."""
+def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware, world: int = 1) -> PlannedRun:
+    """Return the plan for data that are already read. Raises DataError if no row is left to train on.
+
+    `world` processes of a launcher use as many GPUs, where the settings name none.
+    """
     config = resolved.config
+    spread = {"gpus": world} if world > 1 and config.gpus is None else {}
+    asked = replace(resolved, config=config.model_copy(update=spread))
     require_rows(prepared, config)
     shape = ModelShape.from_base(config.base, config.revision).for_rows(prepared.longest)
-    made = make_plan(resolved, stats_of(prepared, config), shape, hardware)
+    made = make_plan(asked, stats_of(prepared, config), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
 
 

@@ -21,6 +21,7 @@ from lorafit.api.manifest import (
     Manifest,
     describe_run,
     fingerprint_of,
+    help_to_save,
     known_identity,
     layout_of,
     new_run_id,
@@ -168,7 +169,7 @@ class Together:
 def _follow(processes: Processes, callbacks: list[TrainerCallback]) -> TrainedRun:
     """Train with process 0, and write nothing."""
     with following(processes) as manifest:
-        built = processes.together(lambda: build_model(manifest.planned, is_new=False))
+        built = processes.together(lambda: build_model(manifest.planned, is_new=False, world=processes.world))
         try:
             return _train_model(manifest, built, None, Together(processes, Observer(), callbacks))
         except TrainingStopped:
@@ -191,7 +192,7 @@ def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> Trai
         watch.on_data(data)
         require_clean(data)
         known = _known(target, settings.config, template, data) if target.resumes else None
-        planned = plan_prepared(settings, data, hardware_here(settings.config))
+        planned = plan_prepared(settings, data, hardware_here(settings.config), processes.world)
         watch.on_plan(planned.plan, planned.resolved)
         late = before_loading(planned, run, torch.cuda.is_available)
         watch.on_preflight(late)
@@ -202,7 +203,7 @@ def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> Trai
         processes.from_main(lambda: Lead.of(manifest))  # the other processes begin here
         watch.on_loading(run)
         identity = _in_background(manifest.identity)  # the base is hashed while it is loaded
-        built = processes.together(lambda: build_model(planned, is_new=known is None))
+        built = processes.together(lambda: build_model(planned, is_new=known is None, world=processes.world))
         watch.on_preflight(list(built.findings))
         findings.extend(built.findings)  # the manifest's own list
         watch.on_model(built.counts, settings.config.base, built.rows)
@@ -266,6 +267,7 @@ def _end(manifest: Manifest, identity: RunIdentity, loop: TrainingLoop, metrics:
         own = _save(manifest, identity, loop, metrics)
     else:
         refuse_stopped(manifest.run, loop)
+        help_to_save(loop)
     loop.processes.wait()
     return own
 
@@ -387,8 +389,6 @@ def _require_supported(resolved: Resolved) -> None:
     if resolved.config.gpus not in (None, 1) and "WORLD_SIZE" not in os.environ:
         fix = "use 'lorafit train --gpus', or torchrun"
         raise UsageError("this process is alone, and cannot use several GPUs", where="gpus", fix=fix)
-    if resolved.config.method == "full" and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("full fine-tuning uses one GPU", where="method", fix="leave gpus and torchrun out")
     if resolved.config.gpu:
         raise UsageError(
             "train uses this machine's own GPU", where="gpu", fix="use gpu with plan, gpu_memory with train"

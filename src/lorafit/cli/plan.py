@@ -90,7 +90,7 @@ def _show_all(planned: PlannedRun, data: list[str]) -> None:
     heading("findings", "none" if not findings else str(len(findings)))
     show_findings(findings, data)
     if not planned.plan.runnable:
-        heading("recipe", "for a tool that can run this method")
+        heading("recipe", "for a machine with these GPUs")
         PEOPLE.print(Text(planned.recipe))
 
 

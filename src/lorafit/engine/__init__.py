@@ -3,6 +3,7 @@
 from lorafit.engine.attention.packed import packed, unpacked, use_packed_attention, use_plain_attention
 from lorafit.engine.autotune.dry_run import DryRun, find_policy
 from lorafit.engine.autotune.problem import Workload
+from lorafit.engine.autotune.sharded import prove_policy
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.generate import generate
 from lorafit.engine.isolation import Isolation, assert_isolated
@@ -25,6 +26,7 @@ __all__ = [
     "logits_at",
     "PACKED",
     "RowMode",
+    "prove_policy",
     "prove_rows",
     "require_runs",
     "PAGE_BYTES",

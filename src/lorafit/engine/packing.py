@@ -221,9 +221,11 @@ class Step:
         supervised: Supervised tokens of the step, by which the loss is divided.
         tokens: Tokens of the step.
         rows: Indices of the step's rows.
+        idle: Micro-batches at the end that add nothing, so that all processes run as many.
     """
 
     micro_batches: Sequence[MicroBatch]
     supervised: int
     tokens: int
     rows: tuple[int, ...] = ()
+    idle: int = 0

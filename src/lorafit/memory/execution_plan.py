@@ -110,7 +110,7 @@ def room_of(inputs: PlanInputs, tokens: int, execution: Execution | None = None,
     return Room(
         device_bytes=inputs.hardware.memory_bytes - stays,
         host_bytes=inputs.hardware.host_bytes,
-        link=Link(rate, rate) if inputs.on_cuda and rate else None,
+        link=Link(rate, rate) if inputs.on_cuda and rate and inputs.shards == 1 else None,
         embedding_bytes=movable_embedding_bytes(inputs),
         embedding_s=tokens * inputs.shape.hidden * inputs.width / rate if rate else 0.0,
     )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lorafit.hardware.device import GIB
 from lorafit.memory.inputs import MASTER_BYTES, MicroBatch, PlanInputs, moment_bytes
+from lorafit.memory.sharded import gathered_bytes, held_bytes, shard_bytes
 from lorafit.shapes import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -71,6 +72,8 @@ def static_memory(
     `wide` means embeddings and lm_head in fp32. `host_embeddings` moves the input embeddings to host memory.
     `dequantized_layers` counts the layers with dequantized weights beside the quantized ones.
     """
+    if inputs.shards > 1:
+        return [*_sharded(inputs), _process(inputs)]
     base = _base(inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0)
     trained = _trained_weights(inputs) if inputs.is_full else _adapters(inputs)
     return [*base, *_dense_copies(inputs, base, dequantized_layers), *trained, _process(inputs)]
@@ -134,6 +137,18 @@ def _trained_weights(inputs: PlanInputs) -> list[Component]:
         *([copies] if inputs.has_master_weights else []),
         Component("gradients", weights * inputs.width, f"{weights:,} weights in {8 * inputs.width} bits"),
         _optimizer_state(inputs),
+    ]
+
+
+def _sharded(inputs: PlanInputs) -> list[Component]:
+    """Return what each of several GPUs holds where every weight trains."""
+    weights, gradients, moments = held_bytes(inputs)
+    part, bits = f"1/{inputs.shards} of {inputs.shape.parameters:,} weights", 8 * shard_bytes(inputs)
+    return [
+        Component("weights, sharded", weights, f"{part} in {bits} bits"),
+        Component("gradients, sharded", gradients, f"{bits} bits, summed in fp32"),
+        Component("optimizer state, sharded", moments, "two moments of AdamW"),
+        Component("gathered weights", gathered_bytes(inputs), "embeddings, head and two layers, with their gradients"),
     ]
 
 

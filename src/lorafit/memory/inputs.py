@@ -177,6 +177,8 @@ class PlanInputs:
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: the trained weights, their fp32 copies and their moments."""
         weight = self.width + MASTER_BYTES * self.has_master_weights if self.is_full else ADAPTER_BYTES
+        if self.shards > 1 and self.has_master_weights:
+            weight = MASTER_BYTES  # the shards are the copies
         return round(self.trained_parameters * (weight + moment_bytes(self.optimizer)))
 
     @cached_property
@@ -186,11 +188,16 @@ class PlanInputs:
 
     @property
     def gpus(self) -> int:
-        """GPUs that share a step. Every weight trains on one, and a CPU is one."""
-        if self.is_full or not self.on_cuda:
+        """GPUs that share a step. A CPU is one."""
+        if not self.on_cuda:
             return 1
         asked = self.config.gpus or (self.hardware.count if self.config.gpu else 1)
         return self.hardware.count if asked == "all" else asked
+
+    @property
+    def shards(self) -> int:
+        """GPUs over which every weight is sharded; 1 where each has a copy of the base."""
+        return self.gpus if self.is_full else 1
 
     @property
     def largest_step_tokens(self) -> int:

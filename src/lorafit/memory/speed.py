@@ -103,7 +103,7 @@ def optimizer_s(inputs: PlanInputs) -> float:
     if not inputs.is_full:
         return 0.0
     held = inputs.width + moment_bytes(inputs.optimizer) + (MASTER_BYTES if inputs.has_master_weights else 0)
-    return _moving_s(inputs.trained_parameters * (2 * inputs.width + 2 * held), inputs.hardware)
+    return _moving_s(inputs.trained_parameters * (2 * inputs.width + 2 * held) / inputs.shards, inputs.hardware)
 
 
 def flops_per_s(inputs: PlanInputs) -> float:

@@ -20,7 +20,7 @@ from lorafit.memory.execution_plan import (
 )
 from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, activations, execution_of
 from lorafit.memory.inputs import WIDTH, DataStats, PlanInputs
-from lorafit.planning.several_gpus import all_reduce_s, several_in_words
+from lorafit.planning.several_gpus import communication_s, several_in_words
 from lorafit.shapes import ModelShape
 
 PREDICTED_SPREAD = (0.85, 1.6)
@@ -40,7 +40,7 @@ USABLE = 0.8
 LEAST_GPUS = 2
 REFERENCE_GPU = "H100"
 """GPU for which full fine-tuning is planned on a machine without one."""
-REASON = "lorafit cannot train every weight on several GPUs yet; the recipe only describes such a run"
+REASON = "weights, gradients and moments do not fit here; the recipe is for more GPUs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:
     else:
         low, high = _eager(inputs, plan, steps, held_out)
         assumes = _speed_in_words(inputs.hardware)
-    summing = steps * all_reduce_s(inputs)
+    summing = steps * communication_s(inputs, plan)
     low, high = low + summing * PREDICTED_SPREAD[0], high + summing * PREDICTED_SPREAD[1]
     load = 2 * inputs.shape.parameters / 1e9
     time_s = (low + START_S[0] + load / LOAD_GBS[1], high + START_S[1] + load / LOAD_GBS[0])
@@ -210,14 +210,15 @@ class Forecast:
 def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
     """Return the forecast of training by the settings, or with `full` that of training every weight.
 
-    The latter takes the device itself if everything fits, or else several GPUs.
+    The latter takes the GPUs asked for if everything fits, or else as many as it needs.
     """
     if full:
-        alone = forecast(full_inputs(inputs))
-        if alone.memory.fits(alone.hardware):
-            return alone
+        asked = full_inputs(inputs)
+        here = forecast(asked)
+        if here.memory.fits(here.hardware):
+            return here
         inputs = inputs.on(full_gpu(inputs.hardware))
-        gpus = gpus_needed(inputs.shape, inputs.hardware)
+        gpus = max(gpus_needed(inputs.shape, inputs.hardware), asked.gpus + 1)
         return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
     plan = plan_execution(inputs)
     return Forecast(inputs.hardware, inputs.gpus, memory_of(plan, inputs), estimate_duration(inputs, plan))
@@ -291,15 +292,17 @@ def full_duration(inputs: PlanInputs, gpus: int) -> Duration:
     return Duration(time_s, steps, tokens, (f"{gpus} × {inputs.hardware.name}, at the price of all of them",))
 
 
-def too_large_for_one(inputs: PlanInputs) -> Finding:
-    """Return the finding that full fine-tuning does not fit one device, with settings that do."""
+def too_large_for_one(inputs: PlanInputs, gpus: int) -> Finding:
+    """Return the finding that full fine-tuning does not fit here, with settings that do; it fits `gpus` GPUs."""
     alone, has = full_inputs(inputs), inputs.hardware
     peak = memory_of(plan_execution(alone), alone).peak_bytes
+    where = "one device" if alone.gpus == 1 else f"each of {alone.gpus} GPUs"
+    more = f"set gpus: {gpus} on a machine that has them, or " if has.kind == "cuda" else ""
     return Finding(
         "P0",
         Severity.ERROR,
-        f"full fine-tuning needs about {at_least(peak)} on one device, and {has.name} has {at_most(has.memory_bytes)}",
+        f"full fine-tuning needs about {at_least(peak)} on {where}, and {has.name} has {at_most(has.memory_bytes)}",
         where="method",
         why=REASON,
-        fix="set method: lora and quantization: nf4 to train an adapter instead, or name a larger GPU with gpu",
+        fix=f"{more}set method: lora and quantization: nf4 to train an adapter instead, or name a larger GPU with gpu",
     )

@@ -23,6 +23,20 @@ def full_pitfalls(inputs: PlanInputs) -> Iterator[Finding]:
     yield from _rows(inputs)
 
 
+def offloading(inputs: PlanInputs) -> Iterator[Finding]:
+    """Yield a finding for activations that a memory policy sends to the host beside sharded weights."""
+    policy = inputs.policy
+    if inputs.shards > 1 and policy is not None and policy.offloaded_layers:
+        yield Finding(
+            "P0",
+            Severity.ERROR,
+            "memory_policy offloads activations, and the weights are sharded over several GPUs",
+            where="memory_policy",
+            why="an offloaded layer finds its weights by their place in memory, which changes when it is gathered",
+            fix="set memory_policy: recompute, or leave it out",
+        )
+
+
 def _learning_rate(config: RunConfig) -> Iterator[Finding]:
     if config.lr > HIGHEST_LR:
         yield Finding(

@@ -49,7 +49,6 @@ def _full_recipe(plan: Plan, config: RunConfig) -> str:
         "data": list(config.data),
         "method": "full",
         "gpus": plan.gpus,
-        "sharding": "weights, gradients and optimizer over all GPUs (FSDP or ZeRO-3)",
         "compute": "bf16",
         "optimizer": "adamw",
         "memory_policy": "recompute",
@@ -61,7 +60,7 @@ def _full_recipe(plan: Plan, config: RunConfig) -> str:
         "max_length": config.max_length,
         "seed": config.seed,
     }
-    head = f"# full fine-tuning of {plan.shape.name or 'a base'}: lorafit cannot run this recipe yet"
+    head = f"# full fine-tuning of {plan.shape.name or 'a base'}: for a machine with {plan.gpus} GPUs of this kind"
     return "\n".join([head, *(_line(key, value) for key, value in settings.items())]) + "\n"
 
 
@@ -148,8 +147,8 @@ class Plan:
 
     @property
     def runnable(self) -> bool:
-        """False, with a `reason`, when full fine-tuning takes several GPUs, which lorafit cannot run."""
-        return not self.decided.is_full or self.gpus == 1
+        """False, with a `reason`, when full fine-tuning takes more GPUs than the settings name."""
+        return not self.decided.is_full or self.gpus == self.inputs.gpus
 
     @property
     def reason(self) -> str:
@@ -221,14 +220,14 @@ def make_plan(resolved: Resolved, stats: DataStats, shape: ModelShape, hardware:
     # findings and the other rows of the matrix depend on the user's memory policy, not on the planned one
     judged = inputs.with_settings(memory_policy=resolved.config.memory_policy)
     run = forecast(inputs, full=decided.is_full)
-    split = decided.is_full and run.gpus > 1
+    beyond = decided.is_full and run.gpus != inputs.gpus
     return Plan(
         inputs=inputs,
         decided=decided,
         targets=targets,
         run=run,
         options=price_options(judged, decided.rule),
-        findings=tuple([too_large_for_one(inputs)] if split else _findings(judged, run.memory)),
+        findings=tuple([too_large_for_one(inputs, run.gpus)] if beyond else _findings(judged, run.memory)),
     )
 
 

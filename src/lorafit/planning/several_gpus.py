@@ -5,6 +5,7 @@ from __future__ import annotations
 from lorafit.hardware.links import link_between
 from lorafit.memory.execution_plan import ExecutionPlan
 from lorafit.memory.inputs import ADAPTER_BYTES, PlanInputs
+from lorafit.memory.sharded import moved_bytes
 
 
 def all_reduce_s(inputs: PlanInputs) -> float:
@@ -18,13 +19,33 @@ def all_reduce_s(inputs: PlanInputs) -> float:
     return 2 * (inputs.gpus - 1) / inputs.gpus * _gradient_bytes(inputs) / (rate * 1e9)
 
 
+def communication_s(inputs: PlanInputs, plan: ExecutionPlan) -> float:
+    """Return the seconds by which communication prolongs the step of `plan`; 0 on one GPU.
+
+    Adapter gradients are summed after the step. Sharded layers are gathered and their gradients scattered beside the
+    arithmetic, which hides what is shorter; embeddings and head are waited for.
+    """
+    if inputs.shards == 1:
+        return all_reduce_s(inputs)
+    _, rate = link_between(inputs.hardware)
+    within, outside = (one * plan.micro_batches / (rate * 1e9) for one in moved_bytes(inputs))
+    return outside + max(0.0, within - plan.step_s)
+
+
 def several_in_words(inputs: PlanInputs, plan: ExecutionPlan) -> str:
     """Return what is assumed of several GPUs, in one line; empty for one."""
     if inputs.gpus == 1:
         return ""
     name, rate = link_between(inputs.hardware)
-    step_s = all_reduce_s(inputs)
+    step_s = communication_s(inputs, plan)
     speed = inputs.gpus * plan.step_tokens / (plan.step_s + step_s)
+    if inputs.shards > 1:
+        moved = sum(moved_bytes(inputs)) / 1e9
+        return (
+            f"{inputs.gpus} GPUs, which hold weights, gradients and moments in shards: {speed:,.0f} tokens/s together; "
+            f"{moved:,.1f} GB gathered and scattered in a micro-batch over {name} at {rate:.0f} GB/s (assumed), of "
+            f"which a step waits {1000 * step_s:.2g} ms"
+        )
     return (
         f"{inputs.gpus} GPUs, each with a copy of the base and its share of a step: {speed:,.0f} tokens/s together; "
         f"{_gradient_bytes(inputs) / 1e6:,.1f} MB of gradients summed over {name} at {rate:.0f} GB/s (assumed), "

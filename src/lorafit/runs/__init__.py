@@ -1,6 +1,6 @@
 """Runs: layout, lock, identity, seal, lookup, own files and signals of a run directory. No torch."""
 
-from lorafit.runs.checkpoint import ADAPTER, Checkpoint, best_step, clear_unfinished, newest_whole, set_aside
+from lorafit.runs.checkpoint import ADAPTER, SHARDS, Checkpoint, best_step, clear_unfinished, newest_whole, set_aside
 from lorafit.runs.identity import FREE, LAYOUT, RunFingerprint, RunIdentity, differing_settings, held_settings
 from lorafit.runs.initial_adapter import InitialAdapter, with_initial_adapter
 from lorafit.runs.own_files import (
@@ -20,6 +20,7 @@ from lorafit.runs.writing import RunLock, follow_umask, staged_folder, sync
 
 __all__ = [
     "ADAPTER",
+    "SHARDS",
     "Checkpoint",
     "ChosenWeights",
     "FREE",

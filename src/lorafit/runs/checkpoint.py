@@ -16,6 +16,8 @@ from lorafit.runs.seal import file_hash, sealed
 from lorafit.runs.writing import follow_umask, sync
 
 MANIFEST, ADAPTER = "manifest.json", "adapter"
+SHARDS = "shard-*.safetensors"
+"""Files in which several processes keep their parts of one model, as torch names them."""
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 20
 FOREIGN = "it belongs to another run"

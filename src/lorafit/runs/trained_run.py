@@ -11,6 +11,7 @@ from lorafit.config.foreign_text import read_json
 from lorafit.errors import AdapterError, CheckpointError, RunDirError, UsageError
 from lorafit.runs.checkpoint import (
     ADAPTER,
+    SHARDS,
     Checkpoint,
     best_step,
     checkpoint_folders,
@@ -72,6 +73,9 @@ def choose_weights(run: RunDir, checkpoint: str = LAST) -> ChosenWeights:
         raise CheckpointError(error.what, where=error.where, fix="choose another checkpoint, or last") from error
     if whole.is_last:
         return ChosenWeights(run.adapter)
+    if next((whole.folder / ADAPTER).glob(SHARDS), None) is not None:
+        what = f"checkpoint {step} holds the shards of several GPUs, and no whole model"
+        raise UsageError(what, where=str(whole.folder), fix=f"choose {LAST}")
     return ChosenWeights(whole.folder / ADAPTER, whole.step, whole.eval_loss)
 
 

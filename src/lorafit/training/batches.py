@@ -118,7 +118,8 @@ class StepDataset:
     """Hold the steps of a run. A step has the same examples in every layout and for any number of processes.
 
     Examples are shuffled by (seed, epoch) and taken `examples_per_step` at a time. Several processes share a step's
-    examples by tokens, and each packs its own.
+    examples by tokens, and each packs its own. With `even` each runs as many micro-batches as the others, since
+    sharded layers are gathered by all at the same time.
     """
 
     def __init__(
@@ -130,8 +131,9 @@ class StepDataset:
         objective: Objective | None = None,
         rank: int = 0,
         world: int = 1,
+        even: bool = False,
     ) -> None:
-        self.rows, self.config, self.rank, self.world = rows, config, rank, world
+        self.rows, self.config, self.rank, self.world, self.even = rows, config, rank, world, even
         self.objective: Objective = objective or Sft()
         self.layout = layout or Layout(config.max_length)
 
@@ -161,13 +163,29 @@ class StepDataset:
     def step_of(self, chosen: Sequence[int] | NDArray[np.integer]) -> Step:
         """Return the step over these rows, in the present layout."""
         members = np.asarray(chosen, dtype=np.int64)
-        parts = self.layout.of(self.rows.lengths, dealt(self.rows.lengths, members, self.world)[self.rank])
+        parts, idle = self.share_of(self.rows, members, self.layout)
         return Step(
             micro_batches=[self.objective.collate(self.rows, part) for part in parts],
             supervised=self.objective.weight(self.rows, members),
             tokens=int(self.rows.lengths[members].sum()),
             rows=tuple(int(row) for row in members),
+            idle=idle,
         )
+
+    def share_of(
+        self, rows: Rows, members: NDArray[np.integer], layout: Layout
+    ) -> tuple[list[NDArray[np.integer]], int]:
+        """Return this process's micro-batches of the rows `members`, and how many of them, at the end, are idle.
+
+        An idle one is the shortest row once more; all processes count alike, without asking each other.
+        """
+        shares = dealt(rows.lengths, members, self.world)
+        parts = layout.of(rows.lengths, shares[self.rank])
+        if not self.even:
+            return parts, 0
+        most = max(len(layout.of(rows.lengths, share)) for share in shares)
+        shortest, idle = members[rows.lengths[members].argmin()][None], most - len(parts)
+        return [*parts, *[shortest] * idle], idle
 
 
 def dealt(lengths: NDArray[np.integer], chosen: NDArray[np.integer], world: int) -> list[NDArray[np.integer]]:

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch import nn
 
 from lorafit.errors import LorafitError, ProcessLost, TrainingError, UsageError
+from lorafit.methods.full.sharding import clip_shards, is_shard
 from lorafit.runs.launched import end_with_launcher
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def joined() -> Iterator[Processes]:
         raise UsageError(f"there is no GPU for process {place}", where="LOCAL_RANK", fix=fix)
     if on_gpu:
         torch.cuda.set_device(place)
-    with _hearing():
+    with hearing():
         backend, device = ("cpu:gloo,cuda:nccl", torch.device("cuda", place)) if on_gpu else ("gloo", None)
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
     processes = Processes()
@@ -75,7 +76,7 @@ class Processes:
         self._timed: Any = None
         self._is_awaited = self.world > 1  # the other processes wait for the first word of process 0
         if self.world > 1:
-            with _hearing():
+            with hearing():
                 self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
                 self._timed = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
@@ -105,7 +106,7 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with _hearing():
+        with hearing():
             dist.all_gather_object(values, value, group=self._hosts)
         return values
 
@@ -132,12 +133,12 @@ class Processes:
     def _tell(self, made: Any, error: LorafitError | None = None) -> None:
         self._is_awaited = False
         failed = None if error is None else (error.what, error.where, error.exit_code)
-        with _hearing():
+        with hearing():
             dist.broadcast_object_list([made, failed], src=0, group=self._hosts)
 
     def _heard(self) -> Any:
         holder: list[Any] = [None, None]
-        with _hearing():
+        with hearing():
             dist.broadcast_object_list(holder, src=0, group=self._hosts)
         made, failed = holder
         if failed is not None:
@@ -181,8 +182,8 @@ class Processes:
                 self.from_main(lambda: None)
 
     def require_same(self, weights: Sequence[torch.Tensor]) -> None:
-        """Raise TrainingError unless every process has the same `weights`, bit by bit."""
-        if self.world == 1:
+        """Raise TrainingError unless every process has the same `weights`, bit by bit; shards differ by design."""
+        if self.world == 1 or any(is_shard(weight) for weight in weights):
             return
         digest = hashlib.sha256()
         for weight in weights:
@@ -204,19 +205,22 @@ class Processes:
         """Return the sum of `value` over all processes, on its device."""
         if self.world > 1:
             value = value.clone()
-            with _hearing():
+            with hearing():
                 dist.all_reduce(value)
         return value
 
     def add_gradients(self, trained: Sequence[nn.Parameter]) -> None:
-        """Replace each weight's gradient by its sum over all processes, in flat buckets of one dtype."""
-        if self.world == 1:
+        """Replace each weight's gradient by its sum over all processes, in flat buckets of one dtype.
+
+        The gradients of shards are summed already, in the backward pass.
+        """
+        if self.world == 1 or any(is_shard(weight) for weight in trained):
             return
         for weight in trained:
             if weight.grad is None:  # this process had no micro-batch
                 weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in trained if weight.grad is not None]
-        with _hearing():
+        with hearing():
             sent = [(bucket, *_summed(bucket)) for bucket in _buckets(gradients)]
             for bucket, whole, arrival in sent:
                 arrival.wait()
@@ -224,9 +228,15 @@ class Processes:
                 for gradient, part in zip(bucket, parts, strict=True):
                     gradient.copy_(part.view_as(gradient))
 
+    def clip(self, trained: Sequence[nn.Parameter], most: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `most` over all `trained` weights, and return their norm ()."""
+        if any(is_shard(weight) for weight in trained):
+            return clip_shards(trained, most, self.total)
+        return nn.utils.clip_grad_norm_(trained, most)
+
     def _agreed(self, number: int, operation: Any) -> int:
         value = torch.tensor(number)
-        with _hearing():
+        with hearing():
             dist.all_reduce(value, op=operation, group=self._hosts)
         return int(value)
 
@@ -251,7 +261,7 @@ def _summed(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
 
 
 @contextlib.contextmanager
-def _hearing() -> Iterator[None]:
+def hearing() -> Iterator[None]:
     """Raise ProcessLost for the errors with which torch.distributed reports a lost or a silent process."""
     try:
         yield

@@ -18,16 +18,13 @@ from lorafit.data import Rows, steps_per_epoch
 from lorafit.engine import Step
 from lorafit.errors import ProcessLost, TrainingError
 from lorafit.methods import Method
+from lorafit.methods.full.sharding import is_sharded
 from lorafit.objectives import Objective
 from lorafit.runs import ADAPTER, Checkpoint, newest_whole
 from lorafit.runs.signals import StopSignals
 from lorafit.training.batches import Layout, Prefetched, StepDataset
-from lorafit.training.checkpoints.snapshot import (
-    Snapshot,
-    generators_state,
-    restore_optimization,
-    restore_randomness,
-)
+from lorafit.training.checkpoints.sharded import ShardedWriter
+from lorafit.training.checkpoints.snapshot import generators_state, restore_randomness
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
 from lorafit.training.distributed import Processes
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
@@ -163,8 +160,7 @@ class TrainingLoop:
         loss = self.processes.total(loss)
         self.processes.add_gradients(self.trained)
         self.scaler.unscale_(self.optimizer)
-        most = self.config.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.trained, most)
+        norm = self.processes.clip(self.trained, self.config.max_grad_norm or math.inf)
         return torch.stack([loss.float(), norm.float()])
 
     def _update(self, measured: Tensor) -> None:
@@ -229,8 +225,9 @@ class TrainingLoop:
         self.before_save()
         generators = self.processes.gathered(generators_state())
         self.processes.require_same(self.trained)
-        if self.processes.is_main:
-            self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(Snapshot.of(self, generators)))
+        if self.processes.is_main or self.checkpoints.is_shared:
+            take = self.checkpoints.snapshot
+            self.memory_retry.save(self.state.global_step, lambda: self.checkpoints.save(take(self, generators)))
         self.callbacks.at("on_save")
         self.save_timer.start()
 
@@ -292,7 +289,7 @@ class TrainingLoop:
         self.lr_scheduler = build_lr_scheduler(self.optimizer, self.arguments)
         self.callbacks.begin(checkpoint, self.optimizer, self.lr_scheduler)
         if checkpoint is not None:
-            self._restore_progress(restore_optimization(self, checkpoint))
+            self._restore_progress(self.checkpoints.restore(self, checkpoint))
         self.loss_monitor.start(self.state.log_history, self.left_out)
         self.callbacks.at("on_train_begin")
         self.save_timer.start()
@@ -361,7 +358,8 @@ class TrainingLoop:
         """Set up this process's micro-batches, and the schedule that runs them."""
         self.device: torch.device = self.arguments.device
         rank, world, layout = self.processes.rank, self.processes.world, Layout(memory.micro_tokens)
-        self.steps = StepDataset(self.train_rows, self.config, layout, objective=objective, rank=rank, world=world)
+        parts, even = (self.train_rows, self.config, layout), is_sharded(self.model)
+        self.steps = StepDataset(*parts, objective=objective, rank=rank, world=world, even=even)
         autocast = autocast_dtype(self.model, self.device)
         self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)
         self.scaler = self.schedule.scaler
@@ -377,7 +375,8 @@ class TrainingLoop:
             self.allocator_watch = AllocatorWatch(memory.layers, events, on_change=memory.changed)
         allowance, where = FP16_ALLOWANCE if self.scaler.is_enabled() else 0, str(events.path or folder)
         self.loss_monitor = LossMonitor(self.config, self.train_rows, events, where, allowance)
-        self.checkpoints = CheckpointWriter(folder, self.config, run, events)
+        kind = ShardedWriter if is_sharded(self.model) else CheckpointWriter
+        self.checkpoints = kind(folder, self.config, run, events)
         self.save_timer = SaveTimer(self.config.save_minutes)
 
     def _log_step(self, numbers: StepNumbers) -> None:

@@ -9,13 +9,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.engine import Graphs, MicroBatch, Step
 from lorafit.errors import TrainingError
+from lorafit.methods.full.sharding import is_sharded
 from lorafit.objectives import Objective
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -103,8 +104,10 @@ class OneByOne:
 
     def parts(self, step: Step, scale: float) -> Iterator[Part]:
         """Yield each micro-batch of `step`."""
-        for batch in step.micro_batches:
-            yield Part(batch, lambda batch=batch: self._run(batch, scale))  # type: ignore[misc]
+        counted = len(step.micro_batches) - step.idle
+        for place, batch in enumerate(step.micro_batches):
+            share = scale if place < counted else 0.0
+            yield Part(batch, lambda batch=batch, share=share: self._run(batch, share))  # type: ignore[misc]
 
     def loss(self, batch: MicroBatch, scale: Tensor | float = 1.0) -> Tensor:
         """Return the summed loss of `batch` times `scale`, computed in the run's precision."""
@@ -134,6 +137,9 @@ def autocast_dtype(model: nn.Module, device: torch.device) -> torch.dtype | None
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """Return the half precision among the model's weights, else fp32."""
+    """Return the half precision among the model's weights, else fp32. Shards may be wider than they compute."""
+    if is_sharded(model):
+        own: torch.dtype = cast(Any, model).dtype_of_shards
+        return own
     halves = (weight.dtype for weight in model.parameters() if weight.dtype in (torch.bfloat16, torch.float16))
     return next(halves, torch.float32)

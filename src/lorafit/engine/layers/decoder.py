@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -245,18 +246,30 @@ class DecoderLayers:
     def _run(self, call: partial[Any], *inputs: Any) -> Any:
         """Run a decoder layer; `call` holds the layer's forward and its keyword arguments."""
         layer, forward = _bound(call)
+        if not call.args and isinstance(layer, FSDPModule):
+            # `call` runs the hooks that gather the layer's weights; only what is within them may run twice
+            own: Any = layer
+            own.forward = partial(self._run_layer, layer, forward)
+            try:
+                return call(*inputs)
+            finally:
+                del own.forward
+        return self._run_layer(layer, forward, *inputs, **call.keywords)
+
+    def _run_layer(self, layer: Any, forward: Call, *inputs: Any, **options: Any) -> Any:
+        """Run a decoder layer whose weights are at hand."""
         index = self._index[id(layer)]
         if index == 0:
             self._varying.clear()
         if self.observe is not None:
-            self.observe(partial(self._at_level, layer, forward, call.keywords), *inputs)
+            self.observe(partial(self._at_level, layer, forward, options), *inputs)
         if not self.policy.offloaded_layers:
-            return self._at_level(layer, forward, call.keywords, self.policy.level(index), *inputs)
+            return self._at_level(layer, forward, options, self.policy.level(index), *inputs)
         if index == 0:
             self.offload.begin()
-        keep = self._weights[index] | _shared(call.keywords)
+        keep = self._weights[index] | _shared(options)
         with self.offload.around(index, index < self.policy.offloaded_layers, keep):
-            out = self._at_level(layer, forward, call.keywords, self.policy.level(index), *inputs)
+            out = self._at_level(layer, forward, options, self.policy.level(index), *inputs)
         if index == len(self.layers) - 1:
             self.offload.end_forward(len(self.layers))
         return out
@@ -328,7 +341,8 @@ def _bound(call: partial[Any]) -> tuple[Any, Call]:
     transformers binds `__call__` up to 5.17, and passes `forward` since.
     """
     if call.args:
-        return call.args[0], call.func
+        is_sharded = isinstance(call.args[0], FSDPModule)  # a subclass of the layer's class, which wraps it once more
+        return call.args[0], getattr(call.func, "__wrapped__", call.func) if is_sharded else call.func
     layer = call.func.__self__  # type: ignore[attr-defined]
     return layer, type(layer).forward
 
@@ -336,8 +350,10 @@ def _bound(call: partial[Any]) -> tuple[Any, Call]:
 def _storages(layer: torch.nn.Module) -> frozenset[int]:
     """Return the data pointers of all tensors that the layer holds.
 
-    They are in memory anyway, so they are not offloaded.
+    They are in memory anyway, so they are not offloaded. Shards have no storage that a layer computes with.
     """
+    if isinstance(layer, FSDPModule):
+        return frozenset()
     tensors = [*layer.parameters(), *layer.buffers()]
     for module in layer.modules():
         if isinstance(module, FrozenLinear4bit):

@@ -13,6 +13,8 @@ from lorafit.backbone import load_backbone, output_head, text_decoder
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError
 from lorafit.methods.full.optimizer import optimizer_of
+from lorafit.methods.full.sharded_folder import ShardsSnapshot, processes_of, require_as_many, restore_shards
+from lorafit.methods.full.sharding import is_sharded
 from lorafit.methods.full.weights_folder import CONFIG_FILE, WeightsSnapshot, WholeWeights, put_weights
 from lorafit.methods.saving import require_finite, save_snapshot
 
@@ -52,12 +54,16 @@ class Full:
         """Return the optimizer; 16-bit weights get fp32 master copies, or stochastic rounding with 8-bit moments."""
         return optimizer_of(kind, groups, options)
 
-    def snapshot(self, model: nn.Module, config: RunConfig) -> WeightsSnapshot:
-        """Copy every weight to the host, in its own precision."""
-        return WeightsSnapshot.of(model)
+    def snapshot(self, model: nn.Module, config: RunConfig) -> WeightsSnapshot | ShardsSnapshot:
+        """Copy every weight to the host, in its own precision; of a sharded model this process's shards."""
+        return ShardsSnapshot.of(model) if is_sharded(model) else WeightsSnapshot.of(model)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Copy the weights in `folder` into `model`. Raises AdapterError if they do not fit."""
+        require_as_many(processes_of(folder), model, folder)
+        if is_sharded(model):
+            restore_shards(model, folder)
+            return
         own = _config_of(model).model_copy(update={"base": str(folder), "revision": None})
         saved = load_backbone(own, device="cpu", exact=True)
         put_weights(model, dict(saved.named_parameters()), str(folder))
@@ -65,8 +71,12 @@ class Full:
     def save(
         self, model: nn.Module, folder: Path, config: RunConfig, *, written: Callable[[Path], None] | None = None
     ) -> None:
-        """Write a Hugging Face model to `folder`, completely or not at all."""
-        save_snapshot(self.snapshot(model, config), folder, written)
+        """Write a Hugging Face model to `folder`, completely or not at all.
+
+        The shards of several processes are gathered first; all others call `WeightsSnapshot.gathered` meanwhile.
+        """
+        snapshot = WeightsSnapshot.of(model) if not is_sharded(model) else WeightsSnapshot.gathered(model)
+        save_snapshot(snapshot, folder, written)
 
     def load(self, model: nn.Module, folder: Path, config: RunConfig) -> nn.Module:
         """Return the model in `folder`, frozen, on the device of `model`. Raises AdapterError, BackboneError."""

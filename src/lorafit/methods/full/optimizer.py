@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.methods.full.sharding import is_shard, own_shard
+
 PART_ELEMENTS = 1 << 28
 """Most elements whose fp32 gradients exist at one time: 1 GiB."""
 CHUNK = 1 << 24
@@ -29,6 +31,8 @@ def optimizer_of(kind: type, groups: Groups, options: Mapping[str, Any]) -> Any:
     torch's optimizers get master copies; the others, 8-bit ones that update weight by weight, round stochastically.
     """
     weights = [weight for group in groups for weight in group["params"]]
+    if any(is_shard(weight) for weight in weights):
+        return ShardedOptimizer(kind, groups, options)
     if all(weight.dtype is torch.float32 for weight in weights):
         return kind(groups, **options)
     if kind.__module__.startswith("torch."):
@@ -101,6 +105,49 @@ class MasterWeights(torch.optim.Optimizer):
             if "master" in moments:
                 master.data.copy_(moments.pop("master"))
             places[master].state[master] = moments
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Update this process's shard of every weight, as a tensor of its own, as one process updates whole weights.
+
+    Its parameters are the model's weights; its state is that of the shards.
+    """
+
+    def __init__(self, kind: Any, groups: Groups, options: Mapping[str, Any]) -> None:
+        super().__init__([dict(group) for group in groups], dict(options))
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        self.shards: dict[nn.Parameter, nn.Parameter] = {weight: nn.Parameter(own_shard(weight)) for weight in weights}
+        own = [
+            {**_settings(group), "params": [self.shards[weight] for weight in group["params"]]}
+            for group in self.param_groups
+        ]
+        self.inner = optimizer_of(kind, own, options)
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update({**_settings(inner), **_settings(group)})  # settings that `kind` adds
+        self.defaults = {**self.inner.defaults, **self.defaults}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every shard that has a gradient. `found_inf` works as in torch's fused optimizers."""
+        assert closure is None, "a step has its gradients already"
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update(_settings(group))
+        for weight, shard in self.shards.items():
+            shard.grad = None if weight.grad is None else own_shard(weight.grad)
+        self.inner.found_inf = getattr(self, "found_inf", None)
+        self.inner.step()
+        for shard in self.shards.values():
+            shard.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this process's shards, by the number of the weight."""
+        inner: dict[str, Any] = self.inner.state_dict()
+        return {**inner, "param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of the same shards."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.inner.load_state_dict(state_dict)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from lorafit.backbone import FreshWeight, fresh_weights
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, VerificationError
+from lorafit.methods.full.sharding import free_gathered, is_shard
 from lorafit.methods.saving import require_finite
 
 SHARD_BYTES = 4 * 10**9
@@ -39,6 +41,20 @@ class WeightsSnapshot:
         stored = model.state_dict()  # without the buffers that are computed
         held = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0] in stored)]
         return cls({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in held}, model)
+
+    @classmethod
+    def gathered(cls, model: Any) -> WeightsSnapshot:
+        """Copy a sharded `model` in its compute dtype to process 0; every process calls this."""
+        free_gathered(model)
+        tensors: dict[str, Tensor] = {}
+        stored = model.state_dict(keep_vars=True)
+        held = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0] in stored)]
+        for name, tensor in held:
+            whole = tensor.detach().full_tensor() if is_shard(tensor) else tensor.detach()
+            if dist.get_rank() == 0:
+                narrow = whole.to(model.dtype_of_shards) if is_shard(tensor) else whole
+                tensors[name] = narrow.to("cpu", copy=True).contiguous()
+        return cls(tensors, model)
 
     @property
     def size_bytes(self) -> int:

@@ -257,6 +257,10 @@ class Snapshot:
         (folder / ADAPTER).mkdir()
         self.trained.write(folder / ADAPTER)
         save_file(dict(self.optimizer), folder / OPTIMIZER)
+        self.write_rest(folder)
+
+    def write_rest(self, folder: Path) -> None:
+        """Write what is no weight and no moment."""
         save_file(dict(self.random), folder / RANDOM)
         (folder / TRAINER_STATE).write_text(json.dumps(self.trainer_state, default=float), encoding="utf-8")
         (folder / REST).write_text(json.dumps(self.rest), encoding="utf-8")
@@ -267,8 +271,13 @@ def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
 
     Returns the state that `resumable` returned.
     """
+    return restore_state(loop, folder, load_file(folder / OPTIMIZER))
+
+
+def restore_state(loop: Resumable, folder: Path, moments: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Do the same with the optimizer's `moments` at hand."""
     rest = read_rest(folder)
-    restore_optimizer(loop.optimizer, load_file(folder / OPTIMIZER), rest["optimizer"])
+    restore_optimizer(loop.optimizer, moments, rest["optimizer"])
     loop.lr_scheduler.load_state_dict({**loop.lr_scheduler.state_dict(), **rest["schedule"]})
     if rest["scaler"] is not None and loop.scaler.is_enabled():
         loop.scaler.load_state_dict(rest["scaler"])

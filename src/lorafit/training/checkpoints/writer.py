@@ -6,8 +6,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -15,7 +17,7 @@ from lorafit.config import RunConfig
 from lorafit.errors import LorafitError, RunDirError
 from lorafit.runs import Checkpoint, new_own_folder, remove_own, require_folder, sync
 from lorafit.runs.checkpoint import checkpoint_folders, folder_name, prune, remove_folder, seal
-from lorafit.training.checkpoints.snapshot import Snapshot
+from lorafit.training.checkpoints.snapshot import GeneratorsState, Resumable, Snapshot, restore_optimization
 from lorafit.training.logging.run_logs import EventLog
 
 FREE_SPACE_MARGIN = 1.1
@@ -26,13 +28,26 @@ class CheckpointWriter:
 
     An error is kept until `wait` or `poll` and becomes an event there, on the caller's thread. A full disk does not end
     the run: a failed checkpoint never touches the last good one, and the next save tries again.
+
+    Attributes:
+        is_shared: True if every process writes a part, False if process 0 writes all.
     """
+
+    is_shared = False
 
     def __init__(self, folder: Path, config: RunConfig, run: str, events: EventLog) -> None:
         self.folder, self.config, self.run, self.events = folder, config, run, events
         self.thread: threading.Thread | None = None
         self.failure: tuple[int, str] | None = None
         self.fault: BaseException | None = None
+
+    def snapshot(self, loop: Resumable, generators_of: Sequence[GeneratorsState] = ()) -> Snapshot:
+        """Copy the present state of `loop` to the host; `generators_of` are the random states of all processes."""
+        return Snapshot.of(loop, generators_of)
+
+    def restore(self, loop: Resumable, folder: Path) -> dict[str, Any]:
+        """Restore optimizer, schedule and loss scale of `loop`; return the state that `resumable` returned."""
+        return restore_optimization(loop, folder)
 
     def save(self, snapshot: Snapshot) -> None:
         """Start to write `snapshot`, after the previous one is done."""
@@ -69,10 +84,18 @@ class CheckpointWriter:
         )
         self.events.record("checkpoint_failed", step, message)
 
+    def write(self, snapshot: Snapshot) -> None:
+        """Write `snapshot` to its folder, and remove old checkpoints."""
+        write_checkpoint(snapshot, self.folder, self.run)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove old checkpoints."""
+        prune(self.folder, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
+
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            write_checkpoint(snapshot, self.folder, self.run)
-            prune(self.folder, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
+            self.write(snapshot)
         except LorafitError as error:
             self.failure = (snapshot.step, error.what)
         except (OSError, SafetensorError) as error:
@@ -88,25 +111,48 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, run: str) -> Path:
     space, OSError or SafetensorError if it refuses.
     """
     final = folder / folder_name(snapshot.step)
+    if not is_due(final, run):
+        return final
+    with staged_checkpoint(snapshot, final, run) as staged:
+        snapshot.write(staged)
+    return final
+
+
+def is_due(final: Path, run: str) -> bool:
+    """Return False if `final` is a checkpoint that verifies; one that does not is removed."""
     if os.path.lexists(final):
         if _verifies(final, run):
-            return final
+            return False
         remove_folder(final)
+    return True
+
+
+@contextmanager
+def staged_checkpoint(snapshot: Snapshot, final: Path, run: str, processes: int = 1) -> Iterator[Path]:
+    """Yield an empty folder for `snapshot`, which `processes` fill alike; after the block it is sealed as `final`.
+
+    Nothing is left of it after an error.
+    """
+    folder = final.parent
     if not folder.exists():
         folder.mkdir(parents=True)
         sync(folder.parent)
     require_folder(folder)
-    _require_space(folder, snapshot.size_bytes)
-    staged = folder / f".{final.name}.staged"
+    _require_space(folder, snapshot.size_bytes * processes)
+    staged = staged_path(final)
     try:
         new_own_folder(staged)
-        snapshot.write(staged)
+        yield staged
         seal(staged, run=run, step=snapshot.step, eval_loss=snapshot.eval_loss, last=snapshot.is_last)
         staged.rename(final)
         sync(folder)
     finally:
         remove_own(staged)
-    return final
+
+
+def staged_path(final: Path) -> Path:
+    """Return the folder in which the checkpoint `final` is written."""
+    return final.with_name(f".{final.name}.staged")
 
 
 def _verifies(folder: Path, run: str) -> bool:

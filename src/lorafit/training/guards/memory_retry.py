@@ -20,7 +20,7 @@ from lorafit.data import Rows
 from lorafit.engine import PACKED, Graphs, MicroBatch, RowMode, Step, allocator_retries, release_memory
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
-from lorafit.training.batches import Layout, StepDataset, dealt
+from lorafit.training.batches import Layout, StepDataset
 from lorafit.training.checkpoints.snapshot import RandomStreams
 from lorafit.training.distributed import Processes
 from lorafit.training.logging.run_logs import EventLog
@@ -205,8 +205,8 @@ class MemoryRetry:
         total = torch.zeros((), device=self.device)
         # steps on a GPU may exceed `max_length`, which the dry run has tried; evaluation has no dry run
         layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
-        share = dealt(rows.lengths, np.arange(len(rows)), self.processes.world)[self.processes.rank]
-        waiting = layout.of(rows.lengths, share)[::-1]
+        parts, idle = self.steps.share_of(rows, np.arange(len(rows)), layout)
+        waiting = parts[::-1]
         while waiting:
             if is_stopped():
                 return None
@@ -215,7 +215,7 @@ class MemoryRetry:
             if isinstance(outcome, OutOfMemory):
                 release_memory()
                 waiting += self._smaller(number, rows, members, outcome)
-            else:
+            elif len(waiting) >= idle:
                 total += outcome
         return total
 
@@ -289,6 +289,8 @@ class MemoryRetry:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if self.steps.even:  # the others wait within a layer, and cannot start again
+                raise torch.OutOfMemoryError(str(error)) from error
             return OutOfMemory(str(error).partition("\n")[0])
 
     def _shrink_layout(self, number: int, step: Step, failed: _Failed) -> None:

@@ -1,0 +1,150 @@
+"""sharded: checkpoints whose weights and moments every process writes and reads in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lorafit.errors import LorafitError, RunDirError
+from lorafit.methods.full.sharded_folder import ShardsSnapshot, read_shards, tensors_in, write_shards
+from lorafit.methods.full.sharding import OWN, ShardLayout, own_shard
+from lorafit.runs import ADAPTER
+from lorafit.runs.checkpoint import folder_name
+from lorafit.training.checkpoints.snapshot import GeneratorsState, Resumable, Snapshot, restore_state
+from lorafit.training.checkpoints.writer import (
+    CheckpointWriter,
+    is_due,
+    staged_checkpoint,
+    staged_path,
+)
+from lorafit.training.distributed import hearing
+
+MOMENTS = "optimizer"
+"""Folder of the optimizer's moments in such a checkpoint."""
+
+
+class ShardedWriter(CheckpointWriter):
+    """Write checkpoints of a sharded model: every process its shards, and process 0 all else, the seal last."""
+
+    is_shared = True
+
+    def snapshot(self, loop: Resumable, generators_of: Sequence[GeneratorsState] = ()) -> Snapshot:
+        """Copy this process's part of the present state of `loop` to the host."""
+        own = Snapshot.of(loop, generators_of)
+        return replace(own, optimizer=_layout(loop).named(own.optimizer, _weights(loop)))
+
+    def restore(self, loop: Resumable, folder: Path) -> dict[str, Any]:
+        """Restore this process's part of the optimizer, and the schedule."""
+        return restore_state(loop, folder, read_moments(loop, folder / MOMENTS))
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write `snapshot` together with the other processes. An error in one of them is raised in all."""
+        trained = snapshot.trained
+        assert isinstance(trained, ShardsSnapshot), "only shards are written by several processes"
+        final = self.folder / folder_name(snapshot.step)
+        with hearing():
+            (self._follow if trained.layout.rank else self._lead)(snapshot, final, trained)
+
+    def _lead(self, snapshot: Snapshot, final: Path, trained: ShardsSnapshot) -> None:
+        """Stage the folder, write with the others, and seal it; the others hear how each part has ended."""
+        with ExitStack() as staging:
+            with _telling(trained.layout) as told:
+                staged = None
+                if is_due(final, self.run):
+                    staged = staging.enter_context(staged_checkpoint(snapshot, final, self.run, trained.layout.world))
+                told[0] = staged is not None
+            if staged is None:
+                return
+            _write_part(snapshot, staged, trained)
+            with _telling(trained.layout):
+                snapshot.write_rest(staged)
+                staging.close()
+                self.prune()
+
+    def _follow(self, snapshot: Snapshot, final: Path, trained: ShardsSnapshot) -> None:
+        if _heard(trained.layout):
+            _write_part(snapshot, staged_path(final), trained)
+            _heard(trained.layout)
+
+
+def _write_part(snapshot: Snapshot, staged: Path, trained: ShardsSnapshot) -> None:
+    """Write this process's shards. Raises RunDirError in all processes if one cannot."""
+    layout, own = trained.layout, None
+    try:
+        trained.require_finite(staged)
+    except LorafitError as error:
+        own = error.what
+    told: list[Any] = [None] * layout.world
+    dist.all_gather_object(told, own, group=layout.group)
+    if bad := next(filter(None, told), None):
+        raise RunDirError(bad)
+    try:
+        write_shards(trained.tensors, staged / ADAPTER, layout.group)
+        write_shards(snapshot.optimizer, staged / MOMENTS, layout.group)
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise RunDirError(f"process {rank}: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+@contextmanager
+def _telling(layout: ShardLayout) -> Iterator[list[Any]]:
+    """Tell the other processes the list's one item once the block has ended, or the error that ended it."""
+    told: list[Any] = [None]
+    try:
+        yield told
+    except BaseException as error:
+        dist.broadcast_object_list([None, f"process 0: {_reason(error)}"], src=0, group=layout.group)
+        raise
+    dist.broadcast_object_list([told[0], None], src=0, group=layout.group)
+
+
+def _heard(layout: ShardLayout) -> Any:
+    """Return what process 0 tells. Raises RunDirError for its error."""
+    word: list[Any] = [None, None]
+    dist.broadcast_object_list(word, src=0, group=layout.group)
+    if word[1] is not None:
+        raise RunDirError(word[1])
+    return word[0]
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "what", None) or getattr(error, "strerror", None) or error)
+
+
+def read_moments(loop: Resumable, folder: Path) -> dict[str, torch.Tensor]:
+    """Return this process's part of the moments in `folder`, by the number of the weight."""
+    weights, layout = _weights(loop), _layout(loop)
+    local: dict[str, torch.Tensor] = {}
+    asked: dict[str, torch.Tensor] = {}
+    stored = tensors_in(folder)
+    owners = {name.partition(".")[0] for name in stored if name.startswith(OWN)}
+    if owners and len(owners) != layout.world:
+        fix = f"resume with --gpus {len(owners)}, or begin again with --restart"
+        raise RunDirError(f"the 8-bit moments belong to {len(owners)} GPUs", where=str(folder.parent), fix=fix)
+    for name, (dtype, shape) in stored.items():
+        if name.startswith(OWN):
+            owner, _, rest = name.removeprefix(OWN).partition(".")
+            if int(owner) == layout.rank:
+                asked[name] = local[rest] = torch.empty(shape, dtype=dtype)
+            continue
+        weight = weights[int(name.partition(".")[0])]
+        own = torch.empty(own_shard(weight).shape if shape else (), dtype=dtype)
+        local[name], asked[name] = own, layout.on_host(own, weight) if shape else own
+    read_shards(asked, folder)
+    return local
+
+
+def _layout(loop: Resumable) -> ShardLayout:
+    layout: ShardLayout = cast(Any, loop.model).shard_layout
+    return layout
+
+
+def _weights(loop: Resumable) -> list[torch.Tensor]:
+    return [weight for group in loop.optimizer.param_groups for weight in group["params"]]

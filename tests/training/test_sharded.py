@@ -1,0 +1,97 @@
+"""A full run whose weights are sharded over processes: the run of one process, and its checkpoints."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+from fork_server import IMPORTED
+from little_run import write_rows
+from lorafit.api.load import load
+from lorafit.api.merge import merge
+from lorafit.errors import AdapterError, UsageError
+from lorafit.methods.full.sharded_folder import processes_of, require_as_many
+from several_worker import Harm, launched
+from sharded_worker import train_full
+from tiny_models import save_base
+
+FULL = ("--set", "method=full", "--set", "lr=1e-3", "--set", "ignore=P")
+QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("sharded")
+    save_base(made / "base")
+    return made
+
+
+def ended(folder, world, port, *more):
+    """What `world` processes end in after 20 steps."""
+    given = (world, str(folder / "base"), folder / f"run-{port}", str(folder), port, *more)
+    workers = [IMPORTED.Process(target=train_full, args=(rank, *given)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(240)
+        assert worker.exitcode == 0
+    return torch.load(folder / f"{more[-1] if more else world}.pt")
+
+
+@pytest.fixture(scope="module")
+def ends(folder):
+    """The ends of 1, 2 and 3 processes, and of 2 and 3 that resume from the middle of the run of 2."""
+    found = {world: ended(folder, world, 29530 + world) for world in (1, 2, 3)}
+    middle = folder / "run-29532" / "step-000010"
+    return found | {
+        f"{world} resumed": ended(folder, world, 29540 + world, middle, f"{world} resumed") for world in (2, 3)
+    }
+
+
+def distance(one, other):
+    return sum(float((tensor - other[name]).norm()) ** 2 for name, tensor in one.items()) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [2, 3, "3 resumed"])
+def test_shards_train_as_one_process_does(ends, run):
+    """Shares of a step differ in micro-batches, and the third process has none of most steps."""
+    alone, several = ends[1], ends[run]
+    assert len(several["loss"]) == 20
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert several[name] == pytest.approx(alone[name], rel=1e-5), name
+    moved = distance(alone["weights"], alone["first"])
+    assert distance(several["weights"], alone["weights"]) < 1e-4 * moved
+
+
+@pytest.mark.slow
+def test_a_resumed_sharded_run_ends_in_the_same_bits(ends):
+    for name, whole in ends[2]["weights"].items():
+        assert torch.equal(ends["2 resumed"]["weights"][name], whole), name
+    assert ends["2 resumed"]["loss"] == ends[2]["loss"]
+
+
+def test_one_process_does_not_take_up_shards_nor_several_its_whole_weights(tmp_path):
+    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").touch()
+    (tmp_path / "shard-00002-model-00001-of-00001.safetensors").touch()
+    wrote = processes_of(tmp_path)
+    with pytest.raises(AdapterError, match=r"holds shards, and a run on one GPU keeps .* resume it with --gpus 2"):
+        require_as_many(wrote, torch.nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_goes_on_with_another_number_of_processes_and_is_exported(tmp_path):
+    """One gradient of process 1 is NaN: the step is withheld in both."""
+    data, run = write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    killed = launched(data, run, Harm(rank=1, step=5, signal=signal.SIGKILL), *FULL)
+    assert killed.code == 1 and killed.seconds < 60
+    assert "process 1 was killed (SIGKILL)" in killed.errors
+    assert launched(data, run, Harm(spoiled_step=0), *FULL, world=3).code == 0
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["non_finite", "resumed", "environment_changed"]
+    assert "the number of processes was 2 and is 3" in events[2]["message"]
+    assert load(run).answer(QUESTION, max_new_tokens=8)
+    assert merge(run).passed
+    with pytest.raises(UsageError, match="checkpoint 4 holds the shards of several GPUs, and no whole model"):
+        load(run, checkpoint="4")
