@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafit.errors import UsageError
 from lorafit.programs.program import Program, free_port
 
 VLLM_VARIABLE = "LORAFIT_VLLM"
@@ -21,9 +22,15 @@ ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def find_vllm() -> Path | None:
-    """Return the program `vllm`: named by LORAFIT_VLLM, beside this Python, or on PATH. None if it is not here."""
+    """Return the program `vllm`: named by LORAFIT_VLLM, beside this Python, or on PATH. None if it is not here.
+
+    Raises UsageError if the variable names no program.
+    """
     if named := os.environ.get(VLLM_VARIABLE):
-        return Path(named).absolute() if os.access(named, os.X_OK) and Path(named).is_file() else None
+        if not (os.access(named, os.X_OK) and Path(named).is_file()):
+            fix = f"name the program vllm, or unset {VLLM_VARIABLE}"
+            raise UsageError(f"{VLLM_VARIABLE} names no program", where=named, fix=fix)
+        return Path(named).absolute()
     beside = Path(sys.executable).parent / "vllm"
     if beside.is_file():
         return beside
