@@ -1,7 +1,7 @@
 import pytest
 
 from lorafit.errors import BackboneError
-from lorafit.shapes.dimensions import Dimensions, holds, read_dimensions, size
+from lorafit.shapes.dimensions import Dimensions, holds, noise_keys, read_dimensions, size
 from lorafit.shapes.families import FAMILIES
 from planning_shapes import LLAMA_8B
 
@@ -55,3 +55,9 @@ def test_more_layers_than_any_decoder_has_are_a_slip_in_the_config(layers):
 def test_too_many_heads_for_the_hidden_size_are_refused():
     with pytest.raises(BackboneError, match="heads"):
         read_dimensions({**LLAMA_8B, "num_attention_heads": 8192}, FAMILIES["llama"], "a-base")
+
+
+def test_a_jitter_that_routing_needs_outside_training_is_no_noise():
+    jitter = {"router_jitter_noise": 0.01, "input_jitter_noise": 0.01}
+    assert noise_keys({"model_type": "phimoe", **jitter}) == ("input_jitter_noise",)
+    assert noise_keys({"model_type": "mixtral", **jitter}) == tuple(jitter)

@@ -12,13 +12,19 @@ from lorafit.shapes import resolve_targets
 from lorafit.shapes.tried_families import tried_families
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "gpt_oss", "phi3", "gpt2", "nemotron_h", "stablelm"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5_text", "gpt_oss", "phi3", "gpt2", "nemotron_h", "stablelm", "mistral3", "qwen2_5_vl"]
+)
 def test_the_table_names_the_modules_that_the_presets_select(name):
     (row,) = [one for one in tried_families().families if one.name == name]
     projections = projections_of(skeleton(small_config(name)))
     assert set(row.qv) == set(resolve_targets("qv", projections))
     assert set(row.all_linear) == set(resolve_targets("all-linear", projections))
     assert row.works and not row.reason
+
+
+def test_a_hundred_families_work_at_every_stage():
+    assert sum(row.works for row in tried_families().families) >= 100
 
 
 def test_every_row_that_does_not_work_says_why():

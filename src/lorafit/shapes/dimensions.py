@@ -158,14 +158,21 @@ def _count(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int |
 
 NOISE = re.compile(r"dropout|pdrop|drop_rate|layerdrop|jitter")
 """Keys of config.json for noise in training: dropout of the base's own layers, and jitter of its routers."""
+NO_NOISE = {"phimoe": ("router_jitter_noise",)}
+"""Keys of a model type that name noise and act outside training too: Phi-3.5-MoE's tells which scores are near ties."""
 
 
 def noise_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys of `config` that add noise in training. lorafit trains without it: only `dropout` acts."""
+    kept = NO_NOISE.get(str(config.get("model_type")), ())
     return tuple(
         key
         for key, value in config.items()
-        if NOISE.search(key) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if NOISE.search(key)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value > 0
+        and key not in kept
     )
 
 
