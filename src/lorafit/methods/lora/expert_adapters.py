@@ -196,11 +196,11 @@ def check_expert_settings(raw: Mapping[str, Any], where: str, is_name: Callable[
         raise AdapterError("target_parameters is no list of parameter names", where=where)
     if not isinstance(ranks, dict) or not isinstance(alphas, dict) or {*ranks, *alphas} - {*names}:
         raise AdapterError("rank_pattern or alpha_pattern is set for linear modules, not for experts", where=where)
-    found = {(ranks.get(name, raw.get("r")), alphas.get(name, raw.get("lora_alpha"))) for name in names}
-    if len(found) > 1:
+    found = [(ranks.get(name, raw.get("r")), alphas.get(name, raw.get("lora_alpha"))) for name in names]
+    if any(pair != found[0] for pair in found):
         raise AdapterError("the adapters on experts have more than one rank or alpha", where=where)
     power = 0.5 if raw.get("use_rslora") else 1.0
-    for rank, alpha in found:
+    for rank, alpha in found[:1]:
         numbers = isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0
         wanted = raw["lora_alpha"] * (rank / raw["r"]) ** power if numbers else math.nan
         if not math.isclose(float(alpha or 0) if numbers else 0.0, wanted, rel_tol=1e-6):
