@@ -81,7 +81,7 @@ def test_a_vllm_that_is_missing_or_ends_is_not_proved_and_has_an_exit_code_of_it
         said = capsys.readouterr().out
         assert ("no such device" if out == "ends" else "pip install vllm") in said
         assert (tmp_path / out / "model.safetensors").is_file()
-        monkeypatch.setattr("lorafit.export.verify.vllm_proof.find_vllm", lambda: None)
+        monkeypatch.setattr(sys.modules["lorafit.export.verify.vllm_proof"], "find_vllm", lambda: None)
 
 
 def test_a_variable_that_names_no_program_is_told_before_anything_is_written(tiny_run, tmp_path, monkeypatch):
