@@ -16,7 +16,10 @@ Indices = Sequence[int] | NDArray[np.integer]
 
 
 class Objective(Protocol):
-    """Compute the loss of packed rows for the training loop."""
+    """Compute the loss of packed rows for the training loop.
+
+    `OBJECTIVES` makes one a run, of the model's `VocabularyLoss`. Where its `alone` is True, a micro-batch is one row.
+    """
 
     name: str
     """The value of the setting that chooses this objective."""
@@ -26,9 +29,15 @@ class Objective(Protocol):
         ...
 
     def weight(self, rows: Rows, indices: Indices | None = None) -> int:
-        """Return the divisor of the loss for these rows, or for all. For SFT it counts supervised tokens."""
+        """Return the divisor of the loss for these rows, or for all. For SFT it counts supervised tokens.
+
+        The rows of a step must have a weight above 0.
+        """
         ...
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch, scale: Tensor | float = 1.0) -> Tensor:
-        """Return the summed loss of `micro_batch` times `scale`, a scalar for `backward`."""
+        """Return the summed loss of `micro_batch` times `scale`, a scalar for `backward`.
+
+        `scale` is 1 / `weight` of the whole step, and 1 in an evaluation. Targets of -100 are padding and have no loss.
+        """
         ...

@@ -100,8 +100,8 @@ class ExportFormat(Protocol):
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to `folder`, one in memory at a time.
 
-        Floating-point tensors come in fp32, and the format rounds each once. `folder` already holds config.json, the
-        tokenizer and the chat template.
+        Floating-point tensors come in fp32, and the format rounds each once. A tied head may be missing. `folder`
+        already holds config.json, the tokenizer and the chat template.
         """
         ...
 
