@@ -130,7 +130,7 @@ def _parts(sizes: dict[str, int], head: int, plan: ExecutionPlan) -> dict[str, i
     at_loss = plan.peak.working_bytes == plan.costs.loss_bytes
     working = sizes["loss or one layer's backward"]
     return {
-        "base in NF4": sizes["base, linear layers"] + sizes["norms, biases, stacked experts"],
+        "base in NF4": sizes["base, linear layers"] + sizes["norms, biases"],
         "embeddings": sizes["embeddings and lm_head"] - head,
         "lm_head": head,
         "adapters, gradients, optimizer": sum(

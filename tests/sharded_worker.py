@@ -25,10 +25,10 @@ def train_full(rank, world, base, folder, results, port, checkpoint=None, name=N
         method="full",
         examples_per_step=10,
         max_length=48,
-        epochs=20,
+        epochs=10,
         lr=1e-4,
         max_grad_norm=1.0,
-        save_steps=10,
+        save_steps=5,
         eval_steps=5,
     )
     with joined() as processes:

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def ended(folder, world, port, *more):
-    """What `world` processes end in after 20 steps."""
+    """What `world` processes end in after 10 steps."""
     given = (world, str(folder / "base"), folder / f"run-{port}", str(folder), port, *more)
     workers = [IMPORTED.Process(target=train_full, args=(rank, *given)) for rank in range(world)]
     for worker in workers:
@@ -41,12 +41,10 @@ def ended(folder, world, port, *more):
 
 @pytest.fixture(scope="module")
 def ends(folder):
-    """The ends of 1, 2 and 3 processes, and of 2 and 3 that resume from the middle of the run of 2."""
+    """The ends of 1, 2 and 3 processes, and of 2 that resume from the middle of their run."""
     found = {world: ended(folder, world, 29530 + world) for world in (1, 2, 3)}
-    middle = folder / "run-29532" / "step-000010"
-    return found | {
-        f"{world} resumed": ended(folder, world, 29540 + world, middle, f"{world} resumed") for world in (2, 3)
-    }
+    middle = folder / "run-29532" / "step-000005"
+    return found | {"2 resumed": ended(folder, 2, 29542, middle, "2 resumed")}
 
 
 def distance(one, other):
@@ -54,11 +52,11 @@ def distance(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [2, 3, "3 resumed"])
+@pytest.mark.parametrize("run", [2, 3])
 def test_shards_train_as_one_process_does(ends, run):
     """Shares of a step differ in micro-batches, and the third process has none of most steps."""
     alone, several = ends[1], ends[run]
-    assert len(several["loss"]) == 20
+    assert len(several["loss"]) == 10
     for name in ("loss", "grad_norm", "eval_loss"):
         assert several[name] == pytest.approx(alone[name], rel=1e-5), name
     moved = distance(alone["weights"], alone["first"])
@@ -89,8 +87,10 @@ def test_a_killed_sharded_run_goes_on_with_another_number_of_processes_and_is_ex
     assert "process 1 was killed (SIGKILL)" in killed.errors
     assert launched(data, run, Harm(spoiled_step=0), *FULL, world=3).code == 0
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [event["kind"] for event in events] == ["non_finite", "resumed", "environment_changed"]
-    assert "the number of processes was 2 and is 3" in events[2]["message"]
+    told = {event["kind"]: event["message"] for event in events}
+    # the kill may come before process 0 has heard that the other one has written its part
+    assert [kind for kind in told if kind != "checkpoint_failed"] == ["non_finite", "resumed", "environment_changed"]
+    assert "the number of processes was 2 and is 3" in told["environment_changed"]
     assert load(run).answer(QUESTION, max_new_tokens=8)
     assert merge(run).passed
     with pytest.raises(UsageError, match="checkpoint 4 holds the shards of several GPUs, and no whole model"):

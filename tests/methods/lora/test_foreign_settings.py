@@ -36,7 +36,7 @@ SAID = [
     ("rank_pattern", {"q_proj": 8}, "rank_pattern"),
     ("peft_type", "IA3", "no LoRA"),
 ]
-FREE = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "fan_in_fan_out")
+FREE = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "fan_in_fan_out")
 """Keys that an adapter may set; its weights and the run's settings are compared with them."""
 NO_MATTER = ("lora_dropout", "base_model_name_or_path", "revision")
 VALUES = (None, True, False, 0, 1, -1, 1e300, "", "x", [], ["x"], {}, {"x": 1})
@@ -102,6 +102,12 @@ def test_no_value_of_any_key_gives_another_model_or_a_foreign_error(saved, edite
             assert again == plain or key in FREE, f"{key} = {value!r}"
             accepted += 1
     assert accepted > 100, "falsy values of keys that lorafit does not set are harmless"
+
+
+def test_experts_that_the_base_does_not_have_are_refused(config, saved, edited):
+    edited("target_parameters", ["x"])
+    with pytest.raises(AdapterError, match="the adapter does not fit the base: x is in only one of them"):
+        logits(config, saved)
 
 
 def test_a_checked_adapter_is_loaded_without_peft_reading_its_settings(config, saved, edited, answer):

@@ -246,8 +246,9 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
     weights = files.weights()
     experts = stacked_experts(model)
     wanted = matching(files.targets, linear_names(model)) | matching(files.parameters, list(experts))
-    if set(weights) != wanted:
-        odd = min(set(weights) ^ wanted)
+    nowhere = [name for name in files.parameters if not matching((name,), list(experts))]
+    if set(weights) != wanted or nowhere:
+        odd = min(nowhere or set(weights) ^ wanted)
         raise AdapterError(
             f"the adapter does not fit the base: {odd} is in only one of them",
             where=str(files.folder),
