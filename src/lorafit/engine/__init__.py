@@ -9,7 +9,7 @@ from lorafit.engine.generate import generate
 from lorafit.engine.isolation import Isolation, assert_isolated
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
-from lorafit.engine.logits import logits_at
+from lorafit.engine.logits import logits_at, padded_logits
 from lorafit.engine.loss.vocabulary import VocabularyLoss, summed_loss, supervised_logits, vocabulary_loss_for
 from lorafit.engine.packing import MicroBatch, Segments, Step, collate
 from lorafit.engine.row_mode import PACKED, RowMode, prove_rows, require_runs
@@ -24,6 +24,7 @@ from lorafit.engine.runtime import (
 
 __all__ = [
     "logits_at",
+    "padded_logits",
     "PACKED",
     "RowMode",
     "prove_policy",

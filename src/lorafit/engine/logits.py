@@ -1,4 +1,4 @@
-"""logits: the logits of one row at chosen positions, computed alone and unpadded."""
+"""logits: the logits of a row alone at chosen positions, or of several rows in one forward pass."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def logits_at(model: Any, ids: Sequence[int] | np.ndarray, positions: Sequence[i
             found: Tensor = model(input_ids=row, use_cache=False, logits_to_keep=chosen).logits[0]
         else:
             found = model(input_ids=row, use_cache=False).logits[0, chosen]
+    return found
+
+
+def padded_logits(model: Any, rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """Return the logits (rows, longest, vocabulary) of all rows of ids, on the model's device, in one forward pass.
+
+    Rows are padded on the right, and no token sees what comes after it.
+    """
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = row
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        found: Tensor = model(input_ids=torch.as_tensor(ids, device=device), use_cache=False).logits
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafit.backbone import with_stored_weights
 from lorafit.config import RunConfig, base_folder
 from lorafit.data import Rows
-from lorafit.engine.logits import evaluating
+from lorafit.engine import padded_logits
 from lorafit.findings import Finding, Severity
 
 ROWS, LONGEST = 16, 128
@@ -51,27 +51,23 @@ def quantization_loss(base: nn.Module, config: RunConfig, rows: Rows) -> Iterato
 
 def _losses(base: nn.Module, folder: Path, rows: Rows) -> tuple[Tensor, Tensor] | None:
     """Return the losses (tokens,) in NF4 and with the stored weights; None if the base has none."""
-    with evaluating(base), torch.inference_mode():
-        with with_stored_weights(base, folder) as has_weights:
-            if not has_weights:
-                return None
-            stored = _loss(base, rows)
-        return _loss(base, rows), stored
+    with with_stored_weights(base, folder) as has_weights:
+        if not has_weights:
+            return None
+        stored = _loss(base, rows)
+    return _loss(base, rows), stored
 
 
 def _loss(base: Any, rows: Rows) -> Tensor:
     """Return the loss of every supervised token of the shortest rows, in fp32 on the CPU."""
     chosen = [int(row) for row in rows.lengths.argsort(kind="stable")[:ROWS]]
-    longest = min(max(int(rows.lengths[row]) for row in chosen), LONGEST)
-    ids, mask = np.zeros((len(chosen), longest), np.int64), np.zeros((len(chosen), longest), bool)
-    for place, row in enumerate(chosen):
-        each = rows.ids(row)[:longest]
-        ids[place, : len(each)], mask[place, : len(each)] = each, rows.mask(row)[:longest]
-    mask[:, 0] = False  # no token precedes it
-    device = base.get_input_embeddings().weight.device
-    logits = base(input_ids=torch.as_tensor(ids, device=device), use_cache=False).logits  # causal: padding comes last
-    predicted = logits[:, :-1][torch.as_tensor(mask[:, 1:], device=device)].float()
-    losses: Tensor = F.cross_entropy(predicted, torch.as_tensor(ids[mask], device=device), reduction="none").cpu()
+    ids, masks = [rows.ids(row)[:LONGEST] for row in chosen], [rows.mask(row)[:LONGEST] for row in chosen]
+    logits = padded_logits(base, ids)
+    # the first token of a row has none before it
+    predicted = torch.cat([each[: len(mask) - 1][mask[1:]] for each, mask in zip(logits, masks, strict=True)])
+    targets = np.concatenate([each[1:][mask[1:]] for each, mask in zip(ids, masks, strict=True)])
+    wanted = torch.as_tensor(targets.astype(np.int64), device=predicted.device)
+    losses: Tensor = F.cross_entropy(predicted.float(), wanted, reduction="none").cpu()
     return losses
 
 

@@ -149,7 +149,7 @@ class Template:
 
     def save(self, path: Path) -> None:
         """Write template.json; `load` is the inverse and checks its claims. Raises RunDirError on a full disk."""
-        golden = [{"messages": list(asked), "ids": self.prompt_ids(asked)} for asked in self._goldens()]
+        golden = [{"messages": list(asked), "ids": ids} for asked, ids in self.golden_prompts()]
         fields = {
             "format": FORMAT,
             "name": self.name,
@@ -177,15 +177,14 @@ class Template:
                 raise _differs(path, f"the prompt for {json.dumps(golden['messages'][-1].get('content'))[:60]} differs")
         return template
 
-    def _goldens(self) -> list[Sequence[Mapping[str, Any]]]:
-        """The golden conversations that this template accepts."""
-        kept: list[Sequence[Mapping[str, Any]]] = []
+    def golden_prompts(self) -> list[tuple[Sequence[Mapping[str, Any]], list[int]]]:
+        """The golden conversations that this template accepts, with the ids of their prompts."""
+        kept: list[tuple[Sequence[Mapping[str, Any]], list[int]]] = []
         for asked in GOLDEN:
             try:
-                self.render(asked, True)
+                kept.append((asked, self.prompt_ids(asked)))
             except TemplateError:
                 continue  # some templates take no second turn: there is no prompt to compare then
-            kept.append(asked)
         return kept
 
     def _encoded(self, rows: Sequence[LaidOut]) -> list[Encoded]:

@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lorafit.backbone import with_stored_weights
-from lorafit.engine.logits import evaluating
+from lorafit.engine import padded_logits
 from lorafit.export.formats import Row
 from lorafit.export.verify.comparison import Comparison, Reference, median_row
 
@@ -47,10 +45,5 @@ def _shortest(rows: Sequence[Row]) -> list[Row]:
 
 def _log_probs(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     """Return the log-probabilities (positions, vocabulary) of every row, in fp32 on the CPU."""
-    ids = np.zeros((len(rows), max(len(row.ids) for row in rows)), np.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = row.ids
-    device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
-        logits = model(input_ids=torch.as_tensor(ids, device=device), use_cache=False).logits  # causal: padding is last
-        return [logits[place, row.predicting].float().log_softmax(-1).cpu() for place, row in enumerate(rows)]
+    logits = padded_logits(model, [row.ids for row in rows])
+    return [each[row.predicting].float().log_softmax(-1).cpu() for each, row in zip(logits, rows, strict=True)]

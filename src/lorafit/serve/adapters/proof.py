@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.data import Template
-from lorafit.data.template.template import GOLDEN
-from lorafit.errors import BackboneError, TemplateError, VerificationError
+from lorafit.errors import BackboneError, VerificationError
 from lorafit.methods.lora import plain_adapter
 from lorafit.serve.adapters.source import AdapterVersion, Weights
 from lorafit.serve.decoding.batch import BatchDecoder, Tail
@@ -35,7 +34,7 @@ class GoldenProof:
     def __init__(self, decoder: BatchDecoder, template: Template) -> None:
         """Prove the base, and fuse its kernels. Raises BackboneError for a family that the engine gets wrong."""
         self._decoder = decoder
-        prompts = golden_prompts(template, decoder.positions)
+        prompts = [ids[: decoder.positions] for _, ids in template.golden_prompts()]
         self._tails = tails_of(prompts, ADAPTER_POSITIONS)
         self.floor = prove_base(decoder, tails_of(prompts, POSITIONS))
         self._base: list[Tensor] | None = None
@@ -65,17 +64,6 @@ class GoldenProof:
         if self._base is None:
             self._base = self._decoder.plain_log_probs(self._tails)
         return self._base
-
-
-def golden_prompts(template: Template, most: int) -> list[list[int]]:
-    """Return the prompts of the golden conversations that the template accepts, cut to `most` tokens."""
-    prompts = []
-    for messages in GOLDEN:
-        try:
-            prompts.append(template.prompt_ids(messages)[:most])
-        except TemplateError:
-            continue
-    return prompts
 
 
 def tails_of(prompts: Sequence[Sequence[int]], positions: int) -> list[Tail]:

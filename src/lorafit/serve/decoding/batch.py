@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafit.backbone import FrozenLinear4bit
-from lorafit.engine import use_plain_attention
+from lorafit.engine import padded_logits, use_plain_attention
 from lorafit.errors import BackboneError, UsageError
 from lorafit.methods.lora import GroupedAdapters
 from lorafit.serve.decoding.fused import fuse_norms, use_slot_attention
@@ -249,10 +249,8 @@ class BatchDecoder:
         One forward pass reads all of them, padded on the right, within `around()`. It is the reference for what the
         slots compute.
         """
-        longest = max(len(tail.ids) for tail in tails)
-        padded = [[*tail.ids, *[0] * (longest - len(tail.ids))] for tail in tails]
         with around():
-            logits = self.model(input_ids=torch.tensor(padded, device=self.device), use_cache=False).logits
+            logits = padded_logits(self.model, [tail.ids for tail in tails])
         return [
             row[tail.start : len(tail.ids)].float().log_softmax(-1) for row, tail in zip(logits, tails, strict=True)
         ]
