@@ -9,9 +9,9 @@ STAMP  := $(VENV)/.installed
 demo: install
 	$(BIN)/lorafit demo
 
-# two processes; all tests of a file in the same one, so that they share what they made
+# two processes; all tests of a file in the same one, so that they share what they made; files with slow tests first
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check src tests bench

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parent.parent / "bench" / "faults.py"
 
 
+@pytest.mark.slow
 def test_no_fault_of_the_short_campaign_loses_anything_or_passes_unseen():
     command = [sys.executable, str(BENCH), "--short"]
     ended = subprocess.run(

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parent.parent / "bench" / "tampering.py"
 
 
+@pytest.mark.slow
 def test_no_changed_file_of_a_run_is_taken_up_in_silence():
     command = [sys.executable, str(BENCH), "--short"]
     ended = subprocess.run(

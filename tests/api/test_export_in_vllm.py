@@ -51,6 +51,7 @@ def proof_of(exported):
     return next(each for each in exported.verification["engines"] if each["engine"] == "vLLM")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_proved_by_what_vllm_answers(tiny_run, tmp_path, vllm):
     exported = export(tiny_run.run.path, to="adapter", out=tmp_path / "served", name="one", verify_in="vllm")
     proof = proof_of(exported)
@@ -60,6 +61,7 @@ def test_an_adapter_is_proved_by_what_vllm_answers(tiny_run, tmp_path, vllm):
     assert "| vLLM | proved |" in (exported.proved_in / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_vllm_that_answers_otherwise_fails_the_export(tiny_run, tmp_path, vllm, monkeypatch):
     monkeypatch.setattr(vllm_proof, "vllm_program", InProcess)
     monkeypatch.setattr(stub_vllm, "HARMS", {"weights", "template"})
@@ -69,6 +71,7 @@ def test_a_vllm_that_answers_otherwise_fails_the_export(tiny_run, tmp_path, vllm
     assert proof["prompts"]["equal"] == 0
 
 
+@pytest.mark.slow
 def test_a_vllm_that_is_missing_or_ends_is_not_proved_and_has_an_exit_code_of_its_own(
     tiny_run, tmp_path, vllm, monkeypatch, capsys
 ):

@@ -99,6 +99,7 @@ def test_damaged_rows_to_verify_on_are_one_sentence(tiny_run, tmp_path):
             verification_rows(run, template_of(tiny_run.run))
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_next_one_works(tiny_run, tmp_path):
     code = (
         "import os, signal, lorafit.api.ship.merge_proof as m\n"

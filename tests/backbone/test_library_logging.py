@@ -23,6 +23,7 @@ def test_warnings_logs_and_homeless_records_go_to_the_file_and_not_to_the_consol
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_importing_and_loading_say_nothing_on_the_console_and_all_of_it_in_the_log(tmp_path):
     base = save_base(tmp_path / "base")
     # the line that an AVX512-BF16 machine prints, put where bitsandbytes prints it: at its import

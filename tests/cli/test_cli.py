@@ -285,6 +285,7 @@ def test_an_unknown_flag_or_verb_is_usage(run):
     assert run("trian")[0] == 2
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback():
     ended = subprocess.run(
         [sys.executable, "-m", "lorafit", "chat", "nowhere", "--debug"], capture_output=True, text=True, check=False
@@ -293,6 +294,7 @@ def test_debug_shows_the_traceback():
     assert "RunDirError" in ended.stderr
 
 
+@pytest.mark.slow
 def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     given = ("--base", BASE, "--out", folder, "--set", "max_steps=3", "--set", "lr=5e-3")
@@ -329,6 +331,7 @@ def test_train_merge_and_chat_as_one_types_them(run, data, tmp_path, monkeypatch
     assert "tuned" in out
 
 
+@pytest.mark.slow
 def test_the_console_shows_our_lines_and_the_log_theirs(data, tmp_path):
     """In a fresh process, where libraries say what they say at import."""
     folder = tmp_path / "run"

@@ -25,27 +25,34 @@ def taught(tmp_path_factory):
     return train(data, str(BASE), out=folder / "run", **settings)
 
 
-def again(taught, onto, folder, **settings):
-    merged = merge(taught.run.path, onto=onto, out=folder / onto).folder
+@pytest.fixture(scope="module")
+def merged(taught, tmp_path_factory):
+    """The run merged onto its base, as it was trained on and as it was stored."""
+    folder = tmp_path_factory.mktemp("merged")
+    return {onto: merge(taught.run.path, onto=onto, out=folder / onto).folder for onto in ("quantized", "original")}
+
+
+def again(taught, merged, folder, **settings):
     (data,) = taught.resolved.config.data
     given = {"max_steps": 1, "lr": 1e-12, "holdout": 0.2, "examples_per_step": 48, "dropout": 0.0, **settings}
     return train(data, str(merged), out=folder / "second", **given)
 
 
-def test_a_second_run_over_a_quantized_merge_starts_where_it_ended_or_is_warned(taught, tmp_path):
+def test_a_second_run_over_a_quantized_merge_starts_where_it_ended_or_is_warned(taught, merged, tmp_path):
     assert "S006" not in codes(taught), "the bundled base itself loses nothing to speak of"
-    second = again(taught, "quantized", tmp_path)
+    second = again(taught, merged["quantized"], tmp_path)
     (finding,) = (each for each in second.findings if each.code == "S006")
     assert second.loss > taught.eval_loss + 1, "the delta is rounded away"
     assert "quantization: none" in finding.fix and "--onto original" in finding.fix
 
 
-def test_the_fixes_of_the_finding_work_when_they_are_followed(taught, tmp_path):
-    original = again(taught, "original", tmp_path / "a")
+@pytest.mark.slow
+def test_the_fixes_of_the_finding_work_when_they_are_followed(taught, merged, tmp_path):
+    original = again(taught, merged["original"], tmp_path / "a")
     assert "S006" not in codes(original)
-    plain = again(taught, "quantized", tmp_path / "b", quantization="none")
+    plain = again(taught, merged["quantized"], tmp_path / "b", quantization="none")
     assert "S006" not in codes(plain)
-    start = again(taught, "original", tmp_path / "c", quantization="none").loss
+    start = again(taught, merged["original"], tmp_path / "c", quantization="none").loss
     assert plain.loss == pytest.approx(original.loss, abs=0.3) and start < taught.eval_loss + 1
 
 

@@ -116,6 +116,7 @@ def test_targets_are_checked_against_the_names_that_the_model_has(here):
         resolve_targets(("up_porj",), shape.projections)
 
 
+@pytest.mark.slow
 def test_planning_imports_no_torch_for_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(NEMOTRON))
     code = (

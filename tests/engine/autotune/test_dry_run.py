@@ -88,6 +88,7 @@ def test_a_policy_that_was_solved_is_not_solved_again_because_it_left_room(attem
     link_gbs=st.sampled_from([3, 12, 50]),
     room_share=st.floats(0.3, 1.0),
 )
+@pytest.mark.slow
 def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     errs, standing_mb, crowded, link_gbs, room_share
 ):

@@ -89,6 +89,7 @@ def test_every_setting_has_the_gradient_of_keeping_everything(adapted, spec):
             assert torch.equal(gradient(adapted, lengths), wanted)
 
 
+@pytest.mark.slow
 def test_compiled_layers_have_the_gradient_of_eager_ones_and_are_compiled_once_for_all_layouts(adapted):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for spec in ("keep", "recompute_mlp_layers=3", "recompute_layers=1,recompute_mlp_layers=2,offloaded_layers=3"):
@@ -136,6 +137,7 @@ def trace_keys(model, spec):
     return found
 
 
+@pytest.mark.slow
 def test_a_layers_trace_is_kept_on_disk_and_found_by_all_that_it_depends_on(adapted, monkeypatch):
     keep = trace_keys(adapted, "keep")
     assert len(keep) == 1

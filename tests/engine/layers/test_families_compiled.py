@@ -46,6 +46,7 @@ def compare(model, level, device, backend, bound, autocast=False):
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "qwen3_moe"])
+@pytest.mark.slow
 def test_layers_compile_whole_and_have_the_gradient_of_eager_ones(family, tmp_path):
     compare(adapted(family, tmp_path), "keep", "cpu", BACKEND, 1e-4)
 
