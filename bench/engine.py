@@ -58,6 +58,7 @@ def main() -> None:
     run.add_argument("--activations", default="auto", help="of lorafit")
     run.add_argument("--deterministic", action="store_true", help="of lorafit")
     run.add_argument("--dropout", type=float, default=0.0)
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of lorafit: one more setting")
     run.add_argument("--profile", default="", help="of lorafit: write its kernels' seconds after the warm-up here")
     run.add_argument("--steps", type=int, default=8)
     run.add_argument("--warm", type=int, default=3)
@@ -173,6 +174,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             settings["memory_policy"] = options.activations
         if options.deterministic:
             settings["deterministic"] = True
+        settings |= dict(pair.split("=", 1) for pair in options.set)
         run = lorafit.train(
             data, options.folder, out=Path(folder) / "run", rank=16, alpha=32.0, dropout=options.dropout, holdout=0,
             targets=TARGETS_OF_LORAFIT[options.targets], compute=options.compute, epochs=1,
@@ -180,6 +182,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
             max_length=max(2048, options.length),
             callbacks=[timed], observer=watch, **settings,
         )  # fmt: skip
+        losses = [json.loads(line)["loss"] for line in run.run.metrics.read_text().splitlines()]
     lengths = run.train_rows.lengths
     tokens = float(lengths.mean()) * examples
     seconds = (marks[-1] - marks[1]) / (run.steps - warm)
@@ -201,6 +204,8 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         "save_ms": round(timed.save_ms, 1),  # of the training thread, for the last step's checkpoint
         "compute": options.compute,
         "deterministic": options.deterministic,
+        "set": options.set,
+        "losses": [round(loss, 4) for loss in losses[:3]],
         "loss": round(run.loss, 4),
     }
 
