@@ -115,7 +115,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     build_model.load_backbone = load
     engine.TARGETS_OF_LORAFIT["experts"] = "all-linear+experts"
     own = {"work": "dense", "examples": options.rows, "compute": "bf16", "deterministic": False}
-    rest = {"dropout": 0.0, "profile": ""}
+    rest = {"dropout": 0.0, "profile": "", "set": []}
     return engine.run_lorafit(argparse.Namespace(**vars(options), **own, **rest)) | made
 
 
