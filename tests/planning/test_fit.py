@@ -113,9 +113,14 @@ def test_a_run_that_may_not_fit_is_a_warning_with_a_way_out():
     assert finding.fix == "set memory_policy: auto"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
 def test_a_base_quantised_in_another_way_cannot_be_frozen(method):
     assert codes(changes={"quantization_config": {"quant_method": method}}) == [("P0", "error")]
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_a_base_published_in_fp8_or_mxfp4_is_planned_as_its_16_bit_model(method):
+    assert codes(changes={"quantization_config": {"quant_method": method}}) == []
 
 
 def test_a_4_bit_base_cannot_be_loaded_in_16_bits():

@@ -14,23 +14,26 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorafit.backbone.bare_weights import bare_weights
+from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
 from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import BackboneError
-from lorafit.shapes.dimensions import noise_keys
+from lorafit.shapes.dimensions import noise_keys, published_in
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
     """Return the configuration of the causal language model in `folder`.
 
     Raises BackboneError when config.json cannot be read, needs code from the checkpoint, is no causal language
-    model, or is quantized in a way other than bitsandbytes' 4 bits.
+    model, or is quantized in a way other than bitsandbytes' 4 bits, FP8 or MXFP4. The latter two are dequantized while
+    they are loaded, so their configuration is that of an unquantized model.
     """
     raw = _raw_config(folder)
     if (folder / "adapter_config.json").exists():
@@ -53,7 +56,10 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         what = "the base is an encoder-decoder, and lorafit trains decoder-only models"
         raise BackboneError(what, where=str(folder), fix="choose a causal language model")
-    _check_quantization(raw.get("quantization_config"), folder)
+    if published_in(raw):
+        del config.quantization_config  # its tensors are dequantized when they are read
+    else:
+        _check_quantization(raw.get("quantization_config"), folder)
     return config
 
 
@@ -75,10 +81,30 @@ def auto_class(architecture: PretrainedConfig) -> Any:
 def load_whole(folder: Path, **arguments: Any) -> Any:
     """Return the model in `folder`, loaded by transformers' own class for it; no code of the checkpoint runs.
 
-    `arguments` are those of `from_pretrained`.
+    `arguments` are those of `from_pretrained`. The tensors of a base published in FP8 or MXFP4 are dequantized one at a
+    time, on the device that `device_map` names for all.
     """
-    architecture = arguments.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return auto_class(architecture).from_pretrained(folder, trust_remote_code=False, **arguments)
+    architecture = arguments.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if published_in(_raw_config(folder)) is None:
+        loader = auto_class(architecture)
+        return loader.from_pretrained(folder, config=architecture, trust_remote_code=False, **arguments)
+    return _load_dequantized(folder, architecture, **arguments)
+
+
+def _load_dequantized(folder: Path, architecture: PretrainedConfig, **arguments: Any) -> Any:
+    if hasattr(architecture, "quantization_config"):
+        del architecture.quantization_config
+    place = arguments.get("device_map")
+    tensors = Checkpoint.open(folder).lazy_tensors(place.get("", "cpu") if isinstance(place, dict) else "cpu")
+    arguments.pop("use_safetensors", None)
+    classes = _classes(auto_class(architecture), architecture)
+    named = (classes[name] for name in architecture.architectures or () if name in classes)
+    kind = next(named, next(iter(classes.values())))
+    found = kind.from_pretrained(None, config=architecture, state_dict=tensors, **arguments)
+    model = found[0] if isinstance(found, tuple) else found
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return found
 
 
 def _doors(architecture: PretrainedConfig) -> list[Any]:
@@ -229,7 +255,8 @@ def _check_quantization(quantization: Any, folder: Path) -> None:
     if method == "bitsandbytes" and quantization.get("load_in_4bit"):
         return
     raise BackboneError(
-        f"the base is already quantized ({method or 'in an unknown way'}), and only bitsandbytes' 4 bits can be frozen",
+        f"the base is already quantized ({method or 'in an unknown way'}), and lorafit trains over bitsandbytes' "
+        "4 bits, FP8 and MXFP4 alone",
         where=str(folder),
         fix="point --base at the original, unquantized model",
     )

@@ -7,11 +7,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lorafit.backbone.published_weights import LazyTensor, dense_view, read_stored
 from lorafit.config import read_json
 from lorafit.errors import BackboneError, VerificationError
+from lorafit.shapes.dimensions import published_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,19 +28,24 @@ STRAY = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.|\
 """Names that PEFT gives to tensors of an adapter, and to those beneath one."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+DTYPES_BY_NAME = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Hold the headers of a base's safetensors files.
 
+    A base that was published in FP8 or MXFP4 looks as if it were stored dequantized.
+
     Attributes:
         folder: The base's folder.
         shards: Tensor names with their header entry (`dtype`, `shape`, `data_offsets`), by shard.
+        published: `fp8`, `mxfp4` or `mxfp8` if tensors are dequantized when they are read; else None.
     """
 
     folder: Path
     shards: Mapping[Path, Mapping[str, Mapping[str, Any]]]
+    published: str | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -45,13 +56,23 @@ class Checkpoint:
         if (folder / SINGLE).is_file():  # transformers prefers this file to an index, too
             single = cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
             single._refuse_adapters()
-            return single
+            return single._dequantized()
         if not (folder / INDEX).is_file():
             raise _no_safetensors(folder)
         checkpoint = cls(folder, {path: _header(path) for path in _indexed(folder)})
         checkpoint._check_index()
         checkpoint._refuse_adapters()
-        return checkpoint
+        return checkpoint._dequantized()
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, dequantized if it was published so."""
+        path, entry = self._places[name]
+        packed = entry.get("packed")
+        return read_stored(path, name) if packed is None else packed.dense()
+
+    def lazy_tensors(self, device: str | torch.device) -> dict[str, LazyTensor]:
+        """Return stand-ins of all tensors, which are read and dequantized on `device` when transformers loads them."""
+        return {name: LazyTensor(path, name, entry.get("packed"), device) for name, path, entry in self.entries()}
 
     def entries(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
         """Yield (name, shard, header entry) of every tensor, shard by shard."""
@@ -82,6 +103,22 @@ class Checkpoint:
             if wanted is not None and stored != wanted:
                 what = f"{name} is {_by(stored)}, but config.json says {_by(wanted)}"
                 raise BackboneError(what, where=str(path), fix=AGAIN)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+        return {name: (path, entry) for name, path, entry in self.entries()}
+
+    def _dequantized(self) -> Checkpoint:
+        """Return the view of a published quantized base as it will be loaded; others are returned as they are."""
+        file = self.folder / "config.json"
+        config = read_json(file, BackboneError) if file.is_file() else {}
+        published = published_in(config)
+        if published is None:
+            return self
+        parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+        named = [part.get("dtype", part.get("torch_dtype")) for part in parts]
+        dtype = next((DTYPES_BY_NAME[name] for name in named if name in DTYPES_BY_NAME), "BF16")
+        return Checkpoint(self.folder, dense_view(self.shards, config["quantization_config"], dtype), published)
 
     def _refuse_adapters(self) -> None:
         """Raise BackboneError for tensors of an adapter that was saved without merging it."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -153,19 +151,16 @@ class Names:
 
 def _joined(checkpoint: Checkpoint, names: Names, fusions: Mapping[str, Fusion]) -> Iterator[FreshWeight]:
     """Yield the tensors of `checkpoint`, those of a fusion together in place of the first."""
-    place = {name: path for name, path, _ in checkpoint.entries()}
     fusion_of = {stored: fusion for fusion in fusions.values() for stored, _ in fusion.sources}
     met: set[str] = set()
-    for path, tensors in checkpoint.shards.items():
-        with safe_open(path, framework="pt") as file:
-            for stored in tensors:
-                fusion = fusion_of.get(stored)
-                if fusion is None:
-                    yield FreshWeight(stored, names.parameter(stored), file.get_tensor(stored))
-                elif fusion.parameter not in met:
-                    met.add(fusion.parameter)
-                    parts = {name: _read(place[name], name) for name, _ in fusion.sources}
-                    yield FreshWeight(stored, fusion.parameter, fusion.fused(parts), fusion)
+    for stored, _, _ in checkpoint.entries():
+        fusion = fusion_of.get(stored)
+        if fusion is None:
+            yield FreshWeight(stored, names.parameter(stored), checkpoint.read(stored))
+        elif fusion.parameter not in met:
+            met.add(fusion.parameter)
+            parts = {name: checkpoint.read(name) for name, _ in fusion.sources}
+            yield FreshWeight(stored, fusion.parameter, fusion.fused(parts), fusion)
 
 
 def _through_nf4(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -175,22 +170,16 @@ def _through_nf4(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _unpacked(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[FreshWeight]:
-    place = {name: path for name, path, _ in checkpoint.entries()}
-    for name, path in place.items():
+    place = checkpoint.names()
+    for name, _, _ in checkpoint.entries():
         marks = _state_names(name, place)
         if marks:
-            state = {mark: _read(place[mark], mark) for mark in marks}
+            state = {mark: checkpoint.read(mark) for mark in marks}
             quant_state = QuantState.from_dict({m.removeprefix(name + "."): t for m, t in state.items()}, device)
-            yield FreshWeight(name, name, unpack(_read(path, name).to(device), quant_state, dtype).cpu())
+            yield FreshWeight(name, name, unpack(checkpoint.read(name).to(device), quant_state, dtype).cpu())
         elif not name.endswith(STATE_MARKS):
-            yield FreshWeight(name, name, _read(path, name))
+            yield FreshWeight(name, name, checkpoint.read(name))
 
 
-def _state_names(name: str, present: Mapping[str, Any]) -> list[str]:
+def _state_names(name: str, present: Container[str]) -> list[str]:
     return [name + mark for mark in STATE_MARKS if name + mark in present]
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor

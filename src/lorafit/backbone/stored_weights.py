@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorafit.backbone.architecture import is_prequantized, read_architecture, skeleton
@@ -64,21 +63,16 @@ def _readers(folder: Path) -> dict[str, Reader]:
     if is_prequantized(architecture):
         return {}
     checkpoint, names = Checkpoint.open(folder), Names(skeleton(architecture))
-    place = {stored: path for stored, path, _ in checkpoint.entries()}
-    readers: dict[str, Reader] = {names.parameter(stored): partial(_read, place, stored) for stored in place}
+    readers: dict[str, Reader] = {
+        names.parameter(stored): partial(checkpoint.read, stored) for stored in checkpoint.names()
+    }
     for name, fusion in names.fusions(checkpoint).items():
-        readers[name] = partial(_fused, place, fusion)
+        readers[name] = partial(_fused, checkpoint, fusion)
     return readers
 
 
-def _read(place: Mapping[str, Path], stored: str) -> Tensor:
-    with safe_open(place[stored], framework="pt") as file:
-        tensor: Tensor = file.get_tensor(stored)
-    return tensor
-
-
-def _fused(place: Mapping[str, Path], fusion: Fusion) -> Tensor:
-    return fusion.fused({stored: _read(place, stored) for stored, _ in fusion.sources})
+def _fused(checkpoint: Checkpoint, fusion: Fusion) -> Tensor:
+    return fusion.fused({stored: checkpoint.read(stored) for stored, _ in fusion.sources})
 
 
 def _weight(layer: FrozenLinear4bit, read: Reader) -> Tensor:

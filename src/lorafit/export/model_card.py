@@ -8,6 +8,7 @@ from lorafit.config import MergeBase, RunConfig
 from lorafit.export.formats import ExportFormat
 from lorafit.export.lineage import Lineage, base_name
 from lorafit.methods import method_of
+from lorafit.shapes import published_format
 
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -25,6 +26,8 @@ def model_card(
     """
     base, method, is_whole = base_name(config), method_of(config), onto == "whole"
     target = f"the {onto} base"
+    if published := published_format(config.base, config.revision):
+        target += f" (published in {published}, dequantized)"
     if source is not None and source.base != config.base:
         target = f"{base_name(source)}, a 16-bit model that was not trained over,"
     how = "of" if is_whole else "trained over"
@@ -73,11 +76,16 @@ tags: [{method.name}, adapter, lorafit]
 ---
 # {base}, fine-tuned
 
-{method.describe(config)} trained over the {over} base {base} by lorafit.
+{method.describe(config)} trained over the {over} base {base} by lorafit{_dequantized(config)}.
 Load it with `PeftModel.from_pretrained(base, folder)`, or serve base and adapter together.
 The tokenizer's `chat_template.jinja` renders the prompt of training, and `generation_config.json` has the ids that end
 an answer. `lineage.json` has every setting.
 {_origin(lineage)}"""
+
+
+def _dequantized(config: RunConfig) -> str:
+    published = published_format(config.base, config.revision)
+    return f",\nwhich is published in {published} and was dequantized" if published else ""
 
 
 def _origin(lineage: Lineage | None) -> str:

@@ -46,7 +46,7 @@ def _kind(inputs: PlanInputs) -> Iterator[Finding]:
         return Finding("P0", Severity.ERROR, message, where=where, why=why, fix=fix)
 
     if shape.quantized not in FREEZABLE:
-        why = "lorafit freezes 16-bit checkpoints, or 4-bit ones of bitsandbytes"
+        why = "lorafit trains over 16-bit checkpoints, and 4-bit ones of bitsandbytes; it dequantizes FP8 and MXFP4"
         message = f"the base is already quantized with {shape.quantized:.40}"
         yield stop(message, "base", why, "choose the base's 16-bit checkpoint")
     elif shape.quantized and quantization == "none":

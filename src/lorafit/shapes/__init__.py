@@ -1,5 +1,6 @@
 """Shapes: the sizes and projections of a model, from its config.json. No torch."""
 
+from lorafit.shapes.dimensions import published_format
 from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.shape import ModelShape
@@ -12,6 +13,7 @@ __all__ = [
     "expert_rank",
     "experts_note",
     "length_limit",
+    "published_format",
     "resolve_targets",
     "targets_note",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.config import read_json
+from lorafit.config import base_folder, read_json
 from lorafit.errors import BackboneError
 from lorafit.shapes.families import Family, LayerKind
 
@@ -208,13 +208,30 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**outer, **nested}.items() if value is not None}
 
 
+PUBLISHED = {"fp8": "FP8", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
+"""Formats of published checkpoints that are dequantized while they are loaded, with their names in prose."""
+
+
+def published_in(config: Mapping[str, Any]) -> str | None:
+    """Return the format of PUBLISHED in which a checkpoint is stored; None for any other."""
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    return method if isinstance(method, str) and method in PUBLISHED else None
+
+
+def published_format(base: str, revision: str | None = None) -> str | None:
+    """Return the name of the format of PUBLISHED in which `base` is stored; None for any other."""
+    published = published_in(read_config(base_folder(base, revision)))
+    return PUBLISHED[published] if published else None
+
+
 def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """Return how a checkpoint is quantized; None for a plain one.
+    """Return how a checkpoint is quantized when it is loaded; None for a plain one, and for the formats of PUBLISHED.
 
     bitsandbytes gives `nf4`, `fp4` or `int8`, other methods their own name.
     """
     settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping) or not settings:
+    if not isinstance(settings, Mapping) or not settings or published_in(config):
         return None
     method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
     if method != "bitsandbytes":

@@ -8,9 +8,11 @@ from typing import Any
 
 from lorafit.config import base_folder
 from lorafit.shapes.dimensions import (
+    PUBLISHED,
     Dimensions,
     holds,
     noise_keys,
+    published_in,
     quantization_of,
     read_config,
     read_dimensions,
@@ -23,6 +25,7 @@ from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
 from lorafit.shapes.skeleton import skeleton_sizes
 
+DEQUANTIZED = "the base is published in {}: each tensor is dequantized while it is loaded"
 ROUTERS = "the routers are frozen, and their auxiliary loss is off"
 MOST_PACKED = 1 << 31
 """Weights of one tensor that bitsandbytes can count; larger tensors stay in 16 bits."""
@@ -94,6 +97,8 @@ class ModelShape:
             shape = _from_skeleton(model_type, config, name)
         if shape.expert_parameters:
             shape = replace(shape, notes=(*shape.notes, ROUTERS))
+        if published := published_in(config):
+            shape = replace(shape, notes=(*shape.notes, DEQUANTIZED.format(PUBLISHED[published])))
         noise = noise_keys(text)
         note = f"the base's own noise in training is off ({', '.join(noise)}); the setting dropout is the adapters'"
         return replace(shape, notes=(*shape.notes, note) if noise else shape.notes, limit=length_limit(text))
