@@ -30,7 +30,7 @@ def test_adapters_are_forecast_for_the_device_given():
 
 
 def test_a_full_run_is_priced_for_all_its_gpus():
-    run = forecast(PlanInputs(RunConfig(), facts(), shape(num_hidden_layers=80), H100), full=True)
+    run = forecast(PlanInputs(RunConfig(), facts(), shape(num_hidden_layers=240), H100), full=True)
     assert run.gpus > 1
     assert run.cost_usd == run.duration.cost_usd(H100, run.gpus)
 

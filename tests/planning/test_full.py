@@ -1,5 +1,7 @@
 """Plans of full fine-tuning: the most accurate optimizer that fits, and why."""
 
+from dataclasses import replace
+
 import pytest
 
 from lorafit.config import RunConfig, resolve
@@ -33,6 +35,7 @@ def parts(plan):
         ({"gib": 80}, "adamw_8bit", 2 + 2, "fp32 master weights need"),
         ({"hardware": CPU, "config": TINY}, "adamw", 4 + 8, "weights and moments in fp32 take"),
         ({"optimizer": "adamw_8bit"}, "adamw_8bit", 2 + 2, "set by you"),
+        ({"hardware": "RTX 4090"}, "paged_adamw_8bit", 0.18, "8-bit ones take 15.2 GiB of host memory"),
     ],
 )
 def test_the_plan_chooses_the_precision_by_the_memory_and_says_why(given, optimizer, bytes_a_weight, why):
@@ -48,11 +51,27 @@ def test_the_plan_chooses_the_precision_by_the_memory_and_says_why(given, optimi
 
 
 def test_what_does_not_fit_one_device_names_the_memory_and_a_way_out():
-    plan = planned("RTX 4090")
+    plan = planned("RTX 3060")
     assert not plan.runnable and plan.gpus > 1
     (finding,) = plan.findings
-    assert finding.message.startswith("full fine-tuning needs about 48") and "RTX 4090 has 23.5 GiB" in finding.message
+    assert finding.message.startswith("full fine-tuning needs about 19") and "RTX 3060 has 11.7 GiB" in finding.message
     assert "set method: lora and quantization: nf4" in finding.fix
+
+
+def test_8b_trains_on_24_gib_with_its_moments_in_host_memory():
+    """Several micro-batches would move 15 GiB of gradients to the host and back, so the plan avoids them."""
+    plan = planned("H200", gib=24)
+    assert plan.fits and plan.inputs.optimizer == "paged_adamw_8bit" and plan.memory.host_bytes > 15 * GIB
+    assert plan.inputs.policy.micro_tokens == 4 * 2_048
+    few = plan_execution(plan.inputs.with_settings(memory_policy="recompute,micro_tokens=8192"))
+    many = plan_execution(plan.inputs.with_settings(memory_policy="recompute"))
+    assert many.step_s - few.step_s > 3 * 2 * 15 * GIB / (plan.hardware.link_gbs * 1e9)
+    assert not planned("RTX 4090", optimizer="adamw_8bit").runnable
+
+
+def test_moments_that_host_memory_has_no_room_for_are_refused():
+    (finding,) = planned(replace(hardware_named("RTX 4090"), host_bytes=8 * GIB)).findings
+    assert finding.message == "the moments take 15.2 GiB of host memory, and 8.0 GiB may be pinned"
 
 
 def test_a_weights_gradient_costs_as_much_as_a_forward_pass():

@@ -102,9 +102,9 @@ def test_a_16_bit_base_needs_more_and_may_not_fit():
 
 def test_full_fine_tuning_takes_one_device_or_several_gpus_and_their_price():
     assert options(hardware_named("H100"))[0].gpus == 1
-    full = options(hardware_named("RTX 4090"))[0]
-    assert full.gpus == 7  # 16 bytes × 8.03 B parameters in 80 % of 23.5 GiB each
-    assert full.hardware == "RTX 4090"
+    full = options(hardware_named("RTX 3060"))[0]
+    assert full.gpus == 13  # 16 bytes × 8.03 B parameters in 80 % of 11.8 GiB each
+    assert full.hardware == "RTX 3060"
     cpu = Hardware("a CPU", "cpu", 16 * GIB, cores=2)
     assert options(cpu, config=TINY)[0].hardware == "a CPU"
     assert options(cpu)[0].hardware == "H100"

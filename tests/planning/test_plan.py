@@ -74,7 +74,7 @@ def test_the_plan_counts_what_trains_and_how_long():
 
 
 def test_full_fine_tuning_beyond_one_gpu_is_planned_but_not_run():
-    _, plan = planned(hardware_named("RTX 4090"), rows=200_000, goal="accuracy")
+    _, plan = planned(hardware_named("RTX 3060"), rows=200_000, goal="accuracy")
     assert plan.method == "full fine-tuning"
     assert not plan.runnable
     assert plan.reason

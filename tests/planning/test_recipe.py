@@ -54,11 +54,11 @@ def test_each_planned_setting_carries_its_reason(tmp_path):
 
 def test_a_full_recipe_beyond_one_gpu_is_one_for_more_gpus(tmp_path):
     flags = {"goal": "accuracy", "base": "models/x", "data": ("a.jsonl",)}
-    plan = make_plan(resolve({}, flags), facts(rows=200_000), shape(), hardware_named("4090"))
+    plan = make_plan(resolve({}, flags), facts(rows=200_000), shape(), hardware_named("RTX 3060"))
     path = tmp_path / "recipe.yaml"
     path.write_text(plan_recipe(plan, resolve({}, flags).config), encoding="utf-8")
     text = path.read_text()
-    assert text.startswith("# full fine-tuning of a-base: for a machine with 7 GPUs of this kind")
+    assert text.startswith("# full fine-tuning of a-base: for a machine with 13 GPUs of this kind")
     loaded = yaml.safe_load(text)
     assert set(loaded) <= set(RunConfig.model_fields), "lorafit reads it"
     assert (loaded["method"], loaded["compute"], loaded["memory_policy"]) == ("full", "bf16", "recompute")

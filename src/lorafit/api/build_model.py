@@ -40,6 +40,7 @@ from lorafit.evaluate.rounding_check import quantization_loss
 from lorafit.findings import Finding
 from lorafit.memory.inputs import MASTER_BYTES, moment_bytes, most_tokens, policy_of
 from lorafit.methods import Method, method_of
+from lorafit.methods.full.in_backward import gradients_as_in_steps, updates_in_backward
 from lorafit.methods.full.sharding import free_gathered, is_sharded, own_shard, shard
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
@@ -176,7 +177,8 @@ def tune_memory(
     solves = request.asked == AUTO and before is None
     grows = solves and not is_sharded(built.model)  # a planned policy names its micro-batch
     workload = _workload(built, config, rows, device, grows=grows, world=processes.world)
-    with built.rows.attending(built.model):  # backward passes too: recomputed layers must attend as in the forward pass
+    # backward passes too: recomputed layers must attend as in the forward pass
+    with built.rows.attending(built.model), gradients_as_in_steps(_updated_at_once(built, config)):
         budget = processes.least(budget_bytes(config))
         if is_sharded(built.model):
             found = prove_policy(built.model, layers, workload, budget, processes.most, solves=solves)
@@ -194,6 +196,12 @@ def tune_memory(
     finally:  # evaluation and merge need the memory
         if memory.graphs is not None:
             memory.graphs.forget()
+
+
+def _updated_at_once(built: BuiltModel, config: RunConfig) -> list[Any]:
+    """Return the weights whose gradients the backward pass consumes; none in most runs."""
+    trained = list(built.method.trainable(built.model))
+    return trained if config.method == "full" and updates_in_backward(config.optimizer, trained) else []
 
 
 def _agreed(layers: DecoderLayers, own: DryRun, processes: Processes) -> DryRun:
@@ -350,7 +358,7 @@ def _workload(
     trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
-    state = moment_bytes(config.optimizer)
+    state, at_once = moment_bytes(config.optimizer), _updated_at_once(built, config)
 
     def batch_of(micro_tokens: int) -> MicroBatch:
         limit = built.rows.micro_tokens(micro_tokens)
@@ -372,9 +380,10 @@ def _workload(
         longest=int(rows.lengths.max()),
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)) / world,
         within=within,
-        coming_bytes=round(
-            sum(own_shard(weight).numel() * (state + _held_bytes(weight, config)) for weight in trained)
-        ),
+        between_bytes=2 * sum(weight.nbytes for weight in at_once),
+        coming_bytes=0
+        if at_once
+        else round(sum(own_shard(weight).numel() * (state + _held_bytes(weight, config)) for weight in trained)),
     )
 
 

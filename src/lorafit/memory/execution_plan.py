@@ -109,10 +109,11 @@ def room_of(inputs: PlanInputs, tokens: int, execution: Execution | None = None,
     rate = inputs.hardware.link_gbs * 1e9
     return Room(
         device_bytes=inputs.hardware.memory_bytes - stays,
-        host_bytes=inputs.hardware.host_bytes,
+        host_bytes=max(0, inputs.hardware.host_bytes - inputs.host_moment_bytes),
         link=Link(rate, rate) if inputs.on_cuda and rate and inputs.shards == 1 else None,
         embedding_bytes=movable_embedding_bytes(inputs),
         embedding_s=tokens * inputs.shape.hidden * inputs.width / rate if rate else 0.0,
+        between_s=inputs.between_bytes / rate if rate else 0.0,
     )
 
 
@@ -255,7 +256,9 @@ def _plan(
         costs=costs,
         peak=split.peak(offloaded),
         host_bytes=split.saved_by(offloaded) + (room.embedding_bytes if policy.host_embeddings else 0),
-        step_s=beside_s + count * _micro_batch_s(policy, costs, room, step_tokens / count / batch.tokens),
+        step_s=beside_s
+        + (count - 1) * room.between_s
+        + count * _micro_batch_s(policy, costs, room, step_tokens / count / batch.tokens),
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).peak(0),
         recomputed=Split(costs, costs.layers, costs.layers).peak(0),
@@ -338,12 +341,13 @@ def memory_of(plan: ExecutionPlan, inputs: PlanInputs, execution: Execution | No
         inputs, wide=wide, host_embeddings=policy.host_embeddings, dequantized_layers=policy.dequantized_layers
     )
     default_bytes = total_bytes(static_memory(inputs, wide=wide))
+    waiting = inputs.between_bytes // 2 if plan.micro_batches > 1 else 0  # gradients, for the step's last micro-batch
     return MemoryEstimate(
         components=(*stays, *_transient(plan.peak, policy, plan.tokens, inputs.shape.layers), *_of_graphs(plan)),
         kept_bytes=default_bytes + _transient_bytes(plan.kept),
         recomputed_bytes=default_bytes + _transient_bytes(plan.recomputed),
         uncertainty=uncertainty_of(inputs),
-        host_bytes=plan.host_bytes,
+        host_bytes=plan.host_bytes + inputs.host_moment_bytes + waiting,
     )
 
 

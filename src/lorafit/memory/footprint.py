@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.hardware.device import GIB
-from lorafit.memory.inputs import MASTER_BYTES, MicroBatch, PlanInputs, moment_bytes
+from lorafit.memory.inputs import MASTER_BYTES, UPDATE_BYTES, MicroBatch, PlanInputs, moment_bytes
 from lorafit.memory.sharded import gathered_bytes, held_bytes, shard_bytes
 from lorafit.shapes import ModelShape, Projection
 
@@ -131,6 +131,8 @@ def _adapters(inputs: PlanInputs) -> list[Component]:
 
 def _trained_weights(inputs: PlanInputs) -> list[Component]:
     """Return what full fine-tuning holds beside the weights themselves."""
+    if inputs.updates_in_backward:
+        return [Component("gradients", gradients_in_backward(inputs), "of one layer, or of the embeddings, at a time")]
     weights = inputs.trained_parameters
     copies = Component("master weights", weights * MASTER_BYTES, "fp32 copies, which take the updates")
     return [
@@ -138,6 +140,14 @@ def _trained_weights(inputs: PlanInputs) -> list[Component]:
         Component("gradients", weights * inputs.width, f"{weights:,} weights in {8 * inputs.width} bits"),
         _optimizer_state(inputs),
     ]
+
+
+def gradients_in_backward(inputs: PlanInputs) -> int:
+    """Return the bytes of gradients, and of an update, where each weight is updated within the backward pass."""
+    shape = inputs.shape
+    outside = shape.embedding_parameters + shape.head_parameters + shape.tower_parameters
+    largest = max((shape.parameters - outside) // shape.layers, shape.embedding_parameters, shape.head_parameters)
+    return largest * inputs.width + UPDATE_BYTES
 
 
 def _sharded(inputs: PlanInputs) -> list[Component]:

@@ -23,6 +23,8 @@ ADAPTER_BYTES = 4
 """Bytes of an adapter's weight, which is in fp32."""
 MASTER_BYTES = 4
 """Bytes of a 16-bit weight's copy in fp32."""
+UPDATE_BYTES = 24 << 24
+"""Most bytes that an update within the backward pass takes beside the gradient (methods/full/in_backward.py)."""
 OPTIMIZER_SHARE = 0.03
 """Share of a GPU's memory up to which AdamW's moments stay in 32 bits. The 8-bit optimizers are slower: they launch
 kernels tensor by tensor, and the paged ones wait for the device every step."""
@@ -172,6 +174,22 @@ class PlanInputs:
             return "adamw"
         small = self.adapter_parameters * ADAM_BYTES <= OPTIMIZER_SHARE * self.hardware.memory_bytes
         return "adamw" if small or not self.on_cuda else "paged_adamw_8bit"
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """True when 16-bit weights are updated within the backward pass, with 8-bit moments in host memory."""
+        paged = self.optimizer == "paged_adamw_8bit" and self.width < WIDTH["fp32"]
+        return self.is_full and self.on_cuda and self.shards == 1 and paged
+
+    @property
+    def host_moment_bytes(self) -> int:
+        """Bytes of moments in host memory."""
+        return round(self.trained_parameters * moment_bytes(self.optimizer)) if self.updates_in_backward else 0
+
+    @property
+    def between_bytes(self) -> int:
+        """Bytes of gradients that each micro-batch of a step after the first moves to host memory and back."""
+        return 2 * self.width * self.trained_parameters if self.updates_in_backward else 0
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -52,6 +52,7 @@ class Room:
         by_bytes: Whether layers in flight may fill the free memory; otherwise they are two at a time.
         embedding_bytes: Embeddings that may move to the host.
         embedding_s: Seconds a micro-batch of having the embeddings on the host.
+        between_s: Seconds that each micro-batch of a step after the first adds to it.
     """
 
     device_bytes: int
@@ -60,6 +61,7 @@ class Room:
     by_bytes: bool = True
     embedding_bytes: int = 0
     embedding_s: float = 0.0
+    between_s: float = 0.0
 
     def less(self, size_bytes: int) -> Room:
         """Return the same with `size_bytes` less on the device."""
@@ -117,11 +119,12 @@ def _over_sizes(costs: LayerCosts, room: Room, tokens: int, longest: int, step_t
     best: Solution | None = None
     for size in micro_sizes(tokens, longest):
         count, share = step_tokens / size, size / tokens
-        bound = best.step_s / count if best else math.inf
+        between_s = room.between_s * max(0.0, count - 1)
+        bound = (best.step_s - between_s) / count if best else math.inf
         found = solve(costs.scaled(share), replace(room, embedding_s=room.embedding_s * share), bound)
         if found:
             policy = found.policy if size == tokens else replace(found.policy, micro_tokens=size)
-            best = replace(found, policy=policy, step_s=found.step_s * count)
+            best = replace(found, policy=policy, step_s=found.step_s * count + between_s)
     return best
 
 

@@ -99,9 +99,13 @@ def optimizer_s(inputs: PlanInputs) -> float:
     """Return the seconds in which the optimizer reads and writes every trained weight; 0 for adapters.
 
     Clipping reads the gradients; the update reads gradients, and reads and writes weights, master copies and moments.
+    Moments in host memory go over the link to it, both ways.
     """
     if not inputs.is_full:
         return 0.0
+    if inputs.updates_in_backward:
+        moved = 2 * inputs.trained_parameters * moment_bytes(inputs.optimizer)
+        return moved / (inputs.hardware.link_gbs * 1e9) if inputs.hardware.link_gbs else 0.0
     held = inputs.width + moment_bytes(inputs.optimizer) + (MASTER_BYTES if inputs.has_master_weights else 0)
     return _moving_s(inputs.trained_parameters * (2 * inputs.width + 2 * held) / inputs.shards, inputs.hardware)
 

@@ -224,9 +224,10 @@ def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
     return Forecast(inputs.hardware, inputs.gpus, memory_of(plan, inputs), estimate_duration(inputs, plan))
 
 
-FULL_OPTIMIZERS = ("adamw", "adamw_8bit")
-"""Optimizers of full fine-tuning, the most accurate first. The first keeps fp32 master weights and moments; the second
-rounds 16-bit weights stochastically and has moments in 8 bits, on CUDA."""
+FULL_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+"""Optimizers of full fine-tuning, the best first. The first keeps fp32 master weights and moments; the second rounds
+16-bit weights stochastically and has moments in 8 bits, on CUDA. The third has these in host memory and updates within
+the backward pass, so that no gradients stay; it is for one GPU, and clips weight by weight."""
 
 
 def full_inputs(inputs: PlanInputs) -> PlanInputs:
@@ -237,15 +238,17 @@ def full_inputs(inputs: PlanInputs) -> PlanInputs:
     inputs = inputs.with_settings(**settings)
     if inputs.config.optimizer != "auto":
         return inputs
-    kinds = FULL_OPTIMIZERS if inputs.on_cuda and inputs.width < WIDTH["fp32"] else FULL_OPTIMIZERS[:1]
+    last = (3 if inputs.shards == 1 else 2) if inputs.on_cuda and inputs.width < WIDTH["fp32"] else 1
+    kinds = FULL_OPTIMIZERS[:last]
     choices = [inputs.with_settings(optimizer=kind) for kind in kinds]
     return next((one for one in choices if _fits_surely(one)), choices[-1])
 
 
 def _fits_surely(inputs: PlanInputs) -> bool:
-    """Return True if the peak fits with the error of its estimate."""
+    """Return True if the peak fits with the error of its estimate, and the host's share as well."""
     memory = memory_of(plan_execution(inputs), inputs)
-    return memory.peak_bytes * (1 + memory.uncertainty) <= inputs.hardware.memory_bytes
+    on_host = inputs.host_moment_bytes <= inputs.hardware.host_bytes
+    return on_host and memory.peak_bytes * (1 + memory.uncertainty) <= inputs.hardware.memory_bytes
 
 
 def full_gpu(hardware: Hardware) -> Hardware:

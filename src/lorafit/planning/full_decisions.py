@@ -30,6 +30,12 @@ def full_optimizer(inputs: PlanInputs) -> tuple[str, str]:
     first = inputs.with_settings(optimizer=FULL_OPTIMIZERS[0])
     peak = size_in_words(estimate_memory(first).peak_bytes)
     has = f"{peak} of {size_in_words(inputs.hardware.memory_bytes)}"
+    if value == FULL_OPTIMIZERS[2]:
+        moments = size_in_words(full_inputs(inputs).host_moment_bytes)
+        return value, (
+            f"moments on the GPU do not fit {size_in_words(inputs.hardware.memory_bytes)}: 8-bit ones take {moments} "
+            "of host memory; each weight is updated within the backward pass, its gradient clipped by itself"
+        )
     if value != FULL_OPTIMIZERS[0]:
         return value, f"16-bit weights with stochastic rounding and 8-bit moments: fp32 master weights need {has}"
     if not first.has_master_weights:

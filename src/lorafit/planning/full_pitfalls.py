@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafit.config import RunConfig
+from lorafit.config.foreign_text import at_least, at_most
 from lorafit.config.run_config import METHOD_DEFAULTS
 from lorafit.findings import Finding, Severity
 from lorafit.memory.inputs import PlanInputs
@@ -34,6 +35,20 @@ def offloading(inputs: PlanInputs) -> Iterator[Finding]:
             where="memory_policy",
             why="an offloaded layer finds its weights by their place in memory, which changes when it is gathered",
             fix="set memory_policy: recompute, or leave it out",
+        )
+
+
+def host_moments(inputs: PlanInputs) -> Iterator[Finding]:
+    """Yield a finding for moments that host memory has no room for."""
+    needed, has = inputs.host_moment_bytes, inputs.hardware.host_bytes
+    if needed > has:
+        yield Finding(
+            "P0",
+            Severity.ERROR,
+            f"the moments take {at_least(needed)} of host memory, and {at_most(has)} may be pinned",
+            where="optimizer",
+            why="the GPU has no room for them, and half of the free host memory is the most that a run pins",
+            fix="free host memory, set method: lora and quantization: nf4, or use several GPUs",
         )
 
 

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from lorafit.training.transformers_parts import (
     training_arguments,
     withhold_unless_finite,
 )
+from lorafit.training.updates import begin_of, clip, undo
 
 FP16_ALLOWANCE = 16  # the loss scale starts at 2**16 and halves at each overflow
 
@@ -153,14 +155,14 @@ class TrainingLoop:
         if not self.model.training:
             self.model.train()  # slow: visits thousands of modules, and compiled layers check their guards again
         number = self.state.global_step + 1
-        return self.memory_retry.run(number, step, self.schedule, self._drop_gradients)
+        return self.memory_retry.run(number, step, self.schedule, partial(undo, self.optimizer, self.trained))
 
     def _clip(self, loss: Tensor) -> Tensor:
         """Sum over processes, clip, and return loss and gradient norm (2,) on the device."""
         loss = self.processes.total(loss)
         self.processes.add_gradients(self.trained)
         self.scaler.unscale_(self.optimizer)
-        norm = self.processes.clip(self.trained, self.config.max_grad_norm or math.inf)
+        norm = clip(self.optimizer, self.trained, self.config.max_grad_norm, self.processes)
         return torch.stack([loss.float(), norm.float()])
 
     def _update(self, measured: Tensor) -> None:
@@ -175,7 +177,7 @@ class TrainingLoop:
         """Count `step` as done, advance the learning rate, and return the step's known numbers."""
         rate = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
-        self._drop_gradients()
+        undo(self.optimizer, self.trained)
         epoch, place = divmod(self.state.global_step, len(self.steps))
         self.state.global_step += 1
         self.state.epoch = epoch + (place + 1) / len(self.steps)
@@ -286,6 +288,7 @@ class TrainingLoop:
             self.method.restore(self.model, checkpoint / ADAPTER)
         self.model.train()
         self.optimizer = build_optimizer(self.trained, self.arguments, self.model, self.method, self.config)
+        self.schedule.begin = begin_of(self.optimizer, self.config.max_grad_norm)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, self.arguments)
         self.callbacks.begin(checkpoint, self.optimizer, self.lr_scheduler)
         if checkpoint is not None:
@@ -388,10 +391,6 @@ class TrainingLoop:
     def _is_stopped(self) -> bool:
         self.stop = self.processes.most(self.signals.stop or 0) or None
         return self.stop is not None
-
-    def _drop_gradients(self) -> None:
-        for weight in self.trained:
-            weight.grad = None
 
     def _close_ahead(self) -> None:
         if self._ahead is not None:

@@ -87,6 +87,7 @@ class OneByOne:
 
     Attributes:
         scaler: the gradient scaler of fp16; it does nothing in other precisions.
+        begin: called with the number of a step's micro-batches before they run.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class OneByOne:
         self.model, self.objective, self.device = model, objective, device
         self.autocast, self.graphs = autocast, graphs
         self.scaler: Any = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
+        self.begin: Callable[[int], object] = lambda micro_batches: None
 
     def parts(self, step: Step, scale: float) -> Iterator[Part]:
         """Yield each micro-batch of `step`."""
+        self.begin(len(step.micro_batches))
         counted = len(step.micro_batches) - step.idle
         for place, batch in enumerate(step.micro_batches):
             share = scale if place < counted else 0.0

@@ -99,7 +99,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
     for part in memory.components:
         parts.add_row(part.name, f"[bold]{gib(part.size_bytes)}[/bold]", f"[dim]{escape(part.assumes)}[/dim]")
     if memory.host_bytes:
-        note = "pinned: activations offloaded to the host, and embeddings kept there"
+        note = "pinned: offloaded activations, embeddings, or moments and gradients, by the settings above"
         parts.add_row("host memory", f"[bold]{gib(memory.host_bytes)}[/bold]", f"[dim]{note}[/dim]")
     _show_grid(parts)
     heading("time", f"{counted(plan.steps, 'step')}, {_span(plan.time_s, plan.cost_usd)}")

@@ -53,7 +53,6 @@ RELIEF_SHARE, RELIEF_TRIES = 0.04, 5
 """Share of the memory that a full run gives up, and tries until the policy changes."""
 UNWANTED_S, NEVER_BYTES = 1e6, 1 << 50
 """Seconds of recomputing at a level that is not compiled, and bytes of an excluded level."""
-
 BatchOf = Callable[[int], MicroBatch]
 """Returns the run's largest micro-batch of at most this number of tokens, on the device."""
 
@@ -69,8 +68,8 @@ class Workload:
         longest: Tokens of the longest row.
         step_tokens: Tokens of the mean step, in this process.
         coming_bytes: Adapter gradients and optimizer state, which are not allocated yet.
-        within: The largest micro-batch of at most its second argument's tokens, if a step is cut into micro-batches of
-            at most its first; None without one.
+        within: The largest micro-batch of at most its second argument's tokens, of a step cut at its first; or None.
+        between_bytes: Bytes that each micro-batch of a step after the first moves over the link to the host.
     """
 
     batch_of: BatchOf
@@ -80,6 +79,7 @@ class Workload:
     step_tokens: float
     coming_bytes: int
     within: Callable[[int, int], MicroBatch | None] = lambda micro_tokens, limit: None
+    between_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +261,9 @@ def measured_problem(
         device_bytes=free - round(LOST_SHARE * budget_bytes),
         host_bytes=round(available_bytes() * HOST_SHARE),
         link=Link(*rates),
-        by_bytes=True,
         embedding_bytes=_movable_bytes(model),
         embedding_s=batch.tokens * _hidden_bytes(model) / rates[1],
+        between_s=work.between_bytes / min(rates),
     )
     return Problem(_costs(layers, batch, keep, cheaper, loss_bytes), room, batch.tokens, work)
 

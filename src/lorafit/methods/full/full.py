@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorafit.backbone import load_backbone, output_head, text_decoder
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError
+from lorafit.methods.full.in_backward import PAGED, StepInBackward, updates_in_backward
 from lorafit.methods.full.optimizer import optimizer_of
 from lorafit.methods.full.sharded_folder import ShardsSnapshot, processes_of, require_as_many, restore_shards
 from lorafit.methods.full.sharding import is_sharded
@@ -51,7 +52,13 @@ class Full:
         return 1.0
 
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:
-        """Return the optimizer; 16-bit weights get fp32 master copies, or stochastic rounding with 8-bit moments."""
+        """Return the optimizer; 16-bit weights get fp32 master copies, or stochastic rounding with 8-bit moments.
+
+        With paged moments they are updated within the backward pass.
+        """
+        weights = [weight for group in groups for weight in group["params"]]
+        if options.get("is_paged") and updates_in_backward(PAGED, weights):
+            return StepInBackward(kind, groups, options)
         return optimizer_of(kind, groups, options)
 
     def snapshot(self, model: nn.Module, config: RunConfig) -> WeightsSnapshot | ShardsSnapshot:

@@ -21,6 +21,10 @@ CHUNK = 1 << 24
 """Elements that are rounded at a time."""
 LOW_BITS = 16
 """Bits of an fp32 number that bf16 drops."""
+BLOCK = 256
+"""Values that share a scale in bitsandbytes' 8-bit moments. CHUNK is a multiple."""
+MOMENTS = frozenset({"state1", "state2", "absmax1", "absmax2"})
+"""Moments and their scales, as bitsandbytes names them."""
 
 Groups = Sequence[dict[str, Any]]
 
@@ -175,22 +179,40 @@ def with_stochastic_rounding(kind: Any) -> type:
             if weight.dtype is not torch.bfloat16:
                 super().update_step(group, weight, group_index, index)
                 return
-            narrow, gradient = weight.data, weight.grad
-            weight.grad = None
-            weight.data = narrow.float()
-            weight.grad = gradient.float()
-            try:
-                super().update_step(group, weight, group_index, index)
-                updated = weight.data
-            finally:
-                weight.grad = None
-                weight.data = narrow
-                weight.grad = gradient
-            for wide, place in zip(updated.view(-1).split(CHUNK), narrow.view(-1).split(CHUNK), strict=True):
-                place.copy_(stochastically_rounded(wide))
+            state, narrow, gradient = self.state[weight], weight.data.view(-1), weight.grad.reshape(-1)
+            for start in range(0, narrow.numel(), CHUNK):
+                part = slice(start, start + CHUNK)
+                wide = nn.Parameter(narrow[part].float())
+                wide.grad = gradient[part].float()
+                own = self.state[wide] = _part_of(state, part, narrow.numel(), narrow.device)
+                super().update_step(group, wide, group_index, index)
+                narrow[part] = stochastically_rounded(wide.data)
+                _put_part(self.state.pop(wide), state, part, narrow.numel())
+            state["step"] = own["step"]
 
     Rounding.__name__ = f"Rounding{kind.__name__}"
     return Rounding
+
+
+def _part_of(state: Mapping[str, Any], part: slice, count: int, device: torch.device) -> dict[str, Any]:
+    """Return the state of a `part` of a weight of `count` values, on `device`; what is there already is not copied."""
+    return {
+        name: value.view(-1)[_place(value, part, count)].to(device, non_blocking=True) if name in MOMENTS else value
+        for name, value in state.items()
+    }
+
+
+def _put_part(own: Mapping[str, Any], state: Mapping[str, Any], part: slice, count: int) -> None:
+    """Copy the state of a part back to where `state` is kept, if that is the host."""
+    for name in MOMENTS & own.keys():
+        if state[name].device != own[name].device:
+            state[name].view(-1)[_place(state[name], part, count)].copy_(own[name], non_blocking=True)
+
+
+def _place(value: Tensor, part: slice, count: int) -> slice:
+    """Return the place of a part of `count` values in `value`, which has one for each, or for each of its blocks."""
+    each = 1 if value.numel() == count else BLOCK
+    return slice(part.start // each, -(-min(part.stop, count) // each))
 
 
 def stochastically_rounded(wide: Tensor) -> Tensor:

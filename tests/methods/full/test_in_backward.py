@@ -1,0 +1,105 @@
+"""Weights updated within the backward pass: the run of an optimizer that waits for its end, and its guards."""
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW
+
+from little_trainer import assert_same, bits, trainer
+from lorafit.errors import TrainingError
+from lorafit.methods.full import optimizer
+from lorafit.methods.full.in_backward import StepInBackward, gradients_as_in_steps
+from lorafit.training.updates import undo
+from tiny_models import save_base
+
+SETTINGS = {"method": "full", "compute": "bf16", "lr": 1e-3, "max_steps": 6, "save_steps": 3, "eval_steps": 99}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_base(tmp_path_factory.mktemp("base"), "llama-tied"))
+
+
+def run(base, folder, kind="paged_adamw_8bit", checkpoint=None, **given):
+    made = trainer(base, folder, optimizer=kind, **{**SETTINGS, **given})
+    made.run(checkpoint)
+    return made
+
+
+def test_the_bits_are_those_of_updates_after_the_backward_pass(base, tmp_path, monkeypatch):
+    """Steps have several micro-batches. Only the order of the chances differs, so they are left out here."""
+    monkeypatch.setattr(optimizer, "stochastically_rounded", lambda wide: wide.bfloat16())
+    monkeypatch.setattr(optimizer, "CHUNK", 512)
+    within, after = (run(base, tmp_path / kind, kind, max_grad_norm=1e6) for kind in ("paged_adamw_8bit", "adamw_8bit"))
+    assert isinstance(within.optimizer, StepInBackward) and not isinstance(after.optimizer, StepInBackward)
+    (ours, *_), (theirs, *_) = bits(within), bits(after)
+    names = [name for name in ours if name != "cpu"]
+    assert len(names) > 40 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "grad_norm" in entry] for one in (within, after)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)  # the other one is computed in bf16
+
+
+def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
+    whole = run(base, tmp_path / "whole")
+    assert_same(whole, run(base, tmp_path / "again", checkpoint=tmp_path / "whole" / "step-000003"))
+
+
+def made(most=1.0, micro_batches=1, weights=None):
+    torch.manual_seed(0)
+    weights = weights or [torch.nn.Parameter(torch.randn(80, 64).bfloat16()) for _ in range(2)]
+    ours = StepInBackward(AdamW, [{"params": weights}], {"lr": 1e-2, "optim_bits": 8, "is_paged": True})
+    ours.begin(micro_batches, most)
+    return ours, weights
+
+
+def test_each_gradient_is_clipped_by_itself_and_freed():
+    ours, (one, two) = made(most=3.0)
+    ((5 * one).sum() + (one + two).mean()).backward()
+    assert one.grad is None and two.grad is None
+    first = ours.state[one]["absmax1"].max()  # a tenth of the largest gradient
+    assert float(first) == pytest.approx(0.1 * 3.0 / 5120**0.5, rel=1e-2)
+    assert float(ours.finish()) == pytest.approx(5 * 5120**0.5, rel=1e-2)
+
+
+def test_no_weight_is_updated_after_a_gradient_that_is_not_finite():
+    ours, (one, two) = made()
+    before = [weight.detach().clone() for weight in (one, two)]
+    (one.sum() * float("nan")).backward()
+    two.sum().backward()
+    assert all(map(torch.equal, (one, two), before))
+    assert not ours.finish().isfinite() and not ours.is_torn
+
+
+def test_a_step_that_failed_half_way_is_not_repeated():
+    ours, (one, two) = made()
+    undo(ours, [one, two])
+    one.sum().backward()
+    with pytest.raises(TrainingError, match="whose first weights are updated already"):
+        undo(ours, [one, two])
+
+
+def test_a_weight_without_a_gradient_in_the_last_micro_batch_is_updated_all_the_same():
+    ours, (one, two) = made(micro_batches=2)
+    before = one.detach().clone()
+    (one.sum() + two.sum()).backward()
+    assert torch.equal(one, before)
+    two.sum().backward()
+    ours.finish()
+    assert not torch.equal(one, before)
+
+
+def test_a_dry_run_keeps_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(4))
+    with gradients_as_in_steps([weight]):
+        weight.sum().backward()
+        assert weight.grad is None
+    weight.sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_new_optimizer_takes_the_weights_over():
+    """A rollback builds another one, and the first must not go on to update."""
+    ours, weights = made()
+    then, _ = made(weights=weights)
+    weights[0].sum().backward()
+    assert not ours.state and len(then.state) == 1
