@@ -1,4 +1,4 @@
-"""The cache: gathered rows by what they depend on, so that a second run answers in seconds."""
+"""Cache: gathered rows under a hash of their inputs, so that a second run answers in seconds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENTRY = re.compile(r"[0-9a-f]{64}(\..+\.partial)?")
 
 
 def key_of(config: RunConfig, template: Template | None, files: Sequence[DataFile]) -> str:
-    """SHA-256 of all that the gathered rows depend on: the files' bytes and names, the settings, the template."""
+    """Return the SHA-256 of everything that gathered rows depend on: file bytes and names, settings, template."""
     depends = {
         "format": FORMAT,
         "files": [[file.name, _content(file), file.held_out] for file in files],
@@ -54,7 +54,7 @@ def _content(file: DataFile) -> str:
 
 
 def default_folder() -> Path:
-    """Where rows are kept when nobody says where: `$LORAFIT_CACHE`, or `lorafit` in the user's cache folder."""
+    """Return the cache folder: `$LORAFIT_CACHE`, or `lorafit` in the user's cache folder."""
     named = os.environ.get("LORAFIT_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(named) if named else home / "lorafit") / "data"
@@ -69,7 +69,7 @@ BULK = ("tokens.bin", "text.bin")
 
 
 def stored(key: str, folder: Path, build: Callable[[Path], None], *, but_bulk: bool = False) -> tuple[Stored, bool]:
-    """(the rows under `key`, True when they had been there); `build` fills a new folder with them.
+    """Return (the rows under `key`, True if they were cached); `build` fills a new folder with them.
 
     Raises DataError when the disk is full or the folder cannot be written. An entry is taken only when it is whole to
     the byte (see sealed_folder.py), whoever wrote it: threads, processes and containers may share the folder.
@@ -93,12 +93,12 @@ def stored(key: str, folder: Path, build: Callable[[Path], None], *, but_bulk: b
 
 
 def bulk_is_whole(rows: Stored) -> bool:
-    """Whether the tokens and the texts of an entry are those that were sealed."""
+    """Return True if the tokens and the texts of an entry have their sealed hashes."""
     return is_whole(rows.folder, only=BULK)
 
 
 def confirm(rows: Stored) -> None:
-    """Raises DataError when the tokens or the texts of an entry are damaged; the next command makes it again."""
+    """Raise DataError if the tokens or the texts of an entry are damaged. The next command makes it again."""
     if not bulk_is_whole(rows):
         with suppress(OSError):
             (rows.folder / MANIFEST).unlink()
@@ -125,7 +125,7 @@ def _make_room(folder: Path, newest: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """(when it was last written or used, its bytes, its path) of every entry that is there still."""
+    """Yield (time of last use, bytes, path) of every entry."""
     with suppress(OSError):
         for entry in folder.iterdir():
             if not ENTRY.fullmatch(entry.name):

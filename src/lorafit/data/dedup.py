@@ -19,13 +19,13 @@ LONG_WORD = 8
 
 
 def hash64(text: bytes) -> int:
-    """The first 64 bits of BLAKE2b of `text`."""
+    """Return the first 64 bits of BLAKE2b of `text`."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A record as copies are looked for, in lower case and without blanks: its words in UTF-8.
+    """A record prepared for comparison: its words in UTF-8, in lower case and without blanks.
 
     `question` is all text before the last answer, `answer` that answer; `letters` counts the characters of both.
     """
@@ -37,7 +37,7 @@ class Compared:
 
     @classmethod
     def of(cls, record: Record) -> Compared:
-        """The words of `record`."""
+        """Return the words of `record`."""
         asked = "\n".join(
             [record.system or "", *(turn.content if not turn.extra else _said(turn) for turn in record.turns[:-1])]
         )
@@ -46,13 +46,13 @@ class Compared:
         return cls(asked.lower().encode().split(), words, letters, record.is_document)
 
     def hashes(self) -> tuple[int, int]:
-        """64-bit hashes of the question and of the answer: equal when all words are."""
+        """Return 64-bit hashes of the question and of the answer: equal if all words are."""
         answer = hash64(b" ".join(self.answer))
         # nobody asks for a document: two of them contradict nothing
         return (answer if self.is_document else hash64(b" ".join(self.question))), answer
 
     def words(self) -> list[int]:
-        """A 32-bit hash (CRC-32) of every word; of every letter, in scripts that put no blanks between words."""
+        """Return a 32-bit hash (CRC-32) of every word, or of every letter in scripts without blanks."""
         words = self.question + self.answer
         if self.letters > LONG_WORD * len(words):
             words = [letter.encode() for letter in b"".join(words).decode()]
@@ -60,7 +60,7 @@ class Compared:
 
 
 def _said(turn: Turn) -> str:
-    """All that a turn says: its reasoning, its text and its calls."""
+    """Return the whole text of a turn: its reasoning, its content and its calls."""
     if not turn.extra:
         return turn.content
     return "\n".join(
@@ -69,7 +69,7 @@ def _said(turn: Turn) -> str:
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the value."""
+    """Return SplitMix64's finaliser of `values` (Steele, Lea, Flood 2014): each bit depends on every input bit."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -78,7 +78,7 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The different values, sorted; `np.unique` hashes from numpy 2.3 on, which takes several times as long."""
+    """Return the distinct values, sorted. `np.unique` hashes from numpy 2.3 on, which takes several times as long."""
     ordered = np.sort(values)
     return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered
 
@@ -97,7 +97,7 @@ Counts = NDArray[np.int64]
 
 
 def signatures(words: Words, offsets: Counts, folder: Path) -> NDArray[np.uint32]:
-    """(n, 64) signatures of n rows, memory-mapped in `folder`; row r has `words[offsets[r]:offsets[r + 1]]`."""
+    """Return (n, 64) signatures of n rows, memory-mapped in `folder`; row r has `words[offsets[r]:offsets[r + 1]]`."""
     count = len(offsets) - 1
     common = common_phrases(words, offsets)
     out = np.lib.format.open_memmap(folder / "signatures.npy", "w+", np.uint32, (count, PERMUTATIONS))
@@ -115,7 +115,7 @@ def signatures(words: Words, offsets: Counts, folder: Path) -> NDArray[np.uint32
 
 
 def common_phrases(words: Words, offsets: Counts) -> NDArray[np.bool_]:
-    """A table (2**22,) by the upper bits of a phrase's hash: True for phrases that too many rows share."""
+    """Return a mask (2**22,) by the upper bits of a phrase's hash: True for phrases that too many rows share."""
     count = len(offsets) - 1
     table = np.zeros(1 << TABLE_BITS, np.bool_)
     sample = np.arange(count)[:: -(-count // SAMPLE_ROWS)] if count else np.zeros(0, np.int64)
@@ -132,7 +132,7 @@ def common_phrases(words: Words, offsets: Counts) -> NDArray[np.bool_]:
 
 
 def _phrases(words: Words, lengths: Counts) -> tuple[NDArray[np.uint32], Counts]:
-    """(hashes of every three words of rows of these lengths, where each row's begin).
+    """Return (hashes of every three words of rows of these lengths, start of each row).
 
     A row of n words has n phrases: the last two are shorter than three words. `lengths` (rows,) are at least 1.
     """
@@ -148,7 +148,7 @@ def _phrases(words: Words, lengths: Counts) -> tuple[NDArray[np.uint32], Counts]
 
 
 def _informative(phrases: Words, starts: Counts, common: NDArray[np.bool_]) -> tuple[Words, Counts]:
-    """The phrases that are not common, and where each row's begin; rows with too few of them keep all of theirs."""
+    """Return the uncommon phrases and the start of each row. Rows with too few of them keep all of theirs."""
     kept = ~common[phrases >> np.uint32(32 - TABLE_BITS)]
     lengths = np.diff(np.append(starts, len(phrases)))
     whole = np.add.reduceat(kept, starts, dtype=np.int64) < np.minimum(lengths, MIN_PHRASES)
@@ -161,7 +161,7 @@ def _informative(phrases: Words, starts: Counts, common: NDArray[np.bool_]) -> t
 
 
 def _minhash(phrases: Words, starts: Counts) -> Words:
-    """(rows, 64): per permutation of the 32-bit numbers (times an odd number), the least phrase of each row."""
+    """Return (rows, 64): the least phrase of each row under each permutation (times an odd number)."""
     factors = (mixed(np.arange(PERMUTATIONS, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
     out = np.empty((len(starts), PERMUTATIONS), np.uint32)
     for number, factor in enumerate(factors):
@@ -176,7 +176,7 @@ Numbers = NDArray[np.int64]
 
 
 def leaders(count: int, one: Numbers, other: Numbers) -> Numbers:
-    """(count,) for each of `count` nodes the first node of its connected component; edges are (one[i], other[i])."""
+    """Return (count,): for each node the first of its connected component. Edges are (one[i], other[i])."""
     leader = np.arange(count)
     while True:
         left, right = leader[one], leader[other]
@@ -189,13 +189,13 @@ def leaders(count: int, one: Numbers, other: Numbers) -> Numbers:
 
 
 def duplicates_of(keys: NDArray[np.uint64]) -> tuple[Numbers, Numbers]:
-    """Edges from every row (n,) to the first row with the same key."""
+    """Return edges from every row (n,) to the first row with the same key."""
     _, first, place = np.unique(keys, return_index=True, return_inverse=True)
     return np.arange(len(keys)), first[place]
 
 
 def near_copies(signatures: NDArray[np.uint32]) -> tuple[Numbers, Numbers]:
-    """Edges between rows whose (n, 64) signatures agree in at least 80 % of their entries."""
+    """Return edges between rows whose (n, 64) signatures agree in at least 80 % of their entries."""
     pairs = distinct(np.concatenate([np.zeros(0, np.uint64), *_candidates(signatures)]))
     one, other = (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
     near = np.zeros(len(pairs), np.bool_)
@@ -206,7 +206,7 @@ def near_copies(signatures: NDArray[np.uint32]) -> tuple[Numbers, Numbers]:
 
 
 def _candidates(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
-    """Pairs (first row in the upper, second in the lower 32 bits) that agree in a whole band, band by band."""
+    """Yield pairs of rows that agree in a whole band: first row in the upper, second in the lower 32 bits."""
     width = signatures.shape[1] // BANDS
     following = _band_key(signatures[:, -width:])
     for band in range(BANDS):
@@ -223,7 +223,7 @@ def _band_key(entries: NDArray[np.uint32]) -> NDArray[np.uint64]:
 
 
 def _neighbours(key: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Among rows with the same key: each with the one before it in the order of `second`, and with the first."""
+    """Return pairs of rows with the same key: each row with the first one, and with its predecessor by `second`."""
     if len(key) < 2:
         return np.zeros(0, np.uint64)
     order = np.argsort(key, kind="stable")

@@ -1,4 +1,4 @@
-"""fix_rows: the file again with the mechanical faults mended; nothing that needs judgement is touched."""
+"""fix_rows: write data files again with mechanical faults mended. Faults that need judgement are left."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FixReport:
 
     @property
     def changes(self) -> str:
-        """What was changed, in words."""
+        """Return the changes as a sentence."""
         counts = {
             "rows trimmed": self.trimmed,
             "with line ends mended": self.newlines,
@@ -55,7 +55,7 @@ class FixReport:
         return ", ".join(f"{count:,} {what}" for what, count in (odd | counts).items() if count) or "nothing"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return asdict(self)
 
 
@@ -94,7 +94,7 @@ def fix_rows(config: RunConfig, out: Path) -> FixReport:
 
 
 class _Rows:
-    """Mends row after row; the shape is that of the first row that can be read."""
+    """Mend row after row. The first readable row decides the shape."""
 
     def __init__(self, config: RunConfig, report: FixReport, name: str) -> None:
         self.config, self.report, self.name = config, report, name
@@ -103,7 +103,7 @@ class _Rows:
         self.shape: Shape | None = None
 
     def fixed(self, row: RawRow) -> bytes | Reject:
-        """The row's new line, empty when it is a copy, or why it cannot be used."""
+        """Return the row's new line (empty for a copy), or the reason why it cannot be used."""
         fields, had_controls = _readable(row)
         if isinstance(fields, Reject):
             return fields
@@ -126,13 +126,16 @@ class _Rows:
         return line
 
     def _renamed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row under lorafit's names; where the answer was chosen, without the columns of other answers."""
+        """Return the row under lorafit's names.
+
+        If its answer was chosen among several, the other columns are left out.
+        """
         row = renamed(fields, self.config.field_map)
         chosen = set(ANSWERS) & set(self.config.field_map)
         return {name: value for name, value in row.items() if name in chosen or name not in ANSWERS} if chosen else row
 
     def _fault(self, fields: Mapping[str, Any]) -> Reject | None:
-        """Why `check` would reject the mended row, if it would."""
+        """Return the reason why `check` would reject the mended row, if any."""
         if self.shape is None:
             self.shape = detect([fields], {name: name for name in self.config.field_map if name in fields}, self.name)
         record = self.shape.record(fields, self.name)
@@ -145,7 +148,7 @@ class _Rows:
 
 
 def _readable(row: RawRow) -> tuple[Mapping[str, Any] | Reject, bool]:
-    """(the row's fields, whether control characters had to be taken out before they could be read)."""
+    """Return (the row's fields, True if control characters were removed to read them)."""
     if row.fields is not None:
         return row.fields, False
     assert row.reject is not None, "a row without fields says why"
@@ -156,13 +159,13 @@ def _readable(row: RawRow) -> tuple[Mapping[str, Any] | Reject, bool]:
 
 
 class _Changes:
-    """Mends one row and remembers what it did."""
+    """Mend one row and count each kind of change."""
 
     def __init__(self) -> None:
         self.trimmed = self.newlines = self.controls = False
 
     def fixed(self, value: Any) -> Any:
-        """`value` with every text in it mended."""
+        """Return `value` with every text in it mended."""
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, Mapping):

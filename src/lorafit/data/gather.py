@@ -1,4 +1,4 @@
-"""Gathering: every row read, judged, tokenised and stored; and rows that are Python mappings already."""
+"""Gather: rows read, judged, tokenised and stored; and rows given as Python mappings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def parse_rows(raw_rows: Iterable[Mapping[str, Any]], field_map: Mapping[str, str] | None = None) -> list[Record]:
-    """The records that rows in any known shape spell; `field_map` names fields as `{"response": "answer_text"}`.
+    """Return the records of rows in any known shape. `field_map` names fields as `{"response": "answer_text"}`.
 
     Raises DataError for the first row that does not fit; its place is `row:N`, counted from 1.
     """
@@ -66,7 +66,7 @@ Kept = tuple[RawRow, Record, Tokenised]
 
 @dataclass(frozen=True, slots=True)
 class Untokenised:
-    """What stands for an encoded row when there is no tokenizer."""
+    """Stand-in for an encoded row where there is no tokenizer."""
 
     ids: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Untokenised:
 
 
 class Gatherer:
-    """Takes every row from `reader` into `writer`; its outcomes says what became of them."""
+    """Read every row from `reader` into `writer`, and count the outcomes."""
 
     def __init__(
         self, config: RunConfig, template: Template | None, reader: RowReader, writer: StoreWriter, clock: Clock
@@ -128,7 +128,7 @@ class Gatherer:
         self.writer.finish({**columns, LEADER: leader}, facts)
 
     def _leaders(self, words: NDArray[np.int32], exact: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """(n,) for each row the first of its near copies; from their words' counts (n,) and exact hashes (n,)."""
+        """Return (n,): for each row the first of its near copies, from word counts (n,) and exact hashes (n,)."""
         if not self.compares or not len(exact):
             return leaders(len(exact), *duplicates_of(exact))
         self.clock.report("looking for near copies", self.outcomes.counts.read, self.reader.bytes_total, force=True)
@@ -139,7 +139,7 @@ class Gatherer:
         return found
 
     def _screened(self, chunk: Sequence[RawRow]) -> list[Item]:
-        """The chunk's rows that become records and may be tokenised; the others are in the outcomes."""
+        """Return the chunk's rows that may be tokenised. The others are in the outcomes."""
         for number, row in enumerate(chunk, self.outcomes.counts.read):
             row.number = number
         self.outcomes.counts.read += len(chunk)
@@ -156,7 +156,7 @@ class Gatherer:
         return items
 
     def _examples(self, record: Record) -> list[Record]:
-        """What is tokenised of the record: all of it, or each of its answers alone."""
+        """Return the parts of the record to tokenise: all of it, or each of its answers alone."""
         if self.config.split_answers:
             return each_answer_alone(record)
         return [up_to_last_answer(record)]
@@ -175,7 +175,7 @@ class Gatherer:
         return [*seen, *self.special.text_checks(record)] if self.special else seen
 
     def _accepts(self, row: RawRow, record: Record, observations: Sequence[Observation]) -> bool:
-        """Whether the row may go on; what was seen is in the outcomes either way."""
+        """Return True if the row may go on. Observations are in the outcomes either way."""
         for code, seen in observations:
             if CODES[code].rejects and code not in self.ignored:
                 self.outcomes.reject(row, Reject(code, seen))
@@ -201,7 +201,7 @@ class Gatherer:
             self._write(keep)
 
     def _row_kept(self, group: Sequence[tuple[Item, Tokenised]]) -> list[Kept]:
-        """What is kept of one row's examples; the row counts once, as kept when one of them is."""
+        """Return the kept examples of one row. The row counts once, as kept if one of them is."""
         counts = self.outcomes.counts
         rejected, dropped = counts.rejected, counts.dropped
         pieces = [piece for (row, record), one in group for piece in self._checked(row, record, one)]
@@ -216,7 +216,7 @@ class Gatherer:
         return pieces
 
     def _checked(self, row: RawRow, record: Record, one: Tokenised) -> list[Kept]:
-        """The examples that the row makes: one, several when it is split, none when it is not kept."""
+        """Return the row's examples: one, several if it is split, none if it is not kept."""
         if self.template is None:
             return [(row, record, one)]
         if not self._fits(one):
@@ -276,18 +276,20 @@ class Gatherer:
 
 
 def ignored_codes(config: RunConfig) -> tuple[str, ...]:
-    """The codes in IGNORABLE that the user ignores by name, as every error has to be. `--select` does not count: it
-    chooses what is shown."""
+    """Return the codes in IGNORABLE that the user ignores by name.
+
+    `--select` does not count: it only chooses what is shown.
+    """
     return tuple(code for code in IGNORABLE if code in config.ignore)
 
 
 def compares(config: RunConfig) -> bool:
-    """Whether near copies are looked for: not when all findings that need them are ignored."""
+    """Return True if near copies are looked for. They are not if all findings that need them are ignored."""
     return any(is_chosen(code, Severity.WARNING, (), config.ignore) for code in ("D031", "D032"))
 
 
 def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Rows by the thousand; fewer when they are large, so that memory stays bounded."""
+    """Yield rows by the thousand, or fewer if they are large, so that memory stays bounded."""
     chunk: list[RawRow] = []
     size_bytes = 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""Packing: the order of an epoch, and each step's examples laid into as few micro-batches as will hold them.
+"""Packing: the order of an epoch, and each step's examples in as few micro-batches as possible.
 
 A step is a set of examples. How they are laid into micro-batches changes nothing that is learnt: rows in one
 micro-batch do not see each other, and the loss is normalised over the whole step.
@@ -23,7 +23,7 @@ ROWS_SEEN, EPOCHS_SEEN = 1 << 22, 1024
 
 @dataclass(frozen=True)
 class Fill:
-    """How full an epoch's micro-batches are: `share` of their token slots, and how many a step takes on average."""
+    """Fill of an epoch's micro-batches: the `share` of token slots in use, and the mean number in a step."""
 
     share: float
     micro_batches_per_step: float
@@ -32,7 +32,7 @@ class Fill:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Rows:
-    """Row numbers (count,) in the order of `epoch`: a shuffle that only `seed` and `epoch` decide.
+    """Return row numbers (count,) in the order of `epoch`: a shuffle by `seed` and `epoch` alone.
 
     Sorted by a hash (SplitMix64, Steele et al. 2014) and not drawn by numpy, whose streams may change between
     versions: a run that resumes elsewhere must see the same rows.
@@ -51,7 +51,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
-    """Micro-batches of at most `max_tokens` tokens, as indices into `lengths`, by best-fit decreasing.
+    """Return micro-batches of at most `max_tokens` tokens, as indices into `lengths`, by best-fit decreasing.
 
     Every index stands in exactly one micro-batch; ties keep their order, so the result is deterministic.
     Raises DataError when a row alone is longer than `max_tokens`.
@@ -70,7 +70,7 @@ def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> 
 
 
 class _Bins:
-    """Open micro-batches, grouped by the room they have left."""
+    """Open micro-batches, grouped by their free room."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -79,7 +79,7 @@ class _Bins:
         self.rooms: list[int] = []  # sorted keys of by_room
 
     def filled(self, indices: list[int], sizes: list[int]) -> list[list[int]]:
-        """The bins after placing `indices`, whose `sizes` fall."""
+        """Return the bins after placing `indices`, in descending order of `sizes`."""
         for index, size in zip(indices, sizes):
             place = bisect_left(self.rooms, size)
             if place == len(self.rooms):
@@ -108,14 +108,14 @@ class _Bins:
 
 
 def steps_per_epoch(count: int, examples_per_step: int) -> int:
-    """Optimizer steps that `count` examples take; the last may be smaller."""
+    """Return the number of optimizer steps for `count` examples. The last may be smaller."""
     return -(-count // examples_per_step)
 
 
 def steps(
     lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int, epoch: int
 ) -> Iterator[list[Rows]]:
-    """The steps of `epoch`: each a list of micro-batches, each an array of row numbers (rows,).
+    """Yield the steps of `epoch`: each a list of micro-batches, each an array of row numbers (rows,).
 
     Over the epoch every row of `lengths` (count,) comes exactly once.
     """
@@ -127,8 +127,11 @@ def steps(
 
 
 def largest_step(lengths: NDArray[np.integer], examples_per_step: int, seed: int, count: int) -> Rows:
-    """Row numbers (rows,) of the step with the most tokens, the first of them, among the first `count` steps of a run
-    over rows of `lengths` (all rows,); as far as ROWS_SEEN and EPOCHS_SEEN let it look."""
+    """Return the row numbers (rows,) of the step with the most tokens.
+
+    Among equals it is the first. It looks at the first `count` steps over rows of `lengths` (all rows,), within
+    ROWS_SEEN and EPOCHS_SEEN.
+    """
     sizes = np.asarray(lengths, dtype=np.int64)
     largest = np.zeros(0, dtype=np.int64)
     an_epoch = steps_per_epoch(len(sizes), examples_per_step)
@@ -144,7 +147,7 @@ def largest_step(lengths: NDArray[np.integer], examples_per_step: int, seed: int
 
 
 def packed_fill(lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int = 0) -> Fill:
-    """How full the micro-batches of the first epoch are."""
+    """Return the fill of the first epoch's micro-batches."""
     sizes = np.asarray(lengths, dtype=np.int64)
     order = epoch_order(len(sizes), seed, 0)
     count = steps_per_epoch(len(sizes), examples_per_step)

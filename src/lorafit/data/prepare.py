@@ -1,4 +1,4 @@
-"""prepare: everything between the files a user names and the rows a run trains on."""
+"""prepare: the rows that a run trains on, from the files that a user names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLACEHOLDER_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train on and held-out rows, what was found, the numbers, and the file of rejected rows if any."""
+    """Training rows, held-out rows, findings, summary, and the file of rejected rows if any."""
 
     train: Rows
     holdout: Rows
@@ -62,7 +62,7 @@ def prepare(
     on_progress: Listener | None = None,
     reads_rows: bool = True,
 ) -> Prepared:
-    """Read, judge, tokenise and split `config.data`; without a template all that needs no tokenizer.
+    """Read, judge, tokenise and split `config.data`. Without a template it does all that needs no tokenizer.
 
     Rows that cannot be trained on become findings of severity error (`require_clean` raises for those), never
     exceptions. Raises DataError when a file is missing, empty, unreadable or holds no rows of a known shape.
@@ -98,7 +98,7 @@ def prepare(
 
 
 def _files_to_read(config: RunConfig) -> tuple[list[DataFile], list[DataFile]]:
-    """(files to read, files that stay out): of a folder, test files are left out and validation files held out.
+    """Return (files to read, files left out). Of a folder, test files are left out and validation files held out.
 
     Raises DataError when nothing of the named data is left to train on.
     """
@@ -120,7 +120,7 @@ def _files_to_read(config: RunConfig) -> tuple[list[DataFile], list[DataFile]]:
 
 
 def _left_out_findings(left_out: Sequence[DataFile], files: Sequence[DataFile]) -> list[Finding]:
-    """Which files of a folder are not read, and which are held out, by their names."""
+    """Return findings on the files of a folder that are left out or held out by their names."""
     held = [file.name for file in files if file.held_out and file.split]
     if not left_out and not held:
         return []
@@ -160,7 +160,7 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
 
 
 def _base_findings(config: RunConfig, template: Template | None, rows: Stored) -> list[Finding]:
-    """Tokens that the base has no embedding for, or never learnt; needs the base's weights on disk."""
+    """Return findings on tokens without an embedding, or with an untrained one. It needs the base's weights on disk."""
     if template is None or not config.base:
         return []
     folder = base_folder(config.base, config.revision)
@@ -210,7 +210,7 @@ def _summary(
 
 
 def _recorded(rows: Stored, run_dir: Path | None, train: Rows, holdout: Rows) -> Path | None:
-    """Put the split and the rejected rows into the run directory; the path of the latter, if there are any."""
+    """Write the split and the rejected rows to the run directory. Return the path of the latter, if any."""
     if run_dir is None:
         return None
     try:
@@ -229,7 +229,7 @@ def _recorded(rows: Stored, run_dir: Path | None, train: Rows, holdout: Rows) ->
 
 
 def require_clean(prepared: Prepared) -> None:
-    """Raises DataError in one sentence when a finding is an error: how many, the first, and where the rest is."""
+    """Raise DataError if a finding is an error, with the count, the first one, and the place of the rest."""
     errors = [finding for finding in prepared.findings if finding.severity is Severity.ERROR]
     if not errors:
         return

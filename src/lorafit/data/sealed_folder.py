@@ -1,4 +1,4 @@
-"""Sealed folders: what is kept on disk between commands, with a manifest that shows every changed byte.
+"""Sealed folders: folders kept between commands, with a manifest that shows every changed byte.
 
 The hash is xxh3-128. It misses a flipped bit, a cut file or a file of another entry once in 2^128 times, and takes a
 quarter of SHA-256's time: 60 ms against 250 ms for the 249 MiB of 200,000 rows, reading from the page cache included.
@@ -36,7 +36,7 @@ def seal(folder: Path) -> None:
 
 
 def is_whole(folder: Path, only: Collection[str] = (), but: Collection[str] = ()) -> bool:
-    """True when `folder` holds exactly what was sealed, byte for byte.
+    """Return True if `folder` holds exactly the sealed files, byte for byte.
 
     With `only`, the bytes of those files alone are compared, and with `but` those of all others. Sizes always are.
     """
@@ -56,12 +56,12 @@ def is_whole(folder: Path, only: Collection[str] = (), but: Collection[str] = ()
 
 
 def _sealed(files: str) -> str:
-    """The manifest: one line of JSON, and one with the hash of the first."""
+    """Return the manifest: one line of JSON, and one with the hash of the first."""
     return f"{files}\n{xxhash.xxh3_128_hexdigest(files.encode())}\n"
 
 
 def _measured_all(paths: Sequence[Path]) -> dict[str, list[int | str]]:
-    """By name, [size in bytes, xxh3-128 in hex] of every file. Reading and hashing let other threads run."""
+    """Return [size in bytes, xxh3-128 in hex] of every file, by name. Reading and hashing let other threads run."""
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         return dict(zip([path.name for path in paths], pool.map(_measured, paths)))
 
@@ -77,7 +77,9 @@ def _measured(path: Path) -> list[int | str]:
 
 @contextmanager
 def staged(folder: Path, name: str) -> Iterator[Path]:
-    """A place in `folder` that no other thread, process or container writes to; it is gone after the block.
+    """Yield a new place in `folder` that no other thread, process or container writes to.
+
+    It is removed after the block.
 
     The place itself does not exist yet: who makes it gives it the user's own rights, and not those of mkdtemp.
     """
@@ -90,7 +92,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
 
 def publish(fresh: Path, place: Path, is_usable: Callable[[Path], bool] = is_whole) -> None:
-    """Seal `fresh` and rename it to `place`. A usable folder that stands there already is kept instead.
+    """Seal `fresh` and rename it to `place`. A usable folder that is already there is kept instead.
 
     Raises OSError. Several may publish at once: each leaves a whole folder there, never a mixture.
     """
@@ -107,7 +109,7 @@ def publish(fresh: Path, place: Path, is_usable: Callable[[Path], bool] = is_who
 
 
 def kept(place: Path, build: Callable[[Path], None], is_usable: Callable[[Path], bool] = is_whole) -> bool:
-    """Make sure that a usable folder stands at `place`. True when it had been there; otherwise `build` fills a new one.
+    """Make sure that `place` has a usable folder. Return True if it was there; otherwise `build` fills a new one.
 
     Raises OSError, and what `build` raises.
     """
@@ -120,6 +122,6 @@ def kept(place: Path, build: Callable[[Path], None], is_usable: Callable[[Path],
 
 
 def touch(place: Path) -> None:
-    """Note that the folder at `place` is in use, where that is allowed."""
+    """Mark the folder at `place` as in use, if permissions allow."""
     with suppress(OSError):
         os.utime(place)

@@ -1,4 +1,4 @@
-"""ShownRow: a row as the model will be taught it, token by token."""
+"""ShownRow: one row token by token, as training sees it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class ShownToken:
 
 @dataclass(frozen=True, slots=True)
 class ShownRow:
-    """Where the row stands and its tokens."""
+    """The place of a row, and its tokens."""
 
     source: str
     tokens: tuple[ShownToken, ...]
 
 
 def show_rows(prepared: Prepared, template: Template, count: int) -> list[ShownRow]:
-    """The first `count` training rows (then held-out ones), each token with what the loss does with it."""
+    """Return the first `count` training rows (then held-out ones), each token with its supervision."""
     shown: list[ShownRow] = []
     for rows in (prepared.train, prepared.holdout):
         for position in range(min(len(rows), count - len(shown))):
@@ -61,7 +61,7 @@ def _shown(rows: Rows, position: int, template: Template) -> ShownRow:
 
 
 def token_texts(ids: Sequence[int], mask: Sequence[bool], tokenizer: TextTokenizer) -> list[str]:
-    """The text of each token. A character of several tokens stands whole at the last of them, the others are empty.
+    """Return the text of each token. A character of several tokens belongs to the last of them; the others are empty.
 
     Each text is what the token adds to the one before it, because decoders drop the blank that begins a text.
     """

@@ -23,7 +23,7 @@ SUPERVISED = np.int32(np.iinfo(np.int32).min)
 
 
 def flagged(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """ids (tokens,) and mask (tokens,) as stored: the mask in the sign bit."""
+    """Return `ids` (tokens,) with `mask` (tokens,) in the sign bit, as stored."""
     return np.where(mask, ids | SUPERVISED, ids).astype(np.int32)
 
 
@@ -48,7 +48,7 @@ class RowStore:
     pending: list[Callable[[], None]] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Run the pending checks. Raises what they raise."""
+        """Run the pending checks, and raise their errors."""
         for check in self.pending:
             check()
         self.pending.clear()
@@ -58,7 +58,7 @@ class RowStore:
 
     @classmethod
     def open(cls, folder: Path) -> RowStore:
-        """The store that StoreWriter wrote into `folder`, its tokens and text memory-mapped.
+        """Return the store that StoreWriter wrote into `folder`, its tokens and text memory-mapped.
 
         Raises OSError, KeyError or ValueError when a file is missing or damaged.
         """
@@ -88,14 +88,14 @@ class RowStore:
 
 
 def offsets_of(lengths: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """(n + 1,) starts of rows of these lengths, and the end."""
+    """Return (n + 1,): the starts of rows of these lengths, and the end."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
     return offsets
 
 
 def mapped(path: Path, kind: type[np.generic]) -> NDArray[Any]:
-    """The values of `kind` in the file at `path`, memory-mapped."""
+    """Return the values of `kind` in the file at `path`, memory-mapped."""
     return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
 
 
@@ -118,7 +118,7 @@ share it, and rows that stand on one line do not. `words` counts them."""
 
 @dataclass
 class StoreWriter:
-    """Writes into `folder`; only the per-row columns stay in memory until `close`."""
+    """Write rows into `folder`. Only the per-row columns stay in memory until `close`."""
 
     folder: Path
     parts: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
@@ -137,7 +137,7 @@ class StoreWriter:
         words: NDArray[np.uint32],
         columns: Mapping[str, Sequence[int]],
     ) -> None:
-        """Append rows: tokens and word hashes one row after the other, records as JSON, and a value per column."""
+        """Append rows: tokens and word hashes row after row, records as JSON, and one value per column."""
         self.tokens.write(np.ascontiguousarray(tokens).data)
         self.words.write(np.ascontiguousarray(words).data)
         self.text.writelines(texts)
@@ -146,7 +146,7 @@ class StoreWriter:
             self.parts[name].append(np.array(values, COLUMNS[name]))
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Every column whole, by name."""
+        """Return every whole column, by name."""
         parts = {name: self.parts[name] or [np.zeros(0, kind)] for name, kind in COLUMNS.items()}
         return {name: np.concatenate(parts[name]) for name in COLUMNS}
 
@@ -156,7 +156,7 @@ class StoreWriter:
             stream.close()
 
     def finish(self, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
-        """Write the columns and `facts` (JSON-ready); the folder is then complete."""
+        """Write the columns and `facts` (JSON-ready). The folder is complete afterwards."""
         for name, values in columns.items():
             np.save(self.folder / f"{name}.npy", values)
         (self.folder / "words.bin").unlink()
@@ -166,7 +166,7 @@ class StoreWriter:
 
 @dataclass(frozen=True)
 class Stored:
-    """A complete folder: its rows, the columns (n,) that observations of the whole set need, and the facts.
+    """A complete folder: its rows, the columns (n,) for checks of the whole set, and the facts.
 
     `leader` is each row's first near copy (itself, when it has none); `exact`, `question`, `answer` are hashes; `row`
     is the row as it was read.
@@ -183,14 +183,14 @@ class Stored:
 
     @classmethod
     def open(cls, folder: Path) -> Stored:
-        """The folder that `StoreWriter.finish` completed."""
+        """Return the folder that `StoreWriter.finish` completed."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         columns = {name: np.load(folder / f"{name}.npy") for name in ("exact", "question", "answer", LEADER, "row")}
         return cls(RowStore.open(folder), **columns, facts=facts, folder=folder)
 
 
 class Rows:
-    """A choice of rows out of a store, in order. Cheap to select from; token data are read when asked for."""
+    """A selection of rows of a store, in order. Selecting is cheap; token data are read on demand."""
 
     def __init__(self, store: RowStore, indices: NDArray[np.int64] | None = None) -> None:
         self.store = store
@@ -208,20 +208,20 @@ class Rows:
         return np.asarray(self.store.tokens[self.store.offsets[row] : self.store.offsets[row + 1]])
 
     def ids(self, position: int) -> NDArray[np.int32]:
-        """Token ids (tokens,) of the row at `position`."""
+        """Return the token ids (tokens,) of the row at `position`."""
         return self._stored(position) & ~SUPERVISED
 
     def mask(self, position: int) -> NDArray[np.bool_]:
-        """True (tokens,) where the token is supervised."""
+        """Return the loss mask (tokens,) of the row at `position`: True for supervised tokens."""
         return self._stored(position) < 0
 
     def source(self, position: int) -> str:
-        """`file:line` of the row at `position`."""
+        """Return `file:line` of the row at `position`."""
         row = self.indices[position]
         return f"{self.store.names[self.store.file[row]]}:{self.store.line[row]}"
 
     def record(self, position: int) -> Record:
-        """The record that the row at `position` was tokenised from."""
+        """Return the record that the row at `position` was tokenised from."""
         self.store.settle()
         row = self.indices[position]
         raw = self.store.text[self.store.text_offsets[row] : self.store.text_offsets[row + 1]]
@@ -229,12 +229,12 @@ class Rows:
         return record_from_json(raw.tobytes(), self.source(position))
 
     def select(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Rows:
-        """The rows at these positions, in this order."""
+        """Return the rows at these positions, in this order."""
         return Rows(self.store, self.indices[np.asarray(indices, dtype=np.int64)])
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over ids and masks in order, in hex."""
+        """Return the SHA-256 over ids and masks in order, in hex."""
         self.store.settle()
         digest = hashlib.sha256(self.lengths.astype("<i4").tobytes())
         # rows that follow one another in the store are hashed in one piece
@@ -245,13 +245,13 @@ class Rows:
         return digest.hexdigest()
 
     def sources(self) -> Iterator[str]:
-        """`file:line` of every row, in order."""
+        """Yield `file:line` of every row, in order."""
         files, lines = self.store.file[self.indices].tolist(), self.store.line[self.indices].tolist()
         return (f"{self.store.names[file]}:{line}" for file, line in zip(files, lines, strict=True))
 
     @classmethod
     def from_encoded(cls, encoded: Sequence[Encoded], records: Sequence[Record] | None = None) -> Rows:
-        """Rows held in memory, for data that never was a file."""
+        """Return rows held in memory, for data without a file."""
         assert records is None or len(records) == len(encoded), "as many records as encoded rows"
         lengths = [len(one.ids) for one in encoded]
         ids = np.fromiter((i for one in encoded for i in one.ids), np.int32, sum(lengths))
@@ -287,7 +287,7 @@ _encode_ascii = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
 
 def record_to_json(record: Record) -> bytes:
-    """The record without its source as one line of UTF-8; `record_from_json` is the inverse."""
+    """Return the record, without its source, as one line of UTF-8. `record_from_json` is the inverse."""
     turns = [_turn_to_json(turn) for turn in record.turns]
     read_by_template = [record.tools, record.template_kwargs] if record.template_kwargs else [record.tools]
     plain = [record.system, turns, *(read_by_template if any(read_by_template) else ())]
@@ -303,7 +303,7 @@ def _turn_to_json(turn: Turn) -> list[Any]:
 
 
 def record_from_json(raw: bytes, source: str) -> Record:
-    """The record that `record_to_json` wrote."""
+    """Return the record that `record_to_json` wrote."""
     system, turns, *more = json.loads(raw)
     tools, kwargs = more[0] if more else (), more[1] if len(more) > 1 else {}
     return Record(tuple(Turn(*turn) for turn in turns), source, system, tuple(tools), kwargs)

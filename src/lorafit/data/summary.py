@@ -1,4 +1,4 @@
-"""Progress: how far a long reading has come. Rooms report it; only cli/ draws it."""
+"""Summary: the numbers of a reading, and its progress. Only cli/ draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`stage` in words, rows so far, bytes of all files, and seconds gone and (by bytes) still to go."""
+    """The stage's name, rows so far, bytes of all files, seconds elapsed and (by bytes) remaining."""
 
     stage: str
     rows: int
@@ -27,14 +27,14 @@ Listener = Callable[[Progress], None]
 
 
 class Clock:
-    """Turns counts into `Progress` reports, at most ten a second."""
+    """Turn counts into `Progress` reports, at most ten a second."""
 
     def __init__(self, listener: Listener | None, bytes_total: int) -> None:
         self.listener, self.bytes_total = listener, bytes_total
         self.started, self.last = time.monotonic(), 0.0
 
     def report(self, stage: str, rows: int, bytes_done: int, *, force: bool = False) -> None:
-        """Tell the listener, if there is one and it has not just been told."""
+        """Call the listener, if there is one and its last report is a tenth of a second old."""
         now = time.monotonic()
         if self.listener is None or (now - self.last < 0.1 and not force):
             return
@@ -53,7 +53,7 @@ class Histogram:
 
     @classmethod
     def of(cls, lengths: NDArray[np.int32]) -> Histogram:
-        """Lengths (n,) in tokens, in bins whose edges grow by about the square root of two."""
+        """Return the histogram of lengths (n,) in tokens. Bin edges grow by about the square root of two."""
         if not len(lengths):
             return cls()
         top = int(lengths.max())
@@ -67,7 +67,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was read and what came of it.
+    """The numbers of a reading, and its outcome.
 
     `read = kept + rejected + dropped`; `kept` rows became `train_rows + holdout_rows` examples (more than
     `kept` when `split` conversations were cut at their turns). `truncated` is always 0: no row is cut.
@@ -103,5 +103,5 @@ class Summary:
         return self.supervised_tokens / self.tokens if self.tokens else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return asdict(self) | {"supervised_share": self.supervised_share}

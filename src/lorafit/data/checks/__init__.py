@@ -1,1 +1,1 @@
-"""What is judged of rows: alone, tokenised, and as a whole set."""
+"""Checks of rows: alone, tokenised, and as a whole set."""

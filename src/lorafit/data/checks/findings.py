@@ -1,4 +1,4 @@
-"""The data's finding codes, and how often each was seen."""
+"""Finding codes of data, and the count of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafit.findings import Finding, Severity
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One rule: its `title` (what was seen, as a noun), `why` it matters and the `fix`.
+    """One rule: its `title` (a noun phrase), `why` it matters and the `fix`.
 
     A row that breaks a `rejects` rule cannot be trained on as it is: it goes to rejected.jsonl, and the run
     stops unless `on_bad` is `drop`.
@@ -205,7 +205,7 @@ EXAMPLES = 5
 
 @dataclass
 class Seen:
-    """One code's count, its first places, and what was seen at the first."""
+    """The count of one code, its first places, and the details of the first."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -220,13 +220,13 @@ class FindingCounts:
     seen: dict[str, Seen] = field(default_factory=dict)
 
     def add(self, code: str, place: str, detail: str = "", fix: str = "") -> None:
-        """Count one sighting; `fix` mends it, where the code's own fix does not."""
+        """Count one sighting. `fix` replaces the code's own fix."""
         self.add_all(code, 1, [(place, detail)])
         entry = self.seen[code]
         entry.fix = entry.fix or fix
 
     def add_all(self, code: str, count: int, first: Sequence[tuple[str, str]]) -> None:
-        """Count `count` sightings, of which `first` holds the first few places and what was seen there."""
+        """Count `count` sightings. `first` holds the first few places and their details."""
         if not count:
             return
         entry = self.seen.setdefault(code, Seen(detail=first[0][1]))
@@ -234,7 +234,7 @@ class FindingCounts:
         entry.places += [place for place, _ in first[: EXAMPLES - len(entry.places)]]
 
     def finding(self, code: str, severity: Severity, unit: str = "row") -> Finding:
-        """The finding for `code`, which has been seen."""
+        """Return the finding for `code`, which has been counted."""
         entry, rule = self.seen[code], CODES[code]
         plural = "" if entry.count == 1 else "s"
         message = f"{rule.title} in {entry.count:,} {unit}{plural}"
@@ -244,14 +244,14 @@ class FindingCounts:
         return Finding(code, severity, message, entry.places[0], rule.why, fix, entry.count, tuple(entry.places))
 
     def findings(self, strict: Iterable[str]) -> list[Finding]:
-        """One finding per code seen; codes in `strict` are errors, the others warnings."""
+        """Return one finding for each counted code. Codes in `strict` are errors, the others warnings."""
         errors = set(strict)
         return [
             self.finding(code, Severity.ERROR if code in errors else Severity.WARNING) for code in sorted(self.seen)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; `from_dict` is its inverse."""
+        """Return a JSON-ready mapping; `from_dict` is its inverse."""
         return {code: [entry.count, entry.places, entry.detail, entry.fix] for code, entry in self.seen.items()}
 
     @classmethod
@@ -265,7 +265,7 @@ STYLES_APART = " and "
 
 @dataclass
 class Counts:
-    """Rows by what became of them: `read = kept + rejected + dropped`; of the kept ones `split` were cut at turns."""
+    """Rows by outcome: `read = kept + rejected + dropped`. Of the kept ones `split` were cut at turns."""
 
     read: int = 0
     kept: int = 0
@@ -276,7 +276,7 @@ class Counts:
 
 @dataclass
 class RowOutcomes:
-    """Counts and tallies; rejected and dropped rows are written to `rejected`. `names` are the files' names.
+    """Counts and tallies of rows. Rejected and dropped rows are written to `rejected`; `names` are the file names.
 
     `markers` holds, for each set of template styles that share a row, how many rows do and where the first stands.
     """
@@ -294,7 +294,7 @@ class RowOutcomes:
     lost_tokens: int = 0
 
     def reject(self, row: RawRow, reject: Reject, *, dropped: bool = False) -> None:
-        """Count a row that will not be trained on, and keep it with the reason."""
+        """Count a row that will not be trained on, and write it to `rejected` with the reason."""
         if dropped:
             self.counts.dropped += 1
         else:
@@ -306,7 +306,7 @@ class RowOutcomes:
         self.rejected.write(rejected_line(place, reject, raw))
 
     def note(self, record: Record, observations: Sequence[Observation]) -> None:
-        """Count what was seen in a row that is kept."""
+        """Count the observations on a kept row."""
         for code, seen in observations:
             self.finding_counts.add(code, record.source, seen)
             if code == "D040" and (styles := marker_styles(record)):
@@ -314,7 +314,7 @@ class RowOutcomes:
                 entry[0] += 1
 
     def note_tokens(self, one: Tokenised) -> None:
-        """Count what the template takes from the loss in a row that is kept."""
+        """Count the tokens that the template takes from the loss of a kept row."""
         self.lost_answers += one.lost_answers
         self.lost_tokens += one.lost_tokens
 
@@ -333,7 +333,7 @@ class RowOutcomes:
         self.rows_noted += 1
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the rejected rows, JSON-ready."""
+        """Return everything but the rejected rows, JSON-ready."""
         return {
             "counts": asdict(self.counts),
             "finding_counts": self.finding_counts.to_dict(),

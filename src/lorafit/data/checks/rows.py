@@ -72,7 +72,7 @@ FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 
 def text_checks(record: Record) -> Iterator[Observation]:
-    """Every observation on one record."""
+    """Yield every observation on one record."""
     text = text_of(record)
     try:
         raw = text.encode()
@@ -138,12 +138,12 @@ def _hygiene(text: str, raw: bytes) -> Iterator[Observation]:
 
 
 def text_of(record: Record) -> str:
-    """All text of a record, turn after turn."""
+    """Return all text of a record, turn after turn."""
     return "\n".join(texts_of(record))
 
 
 def texts_of(record: Record) -> list[str]:
-    """Every text of a record: system, contents, reasoning, and calls as JSON."""
+    """Return every text of a record: system, contents, reasoning, and calls as JSON."""
     texts = [record.system or ""]
     for turn in record.turns:
         texts.append(turn.content)
@@ -154,7 +154,7 @@ def texts_of(record: Record) -> list[str]:
 
 
 def marker_styles(record: Record) -> list[str]:
-    """The template styles whose markers stand in the record."""
+    """Return the template styles whose markers occur in the record."""
     return _styles_in(text_of(record))
 
 
@@ -165,7 +165,10 @@ def _styles_in(text: str) -> list[str]:
 
 
 def has_any(text: str, hints: Iterable[str]) -> bool:
-    """Whether one of `hints` stands in `text`; a plain loop, because it runs for every row and `any` costs double."""
+    """Return True if `text` contains one of `hints`.
+
+    A plain loop, because it runs for every row and `any` costs double.
+    """
     for hint in hints:  # noqa: SIM110
         if hint in text:
             return True
@@ -173,7 +176,7 @@ def has_any(text: str, hints: Iterable[str]) -> bool:
 
 
 def secret_kind(text: str) -> str:
-    """What kind of secret `text` seems to hold; empty when none."""
+    """Return the kind of secret that `text` seems to hold; empty for none."""
     if not has_any(text, SECRET_HINTS):
         return ""
     return next((kind for kind, pattern in SECRETS.items() if pattern.search(text)), "")
@@ -184,7 +187,7 @@ def _first_control(text: str) -> str:
 
 
 class Tokenised(Protocol):
-    """What is asked of an encoded row: ids and mask of (tokens,), and what its template says is wrong with it."""
+    """Protocol of an encoded row: ids and mask of (tokens,), and the problems that its template reports."""
 
     @property
     def ids(self) -> list[int]: ...
@@ -225,7 +228,7 @@ SAID: dict[str, Observation] = {
 
 
 def token_checks(row: Tokenised) -> Iterator[Observation]:
-    """Every observation on one tokenised row; too-long rows are the caller's, who knows what to do with them."""
+    """Yield every observation on one tokenised row. The caller handles rows that are too long."""
     for problem in row.problems:
         code, seen = SAID[problem]
         detailed = problem in DETAILED and (problem != problems.CONTENT_CHANGED or not _lacks_text(row))
@@ -243,7 +246,7 @@ def _lacks_text(row: Tokenised) -> bool:
 
 
 class SpecialTokens:
-    """Finds the base's special tokens where they stand written out in a row's text."""
+    """Find the base's special tokens written out in a row's text."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         special = (tokenizer.added_tokens[number] for number in tokenizer.special_ids)
@@ -252,7 +255,7 @@ class SpecialTokens:
         self.pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def text_checks(self, record: Record) -> Iterator[Observation]:
-        """A judgement when a turn or the system text holds one."""
+        """Yield an observation if a turn or the system text holds one."""
         for text in texts_of(record):
             if has_any(text, self.hints) and (match := self.pattern.search(text)):
                 yield "D045", f"'{match[0]}'"

@@ -41,14 +41,14 @@ MIN_NORM, MIN_DISTANCE, TWIN_DISTANCE = 0.05, 0.25, 0.01
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """The input embeddings as they lie on disk: `raw` (tokens, hidden), memory-mapped."""
+    """The input embeddings on disk: `raw` (tokens, hidden), memory-mapped."""
 
     raw: NDArray[Any]
     is_bf16: bool
 
     @classmethod
     def find(cls, folder: Path) -> EmbeddingTable | None:
-        """The table among the safetensors in `folder`, or None. Raises BackboneError when one is damaged."""
+        """Return the table among the safetensors in `folder`, or None. Raises BackboneError when one is damaged."""
         for path in sorted(folder.glob("*.safetensors")):
             header, start = _header(path)
             for name, entry in header.items():
@@ -60,7 +60,7 @@ class EmbeddingTable:
         return None
 
     def rows(self, ids: Iterable[int]) -> NDArray[np.float32]:
-        """float32 (ids, hidden)."""
+        """Return the rows of `ids` as float32 (ids, hidden)."""
         picked = np.asarray(self.raw[list(ids)])
         if self.is_bf16:  # bfloat16 is the upper half of a float32
             return (picked.astype(np.uint32) << 16).view(np.float32)
@@ -95,7 +95,7 @@ def untrained_special_tokens(
 
 
 def missing_embeddings(folder: Path, rows: Stored, tokenizer: TextTokenizer) -> list[Finding]:
-    """One error when a row holds an id that the base's embedding table has no row for.
+    """Return one error if a row holds an id without a row in the base's embedding table.
 
     Without safetensors in `folder` its config.json says how many rows the table has.
     """
@@ -129,13 +129,13 @@ def _table_rows(folder: Path) -> int | None:
 
 
 def _used(template: Template) -> set[int]:
-    """The added tokens of a plain conversation."""
+    """Return the added tokens of a plain conversation."""
     turns = (Turn("user", "Hi"), Turn("assistant", "Hello."))
     return set(template.encode(Record(turns, "probe")).ids) & set(template.tokenizer.added_tokens)
 
 
 def _ordinary(table: EmbeddingTable, tokenizer: TextTokenizer) -> NDArray[np.float32]:
-    """A sample (tokens, hidden) of the rows of ordinary tokens, evenly spaced."""
+    """Return a sample (tokens, hidden) of the rows of ordinary tokens, evenly spaced."""
     last = min(len(table.raw), tokenizer.vocab_size) - 1
     picked = np.unique(np.linspace(0, max(last, 0), SAMPLE).astype(int))
     return table.rows(int(token) for token in picked if token not in tokenizer.added_tokens)
@@ -153,7 +153,7 @@ def _about_nothing(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> 
 
 
 def _twins(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of `rows` (tokens, hidden) nearly equals another of them."""
+    """Return a mask over `rows` (tokens, hidden): True if another row is nearly equal."""
     near = TWIN_DISTANCE * np.median(np.linalg.norm(ordinary, axis=1))
     wide = rows.astype(np.float64)
     squares = np.einsum("th,th->t", wide, wide)
@@ -164,7 +164,7 @@ def _twins(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> NDArray[
 
 
 def _header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """(tensor entries by name, where the data begin) of one safetensors file."""
+    """Return (tensor entries by name, offset of the data) of one safetensors file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

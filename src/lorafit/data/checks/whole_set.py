@@ -1,4 +1,4 @@
-"""Checks of all rows together: copies, contradictions, imbalance, mixed templates; and the held-out split."""
+"""Checks of all rows together (copies, contradictions, imbalance, mixed templates), and the held-out split."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Numbers = NDArray[np.int64]
 
 
 def first_with(keys: NDArray[np.uint64]) -> Numbers:
-    """(n,) for each row the first row with the same key."""
+    """Return (n,): for each row the first row with the same key."""
     return duplicates_of(keys)[1]
 
 
 def group_of(stored: Stored, *, same_questions: bool = True) -> Numbers:
-    """(n,) for each row the first row of its group.
+    """Return (n,): for each row the first row of its group.
 
     A group holds near copies, rows that are the same but for case and blanks, pieces of one conversation and, with
     `same_questions`, rows with one prompt, unless more than 5 % of all rows have that prompt.
@@ -53,7 +53,7 @@ ROWS_TO_HOLD_OUT_FROM = 20
 
 
 def held_out(groups: NDArray[np.int64], content: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
-    """True (n,) for rows that are held out.
+    """Return a mask (n,): True for held-out rows.
 
     `groups` (n,) names each row's group by its first row, `content` (n,) is a hash of each row. A group's side
     follows from the seed and the hash of its first row, not from its place: rows appended later move nobody,
@@ -73,12 +73,12 @@ def held_out(groups: NDArray[np.int64], content: NDArray[np.uint64], share: floa
 
 
 def _draw(content: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), one per group."""
+    """Return numbers in [0, 1), one for each group."""
     return mixed(content ^ mixed(np.array([seed], np.uint64))).astype(np.float64) / 2.0**64
 
 
 def write_split(path: Path, train: Rows, holdout: Rows) -> None:
-    """Each row's side and place, in the order of the files: `split.tsv` of the run directory."""
+    """Write the side and place of each row to `split.tsv` of the run directory, in the order of the files."""
     with os.fdopen(new_own(path), "w", encoding="utf-8") as stream:
         stream.write("side\tsource\n")
         for side, rows in (("train", train), ("holdout", holdout)):
@@ -99,7 +99,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class WholeSet:
-    """The gathered rows, which of them are held out (n,), `--holdout`, and whether files of their own hold those."""
+    """The gathered rows, the held-out mask (n,), `--holdout`, and whether held-out rows have files of their own."""
 
     stored: Stored
     held: Mask
@@ -113,19 +113,19 @@ class WholeSet:
 
     @property
     def exact_copies(self) -> Mask:
-        """True (n,) for rows that repeat an earlier row to the letter."""
+        """Return a mask (n,): True for rows equal to an earlier row."""
         return np.asarray(first_with(self.stored.exact) != np.arange(len(self.held)))
 
     @property
     def near_copies(self) -> Mask:
-        """True (n,) for rows that nearly repeat an earlier row."""
+        """Return a mask (n,): True for rows nearly equal to an earlier row."""
         own = np.arange(len(self.held))
         # examples of one row share its beginning
         apart = self.stored.row[self.stored.leader] != self.stored.row
         return np.asarray((self.stored.leader != own) & apart & ~self.exact_copies)
 
     def findings(self) -> list[Finding]:
-        """Every finding that needs all rows."""
+        """Return every finding that needs all rows."""
         finding_counts = FindingCounts()
         self._copies(finding_counts)
         self._sides(finding_counts)
@@ -140,7 +140,7 @@ class WholeSet:
         self._note(finding_counts, "D031", self.near_copies, lambda row: f"of {self.rows.source(int(leader[row]))}")
 
     def _sides(self, finding_counts: FindingCounts) -> None:
-        """Held-out rows that a training row nearly repeats; only a held-out file can bring such."""
+        """Count held-out rows nearly equal to a training row. Only a held-out file can bring such."""
         if not self.held_by_file:
             return
         group = group_of(self.stored, same_questions=False)
@@ -177,7 +177,7 @@ class WholeSet:
         return [_finding("D034", severity, message, place, int(counts[most]))]
 
     def _mixed(self) -> list[Finding]:
-        """P5: rows of more than one template style, plain rows being one."""
+        """Return P5 if rows have more than one template style, plain rows being one."""
         styles: dict[str, list[Any]] = self.stored.facts["markers"]
         count = self.stored.facts["counts"]["kept"]
         plain = count - sum(rows for rows, _ in styles.values())
@@ -202,7 +202,7 @@ class WholeSet:
         return found
 
     def _unused(self) -> list[Finding]:
-        """Columns, and fields of turns, that nothing was read from."""
+        """Return findings on columns, and fields of turns, that nothing reads."""
         facts = self.stored.facts
         turns = [f"{name} (of a turn)" for name in facts["turn_fields"] if name not in KNOWN_TURN_FIELDS]
         names = [*(excerpt(str(name), 30) or "one without a name" for name in facts["unused"]), *turns]
@@ -213,7 +213,7 @@ class WholeSet:
         return [_finding("D037", Severity.INFO, message, facts["names"][0], len(names))]
 
     def _one_system(self) -> list[Finding]:
-        """A system text that every row has: the model must be served with it."""
+        """Return a finding on a system text that all rows share: the model must be served with it."""
         facts = self.stored.facts
         if not facts["system"]:
             return []

@@ -1,1 +1,1 @@
-"""Raw rows become records: one conversation each, whatever the file's shape."""
+"""Schema: raw rows of any shape become records, one conversation each."""

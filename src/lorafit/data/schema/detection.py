@@ -1,4 +1,4 @@
-"""Which shape a dataset has: by the fields of its first rows, and by what the user maps."""
+"""Detection: the shape of a dataset, from the fields of its first rows and the user's mapping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONAL = ("system", "input", "tools", "history", "reasoning")
 
 
 def check_map(mapped: Mapping[str, str]) -> None:
-    """Raises UsageError when `--map` names a field that lorafit does not know, or one field twice."""
+    """Raise UsageError if `--map` names an unknown field, or one field twice."""
     for ours in mapped:
         if ours not in MAPPABLE:
             near = difflib.get_close_matches(ours, MAPPABLE, n=1)
@@ -32,7 +32,7 @@ def check_map(mapped: Mapping[str, str]) -> None:
 
 
 def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Shape:
-    """The shape most of `rows` have. Raises DataError naming the fields there are when it is none of ours."""
+    """Return the shape of most `rows`. Raises DataError with the field names if no shape is known."""
     check_map(mapped)
     _check_mapped_names(rows, mapped)
     if len(rows) == 1 and (found := table(rows[0], where)):
@@ -46,7 +46,7 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
 
 
 def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> None:
-    """Raises UsageError when a field that every row needs is mapped to one that none of `rows` has."""
+    """Raise UsageError if a required field is mapped to one that none of `rows` has."""
     names = {str(name) for row in rows for name in row} if mapped else set()
     for ours, theirs in mapped.items():
         if names and theirs not in names and ours not in OPTIONAL:
@@ -73,7 +73,7 @@ def _shape_of(row: Fields, mapped: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _awaits_choice(row: Fields, name: str) -> bool:
-    """Whether the turns end before an answer, and two to choose from stand beside them (LLaMA-Factory)."""
+    """Return True if the turns end before an answer, with two answers to choose from beside them (LLaMA-Factory)."""
     turns = row[name]
     if not {"chosen", "rejected"} <= set(row) or not isinstance(turns, list) or not turns:
         return False

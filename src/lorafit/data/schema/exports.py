@@ -1,4 +1,4 @@
-"""Exports of other tools whose rows have to be rewritten once, each with the command that rewrites them."""
+"""Exports of other tools whose rows must be rewritten once, each with the command for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOINED = "(v if v == str(v) else ', '.join(map(str, v)))"
 
 
 def export_of(row: Fields, where: str) -> tuple[str, str] | None:
-    """(what the rows are, the command that rewrites them) for a known export; None for any other row."""
+    """Return (title, command that rewrites the rows) of a known export, or None."""
     for found in (_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _squad, _alternating, _nested):
         if answer := found(row, where):
             return answer
@@ -25,13 +25,16 @@ def export_of(row: Fields, where: str) -> tuple[str, str] | None:
 
 
 def rewritten(where: str, row: str, each: str = "[q]", before: str = "", beside: str = "") -> str:
-    """The command that writes `row`, an expression of r, for each element r of `each`, an expression of every row q."""
+    """Return the command that writes `row` for each element of `each`.
+
+    `row` is an expression of r, `each` one of every row q.
+    """
     head = f"import json{beside}; {before}rows = {_rows_in(where)}; "
     return f'python -c "{head}[print(json.dumps({row})) for q in rows for r in {each}]" > {OUT}'
 
 
 def _rows_in(where: str) -> str:
-    """The expression that reads all rows of the file at `where`."""
+    """Return the expression that reads all rows of the file at `where`."""
     path = PurePath(where)
     if path.suffix.lower() == ".parquet":
         return f"__import__('pyarrow.parquet').parquet.read_table({where!r}).to_pylist()"
@@ -85,7 +88,7 @@ def _messages_of_trees(row: Fields, where: str) -> tuple[str, str] | None:
 
 
 def _chat_history(row: Fields, where: str) -> tuple[str, str] | None:
-    """ChatGPT's own export: a mapping of messages, each with its parent."""
+    """Recognise ChatGPT's export: a mapping of messages, each with its parent."""
     if not isinstance(row.get("mapping"), dict) or not any(
         isinstance(node, dict) and "parent" in node for node in row["mapping"].values()
     ):
@@ -118,7 +121,7 @@ def _squad(row: Fields, where: str) -> tuple[str, str] | None:
 
 
 def _alternating(row: Fields, where: str) -> tuple[str, str] | None:
-    """UltraChat's first form: a list of texts, user and assistant in turn, and nothing else to read."""
+    """Recognise UltraChat's first form: a list of texts, user and assistant in turn, without other fields."""
     lists = [name for name, value in row.items() if _is_texts(value)]
     if len(lists) != 1 or {"prompt", "instruction", "question", "query", "input"} & set(row):
         return None
@@ -132,7 +135,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def pythons_own(row: Fields, name: str, where: str) -> str:
-    """The command that reads a field which holds Python's own text of a list, as pandas writes one into CSV."""
+    """Return the command that parses a Python list written as text, as pandas writes one into CSV."""
     value = row.get(name)
     if not isinstance(value, str) or not value.lstrip().startswith(("[{'", '[{"')):
         return ""
@@ -140,7 +143,7 @@ def pythons_own(row: Fields, name: str, where: str) -> str:
 
 
 def answers_as_values(row: Fields, name: str, where: str) -> str:
-    """The command that takes the text out of Argilla's list of answers in the field `name`; empty for other lists."""
+    """Return the command that takes the text out of Argilla's answers in field `name`; empty for other lists."""
     value = row.get(name)
     if not isinstance(value, list) or not value:
         return ""
@@ -150,7 +153,7 @@ def answers_as_values(row: Fields, name: str, where: str) -> str:
 
 
 def _nested(row: Fields, where: str) -> tuple[str, str] | None:
-    """Logs of requests and answers: turns stand inside of other fields."""
+    """Recognise logs of requests and answers, whose turns lie inside other fields."""
     places = list(_turns_in(row, "r", 0))
     roles = {role for _, found in places for role in found}
     if not places or not roles & {"assistant", "model", "gpt"} or any(path.count("[") == 1 for path, _ in places):
@@ -166,7 +169,7 @@ def _has_tools(value: Any) -> bool:
 
 
 def _turns_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, list[str]]]:
-    """(the expression of a list of turns, their roles), in the order in which they stand."""
+    """Yield (expression of a list of turns, their roles), in the order of the fields."""
     if depth > 5:
         return
     if isinstance(value, Mapping):
@@ -190,7 +193,7 @@ SPLIT_SPOKEN = (
 
 
 def better_answers(row: Fields, better: str, where: str) -> str:
-    """The command that makes rows of a conversation out of preference pairs; empty where a `--map` does."""
+    """Return the command that makes conversations of preference pairs; empty if a `--map` suffices."""
     value = row[better]
     turns = next((name for name in ("messages", "conversations") if isinstance(row.get(name), list)), "")
     if turns and isinstance(value, str | dict):

@@ -1,4 +1,4 @@
-"""What single fields hold: texts, JSON inside strings, loss flags, tool schemas and tool calls."""
+"""Fields: texts, JSON inside strings, loss flags, tool schemas and tool calls."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FLAG_NAMES = frozenset(LOSS_FLAGS)
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a JSON value in words."""
+    """Return the name of a JSON value's kind."""
     kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return {**kinds, dict: "an object", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
 def text_fault(row: Fields, name: str) -> Reject | None:
-    """What is wrong with a field that must be a text."""
+    """Return the fault of a field that must be a text, or None."""
     if name not in row:
         near = difflib.get_close_matches(name, [str(key) for key in row], n=1)
         hint = f" (there is '{excerpt(near[0])}')" if near else ""
@@ -36,7 +36,7 @@ def text_fault(row: Fields, name: str) -> Reject | None:
 
 
 def optional_fault(row: Fields, name: str) -> Reject | None:
-    """What is wrong with a field that may be missing or null, and otherwise must be a text."""
+    """Return the fault of a field that must be a text, null or missing, or None."""
     value = row.get(name)
     if value is None or isinstance(value, str):
         return None
@@ -44,14 +44,14 @@ def optional_fault(row: Fields, name: str) -> Reject | None:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether the value says nothing: null, blanks, an empty list or object."""
+    """Return True for null, blanks, an empty list or an empty object."""
     return value is None or (
         not value.strip() if isinstance(value, str) else isinstance(value, list | dict) and not value
     )
 
 
 def from_json(value: Any) -> Any:
-    """The value that a JSON text holds; any other value as it is. Raises ValueError for a text that is no JSON."""
+    """Return the value of a JSON text, and any other value unchanged. Raises ValueError if a text is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -61,14 +61,14 @@ def from_json(value: Any) -> Any:
 
 
 def without_null_members(value: Any) -> Any:
-    """The value without the nulls in objects that Arrow writes for members that other rows have."""
+    """Return the value without the nulls that Arrow writes for missing members of objects."""
     if isinstance(value, dict):
         return {name: without_null_members(cell) for name, cell in value.items() if cell is not None}
     return [without_null_members(cell) for cell in value] if isinstance(value, list) else value
 
 
 def loss_flag(message: Fields) -> bool | Reject | None:
-    """The turn's own loss flag; None without one."""
+    """Return the turn's own loss flag, or None."""
     found: bool | None = None
     for name in LOSS_FLAGS:
         value = message.get(name)
@@ -86,7 +86,7 @@ def loss_flag(message: Fields) -> bool | Reject | None:
 
 
 def read_tools(row: Fields, name: str) -> tuple[Fields, ...] | Reject:
-    """The tool schemas of a field, each as {"type": "function", "function": {…}}; a JSON text is parsed."""
+    """Return the tool schemas of a field, each as {"type": "function", "function": {…}}. A JSON text is parsed."""
     try:
         tools = from_json(row[name]) if not is_empty(row[name]) else []
     except ValueError as error:
@@ -107,7 +107,7 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue
 
 
 def read_kwargs(row: Fields) -> Fields | Reject:
-    """The row's variables for the chat template; a JSON text is parsed, and Arrow's null members are left out."""
+    """Return the row's template variables. A JSON text is parsed, and Arrow's null members are left out."""
     try:
         value = from_json(row[KWARGS]) if not is_empty(row.get(KWARGS)) else {}
     except ValueError as error:
@@ -124,7 +124,7 @@ def read_kwargs(row: Fields) -> Fields | Reject:
 
 
 def _declared(group: Any) -> list[Any]:
-    """The tools of one element: several where Gemini groups its declarations, else itself."""
+    """Return the tools of one element: several if Gemini groups its declarations, else itself."""
     for name in ("functionDeclarations", "function_declarations"):
         if isinstance(group, dict) and isinstance(group.get(name), list):
             return list(group[name])
@@ -136,7 +136,7 @@ SCHEMA_NAMES = ("input_schema", "inputSchema", "parametersJsonSchema")
 
 
 def _as_function(tool: Fields) -> Fields:
-    """The members of {"name": …, "parameters": …} from any tool that is not wrapped as a function."""
+    """Return the members of {"name": …, "parameters": …} of any tool that is not wrapped as a function."""
     function = {key: part for key, part in tool.items() if key not in ("type", "cache_control", *SCHEMA_NAMES)}
     schema = next((tool[name] for name in SCHEMA_NAMES if tool.get(name) is not None), None)
     if isinstance(schema, dict) and set(schema) == {"json"}:
@@ -162,7 +162,7 @@ def _tool(value: Any) -> Fields | None:
 
 
 def read_calls(value: Any, name: str) -> list[Fields] | Reject:
-    """The calls of an answer in one form, arguments as objects; `name` is the field that holds them."""
+    """Return the calls of an answer in one form, arguments as objects. `name` is their field."""
     try:
         calls = from_json(value)
     except ValueError as error:

@@ -28,7 +28,7 @@ IMAGE_FIX = "take it out, or leave such rows out with --on-bad drop"
 
 @dataclass(slots=True)
 class Parts:
-    """What the content of one message holds.
+    """The content of one message, by kind.
 
     Attributes:
         text: its text parts, joined.
@@ -44,7 +44,7 @@ class Parts:
 
 
 def read_parts(parts: Iterable[Any]) -> Parts | Reject:
-    """The texts, calls and results of a list of parts."""
+    """Return the texts, calls and results of a list of parts."""
     found = Parts()
     texts: list[str] = []
     thoughts: list[str] = []
@@ -72,7 +72,7 @@ def read_parts(parts: Iterable[Any]) -> Parts | Reject:
 
 
 def system_text(value: Any) -> str | None:
-    """The text of a system field: a list of text parts (Anthropic, Bedrock) or an object of them (Gemini).
+    """Return the text of a system field: a list of text parts (Anthropic, Bedrock) or an object of them (Gemini).
 
     None for anything else.
     """
@@ -85,7 +85,7 @@ def system_text(value: Any) -> str | None:
 
 
 def are_parts(value: Sequence[Any]) -> bool:
-    """Whether every element is a content part."""
+    """Return True if every element is a content part."""
     return bool(value) and all(isinstance(part, dict) and _kind_of(part) in KINDS for part in value)
 
 
@@ -93,7 +93,7 @@ KINDS = TEXT_PARTS | THOUGHT_PARTS | {"call", "result"}
 
 
 def _kind_of(part: Any) -> str:
-    """text, thinking, call or result; for anything else what it calls itself."""
+    """Return text, thinking, call or result; for anything else its own type."""
     if isinstance(part, str):
         return "text"
     if not isinstance(part, dict):
@@ -156,7 +156,7 @@ def _result_of(part: Fields) -> Turn | Reject:
 
 
 def _result_text(value: Any) -> str | Reject:
-    """What a tool returned, as text: texts as they are, values as their JSON."""
+    """Return a tool's result as text: texts unchanged, values as JSON."""
     if isinstance(value, list) and value and all(isinstance(one, dict) and "json" in one for one in value):
         return "\n".join(json.dumps(one["json"], ensure_ascii=False) for one in value)
     if isinstance(value, list) and are_parts(value):

@@ -1,4 +1,4 @@
-"""Record: one training example of any file and row shape; and where a long one is cut."""
+"""Record: one training example, of any file and row shape, and the places where a long one is cut."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Turn:
         return found
 
     def message(self) -> dict[str, Any]:
-        """The turn as chat templates and OpenAI clients write it."""
+        """Return the turn as chat templates and OpenAI clients write it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
@@ -78,7 +78,7 @@ class Record:
         tools: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Record:
-        """Return the record whose `messages()` are these: the inverse of it."""
+        """Return the record whose `messages()` are these."""
         named = ("role", "content")
         turns = [
             Turn(one["role"], one["content"], {key: value for key, value in one.items() if key not in named})
@@ -88,7 +88,7 @@ class Record:
         return cls(tuple(turns), source, system, tuple(tools), template_kwargs or {})
 
     def messages(self) -> list[dict[str, Any]]:
-        """Every turn, system first, as a list of messages."""
+        """Return every turn, system first, as a list of messages."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         return head + [turn.message() for turn in self.turns]
 
@@ -99,18 +99,18 @@ class Record:
 
     @property
     def taught_places(self) -> list[int]:
-        """Where in `messages()` the answers to learn stand."""
+        """Return the indices in `messages()` of the answers to learn."""
         first = 1 if self.system else 0
         return [place for place, turn in enumerate(self.turns, first) if turn.taught]
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
-        """The messages before the last assistant turn: what the model is asked."""
+        """Return the messages before the last assistant turn."""
         return self.messages()[:-1]
 
     @property
     def response(self) -> str:
-        """The last assistant turn: what the model should answer."""
+        """Return the text of the last assistant turn."""
         return self.turns[-1].content
 
 
@@ -118,7 +118,7 @@ Row = TypeVar("Row")
 
 
 def up_to_last_answer(record: Record) -> Record:
-    """The record without the turns after its last taught answer, from which nothing is learnt.
+    """Return the record without the turns after its last taught answer, which teach nothing.
 
     A record without a taught answer stays whole.
     """
@@ -128,7 +128,7 @@ def up_to_last_answer(record: Record) -> Record:
 
 
 def each_answer_alone(record: Record) -> list[Record]:
-    """One record for each taught answer, ending in it, with the turns before it as context."""
+    """Return one record for each taught answer, ending in it, with the turns before it as context."""
     places = [place for place, turn in enumerate(record.turns) if turn.taught and (place or record.system)]
     if len(places) < 2:
         return [record]
@@ -139,7 +139,7 @@ def each_answer_alone(record: Record) -> list[Record]:
 def split_at_turns(
     record: Record, encode: Callable[[Sequence[Record]], Sequence[Row]], fits: Callable[[Row], bool]
 ) -> tuple[list[tuple[Record, Row]], int]:
-    """(pieces that fit, each with its encoding; exchanges that do not fit even alone).
+    """Return (pieces that fit, each with its encoding; the number of exchanges that do not fit even alone).
 
     A piece begins with a user turn, keeps the system text and the tools, and takes as many whole exchanges as fit.
     Every exchange stands in at most one piece, without the turns before the piece.

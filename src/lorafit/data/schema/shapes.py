@@ -1,4 +1,4 @@
-"""Shape: how the fields of a row spell a Record. One shape per dataset (detection.py finds it)."""
+"""Shape: the way from a dataset's fields to records. One shape per dataset (detection.py finds it)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KW
 
 @dataclass(frozen=True)
 class Shape:
-    """How one dataset spells its rows.
+    """The field layout of one dataset.
 
     Attributes:
         kind: instruction, prompt, messages, conversations, calls (a query, and calls as its answers) or text.
@@ -62,7 +62,7 @@ class Shape:
 
     @property
     def title(self) -> str:
-        """The shape as people know it."""
+        """The usual name of the shape."""
         names = {
             "instruction": f"instruction/input/{self.answer}",
             "prompt": f"prompt/{self.answer}",
@@ -75,7 +75,7 @@ class Shape:
 
     @cached_property
     def used(self) -> frozenset[str]:
-        """The fields that rows of this shape are read from."""
+        """The fields that this shape reads."""
         by_kind = {
             "instruction": ("instruction", self.answer, *EXCHANGE),
             "prompt": ("prompt", self.answer, *EXCHANGE),
@@ -92,7 +92,7 @@ class Shape:
         return (MEANT | SAYS_WHETHER) - self.used - set(chosen) - set(self.mapped.values())
 
     def record(self, fields: Fields, source: str) -> Record | Reject:
-        """The record that `fields` spell, or the Reject that says which field is at fault."""
+        """Return the record of `fields`, or a Reject that names the faulty field."""
         row = renamed(fields, self.mapped)
         read: Callable[[Fields, str], Record | Reject] = {
             "instruction": self._instruction,
@@ -105,7 +105,7 @@ class Shape:
         return read(row, source)
 
     def lost(self, fields: Fields, record: Record) -> str:
-        """What a field of known meaning holds that the record does not, in words; empty when nothing is lost."""
+        """Return the content of a known field that the record lacks, as a sentence; empty if nothing is lost."""
         for name in sorted(fields.keys() & self._unused):
             value = fields[name]
             if name in SAYS_WHETHER:
@@ -116,7 +116,7 @@ class Shape:
         return ""
 
     def unused(self, names: set[str]) -> list[str]:
-        """Those of the rows' field names that nothing is read from, sorted."""
+        """Return the field names of the rows that this shape does not read, sorted."""
         taken = set(self.mapped.values())
         displaced = {ours for ours, theirs in self.mapped.items() if ours != theirs}
         return sorted(name for name in names if name not in taken and (name in displaced or name not in self.used))
@@ -156,7 +156,7 @@ class Shape:
 
 
 def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
-    """The row with each mapped field under the name lorafit knows it by, and no longer under its own."""
+    """Return the row with each mapped field under lorafit's name in place of its own."""
     if not mapped:
         return fields
     taken = set(mapped.values())
@@ -165,7 +165,7 @@ def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
 
 
 def _row_flag_fault(name: str, value: Any) -> str:
-    """What a row's own loss flag asks for that is not done; empty when the row is to be learnt as any other."""
+    """Return the unsupported request of a row's loss flag; empty if the row is learnt as any other."""
     word = str(value).strip().lower()  # CSV has texts only
     if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
         return f"the row's own flag '{name}' says that its answer is not to be learnt"
@@ -175,7 +175,7 @@ def _row_flag_fault(name: str, value: Any) -> str:
 
 
 def _is_said(value: Any, record: Record) -> bool:
-    """Whether all that a known field says stands in the record anyway, as a copy of one of its texts."""
+    """Return True if the record already has a known field's whole content, as a copy of one of its texts."""
     if isinstance(value, list | dict):
         return all(_is_said(part, record) for part in (value.values() if isinstance(value, dict) else value))
     if not isinstance(value, str):
@@ -187,7 +187,7 @@ def _is_said(value: Any, record: Record) -> bool:
 
 
 def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Reject:
-    """A question with its input, after what was said before, and the answer."""
+    """Return the record of a question with its input, its history, and the answer."""
     if EXCHANGE.isdisjoint(row) and isinstance(row.get(answers), str):
         return Record((Turn("user", row[asks]), Turn("assistant", row[answers])), source)  # most rows
     before = _history(row)
@@ -205,7 +205,7 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
 
 
 def _turns_in_text(value: Any) -> Any:
-    """The list of turns that a text holds as JSON, as CSV has them; any other value as it is."""
+    """Parse a list of turns from JSON text, as CSV has it. Any other value is returned unchanged."""
     if not isinstance(value, str) or not TURNS_AS_TEXT.match(value):
         return value
     try:
@@ -232,7 +232,7 @@ def _answer_fault(row: Fields, name: str, source: str) -> Reject | None:
 
 
 def _history(row: Fields) -> list[Turn] | Reject:
-    """The turns before the question: pairs of a question and an answer, or messages."""
+    """Return the turns before the question: pairs of a question and an answer, or messages."""
     value = row.get("history")
     if is_empty(value):
         return []
@@ -260,7 +260,7 @@ HISTORY_FIX = 'write [["question", "answer"], …]'
 
 
 def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
-    """The one text under any of `names`; empty when none has one."""
+    """Return the one text under any of `names`; empty if none has one."""
     found, holder = "", ""
     for name in names:
         value = row.get(name)
@@ -279,7 +279,7 @@ def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
 
 
 def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
-    """TRL's conversational prompt and completion: turns on one side or on both, answers of the prompt untaught."""
+    """Return the record of TRL's conversational prompt and completion. Answers in the prompt are not taught."""
     if line := answers_as_values(row, answer, source.rpartition(":")[0]):
         return Reject("D012", f"the field '{answer}' is a list of Argilla's answers", fix=line)
     sides = []
@@ -311,7 +311,7 @@ def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
 
 
 def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
-    """The record of `turns`, with the row's own system text and tools."""
+    """Return the record of `turns`, with the row's own system text and tools."""
     system = _optional(row, SYSTEMS)
     if isinstance(system, Reject):
         return system

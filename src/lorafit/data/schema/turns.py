@@ -1,4 +1,4 @@
-"""One message of a conversation as a Turn, in the spelling of OpenAI, ShareGPT or Gemini."""
+"""Turns: one message of a conversation as a Turn, from the formats of OpenAI, ShareGPT and Gemini."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *REA
 
 
 def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
-    """The turns that a list of messages spells."""
+    """Return the turns of a list of messages."""
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         read = exchange_in(message) or read_message(message)
@@ -50,7 +50,7 @@ PAIRS = (
 
 
 def exchange_in(message: Any) -> list[Turn]:
-    """The two turns of a question and its answer in one object; empty for anything else."""
+    """Return the two turns of a question and its answer in one object; empty for anything else."""
     if not isinstance(message, dict) or "role" in message or "from" in message:
         return []
     held = {name for name, value in message.items() if not is_empty(value)}
@@ -61,7 +61,7 @@ def exchange_in(message: Any) -> list[Turn]:
 
 
 def read_message(message: Any) -> list[Turn] | Reject:
-    """The turn that `message` spells, after the tools' results that stand in it."""
+    """Return the turn of `message`, after the tool results inside it."""
     if not isinstance(message, dict):
         return Reject("D012", f"is {kind_of(message)}, not an object with role and content", fix=SHAPE_FIX)
     speaker = next((message[name] for name in SPEAKERS if message.get(name) is not None), None)
@@ -126,7 +126,7 @@ def _misplaced(what: str, role: str) -> Reject:
 
 
 def _called(message: Fields) -> list[Turn] | Reject:
-    """ShareGPT's turn of function_call, whose text is the call in JSON; or OpenAI's item, which is the call."""
+    """Return the turn of a call: ShareGPT's function_call with JSON text, or OpenAI's call item."""
     loss = loss_flag(message)
     if isinstance(message.get("name"), str) and "arguments" in message:
         call = {name: message[name] for name in ("name", "arguments")}
@@ -157,7 +157,7 @@ def _calls(role: str, message: Fields) -> list[Fields] | Reject:
 
 
 def _reasoning(message: Fields) -> str | Reject:
-    """The answer's reasoning under any of its names."""
+    """Return the reasoning of an answer, under any of its names."""
     found = ""
     for name in REASONING_NAMES:
         value = message.get(name)
@@ -174,7 +174,7 @@ def _reasoning(message: Fields) -> str | Reject:
 
 
 def _content(role: str, message: Fields, may_lack: bool) -> Parts | Reject:
-    """What a turn says; a list of text parts counts as one text."""
+    """Return the content of a turn. A list of text parts counts as one text."""
     given = [each for each in CONTENT_NAMES if message.get(each) is not None]
     name = next((each for each in given if message[each] not in ("", [])), given[0] if given else "")
     value = message.get(name)

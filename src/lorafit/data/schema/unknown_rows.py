@@ -1,4 +1,4 @@
-"""What rows of no known shape seem to be, and what to do with them."""
+"""Unknown rows: what rows of no known shape probably are, and how to convert them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ REJECTED = ("rejected", "non_preferred_output", "rejected_response")
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names, sorted, the first twelve of them."""
+    """Return the first twelve names, sorted, as a sentence part."""
     return ", ".join(sorted({excerpt(name, 30) for name in names})[:12]) or "none"
 
 
 def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> tuple[str, str]:
-    """(what is wrong, what to do) with rows that have none of the known shapes."""
+    """Return (the problem, the fix) of rows that have none of the known shapes."""
     first = next((row for row in rows if row), {})
     wrapped = _wrapper(first, where) if len(rows) == 1 else None
     for trouble in (_preferences(first, where), export_of(first, where), _export(first), wrapped, _text(rows)):
@@ -37,7 +37,7 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
 
 
 def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
-    """`--map` with the row's own columns; empty where no two texts can be found."""
+    """Return `--map` with the row's own columns; empty if it has no two texts."""
     for name, value in row.items():
         if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
             return _list_flags(row, str(name))
@@ -55,7 +55,7 @@ def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
 
 
 def _list_flags(row: Fields, name: str) -> str:
-    """`--map` for a list of turns: the whole conversation, or the prompt of an answer that stands beside it."""
+    """Return `--map` for a list of turns: the whole conversation, or the prompt of a separate answer."""
     last = row[name][-1]
     speaker = str(last.get("role", last.get("from", ""))).lower()
     answer = _nearest([str(other) for other, value in row.items() if isinstance(value, str)], (*SAYS, "ideal"))
@@ -77,7 +77,7 @@ ABOUT = re.compile(
 
 
 def _nearest(names: Sequence[str], wanted: Sequence[str]) -> str:
-    """The first of `names` that is one of `wanted`, or holds one of them, whatever its case."""
+    """Return the first of `names` that equals or contains one of `wanted`, ignoring case."""
     for one in wanted:
         for name in names:
             if name.lower() == one:
@@ -86,7 +86,7 @@ def _nearest(names: Sequence[str], wanted: Sequence[str]) -> str:
 
 
 def _preferences(row: Fields, where: str) -> tuple[str, str] | None:
-    """Pairs of a better and a worse answer (DPO)."""
+    """Recognise pairs of a better and a worse answer (DPO)."""
     better, worse = (next((name for name in names if name in row), "") for names in (CHOSEN, REJECTED))
     if not better or not worse:
         return None
@@ -107,7 +107,7 @@ def _begins_with_answer(turns: list[Any]) -> bool:
 
 
 def container(row: Any, where: str) -> tuple[str, str] | None:
-    """(what it is, the line that unpacks it) for one JSON object that holds all rows; None for any other."""
+    """Return (its title, the line that unpacks it) of one JSON object that holds all rows, or None."""
     return (table(row, where) or _wrapper(row, where)) if isinstance(row, dict) and row else None
 
 
@@ -122,7 +122,7 @@ def _wrapper(row: Fields, where: str) -> tuple[str, str] | None:
 
 
 def table(row: Fields, where: str) -> tuple[str, str] | None:
-    """As `container`, but only for an object whose every member is one column."""
+    """Do as `container`, but only for an object whose every member is one column."""
     values = list(row.values())
     if len(values) < 2 or _keyed(row):
         return None
@@ -136,7 +136,7 @@ def table(row: Fields, where: str) -> tuple[str, str] | None:
 
 
 def _keyed(row: Fields) -> bool:
-    """Whether an object holds one row under each of its names, as pandas' orient="index" writes them."""
+    """Return True if an object holds one row under each name, as pandas' orient="index" writes them."""
     rows = list(row.values())
     if len(rows) < 2 or not all(isinstance(one, dict) and one for one in rows):
         return False
@@ -152,7 +152,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _is_index(value: Any) -> bool:
-    """Whether an object is pandas' column: cells by the index's labels, and no record of named fields."""
+    """Return True if an object is a pandas column: cells by index label, not a record of named fields."""
     return isinstance(value, dict) and bool(value) and (len(value) > 2 or all(label.isdigit() for label in value))
 
 
@@ -166,7 +166,7 @@ def _unpacked(where: str, rows: str) -> str:
 
 
 def _export(row: Fields) -> tuple[str, str] | None:
-    """Whole conversations in one text."""
+    """Recognise whole conversations in one text."""
     for name, value in row.items():
         if isinstance(value, str) and re.search(r"(?i)\b(user|human):.*\bassistant:", value, re.DOTALL):
             what = f"the field '{excerpt(str(name), 30)}' holds a whole conversation as one text"

@@ -1,1 +1,1 @@
-"""Files and hub data sets become raw rows: found, unpacked, read, each with its file and line."""
+"""Sources: files and hub datasets become raw rows, each with its file and line."""

@@ -1,4 +1,4 @@
-"""Which files the names that a user gives stand for: paths, patterns, folders and datasets of the hub."""
+"""Discovery: the files behind paths, patterns, folders and dataset names of the hub."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MAGIC = (
 
 
 def find_files(named: Sequence[str], *, held_out: bool = False, encoding: str | None = None) -> list[DataFile]:
-    """The files that paths, globs and folders in `named` stand for, in the given order, folders and globs sorted.
+    """Return the files of the paths, globs and folders in `named`, in that order; folders and globs are sorted.
 
     Raises DataError when something named does not exist, cannot be read, or is of no known format.
     """
@@ -120,13 +120,13 @@ def _in_folder(root: Path, file: Path, held_out: bool) -> DataFile:
 
 
 def _split_of(name: str) -> str:
-    """The split that a file's or folder's name speaks of; empty without one."""
+    """Return the split in the name of a file or folder; empty without one."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 def _is_no_companion(file: Path) -> bool:
-    """Whether a file holds rows: beside those of `datasets.save_to_disk` lie its own notes and caches."""
+    """Return True if a file holds rows. `datasets.save_to_disk` writes notes and caches beside them."""
     if file.name in ("dataset_dict.json", "dataset_info.json", "state.json"):
         beside = (file.parent / "dataset_dict.json", file.parent / "state.json")
         return not any(note.is_file() for note in beside)
@@ -136,7 +136,7 @@ def _is_no_companion(file: Path) -> bool:
 
 
 def _suffixes(name: str) -> tuple[str, str]:
-    """(format, compression) by the name's endings; an empty format when it is none of ours."""
+    """Return (format, compression) by the name's endings. An unknown format is empty."""
     parts = [part.lower() for part in Path(name).suffixes]
     compression = COMPRESSIONS.get(parts[-1], "") if parts else ""
     if compression:
@@ -160,7 +160,7 @@ def _data_file(path: Path, held_out: bool) -> DataFile:
 
 
 def _check_kind(file: DataFile) -> None:
-    """Raises DataError when the first bytes show another kind of file than the name says."""
+    """Raise DataError if the first bytes show another kind of file than the name."""
     with file.path.open("rb") as stream:
         head = stream.read(8)
     mark, kind, suffix = next((each for each in MAGIC if head.startswith(each[0])), (b"", "", ""))

@@ -1,4 +1,4 @@
-"""One data file: its bytes, unpacked and in UTF-8, and their lines, bounded in memory."""
+"""Files: one data file as decompressed UTF-8 bytes and as lines, in bounded memory."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ WIDE = (
 
 
 class Readable(Protocol):
-    """What a byte stream must offer."""
+    """Protocol of a byte stream."""
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; empty at the end."""
+        """Return at most `size` bytes; empty at the end."""
 
 
 class Utf8Stream:
-    """The bytes of `inner` as UTF-8: a BOM is dropped and UTF-16 or UTF-32 converted, each noted in `file_warnings`."""
+    """The bytes of `inner` as UTF-8. A BOM is dropped and UTF-16 or UTF-32 converted, each noted in `file_warnings`."""
 
     def __init__(self, inner: Readable, file_warnings: Counter[str], named: str = "") -> None:
         self.inner = inner
@@ -60,7 +60,7 @@ class Utf8Stream:
             self.head = self.head[3:]
 
     def read(self, size: int) -> bytes:
-        """About `size` bytes of UTF-8; empty at the end. Half surrogates come out as the bytes UTF-8 forbids."""
+        """Return about `size` bytes of UTF-8; empty at the end. Half surrogates become bytes that UTF-8 forbids."""
         while True:
             block = self.head or self.inner.read(size)
             self.head = b""
@@ -88,7 +88,7 @@ def _at_least(stream: Readable, size: int) -> bytes:
 
 
 def lines(stream: Readable) -> Iterator[tuple[int, bytes, int]]:
-    r"""(number from 1, bytes without the `\n`, full length in bytes) of every line, the last one too.
+    r"""Yield (number from 1, bytes without the `\n`, full length in bytes) of every line, the last one too.
 
     A line longer than `LINE_LIMIT_BYTES` comes cut to that, with its full length: memory stays bounded
     whatever the file holds. A file that ends in `\n` has no empty line after it.
@@ -121,7 +121,7 @@ stand for 128 KiB."""
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file to read: its `path`, the `name` that places are given with, its `format` and `compression`.
+    """One file to read: `path`, the `name` used in places, `format` and `compression`.
 
     `hub_id` is set instead of a path for a dataset of the hub. `held_out` marks files that `--holdout` names.
     `encoding` is how the user says that text is written. `split` is train, validation or test, by the file's name.
@@ -138,18 +138,18 @@ class DataFile:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk (compressed ones, when the file is)."""
+        """Return the bytes on disk, compressed if the file is."""
         return 0 if self.hub_id else self.path.stat().st_size
 
     def content_hash(self) -> str:
-        """SHA-256 of the bytes on disk, in hex."""
+        """Return the SHA-256 of the bytes on disk, in hex."""
         with reading(self):
             return file_hash(self.path)
 
 
 @contextmanager
 def reading(file: DataFile) -> Iterator[None]:
-    """Turn what can go wrong with a file on disk into one DataError."""
+    """Turn errors of a file on disk into one DataError."""
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
@@ -164,7 +164,7 @@ def reading(file: DataFile) -> Iterator[None]:
 
 
 class ByteStream:
-    """The decompressed bytes of a file, and how many bytes on disk they have cost so far.
+    """The decompressed bytes of a file, with a count of the bytes read from disk.
 
     Raises DataError when a compressed file unpacks to more than `max_unpacked` bytes.
     """
@@ -180,7 +180,7 @@ class ByteStream:
             self.plain = ZstdStream(self.disk)  # type: ignore[assignment]
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; empty at the end."""
+        """Return at most `size` bytes; empty at the end."""
         block = self.plain.read(size)
         self.bytes_done = self.disk.tell()
         self.bytes_out += len(block)
@@ -194,7 +194,7 @@ class ByteStream:
 
 
 def too_much_unpacked(name: str, max_unpacked: int) -> DataError:
-    """What is said of a packed file beyond the cap."""
+    """Return the error for a packed file beyond the cap."""
     return DataError(
         f"unpacks to more than {max_unpacked / 2**30:,.4g} GiB (max_unpacked)",
         where=name,
@@ -203,7 +203,7 @@ def too_much_unpacked(name: str, max_unpacked: int) -> DataError:
 
 
 def unpacked(file: DataFile, max_unpacked: int) -> IO[bytes]:
-    """A seekable file with the decompressed bytes, for formats that are read from their end."""
+    """Return a seekable file with the decompressed bytes, for formats that are read from their end."""
     if not file.compression:
         return file.path.open("rb")
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
@@ -221,7 +221,7 @@ def unpacked(file: DataFile, max_unpacked: int) -> IO[bytes]:
 
 
 class ZstdStream:
-    """Reads decompressed bytes from `disk`, zstd frames one after another.
+    """Read decompressed bytes from `disk`, zstd frames one after another.
 
     Raises EOFError for a stream that was cut off. `zstandard`'s own reader takes a stream cut between two blocks for a
     whole one: half of the rows would be missing in silence.
@@ -234,7 +234,7 @@ class ZstdStream:
         self.plain, self.start = b"", 0  # what is unpacked, and how much of it was handed out
 
     def read(self, size: int) -> bytes:
-        """`size` bytes; fewer at the end only."""
+        """Return `size` bytes; fewer at the end only."""
         parts: list[bytes] = []
         while size and (self.start < len(self.plain) or self._unpack()):
             part = self.plain[self.start : self.start + size]
@@ -244,7 +244,7 @@ class ZstdStream:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _unpack(self) -> bool:
-        """Unpack the next few bytes. False at the end."""
+        """Unpack the next few bytes. Return False at the end."""
         self.packed = self.packed or self.disk.read(PACKED_BLOCK)
         if not self.packed:
             if self.frame is not None:

@@ -18,7 +18,7 @@ BATCH_BYTES = 8 << 20
 
 
 def parquet_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable[[float], None]) -> Iterator[RawRow]:
-    """The rows of a Parquet file; a row's place counts from 1. `on_share` hears which share has been read.
+    """Yield the rows of a Parquet file, numbered from 1. `on_share` receives the share that has been read.
 
     A text that stands in a dictionary page costs the file a byte for each row that repeats it. Texts are therefore
     read with their dictionary, and a batch is cut by what its rows take without one.
@@ -49,7 +49,7 @@ def parquet_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callab
 
 
 def arrow_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable[[float], None]) -> Iterator[RawRow]:
-    """The rows of an Arrow file, as `datasets` saves them to disk; a row's place counts from 1."""
+    """Yield the rows of an Arrow file, as `datasets` saves them to disk, numbered from 1."""
     import pyarrow as pa
 
     with reading(file), unpacked(file, max_unpacked) as stream:
@@ -73,7 +73,7 @@ def arrow_rows(index: int, file: DataFile, max_unpacked: int, on_share: Callable
 
 
 def _check_names(names: Sequence[str], file: DataFile) -> None:
-    """Raises DataError for a table with two columns of one name, of which a row could keep one only."""
+    """Raise DataError for a table with two columns of one name, because a row could keep only one."""
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         what = f"the table has two columns named '{excerpt(str(twice), 30)}'"
@@ -81,7 +81,7 @@ def _check_names(names: Sequence[str], file: DataFile) -> None:
 
 
 def _arrow_batches(stream: Any) -> Iterator[Any]:
-    """Record batches of either format: a stream, as `datasets` writes, or a file with a footer."""
+    """Yield the record batches of either format: a stream, as `datasets` writes, or a file with a footer."""
     import pyarrow as pa
 
     head = stream.read(6)
@@ -93,20 +93,20 @@ def _arrow_batches(stream: Any) -> Iterator[Any]:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Rows to read at once, so that rows of megabytes do not fill the memory."""
+    """Return the number of rows to read at once, so that rows of megabytes do not fill the memory."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
 
 
 def _texts(metadata: Any) -> list[str]:
-    """The paths of all columns that hold texts or bytes."""
+    """Return the paths of all columns of texts or bytes."""
     columns = [metadata.schema.column(number) for number in range(metadata.num_columns)]
     return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
 def _parts(batch: Any) -> Iterator[tuple[Any, int]]:
-    """(rows, their bytes without a dictionary) of `batch`: one part where it is small, else halves of halves."""
+    """Yield (rows, their bytes without a dictionary) of `batch`: one part if it is small, else halves of halves."""
     size = sum(map(_bytes_of, batch.columns))
     if size <= BATCH_BYTES or len(batch) <= 1:
         yield batch, size
@@ -118,7 +118,7 @@ def _parts(batch: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _bytes_of(column: Any) -> int:
-    """Bytes of the values in `column` when every one is written out."""
+    """Return the bytes of all values in `column`, written out."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

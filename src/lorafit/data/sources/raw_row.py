@@ -1,4 +1,4 @@
-"""RawRow: one row as a file holds it, before it has a shape; or a Reject that says why there is none."""
+"""RawRow: one row of a file before it has a shape, or a Reject with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """`text` with line ends as ⏎, whatever cannot be printed escaped, and cut to `limit` characters."""
+    """Return `text` with line ends as ⏎ and unprintable characters escaped, cut to `limit` characters."""
     cut = text[: limit + 1].replace("\r\n", "\n").replace("\n", "⏎")
     if not cut.isprintable():
         cut = "".join(char if char.isprintable() else _escaped(char) for char in cut)
@@ -27,7 +27,7 @@ RAW_LIMIT_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that cannot be used: its `code`, what was seen (`reason`), and the 1-based `column` where known.
+    """A row that cannot be used: its `code`, the `reason`, and the 1-based `column` if known.
 
     `line_offset` counts the line ends between the row's first line and the fault; `excerpt` is the text there. `fix`
     is what mends this fault, where the code's own fix does not.
@@ -41,13 +41,13 @@ class Reject:
     fix: str = ""
 
     def place(self, name: str, line: int) -> str:
-        """`file:line:column`, or `file:line` when the fault has no column."""
+        """Return `file:line:column`, or `file:line` when the fault has no column."""
         place = f"{name}:{line + self.line_offset}"
         return f"{place}:{self.column}" if self.column else place
 
 
 def rejected_line(source: str, reject: Reject, raw: bytes) -> bytes:
-    """One line of rejected.jsonl; a raw row longer than 64 KiB is kept up to there and says so."""
+    """Return one line of rejected.jsonl. Of a raw row longer than 64 KiB it keeps the beginning, and says so."""
     entry = {"source": source, "code": reject.code, "reason": reject.reason}
     entry["raw"] = raw[:RAW_LIMIT_BYTES].decode("utf-8", "backslashreplace")
     if len(raw) > RAW_LIMIT_BYTES:
@@ -63,7 +63,7 @@ FENCE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 @dataclass(slots=True)
 class RawRow:
-    """Where a row stands (`file` is an index, `line` counts from 1) and its fields, or why there are none.
+    """The place of a row (`file` is an index, `line` counts from 1), and its fields or a Reject.
 
     `raw` is the row's text, where the file has one; `size_bytes` is about what the row takes; `number` counts the rows
     of all files as they are read.
@@ -100,7 +100,7 @@ _decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def parse_row(raw: bytes) -> Mapping[str, Any] | Reject:
-    """The fields of one JSON object in UTF-8, or the Reject that says what is wrong and in which column."""
+    """Return the fields of one JSON object in UTF-8, or a Reject with the fault and its column."""
     try:
         text = raw.decode()
         if (text.count("{") + text.count("[")) > MAX_DEPTH and _depth(text) > MAX_DEPTH:

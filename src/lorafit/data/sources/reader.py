@@ -1,4 +1,4 @@
-"""Elements of a JSON array as raw bytes, streamed: the array never stands whole in memory."""
+"""Reader: the rows of data files, and the elements of a JSON array as a stream in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ QUOTE, BACKSLASH = b'"', b"\\"
 
 
 class Elements:
-    """Cuts the elements of a top-level array out of a stream of UTF-8 that starts with `[`, blanks allowed.
+    """Cut the elements of a top-level array out of a UTF-8 stream that starts with `[`, blanks allowed.
 
     Whatever stands between commas is an element, so that broken ones are named rather than skipped; a text that
     runs into a line end breaks its element there, so that it does not swallow the rest of the file. When the
@@ -68,7 +68,7 @@ class Elements:
         yield from self._rest()
 
     def _rest(self) -> Iterator[Element]:
-        """What follows the `]`: nothing, or one element that should not be there."""
+        """Yield one element if anything follows the `]`."""
         while self.buffer:
             self.scan = len(self.buffer)
             self._set_aside()
@@ -167,7 +167,7 @@ HEAD_BYTES = 1 << 16
 
 
 class RowReader:
-    """Iterates over the rows of `files`. `bytes_done` and `file_warnings` (per file) grow meanwhile.
+    """Iterate over the rows of `files`. `bytes_done` and `file_warnings` (per file) grow meanwhile.
 
     No packed file may unpack to more than `max_unpacked` bytes: DataError.
     """
@@ -227,30 +227,30 @@ class RowReader:
 
 
 class _Rewound:
-    """A stream whose `head` has been read already and comes first again."""
+    """A stream that begins again with `head`, which has been read."""
 
     def __init__(self, stream: Utf8Stream, head: bytes) -> None:
         self.stream, self.head = stream, head
 
     def read(self, size: int) -> bytes:
-        """`head`, then the stream."""
+        """Return `head`, then the stream."""
         head, self.head = self.head, b""
         return head or self.stream.read(size)
 
 
 class _OfOldMacs:
-    """A stream whose lines end with CR alone, as Excel's "CSV (Macintosh)" has them, with LF in their place."""
+    """A stream with LF in place of lone CR, which Excel's "CSV (Macintosh)" writes."""
 
     def __init__(self, stream: Readable) -> None:
         self.stream = stream
 
     def read(self, size: int) -> bytes:
-        """The next bytes."""
+        """Return the next bytes."""
         return self.stream.read(size).replace(b"\r", b"\n")
 
 
 def _first_text(stream: Utf8Stream) -> bytes:
-    """The first bytes, enough to see what kind of file it is; blanks before them are part of it."""
+    """Return the first bytes with the blanks before them, enough to recognise the kind of file."""
     head, shown = bytearray(), 0
     while shown < HEAD_BYTES and len(head) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
         head += block
@@ -259,7 +259,7 @@ def _first_text(stream: Utf8Stream) -> bytes:
 
 
 def _one_object(stream: Readable, file: DataFile) -> DataError:
-    """What the file's one object is, and how its rows are taken out of it."""
+    """Return the error for a file of one object, with the way to take its rows out."""
     text = b""
     while len(text) < LINE_LIMIT_BYTES and (block := stream.read(HEAD_BYTES)):
         text += block
@@ -274,20 +274,20 @@ def _one_object(stream: Readable, file: DataFile) -> DataError:
 
 
 def _is_one_object(start: bytes) -> bool:
-    """Whether an object goes on over several lines: then the file is that object, and not one row per line."""
+    """Return True if an object spans several lines: then the file is that object, not one row per line."""
     first, newline, _ = start.partition(b"\n")
     parsed = parse_row(first)
     return bool(newline) and isinstance(parsed, Reject) and parsed.reason == CUT_OFF
 
 
 def _opens_an_array(start: bytes) -> bool:
-    """In a .jsonl file: an array of objects over several lines, and not one line that happens to be an array."""
+    """Return True if a .jsonl file is an array over several lines, not a line that happens to be an array."""
     first, newline, _ = start.partition(b"\n")
     return start[1:].lstrip()[:1] in (b"{", b"") and not (newline and first.rstrip().endswith(b"]"))
 
 
 def jsonl_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
-    """One row per line; blank lines are counted and passed by."""
+    """Yield one row per line. Blank lines are counted and skipped."""
     for number, raw, length in lines(stream):
         if raw.endswith(b"\r"):
             raw = raw[:-1]
@@ -299,7 +299,7 @@ def jsonl_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Ite
 
 
 def array_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Iterator[RawRow]:
-    """One row per element of a top-level array."""
+    """Yield one row per element of a top-level array."""
     elements = Elements(stream)
     broken = False
     for number, raw, length in elements:

@@ -1,4 +1,4 @@
-"""Rows of CSV files and hub data sets; no value is guessed."""
+"""Tables: rows of CSV files and hub datasets. No value is guessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEPARATORS = (",", ";", "\t", "|")
 
 
 class CsvLines:
-    """The lines of a CSV file as text; bytes that are not UTF-8 travel as half surrogates, for the row to name.
+    """The lines of a CSV file as text. Bytes that are not UTF-8 travel as half surrogates, and the row reports them.
 
     `cut` says that a line since it was last cleared was longer than the limit, and is not whole.
     """
@@ -38,7 +38,7 @@ class CsvLines:
 
 
 def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counter[str]) -> Iterator[RawRow]:
-    """The rows under the header line; a row's place is the line it starts on.
+    """Yield the rows under the header line. The place of a row is its first line.
 
     Excel's `sep=` line names the separator. Rows of blank cells are counted and passed by.
     """
@@ -77,7 +77,7 @@ def _separator(header: str) -> str:
 
 
 def _header(table: Iterator[list[str]], file: DataFile, line: int) -> list[str]:
-    """The columns' names; one without a name is kept as "" (an index, or what Excel leaves behind)."""
+    """Return the column names. One without a name stays "" (an index, or Excel's empty columns)."""
     where = f"{file.name}:{line}"
     try:
         header = [name.strip() for name in next(table, [])]
@@ -92,7 +92,7 @@ def _header(table: Iterator[list[str]], file: DataFile, line: int) -> list[str]:
 
 
 def _title_fix(header: list[str]) -> str:
-    """What mends a table whose first line is a title or a remark; empty for a line of several names."""
+    """Return the fix for a table whose first line is a title or a remark; empty for a line of several names."""
     return "delete the lines above the columns' names" if sum(map(bool, header)) == 1 else ""
 
 
@@ -115,7 +115,7 @@ def _csv_row(index: int, line: int, header: list[str], cells: list[str]) -> RawR
 
 
 def without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the nulls taken out that Arrow puts into nested records for fields they do not have."""
+    """Return the row without the nulls that Arrow adds to nested records for missing fields."""
     return {name: _pruned(cell) if isinstance(cell, list | dict) else cell for name, cell in value.items()}
 
 
@@ -132,7 +132,7 @@ REACH_S = 3.0
 
 @cache
 def hub_dataset(hub_id: str) -> Any:
-    """The `train` split of the dataset `hub_id`, memory-mapped by `datasets`. Raises DataError."""
+    """Return the `train` split of the dataset `hub_id`, memory-mapped by `datasets`. Raises DataError."""
     # imported here: they take seconds, and a local file never needs them
     import datasets
     from huggingface_hub import constants
@@ -152,7 +152,7 @@ def hub_dataset(hub_id: str) -> Any:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether the hub can be reached; asked first, because `datasets` would retry for half a minute."""
+    """Return True if the hub can be reached. It is asked first, because `datasets` would retry for half a minute."""
     # imported here, as `datasets` is: a local file never needs them
     import socket
     from urllib.parse import urlsplit
@@ -169,11 +169,11 @@ def _answers(endpoint: str) -> bool:
 
 
 def hub_rows(index: int, file: DataFile) -> Iterator[RawRow]:
-    """The rows of the dataset; a row's place counts from 1."""
+    """Yield the rows of the dataset, numbered from 1."""
     for number, fields in enumerate(hub_dataset(file.hub_id), start=1):
         yield RawRow(index, number, b"", without_nulls(fields))
 
 
 def hub_fingerprint(file: DataFile) -> str:
-    """What changes when the dataset does."""
+    """Return a value that changes with the dataset."""
     return str(hub_dataset(file.hub_id)._fingerprint)

@@ -1,4 +1,4 @@
-"""A base's own chat template: rendered in the bounded child, with the answers' spans found in the text."""
+"""ChatLayout: rows rendered by a base's own chat template in a bounded child, with the spans of their answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.data.schema.records import CALLS, Record
+from lorafit.data.template.completeness import Outline, RunTarget, missing_marks, missing_words, outline, twin
 from lorafit.data.template.layout import (
     CONTENT_CHANGED,
     KWARGS_UNREAD,
@@ -26,7 +27,6 @@ from lorafit.data.template.layout import (
 )
 from lorafit.data.template.probe import probe
 from lorafit.data.template.renderer import Refusal, Rendering, Request, TemplateRenderer
-from lorafit.data.template.said import Outline, RunTarget, missing_marks, missing_words, outline, twin
 from lorafit.data.template.spans import block_cuts, by_blocks, by_prefix, cuts_of
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
@@ -36,7 +36,7 @@ MENTIONS_CALLS = re.compile(r"\btool_calls\b")
 
 
 class ChatLayout:
-    """Lays rows out with a Jinja chat template. Raises TemplateError when it cannot render a plain conversation."""
+    """Lay rows out with a Jinja chat template. Raises TemplateError if it cannot render a plain conversation."""
 
     def __init__(self, source: str, tokenizer: TextTokenizer) -> None:
         self.source = source
@@ -52,7 +52,7 @@ class ChatLayout:
         self._unmarked: dict[Outline, tuple[RunTarget, ...]] = {}
 
     def lay_out(self, records: Iterable[Record], use: Callable[[list[LaidOut]], None]) -> None:
-        """Hand `use` the text and supervised spans of every record in order, chunk by chunk.
+        """Pass the text and supervised spans of every record to `use`, in order, chunk by chunk.
 
         Raises TemplateError when the template exceeds its time or memory on a record.
         """
@@ -84,7 +84,7 @@ class ChatLayout:
     def render(
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool, tools: Iterable[Any] = ()
     ) -> str:
-        """The text of `messages`. Raises TemplateError when the template refuses them."""
+        """Return the text of `messages`. Raises TemplateError if the template refuses them."""
         written = self._reading.written(cleaned(messages))
         answer = self._renderer.render(Request(written, tuple(tools), add_generation_prompt))
         if isinstance(answer, Refusal):
@@ -94,7 +94,7 @@ class ChatLayout:
         return answer.text
 
     def shows_turn_field(self, name: str) -> bool:
-        """Whether the value of a turn's further field, as `name`, stands in the rendered text."""
+        """Return True if the rendered text contains the value of a turn's extra field, as `name`."""
         turns = [{"role": role, "content": "a", name: FIELD_MARK} for role in ("user", "assistant")]
         answer = self._renderer.render(Request(turns))
         return isinstance(answer, Rendering) and FIELD_MARK in answer.text
@@ -130,7 +130,7 @@ class ChatLayout:
         return self._with_what_is_missing(laid, asked)
 
     def _with_what_is_missing(self, laid: LaidOut, asked: _Asked) -> LaidOut:
-        """The row with the problems of texts, calls and tools that the template leaves out."""
+        """Return the row with a problem for each text, call and tool that the template leaves out."""
         assert asked.outline is not None, "only rendered rows are looked through"
         messages, problems, detail = asked.messages, list(laid.problems), laid.detail
         if self._drops_tools(asked.record, messages, laid.text):
@@ -151,7 +151,7 @@ class ChatLayout:
         return replace(laid, problems=tuple(dict.fromkeys(problems)), detail=detail)
 
     def _missing(self, laid: LaidOut, asked: _Asked) -> set[RunTarget]:
-        """The parts that the template leaves out, but for those of answers that are not learnt from this row."""
+        """Return the parts that the template leaves out, except in answers that this row does not teach."""
         assert asked.outline is not None, "only rendered rows are looked through"
         unmarked, messages = self._unmarked[asked.outline], asked.messages
         missing = {*unmarked, *missing_words(laid.text, messages)}
@@ -175,7 +175,7 @@ class ChatLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One request under way: the row's messages, the answers to learn, and its outline where it is rendered."""
+    """One pending request: the row's messages, the answers to learn, and its outline."""
 
     record: Record
     messages: list[Message]
@@ -199,7 +199,7 @@ def _unmarked(answer: Rendering | Refusal, messages: Sequence[Message]) -> tuple
 
 
 def _named(record: Record, place: int, role: str, part: str) -> str:
-    """Which part of the row is left out, in words; turns are counted as the row has them."""
+    """Return the name of a part that is left out. Turns are counted as in the row."""
     if record.system and place == 0:
         return "the template leaves out the system text"
     number = place + (0 if record.system else 1)

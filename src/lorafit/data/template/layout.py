@@ -1,4 +1,4 @@
-"""One row laid out: messages in, text with supervised spans out; the loss mask; the fallback template."""
+"""Layout: from a row's messages to text with supervised spans; the loss mask; the fallback template."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class LaidOut:
 
 
 def cleaned(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
-    """The messages with every newline as "\\n" and trailing white space stripped, None-valued keys left out.
+    """Return the messages with newlines as "\\n", without trailing white space and None values.
 
     The one place where contents are changed: training and serving both pass through it, and twice is as once.
     """
@@ -121,7 +121,7 @@ def _clean(content: Any) -> Any:
 
 
 def messages_of(record: Record) -> tuple[list[Message], list[int]]:
-    """(cleaned messages up to the last answer to learn, where the answers to learn stand).
+    """Return (cleaned messages up to the last answer to learn, indices of the answers to learn).
 
     What follows that answer can teach nothing.
     """
@@ -130,7 +130,7 @@ def messages_of(record: Record) -> tuple[list[Message], list[int]]:
 
 
 def document_of(record: Record, bos: str, eos: str) -> LaidOut:
-    """A text without a conversation: all of it is supervised, and EOS ends it."""
+    """Lay out a text without a conversation. All of it is supervised, and EOS ends it."""
     text = record.turns[0].content.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > MAX_ROW_CHARACTERS:
         return LaidOut("", problems=(TOO_LARGE,))
@@ -139,19 +139,19 @@ def document_of(record: Record, bos: str, eos: str) -> LaidOut:
 
 
 def answers_in(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Where the assistant speaks."""
+    """Return the indices of assistant messages."""
     return [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
 
 
 def characters_in(messages: Iterable[Mapping[str, Any]]) -> int:
-    """How much text the messages hold."""
+    """Return the number of characters in the messages."""
     return sum(len(content) for message in messages if isinstance(content := message.get("content"), str))
 
 
 def token_mask(
     encoding: Encoding, text: str, spans: Iterable[Span], enders: frozenset[int]
 ) -> tuple[list[int], list[bool], bool, bool]:
-    """(ids, mask, straddled, stopped) of one row, ids and mask of shape (tokens,).
+    """Return (ids, mask, straddled, stopped) of one row, ids and mask of shape (tokens,).
 
     `straddled`: a token covers the edge of a span. `stopped`: every span ends with one of `enders`.
     """
@@ -172,7 +172,7 @@ def token_mask(
 
 
 def _first_from(encoding: Encoding, place: int, characters: int, count: int) -> tuple[int, bool]:
-    """(the first token that begins at or after character `place`, whether the one before it covers `place`)."""
+    """Return (first token that begins at or after character `place`, whether the previous one covers `place`)."""
     if place >= characters:
         return count, False
     token = encoding.char_to_token(place)
@@ -201,7 +201,7 @@ SOURCE = Path(__file__).with_name("fallback.jinja")
 
 
 def _left_out(record: Record, messages: Sequence[Message]) -> tuple[str, ...]:
-    """What of the row the fallback template cannot show."""
+    """Return the parts of the row that the fallback template cannot show."""
     more = [message for message in messages if len(message) > 2]
     tools = bool(record.tools) or any(CALLS in message for message in more)
     reasoning = any(REASONING in message for message in more)
@@ -212,7 +212,7 @@ def _left_out(record: Record, messages: Sequence[Message]) -> tuple[str, ...]:
 
 
 class FallbackLayout:
-    """Lays rows out as fallback.jinja does, in plain Python: on a million rows Jinja would cost more than tokenising.
+    """Lay rows out as fallback.jinja does, in plain Python. On a million rows Jinja would cost more than tokenising.
 
     Raises TemplateError for a tokenizer without an EOS token, which no answer could end with.
     """
@@ -232,7 +232,7 @@ class FallbackLayout:
         self.source = ("{{- bos_token -}}\n" if self.bos else "") + SOURCE.read_text(encoding="utf-8")
 
     def lay_out(self, records: Iterable[Record], use: Callable[[list[LaidOut]], None]) -> None:
-        """Hand `use` the text of every record in order, chunk by chunk, each answer and its EOS supervised."""
+        """Pass the text of every record to `use`, in order, chunk by chunk. Each answer and its EOS is supervised."""
         source = iter(records)
         while chunk := list(islice(source, CHUNK_ROWS)):
             use([self._laid(record) for record in chunk])
@@ -240,11 +240,11 @@ class FallbackLayout:
     def render(
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool, tools: Iterable[Any] = ()
     ) -> str:
-        """The text of `messages`; tools cannot be shown."""
+        """Return the text of `messages`. Tools cannot be shown."""
         return self._text(cleaned(messages), add_generation_prompt)[0]
 
     def shows_turn_field(self, name: str) -> bool:
-        """Never: only roles and contents are shown."""
+        """Return False: only roles and contents are shown."""
         return False
 
     def _laid(self, record: Record) -> LaidOut:

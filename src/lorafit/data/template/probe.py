@@ -1,4 +1,4 @@
-"""What is learnt of a chat template once: how it ends answers, and how it reads reasoning and calls."""
+"""Probe: facts about a chat template, found once by rendering: the end of answers, the form of reasoning and calls."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lorafit.errors import TemplateError
 
 @dataclass(frozen=True)
 class Reading:
-    """Under which name a template reads reasoning, and whether it takes a call's arguments as objects."""
+    """The name under which a template reads reasoning, and whether it takes a call's arguments as objects."""
 
     reasoning: str = REASONING
     takes_objects: bool = True
 
     def written(self, messages: list[Message]) -> list[Message]:
-        """The messages as the template reads them."""
+        """Return the messages as the template reads them."""
         if self.reasoning == REASONING and self.takes_objects:
             return messages
         return [self._one(message) if len(message) > 2 else message for message in messages]
@@ -42,7 +42,7 @@ def _with_text_arguments(call: Any) -> Any:
 
 
 def reading_of(renderer: TemplateRenderer) -> Reading:
-    """How the template reads reasoning and calls, learnt by showing it one of each."""
+    """Return the form of reasoning and calls that the template reads, found by rendering one of each."""
     names = [name for name in REASONING_NAMES if _shows(renderer, {"content": ANSWER, name: REASON})]
     reasoning = names[0] if names else REASONING
     called = {"id": "Zq7xkWv5t", "type": "function", "function": {"name": "probe", "arguments": {"x": REASON}}}
@@ -66,7 +66,7 @@ FIRST_WORDS = ("Yes", "no", "12", "é", "中", '"x"', "{", "- a", "<b>")
 
 @dataclass(frozen=True)
 class Probe:
-    """What was learnt: the `ending` of answers, the tokens that stop one, and what is wrong with every row."""
+    """Facts about a template: the `ending` of answers, the stop tokens, and the problems of every row."""
 
     ending: Ending
     stop_ids: tuple[int, ...]
@@ -76,7 +76,10 @@ class Probe:
 
 
 def probe(renderer: TemplateRenderer, tokenizer: TextTokenizer) -> Probe:
-    """Render a plain question and answer and see. Raises TemplateError when the template cannot show them."""
+    """Render a plain question and answer, and return the facts.
+
+    Raises TemplateError if the template cannot show them.
+    """
     rendering = _rendered(renderer, ANSWER)
     start = rendering.text.rfind(ANSWER)
     if start < 0:
@@ -100,7 +103,7 @@ def probe(renderer: TemplateRenderer, tokenizer: TextTokenizer) -> Probe:
 
 
 def enders_of(tokenizer: TextTokenizer) -> frozenset[int]:
-    """Special tokens that could end a turn; blanks (Gemma has tokens of newlines) could not."""
+    """Return the special tokens that could end a turn. Blanks could not (Gemma has tokens of newlines)."""
     return frozenset(each for each in tokenizer.special_ids if tokenizer.added_tokens[each].strip())
 
 
@@ -116,7 +119,7 @@ def _rendered(renderer: TemplateRenderer, answer: str) -> Rendering:
 
 
 def _stop_in(text: str, start: int, tokenizer: TextTokenizer) -> tuple[int | None, int]:
-    """(id of the first added token at or after `start`, where it ends), or (None, start) when there is none."""
+    """Return (id of the first added token at or after `start`, its end), or (None, start)."""
     encoding = tokenizer.encodings([text])[0]
     for token_id, (_, last) in zip(encoding.ids, encoding.offsets):
         token = tokenizer.added_tokens.get(token_id, "")
@@ -126,7 +129,7 @@ def _stop_in(text: str, start: int, tokenizer: TextTokenizer) -> tuple[int | Non
 
 
 def _stop_ids(stop: int | None, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """The turn's own stop token first, then EOS, which ends a text whatever the template."""
+    """Return the turn's own stop token first, then EOS, which ends a text under any template."""
     found = [token_id for token_id in (stop, tokenizer.eos_id) if token_id is not None]
     if not found:
         raise TemplateError(

@@ -1,4 +1,4 @@
-"""The parent's end of worker.py: chat templates rendered in a bounded child, in batches."""
+"""TemplateRenderer: chat templates rendered in a bounded child (worker.py), in batches."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Request:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def frame(self) -> list[Any]:
-        """The request as the worker reads it."""
+        """Return the request as the worker reads it."""
         # a template sees `tools` as None when there are none, as transformers has it
         return [list(self.messages), list(self.tools) or None, self.ask, list(self.cuts), dict(self.kwargs)]
 
     @property
     def characters(self) -> int:
-        """Roughly how much text the request holds."""
+        """Return the approximate number of characters in the request."""
         plain = sum(len(message.get("content") or "") for message in self.messages)
         # tools and calls are trees: as text they are about as long as the template writes them
         calls = (message["tool_calls"] for message in self.messages if "tool_calls" in message)
@@ -70,14 +70,14 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A row that the template would not render, in the template's own words."""
+    """The template's own message about a row that it would not render."""
 
     reason: str
 
 
 @dataclass
 class _Child:
-    """A running worker and what it said of the template; it belongs to the process that started it."""
+    """A running worker and its answer about the template. It belongs to the process that started it."""
 
     process: subprocess.Popen[bytes]
     marks_generation: bool = False
@@ -86,7 +86,7 @@ class _Child:
 
 
 class TemplateRenderer:
-    """Renders one chat template. Threads take turns; a forked or unpickled copy starts a child of its own."""
+    """Render one chat template. Threads take turns; a forked or unpickled copy starts its own child."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         self.source = source
@@ -102,7 +102,7 @@ class TemplateRenderer:
 
     @property
     def marks_generation(self) -> bool:
-        """True when the template has `{% generation %}` blocks."""
+        """True if the template has `{% generation %}` blocks."""
         with self._lock:
             return self._running().marks_generation
 
@@ -113,13 +113,13 @@ class TemplateRenderer:
             return self._running().reads
 
     def render(self, request: Request) -> Rendering | Refusal:
-        """One conversation. Raises TemplateError when the template exceeds its time or memory."""
+        """Render one conversation. Raises TemplateError if the template exceeds its time or memory."""
         answers: list[Rendering | Refusal] = []
         self.render_many([request], answers.extend)
         return answers[0]
 
     def render_many(self, requests: Iterable[Request], use: Callable[[list[Rendering | Refusal]], None]) -> None:
-        """Every conversation, in order: `use` takes one chunk of answers while the child renders the next.
+        """Render every conversation, in order. `use` takes one chunk of answers while the child renders the next.
 
         Raises TemplateError when the template exceeds its time or memory.
         """
@@ -258,7 +258,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(child: _Child) -> Any:
-    """The child's next frame, or None when it died or says nothing for a minute."""
+    """Return the child's next frame, or None if it died or was silent for a minute."""
     stream = _pipe(child.process.stdout)
     head = _exactly(stream, 8)
     body = _exactly(stream, int.from_bytes(head, "little")) if head else None

@@ -1,4 +1,4 @@
-"""Where the answers of a rendered row stand: by prefix difference, or by the template's `{% generation %}` blocks."""
+"""Spans: the answers in a rendered row, by prefix difference or by the template's `{% generation %}` blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorafit.data.template.renderer import Rendering
 
 @dataclass(frozen=True)
 class Ending:
-    """How the template ends an answer, learnt from a probe (template_probe.py).
+    """The end of an answer under one template, found by a probe (probe.py).
 
     `closing` is what stands from the answer's last character through the stop token, `after` what follows it
     (a newline, say), and `overhang` how far a `{% generation %}` block reaches beyond the stop token (negative
@@ -37,7 +37,7 @@ class Ending:
 
 
 def cuts_of(messages: Sequence[Mapping[str, Any]], taught: Sequence[int]) -> list[tuple[int, bool]]:
-    """What to render beside the whole conversation: the prompt of each answer to learn, and the text up to its end.
+    """Return the prefixes to render beside the whole conversation: up to each answer to learn, and up to its end.
 
     An answer before which nothing stands has no prompt to learn it for; the last one ends with the conversation.
     """
@@ -49,7 +49,7 @@ def cuts_of(messages: Sequence[Mapping[str, Any]], taught: Sequence[int]) -> lis
 def by_prefix(
     rendering: Rendering, messages: Sequence[Mapping[str, Any]], taught: Sequence[int], ending: Ending
 ) -> LaidOut:
-    """Spans by prefix difference: an answer begins where its prompt ends, verified by rendering each prefix.
+    """Find spans by prefix difference: an answer begins where its prompt ends. Each prefix is rendered to verify it.
 
     When an earlier answer is rendered otherwise once the conversation goes on, only the last is supervised.
     """
@@ -81,7 +81,7 @@ def _said(message: Mapping[str, Any]) -> str:
 
 
 def _span(text: str, prompt: tuple[int, int], upto: tuple[int, int], ending: Ending) -> Span | None:
-    """The span of one answer, or None when the whole text does not contain it as its own prefix has it."""
+    """Return the span of one answer, or None if the whole text does not contain it as its own prefix does."""
     start, shared = prompt
     length, common = upto
     if shared < start:
@@ -93,19 +93,19 @@ def _span(text: str, prompt: tuple[int, int], upto: tuple[int, int], ending: End
 
 
 def _trimmed(text: str, start: int, end: int) -> int:
-    """The end of `text[start:end]` without its trailing blanks, for turns with an ending of their own."""
+    """Return the end of `text[start:end]` without its trailing blanks, for turns with their own ending."""
     return start + len(text[start:end].rstrip())
 
 
 def block_cuts(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, bool]]:
-    """What to render beside a conversation with `{% generation %}` blocks: the prompt of every answer."""
+    """Return the prefixes to render beside a conversation with generation blocks: the prompt of every answer."""
     return [(place, True) for place in answers_in(messages) if place]
 
 
 def by_blocks(
     rendering: Rendering, messages: Sequence[Mapping[str, Any]], taught: Sequence[int], ending: Ending
 ) -> LaidOut:
-    """Spans from the template's own `{% generation %}` blocks, from where the served prompt ends to the stop token."""
+    """Find spans by the template's `{% generation %}` blocks, from the end of the served prompt to the stop token."""
     text, problems = rendering.text, []
     answers = answers_in(messages)
     blocks = [(start, _block_end(text, start, end, ending)) for start, end in rendering.spans if end > start]
@@ -128,7 +128,7 @@ def by_blocks(
 
 
 def _owners(blocks: Sequence[Span], answers: Sequence[int], begins: Mapping[int, int]) -> list[int | None]:
-    """For each block the answer that it holds: by order, or else by where the prompts end; None where nobody knows."""
+    """Return the answer of each block: by order, or else by the ends of the prompts; None if unknown."""
     if len(blocks) == len(answers):
         return list(answers)
     if len(begins) < sum(place > 0 for place in answers):
@@ -149,7 +149,7 @@ def _block_end(text: str, start: int, end: int, ending: Ending) -> int:
 
 
 def _is_bare(text: str, span: Span, message: Mapping[str, Any], ending: Ending) -> bool:
-    """Whether nothing but the stop token stands where an answer says or calls something."""
+    """Return True if the span holds only the stop token although the answer has a text or a call."""
     if not message.get(CALLS) and not (message.get("content") or "").strip():
         return False
     shown = text[slice(*span)].rstrip()
@@ -158,7 +158,10 @@ def _is_bare(text: str, span: Span, message: Mapping[str, Any], ending: Ending) 
 
 
 def _says(text: str, span: Span, message: Mapping[str, Any]) -> bool:
-    """Whether the answer stands in its span, blanks around it aside, but not the indentation of its first line."""
+    """Return True if the span contains the answer.
+
+    Blanks around it are ignored, but not the first line's indentation.
+    """
     content = message.get("content")
     if not isinstance(content, str) or not content:
         return True

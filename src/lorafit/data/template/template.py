@@ -1,4 +1,4 @@
-"""Template: the one object that renders, tokenises, masks and stops; training and serving both go through it."""
+"""Template: render, tokenise and mask conversations, in training and in serving."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GOLDEN: tuple[tuple[dict[str, str], ...], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as the model sees it. `ids` (tokens,); `mask` (tokens,) is True where a token is predicted with loss.
+    """A row as the model sees it. `ids` (tokens,); `mask` (tokens,) is True for tokens with loss.
 
     `problems` are names from layout.py; `detail` says in whose words, where there are some. `lost_answers` of about
     `lost_tokens` should be learnt and are not supervised.
@@ -73,7 +73,7 @@ class Template:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: TextTokenizer, file: str | None = None) -> Template:
-        """The template in `file`, else the base's own, else the fallback. Raises TemplateError when none can work."""
+        """Return the template in `file`, else the base's own, else the fallback. Raises TemplateError if none works."""
         if file:
             return cls(tokenizer, _read_source(Path(file)), FILE)
         return cls(tokenizer, tokenizer.chat_template)
@@ -100,7 +100,7 @@ class Template:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with every row of this template, whatever it says."""
+        """The problems of every row under this template."""
         return self._layout.problems
 
     @property
@@ -114,15 +114,17 @@ class Template:
         return GENERATION_TAG.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", dated)
 
     def turn_fields_shown(self, names: Iterable[str]) -> set[str]:
-        """Those of the further fields of turns, as `name`, that the template writes into its text."""
+        """Return the extra fields of turns, among `names`, that the template writes into its text."""
         return {name for name in names if self._layout.shows_turn_field(name)}
 
     def encode(self, record: Record) -> Encoded:
-        """One record's ids and mask; see `encode_many`."""
+        """Return one record's ids and mask; see `encode_many`."""
         return self.encode_many([record])[0]
 
     def encode_many(self, records: Iterable[Record]) -> list[Encoded]:
-        """Every record's ids and mask, in order. Rows that cannot be encoded have no ids and say why in `problems`.
+        """Return every record's ids and mask, in order.
+
+        Rows that cannot be encoded have no ids, and the reason in `problems`.
 
         Raises TemplateError only when the template does not end within its bounds.
         """
@@ -136,19 +138,19 @@ class Template:
         add_generation_prompt: bool = False,
         tools: Iterable[Mapping[str, Any]] = (),
     ) -> str:
-        """The text of `messages`. Raises TemplateError when the template refuses them."""
+        """Return the text of `messages`. Raises TemplateError if the template refuses them."""
         return self._layout.render(messages, add_generation_prompt, tools)
 
     def prompt_text(self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]] = ()) -> str:
-        """What serving feeds the model, as text, for the model to answer the last of `messages`."""
+        """Return the text that serving feeds the model to answer the last of `messages`."""
         return self.render(messages, True, tools)
 
     def prompt_ids(self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]] = ()) -> list[int]:
-        """What serving feeds the model, as ids: BOS is in them when the template has it, and must not be added."""
+        """Return the ids that serving feeds the model. They include BOS if the template has it; add none."""
         return self.tokenizer.encode(self.prompt_text(messages, tools))
 
     def save(self, path: Path) -> None:
-        """Write template.json; `load` is the inverse and checks its claims. Raises RunDirError on a full disk."""
+        """Write template.json. `load` is the inverse and checks it. Raises RunDirError on a full disk."""
         golden = [{"messages": list(asked), "ids": ids} for asked, ids in self.golden_prompts()]
         fields = {
             "format": FORMAT,
@@ -164,7 +166,7 @@ class Template:
 
     @classmethod
     def load(cls, path: Path, tokenizer: TextTokenizer) -> Template:
-        """The template that `save` wrote, bound to `tokenizer`.
+        """Return the template that `save` wrote, bound to `tokenizer`.
 
         Raises TemplateError when the file is damaged, or when its prompts would not be the trained ones.
         """
@@ -178,7 +180,7 @@ class Template:
         return template
 
     def golden_prompts(self) -> list[tuple[Sequence[Mapping[str, Any]], list[int]]]:
-        """The golden conversations that this template accepts, with the ids of their prompts."""
+        """Return the golden conversations that this template accepts, with the ids of their prompts."""
         kept: list[tuple[Sequence[Mapping[str, Any]], list[int]]] = []
         for asked in GOLDEN:
             try:

@@ -44,7 +44,7 @@ class Generation(jinja2.ext.Extension):
     blocks: list[str] | None = None
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """`{% generation %} body {% endgeneration %}` as a call block."""
+        """Parse `{% generation %} body {% endgeneration %}` as a call block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
@@ -65,7 +65,7 @@ class Names:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """`dict.fromkeys`."""
+        """Return `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
@@ -85,7 +85,10 @@ def _tojson(
 
 
 def environment(now: datetime) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment of transformers' `apply_chat_template` (utils/chat_template_utils.py), its clock at `now`."""
+    """Return the Jinja environment of transformers' `apply_chat_template`, its clock at `now`.
+
+    Source: utils/chat_template_utils.py.
+    """
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -121,7 +124,7 @@ class Renderings:
         cuts: list[tuple[int, bool]],
         kwargs: dict[str, Any],
     ) -> list[Any]:
-        """[text, spans, cuts]: the whole conversation, its `{% generation %}` spans, and each cut compared with it.
+        """Return [text, spans, cuts]: the whole conversation, its generation spans, and each cut compared with it.
 
         A cut is answered by (its length, how many of its first characters the whole text begins with).
         """
@@ -141,7 +144,7 @@ class Renderings:
         kwargs: dict[str, Any],
         spans: list[tuple[int, int]] | None = None,
     ) -> str:
-        """The text of `messages`; `spans` receives where generation blocks lie in it."""
+        """Return the text of `messages`. `spans` receives the character ranges of generation blocks."""
         blocks: list[str] = []
         with self._tracked(blocks, spans), _timed(self.seconds):
             context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
@@ -169,7 +172,7 @@ def _timed(seconds: float) -> Iterator[None]:
 
 
 def common(text: str, part: str) -> int:
-    """How many of `part`'s first characters `text` begins with."""
+    """Return the length of the common prefix of `part` and `text`."""
     if text.startswith(part):
         return len(part)
     low, high = 0, len(part)

@@ -1,1 +1,1 @@
-"""A base's tokenizer, without torch or transformers in this process."""
+"""Tokenizer: a base's tokenizer, without torch or transformers in this process."""

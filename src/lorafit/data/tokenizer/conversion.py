@@ -1,4 +1,4 @@
-"""What transformers makes of a base's tokenizer files, asked once in a child process and remembered on disk.
+"""Conversion: transformers' tokenizer of a base's files, built once in a child process and kept on disk.
 
 Some tokenizer classes of transformers rebuild the whole pipeline from vocabulary and merges, and old bases ship
 a sentencepiece model only. Imitating that here would drift with every release; a child keeps torch out of this
@@ -51,7 +51,7 @@ facts = {"named": named, "cleans_up": cleans, "splits_special": splits}
 
 
 def converted(files: TokenizerFiles) -> Path:
-    """A folder with `tokenizer.json` and `facts.json` (named special tokens, decoding flags) for `files`.
+    """Return a folder with `tokenizer.json` and `facts.json` (named special tokens, decoding flags) for `files`.
 
     A remembered folder that lacks one of them, or cannot be read, counts as absent and is made again.
 
@@ -94,7 +94,7 @@ def _is_usable(home: Path) -> bool:
 
 
 def _has_answer(home: Path) -> bool:
-    """True when `home` holds a backend, and facts that can be read."""
+    """Return True if `home` holds a tokenizer and readable facts."""
     try:
         facts_of(home)
     except (OSError, ValueError, KeyError, TypeError):
@@ -127,7 +127,7 @@ def _run(folder: Path, out: Path, torch: str) -> subprocess.CompletedProcess[str
 
 
 def cache_home() -> Path:
-    """The folder under the user's cache where tokenizers are remembered."""
+    """Return the folder of converted tokenizers in the user's cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit" / "tokenizers"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,6 @@ def cache_home() -> Path:
 
 
 def facts_of(home: Path) -> tuple[dict[str, str], bool, bool]:
-    """(named special tokens, cleans up spaces when decoding, splits special tokens) that `converted` wrote."""
+    """Return (named special tokens, cleans up spaces when decoding, splits special tokens) that `converted` wrote."""
     facts = json.loads((home / FACTS_FILE).read_text())
     return dict(facts["named"]), bool(facts["cleans_up"]), bool(facts["splits_special"])

@@ -1,4 +1,4 @@
-"""The tokenizer files of a base folder: which there are, what they say, and whether tokenizer.json says it all."""
+"""TokenizerFiles: the tokenizer files of a base folder, and whether tokenizer.json alone is complete."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
-        """What `folder` holds. Raises BackboneError when a file there is not the JSON it should be."""
+        """Return the tokenizer files of `folder`. Raises BackboneError if one is not valid JSON."""
         return cls(folder, *(_json(folder / name) for name in (CONFIG, "config.json", SPECIAL_MAP)))
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every tokenizer file, chat template included, sorted by name: what an export copies."""
+        """Return every tokenizer file, chat template included, sorted by name: the files that an export copies."""
         names = [self.folder / name for name in (BACKEND, CONFIG, SPECIAL_MAP, ADDED, *TEMPLATE_FILES)]
         found = {path for path in names if path.is_file()} | set(self._vocabularies())
         return tuple(sorted(found))
 
     @property
     def is_empty(self) -> bool:
-        """True when no file here defines a vocabulary."""
+        """True if no file here defines a vocabulary."""
         return not (self.folder / BACKEND).is_file() and not any(self._vocabularies())
 
     def chat_template(self) -> str | None:
-        """The default chat template. A .jinja file goes before tokenizer_config.json, as in transformers."""
+        """Return the default chat template. A .jinja file goes before tokenizer_config.json, as in transformers."""
         standalone = self.folder / TEMPLATE_FILES[0]
         if standalone.is_file():
             return _text(standalone)
@@ -73,19 +73,19 @@ class TokenizerFiles:
         return _default_template(found, self.folder)
 
     def named_tokens(self) -> dict[str, str]:
-        """`bos_token`, `eos_token` and the like of a plain folder (see `is_whole_in`)."""
+        """Return `bos_token`, `eos_token` and the like of a plain folder (see `is_whole_in`)."""
         return {key: str(self.config[key]) for key in NAMED_TOKENS if self.config.get(key) is not None}
 
     @property
     def is_plain(self) -> bool:
-        """True when neither the class nor a setting can make another tokenizer of tokenizer.json."""
+        """True if neither the class nor a setting changes the tokenizer of tokenizer.json."""
         kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
         is_generic = kind in GENERIC_CLASSES and not str(self.model.get("model_type")).startswith(REBUILT_MODEL_TYPES)
         says_more = self.config.keys() - PLAIN_SETTINGS or self.special_map or (self.folder / ADDED).is_file()
         return is_generic and not says_more
 
     def is_whole_in(self, backend: Tokenizer) -> bool:
-        """True for a folder that says nothing of the tokenizer beside `backend`, its loaded tokenizer.json.
+        """Return True if `backend`, the loaded tokenizer.json, is all that the folder says about the tokenizer.
 
         Every other folder is transformers' to read: a class may rebuild the pipeline, a setting change a token.
         """
@@ -97,7 +97,7 @@ class TokenizerFiles:
         return all(token is None or token in special for token in (*map(self.config.get, NAMED_TOKENS), padding))
 
     def digest(self) -> str:
-        """A hash of everything that transformers reads to build the tokenizer; the chat template is not part of it."""
+        """Return a hash of everything that transformers reads to build the tokenizer, without the chat template."""
         kept = {key: value for key, value in self.config.items() if key not in ("chat_template", "name_or_path")}
         model = {key: self.model.get(key) for key in ("model_type", "tokenizer_class", "transformers_version")}
         digest = hashlib.sha256(json.dumps([kept, model, self.special_map], sort_keys=True).encode())

@@ -53,12 +53,12 @@ class TextTokenizer:
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> TextTokenizer:
-        """The tokenizer of `base`, a local folder or a hub id. Raises BackboneError when there is none."""
+        """Return the tokenizer of `base`, a local folder or a hub id. Raises BackboneError if there is none."""
         return cls.from_folder(base_folder(base, revision))
 
     @classmethod
     def from_folder(cls, path: str | Path) -> TextTokenizer:
-        """The tokenizer that lies in the folder `path`. Raises BackboneError when it is missing or broken."""
+        """Return the tokenizer in the folder `path`. Raises BackboneError if it is missing or broken."""
         files = TokenizerFiles.read(Path(path))
         if files.is_empty:
             raise BackboneError(
@@ -67,24 +67,24 @@ class TextTokenizer:
         return _plain(files) or _converted(files)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of `text`; with `add_special_tokens`, framed by BOS and EOS as the tokenizer's own rule has it."""
+        """Return the ids of `text`. `add_special_tokens` adds BOS and EOS by the tokenizer's own rule."""
         with _panics_are_errors():
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self._frame[0], *ids, *self._frame[1]] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, in parallel, without special tokens."""
+        """Return the ids of every text, in parallel, without special tokens."""
         with _panics_are_errors():
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        """As `encode_batch`, but whole: `.ids`, `.offsets` in characters of the text, `.char_to_token(i)`."""
+        """Return whole encodings: `.ids`, `.offsets` in characters of the text, `.char_to_token(i)`."""
         with _panics_are_errors():
             return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         with _panics_are_errors():
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         if self._cleans_up:
@@ -93,12 +93,12 @@ class TextTokenizer:
         return text
 
     def id_of(self, token: str | None) -> int | None:
-        """The id of one token, or None when the vocabulary lacks it."""
+        """Return the id of one token, or None if the vocabulary lacks it."""
         found: int | None = None if token is None else self._backend.token_to_id(token)
         return found
 
     def token_of(self, token_id: int) -> str | None:
-        """The text of one token as the vocabulary spells it."""
+        """Return the text of one token as the vocabulary spells it."""
         found: str | None = self._backend.id_to_token(token_id)
         return found
 
@@ -134,7 +134,7 @@ class TextTokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """True when `encode(..., add_special_tokens=True)` puts BOS in front."""
+        """True if `encode(..., add_special_tokens=True)` puts BOS in front."""
         return self.bos_id is not None and self.bos_id in self._frame[0][:1]
 
     @cached_property
@@ -144,7 +144,7 @@ class TextTokenizer:
 
     @cached_property
     def added_tokens(self) -> dict[int, str]:
-        """Tokens that are matched whole before any other splitting, by id."""
+        """Added tokens by id. They are matched whole before any other splitting."""
         return {int(key): token.content for key, token in self._backend.get_added_tokens_decoder().items()}
 
     @cached_property
@@ -155,13 +155,13 @@ class TextTokenizer:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of all that decides how text becomes ids; the same for a copy of the folder."""
+        """SHA-256 of everything that decides the ids of a text; the same for a copy of the folder."""
         definition = json.dumps([self._backend.to_str(), self._frame, self._backend.encode_special_tokens, self.named])
         return hashlib.sha256(definition.encode()).hexdigest()
 
 
 def _plain(files: TokenizerFiles) -> TextTokenizer | None:
-    """The tokenizer as tokenizer.json has it, or None when transformers would change it on loading."""
+    """Return the tokenizer of tokenizer.json, or None if transformers would change it on loading."""
     path = files.folder / BACKEND_FILE
     if not path.is_file() or not files.is_plain:
         return None
@@ -175,7 +175,7 @@ def _plain(files: TokenizerFiles) -> TextTokenizer | None:
 
 
 def _converted(files: TokenizerFiles) -> TextTokenizer:
-    """The tokenizer as transformers builds it from the files."""
+    """Return the tokenizer as transformers builds it from the files."""
     home = converted(files)
     named, cleans_up, splits_special = facts_of(home)
     backend = _loaded(home / BACKEND_FILE)
@@ -195,7 +195,7 @@ def _loaded(path: Path) -> Tokenizer:
 
 @contextmanager
 def _panics_are_errors() -> Iterator[None]:
-    """Within it a panic of the tokenizer's Rust code, which is no Exception, becomes a BackboneError.
+    """Turn a panic of the tokenizer's Rust code, which is not an Exception, into a BackboneError.
 
     The trial finds most patterns that panic; a row can hold the text that it did not think of.
     """
@@ -212,7 +212,7 @@ def _panics_are_errors() -> Iterator[None]:
 
 
 def _frame_of(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text."""
+    """Return the ids that the post-processor puts before and after a text."""
     for probe in ("a", "0", "."):
         bare = backend.encode(probe, add_special_tokens=False).ids
         framed = backend.encode(probe, add_special_tokens=True).ids

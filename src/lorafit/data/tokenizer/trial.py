@@ -1,4 +1,4 @@
-"""The parent's end of trial_worker.py: a tokenizer.json is tried in a bounded child once, and then remembered."""
+"""Trial: one bounded test of a tokenizer.json in a child (trial_worker.py), remembered on disk."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def require_bounded(path: Path, remembered: Path) -> None:
 
 
 def _fault(path: Path, max_bytes: int) -> str:
-    """What is wrong with the tokenizer at `path`; empty when nothing is."""
+    """Return the fault of the tokenizer at `path`; empty if it has none."""
     command = command_of(WORKER, str(path.resolve()), str(max_bytes), str(LOAD_S), str(TRY_S))
     try:
         child = subprocess.run(

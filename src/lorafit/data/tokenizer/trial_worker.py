@@ -1,4 +1,4 @@
-"""The child process that tries a tokenizer.json: tokenizers and the standard library only, bounded by the kernel.
+"""Trial worker: load and try a tokenizer.json with tokenizers and the standard library only, bounded by the kernel.
 
 A tokenizer.json is a program of whoever published the base: its patterns can backtrack for hours, its normaliser can
 make terabytes of a word. So it is loaded and tried here first, under RLIMIT_AS and a CPU timer whose signal kills this
@@ -28,7 +28,7 @@ PATTERN_SIGNS = set("\\[](){}|*+?.^$-:=!<>\"',\\u ")
 
 
 def fault(path: str, seconds: float) -> str:
-    """What is wrong with the tokenizer at `path`; empty when nothing is."""
+    """Return the fault of the tokenizer at `path`; empty if it has none."""
     made = Tokenizer.from_file(path)
     made.no_truncation()
     made.no_padding()
@@ -48,7 +48,7 @@ def fault(path: str, seconds: float) -> str:
 
 
 def probes(made: Tokenizer) -> Iterator[str]:
-    """Texts that find what does not end: every letter again and again, at length those that its rules speak of."""
+    """Return texts that reveal endless loops: every letter repeated, and the letters of the rules at length."""
     yield SAMPLE
     rules = [part.__getstate__().decode() for part in (made.normalizer, made.pre_tokenizer) if part is not None]
     named = set(list(dict.fromkeys("".join(rules)))[:512])
@@ -59,7 +59,7 @@ def probes(made: Tokenizer) -> Iterator[str]:
 
 
 def letters_of_patterns(rules: list[str]) -> set[str]:
-    """The letters that the patterns in `rules` (JSON) name, and blanks, digits and line ends, which most of them do."""
+    """Return the letters that the patterns in `rules` (JSON) name, and blanks, digits and line ends."""
     found = {" ", "\n", "a", "0", "."}
     waiting = [json.loads(rule) for rule in rules]
     while waiting:

@@ -1,4 +1,4 @@
-"""Whether a rendered text says all that its row says; found by a twin of the row whose texts are marked."""
+"""Completeness: find the parts of a row that its rendered text lacks, with a twin row of unique marks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RunTarget = tuple[int, str]
 
 
 def outline(messages: Sequence[Message], has_tools: bool, kwargs: Mapping[str, Any]) -> Outline:
-    """What a template can tell rows apart by, other than by their words."""
+    """Return the features of a row, besides its words, that a template can react to."""
     return (
         has_tools,
         json.dumps(kwargs, sort_keys=True, default=str) if kwargs else "",
@@ -29,7 +29,7 @@ def outline(messages: Sequence[Message], has_tools: bool, kwargs: Mapping[str, A
 
 
 def twin(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with each text, reasoning and call replaced by a mark that stands nowhere else."""
+    """Return the messages with each text, reasoning and call replaced by a unique mark."""
     marked = []
     for place, message in enumerate(messages):
         one = dict(message)
@@ -53,7 +53,7 @@ def _marked_call(call: Message, place: int) -> dict[str, Any]:
 
 
 def missing_marks(text: str, messages: Sequence[Message]) -> tuple[RunTarget, ...]:
-    """The marked parts of the twin of `messages` that its rendered text lacks."""
+    """Return the marked parts of the twin of `messages` that its rendered text lacks."""
     return tuple(
         (place, part)
         for place, message in enumerate(messages)
@@ -72,7 +72,7 @@ def _parts(message: Message) -> Iterator[str]:
 
 
 def missing_words(text: str, messages: Sequence[Message]) -> Iterator[RunTarget]:
-    """The parts whose own words do not stand in the rendered text, blanks aside."""
+    """Yield the parts whose own words the rendered text lacks, blanks aside."""
     cursor, squeezed = 0, ""
     for place, message in enumerate(messages):
         content = message.get("content")
@@ -94,7 +94,10 @@ def missing_words(text: str, messages: Sequence[Message]) -> Iterator[RunTarget]
 
 
 def _stands_in(content: str, text: str, squeezed: str) -> bool:
-    """Whether the content stands in the text: as it is, as JSON, or (where a template takes marks out) word by word."""
+    """Return True if the text contains the content: unchanged, as JSON, or word by word.
+
+    Word by word is for templates that remove marks.
+    """
     if "".join(content.split()) in squeezed:
         return True
     if any("".join(_escaped(content, ascii_only).split()) in squeezed for ascii_only in (False, True)):
