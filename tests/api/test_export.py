@@ -1,12 +1,16 @@
 """export: what a server gets is the run, whole, and proved."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 
 from lorafit.api.ship.export import export
 from lorafit.errors import UsageError
+from lorafit.export.finished_run import FinishedRun
+from lorafit.export.formats import Gguf
+from lorafit.export.serving import GgufAdaptersFolder
 from lorafit.export.serving.adapters_folder import vllm_settings
 
 
@@ -62,3 +66,26 @@ def test_a_gguf_file_is_proved_in_llama_cpp_and_says_how_it_is_served(tiny_run, 
     assert proof["prompts"]["equal"] == proof["prompts"]["total"] > 3
     assert exported.serving["precision"] == "f16" and exported.serving["stop"] == ["</s>"]
     assert (tmp_path / "file" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nPARAMETER temperature 0\n")
+
+
+def test_an_adapter_is_proved_in_llama_cpp_over_one_file_of_their_base(tiny_run, tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "served"
+    first = export(tiny_run.run.path, to="gguf-lora", quantization="f16", out=folder, name="first")
+    assert first.passed and first.verification["engines"][0]["status"] == "proved"
+    assert first.verification["engines"][0]["prompts"]["total"] > 3
+    assert (
+        (first.proved_in / "Modelfile")
+        .read_text()
+        .startswith("FROM ../../base/model-F16.gguf\nADAPTER ./lora-F32.gguf\nPARAMETER temperature 0\n")
+    )
+    assert "../../base/model-F16.gguf" in (first.proved_in / "README.md").read_text()
+    held = GgufAdaptersFolder(folder, Gguf("f16"))
+    shutil.copytree(held.adapter("first"), held.adapter("second"))
+    held.write_settings(FinishedRun.open(tiny_run.run.path))
+    together = next(each["command"] for each in first.serving["commands"] if "without-apply" in each["command"])
+    assert "0 is first, 1 is second" in together, "else llama.cpp adds all of them at once"
+    with pytest.raises(UsageError, match="the file of the base of this run is not the one"):
+        export(tiny_run.run.path, to="gguf-lora", quantization="q8_0", out=folder, name="third")
+    with pytest.raises(UsageError, match="the file of the base of this run is not the one"):
+        export(tiny_run.run.path, to="adapter", out=folder, name="third")

@@ -77,7 +77,7 @@ def merge(
     export_format: ExportFormat | None = None,
     dtype: str = "auto",
     checkpoint: str = LAST,
-    prove: Callable[[Path, MergeBase, ExportFormat], object] | None = None,
+    prove: Callable[[Path, MergeBase, ExportFormat], list[Finding]] | None = None,
 ) -> MergeReport:
     """Merge the trained weights of `run_dir` into its base, and write a model folder.
 
@@ -86,7 +86,7 @@ def merge(
     unquantized base has the original only, and a full run is written as it is. `out` is by default
     `run_dir/exports/merged-<onto>`, or `full`. `fingerprint` is the base's at training time: another is refused.
     `dtype` is that of the weights, see `in_dtype`; `checkpoint` is last, best or a step. `prove` is called with the
-    folder of the written files before it gets its name; if it raises, no files are left.
+    folder of the written files before it gets its name, and returns findings; if it raises, no files are left.
 
     Raises RunDirError (taken, disk full), VerificationError (untrained, other base), AdapterError and BackboneError.
     """
@@ -103,11 +103,11 @@ def merge(
         findings = _write_companions(run, staged, onto, form, source)
         weights = merged_weights(trained.source(source), onto, trained, device, _keeps_dtype(form))
         written = form.write(weights, staged)
-        if isinstance(form, OwnTokenizer):
-            findings += check_own_tokenizer(run, staged, form)
         elapsed = time.monotonic() - started
         if prove is not None:
-            prove(staged, onto, form)
+            findings += prove(staged, onto, form)
+        elif isinstance(form, OwnTokenizer):
+            findings += check_own_tokenizer(run, staged, form)[1]
     return MergeReport(
         folder, onto, len(written.files), written.total_bytes, len(trained), elapsed, tuple(findings), run.weights.step
     )

@@ -88,5 +88,23 @@ def _dequantized(config: RunConfig) -> str:
     return f",\nwhich is published in {published} and was dequantized" if published else ""
 
 
+def gguf_adapter_card(config: RunConfig, file: str, over: str, lineage: Lineage | None) -> str:
+    """Return the model card of an adapter's GGUF `file`, which belongs to the base's file `over`."""
+    base, method = base_name(config), method_of(config)
+    trained = f"{base} in 4 bits (NF4), which it has dequantized" if config.quantization == "nf4" else base
+    return f"""---
+base_model: {base}
+library_name: gguf
+pipeline_tag: text-generation
+tags: [{method.name}, adapter, lorafit]
+---
+# {base}, fine-tuned
+
+{method.describe(config)} by lorafit, as a LoRA file for llama.cpp and Ollama: `{file}`.
+It belongs to `{over}`, and to no other file: that is the base of training, {trained}.
+`Modelfile` names both for Ollama. `verification.json` has what llama.cpp computes with both.
+{_origin(lineage)}"""
+
+
 def _origin(lineage: Lineage | None) -> str:
     return "" if lineage is None else f"\n{lineage.card()}"

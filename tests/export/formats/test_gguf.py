@@ -16,6 +16,7 @@ from lorafit.export import Row, format_named
 from lorafit.export.formats import TransformersModel
 from lorafit.export.formats.gguf.gguf_format import BITS, Gguf
 from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel, quantize_rows
+from lorafit.export.formats.gguf.lora_file import LowRank, write_lora
 from lorafit.export.formats.gguf.tensor_types import type_of
 from lorafit.export.formats.gguf.vocabulary import SPLITS, pre_tokenizer
 from lorafit.export.merge import merge
@@ -143,6 +144,45 @@ def test_a_merged_run_becomes_a_file_with_its_tokenizer_stops_and_template(make_
     stops = json.loads((report.folder / "generation_config.json").read_text())["eos_token_id"]
     assert fields["tokenizer.ggml.eos_token_id"].contents() == stops[0]
     assert not [path.name for path in report.folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["llama, tied, biased, narrow heads", "phi3", "qwen3"])
+def test_llama_cpp_adds_a_lora_file_as_the_sum_is_added(name, tmp_path):
+    model = model_of(name)
+    companions(model, tmp_path)
+    form = format_named("gguf-f16")
+    form.write(model.state_dict().items(), tmp_path)
+    linears = {
+        f"{name}.weight": part for name, part in model.model.named_modules(prefix="model") if hasattr(part, "bias")
+    }
+    draw = np.random.default_rng(0).standard_normal
+    pairs = {
+        weight: LowRank(
+            *(draw(shape, dtype=np.float32) * 0.1 for shape in ((rank, part.in_features), (part.out_features, rank))),
+            2.0,
+        )
+        for rank, (weight, part) in zip((2, 4) * len(linears), linears.items())
+    }  # of two ranks, which llama.cpp divides its alpha by
+    assert len(pairs) >= 12
+    write_lora(pairs.items(), tmp_path, tmp_path / "lora.gguf")
+    row = Row(np.random.default_rng(1).integers(5, 1000, 60).astype(np.int32), np.ones(60, bool))
+    without = TransformersModel(model).log_probabilities(row)
+    with torch.no_grad():
+        for weight, (a, b, scale) in pairs.items():
+            linears[weight].weight += torch.from_numpy(b @ a) * scale
+    with LlamaCppModel.load(tmp_path / form.file, tmp_path / "lora.gguf") as opened:
+        theirs = opened.log_probabilities(row)
+    assert kl(theirs, TransformersModel(model).log_probabilities(row)) < 1e-5
+    assert kl(theirs, without) > 1e-2
+
+
+def test_a_tied_head_has_no_lora_file(tmp_path):
+    model = model_of("qwen2", tie_word_embeddings=True)
+    companions(model, tmp_path)
+    zeros = LowRank(np.zeros((2, 64), np.float32), np.zeros((1024, 2), np.float32), 1.0)
+    with pytest.raises(UsageError, match="no head that shares its weights"):
+        write_lora([("lm_head.weight", zeros)], tmp_path, tmp_path / "lora.gguf")
+    assert not (tmp_path / "lora.gguf").exists()
 
 
 def test_another_tokenization_in_the_serving_program_is_an_error(make_run, tmp_path, jinja, monkeypatch):

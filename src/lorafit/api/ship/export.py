@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,22 +15,24 @@ from lorafit.api.ship.finishing import Finishing
 from lorafit.backbone import base_fingerprint, load_backbone, redirect_library_logs, require_same_base
 from lorafit.config import MergeBase, base_folder
 from lorafit.errors import UsageError
-from lorafit.export import verify
-from lorafit.export.adapter import write_origin
+from lorafit.export import format_named, verify
 from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.serving import SERVING_FILE, AdapterEntry, AdaptersFolder, copy_adapter
-from lorafit.export.verify import VERIFICATION_FILE, Serving, record_proofs, write_chat_template
+from lorafit.export.formats import Gguf
+from lorafit.export.serving import LORA_FILE, SERVING_FILE, AdaptersFolder, GgufAdaptersFolder
+from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
 from lorafit.methods.lora import adapts_experts
 from lorafit.programs import find_vllm
 from lorafit.runs import LAST, RunDir, staged_folder
 
-Target = Literal["merged", "adapter", "gguf"]
+Target = Literal["merged", "adapter", "gguf", "gguf-lora"]
 VerifyIn = Literal["auto", "vllm", "none"]
 Verdict = Literal["proved", "not proved", "failed"]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FOLDERS = {"adapter": "adapters", "gguf-lora": "gguf-lora"}
+"""Name of the folder in the run's exports, by what is exported."""
 CANNOT = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -103,8 +105,9 @@ def export(
     """Export `run` for the program that serves it, and prove it there.
 
     `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, or
-    "adapter": a folder in which vLLM finds the base once and every adapter by its name. `onto` and `checkpoint`
-    are as in `merge`. `name` is the adapter's, by default the run's. The export appears whole or not at all.
+    "adapter": a folder in which vLLM finds the base once and every adapter by its name. "gguf-lora" is such a folder
+    for llama.cpp, with the base in the precision `quantization`. `onto` and `checkpoint` are as in `merge`.
+    `name` is the adapter's, by default the run's. The export appears whole or not at all.
     `verify_in` "vllm" opens it in vLLM too, which takes minutes; "auto" does so where vLLM is beside this Python or
     named by LORAFIT_VLLM.
 
@@ -115,20 +118,22 @@ def export(
     if verify_in not in get_args(VerifyIn):
         fix = f"choose {', '.join(get_args(VerifyIn))}"
         raise UsageError(f"'{verify_in:.40}' is no program of a proof", where="--verify-in", fix=fix)
-    if verify_in == "vllm" and to == "gguf":
+    if verify_in == "vllm" and to.startswith("gguf"):
         raise UsageError("vLLM proves no GGUF file", where="--verify-in", fix="leave it out: llama.cpp proves the file")
     asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
     wanted = ("vLLM",) if verify_in == "vllm" else ()
-    if to == "adapter":
-        folder = Path(out) if out else None
-        return _export_adapter(RunDir.open(Path(run)), folder, name, checkpoint, asks_vllm=asks_vllm, wanted=wanted)
+    if to in ("adapter", "gguf-lora"):
+        opened = RunDir.open(Path(run))
+        path = Path(out) if out else opened.exports / FOLDERS[to]
+        folder = GgufAdaptersFolder(path, _gguf(quantization)) if to == "gguf-lora" else AdaptersFolder(path)
+        return _export_adapter(opened, folder, name, checkpoint, asks_vllm=asks_vllm, wanted=wanted)
     form = "safetensors" if to == "merged" else f"gguf-{quantization}"
     merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
     return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
 
 
 def _export_adapter(
-    run: RunDir, out: Path | None, name: str | None, checkpoint: str, *, asks_vllm: bool, wanted: tuple[str, ...]
+    run: RunDir, folder: AdaptersFolder, name: str | None, checkpoint: str, *, asks_vllm: bool, wanted: tuple[str, ...]
 ) -> ExportedRun:
     name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
     if not ADAPTER_NAME.fullmatch(name):
@@ -141,7 +146,7 @@ def _export_adapter(
             what = "a full run has no adapter: every weight is its own"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
         if config.dora:
-            what = "the run is DoRA, and vLLM serves no DoRA adapters"
+            what = "the run is DoRA, and neither vLLM nor llama.cpp serves DoRA adapters"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
         if adapts_experts(config):
             what = "the run has adapters on experts, and this export is for adapters on linear modules"
@@ -153,8 +158,7 @@ def _export_adapter(
             "quantization": config.quantization,
             "template": finished.template.sha256,
         }
-        folder = AdaptersFolder(out or run.exports / "adapters")
-        with _folder_with_base(folder, finished, identity, name) as (held, findings):
+        with _folder_with_base(folder, finished, folder.identity_of(identity), name) as (held, findings):
             with staged_folder(held.adapter(name)) as staged:
                 findings += _write_adapter(finished, held, staged, run, name, asks_vllm)
             held.write_settings(finished)
@@ -174,7 +178,7 @@ def _folder_with_base(
         yield folder, []
         return
     with staged_folder(folder.path) as staged:
-        held = AdaptersFolder(staged)
+        held = replace(folder, path=staged)
         yield held, held.write_base(run, identity)
 
 
@@ -182,18 +186,25 @@ def _write_adapter(
     run: FinishedRun, held: AdaptersFolder, staged: Path, folder: RunDir, name: str, asks_vllm: bool
 ) -> list[Finding]:
     """Write the adapter of `run` to `staged`, and prove it over the base in `held`."""
-    copy_adapter(run.adapter, staged)
-    config, method = run.config, method_of(run.config)
-    entry = AdapterEntry.of(run, held)
+    config, method, entry = run.config, method_of(run.config), held.entry(run)
+    held.write_adapter(run, staged)
     write_text_companions(run, staged)  # neither checkpoints nor adapters of an older release have them
-    lineage = run.lineage()
-    if lineage is not None and run.weights.step is not None:
-        write_origin(staged, config, lineage)
+    held.write_card(run, staged)
     findings = write_chat_template(run, staged)
     live = method.load(load_backbone(config, exact=True), run.adapter, config)
     rows = verification_rows(folder, template_of(folder))
     verification = verify(live, staged, rows, "quantized", method=method, export_format=entry)
     finishing = Finishing(run, verification_records(folder), rows, asks_vllm)
-    serving = Serving(held.settings_of(run, name, staged), held.path, name)
-    record_proofs(staged, finishing.prove(staged, live, entry, verification, serving))
-    return findings
+    proved = finishing.prove(staged, live, entry, verification, held.serving_of(run, name, staged))
+    record_proofs(staged, proved.proofs)
+    if isinstance(held, GgufAdaptersFolder):
+        finishing.write_modelfile(staged, f"../../{held.base.name}/{held.form.file}", LORA_FILE)
+    return findings + proved.findings
+
+
+def _gguf(quantization: str) -> Gguf:
+    """Return the GGUF format of `quantization`, whose packages are here."""
+    form = format_named(f"gguf-{quantization}")
+    assert isinstance(form, Gguf)
+    form.require_packages("gguf", "xllamacpp")
+    return form

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer
 
 from lorafit.data import Record
 from lorafit.export import ExportFormat, Verification
-from lorafit.export.finished_run import FinishedRun
+from lorafit.export.finished_run import FinishedRun, Golden
 from lorafit.export.formats import OwnTokenizer, Row
 from lorafit.export.serving import (
     MODELFILE,
@@ -28,9 +30,11 @@ from lorafit.export.verify import (
     Prompts,
     Serving,
     Subjects,
+    check_own_tokenizer,
     prove_in_vllm,
     record_proofs,
 )
+from lorafit.findings import Finding
 
 ANSWERED_ROWS = 20
 NAME = "export"
@@ -39,6 +43,13 @@ NOT_ASKED = "export the run with --verify-in vllm"
 IN_OLLAMA = "it takes the same file; install it, and compare its answers"
 ENGINES = {"transformers": "transformers", "peft": "transformers with PEFT", "gguf": "llama.cpp"}
 """The program that `ExportFormat.open` asks, by the format's `library_name`."""
+
+
+class Proved(NamedTuple):
+    """Hold the verdict of each program, and findings about the export's prompts."""
+
+    proofs: list[EngineProof]
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,26 @@ class Finishing:
     rows: Sequence[Row]
     asks_vllm: bool = False
 
-    def finish(
-        self, staged: Path, live: nn.Module, form: ExportFormat, verification: Verification
-    ) -> list[EngineProof]:
-        """Prove the export in `staged`, and return the verdicts; they, serving.json and a Modelfile are written too."""
+    def finish(self, staged: Path, live: nn.Module, form: ExportFormat, verification: Verification) -> Proved:
+        """Prove the export in `staged`; verdicts, serving.json and a Modelfile are written too."""
         files = sorted(staged.glob("*.gguf"))
         dtype = str(form.dtype).removeprefix("torch.")
         serving = None if files else Serving(merged_settings(dtype) | {"served-model-name": NAME}, staged, NAME)
-        proofs = self.prove(staged, live, form, verification, serving)
-        record_proofs(staged, proofs)
+        proved = self.prove(staged, live, form, verification, serving)
+        record_proofs(staged, proved.proofs)
         if files:
-            prompts = [golden.messages for golden in self.run.golden] + [row.prompt for row in self._asked]
-            text = modelfile(files[0].name, self.run.template, prompts)
-            (staged / MODELFILE).write_text(text, encoding="utf-8")
+            self.write_modelfile(staged, files[0].name)
         commands = gguf_commands(files[0].name, self.run.folder.name.lower()) if files else merged_commands(dtype)
         name = "merged" if form.library_name == "transformers" else form.name
         precision = form.name.removeprefix("gguf-") if files else dtype
         ServingFile.of(name, precision, commands, self.run.template).write(staged)
-        return proofs
+        return proved
+
+    def write_modelfile(self, folder: Path, file: str, adapter: str | None = None) -> None:
+        """Write Ollama's Modelfile of the GGUF `file`, with the LoRA file `adapter` over it, to `folder`."""
+        prompts = [golden.messages for golden in self._conversations]
+        text = modelfile(file, self.run.template, prompts, adapter)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
 
     def prove(
         self,
@@ -83,26 +96,44 @@ class Finishing:
         form: ExportFormat,
         verification: Verification,
         serving: Serving | None = None,
-    ) -> list[EngineProof]:
+    ) -> Proved:
         """Compare prompt ids and greedy answers of the export in `folder` with the live model's.
 
         `verification` has the comparison of probabilities in the same program. `serving` says how vLLM serves it.
         """
-        asked, template = self._asked, self.run.template
-        trained = [golden.ids for golden in self.run.golden] + [template.prompt_ids(row.prompt) for row in asked]
-        conversations = [golden.messages for golden in self.run.golden] + [row.prompt for row in asked]
-        prompts = Prompts.of(prompt_ids(folder, form, conversations), trained)
-        expected = LiveAnswers.of(live, asked, template)
+        asked, conversations = self._asked, self._conversations
+        found, findings = self._prompt_ids(folder, form, conversations)
+        trained = [each.ids for each in conversations]
+        prompts = Prompts.of(found, trained)
+        expected = LiveAnswers.of(live, asked, self.run.template)
         weight = next(live.parameters())
         with form.open(folder, weight.device, getattr(torch, verification.live_dtype)) as served:
             answers = expected.compare(served)
         proofs = [EngineProof.of(_engine_of(form), prompts, verification, answers)]
         if serving is None:
-            return [*proofs, EngineProof.absent("Ollama", IN_OLLAMA)]
+            return Proved([*proofs, EngineProof.absent("Ollama", IN_OLLAMA)], findings)
         if not self.asks_vllm:
-            return [*proofs, EngineProof.absent("vLLM", NOT_ASKED)]
-        subjects = Subjects(conversations, trained, [row.prompt for row in asked], expected, self.rows)
-        return [*proofs, prove_in_vllm(serving, subjects, live, verification)]
+            return Proved([*proofs, EngineProof.absent("vLLM", NOT_ASKED)], findings)
+        messages = [each.messages for each in conversations]
+        subjects = Subjects(messages, trained, [row.prompt for row in asked], expected, self.rows)
+        return Proved([*proofs, prove_in_vllm(serving, subjects, live, verification)], findings)
+
+    def _prompt_ids(
+        self, folder: Path, form: ExportFormat, prompts: Sequence[Golden]
+    ) -> tuple[list[list[int]], list[Finding]]:
+        """Return the ids of prompts, rendered by the template in `folder`, as the format's program tokenizes them."""
+        if isinstance(form, OwnTokenizer):
+            return check_own_tokenizer(self.run, folder, form, prompts)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        rendered = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+        texts = [str(rendered(each.messages)) for each in prompts]
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], []
+
+    @property
+    def _conversations(self) -> list[Golden]:
+        """Return the golden prompts and those of held-out rows, with their ids in training."""
+        template = self.run.template
+        return [*self.run.golden, *(Golden(row.prompt, template.prompt_ids(row.prompt)) for row in self._asked)]
 
     @property
     def _asked(self) -> list[Record]:
@@ -112,14 +143,3 @@ class Finishing:
 
 def _engine_of(form: ExportFormat) -> str:
     return ENGINES.get(form.library_name, form.library_name)
-
-
-def prompt_ids(folder: Path, form: ExportFormat, conversations: Sequence[list[dict[str, object]]]) -> list[list[int]]:
-    """Return the ids of prompts, rendered by the template in `folder`, and tokenized as the format's program does."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    texts = [
-        str(tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False)) for each in conversations
-    ]
-    if isinstance(form, OwnTokenizer):
-        return form.tokenize(folder, texts)
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -17,6 +17,7 @@ from lorafit.export.finished_run import FinishedRun
 from lorafit.export.merge import requantized
 from lorafit.export.verify import NF4, EngineProof, PrecisionRow, Precisions, Reference, of_the_quantized, reason_for
 from lorafit.export.verify.precisions import AS_GOOD
+from lorafit.findings import Finding
 from lorafit.methods import method_of
 
 
@@ -62,8 +63,11 @@ class MergeProof:
             return ("quantized",)
         return ("original", "quantized")
 
-    def prove(self, staged: Path, onto: MergeBase, form: ExportFormat) -> None:
-        """Verify the artefact in `staged`, and measure it in NF4. Raises NotAsGood if another base is to be taken."""
+    def prove(self, staged: Path, onto: MergeBase, form: ExportFormat) -> list[Finding]:
+        """Verify the artefact in `staged`, and measure it in NF4. Returns findings about its prompts.
+
+        Raises NotAsGood if another base is to be taken.
+        """
         config, method = self.run.config, method_of(self.run.config)
         live = method.load(load_backbone(config, exact=True), self.run.adapter, config)
         reference = Reference.of(TransformersModel(live), [row for row in self.rows if len(row.predicting)])
@@ -77,7 +81,8 @@ class MergeProof:
             reference=reference,
             original=self._original(onto),
         )
-        self.proofs, self.verification = self.finishing.finish(staged, live, form, measured), measured
+        self.proofs, findings = self.finishing.finish(staged, live, form, measured)
+        self.verification = measured
         del live
         own = [PrecisionRow(onto, measured.merged_dtype, measured.merged), *self._in_nf4(staged, onto, form, reference)]
         if self.onto is None and onto == "original" and len(self.candidates(form)) > 1:
@@ -85,6 +90,7 @@ class MergeProof:
         self.measured += own
         self.precisions = Precisions(onto, self._reason(onto, form), measured.live_loss, tuple(self.measured))
         self.precisions.record(staged, **self._named_base(onto))
+        return findings
 
     def _decide(self, own: list[PrecisionRow], measured: Verification, reference: Reference) -> None:
         """Add the rows of the quantized base if the original is chosen. Raises NotAsGood otherwise."""

@@ -1,24 +1,27 @@
 """serving: the files that say how an export is served: serving.json, vLLM's settings, Ollama's Modelfile."""
 
-from lorafit.export.serving.adapters_folder import AdapterEntry, AdaptersFolder, copy_adapter
+from lorafit.export.serving.adapters_folder import AdaptersFolder
+from lorafit.export.serving.gguf_adapters_folder import LORA_FILE, GgufAdaptersFolder
 from lorafit.export.serving.modelfile import MODELFILE, modelfile
 from lorafit.export.serving.serving_file import (
     SERVING_FILE,
     Command,
     ServingFile,
+    gguf_adapter_commands,
     gguf_commands,
     merged_commands,
     merged_settings,
 )
 
 __all__ = [
-    "AdapterEntry",
     "AdaptersFolder",
     "Command",
+    "GgufAdaptersFolder",
+    "LORA_FILE",
     "MODELFILE",
     "SERVING_FILE",
     "ServingFile",
-    "copy_adapter",
+    "gguf_adapter_commands",
     "gguf_commands",
     "merged_commands",
     "merged_settings",

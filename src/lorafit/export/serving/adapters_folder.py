@@ -17,11 +17,12 @@ from torch import Tensor
 from lorafit.backbone import fresh_weights, load_whole, rounding_activations
 from lorafit.config import RunConfig, base_folder, read_json
 from lorafit.errors import AdapterError, UsageError
+from lorafit.export.adapter import write_origin
 from lorafit.export.companions import write_companions
 from lorafit.export.finished_run import FinishedRun
-from lorafit.export.formats import OpenedModel, Safetensors, TransformersModel
+from lorafit.export.formats import ExportFormat, OpenedModel, Safetensors, TransformersModel
 from lorafit.export.serving.serving_file import Command, ServingFile
-from lorafit.export.verify import write_chat_template
+from lorafit.export.verify import Serving, write_chat_template
 from lorafit.findings import Finding
 from lorafit.methods import method_of
 from lorafit.runs import write_text
@@ -32,6 +33,10 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for --max-lora-rank."""
 MOST_AT_ONCE = 32
 """Most adapters that vLLM keeps on the GPU at once, unless serving.yaml is edited."""
+SHARED = {
+    "fingerprint": "base", "quantization": "quantization", "template": "chat template", "file": "file of the base",
+}  # fmt: skip
+"""What the adapters of a folder have in common: keys of base.json, and their names."""
 SCRIPT_TEXT = """#!/bin/sh
 # Serve the base and every adapter with vLLM. Arguments are passed on, such as --port 8001.
 cd "$(dirname "$0")" && exec vllm serve --config serving.yaml "$@"
@@ -72,8 +77,8 @@ class AdaptersFolder:
             what = "the folder is no export with --to adapter"
             raise UsageError(what, where=str(self.path), fix="choose another --out")
         held = read_json(self.identity, AdapterError, fix="export the runs again")
-        for key, words in (("fingerprint", "base"), ("quantization", "quantization"), ("template", "chat template")):
-            if held.get(key) != identity[key]:
+        for key, words in SHARED.items():
+            if held.get(key) != identity.get(key):
                 what = f"the {words} of this run is not the one that the folder's adapters share"
                 raise UsageError(what, where=str(self.path), fix="choose another --out")
 
@@ -83,9 +88,37 @@ class AdaptersFolder:
         form = Safetensors()
         write_companions(run, self.base, form.dtype)
         if run.config.quantization != "none":
-            form.write(_dequantized(run.config), self.base)
-        write_text(self.identity, json.dumps(identity, indent=2) + "\n")
+            form.write(base_weights(run.config), self.base)
+        self.write_identity(identity)
         return write_chat_template(run, self.base)
+
+    def identity_of(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return what every adapter of the folder must share, beside fingerprint, quantization and template."""
+        return identity
+
+    def write_identity(self, identity: dict[str, Any]) -> None:
+        """Write base.json."""
+        write_text(self.identity, json.dumps(identity, indent=2) + "\n")
+
+    def write_adapter(self, run: FinishedRun, staged: Path) -> None:
+        """Write the adapter of `run` to `staged`."""
+        copy_adapter(run.adapter, staged)
+
+    def write_card(self, run: FinishedRun, staged: Path) -> None:
+        """Write lineage and model card to `staged`, where the copied ones are of other weights."""
+        lineage = run.lineage()
+        if lineage is not None and run.weights.step is not None:
+            write_origin(staged, run.config, lineage)
+
+    def entry(self, run: FinishedRun) -> ExportFormat:
+        """Return the format that opens one adapter over the base beside it."""
+        return AdapterEntry.of(run, self)
+
+    def serving_of(self, run: FinishedRun, name: str, staged: Path) -> Serving | None:
+        """Return how vLLM serves the adapter in `staged`, which may not have its place in the folder yet."""
+        rank = int(read_json(staged / "adapter_config.json", AdapterError)["r"])
+        modules = {"lora-modules": [f"{name}={staged.resolve()}"]}
+        return Serving(vllm_settings({name: rank}, self._weights(run)) | modules, self.path, name)
 
     def write_settings(self, run: FinishedRun) -> None:
         """Write serving.yaml, vllm.sh and serving.json for the adapters that the folder holds."""
@@ -96,11 +129,6 @@ class AdaptersFolder:
         (self.path / SCRIPT).chmod(0o755)
         command = Command("vLLM", "sh vllm.sh")
         ServingFile.of("adapter", "bfloat16", (command,), run.template).write(self.path)
-
-    def settings_of(self, run: FinishedRun, name: str, adapter: Path) -> dict[str, Any]:
-        """Return vLLM's settings for one adapter, which may not have its place in the folder yet."""
-        rank = int(read_json(adapter / "adapter_config.json", AdapterError)["r"])
-        return vllm_settings({name: rank}, self._weights(run)) | {"lora-modules": [f"{name}={adapter.resolve()}"]}
 
     def _weights(self, run: FinishedRun) -> str:
         """Return the model that the adapters sit on, seen from the folder."""
@@ -179,7 +207,8 @@ def vllm_settings(ranks: dict[str, int], model: str) -> dict[str, Any]:
     }
 
 
-def _dequantized(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
-    for fresh in fresh_weights(config, "quantized"):
+def base_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield (stored name, tensor) of the base that adapters were trained over, floating-point ones in fp32."""
+    for fresh in fresh_weights(config, "original" if config.quantization == "none" else "quantized"):
         tensor = fresh.tensor
         yield from fresh.parts(tensor.float() if tensor.is_floating_point() else tensor).items()

@@ -46,13 +46,14 @@ class Frames:
         return f"{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{self.asking}"
 
 
-def modelfile(file: str, template: Template, prompts: Sequence[Messages]) -> str:
-    """Return the Modelfile of the GGUF file called `file`.
+def modelfile(file: str, template: Template, prompts: Sequence[Messages], adapter: str | None = None) -> str:
+    """Return the Modelfile of the GGUF file called `file`, with the LoRA file `adapter` over it.
 
     `prompts` are conversations of the run. A TEMPLATE is written if it renders each of them as training did.
     """
     stops = [f'PARAMETER stop "{text}"' for text in template.stop_tokens if '"' not in text]
-    lines = [f"FROM ./{file}", "PARAMETER temperature 0", *stops]
+    adapters = [] if adapter is None else [f"ADAPTER ./{adapter}"]
+    lines = [f"FROM {file if '/' in file else f'./{file}'}", *adapters, "PARAMETER temperature 0", *stops]
     frames = frames_of(template)
     proved = frames is not None and _is_proved(frames, template, prompts)
     if frames is None or not proved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,26 @@ def merged_commands(dtype: str) -> tuple[Command, ...]:
         Command("vLLM", shlex.join(["vllm", "serve", ".", *flags])),
         Command("SGLang", f"python -m sglang.launch_server --model-path . --dtype {dtype}"),
     )
+
+
+def gguf_adapter_commands(base: str, adapters: Mapping[str, str]) -> tuple[Command, ...]:
+    """Return the command lines for adapter files over the file `base`; `adapters` maps names to files.
+
+    llama.cpp adds every adapter that it is given, unless it is told not to: then a request names its own.
+    """
+    each = [f"llama-server --model {base} --lora {file} --jinja --temp 0" for file in adapters.values()]
+    commands = [Command("llama.cpp", line) for line in each]
+    if len(adapters) > 1:
+        flags = " ".join(f"--lora {file}" for file in adapters.values())
+        line = f"llama-server --model {base} {flags} --lora-init-without-apply --jinja --temp 0"
+        numbers = ", ".join(f"{number} is {name}" for number, name in enumerate(adapters))
+        ask = f'requests name theirs: "lora": [{{"id": 0, "scale": 1}}], where {numbers}'
+        commands.append(Command("llama.cpp", f"{line}  # {ask}"))
+    ollama = [
+        f"(cd {file.rpartition('/')[0]} && ollama create {name.lower()} -f Modelfile)"
+        for name, file in adapters.items()
+    ]
+    return (*commands, *(Command("Ollama", line) for line in ollama))
 
 
 def gguf_commands(file: str, name: str) -> tuple[Command, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,25 @@ def write_chat_template(run: FinishedRun, folder: Path) -> list[Finding]:
     return findings
 
 
-def check_own_tokenizer(run: FinishedRun, folder: Path, form: OwnTokenizer) -> list[Finding]:
-    """Return finding V002 if the serving program gives a prompt or a row of the run other ids than training.
+def check_own_tokenizer(
+    run: FinishedRun, folder: Path, form: OwnTokenizer, prompts: Sequence[Golden] | None = None
+) -> tuple[list[list[int]], list[Finding]]:
+    """Return the ids that the serving program gives `prompts`, by default the golden ones.
 
-    The golden prompts and the held-out conversations are rendered by transformers, and tokenized by both.
+    Finding V002 is returned too if one of them, or a held-out conversation, has other ids than training. They are
+    rendered by transformers, and tokenized by the program in one go, which loads the export once.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    prompts = [_text(tokenizer, golden.messages, prompt=True) for golden in run.golden]
+    asked = run.golden if prompts is None else prompts
+    texts = [_text(tokenizer, each.messages, prompt=True) for each in asked]
     rows = [_text(tokenizer, messages, prompt=False) for messages in _held_out(run)]
-    expected = [golden.ids for golden in run.golden]
+    expected = [each.ids for each in asked]
     expected += [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rows]
-    found = form.tokenize(folder, [*prompts, *rows])
-    for text, ours, theirs in zip([*prompts, *rows], expected, found, strict=True):
+    found = form.tokenize(folder, [*texts, *rows])
+    for text, ours, theirs in zip([*texts, *rows], expected, found, strict=True):
         if ours != theirs:
-            return [_own_tokenizer_finding(text, ours, theirs)]
-    return []
+            return found[: len(texts)], [_own_tokenizer_finding(text, ours, theirs)]
+    return found[: len(texts)], []
 
 
 def _text(tokenizer: Any, messages: Any, *, prompt: bool) -> str:

@@ -41,6 +41,11 @@ class Gguf:
         return f"gguf-{self.quantization}"
 
     @property
+    def file(self) -> str:
+        """Return the name of the file, as llama.cpp's users write it."""
+        return f"model-{self.quantization.upper()}.gguf"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the 16-bit precision whose rounding is this file's noise floor: 8 bits round about as bf16 does."""
         return torch.float16 if self.quantization == "f16" else torch.bfloat16
@@ -60,18 +65,18 @@ class Gguf:
 
         Raises UsageError if a package is missing, or for a model or tokenizer that llama.cpp has no name for here.
         """
-        self._require_packages("gguf", *(["xllamacpp"] if self.lossy else []))
+        self.require_packages("gguf", *(["xllamacpp"] if self.lossy else []))
         from lorafit.export.formats.gguf.writer import write_gguf  # its packages are optional
 
-        return write_gguf(weights, folder / file_name(self.quantization), self.quantization)
+        return write_gguf(weights, folder / self.file, self.quantization)
 
     @contextmanager
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> Iterator[LlamaCppModel]:
         """Load the file with llama.cpp on the CPU; `device` and `compute` are the live model's and not used."""
-        self._require_packages("xllamacpp")
+        self.require_packages("xllamacpp")
         from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel  # its package is optional
 
-        with LlamaCppModel.load(folder / file_name(self.quantization)) as model:
+        with LlamaCppModel.load(folder / self.file) as model:
             yield model
 
     def tokenize(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -79,15 +84,11 @@ class Gguf:
         with self.open(folder, torch.device("cpu"), torch.float32) as model:
             return [model.tokenize(text) for text in texts]
 
-    def _require_packages(self, *names: str) -> None:
+    def require_packages(self, *names: str) -> None:
+        """Raise UsageError with the command that installs those of the packages `names` that are missing."""
         if missing := [name for name in names if importlib.util.find_spec(name) is None]:
             what = f"{self.name} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}"
             raise UsageError(what, where="export_format", fix=f"pip install {' '.join(missing)}")
-
-
-def file_name(quantization: str) -> str:
-    """Return the name of the file, as llama.cpp's users write it."""
-    return f"model-{quantization.upper()}.gguf"
 
 
 GGUF_FORMATS: dict[str, Gguf] = {form.name: form for form in map(Gguf, BITS)}

@@ -74,6 +74,11 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_context_default_params": (_Parameters, []),
     "llama_init_from_model": (ctypes.c_void_p, [ctypes.c_void_p, _Parameters]),
     "llama_n_batch": (ctypes.c_uint32, [ctypes.c_void_p]),
+    "llama_adapter_lora_init": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
+    "llama_set_adapters_lora": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)],
+    ),
     "llama_free": (None, [ctypes.c_void_p]),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p, ctypes.c_int32]),
@@ -118,21 +123,24 @@ def quantize_rows(values: np.ndarray, kind: int) -> np.ndarray:
 class LlamaCppModel:
     """Hold a GGUF file opened by llama.cpp. It implements `OpenedModel`."""
 
-    def __init__(self, model: int, path: Path) -> None:
-        self._model, self._path = model, path
+    def __init__(self, model: int, path: Path, adapter: int | None = None) -> None:
+        self._model, self._path, self._adapter = model, path, adapter
         self._vocabulary = library().llama_model_get_vocab(model)
         self.vocabulary_size = int(library().llama_vocab_n_tokens(self._vocabulary))
 
     @classmethod
     @contextmanager
-    def load(cls, path: Path) -> Iterator[LlamaCppModel]:
-        """Load `path` within the block. Raises VerificationError if llama.cpp refuses the file."""
+    def load(cls, path: Path, adapter: Path | None = None) -> Iterator[LlamaCppModel]:
+        """Load `path` within the block, and the LoRA file `adapter` over it.
+
+        Raises VerificationError if llama.cpp refuses a file.
+        """
         model = library().llama_model_load_from_file(str(path).encode(), library().llama_model_default_params())
         if not model:
             raise VerificationError("llama.cpp does not load the file", where=str(path), fix="report this base")
         try:
-            yield cls(model, path)
-        finally:
+            yield cls(model, path, None if adapter is None else _adapter_of(model, adapter))
+        finally:  # which frees the adapter too
             library().llama_model_free(model)
 
     def log_probabilities(self, row: Row) -> Tensor:
@@ -157,6 +165,10 @@ class LlamaCppModel:
             raise VerificationError("llama.cpp cannot run the file", where=str(self._path), fix="report this base")
         try:
             assert library().llama_n_batch(context) <= CHUNK, "llama_context_params begins with other fields"
+            if self._adapter is not None:
+                adapters, scales = (ctypes.c_void_p * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
+                refused = library().llama_set_adapters_lora(context, adapters, 1, scales)
+                assert not refused, "llama.cpp refuses an adapter that it has loaded"
             yield context
         finally:
             library().llama_free(context)
@@ -191,3 +203,11 @@ class LlamaCppModel:
         )
         if library().llama_decode(context, batch):
             raise VerificationError("llama.cpp failed on a row", where=str(self._path), fix="report this base")
+
+
+def _adapter_of(model: int, path: Path) -> int:
+    """Return llama.cpp's handle of the LoRA file `path` over `model`. Raises VerificationError if it is refused."""
+    adapter = library().llama_adapter_lora_init(model, str(path).encode())
+    if not adapter:
+        raise VerificationError("llama.cpp does not load the adapter", where=str(path), fix="report this base")
+    return int(adapter)
