@@ -218,7 +218,7 @@ def _stacked(part: nn.Module, experts: int) -> Iterator[tuple[str, Any, tuple[in
 
 
 def _is_stacked(path: str, weight: Any, experts: int) -> bool:
-    """Return True for the matrices of all experts in one parameter, whatever its module is called."""
+    """Return True for a parameter with the matrices of all experts."""
     return weight.dim() == 3 and (".experts." in f".{path}" or (weight.shape[0] == experts > 1))
 
 

@@ -39,7 +39,7 @@ TINY = 1e-6
 
 
 def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -> str:
-    """Return bytes in words, such as `5.9 GiB` or `1.0 KiB`.
+    """Return bytes as text, such as `5.9 GiB` or `1.0 KiB`.
 
     Use `at_least` for a need and `at_most` for a limit. A sentence then never compares two equal numbers.
     """
@@ -50,12 +50,12 @@ def size_in_words(size_bytes: float, rounding: Callable[[float], int] = round) -
 
 
 def at_least(size_bytes: float) -> str:
-    """Return the size in words, rounded up."""
+    """Return the size as text, rounded up."""
     return size_in_words(size_bytes, lambda tenths: math.ceil(tenths - TINY))
 
 
 def at_most(size_bytes: float) -> str:
-    """Return the size in words, rounded down."""
+    """Return the size as text, rounded down."""
     return size_in_words(size_bytes, lambda tenths: math.floor(tenths + TINY))
 
 
@@ -69,7 +69,7 @@ _MISREAD = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"
 
 
 def one_line(problem: BaseException | str, limit: int = 200) -> str:
-    """What another library says of a `problem`, as one printable line of at most `limit` characters.
+    """Return the message of a `problem` from another library, as one printable line of at most `limit` characters.
 
     An OSError is told in the system's words, and an error without words by its kind.
     """

@@ -1,4 +1,4 @@
-"""Files that a command writes for the user: each is new, none is an input, and nothing of anybody else's is removed."""
+"""NewFiles: files that a command writes for the user. Each is new, and no input or foreign file is replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorafit.errors import LorafitError
 
 
 class NewFiles:
-    """Files at `places` that all come to stand there when the block ends well, and none of them otherwise.
+    """Write files to `places`: all of them if the block ends without an error, none otherwise.
 
         with NewFiles([out, rejected], inputs=files, error=DataError) as new:
             new.streams[0].write(...)
@@ -105,7 +105,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _put(staged: Path, place: Path) -> None:
-    """Give `staged` the name `place`. Raises FileExistsError rather than replace what stands there."""
+    """Give `staged` the name `place`. Raises FileExistsError if the place is taken."""
     try:
         os.link(staged, place)  # the one call that names a file and never replaces another
     except FileExistsError:

@@ -71,7 +71,7 @@ def hardware_for(config: RunConfig) -> Hardware:
 
 
 def _device_for(config: RunConfig) -> Hardware:
-    """Return the device to plan for, whatever the number of GPUs."""
+    """Return the device to plan for, with any number of GPUs."""
     if config.gpu == "cpu":
         device = detect_processor()
     else:

@@ -31,7 +31,7 @@ DEMO_DATA = re.compile(r"[a-z]+-(train|held-out)\.jsonl")
 
 
 def is_leftover(path: Path) -> bool:
-    """Return True if a run that never began has left what is at `path`. An empty file with a name of ours counts."""
+    """Return True if `path` is a leftover of a run that never began. An empty file with one of our names counts."""
     try:
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):

@@ -77,7 +77,7 @@ def new_own(path: Path) -> int:
 
 
 def new_own_folder(path: Path) -> None:
-    """Create the empty folder `path` in place of whatever has the name. Raises OSError."""
+    """Create the empty folder `path`, replacing anything of that name. Raises OSError."""
     remove_own(path)
     path.mkdir()
 

@@ -22,7 +22,7 @@ from lorafit.methods import method_of
 
 
 class NotAsGood(Exception):
-    """The original base loses accuracy: the merge goes onto the quantized one. It never reaches a user."""
+    """The original base loses accuracy, so the merge goes onto the quantized one. Users never see this error."""
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Subjects:
-    """Hold what an export is asked, and what the live model says to it.
+    """Hold the questions for an export, and the live model's answers.
 
     Attributes:
         conversations: golden conversations, and prompts of held-out rows.

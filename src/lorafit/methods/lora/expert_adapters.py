@@ -83,7 +83,7 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 @contextmanager
 def as_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the block, frozen experts of `model` also have the 3-D parameters that PEFT looks for, without memory."""
+    """Give frozen experts of `model` the 3-D parameters that PEFT looks for, without memory, within the block."""
     added: list[tuple[nn.Module, str]] = []
     try:
         for module in list(model.modules()):

@@ -101,7 +101,7 @@ class GroupedAdapters:
 
     @contextmanager
     def rows(self, index: Tensor) -> Iterator[None]:
-        """Within the block, row i of a batch uses the adapter in slot `index[i]`; index (rows,) is int64."""
+        """Let row i of a batch use the adapter in slot `index[i]` within the block; index (rows,) is int64."""
         self._rows = _Rows(index, self.slots)
         try:
             yield
@@ -144,7 +144,7 @@ class GroupedAdapters:
 
 @contextmanager
 def plain_adapter(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
-    """Within the block, `model` has one adapter, added as scale · B(A x) in fp32: the reference of a slot."""
+    """Give `model` one adapter within the block, added as scale · B(A x) in fp32: the reference of a slot."""
     handles = []
     for name, (a, b) in weights.items():
         linear: Any = model.get_submodule(name)

@@ -30,7 +30,7 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 
 @dataclass(frozen=True)
 class Part:
-    """Hold a part of a prompt that is read: `ids`, which stand at `start` of the text in `slot`."""
+    """Hold a part of a prompt: `ids` from position `start` of the text in `slot`."""
 
     slot: int
     ids: Sequence[int]
