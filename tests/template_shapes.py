@@ -51,6 +51,37 @@ HARMONY = (
     "{% elif m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+GPT_OSS = (
+    "{% set ns = namespace(call=none, final=false) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if 'tool_calls' in m %}{% set ns.final = false %}{% for later in messages[loop.index:] %}"
+    "{% if later.role == 'assistant' and 'tool_calls' not in later %}{% set ns.final = true %}{% endif %}{% endfor %}"
+    "{% set ns.call = m.tool_calls[0].function %}{% if m.content and m.thinking %}"
+    "{{ raise_exception('Cannot pass both content and thinking in an assistant message with tool calls!') }}{% endif %}"
+    "{% set said = m.content or m.thinking %}{% if said and not ns.final %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + said + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant to=functions.' + ns.call.name + '<|channel|>commentary json<|message|>' }}"
+    "{{ ns.call.arguments | tojson }}{{ '<|call|>' }}"
+    "{% elif loop.last and not add_generation_prompt %}{% if 'thinking' in m %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}"
+    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% elif m.role == 'tool' %}{{ '<|start|>functions.' + ns.call.name + ' to=assistant<|channel|>commentary<|message|>' }}"
+    "{{ m.content | tojson }}{{ '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+"""gpt-oss' shape: thoughts beside a call are shown until a later answer stands, text or thoughts, not both."""
+MISTRAL_IDS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% elif m.tool_calls is defined %}{{ '[TOOL_CALLS] [' }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('ids should be alphanumeric of length 9!') }}"
+    "{% endif %}{{ ', id ' + c.id }}{% endfor %}{{ ']' + eos_token }}{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('ids should be alphanumeric of length 9!') }}{% endif %}"
+    "{{ '[TOOL_RESULTS] ' + m.content + ', id ' + m.tool_call_id + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""Mistral v3's shape with its ids: nine characters in each call and its result."""
 SMOLLM3 = (
     "{% set first = messages[0].content if messages[0].role == 'system' else '' %}{% set off = '/no_think' in first %}"
     r"{{ '<|im_start|>system\nReasoning Mode: ' + ('/no_think' if off else '/think') + '\n' + first.replace('/no_think', '')"

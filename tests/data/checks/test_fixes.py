@@ -131,6 +131,8 @@ FAULTS: dict[str, Fault] = {
     "D051": Fault([{"messages": [{**USER, "weight": 1}, SAY]}], says="set it to 0", mended=[{"messages": [{**USER, "weight": 0}, SAY]}]),
     "D053": Fault(b'prompt,completion\n"say \\"hi\\"",4\na,b\n', says='as ""', mended=b'prompt,completion\n"say ""hi""",4\na,b\n', name="rows.csv"),
     "D054": Fault([{**PAIR, "chat_template_kwargs": {"enable_thinking": False}}], ("--set template=FILE",), shape="chatml", template=SHOWS_TOOLS),
+    "D055": Fault([{"messages": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nsay"}]}], says="see check --show", mended=[{"messages": [USER, {**SAY, "thinking": "hm"}]}], shape="harmony"),
+    "D056": Fault([{"messages": [USER, {"role": "assistant", "content": "say <think>hm</think> it"}]}], says="reasoning_content", mended=[{"messages": [USER, {**SAY, "reasoning_content": "hm"}]}], shape="harmony"),
     "P5": Fault([*many(20), *(made.row(50 + n, instruction=f"### Instruction:\nask {n}") for n in range(3))], says="strip the markers", mended=many(23)),
 }  # fmt: skip
 ALONE = {"D032", "D036", "D048", "D050", "D052"}

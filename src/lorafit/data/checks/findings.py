@@ -18,13 +18,14 @@ class Code:
     """One rule: its `title` (a noun phrase), `why` it matters and the `fix`.
 
     A row that breaks a `rejects` rule cannot be trained on as it is: it goes to rejected.jsonl, and the run
-    stops unless `on_bad` is `drop`.
+    stops unless `on_bad` is `drop`. A rule that `is_note` asks for nothing.
     """
 
     title: str
     why: str
     fix: str
     rejects: bool = False
+    is_note: bool = False
 
 
 def _bad(title: str, why: str, fix: str) -> Code:
@@ -139,6 +140,17 @@ CODES: dict[str, Code] = {
         "they change nothing",
         "take them out of chat_template_kwargs, or name a template that reads them (--set template=FILE)",
     ),
+    "D055": Code(
+        "turns written as the template takes them",
+        "nothing is lost, but the ids are not those of your text",
+        "see check --show",
+        is_note=True,
+    ),
+    "D056": Code(
+        "tags that the base does not write around its reasoning",
+        "the model would learn them as text of its answer",
+        "put one block of reasoning before the answer, or move it to the field reasoning_content",
+    ),
     "D039": _bad(
         "text that the template leaves out",
         "the model would never see it",
@@ -244,11 +256,10 @@ class FindingCounts:
         return Finding(code, severity, message, entry.places[0], rule.why, fix, entry.count, tuple(entry.places))
 
     def findings(self, strict: Iterable[str]) -> list[Finding]:
-        """Return one finding for each counted code. Codes in `strict` are errors, the others warnings."""
+        """Return one finding for each counted code. Codes in `strict` are errors, the others warnings or notes."""
         errors = set(strict)
-        return [
-            self.finding(code, Severity.ERROR if code in errors else Severity.WARNING) for code in sorted(self.seen)
-        ]
+        milder = {code: Severity.INFO if CODES[code].is_note else Severity.WARNING for code in self.seen}
+        return [self.finding(code, Severity.ERROR if code in errors else milder[code]) for code in sorted(self.seen)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; `from_dict` is its inverse."""

@@ -61,17 +61,12 @@ class ChatLayout:
         def requests() -> Iterator[Request]:
             known = set(self._unmarked)
             for record in records:
-                asked = _Asked.of(record)
+                asked = self._asked(record)
                 if asked.outline is not None and asked.outline not in known:
                     known.add(asked.outline)
-                    marked = _Asked(record, twin(asked.messages), (), asked.outline, is_twin=True)
+                    marked = replace(asked, messages=twin(asked.messages), is_twin=True)
                     pending.append(marked)
-                    yield Request(
-                        self._reading.written(marked.messages),
-                        record.tools,
-                        where=record.source,
-                        kwargs=record.template_kwargs,
-                    )
+                    yield self._request(marked)
                 pending.append(asked)
                 yield self._request(asked)
 
@@ -85,7 +80,7 @@ class ChatLayout:
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool, tools: Iterable[Any] = ()
     ) -> str:
         """Return the text of `messages`. Raises TemplateError if the template refuses them."""
-        written = self._reading.written(cleaned(messages))
+        written = self._reading.written(self._reading.fitted(cleaned(messages))[0])
         answer = self._renderer.render(Request(written, tuple(tools), add_generation_prompt))
         if isinstance(answer, Refusal):
             raise TemplateError(
@@ -111,7 +106,18 @@ class ChatLayout:
             cuts=cuts,
             where=record.source,
             kwargs=record.template_kwargs,
+            as_served=not self._probe.marks_blocks,
         )
+
+    def _asked(self, record: Record) -> _Asked:
+        """Return what to render for the record, in the form that the template takes."""
+        if record.is_document:
+            return _Asked(record, [])
+        messages, taught = messages_of(record)
+        if characters_in(messages) > MAX_ROW_CHARACTERS:
+            return _Asked(record, messages)
+        messages, changed = self._reading.fitted(messages)
+        return _Asked(record, messages, taught, outline(messages, bool(record.tools), record.template_kwargs), changed)
 
     def _laid(self, answer: Rendering | Refusal, asked: _Asked) -> LaidOut | None:
         record, messages = asked.record, asked.messages
@@ -132,7 +138,7 @@ class ChatLayout:
     def _with_what_is_missing(self, laid: LaidOut, asked: _Asked) -> LaidOut:
         """Return the row with a problem for each text, call and tool that the template leaves out."""
         assert asked.outline is not None, "only rendered rows are looked through"
-        messages, problems, detail = asked.messages, list(laid.problems), laid.detail
+        messages, problems, detail = asked.messages, [*laid.problems, *asked.changed], laid.detail
         if self._drops_tools(asked.record, messages, laid.text):
             problems.append(TOOLS_IGNORED)
         if unread := sorted(set(asked.record.template_kwargs) - self._renderer.reads):
@@ -175,22 +181,14 @@ class ChatLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One pending request: the row's messages, the answers to learn, and its outline."""
+    """One pending request: the row's messages, the answers to learn, its outline, and what was changed in it."""
 
     record: Record
     messages: list[Message]
     taught: Sequence[int] = ()
     outline: Outline | None = None
+    changed: tuple[str, ...] = ()
     is_twin: bool = False
-
-    @classmethod
-    def of(cls, record: Record) -> _Asked:
-        if record.is_document:
-            return cls(record, [])
-        messages, taught = messages_of(record)
-        if characters_in(messages) > MAX_ROW_CHARACTERS:
-            return cls(record, messages)
-        return cls(record, messages, taught, outline(messages, bool(record.tools), record.template_kwargs))
 
 
 def _unmarked(answer: Rendering | Refusal, messages: Sequence[Message]) -> tuple[RunTarget, ...]:

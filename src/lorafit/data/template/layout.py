@@ -47,6 +47,18 @@ TOOLS_IGNORED = "tools-ignored"
 KWARGS_UNREAD = "kwargs-unread"
 """The row sets a variable that the template does not read; `Encoded.detail` names it."""
 
+IDS_MADE = "ids-made"
+"""The template takes only ids of calls that are nine letters and digits: others were made of the row's."""
+
+REASONING_SPLIT = "reasoning-split"
+"""Reasoning between tags in an answer's text was given to the template as reasoning."""
+
+REASONING_JOINED = "reasoning-joined"
+"""The template takes reasoning or text beside a call, not both: they were joined, reasoning first."""
+
+TAGS_LEFT = "tags-left"
+"""Tags of reasoning stay in an answer's text, though the template writes reasoning in another way."""
+
 TEXT_MISSING = "text-missing"
 """A text of the prompt's side is not in the rendered row; `Encoded.detail` says which turn's."""
 
@@ -68,6 +80,10 @@ ALL_PROBLEMS = (
     PROMPT_SPLIT,
     TOOLS_IGNORED,
     KWARGS_UNREAD,
+    IDS_MADE,
+    REASONING_SPLIT,
+    REASONING_JOINED,
+    TAGS_LEFT,
     TEXT_MISSING,
     TOO_LARGE,
     NOT_TEXT,

@@ -1,65 +1,16 @@
-"""Probe: facts about a chat template, found once by rendering: the end of answers, the form of reasoning and calls."""
+"""Probe: facts about a chat template, found once by rendering: the end of answers, and faults of every row."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
-from lorafit.data.schema.records import CALLS, REASONING
 from lorafit.data.template.layout import PROMPT_DIFFERS, PROMPT_SPLIT, Message
+from lorafit.data.template.reading import ANSWER, QUESTION, Reading, reading_of
 from lorafit.data.template.renderer import Refusal, Rendering, Request, TemplateRenderer
 from lorafit.data.template.spans import Ending, cuts_of
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
 
-
-@dataclass(frozen=True)
-class Reading:
-    """The name under which a template reads reasoning, and whether it takes a call's arguments as objects."""
-
-    reasoning: str = REASONING
-    takes_objects: bool = True
-
-    def written(self, messages: list[Message]) -> list[Message]:
-        """Return the messages as the template reads them."""
-        if self.reasoning == REASONING and self.takes_objects:
-            return messages
-        return [self._one(message) if len(message) > 2 else message for message in messages]
-
-    def _one(self, message: Message) -> Message:
-        one = {self.reasoning if key == REASONING else key: value for key, value in message.items()}
-        if CALLS in one and not self.takes_objects:
-            one[CALLS] = [_with_text_arguments(call) for call in one[CALLS]]
-        return one
-
-
-def _with_text_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
-        return call
-    return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}}
-
-
-def reading_of(renderer: TemplateRenderer) -> Reading:
-    """Return the form of reasoning and calls that the template reads, found by rendering one of each."""
-    names = [name for name in REASONING_NAMES if _shows(renderer, {"content": ANSWER, name: REASON})]
-    reasoning = names[0] if names else REASONING
-    called = {"id": "Zq7xkWv5t", "type": "function", "function": {"name": "probe", "arguments": {"x": REASON}}}
-    takes_objects = _shows(renderer, {"content": "", CALLS: [called]})
-    as_text = {"content": "", CALLS: [_with_text_arguments(called)]}
-    return Reading(reasoning, takes_objects or not _shows(renderer, as_text))
-
-
-def _shows(renderer: TemplateRenderer, answer: Message) -> bool:
-    messages: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", **answer}]
-    found = renderer.render(Request(messages))
-    return isinstance(found, Rendering) and REASON in found.text
-
-
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-REASON = "Wv5tqz"
-QUESTION, ANSWER = "What is it?", "Zq7xk"
 # how answers begin, one of each kind that pre-tokenizers treat apart
 FIRST_WORDS = ("Yes", "no", "12", "é", "中", '"x"', "{", "- a", "<b>")
 

@@ -36,6 +36,7 @@ class Request:
     """A conversation to render: `ask` for a generation prompt at its end, `cuts` to compare with it.
 
     A cut (count, ask) stands for the first `count` messages rendered alone. `kwargs` are variables of the row's own.
+    With `as_served` the text begins with the last prompt among the cuts, where the template can be made to say so.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -44,11 +45,13 @@ class Request:
     cuts: Sequence[tuple[int, bool]] = ()
     where: str = "the chat template"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    as_served: bool = False
 
     def frame(self) -> list[Any]:
         """Return the request as the worker reads it."""
         # a template sees `tools` as None when there are none, as transformers has it
-        return [list(self.messages), list(self.tools) or None, self.ask, list(self.cuts), dict(self.kwargs)]
+        tools = list(self.tools) or None
+        return [list(self.messages), tools, self.ask, list(self.cuts), dict(self.kwargs), self.as_served]
 
     @property
     def characters(self) -> int:

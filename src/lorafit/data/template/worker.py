@@ -7,9 +7,9 @@ process; the parent (renderer.py) sees the pipe close. Run by path, so it import
 
 Frames on stdin and stdout are an 8-byte length and JSON. The first frame is [source, variables, now, bytes, seconds]:
 the template, its special tokens, the date it is told, and its bounds (seconds for one text). Each later frame
-is a list of rows [messages, tools, ask, cuts], where `ask` wants a generation prompt at the end and a cut
-[count, ask] stands for the first `count` messages alone. A row is answered by [text, spans, cuts] (see
-`Renderings.row`) or by [kind, reason].
+is a list of rows [messages, tools, ask, cuts, kwargs, as_served], where `ask` wants a generation prompt at the
+end and a cut [count, ask] stands for the first `count` messages alone. A row is answered by [text, spans, cuts]
+(see `Renderings.row`) or by [kind, reason].
 """
 
 from __future__ import annotations
@@ -123,18 +123,52 @@ class Renderings:
         ask: bool,
         cuts: list[tuple[int, bool]],
         kwargs: dict[str, Any],
+        as_served: bool = False,
     ) -> list[Any]:
         """Return [text, spans, cuts]: the whole conversation, its generation spans, and each cut compared with it.
 
-        A cut is answered by (its length, how many of its first characters the whole text begins with).
+        A cut is answered by (its length, how many of its first characters the whole text begins with). With
+        `as_served`, a text that does not begin with the last prompt is put together of that prompt and the answer.
         """
         spans: list[tuple[int, int]] = []
         text = self.render(messages, tools, ask, kwargs, spans)
-        compared = []
-        for count, asks in cuts:
-            part = self.render(messages[:count], tools, asks, kwargs)
-            compared.append((len(part), common(text, part)))
+        compared = self.compared(text, messages, tools, cuts, kwargs)
+        asked = [place for place, (_, asks) in enumerate(cuts) if asks]
+        if as_served and asked and compared[asked[-1]][1] < compared[asked[-1]][0]:
+            served = self.served(text, messages, tools, cuts[asked[-1]][0], kwargs)
+            if served is not None:
+                return [served, [], self.compared(served, messages, tools, cuts, kwargs)]
         return [text, spans, compared]
+
+    def compared(
+        self,
+        text: str,
+        messages: list[Any],
+        tools: list[Any] | None,
+        cuts: list[tuple[int, bool]],
+        kwargs: dict[str, Any],
+    ) -> list[tuple[int, int]]:
+        """Return for each cut its length, and how many of its first characters `text` begins with."""
+        parts = (self.render(messages[:count], tools, asks, kwargs) for count, asks in cuts)
+        return [(len(part), common(text, part)) for part in parts]
+
+    def served(
+        self, text: str, messages: list[Any], tools: list[Any] | None, place: int, kwargs: dict[str, Any]
+    ) -> str | None:
+        """Return the prompt before message `place`, the last one, and what the template writes for that message.
+
+        Some templates leave reasoning out of turns before an answer once that answer stands in the conversation;
+        serving asks for the answer before it stands there. None when `text` does not end in the same answer.
+        """
+        opening = [{"role": "user", "content": "?"}]
+        try:
+            prompt = self.render(messages[:place], tools, True, kwargs)
+            asked = self.render(opening, tools, True, kwargs)
+            whole = self.render([*opening, *messages[place:]], tools, False, kwargs)
+        except ROW_ERRORS:
+            return None
+        answer = whole[len(asked) :]
+        return prompt + answer if whole.startswith(asked) and answer and text.endswith(answer) else None
 
     def render(
         self,
