@@ -491,8 +491,17 @@ def test_check_ends_with_the_command_that_comes_next(run, data, monkeypatch):
     with data.open("a") as file:
         file.write("{broken\n")
     _, out, _ = run("check", data)
-    assert f"next      lorafit check {data.name} --fix clean.jsonl" in out
+    assert f"next      lorafit check {data.name} --fix clean.jsonl" in out and "--on-bad drop" in out
     assert str(data) not in out, "paths below the current folder are relative"
+
+
+def test_dropping_is_not_advised_where_nothing_would_be_left(run, tmp_path):
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"messages": [image, {"role": "assistant", "content": "a"}]}) + "\n") * 2)
+    for verb in ("check", "plan"):
+        code, out, err = run(verb, data, "--base", BASE)
+        assert code == 1 and "row" in out + err and "--on-bad drop" not in out + err
 
 
 def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monkeypatch):

@@ -103,4 +103,5 @@ def _show_next(
     elif rejected and not was_fixed:
         fixing = flags.command("check", data, {**given, "fix": "clean.jsonl"}, set)
         dropping = flags.command("check", data, {**given, "on_bad": "drop"}, set)
-        show_next((fixing, "apply mechanical fixes"), (dropping, f"continue without the {rejected:,} rejected rows"))
+        without = (dropping, f"continue without the {rejected:,} rejected row{'s' if rejected > 1 else ''}")
+        show_next((fixing, "apply mechanical fixes"), *([without] if report.prepared.is_mended_by_drop else []))

@@ -21,6 +21,7 @@ from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_s
 from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
 from lorafit.data.gather import Gatherer
 from lorafit.data.pack import packed_fill, steps_per_epoch
+from lorafit.data.schema.parts import IMAGE_FIX
 from lorafit.data.sources.discovery import find_files
 from lorafit.data.sources.files import DataFile
 from lorafit.data.sources.reader import RowReader
@@ -46,6 +47,13 @@ class Prepared:
     findings: list[Finding]
     summary: Summary
     rejected: Path | None
+
+    @property
+    def is_mended_by_drop(self) -> bool:
+        """True if there are errors, and `on_bad=drop` would leave rows to train on and no error."""
+        errors = [finding.code for finding in self.findings if finding.severity is Severity.ERROR]
+        drops = all(CODES[code].rejects and code != "D020" for code in errors)
+        return bool(errors) and drops and len(self.train) > 0
 
     @property
     def longest(self) -> int:
@@ -146,6 +154,10 @@ def _held(config: RunConfig, files: Sequence[DataFile], rows: Stored) -> NDArray
     return held_out(group_of(rows), rows.exact, config.holdout, config.seed)
 
 
+LEAVE_OUT = IMAGE_FIX.removeprefix("take it out")
+"""The half of a fix that would leave no row, where every row has the fault."""
+
+
 def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     strict = {code for code, rule in CODES.items() if rule.rejects and config.on_bad == "stop"} - {"D020"}
     if config.on_long == "error":
@@ -156,6 +168,9 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
     if "D025" in counts.seen:
         answers, tokens = rows.facts["lost"]
         counts.seen["D025"].detail = f"{answers:,} answers of {tokens:,} tokens are not learnt"
+    if not kept:
+        for seen in counts.seen.values():
+            seen.fix = seen.fix.removesuffix(LEAVE_OUT)
     return counts.findings(strict)
 
 
@@ -236,5 +251,5 @@ def require_clean(prepared: Prepared) -> None:
     first, more = errors[0], len(errors) - 1
     also = f", and {more} more kind{'s' if more > 1 else ''} of error" if more else ""
     rest = f"all of them are in {prepared.rejected}" if prepared.rejected else "'lorafit check' lists them all"
-    drop = ", or pass --on-bad drop" if any(CODES[one.code].rejects and one.code != "D020" for one in errors) else ""
+    drop = ", or pass --on-bad drop" if prepared.is_mended_by_drop else ""
     raise DataError(f"{first.message} [{first.code}]{also}", where=first.where, fix=f"{first.fix}{drop}; {rest}")

@@ -15,6 +15,7 @@ from lorafit.data.template.thoughts import CHANNELS, HINTS, TAGS, split_thought,
 
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 REASON, ANSWER, QUESTION = "Wv5tqz", "Zq7xk", "What is it?"
+Tags = tuple[tuple[str, str], ...]
 LONG_ID, SHORT_ID = "call_Zq7xkWv5tqz", "Zq7xkWv5t"
 
 
@@ -33,8 +34,8 @@ class Reading:
 
     reasoning: str = REASONING
     takes_objects: bool = True
-    split_tags: tuple[tuple[str, str], ...] = ()
-    foreign_tags: tuple[tuple[str, str], ...] = ()
+    split_tags: Tags = ()
+    foreign_tags: Tags = ()
     joins_reasoning: bool = False
     short_ids: bool = False
 
@@ -105,10 +106,12 @@ def reading_of(renderer: TemplateRenderer) -> Reading:
     takes_objects = takes_objects or REASON not in _shown(renderer, {"content": "", CALLS: [as_text]})
     usable = called if takes_objects else as_text
     beside = {CALLS: [usable], reasoning: REASON}
+    split_tags, foreign_tags = _tags(renderer, reasoning if names else "")
     return Reading(
         reasoning,
         takes_objects,
-        *_tags(renderer, reasoning if names else ""),
+        split_tags,
+        foreign_tags,
         joins_reasoning=bool(names)
         and bool(_shown(renderer, {"content": "", **beside}))
         and not _shown(renderer, {"content": ANSWER, **beside}),
@@ -116,7 +119,7 @@ def reading_of(renderer: TemplateRenderer) -> Reading:
     )
 
 
-def _tags(renderer: TemplateRenderer, reasoning: str) -> tuple[tuple[tuple[str, str], ...], ...]:
+def _tags(renderer: TemplateRenderer, reasoning: str) -> tuple[Tags, Tags]:
     """Return (tags to take out of texts, foreign tags); `reasoning` is the field that the template reads, if any."""
     source = renderer.source
     if not reasoning:
