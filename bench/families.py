@@ -113,7 +113,7 @@ def planned(rows: Path, base: Path, targets: str, more: dict[str, Any]) -> dict[
     if stops := [finding.message for finding in plan.findings if finding.severity == "error"]:
         raise LorafitError(stops[0])
     quantization = plan.inputs.config.quantization
-    return {"targets": list(plan.targets), "predicted_alone": plan.shape.alone, "quantization": quantization}
+    return {"targets": list(plan.targets), "predicted": plan.shape.unpacked, "quantization": quantization}
 
 
 def trained(rows: Path, base: Path, out: Path, targets: str, more: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def trained(rows: Path, base: Path, out: Path, targets: str, more: dict[str, Any
     watch, first = Watch(), FirstLoss()
     run = lorafit.train(rows, out=out, observer=watch, callbacks=[first], **settings_of(base, targets, more))
     assert watch.mode is not None
-    result = {"alone": watch.mode.reason, "trainable": run.counts.trainable, "loss": first.loss}
+    layout = "packed" if watch.mode.is_packed else "padded" if watch.mode.is_padded else "alone"
+    result = {"rows": layout, "reason": watch.mode.reason, "trainable": run.counts.trainable, "loss": first.loss}
     if more.get("quantization") == "none":
         plain = plain_loss(base, run.train_rows, run.resolved.config.seed)
         result["loss_difference"] = abs(first.loss / plain - 1)
@@ -203,7 +204,7 @@ def table_row(found: dict[str, Any]) -> TriedFamily:
     trained = next((one for one in (qv, every) if one["ok"]), None)
     return TriedFamily(
         name=found["family"],
-        rows="" if trained is None else "alone" if trained["alone"] else "packed",
+        rows="" if trained is None else trained["rows"],
         qv=tuple(qv["targets"]) if qv["ok"] else (),
         all_linear=tuple(every["targets"]) if every["ok"] else (),
         chat=bool(found.get("chat", {}).get("ok")),

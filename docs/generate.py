@@ -141,7 +141,7 @@ def families_page() -> str:
     ]
     for one in tried.families:
         verdict = "yes" if one.works else "in part" if one.rows else "no"
-        kinds = {"packed": "packed", "alone": "one a forward", "": ""}[one.rows]
+        kinds = {"packed": "packed", "padded": "padded", "alone": "one a forward", "": ""}[one.rows]
         cells = [f"`{one.name}`", verdict, kinds, ", ".join(one.qv), ", ".join(one.all_linear), _cell(one.reason)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([MADE, "# Model families", "", opening, "", how, "", *rows])

@@ -40,7 +40,7 @@ def test_the_command_shows_the_table_and_one_family(capsys):
         main(["models", "qwen3_5_text", "--json"])
     assert not ended.value.code
     (shown,) = json.loads(capsys.readouterr().out)["families"]
-    assert shown["rows"] == "alone" and shown["works"]
+    assert shown["rows"] == "padded" and shown["works"]
     with pytest.raises(SystemExit) as ended:
         main(["models", "qwen3_5_txt"])
     assert ended.value.code == 2

@@ -47,6 +47,7 @@ from lorafit.objectives import Objective, objective_of
 from lorafit.runs import RunDir, is_sealed, sealed
 from lorafit.training import (
     EventLog,
+    Layout,
     OneByOne,
     TunedMemory,
     autocast_dtype,
@@ -70,7 +71,7 @@ class BuiltModel:
         objective: the loss, proved to be the model's own.
         counts: trainable and total parameters.
         note: why the loss takes more memory than necessary; empty if it does not.
-        rows: packed rows, or one row a forward.
+        rows: packed rows, padded rows, or one row a forward.
         findings: what quantizing costs the base, if it was measured.
     """
 
@@ -318,7 +319,7 @@ def _tuned(
     Layers call `changed` when they start to use less memory.
     """
     graphs = None
-    if found.policy.cuda_graph_max_tokens and not built.rows.is_alone:
+    if found.policy.cuda_graph_max_tokens and built.rows.is_packed:
         trained = built.method.trainable(built.model)
         graphs = Graphs(layers, int(rows.lengths.max()), trained, arena_bytes=found.graph_bytes)
         graphs.tell = partial(events.note, "no_graphs")
@@ -354,7 +355,9 @@ def _workload(
     """
     steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
-    share_tokens = max(int(rows.lengths[share].sum()) for share in dealt(rows.lengths, step, world))
+    whole = Layout(int(rows.lengths.max()) * len(step), built.rows.is_padded)
+    shares = [part for share in dealt(rows.lengths, step, world) for part in whole.of(rows.lengths, share)]
+    share_tokens = max(whole.tokens_of(rows.lengths, part) for part in shares)
     trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
@@ -362,11 +365,13 @@ def _workload(
 
     def batch_of(micro_tokens: int) -> MicroBatch:
         limit = built.rows.micro_tokens(micro_tokens)
-        return largest_micro_batch(rows, config, limit, step, built.objective, world=world).to(device)
+        padded = built.rows.is_padded
+        return largest_micro_batch(rows, config, limit, step, built.objective, world=world, padded=padded).to(device)
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
         cut = built.rows.micro_tokens(micro_tokens)
-        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world)
+        padded = built.rows.is_padded
+        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world, padded=padded)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.config import Resolved, RunConfig
-from lorafit.data import Prepared, largest_step, prepare
+from lorafit.data import Prepared, largest_step, padded_share, prepare
 from lorafit.data.summary import Progress
 from lorafit.errors import DataError
 from lorafit.findings import has_errors
@@ -23,6 +23,7 @@ from lorafit.planning.forecast import steps_of
 from lorafit.shapes import ModelShape
 
 TOO_LONG = "D020"
+SAMPLE_ROWS = 20_000  # rows whose steps tell how much of every step would be padding
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,6 @@ def stats_of(prepared: Prepared, config: RunConfig) -> DataStats:
         holdout_rows=len(prepared.holdout),
     )
     largest = largest_step(train.lengths, config.examples_per_step, config.seed, steps_of(config, stats))
-    return replace(stats, largest_step=int(train.lengths[largest].sum()))
+    sample = train.lengths[:: 1 + len(train) // SAMPLE_ROWS]
+    share = padded_share(sample, config.examples_per_step, config.max_length, config.seed)
+    return replace(stats, largest_step=int(train.lengths[largest].sum()), padded_share=share)

@@ -90,7 +90,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         "learned_positions": any("pos" in path or "wpe" in path for path in embeddings),
         "capped_scores": bool(getattr(text, "attn_logit_softcapping", None)),
         "linear_class": _linear_class(model, decoder),
-        "alone": _alone(model, decoder),
+        "unpacked": _unpacked(model, decoder),
     }
 
 
@@ -115,8 +115,8 @@ def _require_text_alone(model: nn.Module) -> None:
         raise BackboneError(what, fix="choose a causal language model")
 
 
-def _alone(model: nn.Module, decoder: nn.Module) -> str:
-    """Return why rows of `model` train one a forward, as far as its code tells; the start of a run proves it."""
+def _unpacked(model: nn.Module, decoder: nn.Module) -> str:
+    """Return why rows of `model` are not packed, as far as its code tells; the start of a run proves it."""
     if getattr(model, "_is_stateful", False) or any(isinstance(part, nn.Conv1d) for part in decoder.modules()):
         return CARRIES
     if not type(decoder)._can_set_attn_implementation():  # type: ignore[attr-defined, operator, unused-ignore]

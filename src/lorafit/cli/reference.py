@@ -99,7 +99,7 @@ def models(
     say(f"[dim]{working} of {len(chosen)} work from plan to merge; tiny random bases, {tried.date}, {versions}[/dim]")
 
 
-_ROWS = {"packed": "packed rows", "alone": "one row a forward", "": "does not train"}
+_ROWS = {"packed": "packed rows", "padded": "padded rows", "alone": "one row a forward", "": "does not train"}
 
 
 def explain(

@@ -2,7 +2,7 @@
 
 from lorafit.data.fixing import FixReport, fix_rows
 from lorafit.data.gather import parse_rows
-from lorafit.data.pack import epoch_order, largest_step, pack_step, packed_fill, steps_per_epoch
+from lorafit.data.pack import epoch_order, largest_step, pack_step, packed_fill, pad_step, padded_share, steps_per_epoch
 from lorafit.data.prepare import Prepared, prepare, require_clean
 from lorafit.data.schema.records import Record, Turn
 from lorafit.data.shown import ShownRow, ShownToken, show_rows
@@ -30,6 +30,8 @@ __all__ = [
     "largest_step",
     "pack_step",
     "packed_fill",
+    "pad_step",
+    "padded_share",
     "parse_rows",
     "prepare",
     "require_clean",

@@ -69,6 +69,40 @@ def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> 
     return _Bins(max_tokens).filled(order.tolist(), sizes[order].tolist())
 
 
+PADDED_SHARE, PADDED_TOKENS = 0.25, 512
+"""Padding of a padded micro-batch: at most a share of its rows' tokens, or a number of tokens that costs less than the
+start of another micro-batch."""
+
+
+def pad_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of rows of similar length, as indices into `lengths`, each of at most `max_tokens` with padding.
+
+    Rows come longest first, so that little is padded; ties keep their order. A longer row stands alone.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    batches: list[list[int]] = []
+    width = tokens = 0
+    for row, size in ((int(row), int(sizes[row])) for row in np.argsort(-sizes, kind="stable")):
+        padded = width * (len(batches[-1]) + 1) if batches else 0
+        spare = max(PADDED_SHARE * (tokens + size), PADDED_TOKENS)
+        if batches and padded <= max_tokens and padded - tokens - size <= spare:
+            batches[-1].append(row)
+            tokens += size
+        else:
+            batches.append([row])
+            width = tokens = size
+    return batches
+
+
+def padded_share(lengths: NDArray[np.integer], examples_per_step: int, max_tokens: int, seed: int = 0) -> float:
+    """Share of the tokens of the first epoch's padded micro-batches that belong to rows; 1 without rows."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = epoch_order(len(sizes), seed, 0)
+    steps = (sizes[order[start : start + examples_per_step]] for start in range(0, len(order), examples_per_step))
+    computed = sum(int(step[batch[0]]) * len(batch) for step in steps for batch in pad_step(step, max_tokens))
+    return int(sizes.sum()) / computed if computed else 1.0
+
+
 class _Bins:
     """Open micro-batches, grouped by their free room."""
 

@@ -1,4 +1,4 @@
-"""Isolation test: packed rows must have the logits of the same rows alone.
+"""Isolation test: rows that share a micro-batch must have the logits of the same rows alone.
 
 It runs at start-up, on the user's own model.
 """
@@ -34,14 +34,14 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 class LeakError(TrainingError):
-    """Raised when packed rows see each other.
+    """Raised when rows of a micro-batch see each other.
 
     Attributes:
         seen: What the test saw, in one clause.
     """
 
-    def __init__(self, model: Any, seen: str) -> None:
-        self.seen = f"packed rows see each other in this model ({seen})"
+    def __init__(self, model: Any, seen: str, *, padded: bool = False) -> None:
+        self.seen = f"{'padded' if padded else 'packed'} rows see each other in this model ({seen})"
         fix = "choose another base, and report this one: lorafit cannot train this family yet"
         super().__init__(self.seen, where=_name(model), fix=fix)
 
@@ -51,7 +51,7 @@ class Isolation:
     """Hold the result of the isolation test.
 
     Attributes:
-        relative_difference: ‖packed − alone‖ / ‖alone‖ of the logits, for the worst row.
+        relative_difference: ‖together − alone‖ / ‖alone‖ of the logits, for the worst row.
         rows: Number of rows compared.
     """
 
@@ -59,21 +59,22 @@ class Isolation:
     rows: int
 
 
-def assert_isolated(model: Any, rows: Sequence[Row]) -> Isolation:
-    """Raise LeakError if packed rows see each other in `model`.
+def assert_isolated(model: Any, rows: Sequence[Row], *, padded: bool = False) -> Isolation:
+    """Raise LeakError if rows of one micro-batch see each other in `model`, packed or `padded`.
 
-    `model` must use packed attention. There are two tests:
-    - Replacing one row must not change a single bit of the other rows' logits in the same layout (mixtures of experts:
-      nothing beyond rounding). It finds leaks of any size, such as a recurrent state carried on.
-    - Packed logits must equal those of the rows alone, up to rounding. It finds wrong positions.
+    `model` must use packed attention for packed rows. There are two tests:
+    - Replacing one row, and the padding of the others, must not change a single bit of the other rows' logits in the
+      same layout (mixtures of experts: nothing beyond rounding). It finds leaks of any size, such as a recurrent state
+      carried on.
+    - The logits must equal those of the rows alone, up to rounding. It finds wrong positions.
     """
     was_training = model.training
     model.eval()
     probed = [(ids, _thinned(mask)) for ids, mask in rows]
     try:
         with torch.no_grad():
-            _assert_unmoved(model, probed)
-            worst = _distance_from_alone(model, probed)
+            _assert_unmoved(model, probed, padded)
+            worst = _distance_from_alone(model, probed, padded)
     finally:
         model.train(was_training)
     return Isolation(worst, len(rows))
@@ -90,12 +91,21 @@ def _thinned(mask: np.ndarray) -> np.ndarray:
     return thinned
 
 
-def _assert_unmoved(model: Any, rows: Sequence[Row]) -> None:
+def uneven(rows: Sequence[Row]) -> list[Row]:
+    """Return at least two of `rows`, cut to different lengths, the longest first, so that all but one are padded."""
+    several = sorted(rows if len(rows) > 1 else [*rows, *rows], key=lambda row: -len(row[0]))
+    cuts = [max(len(ids) * (8 - min(place, 6)) // 8, min(len(ids), 2)) for place, (ids, _) in enumerate(several)]
+    return [(ids[:cut], mask[:cut]) for cut, (ids, mask) in zip(cuts, several)]
+
+
+def _assert_unmoved(model: Any, rows: Sequence[Row], padded: bool) -> None:
     first_ids, first_mask = rows[0]
     replaced = np.roll(first_ids, 1) if len(set(first_ids.tolist())) > 1 else np.full_like(first_ids, first_ids[0] + 1)
     device = next(model.parameters()).device
-    before = supervised_logits(model, collate(rows).to(device))
-    after = supervised_logits(model, collate([(replaced, first_mask), *rows[1:]]).to(device))
+    first, second = (collate(these, padded=padded) for these in (rows, [(replaced, first_mask), *rows[1:]]))
+    if padded:
+        _replace_padding(second.ids, [len(ids) for ids, _ in rows])
+    before, after = (supervised_logits(model, batch.to(device), padded=padded) for batch in (first, second))
     if not before.isfinite().all():
         with unpacked(model):
             assert_finite(model, rows)
@@ -103,21 +113,27 @@ def _assert_unmoved(model: Any, rows: Sequence[Row]) -> None:
     moved = float((before[others] - after[others]).float().norm() / before[others].float().norm().clamp_min(1e-9))
     routed = any("experts" in name for name, _ in model.named_modules())
     if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if routed else 0.0):
-        raise LeakError(model, f"replacing one row changes the other rows' logits by {moved:.1%}")
+        raise LeakError(model, f"replacing one row changes the other rows' logits by {moved:.1%}", padded=padded)
 
 
-def _distance_from_alone(model: Any, rows: Sequence[Row]) -> float:
+def _replace_padding(ids: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Overwrite the padding in `ids` (1, rows × width) with each row's second token, in place of its first."""
+    for row, length in zip(ids.view(len(lengths), -1), lengths, strict=True):
+        row[length:] = row[min(1, length - 1)]
+
+
+def _distance_from_alone(model: Any, rows: Sequence[Row], padded: bool) -> float:
     device = next(model.parameters()).device
-    packed = supervised_logits(model, collate(rows).to(device))
+    together = supervised_logits(model, collate(rows, padded=padded).to(device), padded=padded)
     worst, start = 0.0, 0
     with unpacked(model):
         for row in rows:
             wanted = _alone(model, row)
-            got = packed[start : start + len(wanted)].float()
+            got = together[start : start + len(wanted)].float()
             start += len(wanted)
             worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp_min(1e-9)))
-    if not worst <= TOLERANCE.get(packed.dtype, 1e-1):
-        raise LeakError(model, f"packed logits differ by {worst:.1%} from those of the same rows alone")
+    if not worst <= TOLERANCE.get(together.dtype, 1e-1):
+        raise LeakError(model, f"logits differ by {worst:.1%} from those of the same rows alone", padded=padded)
     return worst
 
 

@@ -192,12 +192,16 @@ def require_plain(batch: MicroBatch, what: str) -> None:
         raise TrainingError(f"{what} carries the fields of MicroBatch alone, and {name} may have more", fix=fix)
 
 
-def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]], *, padded: bool = False) -> MicroBatch:
     """Pack (ids (tokens,), mask (tokens,)) rows into one micro-batch.
 
-    A row's first token can never be supervised, since no token precedes it; its mask value is ignored.
+    A row's first token can never be supervised, since no token precedes it; its mask value is ignored. With `padded`
+    each row is filled up on the right to the longest, with its own first token and without supervision.
     """
     pairs = list(rows)
+    if padded:
+        width = max(len(ids) for ids, _ in pairs)
+        pairs = [(_filled(ids, width, ids[0]), _filled(mask, width, False)) for ids, mask in pairs]
     lengths = [len(ids) for ids, _ in pairs]
     ids = np.concatenate([ids for ids, _ in pairs]).astype(np.int64)
     mask = np.concatenate([mask for _, mask in pairs]).astype(bool)
@@ -210,6 +214,19 @@ def collate(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
         targets=torch.from_numpy(ids[supervised]),
         segments=Segments.of_lengths(lengths),
     )
+
+
+def _filled(values: np.ndarray, width: int, value: int | bool) -> np.ndarray:
+    return np.concatenate([values, np.full(width - len(values), value, dtype=values.dtype)])
+
+
+def side_by_side(batch: MicroBatch) -> torch.Tensor:
+    """Return the ids (rows, width) of a padded micro-batch. Rows of several widths are a fault of the caller."""
+    layout = on_host(batch.segments.layout).tolist()
+    assert len(layout) == 2 and layout[0] * layout[1] == batch.tokens, (
+        "a forward of several rows needs packed attention, or rows of one width"
+    )
+    return batch.ids.view(layout)
 
 
 @dataclass(frozen=True, slots=True)

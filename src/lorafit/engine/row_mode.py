@@ -1,4 +1,4 @@
-"""Row mode: packed rows where they are proved isolated, and one row a forward everywhere else."""
+"""Row mode: packed rows where they are proved isolated, padded batches of rows elsewhere, and single rows at worst."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lorafit.backbone import one_line, unwrapped
 from lorafit.engine.attention.packed import packed
-from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated
+from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated, uneven
 from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
 from lorafit.errors import BackboneError, TrainingError
 from lorafit.shapes import length_limit
@@ -27,28 +27,44 @@ class RowMode:
     """Hold how the rows of a micro-batch run through one model.
 
     Attributes:
-        reason: Why a forward takes one row; empty when packed rows are proved isolated.
+        reason: Why rows are not packed; empty when packed rows are proved isolated.
+        alone: Why a forward takes one row, beside `reason`; empty when rows are proved to share a micro-batch.
     """
 
     reason: str = ""
+    alone: str = ""
+
+    @property
+    def is_packed(self) -> bool:
+        """True when rows lie one after another, with packed attention."""
+        return not self.reason
+
+    @property
+    def is_padded(self) -> bool:
+        """True when rows lie side by side, padded on the right, with the family's own attention."""
+        return bool(self.reason) and not self.alone
 
     @property
     def is_alone(self) -> bool:
         """True when a forward takes one row, with the family's own attention."""
-        return bool(self.reason)
+        return bool(self.alone)
 
     @property
     def in_words(self) -> str:
         """The mode in one line, for the user."""
-        return f"one row a forward: {self.reason}" if self.reason else "packed rows verified isolated from each other"
+        if self.is_packed:
+            return "packed rows verified isolated from each other"
+        if self.is_padded:
+            return f"right-padded rows verified isolated from each other; not packed: {self.reason}"
+        return f"one row a forward: {'; '.join(dict.fromkeys((self.reason, self.alone)))}"
 
     def attending(self, model: Any) -> AbstractContextManager[None]:
         """Use the attention of this mode in `model` inside the block."""
-        return nullcontext() if self.is_alone else packed(model)
+        return packed(model) if self.is_packed else nullcontext()
 
-    def micro_tokens(self, packed_tokens: int) -> int:
-        """Return the limit of a micro-batch, `packed_tokens` if rows are packed."""
-        return ALONE_TOKENS if self.is_alone else packed_tokens
+    def micro_tokens(self, most_tokens: int) -> int:
+        """Return the limit of a micro-batch, `most_tokens` unless every row runs alone."""
+        return ALONE_TOKENS if self.is_alone else most_tokens
 
 
 PACKED = RowMode()
@@ -58,15 +74,19 @@ def prove_rows(model: Any, rows: Sequence[Row], longest: int = 0) -> tuple[RowMo
     """Return the fastest mode whose rows cannot see each other on `model`, and the loss that is proved for it.
 
     Rows are packed if the isolation test passes, and if the run's `longest` row, in tokens, is below every length at
-    which the model computes otherwise; `rows` may be too short to show that. Raises TrainingError if the logits are not
-    finite, or if tokens see later ones.
+    which the model computes otherwise; `rows` may be too short to show that. Other rows share right-padded batches if
+    the same test passes for those. Raises TrainingError if the logits are not finite, or if tokens see later ones.
     """
-    mode = RowMode(_change_by_length(model, longest) or _obstacle(model, rows))
-    with mode.attending(model):
-        if mode.is_alone:
-            assert_finite(model, rows)
-            assert_causal(model, rows[-1])
-        return mode, vocabulary_loss_for(model, rows[:1] if mode.is_alone else rows, alone=mode.is_alone)
+    changes = _change_by_length(model, longest)
+    mode = RowMode(changes or _obstacle(model, rows), changes)
+    if mode.is_packed:
+        with mode.attending(model):
+            return mode, vocabulary_loss_for(model, rows)
+    assert_finite(model, rows)
+    assert_causal(model, rows[-1])
+    if not mode.is_alone:
+        mode = RowMode(mode.reason, _obstacle(model, uneven(rows), padded=True))
+    return mode, vocabulary_loss_for(model, rows[:1] if mode.is_alone else rows, padded=True)
 
 
 def require_runs(model: Any, row: Row) -> None:
@@ -85,11 +105,11 @@ def _change_by_length(model: Any, longest: int) -> str:
     return limit.reason(longest) if limit else ""
 
 
-def _obstacle(model: Any, rows: Sequence[Row]) -> str:
-    """Return why the rows of `model` cannot be packed; empty if they can."""
+def _obstacle(model: Any, rows: Sequence[Row], *, padded: bool = False) -> str:
+    """Return why the rows of `model` cannot share a micro-batch, packed or `padded`; empty if they can."""
     try:
-        with packed(model):
-            assert_isolated(model, rows)
+        with nullcontext() if padded else packed(model):
+            assert_isolated(model, rows, padded=padded)
     except LeakError as error:
         return error.seen
     except BackboneError as error:
@@ -97,5 +117,5 @@ def _obstacle(model: Any, rows: Sequence[Row]) -> str:
     except torch.OutOfMemoryError:
         raise
     except FAMILY_ERRORS as error:
-        return f"this family's forward does not take packed rows ({type(error).__name__})"
+        return f"this family's forward does not take {'padded' if padded else 'packed'} rows ({type(error).__name__})"
     return ""

@@ -196,7 +196,7 @@ def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
     They must be compiled, in 16 bits or fp8, and without capped scores. Graphs hold the gradients of adapters only.
     """
     compiled = execution_of(inputs).fused and inputs.on_cuda
-    excluded = inputs.shape.capped_scores or inputs.shape.alone or inputs.is_full
+    excluded = inputs.shape.capped_scores or inputs.shape.unpacked or inputs.is_full
     able = compiled and inputs.compute in ("bf16", "fp8") and not excluded
     return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 
@@ -246,7 +246,8 @@ def _plan(
     offloaded = policy.offloaded_layers if room.link else 0  # a CPU has no other memory to offload to
     step_tokens = inputs.mean_step_tokens
     fits_one = inputs.largest_step_tokens <= batch.tokens
-    count = 1 if fits_one else math.ceil(step_tokens / batch.tokens)
+    computed = step_tokens * inputs.padding
+    count = 1 if fits_one else math.ceil(computed / batch.tokens)
     if inputs.shape.alone:
         count = math.ceil(min(inputs.config.examples_per_step, max(inputs.stats.rows, 1)) / inputs.gpus)
     return ExecutionPlan(
@@ -258,7 +259,7 @@ def _plan(
         host_bytes=split.saved_by(offloaded) + (room.embedding_bytes if policy.host_embeddings else 0),
         step_s=beside_s
         + (count - 1) * room.between_s
-        + count * _micro_batch_s(policy, costs, room, step_tokens / count / batch.tokens),
+        + count * _micro_batch_s(policy, costs, room, computed / count / batch.tokens),
         step_tokens=step_tokens,
         kept=Split(costs, 0, 0).peak(0),
         recomputed=Split(costs, costs.layers, costs.layers).peak(0),

@@ -42,6 +42,7 @@ class DataStats:
         mean_tokens: Tokens of the mean row.
         holdout_rows: Held-out rows.
         largest_step: Tokens of the run's largest step; 0 when not counted, which stands for a step of the longest rows.
+        padded_share: Share of a padded micro-batch's tokens that are rows'.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class DataStats:
     mean_tokens: float
     holdout_rows: int = 0
     largest_step: int = 0
+    padded_share: float = 1.0
 
     @property
     def supervised_share(self) -> float:
@@ -219,13 +221,18 @@ class PlanInputs:
 
     @property
     def largest_step_tokens(self) -> int:
-        """Tokens of a GPU's share of the run's largest step.
+        """Tokens of a GPU's share of the run's largest step, with their padding.
 
         Without a count the step is one of the longest rows. No share is less than one row.
         """
         step = self.stats.largest_step or self.config.examples_per_step * self.stats.longest
-        step = max(1, min(step, self.stats.tokens or step))
+        step = max(1, round(min(step, self.stats.tokens or step) * self.padding))
         return min(step, max(-(-step // self.gpus), self.stats.longest))
+
+    @property
+    def padding(self) -> float:
+        """Tokens that are computed for each token of a row: above 1 where rows are padded."""
+        return 1 / self.stats.padded_share if self.shape.is_padded else 1.0
 
     @property
     def mean_step_tokens(self) -> float:

@@ -18,7 +18,8 @@ Indices = Sequence[int] | NDArray[np.integer]
 class Objective(Protocol):
     """Compute the loss of packed rows for the training loop.
 
-    `OBJECTIVES` makes one a run, of the model's `VocabularyLoss`. Where its `alone` is True, a micro-batch is one row.
+    `OBJECTIVES` makes one a run, of the model's `VocabularyLoss`. Where its `padded` is True, the rows of a micro-batch
+    are padded to one width.
     """
 
     name: str

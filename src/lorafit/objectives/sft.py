@@ -23,7 +23,8 @@ class Sft:
 
     def collate(self, rows: Rows, indices: Indices) -> MicroBatch:
         """Pack the rows at `indices` into one micro-batch, on the host."""
-        return collate([(rows.ids(int(row)), rows.mask(int(row))) for row in indices])
+        padded = self.vocabulary_loss is not None and self.vocabulary_loss.padded
+        return collate([(rows.ids(int(row)), rows.mask(int(row))) for row in indices], padded=padded)
 
     def weight(self, rows: Rows, indices: Indices | None = None) -> int:
         """Return the number of supervised tokens in these rows, or in all."""

@@ -159,13 +159,22 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """Assumptions about model and device, and what a preset adapts beyond its usual modules."""
         shape = self.shape
-        rows = f"rows train one a forward, which is slower than packing: {shape.alone}" if shape.alone else ""
+        rows = self._rows_note()
         asked = self.inputs.config.targets
         targets = None if self.decided.is_full else targets_note(asked, shape.projections, shape.family)
         rank, visited = self.inputs.config.rank, shape.experts_per_token
         experts = "" if self.decided.is_full else experts_note(self.targets, shape.projections, rank, visited)
         several = self.time_assumes[-1] if self.inputs.gpus > 1 else ""
         return (*shape.notes, *filter(None, [rows, targets, experts, several]), *self.hardware.notes)
+
+    def _rows_note(self) -> str:
+        """Return how rows run that are not packed."""
+        shape, share = self.shape, self.inputs.stats.padded_share
+        if shape.alone:
+            return f"rows train one a forward, which is slower than packing: {shape.alone}"
+        if shape.is_padded:
+            return f"rows train in right-padded batches, {1 - share:.0%} of them padding, not packed: {shape.unpacked}"
+        return ""
 
     @property
     def trainable_parameters(self) -> int:

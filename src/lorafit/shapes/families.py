@@ -31,7 +31,7 @@ OWN_ATTENTION = "its attention is its own, and takes no row boundaries"
 DROPS_ROWS = "its layers do not pass row boundaries on to attention"
 SINKS = "its attention has sinks"
 CARRIES = "its recurrent or convolutional layers carry a state from row to row"
-"""Reasons for one row a forward."""
+"""Reasons for rows that are not packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Family:
         one_kv_head: Condition under which all heads share one key.
         linear_class: Class of the projections.
         defaults: Values of keys that config.json may leave out.
-        alone: Why its rows train one a forward; empty for a family whose rows are packed.
+        unpacked: Why its rows are not packed; empty for a family whose rows are.
     """
 
     parts: tuple[Part, ...]
@@ -89,7 +89,7 @@ class Family:
     one_kv_head: str = ""
     linear_class: Literal["Linear", "Conv1D", "FalconLinear"] = "Linear"
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    alone: str = ""
+    unpacked: str = ""
 
 
 def _attention(bias: str = "", out_bias: str = "", out: str = "o_proj", module: str = "self_attn") -> tuple[Part, ...]:
@@ -182,7 +182,7 @@ _FALCON = Family(
     tied=True,
     one_kv_head="multi_query&!new_decoder_architecture",
     linear_class="FalconLinear",
-    alone=OWN_ATTENTION,
+    unpacked=OWN_ATTENTION,
     defaults={"multi_query": True, "parallel_attn": True},
 )
 _QWEN2_MOE = Family(
@@ -224,7 +224,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family(_QWEN3.parts, _norms("2*h+q+kv"), norms="2*h+q+kv"),
     "olmo3": Family(_QWEN3.parts, _norms("2*h+q+kv"), norms="2*h+q+kv"),
     "stablelm": Family(
-        alone=DROPS_ROWS,
+        unpacked=DROPS_ROWS,
         parts=_attention("use_qkv_bias") + _gated(),
         small=(("2*h", "true"), ("2*h", "!use_parallel_residual"), ("q+kv", "qk_layernorm")),
         final="2*h",
@@ -245,7 +245,7 @@ FAMILIES: Mapping[str, Family] = {
         _attention(out="out_proj", module="attn") + _plain("fc_in", "fc_out"),
         _norms("2*h"),
         final="2*h+v",
-        alone=OWN_ATTENTION,
+        unpacked=OWN_ATTENTION,
     ),
     "falcon": _FALCON,
     "bloom": Family(
@@ -253,7 +253,7 @@ FAMILIES: Mapping[str, Family] = {
         _norms("4*h"),
         final="4*h",
         tied=True,
-        alone=OWN_ATTENTION,
+        unpacked=OWN_ATTENTION,
     ),
     "mpt": Family(
         (
@@ -264,7 +264,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         _norms("2*h"),
         tied=True,
-        alone=OWN_ATTENTION,
+        unpacked=OWN_ATTENTION,
     ),
     "opt": Family(
         _attention("enable_bias", "enable_bias", out="out_proj") + _plain("fc1", "fc2", "enable_bias", module=""),
@@ -301,7 +301,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": Family(
         _attention("attention_bias", "attention_bias") + _experts("f"),
         (("2*h+a", "true"), ("n*h+n+n*2*f+n*h", "sparse")),
-        alone=SINKS,
+        unpacked=SINKS,
         defaults={"attention_bias": True},
     ),
 }  # fmt: skip

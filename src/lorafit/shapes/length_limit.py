@@ -1,7 +1,8 @@
-"""LengthLimit: the length above which a row changes how a model computes, so that rows cannot be packed.
+"""LengthLimit: the length above which a row changes how a model computes, so that rows cannot share a micro-batch.
 
-Some models choose rotary frequencies by the longest position of a forward, and some attend within chunks. Rows that are
-packed with a longer one would be computed as if they were as long.
+Some models choose rotary frequencies by the longest position of a forward, and some attend within chunks. Rows that
+share a micro-batch with a longer one would be computed as if they were as long. Sparse attention picks its keys by
+scores that are often equal, and the padding decides among those.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class LengthLimit:
     """Hold a length and what changes above it.
 
     Attributes:
-        tokens: Longest row that may be packed with others.
+        tokens: Longest row that may share a micro-batch with others.
         why: What changes above, in one clause.
     """
 
@@ -29,13 +30,13 @@ class LengthLimit:
     why: str
 
     def reason(self, longest: int) -> str:
-        """Return why rows of up to `longest` tokens cannot be packed; empty if they can."""
+        """Return why rows of up to `longest` tokens cannot share a micro-batch; empty if they can."""
         return f"{self.why} above {self.tokens:,} tokens, and a row has {longest:,}" if longest > self.tokens else ""
 
 
 def length_limit(text: Mapping[str, Any]) -> LengthLimit | None:
     """Return the lowest limit in the settings of a text decoder; None without one."""
-    return min([*_of_rope(text), *_of_chunks(text)], key=lambda limit: limit.tokens, default=None)
+    return min([*_of_rope(text), *_of_chunks(text), *_of_picks(text)], key=lambda limit: limit.tokens, default=None)
 
 
 def _of_rope(text: Mapping[str, Any]) -> Iterator[LengthLimit]:
@@ -55,3 +56,9 @@ def _of_chunks(text: Mapping[str, Any]) -> Iterator[LengthLimit]:
     size, kinds = text.get("attention_chunk_size"), text.get("layer_types")
     if isinstance(size, int) and size > 0 and (not isinstance(kinds, list) or "chunked_attention" in kinds):
         yield LengthLimit(size, "it attends within chunks")
+
+
+def _of_picks(text: Mapping[str, Any]) -> Iterator[LengthLimit]:
+    picked = text.get("index_topk")
+    if isinstance(picked, int) and picked > 0:
+        yield LengthLimit(picked, "its attention picks its keys")

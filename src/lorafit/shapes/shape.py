@@ -52,8 +52,9 @@ class ModelShape:
         quantized: How the checkpoint is quantized (`nf4`, `gptq`, …), if it is.
         counted: Whether the sizes were read from transformers' own modules.
         notes: Assumptions where the shape is not exact.
-        alone: Why its rows train one a forward; empty for a family whose rows are packed.
+        unpacked: Why its rows are not packed; empty for a family whose rows are.
         limit: The length above which its rows train one a forward.
+        alone: Why its rows train one a forward; empty where they are packed or padded.
     """
 
     name: str
@@ -72,8 +73,9 @@ class ModelShape:
     quantized: str | None
     counted: bool = False
     notes: tuple[str, ...] = ()
-    alone: str = ""
+    unpacked: str = ""
     limit: LengthLimit | None = None
+    alone: str = ""
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
@@ -105,8 +107,13 @@ class ModelShape:
 
     def for_rows(self, longest: int) -> ModelShape:
         """Return the shape for rows of up to `longest` tokens: above a limit every row runs alone."""
-        reason = self.limit.reason(longest) if self.limit and not self.alone else ""
-        return replace(self, alone=reason) if reason else self
+        reason = self.limit.reason(longest) if self.limit else ""
+        return replace(self, unpacked=self.unpacked or reason, alone=reason) if reason else self
+
+    @property
+    def is_padded(self) -> bool:
+        """True when rows that are not packed share right-padded micro-batches."""
+        return bool(self.unpacked) and not self.alone
 
     @property
     def layers(self) -> int:
@@ -244,7 +251,7 @@ def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name
         capped_scores=bool(text.get("attn_logit_softcapping")),
         linear_class=family.linear_class,
         quantized=quantization_of(config),
-        alone=family.alone,
+        unpacked=family.unpacked,
     )
 
 

@@ -17,7 +17,7 @@ class TriedFamily:
 
     Attributes:
         name: Model type of config.json.
-        rows: `packed` or `alone` (one row a forward); empty for a family that does not train.
+        rows: `packed`, `padded` or `alone` (one row a forward); empty for a family that does not train.
         qv: Names that the preset `qv` adapts; empty if it does not train.
         all_linear: Names that the preset `all-linear` adapts; empty if it does not train.
         chat: Whether the trained run answers.

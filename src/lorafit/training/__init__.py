@@ -1,6 +1,6 @@
 """training: an explicit loop over packed steps, with its checkpoints, guards and logs."""
 
-from lorafit.training.batches import StepDataset, dealt, largest_micro_batch, largest_within
+from lorafit.training.batches import Layout, StepDataset, dealt, largest_micro_batch, largest_within
 from lorafit.training.guards.memory_retry import TunedMemory
 from lorafit.training.logging.progress import StepProgress, TrainingProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
@@ -15,6 +15,7 @@ from lorafit.training.transformers_parts import (
 
 __all__ = [
     "EventLog",
+    "Layout",
     "MetricsLog",
     "OneByOne",
     "RunEvent",

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorafit.config import RunConfig
-from lorafit.data import Rows, epoch_order, pack_step, steps_per_epoch
+from lorafit.data import Rows, epoch_order, pack_step, pad_step, steps_per_epoch
 from lorafit.engine import MicroBatch, Step
 from lorafit.objectives import Objective, Sft
 
@@ -99,9 +99,11 @@ class Layout:
 
     Attributes:
         micro_tokens: most tokens of a micro-batch, unless a single row is longer. It shrinks when memory runs out.
+        padded: True if rows are padded to the longest of their micro-batch, which counts as tokens.
     """
 
     micro_tokens: int
+    padded: bool = False
 
     def of(self, lengths: NDArray[np.integer], chosen: NDArray[np.integer]) -> list[NDArray[np.integer]]:
         """Return the rows `chosen` as micro-batches of row numbers.
@@ -109,9 +111,16 @@ class Layout:
         `lengths` (all rows,) counts tokens. Rows over the limit come first, each alone.
         """
         sizes = lengths[chosen]
+        if self.padded:
+            return [chosen[members] for members in pad_step(sizes, self.micro_tokens)]
         alone, fitting = chosen[sizes > self.micro_tokens], chosen[sizes <= self.micro_tokens]
         packed = [fitting[members] for members in pack_step(lengths[fitting], self.micro_tokens)]
         return [*(row[None] for row in alone), *packed]
+
+    def tokens_of(self, lengths: NDArray[np.integer], members: NDArray[np.integer]) -> int:
+        """Return the tokens of the micro-batch of the rows `members`, padding included."""
+        sizes = lengths[members]
+        return int(sizes.max() * len(members) if self.padded else sizes.sum())
 
 
 class StepDataset:
@@ -211,14 +220,15 @@ def largest_micro_batch(
     objective: Objective | None = None,
     *,
     world: int = 1,
+    padded: bool = False,
 ) -> MicroBatch:
-    """Return the micro-batch of `objective` with the most tokens, at a limit of `micro_tokens`.
+    """Return the micro-batch of `objective` with the most tokens, at a limit of `micro_tokens`, packed or `padded`.
 
     The search covers the first epoch's steps, `step` (the rows of the largest step, if known) and the longest row
     alone, in the shares of `world` processes.
     """
     most, largest = 0, np.array([rows.lengths.argmax()])
-    for tokens, members in _micro_batches(rows, config, micro_tokens, step, world):
+    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens, padded), step, world):
         if tokens > most:
             most, largest = tokens, members
         if most >= micro_tokens:
@@ -235,27 +245,28 @@ def largest_within(
     objective: Objective | None = None,
     *,
     world: int = 1,
+    padded: bool = False,
 ) -> MicroBatch | None:
     """Return the largest micro-batch with at most `limit` tokens; None if all have more.
 
     Micro-batches are cut at `micro_tokens`, as in `largest_micro_batch`.
     """
     most, largest = 0, None
-    for tokens, members in _micro_batches(rows, config, micro_tokens, step, world):
+    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens, padded), step, world):
         if most < tokens <= limit:
             most, largest = tokens, members
     return None if largest is None else (objective or Sft()).collate(rows, largest)
 
 
 def _micro_batches(
-    rows: Rows, config: RunConfig, micro_tokens: int, step: Sequence[int] | NDArray[np.integer], world: int
+    rows: Rows, config: RunConfig, layout: Layout, step: Sequence[int] | NDArray[np.integer], world: int
 ) -> Iterator[tuple[int, NDArray[np.integer]]]:
     """Yield tokens and row numbers of the candidate micro-batches.
 
     The candidates are the longest row alone, and the micro-batches of `step` and of the first steps in all shares.
     """
-    layout, longest = Layout(micro_tokens), np.array([rows.lengths.argmax()])
+    longest = np.array([rows.lengths.argmax()])
     for chosen in (longest, np.asarray(step, dtype=np.int64), *StepDataset(rows, config).rows_of(0)[:STEPS_SEEN]):
         for share in dealt(rows.lengths, chosen, world):
             for members in layout.of(rows.lengths, share):
-                yield int(rows.lengths[members].sum()), members
+                yield layout.tokens_of(rows.lengths, members), members

@@ -360,7 +360,8 @@ class TrainingLoop:
     def _set_up_steps(self, objective: Objective, memory: TunedMemory) -> None:
         """Set up this process's micro-batches, and the schedule that runs them."""
         self.device: torch.device = self.arguments.device
-        rank, world, layout = self.processes.rank, self.processes.world, Layout(memory.micro_tokens)
+        rank, world = self.processes.rank, self.processes.world
+        layout = Layout(memory.micro_tokens, self.rows.is_padded)
         parts, even = (self.train_rows, self.config, layout), is_sharded(self.model)
         self.steps = StepDataset(*parts, objective=objective, rank=rank, world=world, even=even)
         autocast = autocast_dtype(self.model, self.device)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from lorafit.backbone import unwrapped
 from lorafit.engine.loss.kernel import HAS_TRITON, losses_to_gradient
 from lorafit.engine.loss.logit_rules import LogitSteps, logit_steps
-from lorafit.engine.packing import MicroBatch, collate
+from lorafit.engine.packing import MicroBatch, collate, side_by_side
 
 CHUNK_BYTES = 256 << 20
 """Largest size of one chunk's logits."""
@@ -194,12 +194,12 @@ class VocabularyLoss:
     Attributes:
         steps: The steps after the head, for a loss in chunks; None for a loss from whole logits.
         reason: The reason for whole logits, in one line.
-        alone: True if a micro-batch is one row, and runs with the family's own attention.
+        padded: True if the rows of a micro-batch are padded to one width, and run with the family's own attention.
     """
 
     steps: LogitSteps | None
     reason: str = ""
-    alone: bool = False
+    padded: bool = False
 
     @classmethod
     def expected(cls, model: Any) -> VocabularyLoss:
@@ -219,12 +219,12 @@ class VocabularyLoss:
         tensor () in fp32 if it changes under a recorded graph.
         """
         if self.steps is None:
-            logits = supervised_logits(model, batch, alone=self.alone).float()
+            logits = supervised_logits(model, batch, padded=self.padded).float()
             return cross_entropy(logits, batch.targets, reduction="sum") * share
         head = _head(model)
         assert head is not None, "the model's head was removed after its loss was chosen"
         with _watched(head, starve=True) as seen:
-            _run(model, batch, self.alone)
+            _run(model, batch, self.padded)
         assert len(seen) == 1, "the model does not call its head exactly once"
         hidden, autocast = seen[0]
         with autocast:
@@ -239,12 +239,12 @@ def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
     return VocabularyLoss.expected(model).summed(model, batch)
 
 
-def supervised_logits(model: Any, batch: MicroBatch, *, alone: bool = False) -> Tensor:
+def supervised_logits(model: Any, batch: MicroBatch, *, padded: bool = False) -> Tensor:
     """Return the logits (supervised tokens, vocabulary) that predict supervised tokens.
 
     The head runs at those positions only (transformers' `logits_to_keep`), so prompt tokens cost no vocabulary.
     """
-    logits: Tensor = _run(model, batch, alone).logits[0]
+    logits: Tensor = _run(model, batch, padded).logits[0]
     # a family that makes its logits without calling its head makes all of them
     return logits if len(logits) == batch.supervised else logits[batch.predictors]
 
@@ -254,28 +254,28 @@ def keeps_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
-def vocabulary_loss_for(model: Any, rows: Sequence[Row], *, alone: bool = False) -> VocabularyLoss:
+def vocabulary_loss_for(model: Any, rows: Sequence[Row], *, padded: bool = False) -> VocabularyLoss:
     """Return the chunked loss if it equals the loss of the model's own logits on `rows`.
 
-    Otherwise the loss is computed from whole logits. `model` must use packed attention, unless its one row runs
-    `alone`. Logits, loss and gradient are compared, so that the loss is never wrong.
+    Otherwise the loss is computed from whole logits. `model` must use packed attention, unless its rows are
+    `padded`. Logits, loss and gradient are compared, so that the loss is never wrong.
     """
-    expected = replace(VocabularyLoss.expected(model), alone=alone)
+    expected = replace(VocabularyLoss.expected(model), padded=padded)
     head = _head(model)
     if head is None:
         return expected
     steps = expected.steps or LogitSteps()  # unknown to the table: try no steps
     was_training = model.training
     model.eval()
-    batch = collate(rows).to(next(head.parameters()).device)
+    batch = collate(rows, padded=padded).to(next(head.parameters()).device)
     first = slice(0, PROOF_TOKENS)
     probed = replace(batch, predictors=batch.predictors[first], targets=batch.targets[first])
-    difference = _difference(model, head, probed, steps, alone)
+    difference = _difference(model, head, probed, steps, padded)
     model.train(was_training)
     if difference is None:
-        return VocabularyLoss(steps, alone=alone)
+        return VocabularyLoss(steps, padded=padded)
     reason = f"{type(unwrapped(model)).__name__}'s logits are computed whole, which takes more memory: {difference}"
-    return VocabularyLoss(None, reason, alone)
+    return VocabularyLoss(None, reason, padded)
 
 
 def _head(model: Any) -> nn.Module | None:
@@ -284,9 +284,9 @@ def _head(model: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _run(model: Any, batch: MicroBatch, alone: bool) -> Any:
-    if alone:
-        return _run_alone(model, batch)
+def _run(model: Any, batch: MicroBatch, padded: bool) -> Any:
+    if padded:
+        return _run_padded(model, batch)
     return model(
         input_ids=batch.ids,
         position_ids=batch.positions,
@@ -297,23 +297,31 @@ def _run(model: Any, batch: MicroBatch, alone: bool) -> Any:
     )
 
 
-def _run_alone(model: Any, batch: MicroBatch) -> Any:
-    """Run one row as the family's users do, so that its positions and attention are its own."""
-    assert len(batch.segments.cu_seqlens) == 2, "a forward of several rows needs packed attention"
-    if keeps_logits(model):
-        return model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predictors)
-    head = _head(model)
+def _run_padded(model: Any, batch: MicroBatch) -> Any:
+    """Run rows side by side as the family's users do, so that their positions and attention are its own.
+
+    Padding is on the right, where no causal model looks from, so there is no mask. The logits are (1, n, vocabulary).
+    """
+    ids, head = side_by_side(batch), _head(model)
+    if len(ids) == 1 and keeps_logits(model):
+        return model(input_ids=ids, use_cache=False, logits_to_keep=batch.predictors)
     if head is None:
-        return model(input_ids=batch.ids, use_cache=False)
+        return _in_one_row(model(input_ids=ids, use_cache=False))
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][:, batch.predictors], *inputs[1:])
+        return (inputs[0].flatten(0, 1)[batch.predictors][None], *inputs[1:])
 
     handle = head.register_forward_pre_hook(keep, prepend=True)
     try:
-        return model(input_ids=batch.ids, use_cache=False)
+        return _in_one_row(model(input_ids=ids, use_cache=False))
     finally:
         handle.remove()
+
+
+def _in_one_row(output: Any) -> Any:
+    """Lay the logits (rows, width, vocabulary) of `output` one row after another."""
+    output.logits = output.logits.flatten(0, 1)[None]
+    return output
 
 
 @contextmanager
@@ -344,13 +352,13 @@ def _autocast_here(device: str) -> torch.autocast:
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
-def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps, alone: bool) -> str | None:
+def _difference(model: Any, head: nn.Module, batch: MicroBatch, steps: LogitSteps, padded: bool) -> str | None:
     """Return the difference between the chunked loss and the model's own logits on `batch`.
 
     None if rounding explains it.
     """
     with torch.no_grad(), _watched(head, starve=False) as seen:
-        own = supervised_logits(model, batch, alone=alone)
+        own = supervised_logits(model, batch, padded=padded)
     if len(seen) != 1 or seen[0][0].shape[:2] != (1, batch.supervised):
         return "its head is not called exactly once on the supervised tokens"
     hidden, autocast = seen[0]

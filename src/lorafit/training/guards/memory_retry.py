@@ -20,7 +20,7 @@ from lorafit.data import Rows
 from lorafit.engine import PACKED, Graphs, MicroBatch, RowMode, Step, allocator_retries, release_memory
 from lorafit.errors import TrainingError
 from lorafit.findings import Finding, Severity
-from lorafit.training.batches import Layout, StepDataset
+from lorafit.training.batches import StepDataset
 from lorafit.training.checkpoints.snapshot import RandomStreams
 from lorafit.training.distributed import Processes
 from lorafit.training.logging.run_logs import EventLog
@@ -117,7 +117,7 @@ class TunedMemory:
         graphs: runs small micro-batches as CUDA graphs; None without.
         watches_allocator: True if layers use less memory after repeated allocator retries.
         changed: called when the layers' memory policy has changed.
-        rows: packed rows, or one row a forward.
+        rows: packed rows, padded rows, or one row a forward.
     """
 
     micro_tokens: int
@@ -204,7 +204,8 @@ class MemoryRetry:
     ) -> torch.Tensor | None:
         total = torch.zeros((), device=self.device)
         # steps on a GPU may exceed `max_length`, which the dry run has tried; evaluation has no dry run
-        layout = Layout(min(self.steps.layout.micro_tokens, self.steps.config.max_length))
+        now = self.steps.layout
+        layout = replace(now, micro_tokens=min(now.micro_tokens, self.steps.config.max_length))
         parts, idle = self.steps.share_of(rows, np.arange(len(rows)), layout)
         waiting = parts[::-1]
         while waiting:
