@@ -1,23 +1,35 @@
 """A run that goes on from a trained adapter begins with its weights, names it, and wants the same ones to resume."""
 
+import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from little_run import write_rows
 from lorafit.api.pipeline import AdapterTrainingPipeline
 from lorafit.api.settings import settle
 from lorafit.api.train import train
 from lorafit.demo import BASE
-from lorafit.errors import AdapterError, RunDirError, UsageError
+from lorafit.errors import AdapterError, RunDirError, TrainingStopped, UsageError
 from lorafit.export.lineage import Lineage
 from lorafit.runs import file_hash
 from tiny_models import save_base
 
 FILE = "adapter_model.safetensors"
 SETTINGS = {"rank": 4, "targets": "attention", "lr": 5e-3, "max_steps": 4, "examples_per_step": 8}
+
+
+class Stop(TrainerCallback):
+    """Asks the run to stop at its third step, as a scheduler does."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,17 @@ def test_it_begins_with_the_weights_and_the_shape_of_the_first(first, rows, tmp_
     lineage = Lineage.read(second.run.adapter)
     assert list(lineage.init_adapter) == ["first", file_hash(first.adapter / FILE)]
     assert "| begun with | the adapter of first, sha256" in (second.run.adapter / "README.md").read_text()
+
+
+def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(first, rows, tmp_path):
+    given = {"init_adapter": first.path, "max_steps": 4, "save_steps": 2, "examples_per_step": 8, "lr": 5e-3}
+    whole = train(rows, str(BASE), out=tmp_path / "whole", **given).run
+    with pytest.raises(TrainingStopped):
+        train(rows, str(BASE), out=tmp_path / "run", callbacks=[Stop()], **given)
+    again = train(rows, str(BASE), out=tmp_path / "run", **given).run
+    assert (again.adapter / FILE).read_bytes() == (whole.adapter / FILE).read_bytes()
+    steps = [[json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (whole, again)]
+    assert [entry["loss"] for entry in steps[0]] == [entry["loss"] for entry in steps[1]]
 
 
 def test_a_folder_of_pefts_will_do_and_a_resume_wants_the_same_weights(first, rows, tmp_path):

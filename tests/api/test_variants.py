@@ -1,6 +1,7 @@
 """Variants of LoRA, rank-stabilized and DoRA in one run: in training, on disk, in PEFT, merged and refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from transformers import AutoModelForCausalLM
 from little_run import write_rows
 from lorafit.api.merge import merge
 from lorafit.api.ship.export import export
+from lorafit.api.ship.merge_proof import MergeProof
 from lorafit.api.train import train
-from lorafit.config import resolve
+from lorafit.config import RunConfig, resolve
 from lorafit.demo import BASE
 from lorafit.errors import UsageError
+from lorafit.export import format_named
 from lorafit.serve.launch import _require_run
 
 
@@ -57,3 +60,38 @@ def test_alpha_follows_the_root_of_the_rank_unless_it_is_set():
     assert resolve(flags={"rank": 64, "rslora": True, "alpha": 8.0}).config.scale == 1.0
     with pytest.raises(UsageError, match="√rank is 2000, and adapters load with at most 1024; set alpha to 4096"):
         resolve(flags={"rank": 16, "rslora": True, "alpha": 8000.0})
+
+
+@pytest.fixture(scope="module")
+def principal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("principal")
+    data = write_rows(folder / "tickets.jsonl", 40)
+    given = {"init_lora_weights": "pissa", "rank": 4, "lr": 1e-3, "max_steps": 6, "examples_per_step": 8}
+    return train(data, str(BASE), out=folder / "run", **given), data
+
+
+def test_a_pissa_run_is_a_plain_lora_of_twice_the_rank_over_the_base_itself(principal):
+    run = principal[0].run
+    written = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16.0, True)
+    assert merge(run.path, onto="original").verification.passed
+    exported = export(run.path, to="adapter").adapter
+    assert not (exported / "initial_product.safetensors").exists()
+    assert "begun as PiSSA" in (run.adapter / "README.md").read_text()
+
+
+def test_a_run_goes_on_from_a_pissa_run_as_plain_lora(principal, tmp_path):
+    first, data = principal
+    given = {"init_adapter": str(first.run.path), "max_steps": 1, "lr": 1e-12, "examples_per_step": 8}
+    second = train(data, str(BASE), out=tmp_path / "second", **given)
+    assert (second.resolved.config.rank, second.resolved.config.init_lora_weights) == (8, "default")
+    with pytest.raises(UsageError, match="init_adapter names the weights to begin with; leave one of them out"):
+        train(data, str(BASE), out=tmp_path / "third", **given, init_lora_weights="olora")
+
+
+def test_a_loftq_run_is_merged_onto_the_base_that_it_corrects():
+    config = RunConfig(base=str(BASE), init_lora_weights="loftq")
+    form, run = format_named("safetensors"), SimpleNamespace(config=config)
+    assert MergeProof(run, [], None).candidates(form) == ("quantized",)
+    with pytest.raises(UsageError, match=r"restore what quantizing lost.*; write --onto quantized"):
+        MergeProof(run, [], None, onto="original").candidates(form)

@@ -15,6 +15,8 @@ from lorafit.config.setting_aliases import SETTING_ALIASES, translate
 from lorafit.errors import UsageError
 from lorafit.findings import is_code_prefix
 
+MAX_RANK = 1024
+"""Largest rank of an adapter that lorafit writes or reads."""
 MAX_SCALE = 1024.0
 """Largest alpha / rank. lorafit neither writes nor reads an adapter with a larger one."""
 OTHER_MAKERS = re.compile(
@@ -76,10 +78,15 @@ class RunConfig(BaseModel):
         "auto", description="matmul precision; auto depends on the GPU, fp8 is for the frozen matmuls"
     )
     init_adapter: str | None = Field(None, description="adapter to go on from: a finished run, or an adapter folder")
-    rank: int = Field(16, ge=1, le=1024, description="LoRA rank r")
+    rank: int = Field(16, ge=1, le=MAX_RANK, description="LoRA rank r")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="LoRA alpha; the delta is scaled by alpha / rank")
     rslora: bool = Field(False, description="rank-stabilized LoRA: the delta is scaled by alpha / √rank")
     dora: bool = Field(False, description="DoRA: the length of each weight row trains too, apart from its direction")
+    init_lora_weights: Literal["default", "pissa", "olora", "loftq"] = Field(
+        "default",
+        description="what adapters begin with: default, A at random and B zero; pissa or olora, a part of the weight; "
+        "loftq, what quantizing lost",
+    )
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
@@ -187,6 +194,13 @@ class RunConfig(BaseModel):
             raise ValueError("it should be a number, not yes or no")
         return value
 
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _as_peft_writes_it(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"pissa_niter_\d+", value):
+            return "pissa"
+        return "default" if value is True or value == "true" else value
+
     @field_validator("compile", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
@@ -203,6 +217,27 @@ class RunConfig(BaseModel):
     def scale(self) -> float:
         """Return what the product of the adapter's matrices is multiplied by."""
         return self.alpha / scale_divisor(self.rank, rslora=self.rslora)
+
+    @property
+    def stored_rank(self) -> int:
+        """Return the rank of the adapter in files: twice the rank where it began as a part of its weight."""
+        return self.rank * (2 if self.init_lora_weights in ("pissa", "olora") else 1)
+
+    @model_validator(mode="after")
+    def _initialization_is_possible(self) -> RunConfig:
+        init, where = self.init_lora_weights, "init_lora_weights"
+        if init == "default" or self.method == "full":
+            return self
+        if self.dora:
+            what = f"{where} is {init}, and dora is true: DoRA begins with the weight's own directions"
+            raise UsageError(what, where=where, fix="leave one of them out")
+        if init == "loftq" and self.quantization != "nf4":
+            what = f"{where} is loftq, which begins with what quantizing lost, and quantization is {self.quantization}"
+            raise UsageError(what, where=where, fix=f"set quantization: nf4, or {where}: pissa")
+        if self.stored_rank > MAX_RANK:
+            what = f"{where} is {init}, which is stored with twice the rank, and adapters load with at most {MAX_RANK}"
+            raise UsageError(what, where="rank", fix=f"set rank to {MAX_RANK // 2} or less")
+        return self
 
     @model_validator(mode="after")
     def _scale_can_be_loaded(self) -> RunConfig:

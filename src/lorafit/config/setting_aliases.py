@@ -47,6 +47,7 @@ SETTING_ALIASES = {
     "lora_alpha": "alpha",
     "use_rslora": "rslora",
     "peft_use_rslora": "rslora",
+    "peft_init_lora_weights": "init_lora_weights",
     "adapter_name_or_path": "init_adapter",
     "lora_model_dir": "init_adapter",
     "resume_adapter_file": "init_adapter",
@@ -105,9 +106,8 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "neat_packing": {True: {}},
     "train_on_inputs": {False: {}},
     "bias": {"none": {}},
-    "init_lora_weights": {True: {}},
-    "peft_init_lora_weights": {True: {}},
-    "pissa_init": {False: {}},
+    "pissa_init": {True: {"init_lora_weights": "pissa"}, False: {}},
+    "pissa_convert": {True: {}, False: {}},
     "task_type": {"CAUSAL_LM": {}},
     "use_wandb": {True: {"report_to": ("wandb",)}, False: {}},
     "use_tensorboard": {True: {"report_to": ("tensorboard",)}, False: {}},
@@ -141,7 +141,6 @@ ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
-OTHER_INIT = "leave it out: A is drawn at random, and PiSSA, OLoRA and LoftQ move weights of the base into the adapter"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
 ADVICE = {
@@ -160,7 +159,8 @@ ADVICE = {
     **dict.fromkeys(("logging_steps", "logging_strategy", "plot_loss", "logging_dir"), EVERY_STEP),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2"), FIXED_ADAM),
     **dict.fromkeys(("neftune_noise_alpha", "modules_to_save", "lora_modules_to_save", "bias"), NO_VARIANT),
-    **dict.fromkeys(("init_lora_weights", "peft_init_lora_weights", "pissa_init", "loftq_config"), OTHER_INIT),
+    **dict.fromkeys(("loftq_config", "use_loftq"), "write init_lora_weights: loftq"),
+    "pissa_iter": "leave it out: the randomized SVD has 8 iterations",
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "eval_strategy", "evaluation_strategy"), ONCE_AN_EPOCH),
     **dict.fromkeys(("save_strategy", "load_best_model_at_end", "metric_for_best_model"), ONCE_AN_EPOCH),
     "gradient_accumulation_steps": "write examples_per_step: its product with the batch of one device",

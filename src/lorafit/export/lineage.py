@@ -14,7 +14,18 @@ from lorafit.errors import RunDirError
 from lorafit.runs import RunDir, RunIdentity
 
 LINEAGE_FILE = "lineage.json"
-CARD_SETTINGS = ("method", "rank", "alpha", "dropout", "targets", "quantization", "lr", "epochs", "examples_per_step")
+CARD_SETTINGS = (
+    "method",
+    "rank",
+    "alpha",
+    "init_lora_weights",
+    "dropout",
+    "targets",
+    "quantization",
+    "lr",
+    "epochs",
+    "examples_per_step",
+)
 """Settings that the model card lists; lineage.json has all."""
 
 

@@ -121,9 +121,11 @@ def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> lis
 
 
 def _adapters(inputs: PlanInputs) -> list[Component]:
-    weights = inputs.adapter_parameters
+    weights, initial = inputs.adapter_parameters, inputs.initial_parameters
+    product = Component("initial products", 4 * initial, "frozen copies of what the adapters began with, in fp32")
     return [
         Component("adapters", weights * 4, f"{weights:,} weights in fp32"),
+        *([product] if initial else []),
         Component("adapter gradients", weights * 4, "fp32"),
         _optimizer_state(inputs),
     ]
@@ -252,8 +254,12 @@ def activations(
     linears = shape.named(targets)
     inner = tuple(part for part in linears if part.role == "down")
     adapters, inner_adapters = (
-        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes, dora) for parts in (linears, inner)
+        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes) for parts in (linears, inner)
     )
+    if dora:
+        within = tuple(part for part in linears if part.role in ("gate", "up", "gate_up", "down"))
+        adapters += _output_bytes(shape, linears, width)
+        inner_adapters += _output_bytes(shape, within, width)
     attention = _attention_bytes_per_token(shape, batch.longest, width, stream, execution)
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
@@ -309,18 +315,20 @@ def _feed_forward(part: Projection, shape: ModelShape, fused: bool) -> float:
     return shape.experts_per_token * (inner * copies + streams * shape.hidden) * layers / shape.layers
 
 
-def _adapter_bytes(
-    shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int, dora: bool
-) -> float:
+def _adapter_bytes(shape: ModelShape, parts: tuple[Projection, ...], fused: bool, width: int, mask_bytes: int) -> float:
     """Return the bytes per token and mean layer that adapters keep.
 
-    They keep dropout masks, and their inputs unless fused; DoRA keeps the output that its magnitudes multiply. Experts'
-    adapters keep the copy of a token that each of its experts reads.
+    They keep dropout masks, and their inputs unless fused. Experts' adapters keep the copy of a token that each of its
+    experts reads.
     """
     kept = mask_bytes + (0 if fused else width)
     inputs = sum((width if part.stacked else kept) * part.inputs * part.count * part.active for part in parts)
-    outputs = width * sum(part.outputs * part.count for part in parts) if dora else 0
-    return (inputs + outputs) / shape.layers
+    return inputs / shape.layers
+
+
+def _output_bytes(shape: ModelShape, parts: tuple[Projection, ...], width: int) -> float:
+    """Return the bytes per token and mean layer of the outputs that DoRA's magnitudes multiply."""
+    return width * sum(part.outputs * part.count for part in parts) / shape.layers
 
 
 def _gradient_bytes(shape: ModelShape, tokens: int, width: int, execution: Execution) -> int:

@@ -148,10 +148,16 @@ class PlanInputs:
         """Weights in the adapters: rank × (inputs + outputs) for each target, and DoRA's magnitudes."""
         return 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets)))
 
+    @property
+    def initial_parameters(self) -> int:
+        """Frozen weights of the initial products, as many as train; 0 for adapters without one."""
+        return self.adapter_parameters if self.config.stored_rank != self.config.rank else 0
+
     @cached_property
     def active_adapter_parameters(self) -> float:
         """Weights of adapters that one token is multiplied with."""
-        return sum(self._adapter_weights(part) * part.active for part in self.shape.named(self.targets))
+        each = sum(self._adapter_weights(part) * part.active for part in self.shape.named(self.targets))
+        return each * self.config.stored_rank / self.config.rank
 
     def _adapter_weights(self, part: Projection) -> int:
         rank = expert_rank(self.config.rank, self.shape.experts_per_token) if part.stacked else self.config.rank
@@ -199,7 +205,8 @@ class PlanInputs:
         weight = self.width + MASTER_BYTES * self.has_master_weights if self.is_full else ADAPTER_BYTES
         if self.shards > 1 and self.has_master_weights:
             weight = MASTER_BYTES  # the shards are the copies
-        return round(self.trained_parameters * (weight + moment_bytes(self.optimizer)))
+        initial = 0 if self.is_full else 2 * ADAPTER_BYTES * self.initial_parameters  # stored plain, and once more
+        return round(self.trained_parameters * (weight + moment_bytes(self.optimizer))) + initial
 
     @cached_property
     def policy(self) -> MemoryPolicy | None:

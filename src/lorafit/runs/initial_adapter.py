@@ -63,8 +63,9 @@ class InitialAdapter:
 
     def settings(self) -> RunConfig:
         """Return rank, alpha, variant and targets of the adapter. Raises AdapterError for values that are none."""
-        if self.run is not None:
-            return self.run.config()
+        known = self.run.config() if self.run is not None else None
+        if known is not None and known.stored_rank == known.rank:
+            return known
         raw = read_json(self.folder / CONFIG_FILE, AdapterError)
         given: dict[str, Any] = {ours: raw[key] for ours, key in PEFT_KEYS.items() if raw.get(key) is not None}
         try:
@@ -85,14 +86,18 @@ def with_initial_adapter(resolved: Resolved) -> Resolved:
     if config.method != "lora":
         what = f"method is {config.method}, which trains no adapter"
         raise UsageError(what, where="init_adapter", fix="leave it out, or set method: lora")
+    if config.init_lora_weights != "default":
+        what = f"init_lora_weights is {config.init_lora_weights}, and init_adapter names the weights to begin with"
+        raise UsageError(what, where="init_lora_weights", fix="leave one of them out")
     adapter = InitialAdapter.open(config.init_adapter).settings()
-    for key in SHAPE_SETTINGS:
+    keys = (*SHAPE_SETTINGS, "quantization") if adapter.init_lora_weights == "loftq" else SHAPE_SETTINGS
+    for key in keys:
         theirs, ours = getattr(adapter, key), getattr(config, key)
         if resolved.is_set(key) and theirs != ours:
             what = f"the initial adapter has {key} {_plain(theirs)}, and this run {_plain(ours)}"
-            raise UsageError(what, where=key, fix=f"leave {', '.join(SHAPE_SETTINGS)} out: they are the adapter's")
-    return resolved.resuming(adapter, (*SHAPE_SETTINGS, "targets"))
+            raise UsageError(what, where=key, fix=f"leave {', '.join(keys)} out: they are the adapter's")
+    return resolved.resuming(adapter, (*keys, "targets"))
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

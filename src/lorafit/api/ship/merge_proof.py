@@ -54,12 +54,17 @@ class MergeProof:
         if self.onto == "quantized" and self.base is not None:
             fix = "leave --base out, or write --onto original"
             raise UsageError("onto quantized takes the base of training, and no other", where="--base", fix=fix)
+        if config.init_lora_weights == "loftq" and self.onto == "original":
+            what = (
+                "the run began with LoftQ, whose adapters restore what quantizing lost, and the original lost nothing"
+            )
+            raise UsageError(what, where="--onto", fix="write --onto quantized")
         if self.onto is not None:
             return (self.onto,)
         if config.quantization == "none":
             return ("original",)
         packed = is_packed_base(base_folder(config.base, config.revision))
-        if form.name != DEFAULT_FORMAT or (packed and self.base is None):
+        if form.name != DEFAULT_FORMAT or (packed and self.base is None) or config.init_lora_weights == "loftq":
             return ("quantized",)
         return ("original", "quantized")
 
@@ -128,6 +133,8 @@ class MergeProof:
             return "the run trained over it in 16 bits"
         if form.name != DEFAULT_FORMAT:
             return "the model that was trained, in the format's own precision"
+        if self.run.config.init_lora_weights == "loftq":
+            return "LoftQ's adapters restore what quantizing lost"
         bases = {row.onto for row in self.measured}
         return reason_for(onto, self.measured) if len(bases) > 1 else "the base exists in 4 bits only"
 

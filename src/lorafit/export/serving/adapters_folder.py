@@ -25,6 +25,7 @@ from lorafit.export.serving.serving_file import Command, ServingFile
 from lorafit.export.verify import Serving, write_chat_template
 from lorafit.findings import Finding
 from lorafit.methods import method_of
+from lorafit.methods.lora import INITIAL_FILE
 from lorafit.runs import write_text
 
 BASE, ADAPTERS, IDENTITY = "base", "adapters", "base.json"
@@ -178,7 +179,7 @@ def copy_adapter(source: Path, target: Path) -> None:
 
     The base's path is as seen from the export's folder, in which vllm.sh runs.
     """
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(INITIAL_FILE))
     path = target / "adapter_config.json"
     config = read_json(path, AdapterError, fix="train the run again")
     path.write_text(json.dumps(config | {"base_model_name_or_path": BASE}, indent=2) + "\n", encoding="utf-8")

@@ -12,9 +12,11 @@ from lorafit.methods.lora.attach import Counts, attach, count_parameters, lora_c
 from lorafit.methods.lora.deltas import Delta, Deltas
 from lorafit.methods.lora.expert_adapters import adapts_experts
 from lorafit.methods.lora.grouped import GroupedAdapters, plain_adapter
+from lorafit.methods.lora.initial.principal import INITIAL_FILE
 from lorafit.methods.lora.lora import Lora
 
 __all__ = [
+    "INITIAL_FILE",
     "AdapterFiles",
     "AdapterSnapshot",
     "Counts",

@@ -17,6 +17,7 @@ from lorafit.backbone import (
 )
 from lorafit.methods.lora.dora import rescaled
 from lorafit.methods.lora.expert_adapters import INNER, ExpertsAdapter, expert_deltas
+from lorafit.methods.lora.initial.principal import is_principal, plain_factors
 
 with redirect_library_logs():  # peft imports bitsandbytes, which warns on some CPUs
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -85,9 +86,12 @@ def _merged(layer: Any, adapters: list[str]) -> nn.Linear:
         total = linear.weight.float()
         for name in adapters:
             if name in layer.lora_A:
-                delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
-                total = total + layer.scaling[name] * delta
-                if name in layer.lora_variant:
+                principal = is_principal(layer, name)
+                a, b = (
+                    plain_factors(layer, name) if principal else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+                )
+                total = total + layer.scaling[name] * (b.float() @ a.float())
+                if name in layer.lora_variant and not principal:
                     total = rescaled(total, layer.lora_magnitude_vector[name].weight)
         linear.weight.copy_(total)
     return linear

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone import linear_size, stacked_experts
-from lorafit.config import MAX_SCALE, RunConfig, read_json
+from lorafit.config import MAX_RANK, MAX_SCALE, RunConfig, read_json
 from lorafit.errors import AdapterError
 from lorafit.methods.lora.adapted_model import LoraConfig, PeftModel, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
@@ -30,10 +30,17 @@ from lorafit.methods.lora.expert_adapters import (
     parameter_of,
 )
 from lorafit.methods.lora.foreign_settings import check_values, plain_settings
+from lorafit.methods.lora.initial.principal import (
+    INITIAL_FILE,
+    initial_tensors,
+    plain_factors,
+    principal_layers,
+    read_initial,
+    restore_product,
+)
 from lorafit.methods.saving import require_finite, save_snapshot
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MAX_RANK = 1024
 PREFIX = "base_model.model."
 # keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
 FREE_KEYS = frozenset(
@@ -146,10 +153,12 @@ class AdapterSnapshot:
     Attributes:
         tensors: the weights, by PEFT's names.
         settings: PEFT's LoraConfig.
+        initial: the tensors of INITIAL_FILE; empty for adapters that began without a product.
     """
 
     tensors: Mapping[str, torch.Tensor]
     settings: Any
+    initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PeftModel, config: RunConfig, *, base_name: str) -> AdapterSnapshot:
@@ -166,15 +175,20 @@ class AdapterSnapshot:
             str(Path(base_name).expanduser().absolute()) if Path(base_name).expanduser().is_dir() else base_name,
             True,
         )
-        live = get_peft_model_state_dict(model, save_embedding_layers=False)
+        live, name = get_peft_model_state_dict(model, save_embedding_layers=False), model.active_adapter
+        for path, layer in principal_layers(model, name):
+            live[f"{path}.lora_A.weight"], live[f"{path}.lora_B.weight"] = plain_factors(layer, name)
+        if config.stored_rank != config.rank:
+            saved.r, saved.lora_alpha, saved.use_rslora = config.stored_rank, config.scale * config.stored_rank, False
         return cls(
             {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in live.items()},
             saved,
+            initial_tensors(model, name, PREFIX),
         )
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.initial.values()))
 
     def require_finite(self, where: Path) -> None:
         """Raise AdapterError if a weight is NaN or infinite. Such an adapter is never saved."""
@@ -183,6 +197,8 @@ class AdapterSnapshot:
     def write(self, folder: Path) -> None:
         """Write the files into `folder`, which exists. The caller makes the write atomic."""
         save_file(dict(self.tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if self.initial:
+            save_file(dict(self.initial), folder / INITIAL_FILE, metadata={"format": "pt"})
         text = json.dumps(_lean(self.settings), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -211,9 +227,17 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
     if set(live) != set(weights):
         odd = min(set(live) ^ set(weights))
         raise AdapterError(f"the adapter does not fit this run: {odd} is in only one of them", where=str(folder))
+    principal = dict(principal_layers(model.get_base_model(), model.active_adapter))
+    initial = read_initial(folder, principal) if principal else {}
     with torch.no_grad():
         for name, (a, b) in weights.items():
             sides: Any = live[name]
+            if name in principal:
+                try:
+                    restore_product(sides, model.active_adapter, (a, b), initial[name])
+                except ValueError as error:
+                    raise AdapterError(f"the adapter's shape does not fit {name}", where=str(folder)) from error
+                continue
             for side, saved in ((sides.lora_A, a), (sides.lora_B, b)):
                 weight = side[model.active_adapter].weight
                 if weight.shape != saved.shape:

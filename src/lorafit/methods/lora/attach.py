@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from lorafit.backbone import (
     unwrapped,
 )
 from lorafit.config import RunConfig
-from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, LoraLayer, PeftModel
+from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, PeftModel
 from lorafit.methods.lora.dora import prepare_dora
 from lorafit.methods.lora.expert_adapters import (
     adapted_layers,
@@ -32,6 +31,7 @@ from lorafit.methods.lora.expert_adapters import (
     patterns,
     set_dropout,
 )
+from lorafit.methods.lora.initial.fresh import initialize
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class Counts:
 def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | None = None) -> PeftModel:
     """Return `model` with fresh LoRA adapters, in fp32, on `target_names`.
 
-    The default is `config.targets`. A is drawn from `config.seed`, B is zero, so the model's answers do not change.
+    The default is `config.targets`. The model's answers do not change, unless `config.init_lora_weights` is loftq.
     Raises AdapterError if a target is in no layer.
     """
     names = resolve_targets(model, config.targets if target_names is None else target_names)
@@ -110,8 +110,8 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
         adapted = AdaptedModel(model, lora)
     bind_experts(adapted)
     set_dropout(adapted, config.dropout if experts else 0)
-    _draw(adapted, config.seed)
     prepare_dora(adapted, is_new=True)
+    initialize(adapted, config)
     check_attached(adapted, everything)
     return adapted
 
@@ -137,20 +137,6 @@ def lora_config(
         task_type="CAUSAL_LM",
         **patterns(config, experts, experts_of_token),
     )
-
-
-def _draw(adapted: PeftModel, seed: int) -> None:
-    """Draw A as PEFT does, on the CPU in fp32.
-
-    The values are then the same on every device and in every precision.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            for a in module.lora_A.values():
-                fresh = torch.empty(a.weight.shape)
-                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-                a.weight.data.copy_(fresh)
 
 
 def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:

@@ -24,8 +24,11 @@ from lorafit.methods.lora.adapter_folder import (
 from lorafit.methods.lora.attach import attach
 from lorafit.methods.lora.deltas import Deltas
 from lorafit.methods.lora.dora import MAGNITUDE
-from lorafit.methods.lora.initial import begin_with
+from lorafit.methods.lora.initial.trained import begin_with
 from lorafit.runs import InitialAdapter
+
+NAMES = {"pissa": "PiSSA", "olora": "OLoRA", "loftq": "LoftQ"}
+"""The initializations as their papers write them."""
 
 
 class Lora:
@@ -37,7 +40,8 @@ class Lora:
         """Return the method with rank and alpha, in a few words."""
         kind = f"{'rs' if config.rslora else ''}{'DoRA' if config.dora else 'LoRA'}"
         kind += "+" if config.loraplus_lr_ratio != 1 else ""
-        return f"{kind} (rank {config.rank}, alpha {config.alpha:g})"
+        begun = "" if config.init_lora_weights == "default" else f", begun as {NAMES[config.init_lora_weights]}"
+        return f"{kind} (rank {config.rank}, alpha {config.alpha:g}{begun})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
         """Return `model` with adapters on `targets` (default: `config.targets`) and a frozen base.
@@ -109,7 +113,7 @@ def _check_settings(folder: Path, config: RunConfig) -> None:
         kinds = {True: "DoRA", False: "LoRA"}
         what = f"the adapter is {kinds[files.dora]}, but the run was trained with {kinds[config.dora]}"
         raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
-    trained = {"rank": config.rank, "scale": config.scale}
+    trained = {"rank": config.stored_rank, "scale": config.scale}
     for name, found in (("rank", files.rank), ("scale", files.scale)):
         if not math.isclose(found, trained[name], rel_tol=1e-6):
             what = f"the adapter has {name} {found:g}, but the run was trained with {trained[name]:g}"

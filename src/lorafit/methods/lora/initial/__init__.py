@@ -1,0 +1,1 @@
+"""initial: the weights that fresh adapters begin with."""
