@@ -1,6 +1,5 @@
 """A run that goes on from a trained adapter begins with its weights, names it, and wants the same ones to resume."""
 
-import json
 import os
 import shutil
 import signal
@@ -71,8 +70,7 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(first, rows
         train(rows, str(BASE), out=tmp_path / "run", callbacks=[Stop()], **given)
     again = train(rows, str(BASE), out=tmp_path / "run", **given).run
     assert (again.adapter / FILE).read_bytes() == (whole.adapter / FILE).read_bytes()
-    steps = [[json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (whole, again)]
-    assert [entry["loss"] for entry in steps[0]] == [entry["loss"] for entry in steps[1]]
+    assert again.metrics.read_bytes() == whole.metrics.read_bytes()
 
 
 def test_a_folder_of_pefts_will_do_and_a_resume_wants_the_same_weights(first, rows, tmp_path):

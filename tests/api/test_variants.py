@@ -64,29 +64,36 @@ def test_alpha_follows_the_root_of_the_rank_unless_it_is_set():
 
 @pytest.fixture(scope="module")
 def principal(tmp_path_factory):
+    """A run that begins as PiSSA and trains a row of the embedding."""
     folder = tmp_path_factory.mktemp("principal")
     data = write_rows(folder / "tickets.jsonl", 40)
-    given = {"init_lora_weights": "pissa", "rank": 4, "lr": 1e-3, "max_steps": 6, "examples_per_step": 8}
-    return train(data, str(BASE), out=folder / "run", **given), data
+    given = {"init_lora_weights": "pissa", "trainable_tokens": "</s>", "rank": 4, "lr": 1e-3, "examples_per_step": 8}
+    return train(data, str(BASE), out=folder / "run", max_steps=4, **given).run, data
 
 
 def test_a_pissa_run_is_a_plain_lora_of_twice_the_rank_over_the_base_itself(principal):
-    run = principal[0].run
+    run = principal[0]
     written = json.loads((run.adapter / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16.0, True)
-    assert merge(run.path, onto="original").verification.passed
-    exported = export(run.path, to="adapter").adapter
-    assert not (exported / "initial_product.safetensors").exists()
+    assert written["trainable_token_indices"] == {"model.embed_tokens": [1]}
+    assert merge(run.path, onto="quantized").verification.passed
     assert "begun as PiSSA" in (run.adapter / "README.md").read_text()
 
 
 def test_a_run_goes_on_from_a_pissa_run_as_plain_lora(principal, tmp_path):
     first, data = principal
-    given = {"init_adapter": str(first.run.path), "max_steps": 1, "lr": 1e-12, "examples_per_step": 8}
-    second = train(data, str(BASE), out=tmp_path / "second", **given)
-    assert (second.resolved.config.rank, second.resolved.config.init_lora_weights) == (8, "default")
+    given = {"init_adapter": str(first.path), "max_steps": 1, "lr": 1e-12, "examples_per_step": 8}
+    config = train(data, str(BASE), out=tmp_path / "second", **given).resolved.config
+    assert (config.rank, config.init_lora_weights, config.trainable_tokens) == (8, "default", ("</s>",))
     with pytest.raises(UsageError, match="init_adapter names the weights to begin with; leave one of them out"):
         train(data, str(BASE), out=tmp_path / "third", **given, init_lora_weights="olora")
+
+
+def test_rows_of_tokens_are_not_served_beside_other_adapters(principal):
+    with pytest.raises(UsageError, match="trained rows of the embedding, which the server's base shares"):
+        _require_run(principal[0].path)
+    with pytest.raises(UsageError, match="vLLM and llama.cpp take from the base alone; export it with --to merged"):
+        export(principal[0].path, to="adapter")
 
 
 def test_a_loftq_run_is_merged_onto_the_base_that_it_corrects():

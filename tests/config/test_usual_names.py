@@ -84,7 +84,7 @@ def test_what_has_an_exact_counterpart_is_translated(given, wanted):
         ({"gradient_accumulation_steps": 4}, "write examples_per_step"),
         ({"load_in_8bit": True}, "write quantization: nf4"),
         ({"loftq_config": {"loftq_bits": 4}}, "write init_lora_weights: loftq"),
-        ({"modules_to_save": ["lm_head"]}, "lorafit trains LoRA, with rslora, dora"),
+        ({"modules_to_save": ["lm_head"]}, "write trainable_tokens: the texts"),
         ({"warmup_steps": 10}, "write warmup: the share"),
         ({"wandb_project": "x"}, "write report_to: wandb"),
         ({"flash_attention": True}, "lorafit chooses attention itself"),

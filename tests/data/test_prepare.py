@@ -354,6 +354,8 @@ def test_tokens_that_the_base_never_learnt_are_d050(tmp_path: Path) -> None:
     finding = made.found(made.prepared(path, template, base=str(base)), "D050")
     assert finding.message == "special tokens that the base never learnt: <|im_start|>"
     assert finding.severity is Severity.WARNING
+    trained = made.prepared(path, template, base=str(base), trainable_tokens="<|im_start|>")
+    assert "D050" not in made.codes(trained)
 
 
 def test_an_empty_response_can_be_allowed(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def alone(base, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "short_rank"), [(2, None), (3, 1)])
 def test_several_processes_train_as_one_does(base, alone, tmp_path, world, short_rank):
-    """Also when one of them has to do a step again: all do, in one layout."""
+    """DoRA with LoRA+ and rows of tokens; also when one process has to do a step again: all do, in one layout."""
     first, *others = in_processes(world, base, tmp_path, short_rank)
     assert len(first["hashes"]) == 20
     for other in others:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.config import Resolved, RunConfig, base_folder, load_recipe, resolve
 from lorafit.config.setting_aliases import our_name
-from lorafit.data import Template, TextTokenizer
+from lorafit.data import Template, TextTokenizer, token_ids
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir, with_initial_adapter
 from lorafit.runs.lookup import find_target
@@ -99,7 +99,9 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 def template_for(resolved: Resolved) -> Template:
     """Return the template of the run: the named file, the base's own, or the fallback."""
     config = resolved.config
-    return Template.for_tokenizer(TextTokenizer.from_base(config.base, config.revision), config.template)
+    tokenizer = TextTokenizer.from_base(config.base, config.revision)
+    token_ids(config, tokenizer)  # raises for texts that are none
+    return Template.for_tokenizer(tokenizer, config.template)
 
 
 def preflight(

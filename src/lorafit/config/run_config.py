@@ -87,6 +87,9 @@ class RunConfig(BaseModel):
         description="what adapters begin with: default, A at random and B zero; pissa or olora, a part of the weight; "
         "loftq, what quantizing lost",
     )
+    trainable_tokens: tuple[str, ...] = Field(
+        (), description="tokens whose rows of embedding and head train too, as <|im_start|>"
+    )
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
@@ -150,7 +153,7 @@ class RunConfig(BaseModel):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("select", "ignore", "report_to", mode="before")
+    @field_validator("select", "ignore", "report_to", "trainable_tokens", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -141,6 +141,7 @@ ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
+TOKENS = "write trainable_tokens: the texts of the tokens whose rows train; whole modules train with method: full"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
 ADVICE = {
@@ -158,8 +159,9 @@ ADVICE = {
     **dict.fromkeys(("train_on_inputs", "train_on_responses_only", "mask_history", "roles_to_train"), ANSWERS_ONLY),
     **dict.fromkeys(("logging_steps", "logging_strategy", "plot_loss", "logging_dir"), EVERY_STEP),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2"), FIXED_ADAM),
-    **dict.fromkeys(("neftune_noise_alpha", "modules_to_save", "lora_modules_to_save", "bias"), NO_VARIANT),
+    **dict.fromkeys(("neftune_noise_alpha", "bias"), NO_VARIANT),
     **dict.fromkeys(("loftq_config", "use_loftq"), "write init_lora_weights: loftq"),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "trainable_token_indices"), TOKENS),
     "pissa_iter": "leave it out: the randomized SVD has 8 iterations",
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "eval_strategy", "evaluation_strategy"), ONCE_AN_EPOCH),
     **dict.fromkeys(("save_strategy", "load_best_model_at_end", "metric_for_best_model"), ONCE_AN_EPOCH),

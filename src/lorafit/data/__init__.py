@@ -9,6 +9,7 @@ from lorafit.data.shown import ShownRow, ShownToken, show_rows
 from lorafit.data.store import Rows
 from lorafit.data.summary import Histogram, Progress, Summary
 from lorafit.data.template.template import Encoded, Template
+from lorafit.data.tokenizer.token_ids import token_ids
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "require_clean",
     "show_rows",
     "steps_per_epoch",
+    "token_ids",
 ]

@@ -182,7 +182,8 @@ def _base_findings(config: RunConfig, template: Template | None, rows: Stored) -
     missing = missing_embeddings(folder, rows, template.tokenizer)
     if missing:
         return missing
-    tokens = untrained_special_tokens(template.tokenizer, folder, template)
+    found = untrained_special_tokens(template.tokenizer, folder, template)
+    tokens = [token for token in found if token not in config.trainable_tokens and config.method != "full"]
     if not tokens:
         return []
     rule = CODES["D050"]

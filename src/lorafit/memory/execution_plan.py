@@ -133,6 +133,7 @@ def _costs(
         execution=execution,
         trains_head=inputs.is_full,
         dora=inputs.is_dora,
+        trains_rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
     )
     return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 

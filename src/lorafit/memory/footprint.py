@@ -243,12 +243,13 @@ def activations(
     execution: Execution,
     trains_head: bool = False,
     dora: bool = False,
+    trains_rows: bool = False,
 ) -> Activations:
     """Return the activations of one micro-batch.
 
     `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
     without dropout. With `trains_head` the loss sums the head's gradient in fp32. With `dora` adapters keep their
-    outputs.
+    outputs. With `trains_rows` the gradient of the logits is copied, so that rows of tokens get their own.
     """
     stream = NORM_BYTES if execution.wide_stream else width
     linears = shape.named(targets)
@@ -264,7 +265,7 @@ def activations(
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.tensor_parameters for part in shape.packed), default=0)
-    chunk = _logit_bytes(shape, batch, width, execution)
+    chunk = _logit_bytes(shape, batch, width, execution) * (2 if trains_rows else 1)
     head = shape.vocab * shape.hidden * GRADIENT_BYTES if trains_head else 0
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),

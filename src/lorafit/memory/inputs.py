@@ -145,13 +145,16 @@ class PlanInputs:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        """Weights in the adapters: rank × (inputs + outputs) for each target, and DoRA's magnitudes."""
-        return 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets)))
+        """Weights in the adapters: rank × (inputs + outputs) for each target, DoRA's magnitudes, and rows of tokens."""
+        rows = len(set(self.config.trainable_tokens)) * self.shape.hidden * (1 if self.shape.tied_embeddings else 2)
+        return 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets))) + rows
 
     @property
     def initial_parameters(self) -> int:
         """Frozen weights of the initial products, as many as train; 0 for adapters without one."""
-        return self.adapter_parameters if self.config.stored_rank != self.config.rank else 0
+        if self.config.stored_rank == self.config.rank:
+            return 0
+        return sum(map(self._adapter_weights, self.shape.named(self.targets)))
 
     @cached_property
     def active_adapter_parameters(self) -> float:

@@ -14,7 +14,10 @@ HIGHEST_LR = 1e-4
 """Learning rate above which weights of a pretrained model drift: five times the default."""
 FEWEST_ROWS = 1_000
 """Rows below which an adapter learns as much, and forgets less."""
-ADAPTER_SETTINGS = ("rank", "alpha", "rslora", "dora", "init_lora_weights", "loraplus_lr_ratio", "dropout", "targets")
+ADAPTER_SETTINGS = (
+    "rank", "alpha", "rslora", "dora", "init_lora_weights", "trainable_tokens", "loraplus_lr_ratio", "dropout",
+    "targets",
+)  # fmt: skip
 
 
 def full_pitfalls(inputs: PlanInputs) -> Iterator[Finding]:

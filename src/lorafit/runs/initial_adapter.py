@@ -13,7 +13,7 @@ from lorafit.runs.seal import file_hash
 from lorafit.runs.trained_run import choose_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-SHAPE_SETTINGS = ("rank", "alpha", "rslora", "dora")
+SHAPE_SETTINGS = ("rank", "alpha", "rslora", "dora", "trainable_tokens")
 """Settings that a run shares with its initial adapter, beside the targets."""
 PEFT_KEYS = {
     "rank": "r",
@@ -63,9 +63,12 @@ class InitialAdapter:
 
     def settings(self) -> RunConfig:
         """Return rank, alpha, variant and targets of the adapter. Raises AdapterError for values that are none."""
-        known = self.run.config() if self.run is not None else None
-        if known is not None and known.stored_rank == known.rank:
-            return known
+        if self.run is not None:
+            run = self.run.config()
+            if run.stored_rank == run.rank:
+                return run
+            stored = {"rank": run.stored_rank, "alpha": run.scale * run.stored_rank, "rslora": False}
+            return run.model_copy(update={**stored, "init_lora_weights": "default"})
         raw = read_json(self.folder / CONFIG_FILE, AdapterError)
         given: dict[str, Any] = {ours: raw[key] for ours, key in PEFT_KEYS.items() if raw.get(key) is not None}
         try:

@@ -72,7 +72,7 @@ def test_factors_loss_and_gradients_are_pefts(base, init):
         other = theirs.get_submodule(path)
         a, b = other.lora_A["default"].weight.detach(), other.lora_B["default"].weight.detach()
         product = b @ a
-        assert torch.linalg.norm(layer.initial_b @ layer.initial_a - product) < 0.01 * torch.linalg.norm(product)
+        assert torch.linalg.norm(layer.initial_b @ layer.initial_a - product) < 0.05 * torch.linalg.norm(product)
         begin_with_product(layer, "default", a.clone(), b.clone())  # a decomposition's signs are free
     stirred(ours), stirred(theirs)
     (found, gradients), (wanted, reference) = loss_and_gradients(ours), loss_and_gradients(theirs)

@@ -200,8 +200,9 @@ CODES: dict[str, Code] = {
     ),
     "D050": Code(
         "special tokens that the base never learnt",
-        "LoRA leaves the embeddings alone: the model reads these tokens as noise",
-        "train the instruct version of this base, or take its chat template out so that the fallback template is used",
+        "LoRA leaves the embeddings alone by default: the model reads these tokens as noise",
+        "set trainable_tokens to them, train the instruct version, "
+        "or take its chat template out so that the fallback template is used",
     ),
     "P5": Code(
         "mixed instruction templates",

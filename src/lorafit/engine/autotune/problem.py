@@ -368,10 +368,10 @@ def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: 
 
 
 def _loss_bytes(model: Any, batch: MicroBatch) -> int:
-    """Return the bytes of a chunk of logits, of hidden states with fp32 gradients, and of a trained head's gradient."""
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    trained = 4 * head.numel() if head is not None and head.requires_grad else 0
-    return CHUNK_BYTES + trained + batch.tokens * _hidden_bytes(model) * 4
+    """Return the bytes of a chunk of logits (two with rows of tokens), of hidden states, and of trained weights."""
+    head = model.get_output_embeddings()
+    trained = 0 if head is None else sum(4 * weight.numel() for weight in head.parameters() if weight.requires_grad)
+    return (1 + hasattr(head, "token_rows")) * CHUNK_BYTES + trained + batch.tokens * _hidden_bytes(model) * 4
 
 
 def _hidden_bytes(model: Any) -> int:

@@ -18,6 +18,7 @@ from lorafit.backbone import (
 from lorafit.methods.lora.dora import rescaled
 from lorafit.methods.lora.expert_adapters import INNER, ExpertsAdapter, expert_deltas
 from lorafit.methods.lora.initial.principal import is_principal, plain_factors
+from lorafit.methods.lora.token_rows import remove_rows
 
 with redirect_library_logs():  # peft imports bitsandbytes, which warns on some CPUs
     from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -62,6 +63,7 @@ class AdaptedModel(PeftModelForCausalLM):
         base: nn.Module = self.get_base_model()
         if getattr(base, "quantization_method", None) is None:
             merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+            remove_rows(merged, keep=True)
             return merged
         names = adapter_names or self.active_adapters
         deltas = expert_deltas(base, names)
@@ -74,6 +76,7 @@ class AdaptedModel(PeftModelForCausalLM):
             elif isinstance(module, LoraLayer):
                 setattr(base.get_submodule(parent), leaf, _merged(module, names))
         plain = dequantize_linears(unfreeze_experts(base))
+        remove_rows(plain, keep=True)
         for name, delta in deltas.items():
             weight = plain.get_parameter(name)
             weight.data.copy_(weight.data.float() + delta)

@@ -38,6 +38,7 @@ from lorafit.methods.lora.initial.principal import (
     read_initial,
     restore_product,
 )
+from lorafit.methods.lora.token_rows import ENDING, load_rows, restore_rows, row_modules
 from lorafit.methods.saving import require_finite, save_snapshot
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -46,7 +47,7 @@ PREFIX = "base_model.model."
 FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
      "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
-     "target_parameters", "rank_pattern", "alpha_pattern")
+     "target_parameters", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 )  # fmt: skip
 NEEDED_KEYS = frozenset(
     ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -68,6 +69,7 @@ class AdapterFiles:
         dora: True if the adapter has magnitudes, one for each row of a weight.
         parameters: PEFT's `target_parameters`, the stacked experts with adapters, sorted.
         expert_rank: the rank of an expert's adapter.
+        tokens: module -> ids of the tokens whose rows are trained.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class AdapterFiles:
     dora: bool = False
     parameters: tuple[str, ...] = ()
     expert_rank: int = 0
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
@@ -100,7 +103,8 @@ class AdapterFiles:
         targets, experts = (tuple(sorted(raw.get(key) or ())) for key in ("target_modules", "target_parameters"))
         swapped, dora = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
         expert_rank = next(iter((raw.get("rank_pattern") or {}).values()), raw["r"])
-        return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank)
+        tokens = {name: tuple(ids) for name, ids in (raw.get("trainable_token_indices") or {}).items()}
+        return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank, tokens)
 
     def settings(self) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
@@ -125,7 +129,16 @@ class AdapterFiles:
         """Return DoRA's magnitudes (out,), fp32, by module name in the base; empty for plain LoRA."""
         return {module: sides[MAGNITUDE] for module, sides in self._tensors().items()} if self.dora else {}
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+    def rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Return (ids, rows (n, hidden)), fp32, by the name of the embedding or head; empty if no row was trained."""
+        if not self.tokens:
+            return {}
+        found = {module: sides[ENDING] for module, sides in self._tensors(rows=True).items()}
+        if set(found) != set(self.tokens) or any(len(found[name]) != len(ids) for name, ids in self.tokens.items()):
+            raise AdapterError("the rows are not those of its tokens", where=str(self.folder / WEIGHTS_FILE))
+        return {name: (ids, found[name]) for name, ids in self.tokens.items()}
+
+    def _tensors(self, *, rows: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return the checked tensors of each module by their side: A, B, and for DoRA the magnitude."""
         found: dict[str, dict[str, Tensor]] = {}
         path = self.folder / WEIGHTS_FILE
@@ -133,6 +146,8 @@ class AdapterFiles:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     wrapper, side = _parse_key(key, self)
+                    if (side == ENDING) is not rows:
+                        continue
                     module = parameter_of(wrapper, self.parameters) or wrapper
                     tensor = file.get_tensor(key)
                     found.setdefault(module, {})[side] = _checked(key, tensor, self.folder, 1 + (side != MAGNITUDE))
@@ -141,7 +156,7 @@ class AdapterFiles:
         if not found:
             raise AdapterError("the adapter holds no weights", where=str(path))
         for module, sides in found.items():
-            if self.dora and MAGNITUDE not in sides:
+            if not rows and self.dora and MAGNITUDE not in sides:
                 raise AdapterError(f"{module} lacks its magnitude", where=str(path))
         return dict(sorted(found.items()))
 
@@ -178,6 +193,9 @@ class AdapterSnapshot:
         live, name = get_peft_model_state_dict(model, save_embedding_layers=False), model.active_adapter
         for path, layer in principal_layers(model, name):
             live[f"{path}.lora_A.weight"], live[f"{path}.lora_B.weight"] = plain_factors(layer, name)
+        tokens = {name: held.ids.tolist() for name, held, _ in row_modules(model.get_base_model())}
+        saved.trainable_token_indices = tokens or None
+        live |= {f"{PREFIX}{name}{ENDING}": rows for name, _, rows in row_modules(model.get_base_model())}
         if config.stored_rank != config.rank:
             saved.r, saved.lora_alpha, saved.use_rslora = config.stored_rank, config.scale * config.stored_rank, False
         return cls(
@@ -227,6 +245,7 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
     if set(live) != set(weights):
         odd = min(set(live) ^ set(weights))
         raise AdapterError(f"the adapter does not fit this run: {odd} is in only one of them", where=str(folder))
+    restore_rows(model.get_base_model(), files.rows(), str(folder))
     principal = dict(principal_layers(model.get_base_model(), model.active_adapter))
     initial = read_initial(folder, principal) if principal else {}
     with torch.no_grad():
@@ -256,6 +275,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     weights = fitting_weights(model, files)
     with as_parameters(model):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
+    load_rows(adapted.get_base_model(), files.rows(), str(folder))
     bind_experts(adapted)
     prepare_dora(adapted, is_new=False)
     check_attached(adapted, weights)
@@ -339,6 +359,7 @@ def _jsonable(value: Any) -> Any:
 
 def _parse_key(key: str, files: AdapterFiles) -> tuple[str, str]:
     endings = {".lora_A.weight": "A", ".lora_B.weight": "B", **({f".{MAGNITUDE}": MAGNITUDE} if files.dora else {})}
+    endings |= {ENDING: ENDING} if files.tokens else {}
     for ending, side in endings.items():
         if key.startswith(PREFIX) and key.endswith(ending):
             return key.removeprefix(PREFIX).removesuffix(ending), side

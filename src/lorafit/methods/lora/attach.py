@@ -22,6 +22,7 @@ from lorafit.backbone import (
     unwrapped,
 )
 from lorafit.config import RunConfig
+from lorafit.data import token_ids
 from lorafit.methods.lora.adapted_model import AdaptedModel, LoraConfig, PeftModel
 from lorafit.methods.lora.dora import prepare_dora
 from lorafit.methods.lora.expert_adapters import (
@@ -32,6 +33,7 @@ from lorafit.methods.lora.expert_adapters import (
     set_dropout,
 )
 from lorafit.methods.lora.initial.fresh import initialize
+from lorafit.methods.lora.token_rows import ROWS, add_rows
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -112,6 +114,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     set_dropout(adapted, config.dropout if experts else 0)
     prepare_dora(adapted, is_new=True)
     initialize(adapted, config)
+    add_rows(model, token_ids(config))
     check_attached(adapted, everything)
     return adapted
 
@@ -144,7 +147,7 @@ def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
     found = set(adapted_layers(adapted.get_base_model()))
     assert found == set(wanted), f"adapters on {sorted(found ^ set(wanted))[:4]} do not match the targets"
     for name, parameter in adapted.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith(f".{ROWS}"):
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}: small updates would be lost"
         else:
             assert not parameter.requires_grad, f"{name} is part of the frozen base, yet it trains"

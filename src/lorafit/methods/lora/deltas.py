@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafit.backbone import base_skeleton, transposed_experts
+from lorafit.backbone import base_skeleton, output_head, transposed_experts
 from lorafit.config import RunConfig
 from lorafit.errors import VerificationError
 from lorafit.methods.lora.adapter_folder import AdapterFiles
 from lorafit.methods.lora.attach import matching
 from lorafit.methods.lora.dora import rescaled
 from lorafit.methods.lora.expert_adapters import stacked
+
+Rows = tuple[tuple[int, ...], Tensor]
+"""Token ids, and their trained rows (n, hidden)."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ class Delta:
 
 
 class Deltas(Mapping[str, Delta]):
-    """Map base parameter names (`….q_proj.weight`) to their deltas."""
+    """Map base parameter names (`….q_proj.weight`) to their deltas, beside trained rows of embedding and head."""
 
-    def __init__(self, deltas: Mapping[str, Delta]) -> None:
-        self._deltas = dict(deltas)
+    def __init__(self, deltas: Mapping[str, Delta], rows: Mapping[str, Rows] | None = None, tied: str = "") -> None:
+        self._deltas, self._rows = dict(deltas), dict(rows or {})
+        self._also = {tied: next(iter(self._rows.values()))} if tied and len(self._rows) == 1 else {}
 
     @classmethod
     def from_folder(cls, folder: Path, config: RunConfig | None = None) -> Deltas:
@@ -87,7 +91,8 @@ class Deltas(Mapping[str, Delta]):
         # no gradient reaches an expert without routed tokens, or a layer whose result is not used
         if all(delta.is_zero for delta in deltas.values()):
             raise VerificationError("every delta is zero: the adapter was not trained", where=str(folder))
-        return cls(deltas)
+        rows = {f"{name}.weight": pair for name, pair in files.rows().items()}
+        return cls(deltas, rows, _head_weight(base_skeleton(config)) if rows and config is not None else "")
 
     def source(self, config: RunConfig) -> RunConfig:
         """Return `config`, whose base the deltas change."""
@@ -95,7 +100,7 @@ class Deltas(Mapping[str, Delta]):
 
     def check_found(self, names: Iterable[str]) -> None:
         """Raise VerificationError unless every delta's weight is among `names`."""
-        lost = sorted(set(self) - set(names))
+        lost = sorted({*self, *self._rows} - set(names))
         if lost:
             raise VerificationError(f"{len(lost)} of the adapter's targets are not in the base, such as {lost[0]}")
 
@@ -105,6 +110,9 @@ class Deltas(Mapping[str, Delta]):
         The sum is rounded once, to the weight's dtype. A weight without a delta is returned unchanged. Raises
         VerificationError if the shapes differ.
         """
+        rows = self._rows.get(name, self._also.get(name))
+        if rows is not None:
+            return _with_rows(name, weight, rows)
         delta = self.get(name)
         if delta is None:
             return weight
@@ -124,3 +132,17 @@ class Deltas(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self._deltas)
+
+
+def _with_rows(name: str, weight: Tensor, rows: Rows) -> Tensor:
+    ids, values = rows
+    if weight.ndim != 2 or weight.shape[1] != values.shape[1] or len(weight) <= max(ids):
+        raise VerificationError(f"the adapter's rows {tuple(values.shape)} do not fit {name} {tuple(weight.shape)}")
+    index = torch.tensor(ids, device=weight.device)
+    return weight.index_copy(0, index, values.to(weight))
+
+
+def _head_weight(model: nn.Module) -> str:
+    """Return the name of the head's weight, which a checkpoint may store although it is tied to the embedding."""
+    head = output_head(model)
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")

@@ -27,6 +27,10 @@ def check_values(raw: Mapping[str, Any], where: str) -> None:
     for key in ("use_rslora", "use_dora", "inference_mode", "fan_in_fan_out"):
         if not isinstance(raw.get(key, False), bool | None):
             raise AdapterError(f"{key} is {_short(raw[key])}, not true or false", where=where)
+    tokens = raw.get("trainable_token_indices")
+    if tokens is not None and not _are_tokens(tokens):
+        what = "trainable_token_indices is no mapping of a module's name to different token ids"
+        raise AdapterError(what, where=where)
     if raw.get("task_type") not in TASKS:
         raise AdapterError(f"task_type is {_short(raw['task_type'])}, not CAUSAL_LM", where=where)
 
@@ -45,6 +49,17 @@ def plain_settings(raw: Mapping[str, Any], rank: int, targets: Sequence[str]) ->
         base_model_name_or_path=raw.get("base_model_name_or_path"),
         revision=raw.get("revision"),
         inference_mode=True,
+    )
+
+
+def _are_tokens(tokens: Any) -> bool:
+    return isinstance(tokens, dict) and all(
+        isinstance(name, str)
+        and isinstance(ids, list)
+        and ids
+        and all(type(one) is int and one >= 0 for one in ids)
+        and len(set(ids)) == len(ids)
+        for name, ids in tokens.items()
     )
 
 

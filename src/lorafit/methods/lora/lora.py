@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lorafit.methods.lora.attach import attach
 from lorafit.methods.lora.deltas import Deltas
 from lorafit.methods.lora.dora import MAGNITUDE
 from lorafit.methods.lora.initial.trained import begin_with
+from lorafit.methods.lora.token_rows import remove_rows, without_rows
 from lorafit.runs import InitialAdapter
 
 NAMES = {"pissa": "PiSSA", "olora": "OLoRA", "loftq": "LoftQ"}
@@ -89,11 +90,14 @@ class Lora:
     def detach(self, model: Any) -> nn.Module:
         """Return the base within `model`, with its original linears."""
         base: nn.Module = model.unload()
+        remove_rows(base, keep=False)
         return base
 
     def without(self, model: Any) -> AbstractContextManager[Any]:
         """Disable the adapter of `model` within the block."""
-        switched_off: AbstractContextManager[Any] = model.disable_adapter()
+        switched_off = ExitStack()
+        switched_off.enter_context(model.disable_adapter())
+        switched_off.enter_context(without_rows(model.get_base_model()))
         return switched_off
 
     def trained_weights(self, folder: Path, config: RunConfig) -> Deltas:
@@ -112,6 +116,10 @@ def _check_settings(folder: Path, config: RunConfig) -> None:
     if files.dora != config.dora:
         kinds = {True: "DoRA", False: "LoRA"}
         what = f"the adapter is {kinds[files.dora]}, but the run was trained with {kinds[config.dora]}"
+        raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
+    if bool(files.tokens) != bool(config.trainable_tokens):
+        kinds = {True: "trained rows of tokens", False: "no trained rows of tokens"}
+        what = f"the adapter has {kinds[bool(files.tokens)]}, but the run {kinds[bool(config.trainable_tokens)]}"
         raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
     trained = {"rank": config.stored_rank, "scale": config.scale}
     for name, found in (("rank", files.rank), ("scale", files.scale)):

@@ -122,6 +122,10 @@ def require_sums(config: RunConfig, run: Path) -> None:
         what = "the run is DoRA, which rescales the base's weights, and the server only adds adapters to them"
         fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
         raise UsageError(what, where=str(run), fix=fix)
+    if config.trainable_tokens:
+        what = "the run trained rows of the embedding, which the server's base shares with others"
+        fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
+        raise UsageError(what, where=str(run), fix=fix)
     if adapts_experts(config):
         what = "the run has adapters on experts, and the server adds adapters to linear modules only"
         fix = f"run lorafit merge {run}, and talk to the folder that it names with lorafit chat, or serve it with vLLM"
