@@ -19,6 +19,8 @@ from lorafit.errors import AdapterError
 
 ROWS = "token_rows"
 """Name of the parameter (tokens, hidden), fp32, within the embedding and the head."""
+HELD = "trained_rows"
+"""Name of the attribute of a module that holds its TokenRows."""
 ENDING = ".token_adapter.trainable_tokens_delta"
 """What PEFT writes after the module's name in a file."""
 SCALE = "embed_scale"
@@ -37,13 +39,14 @@ class TokenRows:
         self.ids, self.enabled = ids, True
         module.register_parameter(ROWS, rows)
         module.register_buffer("token_ids", ids, persistent=False)
+        replace = self._replace_logits
         if isinstance(module, nn.Embedding):
             slots = torch.full((module.num_embeddings,), -1, dtype=torch.int32, device=ids.device)
             slots[ids] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
             module.register_buffer("token_slots", slots, persistent=False)
-        look_up = isinstance(module, nn.Embedding)
-        self.handle = module.register_forward_hook(self._replace_vectors if look_up else self._replace_logits)
-        module.__dict__["token_rows_of"] = self
+            replace = self._replace_vectors
+        self.handle = module.register_forward_hook(replace)
+        setattr(module, HELD, self)
 
     def _replace_vectors(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return `output` (…, hidden) with the trained rows at the positions of their tokens."""
@@ -89,7 +92,7 @@ def row_modules(model: nn.Module) -> Iterator[tuple[str, TokenRows, nn.Parameter
     """Yield (dotted name, rows, parameter) of the modules of `model` whose rows train; tied ones once."""
     seen: set[int] = set()
     for name, module in _modules(model):
-        held = module.__dict__.get("token_rows_of")
+        held = getattr(module, HELD, None)
         if held is not None and id(module.token_rows) not in seen:
             seen.add(id(module.token_rows))
             yield name, held, module.token_rows
@@ -98,7 +101,7 @@ def row_modules(model: nn.Module) -> Iterator[tuple[str, TokenRows, nn.Parameter
 @contextmanager
 def without_rows(model: nn.Module) -> Iterator[None]:
     """Within the block, `model` answers with the base's own rows."""
-    held = [module.__dict__["token_rows_of"] for _, module in _modules(model) if "token_rows_of" in module.__dict__]
+    held = [getattr(module, HELD) for _, module in _modules(model) if hasattr(module, HELD)]
     for one in held:
         one.enabled = False
     try:
@@ -112,13 +115,13 @@ def without_rows(model: nn.Module) -> Iterator[None]:
 def remove_rows(model: nn.Module, *, keep: bool) -> None:
     """Take the trained rows of `model` out of its modules; with `keep` they become rows of the modules' weights."""
     for _, module in list(_modules(model)):
-        held = module.__dict__.pop("token_rows_of", None)
+        held = getattr(module, HELD, None)
         if held is None:
             continue
         held.handle.remove()
         if keep:
             module.weight[held.ids.to(module.weight.device)] = module.token_rows.to(module.weight)
-        for name in (ROWS, "token_ids", "token_slots"):
+        for name in (HELD, ROWS, "token_ids", "token_slots"):
             if hasattr(module, name):
                 delattr(module, name)
 
