@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_a_pissa_run_as_plain_lora(principal, tmp_path):
 def test_rows_of_tokens_are_not_served_beside_other_adapters(principal):
     with pytest.raises(UsageError, match="trained rows of the embedding, which the server's base shares"):
         _require_run(principal[0].path)
-    with pytest.raises(UsageError, match="vLLM and llama.cpp take from the base alone; export it with --to merged"):
+    with pytest.raises(UsageError, match=r"vLLM and llama\.cpp take from the base alone; export it with --to merged"):
         export(principal[0].path, to="adapter")
 
 
