@@ -89,3 +89,13 @@ def test_an_adapter_is_proved_in_llama_cpp_over_one_file_of_their_base(tiny_run,
         export(tiny_run.run.path, to="gguf-lora", quantization="q8_0", out=folder, name="third")
     with pytest.raises(UsageError, match="the file of the base of this run is not the one"):
         export(tiny_run.run.path, to="adapter", out=folder, name="third")
+
+
+def test_a_k_quant_is_the_better_one_of_with_and_without_an_importance_matrix(tiny_run, tmp_path):
+    pytest.importorskip("xllamacpp")
+    found = export(tiny_run.run.path, to="gguf", quantization="q6_k", out=tmp_path / "file").verification
+    both = found["importance"]
+    assert both["rows"] > 0 and both["used"] is (both["with"]["kl"] < both["without"]["kl"])
+    assert found["merged"]["kl"] == min(both["with"]["kl"], both["without"]["kl"])
+    assert "importance matrix" in found["decision"]["reason"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "the other file is gone"

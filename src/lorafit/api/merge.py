@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named
 from lorafit.export import merge as write_merged
 from lorafit.export.finished_run import FinishedRun
+from lorafit.export.formats import Gguf
 from lorafit.export.verify import EngineProof, Precisions
 from lorafit.findings import Finding, has_errors
 from lorafit.runs import LAST, RunDir
@@ -111,12 +113,16 @@ def merge(
 
 
 def _first_as_good(proof: MergeProof, form: ExportFormat, **given: Any) -> MergeReport:
-    """Merge onto each candidate in turn, until one is not refused in favour of the next."""
-    *earlier, last = proof.candidates(form)
-    for candidate in earlier:
+    """Merge in each way in turn, onto other bases and with an importance matrix, until one is not refused."""
+    ways = [(onto, form) for onto in proof.candidates(form)]
+    if isinstance(form, Gguf) and form.lossy:
+        onto = ways[-1][0]
+        ways.insert(0, (onto, proof.weighed(form, partial(write_merged, proof.run.folder, onto=onto, **given))))
+    for onto, one in ways[:-1]:
         with suppress(NotAsGood):
-            return write_merged(proof.run.folder, onto=candidate, export_format=form, prove=proof.prove, **given)
-    return write_merged(proof.run.folder, onto=last, export_format=form, prove=proof.prove, **given)
+            return write_merged(proof.run.folder, onto=onto, export_format=one, prove=proof.prove, **given)
+    onto, one = ways[-1]
+    return write_merged(proof.run.folder, onto=onto, export_format=one, prove=proof.prove, **given)
 
 
 def _named(

@@ -50,7 +50,7 @@ from lorafit.backbone.projections import (
     linear_size,
     projections_of,
 )
-from lorafit.backbone.stored_weights import packed_weights, with_stored_weights
+from lorafit.backbone.stored_weights import packed_weights, plain_name, with_stored_weights
 
 __all__ = [
     "FreshWeight",
@@ -71,6 +71,7 @@ __all__ = [
     "fresh_weights",
     "is_packed_base",
     "is_plain_linear",
+    "plain_name",
     "require_twin",
     "frozen_features",
     "frozen_in",

@@ -36,7 +36,7 @@ def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
     nothing, where the base has no such weights: it is stored in 4 bits, or fuses linears while loading.
     """
     readers = _readers(folder)
-    layers = {_plain(name): each for name, each in frozen_weights(model).items()}
+    layers = {plain_name(name): each for name, each in frozen_weights(model).items()}
     if not layers or not set(layers) <= set(readers) or packed_weights(model) != len(layers):
         yield False
         return
@@ -52,7 +52,7 @@ def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
             del layer.__dict__["matrices" if isinstance(layer, FrozenExpertsLinear) else "forward"]
 
 
-def _plain(weight: str) -> str:
+def plain_name(weight: str) -> str:
     """Return the name of a weight in the base, whether PEFT wraps its module or not."""
     return weight.removeprefix(WRAPPED).replace(BASE_LAYER, "")
 

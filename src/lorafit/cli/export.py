@@ -75,6 +75,8 @@ def show_exported(exported: ExportedRun) -> None:
     for engine in exported.verification["engines"]:
         colour = COLOURS[engine["status"]]
         say(f"  [{colour}]{engine['status']}[/{colour}] in {engine['engine']}: {escape(engine['reason'])}")
+    if "importance" in exported.verification:
+        say(f"  {escape(exported.verification['decision']['reason'])}")
     show_findings(list(exported.findings))
     commands = [
         (each["command"], f"in that folder: serve it with {each['engine']}") for each in exported.serving["commands"]

@@ -17,8 +17,9 @@ from lorafit.export.formats import TransformersModel
 from lorafit.export.formats.gguf.gguf_format import BITS, Gguf
 from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel, quantize_rows
 from lorafit.export.formats.gguf.lora_file import LowRank, write_lora
-from lorafit.export.formats.gguf.tensor_types import type_of
+from lorafit.export.formats.gguf.tensor_types import encode, type_of
 from lorafit.export.formats.gguf.vocabulary import SPLITS, pre_tokenizer
+from lorafit.export.importance import input_squares
 from lorafit.export.merge import merge
 
 SIZES = {
@@ -132,6 +133,29 @@ def test_rows_quantized_by_llama_cpp_are_near_the_rows():
     for kind, most in ((gguf.GGMLQuantizationType.Q4_K, 0.09), (gguf.GGMLQuantizationType.Q6_K, 0.025)):
         back = gguf.quants.dequantize(quantize_rows(values, kind), kind)
         assert 0 < np.sqrt(np.mean((back - values) ** 2)) < most
+
+
+def test_columns_that_count_are_rounded_less():
+    values = np.random.default_rng(0).standard_normal((8, 512), dtype=np.float32)
+    importance = np.where(np.arange(512) % 2, 100.0, 0.01).astype(np.float32)
+    for kind in (gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q5_0):
+        plain, weighed = (
+            np.abs(gguf.quants.dequantize(encode(values, kind, given), kind) - values) for given in (None, importance)
+        )
+        assert weighed[:, 1::2].mean() < plain[:, 1::2].mean()
+
+
+def test_importance_is_the_mean_square_of_the_inputs_at_the_predicting_positions():
+    model = model_of("llama")
+    ids = np.random.default_rng(0).integers(5, 1000, 30).astype(np.int32)
+    row = Row(ids, np.arange(30) >= 20)
+    squares = input_squares(model, [row, row])
+    assert set(squares) == {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    hidden = model.model(torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0, 19:29]
+    np.testing.assert_allclose(squares["lm_head.weight"], hidden.detach().square().mean(0), rtol=1e-4)
+    embedded = model.model.embed_tokens(torch.from_numpy(ids[19:29].astype(np.int64)))
+    wanted = model.model.layers[0].input_layernorm(embedded).detach().square().mean(0)
+    np.testing.assert_allclose(squares["model.layers.0.self_attn.k_proj.weight"], wanted, rtol=1e-4)
 
 
 def test_a_merged_run_becomes_a_file_with_its_tokenizer_stops_and_template(make_run, tmp_path, jinja):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from torch import nn
 
 from lorafit.api.ship.finishing import Finishing
+from lorafit.api.ship.importance import Weighing, weighed
 from lorafit.backbone import base_fingerprint, is_packed_base, load_backbone
 from lorafit.config import MergeBase, base_folder
 from lorafit.errors import UsageError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, Row, TransformersModel, Verification, verify
 from lorafit.export.finished_run import FinishedRun
+from lorafit.export.formats import Gguf
 from lorafit.export.merge import requantized
 from lorafit.export.verify import NF4, EngineProof, PrecisionRow, Precisions, Reference, of_the_quantized, reason_for
 from lorafit.export.verify.precisions import AS_GOOD
@@ -22,7 +26,7 @@ from lorafit.methods import method_of
 
 
 class NotAsGood(Exception):
-    """The original base loses accuracy, so the merge goes onto the quantized one. Users never see this error."""
+    """Another way to merge is better, and is tried next. Users never see this error."""
 
 
 @dataclass
@@ -36,6 +40,7 @@ class MergeProof:
         onto: the base that the user chose; None to decide by measurement.
         base: the 16-bit model that takes the place of the run's base, if the user named one.
         measured: the rows of every base that was measured.
+        weighing: a K-quant with and without an importance matrix; None for other formats.
     """
 
     run: FinishedRun
@@ -47,6 +52,8 @@ class MergeProof:
     verification: Verification | None = None
     proofs: list[EngineProof] = field(default_factory=list)
     precisions: Precisions | None = None
+    weighing: Weighing | None = None
+    _known: Reference | None = None
 
     def candidates(self, form: ExportFormat) -> tuple[MergeBase, ...]:
         """Return the bases to try in order: the first that is as good is taken, else the last."""
@@ -75,7 +82,7 @@ class MergeProof:
         """
         config, method = self.run.config, method_of(self.run.config)
         live = method.load(load_backbone(config, exact=True), self.run.adapter, config)
-        reference = Reference.of(TransformersModel(live), [row for row in self.rows if len(row.predicting)])
+        reference = self._reference(live)
         measured = verify(
             live,
             staged,
@@ -86,6 +93,10 @@ class MergeProof:
             reference=reference,
             original=self._original(onto),
         )
+        if isinstance(form, Gguf) and form.importance and self.weighing is not None:
+            self.weighing.with_it = measured.merged
+            if not self.weighing.helps:
+                raise NotAsGood
         self.proofs, findings = self.finishing.finish(staged, live, form, measured)
         self.verification = measured
         del live
@@ -94,8 +105,39 @@ class MergeProof:
             self._decide(own, measured, reference)
         self.measured += own
         self.precisions = Precisions(onto, self._reason(onto, form), measured.live_loss, tuple(self.measured))
-        self.precisions.record(staged, **self._named_base(onto))
+        weighing = {} if self.weighing is None else self.weighing.to_dict()
+        self.precisions.record(staged, **self._named_base(onto), **weighing)
         return findings
+
+    def weighed(self, form: Gguf, write: Callable[..., object]) -> Gguf:
+        """Return `form` with an importance matrix, after `write` has measured the file without one.
+
+        `write` is `merge` for this run and base; the file that it writes is not kept.
+        """
+        config = self.run.config
+        live = method_of(config).load(load_backbone(config, exact=True), self.run.adapter, config)
+        reference = self._reference(live)
+        heavy, self.weighing = weighed(self.run, live, form)
+        device, compute = next(live.parameters()).device, live.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        del live
+        if heavy is form:
+            return form
+
+        def measure(staged: Path, onto: MergeBase, form: ExportFormat) -> NoReturn:
+            assert self.weighing is not None
+            with form.open(staged, device, compute) as artefact:
+                self.weighing.without = reference.compare(artefact)
+            raise NotAsGood
+
+        with suppress(NotAsGood):
+            write(export_format=form, prove=measure)
+        return heavy
+
+    def _reference(self, live: nn.Module) -> Reference:
+        """Return the live model's probabilities, which are computed once."""
+        if self._known is None:
+            self._known = Reference.of(TransformersModel(live), [row for row in self.rows if len(row.predicting)])
+        return self._known
 
     def _decide(self, own: list[PrecisionRow], measured: Verification, reference: Reference) -> None:
         """Add the rows of the quantized base if the original is chosen. Raises NotAsGood otherwise."""
@@ -132,7 +174,8 @@ class MergeProof:
         if self.run.config.quantization == "none":
             return "the run trained over it in 16 bits"
         if form.name != DEFAULT_FORMAT:
-            return "the model that was trained, in the format's own precision"
+            own = "the model that was trained, in the format's own precision"
+            return own if self.weighing is None else f"{own}, {self.weighing.sentence}"
         if self.run.config.init_lora_weights == "loftq":
             return "LoftQ's adapters restore what quantizing lost"
         bases = {row.onto for row in self.measured}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,11 @@ class Gguf:
 
     Attributes:
         quantization: a key of BITS; the K-quants mix types over the tensors as llama.cpp's own tool does.
+        importance: base's name of a weight -> importance of its columns (in,), by which K-quants weigh their errors.
     """
 
     quantization: str
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
     library_name = "gguf"
 
     @property
@@ -68,7 +71,7 @@ class Gguf:
         self.require_packages("gguf", *(["xllamacpp"] if self.lossy else []))
         from lorafit.export.formats.gguf.writer import write_gguf  # its packages are optional
 
-        return write_gguf(weights, folder / self.file, self.quantization)
+        return write_gguf(weights, folder / self.file, self.quantization, self.importance)
 
     @contextmanager
     def open(self, folder: Path, device: torch.device, compute: torch.dtype) -> Iterator[LlamaCppModel]:

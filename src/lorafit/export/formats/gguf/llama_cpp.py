@@ -107,15 +107,19 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def quantize_rows(values: np.ndarray, kind: int) -> np.ndarray:
+def quantize_rows(values: np.ndarray, kind: int, importance: np.ndarray | None = None) -> np.ndarray:
     """Return fp32 `values` (rows, columns) quantized by llama.cpp to the ggml type `kind`.
 
-    The result is bytes (rows, bytes a row).
+    The result is bytes (rows, bytes a row). `importance` (columns,) weighs the errors of each row.
     """
     rows, columns = values.shape
     source = np.ascontiguousarray(values, dtype=np.float32)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    assert weights is None or weights.shape == (columns,), "importance of other columns"
     encoded = np.empty((rows, library().ggml_row_size(int(kind), columns)), dtype=np.uint8)
-    written = library().ggml_quantize_chunk(int(kind), source.ctypes.data, encoded.ctypes.data, 0, rows, columns, None)
+    address = None if weights is None else weights.ctypes.data
+    to = (source.ctypes.data, encoded.ctypes.data)
+    written = library().ggml_quantize_chunk(int(kind), *to, 0, rows, columns, address)
     assert written == encoded.nbytes, "llama.cpp wrote another number of bytes than it said"
     return encoded
 

@@ -25,6 +25,8 @@ FILE_TYPES = {
 WIDER = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 """The type in place of a K-quant for rows whose length 256 does not divide."""
 K_QUANTS = frozenset(WIDER)
+SEARCHED = frozenset((Type.Q5_0, Type.Q5_1))
+"""Types whose scales llama.cpp searches for, if it is told the importance of columns."""
 
 
 def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, tied: bool) -> Type:
@@ -50,14 +52,17 @@ def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, t
     return Type.F16 if shape[-1] % 32 else chosen
 
 
-def encode(values: np.ndarray, kind: Type) -> np.ndarray:
-    """Return fp32 `values` (rows, columns) as the file stores them: numbers, or bytes (rows, bytes a row)."""
+def encode(values: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
+    """Return fp32 `values` (rows, columns) as the file stores them: numbers, or bytes (rows, bytes a row).
+
+    `importance` (columns,) weighs the errors of types that search for their scales.
+    """
     if kind is Type.F32:
         return values
     if kind is Type.F16:
         return values.astype(np.float16)
-    if kind in K_QUANTS:
-        return quantize_rows(values, kind)
+    if kind in K_QUANTS or (importance is not None and kind in SEARCHED):
+        return quantize_rows(values, kind, importance)
     return gguf.quants.quantize(values, kind)
 
 

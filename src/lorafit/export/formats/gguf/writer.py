@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,16 @@ from lorafit.export.formats.gguf.vocabulary import write_vocabulary
 SPOOL = ".encoded-tensors"
 
 
-def write_gguf(weights: Iterable[tuple[str, Tensor]], path: Path, quantization: str) -> Written:
+def write_gguf(
+    weights: Iterable[tuple[str, Tensor]],
+    path: Path,
+    quantization: str,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> Written:
     """Write `weights` to the file `path`, one tensor in memory at a time.
 
-    The folder of `path` holds config.json, tokenizer and chat template.
+    The folder of `path` holds config.json, tokenizer and chat template. `importance` (in,) is that of the columns of
+    weights, by their names in `weights`.
 
     A GGUF file begins with the names and sizes of all tensors, so encoded tensors wait in a file beside it.
     """
@@ -36,7 +42,7 @@ def write_gguf(weights: Iterable[tuple[str, Tensor]], path: Path, quantization: 
     write_vocabulary(writer, folder, config.vocab_size)
     spool = folder / SPOOL
     try:
-        total = _encode_all(writer, weights, architecture, quantization, spool)
+        total = _encode_all(writer, weights, architecture, quantization, spool, importance or {})
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -52,13 +58,14 @@ def _encode_all(
     architecture: Architecture,
     quantization: str,
     spool: Path,
+    importance: Mapping[str, np.ndarray],
 ) -> int:
     """Encode every tensor into `spool`, and name it in `writer`; return the bytes of all."""
     tied, pieces = bool(getattr(architecture.config, "tie_word_embeddings", False)), []
     with spool.open("wb") as out:
-        for stored, values in _named(weights, architecture, tied):
+        for name, stored, values in _named(weights, architecture, tied):
             kind = type_of(stored, values.shape, quantization, architecture.layers, tied)
-            data = np.ascontiguousarray(encode(values, kind))
+            data = np.ascontiguousarray(encode(values, kind, importance.get(name)))
             pieces.append(_Piece(stored, kind, data.dtype, data.shape, out.tell()))
             data.tofile(out)
         total = out.tell()
@@ -80,9 +87,9 @@ class _Piece(NamedTuple):
 
 def _named(
     weights: Iterable[tuple[str, Tensor]], architecture: Architecture, tied: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in the file, fp32 values) of every tensor; a tied head is left out, since the embeddings serve."""
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (name, name in the file, fp32 values) of every tensor but a tied head, for which the embeddings serve."""
     for name, tensor in weights:
         if not (tied and name == "lm_head.weight"):
-            yield architecture.tensor(name, tensor.float().cpu().numpy())
-    yield from architecture.extra_tensors().items()
+            yield name, *architecture.tensor(name, tensor.float().cpu().numpy())
+    yield from (("", stored, values) for stored, values in architecture.extra_tensors().items())
