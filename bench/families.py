@@ -5,7 +5,7 @@
 Each family runs in a process of its own. Two runs of two steps are trained: `qv` with the planned quantization, and
 `all-linear` on the base as stored. The second one's first loss is compared with the plain base's, each row alone, and
 its merged model's logits with those of plain PEFT. `--keep` adds the results to a file, so that a walk may be made in
-slices. `--out` writes the table that `lorafit models` prints, from the last result of each family in that file.
+slices. `--out` renews the table that `lorafit models` prints, from the last result of each family in that file.
 """
 
 from __future__ import annotations
@@ -215,12 +215,18 @@ def table_row(found: dict[str, Any]) -> TriedFamily:
 
 
 def write_table(tried: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the table of the families that transformers could build, with date and versions."""
-    rows = sorted((table_row(found) for found in tried if found["built"]), key=lambda row: row.name)
+    """Write the table of the families that transformers could build, with date and versions.
+
+    Families of the table at `path` that were not tried again keep their rows.
+    """
+    known = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else []
+    rows = {row["name"]: row for row in known} | {
+        row.name: asdict(row) for row in map(table_row, (found for found in tried if found["built"]))
+    }
     content = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": {name: version(name) for name in ("transformers", "peft", "torch")},
-        "families": [asdict(row) for row in rows],
+        "families": [rows[name] for name in sorted(rows)],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -235,7 +241,8 @@ def _child(family: str, results: Any) -> None:
 
 def walk_apart(family: str) -> dict[str, Any]:
     """Return the row of `family`, walked in a child process that may die or hang."""
-    context: Any = multiprocessing.get_context("fork")
+    # a forked child cannot use a GPU that its parent has initialized
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     results = context.Queue()
     child = context.Process(target=_child, args=(family, results))
     child.start()

@@ -91,6 +91,9 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "bailing_hybrid": {"n_group": 2, "num_group": 2, "topk_group": 1},
     "hrm_text": {"num_layers_per_stack": 2},
+    "longcat_flash": {"qk_head_dim": 16},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32,
+               "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "nemotron_h_omni": {},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""

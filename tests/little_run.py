@@ -1,9 +1,11 @@
 """Rows, settings and models for tests that train: the demo's base, and tiny random ones."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+from transformers import TrainerCallback
 
 from lorafit.config import resolve
 from lorafit.data import Encoded, Rows
@@ -31,3 +33,14 @@ def encoded_rows(*lengths: int, seed: int = 0, low: int = 4, high: int = 250) ->
 def settings(**given):
     """A RunConfig over the demo base, without dropout unless asked for."""
     return resolve(flags={"base": str(BASE), "dropout": 0.0, **given}).config
+
+
+class Send(TrainerCallback):
+    """Send this process a signal at the beginning of a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)

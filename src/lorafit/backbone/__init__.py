@@ -46,6 +46,7 @@ from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
 from lorafit.backbone.projections import (
     adapter_obstacles,
     experts_per_token,
+    is_mixture,
     is_plain_linear,
     linear_size,
     projections_of,
@@ -69,6 +70,7 @@ __all__ = [
     "freeze_linears",
     "forget_quantization",
     "fresh_weights",
+    "is_mixture",
     "is_packed_base",
     "is_plain_linear",
     "plain_name",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +54,7 @@ READ = "the model's code reads its weight past an adapter"
 CROSS = "it attends to an encoder, which a decoder alone does not have"
 CROSS_NAMES = frozenset({"encoder_attn", "crossattention", "cross_attn"})
 OWN_PRODUCT = "its class computes more than a product with its weight"
+RENAMED = "PEFT renames the keys of its adapter when it loads them, and does not find it again"
 INDEXER = "it only chooses which tokens are seen, so no gradient reaches it"
 
 
@@ -104,6 +106,8 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
     pattern = {**_MODEL_TO_CONVERSION_PATTERN, **OWN_PATTERNS}.get(kind, "")
     old, bare = OLD_EXPERTS.get(pattern, frozenset()), bare_weights(model)
     indexers = {id(part) for one in model.modules() if "Indexer" in type(one).__name__ for part in one.modules()}
+    rules = get_model_conversion_mapping(unwrapped(model))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     obstacles = {}
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
@@ -121,7 +125,17 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
             obstacles[module] = INDEXER
         elif not _is_plain_product(module):
             obstacles[module] = OWN_PRODUCT
+        elif _is_renamed(path, renamings):
+            obstacles[module] = RENAMED
     return obstacles
+
+
+def _is_renamed(path: str, renamings: list[WeightRenaming]) -> bool:
+    """Return True if transformers' rules for checkpoints, which PEFT applies to adapters, rename that of `path`."""
+    name = renamed = f"{path}.lora_A.weight"
+    for rule in renamings:
+        renamed, _ = rule.rename_source_key(renamed)
+    return not name.endswith(renamed)
 
 
 def _is_plain_product(module: nn.Module) -> bool:
@@ -147,6 +161,11 @@ def experts_per_token(model: nn.Module) -> int:
     """Return the experts that one token of `model` visits; 1 without experts."""
     text = architecture_of(unwrapped(model)).get_text_config()
     return first_number(text, EXPERTS_PER_TOKEN) if first_number(text, EXPERTS) else 1
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Return True if `model` routes its tokens to experts."""
+    return first_number(architecture_of(unwrapped(model)).get_text_config(), EXPERTS) > 1
 
 
 def first_number(text: Any, keys: tuple[str, ...]) -> int:

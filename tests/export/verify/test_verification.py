@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from lorafit.errors import VerificationError
 from lorafit.export import format_named, merge
 from lorafit.export import verify as verify_export
+from lorafit.export.verify.comparison import Comparison
+from lorafit.export.verify.verification import _judge_routed
 from lorafit.methods import METHODS
 
 
@@ -198,3 +200,12 @@ def test_a_run_on_a_gpu_is_merged_and_verified_there(make_run, rows, tmp_path, c
     run = make_run(tmp_path, compute=compute)
     result = verify(run.live, merge(run.path).folder, rows, "quantized")
     assert result.passed and result.floors < 10, result.reason
+
+
+def test_a_mixture_may_have_a_few_rows_beyond_the_floor_but_not_most():
+    floor, base = Comparison(1e-6, 1.0, 2.0, 1e-6), Comparison(0.2, 0.4, 3.0, 0.2)
+    passed, reason = _judge_routed(Comparison(2e-3, 1.0, 2.0, 5e-6), floor, base)  # one row went to another expert
+    assert passed and "in the median row is within 10 ×" in reason and "mean KL 2.0e-03" in reason
+    assert _judge_routed(Comparison(2e-3, 1.0, 2.0, 2e-3), floor, base) is None
+    assert _judge_routed(Comparison(2e-2, 1.0, 2.0, 5e-6), floor, base) is None  # a tenth of the way to the base
+    assert _judge_routed(Comparison(float("nan"), 0.0, 2.0, float("nan")), floor, base) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ class Comparison:
         kl: KL divergence from the reference, in nats.
         top1_agreement: Share of positions with the reference's most likely token.
         loss: The model's own task loss, in nats.
+        median_kl: The KL of the row with the median one.
     """
 
     kl: float
     top1_agreement: float
     loss: float
+    median_kl: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,15 @@ class Reference:
 
     def compare_to(self, log_probs: Iterable[Tensor]) -> Comparison:
         """Return the comparison with a model's log-probabilities of the same rows."""
-        kl = agree = nll = 0.0
+        agree = nll = 0.0
+        kls = []
         for row, ours, theirs in zip(self.rows, self.log_probs, log_probs, strict=True):
-            kl += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
+            kls.append(float(F.kl_div(theirs, ours, reduction="sum", log_target=True)))
             agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             nll += float(F.nll_loss(theirs, row.targets, reduction="sum"))
-        return Comparison(kl / self.positions, agree / self.positions, nll / self.positions)
+        each = sorted(kl / max(1, len(row.predicting)) for kl, row in zip(kls, self.rows, strict=True))
+        median = each[len(each) // 2] if each else math.nan
+        return Comparison(sum(kls) / self.positions, agree / self.positions, nll / self.positions, median)
 
 
 def median_row(reference: Reference, log_probs: Iterable[Tensor]) -> Comparison:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit.backbone import computing_in, packed_weights, rounding_activations
+from lorafit.backbone import computing_in, is_mixture, packed_weights, rounding_activations
 from lorafit.config import MergeBase
 from lorafit.errors import VerificationError
 from lorafit.export.formats import ExportFormat, OpenedModel, Row, TransformersModel
@@ -30,6 +30,8 @@ LEAST_FLOOR = 1e-7
 """Least noise floor, in nats; the floor of weights in fp32 is zero."""
 LOSSY_SHARE = 0.01
 """Most KL of a correct quantization under 8 bits, as a share of the KL of the base without its adapter."""
+ROUTED_SHARE = 0.05
+"""Most mean KL of a correct merge of a mixture, as a share of the KL of the base without its adapter."""
 LOSS_MARGIN = 0.05
 """Nats of task loss that a merge onto the original base may lose if the adapter moved the base little."""
 VERIFICATION_FILE = "verification.json"
@@ -110,7 +112,7 @@ def verify(
     from the live model than the base alone and does the task worse.
 
     `reference` has the live model's probabilities if they are known. Rows whose log-probabilities exceed 1 GiB in all
-    are left out. verification.json is written to the folder.
+    are left out. A mixture may pass in its median row (`_judge_routed`). verification.json is written to the folder.
     """
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
@@ -130,7 +132,7 @@ def verify(
         onto, False, "", merged, floor, base, reference.loss, len(reference.rows), reference.positions,
         _name(dtype), _name(stored), time.monotonic() - started, export_format.name, *exactly,
     )  # fmt: skip
-    verification = _judged(measured, lossy=export_format.lossy, is_same=not packed_weights(live_model))
+    verification = _judged(measured, live_model, lossy=export_format.lossy)
     write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
 
@@ -154,7 +156,7 @@ def verified_in(
         exact=None,
         exact_floor=None,
     )
-    return _judged(measured, lossy=False, is_same=not packed_weights(live_model))
+    return _judged(measured, live_model, lossy=False)
 
 
 def _exactly(
@@ -167,14 +169,17 @@ def _exactly(
     return median_row(reference, map(artefact.log_probabilities, reference.rows)), floor
 
 
-def _judged(measured: Verification, *, lossy: bool, is_same: bool) -> Verification:
-    """Return `measured` with its verdict. `is_same` is True if a merge onto the original is the live model."""
+def _judged(measured: Verification, live_model: nn.Module, *, lossy: bool) -> Verification:
+    """Return `measured` with its verdict."""
+    is_same = not packed_weights(live_model)  # a merge onto the original is the live model then
     if measured.exact is not None and measured.exact_floor is not None:
         passed, reason = _judge(measured.exact, measured.exact_floor, measured.base, lossy=lossy, what=OVER_STORED)
     elif measured.onto == "original" and not is_same:
         passed, reason = _judge_grossly(measured.live_loss, measured.merged, measured.base)
     else:
         passed, reason = _judge(measured.merged, measured.floor, measured.base, lossy=lossy)
+        if not passed and not lossy and is_mixture(live_model):
+            passed, reason = _judge_routed(measured.merged, measured.floor, measured.base) or (passed, reason)
     return replace(measured, passed=passed, reason=reason)
 
 
@@ -193,6 +198,21 @@ def _judge(
     if base.kl < floor.kl:
         reason += "; the adapter moves the base by less than the floor, so this comparison is weak: train it longer"
     return near, reason
+
+
+def _judge_routed(merged: Comparison, floor: Comparison, base: Comparison) -> tuple[bool, str] | None:
+    """Return the verdict in the median row, for a mixture of which a few rows alone are beyond the floor.
+
+    Rounding sends a token near a tie to another expert, and moves its row by more than all rounding together. A wrong
+    merge moves most rows. None if it is one, or if the mean has come a share of the way to the bare base.
+    """
+    bound = FLOORS * max(floor.median_kl, LEAST_FLOOR)
+    if not (merged.median_kl <= bound and merged.kl <= ROUTED_SHARE * base.kl):
+        return None
+    return True, (
+        f"KL {merged.median_kl:.1e} in the median row is within {FLOORS:g} × the noise floor ({bound:.1e}); rounding "
+        f"sends tokens of other rows to other experts (mean KL {merged.kl:.1e})"
+    )
 
 
 def _judge_grossly(live_loss: float, merged: Comparison, base: Comparison) -> tuple[bool, str]:

@@ -279,6 +279,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     bind_experts(adapted)
     prepare_dora(adapted, is_new=False)
     check_attached(adapted, weights)
+    restore_adapter(adapted, folder)  # PEFT leaves an adapter whose key it renamed at zero
     return adapted
 
 
