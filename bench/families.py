@@ -219,14 +219,15 @@ def write_table(tried: Sequence[dict[str, Any]], path: Path) -> None:
 
     Families of the table at `path` that were not tried again keep their rows.
     """
-    known = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else []
-    rows = {row["name"]: row for row in known} | {
-        row.name: asdict(row) for row in map(table_row, (found for found in tried if found["built"]))
-    }
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = {row["name"]: row for row in known.get("families", ())}
+    rows |= {row.name: asdict(row) for row in map(table_row, (found for found in tried if found["built"]))}
+    unbuilt = known.get("unbuilt", {}) | {found["family"]: found["reason"] for found in tried if not found["built"]}
     content = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": {name: version(name) for name in ("transformers", "peft", "torch")},
         "families": [rows[name] for name in sorted(rows)],
+        "unbuilt": {name: unbuilt[name] for name in sorted(unbuilt) if name not in rows},
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

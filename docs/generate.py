@@ -144,6 +144,10 @@ def families_page() -> str:
         kinds = {"packed": "packed", "padded": "padded", "alone": "one a forward", "": ""}[one.rows]
         cells = [f"`{one.name}`", verdict, kinds, ", ".join(one.qv), ", ".join(one.all_linear), _cell(one.reason)]
         rows.append(f"| {' | '.join(cells)} |")
+    unbuilt = [f"| `{name}` | {_cell(reason)} |" for name, reason in tried.unbuilt.items()]
+    if unbuilt:
+        why = "transformers built no tiny base of these families, so they could not be walked:"
+        rows += ["", why, "", "| family | transformers' error |", "|---|---|", *unbuilt]
     return "\n".join([MADE, "# Model families", "", opening, "", how, "", *rows])
 
 

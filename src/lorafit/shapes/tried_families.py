@@ -53,11 +53,13 @@ class TriedFamilies:
         date: Day of the run.
         versions: Package -> version that it ran with.
         families: The families in alphabetical order.
+        unbuilt: Family -> why transformers built no tiny base of it, so that it could not be tried.
     """
 
     date: str
     versions: Mapping[str, str]
     families: tuple[TriedFamily, ...]
+    unbuilt: Mapping[str, str]
 
 
 def tried_families() -> TriedFamilies:
@@ -66,4 +68,4 @@ def tried_families() -> TriedFamilies:
     rows = (
         TriedFamily(**(row | {key: tuple(row[key]) for key in ("qv", "all_linear")})) for row in content["families"]
     )
-    return TriedFamilies(content["date"], content["versions"], tuple(rows))
+    return TriedFamilies(content["date"], content["versions"], tuple(rows), content.get("unbuilt", {}))
