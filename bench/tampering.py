@@ -136,22 +136,23 @@ def campaign(
     counts: dict[str, Counter[str]] = {}
     failures: list[str] = []
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
-    for verb in verbs:
-        command = commands.all()[verb]
-        counts[verb] = Counter()
-        undisturbed = fresh(folder, whole)
-        outcome(command, undisturbed, "")
-        wanted = (undisturbed.parent / "answer.txt").read_text()
-        for name in files:
-            for how, harm in ((how, HARMS[how]) for how in hows):
-                run = fresh(folder, whole)
-                harm(run / name, victim)
-                kind, said = outcome(command, run, wanted)
-                counts[verb][kind] += 1
-                if kind in ("silent", "crashed") or victim.read_text() != "dear":
-                    failures.append(f"{verb}, {name}, {how}: {kind}: {said[-300:]}")
-                victim.write_text("dear")
-                shutil.rmtree(run.parent)
+    with contextlib.suppress(KeyboardInterrupt):  # what was tried until then is a result too
+        for verb in verbs:
+            command = commands.all()[verb]
+            counts[verb] = Counter()
+            undisturbed = fresh(folder, whole)
+            outcome(command, undisturbed, "")
+            wanted = (undisturbed.parent / "answer.txt").read_text()
+            for name in files:
+                for how, harm in ((how, HARMS[how]) for how in hows):
+                    run = fresh(folder, whole)
+                    harm(run / name, victim)
+                    kind, said = outcome(command, run, wanted)
+                    counts[verb][kind] += 1
+                    if kind in ("silent", "crashed") or victim.read_text() != "dear":
+                        failures.append(f"{verb}, {name}, {how}: {kind}: {said[-300:]}")
+                    victim.write_text("dear")
+                    shutil.rmtree(run.parent)
     return counts, failures
 
 
