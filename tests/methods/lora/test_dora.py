@@ -9,6 +9,7 @@ from little_trainer import assert_same, trainer
 from lorafit.backbone import dequantize_linears, forget_quantization, load_backbone
 from lorafit.config import RunConfig
 from lorafit.engine import DecoderLayers
+from lorafit.engine.autotune.measure import mlp_matmuls
 from lorafit.errors import AdapterError
 from lorafit.hardware import hardware_named
 from lorafit.memory.inputs import DataStats, PlanInputs
@@ -162,3 +163,11 @@ def test_it_is_pefts_file(base, tmp_path):
     ours = LORA.load(load_backbone(config), tmp_path / "theirs", config).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(some_ids()).logits, theirs(some_ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_autotune_measures_what_its_mlp_keeps(base):
+    """For plain LoRA it would time the two products, on a GPU."""
+    config = settings(base, targets="all-linear")
+    model = attach(load_backbone(config), config)
+    with DecoderLayers(model, compiled=True, backend="eager") as layers:
+        assert layers.widths and mlp_matmuls(layers, 8) is None

@@ -12,6 +12,7 @@ import torch
 
 from lorafit.backbone import FrozenLinear4bit
 from lorafit.engine.layers.decoder import DecoderLayers
+from lorafit.methods.lora.dora import MAGNITUDE
 
 REPEATS = 3
 COPY_BYTES = 1 << 27
@@ -155,13 +156,18 @@ def dequantize_s(layers: DecoderLayers) -> float:
 def mlp_matmuls(layers: DecoderLayers, tokens: int) -> MlpMatmuls | None:
     """Return the matmuls that level `feed_forward` recomputes in the first layer, for `tokens` tokens.
 
-    None if they must be measured: experts, and MLPs without one or two linears into them.
+    None if they must be measured: experts, MLPs without one or two linears into them, and DoRA, which keeps more than
+    their outputs.
     """
-    hidden = layers.core.config.get_text_config().hidden_size
-    linears = [module for module in layers.layers[0].modules() if isinstance(module, torch.nn.Linear)]
-    into = [linear for linear in linears if linear.in_features == hidden and linear.out_features in layers.widths]
-    if not 1 <= len(into) <= MAX_MLP_MATMULS:
+    hidden, layer = layers.core.config.get_text_config().hidden_size, layers.layers[0]
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    inner = {
+        name: one for name, one in linears.items() if one.in_features == hidden and one.out_features in layers.widths
+    }
+    scaled = tuple(f"{name.removesuffix('.base_layer')}.{MAGNITUDE}." for name in inner)
+    if not 1 <= len(inner) <= MAX_MLP_MATMULS or any(name.startswith(scaled) for name, _ in layer.named_parameters()):
         return None
+    into = list(inner.values())
     dtype = layers.core.dtype
     inputs = torch.randn(1, tokens, hidden, device="cuda", dtype=dtype)
 
