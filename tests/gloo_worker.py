@@ -14,8 +14,8 @@ from lorafit.methods.lora import attach
 LENGTHS = (23, 5, 40, 12, 31, 8, 17, 29, 3, 44)
 
 
-def adapted(config):
-    model = attach(load_backbone(config, device="cpu"), config)
+def adapted(config, base=None):
+    model = attach(base or load_backbone(config, device="cpu"), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -123,3 +123,29 @@ def test_what_train_refuses_of_shards_plan_refuses():
     (finding,) = full(2, memory_policy="offload").findings
     assert finding.where == "memory_policy" and "sharded" in finding.message
     assert not full(2, memory_policy="recompute").findings
+
+
+def of_70b(gpu, **flags):
+    resolved = resolve({}, {"gpu": gpu, "quantization": "nf4", "rank": 16, "examples_per_step": 8, **flags})
+    data = facts(rows=20_000, mean=2_048, longest=2_048)
+    big = shape(hidden_size=8_192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64)
+    return make_plan(resolved, data, big, hardware_for(resolved.config))
+
+
+def test_a_base_that_fits_no_single_gpu_is_shared():
+    """Half of 70B in NF4 takes 16.4 GiB; a whole one would take 33."""
+    plan = of_70b("2 x RTX 4090")
+    parts = {part.name: part.size_bytes for part in plan.memory.components}
+    (reason,) = [one.reason for one in plan.decisions if one.key == "shard_base"]
+    assert plan.inputs.config.shard_base == "on" and plan.fits and "each holds 1/2 of every layer" in reason
+    assert parts["base, layers, sharded"] == pytest.approx(16.45 * 2**30, rel=0.01)
+    assert parts["gathered layers"] == pytest.approx(4 * parts["base, layers, sharded"] / 80, rel=0.01)
+    assert not plan.inputs.policy.dequantized_layers and not plan.inputs.policy.cuda_graph_max_tokens
+    assert "2 GPUs, which share the base's layers" in " ".join(plan.notes)
+    assert dict(of_70b("2 x H200").settings())["shard_base"] == "off"
+    assert dict(of_70b("H200").settings())["shard_base"] == "off"
+    refused = of_70b("2 x RTX 4090", dora=True).findings[0]
+    assert (
+        refused.message == "the base's layers are shared by 2 GPUs, and dora is set"
+        and refused.fix == "set dora: false"
+    )

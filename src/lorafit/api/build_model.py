@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafit.api.plan import PlannedRun
-from lorafit.backbone import compute_dtype, default_device, load_backbone
+from lorafit.backbone import compute_dtype, default_device, load_backbone, load_sharded
 from lorafit.config import Resolved, RunConfig, Source, parse_bytes, read_json
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows, largest_step, steps_per_epoch
@@ -38,10 +39,10 @@ from lorafit.engine import (
 from lorafit.errors import RunDirError
 from lorafit.evaluate.rounding_check import quantization_loss
 from lorafit.findings import Finding
-from lorafit.memory.inputs import MASTER_BYTES, moment_bytes, most_tokens, policy_of
+from lorafit.memory.inputs import most_tokens, policy_of
 from lorafit.methods import Method, method_of
-from lorafit.methods.full.in_backward import gradients_as_in_steps, updates_in_backward
-from lorafit.methods.full.sharding import free_gathered, is_sharded, own_shard, shard
+from lorafit.methods.full.in_backward import gradients_as_in_steps
+from lorafit.methods.full.sharding import free_gathered, gathers_layers, shard
 from lorafit.methods.lora import Counts, count_parameters
 from lorafit.objectives import Objective, objective_of
 from lorafit.runs import RunDir, is_sealed, sealed
@@ -57,6 +58,7 @@ from lorafit.training import (
     total_steps,
 )
 from lorafit.training.distributed import Processes
+from lorafit.training.updates import coming_bytes, updated_at_once
 
 PROOF_ROWS, PROOF_TOKENS = 4, 256
 
@@ -87,7 +89,8 @@ class BuiltModel:
 def build_model(planned: PlannedRun, *, is_new: bool = True, world: int = 1) -> BuiltModel:
     """Return the model of a planned run, measured against its base's own precision if the run is new.
 
-    With `method` full its weights are sharded over `world` processes. Raises BackboneError, AdapterError.
+    With `method` full its weights are sharded over `world` processes, with shard_base the frozen layers. Raises
+    BackboneError, AdapterError.
     """
     config = planned.resolved.config
     lock_pages_by_threads()
@@ -100,6 +103,10 @@ def build_model(planned: PlannedRun, *, is_new: bool = True, world: int = 1) -> 
     if config.method == "full" and world > 1:
         model = sharded_model(config)
         require_runs(model, samples[0])
+    elif config.shard_base == "on" and world > 1:
+        base = load_sharded(config)
+        require_runs(base, samples[0])
+        model = method.prepare(base, config, planned.plan.targets)
     else:
         base = load_backbone(config, dense_budget_bytes=_dense_budget(config))
         require_runs(base, samples[0])
@@ -176,12 +183,12 @@ def tune_memory(
     request = _PolicyRequest.of(config, is_explicit)
     before = _restore_policy(layers, request, run)
     solves = request.asked == AUTO and before is None
-    grows = solves and not is_sharded(built.model)  # a planned policy names its micro-batch
+    grows = solves and not gathers_layers(built.model)  # a planned policy names its micro-batch
     workload = _workload(built, config, rows, device, grows=grows, world=processes.world)
     # backward passes too: recomputed layers must attend as in the forward pass
-    with built.rows.attending(built.model), gradients_as_in_steps(_updated_at_once(built, config)):
+    with built.rows.attending(built.model), _as_in_steps(built, config):
         budget = processes.least(budget_bytes(config))
-        if is_sharded(built.model):
+        if gathers_layers(built.model):
             found = prove_policy(built.model, layers, workload, budget, processes.most, solves=solves)
         else:
             found = processes.together(lambda: find_policy(built.model, layers, workload, budget, solves=solves))
@@ -199,10 +206,9 @@ def tune_memory(
             memory.graphs.forget()
 
 
-def _updated_at_once(built: BuiltModel, config: RunConfig) -> list[Any]:
-    """Return the weights whose gradients the backward pass consumes; none in most runs."""
-    trained = list(built.method.trainable(built.model))
-    return trained if config.method == "full" and updates_in_backward(config.optimizer, trained) else []
+def _as_in_steps(built: BuiltModel, config: RunConfig) -> AbstractContextManager[None]:
+    """Free gradients within the block where the run's optimizer frees them in the backward pass."""
+    return gradients_as_in_steps(updated_at_once(built.method.trainable(built.model), config))
 
 
 def _agreed(layers: DecoderLayers, own: DryRun, processes: Processes) -> DryRun:
@@ -328,7 +334,7 @@ def _tuned(
         layers=layers,
         graphs=graphs,
         # its timing depends on the allocator's history, which differs between processes
-        watches_allocator=not config.deterministic and not is_sharded(built.model),
+        watches_allocator=not config.deterministic and not gathers_layers(built.model),
         changed=changed,
         rows=built.rows,
     )
@@ -361,7 +367,7 @@ def _workload(
     trained = built.method.trainable(built.model)
     # training's autocast, or other layers are compiled and other bytes measured
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
-    state, at_once = moment_bytes(config.optimizer), _updated_at_once(built, config)
+    at_once = updated_at_once(trained, config)
 
     def batch_of(micro_tokens: int) -> MicroBatch:
         limit = built.rows.micro_tokens(micro_tokens)
@@ -386,13 +392,5 @@ def _workload(
         step_tokens=float(rows.lengths.mean()) * min(config.examples_per_step, len(rows)) / world,
         within=within,
         between_bytes=2 * sum(weight.nbytes for weight in at_once),
-        coming_bytes=0
-        if at_once
-        else round(sum(own_shard(weight).numel() * (state + _held_bytes(weight, config)) for weight in trained)),
+        coming_bytes=coming_bytes(trained, config),
     )
-
-
-def _held_bytes(weight: Tensor, config: RunConfig) -> int:
-    """Return the bytes that one value of a trained weight takes beside its moments: gradient and master copy."""
-    has_master = weight.element_size() < MASTER_BYTES and config.optimizer == "adamw"
-    return weight.element_size() + (MASTER_BYTES if has_master else 0)

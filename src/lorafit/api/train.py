@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from lorafit.api.plan import plan_prepared
 from lorafit.api.preflight import before_loading, before_reading, require_ready
 from lorafit.api.processes.follower import Lead, following
 from lorafit.api.settings import require_base, require_data, settle, template_for
-from lorafit.backbone import redirect_library_logs
+from lorafit.backbone import redirect_library_logs, require_unchanged
 from lorafit.config import Resolved, RunConfig
 from lorafit.data import Prepared, Rows, Template, prepare, require_clean
 from lorafit.errors import RunDirError, TrainingStopped, UsageError
@@ -252,6 +253,7 @@ def _train_model(
         started = time.perf_counter()
         loop.run(checkpoint.folder if checkpoint else None)
         train_s = time.perf_counter() - started
+        processes.together(partial(require_unchanged, built.model))
         own = _end(manifest, known, loop, metrics)
         return _result(manifest, built, loop, train_s, own)
 

@@ -51,6 +51,15 @@ from lorafit.backbone.projections import (
     linear_size,
     projections_of,
 )
+from lorafit.backbone.shards import (
+    LayerShards,
+    decoder_layers,
+    load_sharded,
+    read_sharded,
+    require_unchanged,
+    shard_layers,
+    shards_of,
+)
 from lorafit.backbone.stored_weights import packed_weights, plain_name, with_stored_weights
 
 __all__ = [
@@ -58,7 +67,14 @@ __all__ = [
     "FrozenExpertsLinear",
     "FrozenLinear4bit",
     "adapter_obstacles",
+    "LayerShards",
     "base_damages",
+    "decoder_layers",
+    "load_sharded",
+    "read_sharded",
+    "require_unchanged",
+    "shard_layers",
+    "shards_of",
     "base_fingerprint",
     "base_skeleton",
     "compute_dtype",

@@ -35,7 +35,7 @@ def with_stored_weights(model: nn.Module, folder: Path) -> Iterator[bool]:
     One weight is in memory at a time, of experts all of a layer; adapters stay in use. Yields False, and changes
     nothing, where the base has no such weights: it is stored in 4 bits, or fuses linears while loading.
     """
-    readers = _readers(folder)
+    readers = readers_of(folder)
     layers = {plain_name(name): each for name, each in frozen_weights(model).items()}
     if not layers or not set(layers) <= set(readers) or packed_weights(model) != len(layers):
         yield False
@@ -57,7 +57,7 @@ def plain_name(weight: str) -> str:
     return weight.removeprefix(WRAPPED).replace(BASE_LAYER, "")
 
 
-def _readers(folder: Path) -> dict[str, Reader]:
+def readers_of(folder: Path) -> dict[str, Reader]:
     """Return what reads each parameter; nothing for a base that is stored in 4 bits."""
     architecture = read_architecture(folder)
     if is_prequantized(architecture):

@@ -136,6 +136,9 @@ class RunConfig(BaseModel):
         None, description="GPUs of this machine to train on, a number or all; default one"
     )
     gpu_memory: str | None = Field(None, description="most GPU memory to use, as 8GB")
+    shard_base: Literal["auto", "on", "off"] = Field(
+        "auto", description="share the frozen base's layers among the GPUs; auto: if it does not fit each"
+    )
     report_to: tuple[str, ...] = Field((), description="trackers of transformers: tensorboard, wandb, mlflow, …")
 
     @model_validator(mode="before")
@@ -204,7 +207,7 @@ class RunConfig(BaseModel):
             return "pissa"
         return "default" if value is True or value == "true" else value
 
-    @field_validator("compile", mode="before")
+    @field_validator("compile", "shard_base", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -298,6 +301,7 @@ def _with_defaults_of_method(values: dict[str, Any]) -> dict[str, Any]:
 
 PLANNED = (
     "method", "rank", "alpha", "quantization", "compute", "compile", "lr", "optimizer", "memory_policy", "serving",
+    "shard_base",
 )  # fmt: skip
 """Settings that the plan decides when neither recipe nor flag sets them."""
 _TEXTS = frozenset(

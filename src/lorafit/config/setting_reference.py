@@ -51,6 +51,7 @@ ADVICE = {
     "weight_decay": "Leave it.",
     "max_grad_norm": "Lower it to 0.3 when the loss spikes.",
     "optimizer": "Leave it on auto; the 8-bit kinds save memory at high ranks.",
+    "shard_base": "Leave it on auto; off keeps a whole base on each GPU.",
     "epochs": "Lower it when the held-out loss rises before the end.",
     "max_steps": "Set it for a trial run.",
     "examples_per_step": "Lower it for under 500 rows, so that enough steps are taken.",

@@ -197,7 +197,7 @@ def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
     They must be compiled, in 16 bits or fp8, and without capped scores. Graphs hold the gradients of adapters only.
     """
     compiled = execution_of(inputs).fused and inputs.on_cuda
-    excluded = inputs.shape.capped_scores or inputs.shape.unpacked or inputs.is_full
+    excluded = inputs.shape.capped_scores or inputs.shape.unpacked or inputs.is_full or inputs.base_shards > 1
     able = compiled and inputs.compute in ("bf16", "fp8") and not excluded
     return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 

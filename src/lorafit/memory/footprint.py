@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorafit.hardware.device import GIB
 from lorafit.memory.inputs import MASTER_BYTES, UPDATE_BYTES, MicroBatch, PlanInputs, moment_bytes
-from lorafit.memory.sharded import gathered_bytes, held_bytes, shard_bytes
+from lorafit.memory.sharded import GATHERED_LAYERS, gathered_bytes, held_bytes, shard_bytes
 from lorafit.shapes import ModelShape, Projection
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -59,7 +59,7 @@ def dense_bytes(inputs: PlanInputs, layers: int) -> int:
     A weight takes 16 bits, in FP8 eight for each direction. The result is 0 on a CPU, which always keeps copies, and
     for a base that is not in 4 bits.
     """
-    if not inputs.on_cuda or not inputs.in_4_bits:
+    if not inputs.on_cuda or not inputs.in_4_bits or inputs.base_shards > 1:
         return 0
     return round(inputs.shape.packed_parameters * inputs.width * layers / inputs.shape.layers)
 
@@ -74,7 +74,9 @@ def static_memory(
     """
     if inputs.shards > 1:
         return [*_sharded(inputs), _process(inputs)]
-    base = _base(inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0)
+    base = _shared(inputs, movable_embedding_bytes(inputs) if host_embeddings else 0) or _base(
+        inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0
+    )
     trained = _trained_weights(inputs) if inputs.is_full else _adapters(inputs)
     return [*base, *_dense_copies(inputs, base, dequantized_layers), *trained, _process(inputs)]
 
@@ -101,6 +103,27 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
         Component(rest, (shape.norm_parameters + unpacked) * width, f"never quantized: {8 * width}-bit"),
         *_towers(inputs),
     ]
+
+
+def _shared(inputs: PlanInputs, moved_bytes: int) -> list[Component]:
+    """Return what each GPU holds of a frozen base whose layers all of them share; nothing for a whole base."""
+    if inputs.base_shards == 1:
+        return []
+    whole, outside, norms, *towers = _base(inputs, False, moved_bytes)
+    layers = whole.size_bytes + norms.size_bytes
+    gathered = GATHERED_LAYERS * layers // inputs.shape.layers
+    return [
+        Component("base, layers, sharded", layers // inputs.base_shards, f"1/{inputs.base_shards}; {whole.assumes}"),
+        Component("gathered layers", gathered, "the running one and the next"),
+        outside,
+        *towers,
+    ]
+
+
+def base_layer_bytes(inputs: PlanInputs) -> int:
+    """Return the bytes of all decoder layers of the frozen base."""
+    whole, _, norms, *_ = _base(inputs, False, 0)
+    return whole.size_bytes + norms.size_bytes
 
 
 def _towers(inputs: PlanInputs) -> list[Component]:

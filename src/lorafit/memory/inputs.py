@@ -230,6 +230,11 @@ class PlanInputs:
         return self.gpus if self.is_full else 1
 
     @property
+    def base_shards(self) -> int:
+        """GPUs over which the layers of a frozen base are sharded; 1 where each has a copy."""
+        return 1 if self.is_full or self.config.shard_base != "on" else self.gpus
+
+    @property
     def largest_step_tokens(self) -> int:
         """Tokens of a GPU's share of the run's largest step, with their padding.
 

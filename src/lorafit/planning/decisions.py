@@ -15,6 +15,7 @@ from lorafit.memory.execution_plan import ExecutionPlan, estimate_memory, memory
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.forecast import forecast
 from lorafit.planning.full_decisions import full_optimizer, learning_rate, method_choice
+from lorafit.planning.sharding_decisions import base_sharding
 from lorafit.shapes import ModelShape
 
 Method = Literal["QLoRA", "LoRA", "full fine-tuning"]
@@ -261,6 +262,8 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
     settle("compile", *_compile(inputs))
     settle("lr", *learning_rate(inputs))
     settle("optimizer", *_optimizer(inputs, rule))
+    if not inputs.is_full:
+        settle("shard_base", *base_sharding(inputs))
     settle("memory_policy", *_activations(inputs))
     settle("serving", *SERVING.get(inputs.config.goal, DEFAULT_SERVING))
     return Decided(rule, tuple(decisions))

@@ -16,6 +16,7 @@ from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.decisions import rank_limit
 from lorafit.planning.forecast import FULL_OPTIMIZERS
 from lorafit.planning.full_pitfalls import full_pitfalls, host_moments, offloading
+from lorafit.planning.sharding_decisions import unshardable
 
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10
@@ -33,6 +34,7 @@ def obstacles(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
     yield from _budget(inputs)
     yield from offloading(inputs)
     yield from host_moments(inputs)
+    yield from unshardable(inputs)
     if not memory.fits(inputs.hardware):
         yield _too_large(inputs, memory)
     elif memory.peak_bytes * (1 + memory.uncertainty) > inputs.hardware.memory_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorafit.hardware.links import link_between
 from lorafit.memory.execution_plan import ExecutionPlan
+from lorafit.memory.footprint import base_layer_bytes
 from lorafit.memory.inputs import ADAPTER_BYTES, PlanInputs
 from lorafit.memory.sharded import moved_bytes
 
@@ -25,11 +26,20 @@ def communication_s(inputs: PlanInputs, plan: ExecutionPlan) -> float:
     Adapter gradients are summed after the step. Sharded layers are gathered and their gradients scattered beside the
     arithmetic, which hides what is shorter; embeddings and head are waited for.
     """
+    if inputs.base_shards > 1:
+        _, rate = link_between(inputs.hardware)
+        within_s = gathered_base_bytes(inputs) * plan.micro_batches / (rate * 1e9)
+        return all_reduce_s(inputs) + max(0.0, within_s - plan.step_s)
     if inputs.shards == 1:
         return all_reduce_s(inputs)
     _, rate = link_between(inputs.hardware)
     within, outside = (one * plan.micro_batches / (rate * 1e9) for one in moved_bytes(inputs))
     return outside + max(0.0, within - plan.step_s)
+
+
+def gathered_base_bytes(inputs: PlanInputs) -> float:
+    """Return the bytes of a shared base that each GPU receives for one micro-batch: every layer, forward and back."""
+    return 2 * (inputs.base_shards - 1) / inputs.base_shards * base_layer_bytes(inputs)
 
 
 def several_in_words(inputs: PlanInputs, plan: ExecutionPlan) -> str:
@@ -45,6 +55,12 @@ def several_in_words(inputs: PlanInputs, plan: ExecutionPlan) -> str:
             f"{inputs.gpus} GPUs, which hold weights, gradients and moments in shards: {speed:,.0f} tokens/s together; "
             f"{moved:,.1f} GB gathered and scattered in a micro-batch over {name} at {rate:.0f} GB/s (assumed), of "
             f"which a step waits {1000 * step_s:.2g} ms"
+        )
+    if inputs.base_shards > 1:
+        return (
+            f"{inputs.gpus} GPUs, which share the base's layers: {speed:,.0f} tokens/s together; "
+            f"{gathered_base_bytes(inputs) / 1e9:,.1f} GB gathered in a micro-batch over {name} at {rate:.0f} GB/s "
+            f"(assumed), of which a step waits {1000 * step_s:.2g} ms"
         )
     return (
         f"{inputs.gpus} GPUs, each with a copy of the base and its share of a step: {speed:,.0f} tokens/s together; "

@@ -19,7 +19,7 @@ from lorafit.data import Rows, steps_per_epoch
 from lorafit.engine import Step
 from lorafit.errors import ProcessLost, TrainingError
 from lorafit.methods import Method
-from lorafit.methods.full.sharding import is_sharded
+from lorafit.methods.full.sharding import gathers_layers, is_sharded
 from lorafit.objectives import Objective
 from lorafit.runs import ADAPTER, Checkpoint, newest_whole
 from lorafit.runs.signals import StopSignals
@@ -362,7 +362,7 @@ class TrainingLoop:
         self.device: torch.device = self.arguments.device
         rank, world = self.processes.rank, self.processes.world
         layout = Layout(memory.micro_tokens, self.rows.is_padded)
-        parts, even = (self.train_rows, self.config, layout), is_sharded(self.model)
+        parts, even = (self.train_rows, self.config, layout), gathers_layers(self.model)
         self.steps = StepDataset(*parts, objective=objective, rank=rank, world=world, even=even)
         autocast = autocast_dtype(self.model, self.device)
         self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)

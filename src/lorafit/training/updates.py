@@ -1,4 +1,4 @@
-"""updates: what an optimizer that updates weights within the backward pass asks of the loop."""
+"""updates: what an optimizer asks of the loop, and takes from its first step on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafit.config import RunConfig
 from lorafit.errors import TrainingError
-from lorafit.methods.full.in_backward import StepInBackward
+from lorafit.memory.inputs import MASTER_BYTES, moment_bytes
+from lorafit.methods.full.in_backward import StepInBackward, updates_in_backward
+from lorafit.methods.full.sharding import own_shard
 from lorafit.training.distributed import LOST, Processes
 
 
@@ -40,3 +43,22 @@ def undo(optimizer: Any, trained: Sequence[nn.Parameter]) -> None:
         )
     for weight in trained:
         weight.grad = None
+
+
+def updated_at_once(trained: Sequence[Tensor], config: RunConfig) -> list[Tensor]:
+    """Return the weights whose gradients the backward pass consumes: all of `trained`, or in most runs none."""
+    return list(trained) if config.method == "full" and updates_in_backward(config.optimizer, trained) else []
+
+
+def coming_bytes(trained: Sequence[Tensor], config: RunConfig) -> int:
+    """Return the bytes of gradients, moments and master copies of `trained` on this GPU, which do not exist yet."""
+    if updated_at_once(trained, config):
+        return 0
+    moments = moment_bytes(config.optimizer)
+    return round(sum(own_shard(weight).numel() * (moments + _held_bytes(weight, config)) for weight in trained))
+
+
+def _held_bytes(weight: Tensor, config: RunConfig) -> int:
+    """Return the bytes that one value of a trained weight takes beside its moments: gradient and master copy."""
+    has_master = weight.element_size() < MASTER_BYTES and config.optimizer == "adamw"
+    return weight.element_size() + (MASTER_BYTES if has_master else 0)

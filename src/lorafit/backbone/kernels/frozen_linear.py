@@ -216,6 +216,14 @@ def freeze_linears(
     return model
 
 
+def refresh_linears(model: nn.Module) -> None:
+    """Let the 4-bit linears of `model` find weights that were moved in place, and drop their dense copies."""
+    for linear in model.modules():
+        if isinstance(linear, FrozenLinear4bit):
+            linear.drop_dense()
+            linear._packed, linear._handle = None, handle_for(linear, linear.weight.device)
+
+
 def _is_current(kept: tuple[tuple[Any, ...], Params4bit, QuantState], weight: Params4bit) -> bool:
     """Return True if the arguments in `kept` still belong to `weight`.
 

@@ -19,6 +19,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.autotune.dry_run import Attempt, DryRun
 from lorafit.engine.autotune.problem import Workload, does_not_fit
 from lorafit.engine.layers.decoder import DecoderLayers
+from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.runtime import allocator_retries, release_memory
 from lorafit.errors import TrainingError
 from lorafit.methods.full.sharding import free_gathered, own_shard
@@ -36,6 +37,8 @@ def prove_policy(
     is made smaller. Raises TrainingError if the memory runs out.
     """
     started = time.perf_counter()
+    if layers.policy.host_embeddings:
+        keep_embeddings_on_host(model)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         attempts = tuple(_attempts(model, layers, work, budget_bytes, most, solves))
     return DryRun(

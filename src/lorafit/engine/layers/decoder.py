@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit, frozen_features, unwrapped
+from lorafit.backbone import FrozenLinear4bit, frozen_features, shards_of, unwrapped
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.packing import Segments
@@ -147,6 +147,7 @@ class DecoderLayers:
         self.frozen = [
             [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
         ]
+        self.shards = shards_of(model)
         self.core, self.policy = core, (policy or MemoryPolicy()).clamped(len(self.layers))
         self.widths = feed_forward_widths(core.config)
         self.compiled, self.backend = compiled, backend
@@ -220,7 +221,7 @@ class DecoderLayers:
 
         A CPU has its own copies.
         """
-        dense = self.policy.dequantized_layers if keep else 0
+        dense = self.policy.dequantized_layers if keep and self.shards is None else 0
         on_gpu = [[module for module in linears if module.weight.is_cuda] for linears in self.frozen]
         for module in chain(*on_gpu[dense:]):  # free memory before taking any
             module.drop_dense()
@@ -257,7 +258,16 @@ class DecoderLayers:
         return self._run_layer(layer, forward, *inputs, **call.keywords)
 
     def _run_layer(self, layer: Any, forward: Call, *inputs: Any, **options: Any) -> Any:
-        """Run a decoder layer whose weights are at hand."""
+        """Run a decoder layer whose weights are at hand, or gathered from shards here."""
+        if self.shards is None:
+            return self._run_gathered(layer, forward, *inputs, **options)
+        # these are hooks of the layer too, which transformers calls before or within this function, by its release
+        self.shards.before(layer)
+        out = self._run_gathered(layer, forward, *inputs, **options)
+        self.shards.after(layer, out)
+        return out
+
+    def _run_gathered(self, layer: Any, forward: Call, *inputs: Any, **options: Any) -> Any:
         index = self._index[id(layer)]
         if index == 0:
             self._varying.clear()

@@ -191,7 +191,7 @@ def _to_host(state: dict[str, Any], device: torch.device | None = None) -> None:
 
 
 @contextmanager
-def gradients_as_in_steps(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def gradients_as_in_steps(weights: Sequence[Tensor]) -> Iterator[None]:
     """Free the gradients of `weights` as updates in the backward pass do, within the block; nothing is updated."""
 
     def pass_by(weight: nn.Parameter) -> None:

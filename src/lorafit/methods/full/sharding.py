@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import output_head, text_decoder
+from lorafit.backbone import output_head, shards_of, text_decoder
 
 OWN = "process-"
 """Prefix of tensors that belong to one process, and to no other number of processes."""
@@ -82,6 +82,11 @@ def _groups(model: nn.Module) -> list[FSDPModule]:
 def is_sharded(model: nn.Module) -> bool:
     """Return True if several processes hold the weights of `model` in shards."""
     return isinstance(model, FSDPModule)
+
+
+def gathers_layers(model: nn.Module) -> bool:
+    """Return True if the processes gather each layer together, so that all must run as many micro-batches."""
+    return is_sharded(model) or shards_of(model) is not None
 
 
 def free_gathered(model: nn.Module) -> None:
