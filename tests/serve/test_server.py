@@ -64,6 +64,38 @@ def http(served, key=KEY):
     return httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=30)
 
 
+def test_the_responses_api_gives_the_same_answers_whole_and_as_a_stream(client, own_answers):
+    text = [{"type": "input_text", "text": QUESTIONS[0]}]
+    more = {"model": "alice", "max_output_tokens": MOST_TOKENS}
+    for given in (QUESTIONS[0], [{"role": "user", "content": text}]):
+        whole = client.responses.create(input=given, **more)
+        assert whole.output_text == own_answers["alice", 0]
+        assert whole.status in ("completed", "incomplete") and whole.usage.output_tokens > 0
+    *_, cut = client.responses.create(input=QUESTIONS[0], **more | {"max_output_tokens": 1}, stream=True)
+    assert cut.type == "response.incomplete" and cut.response.incomplete_details.reason == "max_output_tokens"
+    events = list(client.responses.create(input=QUESTIONS[0], stream=True, **more))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    pieces = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert pieces == events[-1].response.output_text == own_answers["alice", 0]
+    with client.responses.stream(input=QUESTIONS[0], **more) as stream:
+        assert stream.get_final_response().output_text == own_answers["alice", 0]
+
+
+ABSENT = [
+    {"tools": [{"type": "web_search"}]},
+    {"previous_response_id": "resp_1"},
+    {"text": {"format": {"type": "json_object"}}},
+    {"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]},
+]
+
+
+@pytest.mark.parametrize("more", ABSENT)
+def test_the_responses_api_says_what_it_has_not(client, more):
+    with pytest.raises(openai.InternalServerError, match="the builtin engine") as caught:
+        client.responses.create(**{"model": "alice", "input": "Hello", **more})
+    assert caught.value.status_code == 501
+
+
 def test_sixteen_clients_get_each_runs_own_answer_while_adapters_come_and_go(served, client, own_answers, runs):
     stop = threading.Event()
     statuses = []

@@ -17,7 +17,7 @@ from starlette.types import ExceptionHandler
 
 from lorafit.errors import LorafitError
 from lorafit.serve.decoding import EngineStopped
-from lorafit.serve.http import completions
+from lorafit.serve.http import completions, responses
 from lorafit.serve.http.access import Access
 from lorafit.serve.http.adapters import load_adapter, unload_adapter
 from lorafit.serve.http.answering import chat_prompt, text_prompt
@@ -34,6 +34,7 @@ def make_app(server: Server) -> Starlette:
         Route("/v1/models", models),
         Route("/v1/chat/completions", completions.chat, methods=["POST"]),
         Route("/v1/completions", completions.complete, methods=["POST"]),
+        Route("/v1/responses", responses.answer, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
     return app_with(server, own, {EngineStopped: failed})

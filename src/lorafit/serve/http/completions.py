@@ -6,8 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -33,7 +34,7 @@ async def chat(request: Request) -> Response:
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     most = asked.max_completion_tokens or asked.max_tokens
     answering = Answering(server, tenant_of(request), asked, [prompt], most, logprobs)
-    return await _respond(request, answering, _ChatForm(answering))
+    return await _answered(request, answering, _ChatForm(answering))
 
 
 async def complete(request: Request) -> Response:
@@ -51,7 +52,7 @@ async def complete(request: Request) -> Response:
     if any(not 0 <= token < vocabulary for each in ids for token in each):
         raise ApiError(400, f"token ids are between 0 and {vocabulary - 1:,}", "prompt")
     answering = Answering(server, tenant_of(request), asked, ids, asked.max_tokens or 16, asked.logprobs)
-    return await _respond(request, answering, _TextForm(answering))
+    return await _answered(request, answering, _TextForm(answering))
 
 
 class _Form:
@@ -136,14 +137,23 @@ class _TextForm(_Form):
         }
 
 
-async def _respond(request: Request, answering: Answering, form: _Form) -> Response:
+async def _answered(request: Request, answering: Answering, form: _Form) -> Response:
+    return await respond(request, answering, partial(_collect, answering, form), partial(_events, answering, form))
+
+
+async def respond(
+    request: Request,
+    answering: Answering,
+    collect: Callable[[], Coroutine[Any, Any, Mapping[str, Any]]],
+    events: Callable[[], AsyncGenerator[str, None]],
+) -> Response:
+    """Answer with the object that `collect` makes, or with a stream of `events`. A client that leaves ends the work."""
     if answering.fields.stream:
         await answering.__aenter__()  # errors before the first token have a status of their own
-        events = _events(answering, form)
         headers = {**answering.headers(), "cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
     async with answering:
-        work = asyncio.create_task(_collect(answering, form))
+        work = asyncio.create_task(collect())
         left = asyncio.create_task(client_left(request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -177,23 +187,38 @@ async def _collect(answering: Answering, form: _Form) -> Mapping[str, Any]:
     return form.object(form.whole, choices, usage=answering.usage())
 
 
-async def _events(answering: Answering, form: _Form) -> AsyncGenerator[str, None]:
-    """Yield the server-sent events of a stream that was entered."""
-    error: BaseException | None = None
+def _events(answering: Answering, form: _Form) -> AsyncGenerator[str, None]:
+    return ended(answering, _pieces(answering, form), lambda status, what: _event(error_content(status, what)))
+
+
+async def _pieces(answering: Answering, form: _Form) -> AsyncGenerator[str, None]:
     more: dict[str, Any] = {"usage": None} if answering.fields.wants_usage else {}
+    for choice in form.opening():
+        yield _event(form.object(form.chunk, [choice], **more))
+    async with aclosing(answering.pieces()) as pieces:
+        async for piece in pieces:
+            if piece.text or piece.reason or answering.logprobs is not None:
+                yield _event(form.object(form.chunk, [form.delta(piece)], **more))
+    if answering.fields.wants_usage:
+        yield _event(form.object(form.chunk, [], usage=answering.usage()))
+    yield "data: [DONE]\n\n"
+
+
+async def ended(
+    answering: Answering, events: AsyncGenerator[str, None], told: Callable[[int, str], str]
+) -> AsyncGenerator[str, None]:
+    """Yield the `events` of a stream that was entered, and end it in every case.
+
+    An error of the engine is one more event: `told` makes it of status and message.
+    """
+    error: BaseException | None = None
     try:
-        for choice in form.opening():
-            yield _event(form.object(form.chunk, [choice], **more))
-        async with aclosing(answering.pieces()) as pieces:
-            async for piece in pieces:
-                if piece.text or piece.reason or answering.logprobs is not None:
-                    yield _event(form.object(form.chunk, [form.delta(piece)], **more))
-        if answering.fields.wants_usage:
-            yield _event(form.object(form.chunk, [], usage=answering.usage()))
-        yield "data: [DONE]\n\n"
+        async with aclosing(events):
+            async for event in events:
+                yield event
     except (LorafitError, EngineStopped) as problem:
         error, known = problem, as_api_error(problem)
-        yield _event(error_content(known.status, known.message))
+        yield told(known.status, known.message)
     except BaseException as problem:
         error = problem
         raise

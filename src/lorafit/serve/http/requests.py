@@ -17,6 +17,8 @@ MAX_BODY_BYTES = 4 << 20
 MAX_DEPTH = 24
 BODY_S = 30.0
 MAX_STOPS, MAX_STOP_LENGTH = 8, 256
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's parts; the last two are those of /v1/responses."""
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)]
 
 
@@ -74,6 +76,18 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: int | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """Hold the body of /v1/responses."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    text: dict[str, Any] | None = None
 
 
 class TokenizeRequest(BaseModel):
@@ -151,7 +165,7 @@ def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _text_part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise ApiError(400, "only parts of type text are supported", f"{where}.content")
     return str(part["text"])
 
