@@ -59,7 +59,7 @@ class Harm(TrainerCallback):
                 assert bool(own_shard(weight).isfinite().all()), (
                     f"a weight is not finite after step {state.global_step}"
                 )
-                digest.update(own_shard(weight).numpy().tobytes())
+                digest.update(own_shard(weight).cpu().numpy().tobytes())
         told = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(told, digest.hexdigest())
         if not is_sharded(given["model"]):
