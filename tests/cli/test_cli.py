@@ -545,7 +545,14 @@ def test_memory_that_ended_is_one_sentence_and_no_bug(error):
     assert (told.exit_code, told.what) == (1, "the memory that this process may use is full")
 
 
-def test_a_file_that_torch_cannot_open_is_one_sentence_and_no_bug():
-    error = RuntimeError("unable to open file </x/model.safetensors> in read-only mode: Input/output error (5)")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to open file </x/model.safetensors> in read-only mode: Input/output error (5)"),
+        Exception("Input/output error (os error 5)"),
+    ],
+    ids=["torch", "tokenizers"],
+)
+def test_a_file_that_a_library_cannot_open_is_one_sentence_and_no_bug(error):
     told = _as_lorafit_error(error, ["chat"])
     assert (told.exit_code, told.fix) == (1, "check the disk and the path")

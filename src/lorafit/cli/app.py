@@ -137,8 +137,8 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     return internal
 
 
-UNREADABLE = ("unable to open file <", "unable to mmap ")
-"""What torch says of a file that the disk does not give, in a RuntimeError."""
+UNREADABLE = ("unable to open file <", "unable to mmap ", "(os error ")
+"""What torch, in a RuntimeError, and Rust's libraries, in a bare Exception, say of a file that the disk denies."""
 OUT_OF_MEMORY = ("can't start new thread", "can't allocate memory", "cannot allocate memory", "failed to map segment")
 """What Python, torch and the loader of libraries say without memory, in errors of other kinds."""
 
