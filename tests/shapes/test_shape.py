@@ -48,6 +48,11 @@ def test_a_config_without_its_sizes_is_one_sentence_naming_the_key(key):
         ModelShape.from_config({name: value for name, value in LLAMA_8B.items() if name != key}, "broken")
 
 
+def test_query_heads_that_cannot_share_their_keys_are_refused_before_training_fails_on_them():
+    with pytest.raises(BackboneError, match=r"num_attention_heads = 32 and num_key_value_heads = 5.* a multiple"):
+        shape(num_key_value_heads=5)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "4096", True, 1 << 50, [4096]])
 def test_a_size_that_is_no_count_is_refused(value):
     with pytest.raises(BackboneError, match="hidden_size"):

@@ -198,6 +198,18 @@ def require_causal(config: Mapping[str, Any], name: str) -> None:
         raise BackboneError(f"{architectures[0]} is not a causal language model", where=name, fix=fix)
 
 
+def require_groups(text: Mapping[str, Any], name: str) -> None:
+    """Raise BackboneError when the query heads cannot be shared out among the heads of keys and values."""
+    heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+        raise BackboneError(
+            f"config.json says num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be "
+            "a multiple of the second",
+            where=name,
+            fix="choose another base",
+        )
+
+
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the text decoder, without empty values.
 

@@ -17,6 +17,7 @@ from lorafit.shapes.dimensions import (
     read_config,
     read_dimensions,
     require_causal,
+    require_groups,
     size,
     text_part,
 )
@@ -91,6 +92,7 @@ class ModelShape:
         """
         require_causal(config, name)
         text = text_part(config)
+        require_groups(text, name)
         model_type = str(text.get("model_type", "unknown"))
         # the decoder of a multimodal model is counted with its towers, by transformers
         if model_type in FAMILIES and model_type == config.get("model_type"):
