@@ -10,6 +10,7 @@ from lorafit import ADAPTER_CONFIG, QUANT_PROFILE, TRAINING_HYPERPARAMS, Adapter
 from lorafit.demo import BASE, TASKS
 from lorafit.demo.tasks import rows
 from lorafit.errors import DataError
+from lorafit.objectives import OBJECTIVES, Sft
 
 RAW = rows(TASKS["tickets"], 0, 40)
 
@@ -46,6 +47,16 @@ def test_long_rows_are_never_cut(front):
         front.tokenize_dataset(dataset, max_length=128)
     with pytest.warns(UserWarning, match="left out"):
         assert len(front.tokenize_dataset(dataset, max_length=128, on_long="drop")) == len(RAW)
+
+
+def test_the_objective_is_the_one_that_the_settings_name(front, tmp_path, monkeypatch):
+    class Noted(Sft):
+        """A registered objective of its own."""
+
+    monkeypatch.setitem(OBJECTIVES, "sft", Noted)
+    model = front.inject_adapters(front.load_frozen_backbone())
+    rows_of = front.tokenize_dataset(front.format_instruction_data(RAW[:4]))
+    assert isinstance(front.build_trainer(model, rows_of, output_dir=tmp_path).loop.steps.objective, Noted)
 
 
 def test_the_classic_steps_train_merge_and_serve(front, tmp_path, capsys):

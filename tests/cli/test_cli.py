@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from little_run import write_rows
 from lorafit.cli import main
 from lorafit.cli.app import _as_lorafit_error, _commands
 from lorafit.cli.flags import example_of
+from lorafit.cli.merge import _next
 from lorafit.cli.screen import console
 from lorafit.data import Template
 from lorafit.demo import BASE
@@ -502,6 +504,16 @@ def test_dropping_is_not_advised_where_nothing_would_be_left(run, tmp_path):
     for verb in ("check", "plan"):
         code, out, err = run(verb, data, "--base", BASE)
         assert code == 1 and "row" in out + err and "--on-bad drop" not in out + err
+
+
+def test_merge_advises_chat_only_for_what_chat_opens(tmp_path):
+    def advised(kind):
+        return _next(SimpleNamespace(folder=tmp_path, verification=SimpleNamespace(export_format=kind)))
+
+    assert advised("foreign") == []
+    assert [command.split()[:2] for command, _ in advised("safetensors")] == [["lorafit", "chat"]]
+    (tmp_path / "model.gguf").touch()
+    assert advised("gguf-q8_0")[0][0].startswith("llama-server")
 
 
 def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monkeypatch):

@@ -19,7 +19,7 @@ def load(run: str | Path, *, device: str | None = None, checkpoint: str = LAST) 
     """
     path = Path(run)
     if not path.exists():
-        fix = "check the path; pass the folder that train or merge made"
+        fix = "pass the folder that train or merge made"
         raise RunDirError("no such folder", where=str(path), fix=fix)
     if not RunDir(path).settings.is_file() and (path / "config.json").is_file():
         _require_readable_format(path)

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
 from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
+from lorafit.engine import VocabularyLoss
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
 from lorafit.methods.lora import Lora, lora_config
-from lorafit.objectives import Sft
+from lorafit.objectives import objective_of
 from lorafit.shapes import ModelShape, resolve_targets
 from lorafit.training import EventLog, TrainingLoop
 from lorafit.training.trainer import LorafitTrainer
@@ -186,7 +187,8 @@ class AdapterTrainingPipeline:
         folder = Path(output_dir) if output_dir else Path(tempfile.mkdtemp(prefix="lorafit-run-"))
         events = EventLog(folder / "events.jsonl")
         _recompute_if_asked(model, config)
-        parts = (model, method_of(config), Sft(), config, rows, held_out, folder / "checkpoints")
+        objective = objective_of(config, VocabularyLoss.expected(model))
+        parts = (model, method_of(config), objective, config, rows, held_out, folder / "checkpoints")
         return LorafitTrainer(TrainingLoop(*parts, events=events))
 
 

@@ -27,7 +27,11 @@ def export(
     run: flags.Run,
     to: Annotated[
         Literal["merged", "adapter", "gguf", "gguf-lora"],
-        typer.Option("--to", help="merged, adapter: vLLM. gguf: llama.cpp, Ollama. adapter, gguf-lora: many runs."),
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="merged or adapter for vLLM, gguf or gguf-lora for llama.cpp and Ollama; the adapters for many runs.",
+        ),
     ] = "merged",
     quantization: Annotated[
         str, typer.Option("--quantization", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")

@@ -64,16 +64,17 @@ def merge(
         show_json(merged.to_dict())
     else:
         show_merged(merged)
-        show_next(_next(merged))
+        show_next(*_next(merged))
     raise typer.Exit(0 if merged.passed else 1)
 
 
-def _next(merged: MergedRun) -> tuple[str, str]:
-    """Return (command, its purpose) that uses the artefact: chat opens safetensors, llama.cpp opens GGUF."""
-    gguf = next(merged.folder.glob("*.gguf"), None)
-    if gguf is None:
-        return typed("lorafit", "chat", str(merged.folder)), "talk to the merged model"
-    return typed("llama-server", "--jinja", "-m", str(gguf)), "serve it with llama.cpp"
+def _next(merged: MergedRun) -> list[tuple[str, str]]:
+    """Return (command, its purpose) that uses the artefact; empty for a format that only another program opens."""
+    if gguf := next(merged.folder.glob("*.gguf"), None):
+        return [(typed("llama-server", "--jinja", "-m", str(gguf)), "serve it with llama.cpp")]
+    if merged.verification.export_format != "safetensors":
+        return []
+    return [(typed("lorafit", "chat", str(merged.folder)), "talk to the merged model")]
 
 
 def show_merged(merged: MergedRun) -> None:

@@ -206,7 +206,7 @@ def _misfit(error: Any, where: str) -> UsageError:
     key = str(error["loc"][0]) if error["loc"] else where
     field = RunConfig.model_fields.get(key)
     fix = f"{key} is: {field.description}" if field else "see 'lorafit settings'"
-    reason = str(error["msg"]).lower().removeprefix("value error, ")
+    reason = str(error["msg"]).lower().removeprefix("value error, ").partition(", unable to parse")[0]
     return UsageError(f"{error.get('input')!r} is invalid: {reason}", where=key, fix=fix)
 
 

@@ -255,7 +255,7 @@ def decide(resolved: Resolved, inputs: PlanInputs) -> Decided:
 
     settle("method", *method_choice(inputs, rule.rank_reason))
     if rule.rank:
-        settle("rank", rule.rank, f"{inputs.stats.rows:,} rows: {rule.rank_reason}")
+        settle("rank", rule.rank, f"{inputs.stats.rows:,} row{'s' * (inputs.stats.rows != 1)}: {rule.rank_reason}")
         settle("alpha", usual_alpha(inputs.config), _alpha_reason(inputs.config))
     settle("quantization", *_quantization(inputs.config, rule, inputs.shape))
     settle("compute", *_compute(inputs))

@@ -188,6 +188,8 @@ class RunDir:
         """
         run = cls(path)
         refuse_planted(path)
+        if not path.exists():
+            raise RunDirError("no such folder", where=str(path), fix="pass the folder that train created")
         if not run.settings.is_file():
             raise RunDirError(
                 "the folder holds no run (no run.yaml)", where=str(path), fix="pass the folder that train created"

@@ -13,6 +13,7 @@ from lorafit.data.gather import parse_rows
 from lorafit.data.template.call_ids import FITTING, with_short_ids
 from lorafit.data.template.thoughts import TAGS, split_thought
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
+from lorafit.errors import DataError
 from template_shapes import GPT_OSS, MISTRAL_IDS, SHAPES
 
 USER, TOOL_SAYS = {"role": "user", "content": "Weather?"}, {"role": "tool", "content": "19 C"}
@@ -84,7 +85,7 @@ def test_an_earlier_round_whose_thoughts_are_gone_is_told(gpt_oss: Template) -> 
     assert seen == {"D025"} and text.count("⟦") == 1 and "A tool." not in text
 
 
-@pytest.mark.parametrize(("opening", "closing"), TAGS, ids=lambda tag: tag)
+@pytest.mark.parametrize(("opening", "closing"), [*TAGS, ("<Think>", "</Think>")], ids=lambda tag: tag)
 @pytest.mark.parametrize("lead", ["", "\n"], ids=["bare", "line"])
 def test_reasoning_between_tags_is_the_templates_own(gpt_oss: Template, opening: str, closing: str, lead: str) -> None:
     text, seen = shown(gpt_oss, USER, {**DONE, "content": f"{lead}{opening}\nHm, 19.\n{closing}\n\nIt is 19 C."})
@@ -94,7 +95,13 @@ def test_reasoning_between_tags_is_the_templates_own(gpt_oss: Template, opening:
 
 @pytest.mark.parametrize(
     "content",
-    ["Well <think>hm</think> 19", "<think>never closed", "<think>a</think>b<think>c</think>d", "<think>only</think>"],
+    [
+        "Well <think>hm</think> 19",
+        "<think>never closed",
+        "<think>a</think>b<think>c</think>d",
+        "<think>only</think>",
+        "<reasoning>r</reasoning> 19",
+    ],
 )
 def test_tags_that_cannot_be_split_are_told(gpt_oss: Template, content: str) -> None:
     text, seen = shown(gpt_oss, USER, {**DONE, "content": content})
@@ -141,3 +148,33 @@ def test_a_call_and_its_result_keep_one_id_each() -> None:
     assert first == long[-9:] and len({first, second, third}) == 3
     assert all(FITTING.fullmatch(one) for one in (first, second, third))
     assert with_short_ids([asked, *answered]) == ([asked, *answered], False)
+
+
+def test_several_calls_stand_one_a_turn_each_before_its_result(gpt_oss: Template) -> None:
+    first, second = call("one", id="a"), call("two", id="b")
+    answered = [{**TOOL_SAYS, "tool_call_id": "b", "content": "second"}, {**TOOL_SAYS, "tool_call_id": "a"}]
+    text, seen = shown(gpt_oss, USER, asks(first, second, thinking="Both."), *answered, DONE)
+    apart = [asks(first, thinking="Both."), answered[1], asks(second), answered[0]]
+    assert (text, seen) == (shown(gpt_oss, USER, *apart, DONE)[0], {"D055"}) and text.count("⟦") == 3
+    quiet, _ = shown(gpt_oss, USER, asks(first, second, thinking="Both.", weight=0), *answered, DONE)
+    assert quiet.count("⟦") == 1
+    assert shown(gpt_oss, USER, asks(first, second))[1] == {"D027"}, "calls without results are told, not taken apart"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"thought": "Hm."},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "Hm."}], "reasoning": "Hm."},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}]},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_reasoning_of_other_servers_is_read(gpt_oss: Template, field: dict[str, Any]) -> None:
+    assert shown(gpt_oss, USER, DONE | field) == shown(gpt_oss, USER, DONE | {"thinking": "Hm."})
+
+
+def test_reasoning_that_is_no_text_is_an_error() -> None:
+    hidden = DONE | {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}
+    with pytest.raises(DataError, match="'reasoning_details' is a list, not text"):
+        parse_rows([{"messages": [USER, hidden]}])

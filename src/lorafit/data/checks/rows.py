@@ -224,6 +224,7 @@ SAID: dict[str, Observation] = {
     problems.IDS_MADE: ("D055", "ids of calls become nine letters and digits, the same in the call and its result"),
     problems.REASONING_SPLIT: ("D055", "reasoning between tags in an answer is written as the template's reasoning"),
     problems.REASONING_JOINED: ("D055", "reasoning and text beside a call are joined, because the template takes one"),
+    problems.CALLS_APART: ("D055", "calls of one turn follow each other, because the template takes one a turn"),
     problems.TAGS_LEFT: ("D056", "tags of reasoning stand in an answer's text"),
     problems.TOO_LARGE: ("D006", "more text than any context holds"),
     problems.NOT_TEXT: ("D043", "holds half a surrogate pair"),

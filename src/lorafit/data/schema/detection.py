@@ -52,7 +52,7 @@ def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> No
         if names and theirs not in names and ours not in OPTIONAL:
             near = difflib.get_close_matches(theirs, names, n=1)
             fix = f"did you mean '{near[0]}'?" if near else f"the rows have {listed(names)}"
-            message = f"no row has the field '{excerpt(theirs, 30)}' that '{ours}' is to be"
+            message = f"no row has the field '{excerpt(theirs, 30)}', which is mapped to '{ours}'"
             raise UsageError(message, where="--map", fix=fix)
 
 

@@ -26,8 +26,14 @@ SPEAKERS = ("role", "from", "type")
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 """Fields of a turn or a row that hold something else than text."""
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+TURN_REASONING = (
+    *REASONING_NAMES, "thought", "thoughts", "thinking_content", "reasoning_text", "cot", "chain_of_thought",
+    "rationale", "reasoning_details", "thinking_blocks",
+)  # fmt: skip
+"""Names of an answer's reasoning in its turn; the last two are lists of blocks, OpenRouter's and LiteLLM's."""
+THOUGHT_TEXTS = ("text", "thinking", "summary")
 CONTENT_NAMES = ("content", "value", "parts", "text", "output", "refusal")
-READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *REASONING_NAMES, *FLAG_NAMES))
+READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *TURN_REASONING, *FLAG_NAMES))
 
 
 def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
@@ -159,18 +165,34 @@ def _calls(role: str, message: Fields) -> list[Fields] | Reject:
 def _reasoning(message: Fields) -> str | Reject:
     """Return the reasoning of an answer, under any of its names."""
     found = ""
-    for name in REASONING_NAMES:
-        value = message.get(name)
+    for name in TURN_REASONING:
+        value = _thought_in(message.get(name))
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            return Reject("D012", f"the field '{name}' is {kind_of(value)}, not text")
-        if found and found != value:
+            return Reject("D012", f"the field '{name}' is {kind_of(value)}, not text", fix=THOUGHT_FIX)
+        if found and found.strip() != value.strip():
             return Reject(
                 "D012", f"the turn has two texts of reasoning, one of them in '{name}'", fix="keep one of them"
             )
         found = value
     return found
+
+
+THOUGHT_FIX = "write the reasoning as one text"
+
+
+def _thought_in(value: Any) -> Any:
+    """The text of blocks of reasoning; any other value, and blocks without text, as they are."""
+    if not isinstance(value, list):
+        return value
+    texts = [
+        next((block[name] for name in THOUGHT_TEXTS if isinstance(block.get(name), str)), None)
+        if isinstance(block, dict)
+        else None
+        for block in value
+    ]
+    return "\n".join(text for text in texts if text) if None not in texts else value
 
 
 def _content(role: str, message: Fields, may_lack: bool) -> Parts | Reject:

@@ -80,7 +80,7 @@ class ChatLayout:
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool, tools: Iterable[Any] = ()
     ) -> str:
         """Return the text of `messages`. Raises TemplateError if the template refuses them."""
-        written = self._reading.written(self._reading.fitted(cleaned(messages))[0])
+        written = self._reading.written(self._reading.fitted(cleaned(messages)).messages)
         answer = self._renderer.render(Request(written, tuple(tools), add_generation_prompt))
         if isinstance(answer, Refusal):
             raise TemplateError(
@@ -116,8 +116,15 @@ class ChatLayout:
         messages, taught = messages_of(record)
         if characters_in(messages) > MAX_ROW_CHARACTERS:
             return _Asked(record, messages)
-        messages, changed = self._reading.fitted(messages)
-        return _Asked(record, messages, taught, outline(messages, bool(record.tools), record.template_kwargs), changed)
+        fitted = self._reading.fitted(messages)
+        if fitted.places:
+            taught = [
+                place
+                for place, before in enumerate(fitted.places)
+                if before in taught and fitted.messages[place]["role"] == "assistant"
+            ]
+        seen = outline(fitted.messages, bool(record.tools), record.template_kwargs)
+        return _Asked(record, fitted.messages, taught, seen, fitted.changed, fitted.places)
 
     def _laid(self, answer: Rendering | Refusal, asked: _Asked) -> LaidOut | None:
         record, messages = asked.record, asked.messages
@@ -151,7 +158,8 @@ class ChatLayout:
             problems.append(TEXT_MISSING if prompted else CONTENT_CHANGED)
             if prompted and len(prompted) < len(missing):
                 problems.append(CONTENT_CHANGED)
-            detail = _named(asked.record, first, messages[first]["role"], part)
+            before = asked.places[first] if asked.places else first
+            detail = _named(asked.record, before, messages[first]["role"], part)
         if problems == list(laid.problems):
             return laid
         return replace(laid, problems=tuple(dict.fromkeys(problems)), detail=detail)
@@ -188,6 +196,7 @@ class _Asked:
     taught: Sequence[int] = ()
     outline: Outline | None = None
     changed: tuple[str, ...] = ()
+    places: Sequence[int] = ()
     is_twin: bool = False
 
 

@@ -56,6 +56,9 @@ REASONING_SPLIT = "reasoning-split"
 REASONING_JOINED = "reasoning-joined"
 """The template takes reasoning or text beside a call, not both: they were joined, reasoning first."""
 
+CALLS_APART = "calls-apart"
+"""The template takes one call a turn: calls of one turn follow each other, each before its result."""
+
 TAGS_LEFT = "tags-left"
 """Tags of reasoning stay in an answer's text, though the template writes reasoning in another way."""
 
@@ -83,6 +86,7 @@ ALL_PROBLEMS = (
     IDS_MADE,
     REASONING_SPLIT,
     REASONING_JOINED,
+    CALLS_APART,
     TAGS_LEFT,
     TEXT_MISSING,
     TOO_LARGE,

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorafit.data.schema.records import CALLS, REASONING
 from lorafit.data.template.call_ids import with_short_ids
-from lorafit.data.template.layout import IDS_MADE, REASONING_JOINED, REASONING_SPLIT, TAGS_LEFT, Message
+from lorafit.data.template.layout import CALLS_APART, IDS_MADE, REASONING_JOINED, REASONING_SPLIT, TAGS_LEFT, Message
 from lorafit.data.template.renderer import Rendering, Request, TemplateRenderer
+from lorafit.data.template.single_calls import one_call_a_turn
 from lorafit.data.template.thoughts import CHANNELS, HINTS, TAGS, split_thought, tags_in
 
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-REASON, ANSWER, QUESTION = "Wv5tqz", "Zq7xk", "What is it?"
+REASON, ANSWER, QUESTION, SECOND = "Wv5tqz", "Zq7xk", "What is it?", "Kd8rwp"
 Tags = tuple[tuple[str, str], ...]
 LONG_ID, SHORT_ID = "call_Zq7xkWv5tqz", "Zq7xkWv5t"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Messages in the form that a template takes.
+
+    Attributes:
+        messages: the messages.
+        changed: names of what was changed, from layout.py.
+        places: the place that each message had before; empty if all have kept it.
+    """
+
+    messages: list[Message]
+    changed: tuple[str, ...] = ()
+    places: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Reading:
         foreign_tags: tags that it would show as text, though it writes reasoning in a way of its own.
         joins_reasoning: whether a turn with a call has room for its reasoning or its text, not for both.
         short_ids: whether ids of calls must be nine letters and digits.
+        single_calls: whether it takes one call a turn.
     """
 
     reasoning: str = REASONING
@@ -38,10 +55,16 @@ class Reading:
     foreign_tags: Tags = ()
     joins_reasoning: bool = False
     short_ids: bool = False
+    single_calls: bool = False
 
-    def fitted(self, messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
-        """Return (the messages with reasoning and ids where the template takes them, names of what was changed)."""
+    def fitted(self, messages: list[Message]) -> Fitted:
+        """Return the messages with reasoning, calls and ids where the template takes them."""
         problems: dict[str, None] = {}
+        places: Sequence[int] = ()
+        if self.single_calls and any(len(message.get(CALLS, ())) > 1 for message in messages):
+            given = len(messages)
+            messages, places = one_call_a_turn(messages)
+            problems |= {CALLS_APART: None} if len(messages) > given else {}
         if self.foreign_tags:
             messages = [self._without_tags(message, problems) for message in messages]
         if self.joins_reasoning:
@@ -49,7 +72,7 @@ class Reading:
         if self.short_ids and any(len(message) > 2 for message in messages):
             messages, made = with_short_ids(messages)
             problems |= {IDS_MADE: None} if made else {}
-        return messages, tuple(problems)
+        return Fitted(messages, tuple(problems), places)
 
     def written(self, messages: list[Message]) -> list[Message]:
         """Return fitted messages under the names that the template reads."""
@@ -105,6 +128,8 @@ def reading_of(renderer: TemplateRenderer) -> Reading:
     as_text = _with_text_arguments(called)
     takes_objects = takes_objects or REASON not in _shown(renderer, {"content": "", CALLS: [as_text]})
     usable = called if takes_objects else as_text
+    takes_call = REASON in _shown(renderer, {"content": "", CALLS: [usable]})
+    second = {**usable, "function": {**usable["function"], "name": SECOND}}
     beside = {CALLS: [usable], reasoning: REASON}
     split_tags, foreign_tags = _tags(renderer, reasoning if names else "")
     return Reading(
@@ -115,6 +140,7 @@ def reading_of(renderer: TemplateRenderer) -> Reading:
         joins_reasoning=bool(names)
         and bool(_shown(renderer, {"content": "", **beside}))
         and not _shown(renderer, {"content": ANSWER, **beside}),
+        single_calls=takes_call and SECOND not in _shown(renderer, {"content": "", CALLS: [usable, second]}),
         short_ids=bool(_answered(renderer, usable, SHORT_ID)) and not _answered(renderer, usable, LONG_ID),
     )
 
