@@ -101,7 +101,10 @@ def test_a_map_names_fields_of_any_kind() -> None:
 @pytest.mark.parametrize(
     ("mapped", "says"),
     [
-        ({"response": "nosuch"}, r"--map: no row has the field 'nosuch' which is mapped to 'response'.*the rows have a, q"),
+        (
+            {"response": "nosuch"},
+            r"--map: no row has the field 'nosuch', which is mapped to 'response'.*the rows have a, q",
+        ),
         ({"completion": "aa"}, r"no row has the field 'aa'.*did you mean 'a'"),
         ({"prompt": "q", "completion": "a", "messages": "turns"}, "no row has the field 'turns'"),
     ],
