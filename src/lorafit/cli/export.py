@@ -27,11 +27,7 @@ def export(
     run: flags.Run,
     to: Annotated[
         Literal["merged", "adapter", "gguf", "gguf-lora"],
-        typer.Option(
-            "--to",
-            metavar="FORM",
-            help="merged or adapter for vLLM, gguf or gguf-lora for llama.cpp and Ollama; the adapters for many runs.",
-        ),
+        typer.Option("--to", metavar="FORM", help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama."),
     ] = "merged",
     quantization: Annotated[
         str, typer.Option("--quantization", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
