@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--kill-s", type=float, default=0.0, help="seconds between kills of the supervised program")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()  # targets may follow options
     targets: Sequence[Path] = asked.targets or named_runs(asked.out)
     asked.out.mkdir(parents=True, exist_ok=True)
     runs = {target.resolve().name: target for target in targets if (target / "run.yaml").is_file()}
