@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-6
+"""Temperatures below it are taken for it: logits divided by less may be infinite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -74,10 +77,12 @@ def _penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 
 
 def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
-    probabilities = (logits / sampling.temperature).softmax(-1)
+    probabilities = (logits / max(sampling.temperature, LEAST_TEMPERATURE)).softmax(-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         # the token that crosses the bound stays in
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        beyond = ordered.cumsum(0) - ordered >= sampling.top_p
+        beyond[0] = False  # top_p may be below the least number of fp32
+        ordered[beyond] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(0, index, ordered)
     return int(torch.multinomial(probabilities, 1, generator=generator))
