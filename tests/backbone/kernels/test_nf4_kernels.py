@@ -1,5 +1,4 @@
 import importlib.util
-import sys
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -91,21 +90,3 @@ def test_on_a_gpu_both_orientations_hold_what_a_cpu_makes_of_the_weight(shape, b
     across = unpack_e4m3(packed, scales, block, inverse, shape[1], True).view(torch.uint8).cpu()
     assert torch.equal(straight, expected)
     assert torch.equal(across.t(), expected)
-
-
-@needs_triton
-@pytest.mark.parametrize(("rows", "features", "columns"), [(33, 192, 1024), (64, 100, 512), (17, 64, 64)])
-def test_interpreted_a_few_rows_are_multiplied_as_by_the_dense_weight(
-    interpreted, monkeypatch, rows, features, columns
-):
-    monkeypatch.setitem(sys.modules, "lorafit.backbone.kernels.nf4_kernels", interpreted)
-    specification = importlib.util.spec_from_file_location(
-        "interpreted_nf4_product", KERNELS.with_name("nf4_product.py")
-    )
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    packed, scales, dense, _ = quantised((features, columns))
-    # Triton's interpreter has no products of bf16
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).half()
-    out = module.multiply(x, packed, scales, code_values(packed.device), 64, x.new_zeros(rows, features))
-    torch.testing.assert_close(out.float(), x.float() @ dense.half().float().t(), rtol=2e-3, atol=0.05)

@@ -20,9 +20,9 @@ from torch import Tensor
 from lorafit.backbone.bitsandbytes_import import QuantState, bitsandbytes
 
 if importlib.util.find_spec("triton") is not None:
-    from lorafit.backbone.kernels import nf4_kernels, nf4_product
+    from lorafit.backbone.kernels import nf4_kernels
 else:
-    nf4_kernels = nf4_product = None  # type: ignore[assignment]
+    nf4_kernels = None  # type: ignore[assignment]
 
 NESTED_BLOCK = 256
 """Block size of the second quantization, fixed in bitsandbytes."""
@@ -103,44 +103,6 @@ def kernels_work(device: int) -> bool:
         return False  # Triton builds its launchers with a C compiler, which not every machine has
     expected = _unpack_by_bitsandbytes(packed, scales, 64, "nf4", 32, 128, torch.float32)
     return all(torch.equal(weight, expected) for weight in found)
-
-
-def product_takes(
-    x: Tensor, rows: int, packed: Tensor, scales: Scales, block: int, quant_type: str, features: int
-) -> bool:
-    """Return True if one kernel multiplies the few `rows` of `x` by this weight: a step of a server's answers.
-
-    Training keeps the dense product, whose sums its proofs compare with.
-    """
-    return (
-        nf4_product is not None
-        and rows <= nf4_product.MOST_ROWS
-        and torch.is_inference_mode_enabled()
-        and x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.shape[-1] % block == 0
-        and block % nf4_product.DEPTH == 0
-        and kernel_takes(packed, scales, quant_type, features * x.shape[-1])
-        and product_works(packed.device.index)
-    )
-
-
-@cache
-def product_works(device: int) -> bool:
-    """Return True if Triton builds the kernel of `nf4_product` for GPU `device`, and it multiplies rightly."""
-    weight = torch.linspace(-3, 2, 96 * 1024, device=f"cuda:{device}").sin().reshape(96, 1024)
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
-    x = torch.linspace(-1, 1, 40 * 1024, device=weight.device).cos().reshape(40, 1024).bfloat16()
-    try:
-        # twice: the second launch takes a shorter path
-        made = [nf4_product.multiply(x, packed, scales, code_values(x.device), 64, x.new_zeros(40, 96)) for _ in "12"]
-    except Exception:  # noqa: BLE001 (Triton's own errors are of many kinds; the dense product is always there)
-        return False
-    expected = x.float() @ unpack_weight(packed, scales, 64, "nf4", 96, 1024, x.dtype).float().t()
-    return all(
-        torch.allclose(each.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())) for each in made
-    )
 
 
 @cache
@@ -265,11 +227,6 @@ def _frozen_linear(
     if x.is_cuda and not transposed and 0 < rows <= FEW_ROWS and in_features % block == 0:
         return few_rows(x, packed, absmax, nested_code, nested_absmax, nested_offset, out_features, block, quant_type)
     scales = (absmax, nested_code, nested_absmax, nested_offset)
-    if not transposed and rows > FEW_ROWS and product_takes(x, rows, packed, scales, block, quant_type, out_features):
-        out = x.new_empty(*x.shape[:-1], out_features)
-        flat = x.reshape(rows, in_features), out.view(rows, out_features)
-        nf4_product.multiply(flat[0], packed, scales, code_values(x.device), block, flat[1])
-        return out
     weight = unpack_weight(packed, scales, block, quant_type, out_features, in_features, x.dtype)
     return x @ (weight if transposed else weight.t())
 
