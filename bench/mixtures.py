@@ -59,18 +59,26 @@ def main() -> None:
 def make_base(options: argparse.Namespace) -> None:
     """Write config.json, a tokenizer, and a safetensors file that has a header and no data on the disk."""
     import torch
-    from make_random_base import make_tokenizer
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import Qwen3MoeConfig
 
     sizes = SIZES[options.size] | ({"num_hidden_layers": options.layers} if options.layers else {})
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = Qwen3MoeConfig(max_position_embeddings=8192, dtype=torch.bfloat16, **sizes, **tokens)
-    config.architectures = ["Qwen3MoeForCausalLM"]
-    folder = Path(options.folder)
-    config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    made = write_base(config, Path(options.folder))
+    print(json.dumps({"made": options.folder, "parameters": made}))
+
+
+def write_base(config: Any, folder: Path) -> int:
+    """Write config.json, a tokenizer, and the header of the weights; return their number."""
+    import torch
+    from make_random_base import make_tokenizer
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     header, end = {}, 0
     for name, weight in model.named_parameters():
         begin, end = end, end + 2 * weight.numel()
@@ -79,7 +87,7 @@ def make_base(options: argparse.Namespace) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    print(json.dumps({"made": str(folder), "parameters": sum(weight.numel() for weight in model.parameters())}))
+    return end // 2
 
 
 def run_arm(options: argparse.Namespace) -> None:

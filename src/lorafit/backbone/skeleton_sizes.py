@@ -29,9 +29,7 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.projections import EXPERTS, EXPERTS_PER_TOKEN, first_number, projections_of
 from lorafit.errors import BackboneError
-from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION, SINKS
-
-SINK_NAMES = ("sinks", "attention_sink_bias", "attn_sink")
+from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION
 
 
 def main(folder: str) -> None:
@@ -121,8 +119,6 @@ def _unpacked(model: nn.Module, decoder: nn.Module) -> str:
         return CARRIES
     if not type(decoder)._can_set_attn_implementation():  # type: ignore[attr-defined, operator, unused-ignore]
         return OWN_ATTENTION
-    if any(name.rpartition(".")[2] in SINK_NAMES for name, _ in decoder.named_parameters()):
-        return SINKS
     parts = [part for part in decoder.modules() if type(part).__name__.endswith(("Attention", "DecoderLayer"))]
     return "" if all(map(_takes_options, parts)) else DROPS_ROWS
 

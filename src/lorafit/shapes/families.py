@@ -29,7 +29,6 @@ EXPERT_NAMES = "PEFT reads its name as that of the experts, which are no linear 
 """Obstacle of the feed-forwards beside experts, where PEFT rewrites the targets of older checkpoints."""
 OWN_ATTENTION = "its attention is its own, and takes no row boundaries"
 DROPS_ROWS = "its layers do not pass row boundaries on to attention"
-SINKS = "its attention has sinks"
 CARRIES = "its recurrent or convolutional layers carry a state from row to row"
 """Reasons for rows that are not packed."""
 
@@ -301,7 +300,6 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": Family(
         _attention("attention_bias", "attention_bias") + _experts("f"),
         (("2*h+a", "true"), ("n*h+n+n*2*f+n*h", "sparse")),
-        unpacked=SINKS,
         defaults={"attention_bias": True},
     ),
 }  # fmt: skip

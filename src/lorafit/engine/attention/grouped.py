@@ -1,6 +1,6 @@
 """Grouped attention: attention over groups of rows of similar length.
 
-It supports any device, any precision, capped scores and windows.
+It supports any device, any precision, capped scores, windows and sinks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def grouped_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute causal attention within each row.
 
     Shapes are those of `packed_attention`; returns (1, tokens, heads, dim).
     """
     groups = groups_of(gather, layout)
-    parts = [_group_attention(query, key, value, scale, window, softcap, group) for group in groups]
+    parts = [_group_attention(query, key, value, scale, window, softcap, sinks, group) for group in groups]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     return flat.index_select(0, scatter).unsqueeze(0)
 
@@ -42,6 +43,7 @@ def _group_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
     group: Group,
 ) -> torch.Tensor:
     """Compute the attention of one group of rows; returns (rows * longest, heads, dim)."""
@@ -49,8 +51,8 @@ def _group_attention(
     shares_keys = q.shape[1] != k.shape[1]
     if window is not None and window >= q.shape[2]:
         window = None
-    if softcap is not None:
-        mixed = _capped(q, k, v, scale, window, softcap)
+    if softcap is not None or sinks is not None:
+        mixed = _written_out(q, k, v, scale, window, softcap, sinks)
     elif window is None:
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys)
     else:
@@ -75,12 +77,18 @@ def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor
     return (distance >= 0) & (distance < (window or length))
 
 
-def _capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, softcap: float
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute softmax(cap · tanh(scores / cap)) · value.
+    """Compute softmax(cap · tanh(scores / cap)) · value, with a column for each head's sink.
 
-    It follows transformers' eager Gemma 2, with the softmax in fp32.
+    It follows transformers' eager Gemma 2 and gpt-oss, with the softmax in fp32.
     """
     repeats = query.shape[1] // key.shape[1]
     hidden = ~_band(query.shape[2], window, query.device)
@@ -88,11 +96,21 @@ def _capped(
     for row, head, heads in _pieces(key, repeats):
         q, k, v = query[row, heads], key[row, head], value[row, head]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / softcap) * softcap
-        scores = scores.masked_fill(hidden, float("-inf"))
-        mixed = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        scores = q @ k.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        chances = _softmax(scores.masked_fill(hidden, float("-inf")), None if sinks is None else sinks[heads])
+        mixed = chances.to(q.dtype) @ v
         rows.setdefault(row.start, []).append(mixed)
     return torch.cat([torch.cat(parts, 1) for parts in rows.values()])
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return the softmax of scores (rows, heads, queries, keys) in fp32, or wider, with a column for each sink."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+    columns = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, columns], -1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
 def _pieces(key: torch.Tensor, repeats: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -121,24 +139,28 @@ def grouped_gradients(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of `grouped_attention` in the shapes of query, key and value.
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of `grouped_attention` in the shapes of query, key, value and sinks; (0,) without sinks.
 
     `grad` is (1, tokens, heads, dim). The gradients are written out, since an opaque operator has no autograd inside.
     Scores grow with the square of a row, so they are recomputed here and never kept. Padded queries have no gradient,
     and no real query sees a padded key.
     """
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+    of_sinks = torch.zeros(0 if sinks is None else len(sinks), device=query.device)
     padded = torch.zeros((gather.shape[0], *grad.shape[2:]), dtype=grad.dtype, device=grad.device)
     padded.index_copy_(0, scatter, grad[0])
     start = 0
     for group in groups_of(gather, layout):
         rows, width = group.tokens.shape
         g = padded[start : start + rows * width].view(rows, width, *grad.shape[2:]).transpose(1, 2)
-        for part, piece in zip(parts, _group_gradients(g, query, key, value, scale, window, softcap, group)):
+        found = _group_gradients(g, query, key, value, scale, window, softcap, sinks, of_sinks, group)
+        for part, piece in zip(parts, found, strict=True):
             part.append(piece.transpose(1, 2).flatten(0, 1))
         start += rows * width
-    return tuple(torch.cat(part).index_select(0, scatter).transpose(0, 1)[None] for part in parts)  # type: ignore[return-value]
+    grads = (torch.cat(part).index_select(0, scatter).transpose(0, 1)[None] for part in parts)
+    return (*grads, of_sinks if sinks is None else of_sinks.to(sinks.dtype))  # type: ignore[return-value]
 
 
 def _group_gradients(
@@ -149,9 +171,11 @@ def _group_gradients(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
+    of_sinks: torch.Tensor,
     group: Group,
 ) -> list[torch.Tensor]:
-    """Return the gradients (rows, heads, longest, dim) of one group.
+    """Return the gradients (rows, heads, longest, dim) of one group, and add that of the sinks to `of_sinks`.
 
     `grad` of the group's output has the same shape.
     """
@@ -160,7 +184,11 @@ def _group_gradients(
     hidden = ~_band(q.shape[2], window, q.device)
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
     for row, head, heads in _pieces(k, repeats):
-        piece = _piece_gradients(grad[row, heads], q[row, heads], k[row, head], v[row, head], hidden, scale, softcap)
+        own = None if sinks is None else sinks[heads]
+        these = (grad[row, heads], q[row, heads], k[row, head], v[row, head])
+        *piece, of_own = _piece_gradients(*these, hidden, scale, softcap, own)
+        if own is not None:
+            of_sinks[heads] += of_own
         for whole, part, places in zip(grads, piece, (heads, head, head), strict=True):
             whole[row, places] = part
     return grads
@@ -174,8 +202,9 @@ def _piece_gradients(
     hidden: torch.Tensor,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Return the gradients of these queries, keys and values.
+    """Return the gradients of these queries, keys, values and sinks.
 
     `hidden` is True where a query may not see a key.
     """
@@ -184,12 +213,15 @@ def _piece_gradients(
     scores = (q @ k.transpose(-1, -2)).float() * scale
     capped = torch.tanh(scores / softcap) if softcap is not None else None
     seen = scores if softcap is None or capped is None else capped * softcap
-    chances = torch.softmax(seen.masked_fill(hidden, float("-inf")), dim=-1)
+    chances = _softmax(seen.masked_fill(hidden, float("-inf")), sinks)
     of_chances = (grad @ v.transpose(-1, -2)).float()
-    of_scores = chances * (of_chances - (of_chances * chances).sum(-1, keepdim=True))
+    mean = (of_chances * chances).sum(-1, keepdim=True)
+    of_scores = chances * (of_chances - mean)
+    # the column of the sinks has the rest of the chances, and a value of zero
+    of_sinks = -((1 - chances.sum(-1, keepdim=True)) * mean).sum((0, 2, 3))
     if capped is not None:
         of_scores = of_scores * (1 - capped * capped)
     of_scores = (of_scores * scale).to(q.dtype)
     of_key, of_value = of_scores.transpose(-1, -2) @ q, chances.to(q.dtype).transpose(-1, -2) @ grad
     summed = [piece.unflatten(1, (kv_heads, repeats)).sum(2) for piece in (of_key, of_value)]
-    return [of_scores @ k, *summed]
+    return [of_scores @ k, *summed, of_sinks]

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from lorafit.backbone import unwrapped
 from lorafit.engine.attention.grouped import grouped_attention, grouped_gradients
+from lorafit.engine.attention.sinks import sinks_gradient, with_sinks
 from lorafit.engine.packing import Segments, on_host
 from lorafit.errors import BackboneError
 
@@ -20,7 +21,10 @@ HALF = (torch.bfloat16, torch.float16)
 CUDNN_WIDEST_HEAD = 128
 ROUND_WIDTH = 256
 
-ROWS = "Tensor cu_seqlens, Tensor gather, Tensor scatter, Tensor layout, float scale, SymInt? window, float? softcap"
+ROWS = (
+    "Tensor cu_seqlens, Tensor gather, Tensor scatter, Tensor layout, float scale, SymInt? window, float? softcap, "
+    "Tensor? sinks=None"
+)
 # a bare Library: torch.library.custom_op adds 0.25 ms a call on a slow processor, 16 ms a step of 32 layers
 LIBRARY = torch.library.Library("lorafit", "FRAGMENT")
 LIBRARY.define(
@@ -28,8 +32,8 @@ LIBRARY.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 LIBRARY.define(
-    f"packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {ROWS})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {ROWS}, "
+    "bool trains_sinks=False) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 
@@ -53,27 +57,31 @@ def _forward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention within each row.
 
-    query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); the rest as in `Segments`. Returns
-    (1, tokens, heads, dim) and log-sums (heads, tokens), or (0, 0) without a flash kernel.
+    query (1, heads, tokens, dim); key, value (1, kv heads, tokens, dim); sinks (heads,); the rest as in `Segments`.
+    Returns (1, tokens, heads, dim) and log-sums (heads, tokens), or (0, 0) without a flash kernel.
     """
     layout = on_host(layout)
     if not takes_flash(query, softcap):
         assert int(layout[-1]), "rows in a CUDA graph have no groups, as their lengths change"
-        mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap)
+        mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap, sinks)
         return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
     if _is_even(query, layout, window):
         out, sums = _even_forward(query, key, value, layout, scale)
     else:
         out, sums = _uneven_forward(query, key, value, cu_seqlens, int(layout[1]), scale, window)
+    if sinks is not None:
+        out, sums = with_sinks(out, sums, sinks, _rows_of_sums(query, layout, window))
     return out.contiguous(), sums  # kernels use the queries' layout, which is nearly always token by token
 
 
 def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     _, heads, tokens, dim = query.shape
-    sums = (heads, tokens) if takes_flash(query, softcap=others[-1]) else (0, 0)
+    softcap = others[8] if len(others) > 8 else None
+    sums = (heads, tokens) if takes_flash(query, softcap) else (0, 0)
     return query.new_empty((1, tokens, heads, dim)), query.new_empty(sums, dtype=torch.float32)
 
 
@@ -91,30 +99,42 @@ def _backward(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, in their shapes, laid out token by token."""
+    sinks: Tensor | None = None,
+    trains_sinks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, in their shapes, laid out token by token, and of trained sinks."""
     layout = on_host(layout)
     if not takes_flash(query, softcap):
-        return grouped_gradients(grad, query, key, value, gather, scatter, layout, scale, window, softcap)
+        *grads, of_sinks = grouped_gradients(
+            grad, query, key, value, gather, scatter, layout, scale, window, softcap, sinks
+        )
+        return (*grads, of_sinks if trains_sinks else query.new_empty(0))  # type: ignore[return-value]
     if _is_even(query, layout, window):
-        return _even_backward(grad, query, key, value, out, sums, layout, scale)
-    return _uneven_backward(grad, query, key, value, out, sums, cu_seqlens, int(layout[1]), scale, window)
+        grads = _even_backward(grad, query, key, value, out, sums, layout, scale)
+    else:
+        grads = _uneven_backward(grad, query, key, value, out, sums, cu_seqlens, int(layout[1]), scale, window)
+    if sinks is None or not trains_sinks:
+        return (*grads, query.new_empty(0))
+    return (*grads, sinks_gradient(grad, out, sums, sinks, _rows_of_sums(query, layout, window)))
 
 
-def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value = (_token_major(tensor.new_empty(tensor.shape)) for tensor in inputs[:3])
-    return query, key, value
+    trains_sinks = len(inputs) > 13 and inputs[13]  # after the sinks; defaults are left out
+    return query, key, value, torch.empty_like(inputs[12]) if trains_sinks else query.new_empty(0)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *rows, scale, window, softcap = inputs
-    ctx.save_for_backward(query, key, value, *output, *rows)
+    query, key, value, *rows, scale, window, softcap, sinks = inputs
+    ctx.save_for_backward(query, key, value, *output, *rows, sinks)
     ctx.how = (scale, window, softcap)
 
 
 def _gradient(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-    grads = packed_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how)
-    return (*grads, *(None,) * 7)
+    *saved, sinks = ctx.saved_tensors
+    trains_sinks = ctx.needs_input_grad[-1]
+    *grads, of_sinks = packed_attention_backward(grad.contiguous(), *saved, *ctx.how, sinks, trains_sinks)
+    return (*grads, *(None,) * 7, of_sinks if trains_sinks else None)
 
 
 LIBRARY.impl("packed_attention", _forward, "CompositeExplicitAutograd")
@@ -141,6 +161,11 @@ def _is_even(query: Tensor, layout: Tensor, window: int | None) -> bool:
     rows, width = layout[:2].tolist()
     even = len(layout) == 2 and rows * width == query.shape[2] and (rows > 1 or width % ROUND_WIDTH == 0)
     return even and window is None and query.shape[-1] <= CUDNN_WIDEST_HEAD and _is_hopper(query.device)
+
+
+def _rows_of_sums(query: Tensor, layout: Tensor, window: int | None) -> int:
+    """Return the rows whose heads' log-sums follow one another: cuDNN's, or all tokens as one."""
+    return int(layout[0]) if _is_even(query, layout, window) else 1
 
 
 @cache
@@ -236,13 +261,14 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: Segments | None = None,
+    s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each segment.
 
     query (1, heads, tokens, dim); key and value (1, kv heads, tokens, dim); returns (1, tokens, heads, dim).
-    `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores. Raises
-    BackboneError for a family that does not pass its segments on, or has attention sinks.
+    `sliding_window` counts the token itself, as in transformers; `softcap` is Gemma 2's tanh cap on scores; `s_aux`
+    (heads,) are attention sinks. Raises BackboneError for a family that does not pass its segments on.
     """
     if segments is None or attention_mask is not None:
         raise BackboneError(
@@ -250,16 +276,12 @@ def packed_attention(
             where=type(module).__name__,
             fix="choose another base, and report this one",
         )
-    if unused.get("s_aux") is not None:
-        raise BackboneError(
-            "attention sinks are not supported for packed rows", where=type(module).__name__, fix="choose another base"
-        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     rows = (segments.gather, segments.scatter, segments.layout)
     if takes_flash(query, softcap) or torch.compiler.is_compiling():
-        options = (scale, sliding_window, softcap)
+        options = (scale, sliding_window, softcap, s_aux)
         return packed_attention_op(query, key, value, segments.cu_seqlens, *rows, *options)[0], None
-    return grouped_attention(query, key, value, *rows, scale, sliding_window, softcap), None
+    return grouped_attention(query, key, value, *rows, scale, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

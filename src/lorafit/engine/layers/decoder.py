@@ -127,7 +127,8 @@ Call = Callable[..., Any]
 class DecoderLayers:
     """Run the decoder layers of `model` by a memory policy; `with layers:` around training installs them.
 
-    A family whose layer does not compile in one graph runs eagerly, and a note says why.
+    A family whose layer does not compile in one graph runs eagerly, and a note says why. Recurrent layers always do:
+    without their kernels, transformers loops over tokens in Python, which a compiler would unroll for each length.
 
     Attributes:
         policy: The memory policy.
@@ -162,6 +163,7 @@ class DecoderLayers:
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
         self._varying: set[int] = set()
+        self._recurrent = frozenset(id(layer) for layer in self.layers if _is_recurrent(layer))
         self._index = {id(layer): place for place, layer in enumerate(self.layers)}
 
     def __len__(self) -> int:
@@ -286,12 +288,13 @@ class DecoderLayers:
 
     def _at_level(self, layer: Any, forward: Call, options: dict[str, Any], level: str, *inputs: Any) -> Any:
         """Run one layer's forward at a level of the policy."""
-        if level == "feed_forward" and not (self.compiled and self.widths):
+        compiled = self.compiled and id(layer) not in self._recurrent
+        if level == "feed_forward" and not (compiled and self.widths):
             level = "whole"
         if level == "whole":
             again = partial(self._at_level, layer, forward, options, "keep")
             return checkpoint(again, *inputs, use_reentrant=False)
-        if not self.compiled:
+        if not compiled:
             return forward(layer, *inputs, **options)
         self._let_vary(inputs, options)
         started = time.perf_counter()
@@ -314,9 +317,9 @@ class DecoderLayers:
         new = [value for value in options.values() if value is not None and id(value) not in self._varying]
         self._varying.update(map(id, new))
         for tensor in _tensors((*inputs, *new)):
-            axis = 1 if tensor.dim() > 1 else 0
-            if tensor.shape[axis] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+            for axis in range(min(tensor.dim(), 2)):  # padded rows lie side by side
+                if tensor.shape[axis] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
     def _body(self, level: str) -> Call:
         if level not in self._bodies:
@@ -343,6 +346,14 @@ def _keep_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **option
 def _recompute_mlp_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
     # a separate function, because torch keeps compiled variants by function and tries them in turn
     return checkpoint(forward, layer, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+def _is_recurrent(layer: torch.nn.Module) -> bool:
+    """Return True for a layer with a state along the sequence; its convolution tells, unless it is the whole layer."""
+    holders = (
+        module for module in layer.modules() if any(isinstance(one, torch.nn.Conv1d) for one in module.children())
+    )
+    return any("ShortConv" not in type(module).__name__ for module in holders)
 
 
 def _bound(call: partial[Any]) -> tuple[Any, Call]:
