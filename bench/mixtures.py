@@ -140,7 +140,7 @@ def random_backbone(folder: str) -> Any:
     torch.manual_seed(0)
     architecture = without_noise(read_architecture(Path(folder)))
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
     def drawn(weight: Any) -> torch.nn.Parameter:
         if weight.dim() == 1:
