@@ -108,14 +108,14 @@ def _backward(
         *grads, of_sinks = grouped_gradients(
             grad, query, key, value, gather, scatter, layout, scale, window, softcap, sinks
         )
-        return (*grads, of_sinks if trains_sinks else query.new_empty(0))  # type: ignore[return-value]
+        return grads[0], grads[1], grads[2], of_sinks if trains_sinks else query.new_empty(0)
     if _is_even(query, layout, window):
-        grads = _even_backward(grad, query, key, value, out, sums, layout, scale)
+        found = _even_backward(grad, query, key, value, out, sums, layout, scale)
     else:
-        grads = _uneven_backward(grad, query, key, value, out, sums, cu_seqlens, int(layout[1]), scale, window)
+        found = _uneven_backward(grad, query, key, value, out, sums, cu_seqlens, int(layout[1]), scale, window)
     if sinks is None or not trains_sinks:
-        return (*grads, query.new_empty(0))
-    return (*grads, sinks_gradient(grad, out, sums, sinks, _rows_of_sums(query, layout, window)))
+        return *found, query.new_empty(0)
+    return *found, sinks_gradient(grad, out, sums, sinks, _rows_of_sums(query, layout, window))
 
 
 def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
