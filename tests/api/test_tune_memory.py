@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +19,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.demo import BASE
 from lorafit.engine import PAGE_BYTES, DryRun
 from lorafit.engine.attention.packed import PACKED
+from lorafit.engine.row_mode import RowMode
 from lorafit.methods import method_of
 from lorafit.methods.lora import attach, count_parameters
 from lorafit.methods.lora.lora import Lora
@@ -69,6 +70,14 @@ def test_the_largest_micro_batch_is_tried():
     assert work.longest == 32
     assert 32 < work.batch_of(64).tokens <= 64
     assert work.batch_of(16).tokens == 32  # a row is never cut
+
+
+@pytest.mark.parametrize("rows", [RowMode(), RowMode("a state runs on"), RowMode("a state runs on", "and more")])
+def test_only_packed_rows_are_recorded_as_cuda_graphs(rows):
+    config = settings(max_steps=1, rank=2, max_length=64, examples_per_step=4)
+    made = replace(built(config), rows=rows)
+    work = _workload(made, config, ROWS, torch.device("cpu"))
+    assert (work.within(64, 64) is None) != rows.is_packed
 
 
 ROWS = encoded_rows(9, 12, 15, 30, 31, 32, 20, 8)

@@ -375,9 +375,10 @@ def _workload(
         return largest_micro_batch(rows, config, limit, step, built.objective, world=world, padded=padded).to(device)
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
+        if not built.rows.is_packed:
+            return None  # a CUDA graph fills a micro-batch up with a row more, which only packed attention sets apart
         cut = built.rows.micro_tokens(micro_tokens)
-        padded = built.rows.is_padded
-        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world, padded=padded)
+        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:

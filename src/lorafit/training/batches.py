@@ -245,14 +245,13 @@ def largest_within(
     objective: Objective | None = None,
     *,
     world: int = 1,
-    padded: bool = False,
 ) -> MicroBatch | None:
     """Return the largest micro-batch with at most `limit` tokens; None if all have more.
 
     Micro-batches are cut at `micro_tokens`, as in `largest_micro_batch`.
     """
     most, largest = 0, None
-    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens, padded), step, world):
+    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens), step, world):
         if most < tokens <= limit:
             most, largest = tokens, members
     return None if largest is None else (objective or Sft()).collate(rows, largest)

@@ -252,8 +252,13 @@ class Scheduler:
         return all(each.sampling.is_plain for each in self._running.values())
 
     def _accept_from(self, generation: Generation, likeliest: int, logits: Any) -> None:
-        plain = generation.sampling.is_plain
-        self._accept(generation, Chosen(likeliest) if plain else self._chosen(generation, logits))
+        try:
+            chosen = Chosen(likeliest) if generation.sampling.is_plain else self._chosen(generation, logits)
+        except Exception as error:  # noqa: BLE001 (one request's settings must not end its neighbours' answers)
+            LOG.exception("a token could not be chosen")
+            self._end(generation, "error", error)
+            return
+        self._accept(generation, chosen)
 
     def _chosen(self, generation: Generation, logits: Any) -> Chosen:
         seen = [*generation.prompt, *generation.ids] if generation.sampling.repetition_penalty != 1 else ()
@@ -264,12 +269,12 @@ class Scheduler:
         if reason := generation.accept(chosen):
             self._end(generation, reason)
 
-    def _end(self, generation: Generation, reason: Reason) -> None:
+    def _end(self, generation: Generation, reason: Reason, error: BaseException | None = None) -> None:
         with self._changed:
             del self._running[generation.slot]
         if generation.version is not None:
             self.pool.release(generation.version)
-        generation.on_end(reason, None)
+        generation.on_end(reason, error)
 
     def _recover(self, error: Exception) -> None:
         """End all answers with `error`, and begin anew with empty slots; fail after CRASHES within CRASH_WINDOW_S."""
