@@ -43,6 +43,8 @@ def test_a_second_run_shares_the_base_and_vllm_is_told_of_both(served, tiny_run)
 def test_a_taken_name_and_a_run_over_another_base_are_refused(served, tiny_run):
     with pytest.raises(UsageError, match="has an adapter 'first' already"):
         export(tiny_run.run.path, to="adapter", out=served.folder, name="first")
+    with pytest.raises(UsageError, match="'base' is no adapter's name"):
+        export(tiny_run.run.path, to="adapter", out=served.folder, name="base")
     identity = served.folder / "base" / "base.json"
     held = identity.read_text()
     identity.write_text(json.dumps(json.loads(held) | {"fingerprint": "0" * 64}))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -30,6 +29,7 @@ from lorafit.serve.tenants import Tenants
 KEY, ACME = "owner-key-0123456789", "acme-key-0123456789abc"
 STUB = Path(__file__).parent.parent / "stub_engine.py"
 HELLO = [{"role": "user", "content": "Hello"}]
+TICKET = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
 
 def write_adapter(folder, rank=4, template="{{ messages }}", status="proved"):
@@ -66,8 +66,8 @@ def post(door, path, body, key=KEY):
     return httpx.post(f"{door.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=20)
 
 
-def said(door, model, **more):
-    answer = door.client.chat.completions.create(model=model, messages=HELLO, **more)
+def said(door, model, messages=HELLO, **more):
+    answer = door.client.chat.completions.create(model=model, messages=messages, **more)
     return answer.choices[0].message.content
 
 
@@ -260,18 +260,23 @@ def test_the_engine_follows_from_what_is_served(tiny_run, folder, tmp_path):
         engine_for([folder, folder], "auto")
 
 
-def test_a_gguf_file_answers_as_the_run_through_llama_cpp(tiny_run, tmp_path):
+def test_a_lora_file_answers_as_the_run_through_llama_cpp_and_its_base_beside_it(tiny_run, tmp_path):
     pytest.importorskip("xllamacpp")
     from lorafit.api.ship.export import export
 
-    exported = export(tiny_run.run.path, to="gguf", quantization="f16", out=tmp_path / "tickets")
-    shutil.copy(exported.folder / "model-F16.gguf", tmp_path / "second.gguf")
+    out = tmp_path / "served"
+    exported = export(tiny_run.run.path, to="gguf-lora", quantization="f16", out=out, name="tickets")
+    assert engine_for([out], "auto") == "llamacpp"
     sizes = {"texts": 2, "tokens": 512, "adapter_dirs": [], "on_gpu": False, "on_crash": lambda error: None}
     engine = supervised_engine("llamacpp", exported.folder, None, **sizes)
     engine.start()
-    own = load(tiny_run.run.path).answer(HELLO, max_new_tokens=12)
+    session = load(tiny_run.run.path)
+    own, base = (session.answer(TICKET, max_new_tokens=12, tuned=tuned) for tuned in (True, False))
     with door_to(engine, tmp_path) as door:
-        assert said(door, "tickets", max_tokens=12) == own
+        assert said(door, "tickets", TICKET, max_tokens=12) == own != base
+        assert said(door, "base", TICKET, max_tokens=12) == base
+        others = [{"id": 0, "scale": 1.0}]
+        assert said(door, "base", TICKET, max_tokens=12, extra_body={"lora": others}) == base, "a client chooses no other's"
         with pytest.raises(UsageError, match="loads no adapters"):
             engine.add_adapter("x", tmp_path)
     assert engine.state == "stopped"

@@ -19,7 +19,7 @@ from lorafit.export import format_named, verify
 from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.formats import Gguf
-from lorafit.export.serving import LORA_FILE, SERVING_FILE, AdaptersFolder, GgufAdaptersFolder
+from lorafit.export.serving import BASE, LORA_FILE, SERVING_FILE, AdaptersFolder, GgufAdaptersFolder
 from lorafit.export.verify import VERIFICATION_FILE, record_proofs, write_chat_template
 from lorafit.findings import Finding, has_errors
 from lorafit.methods import method_of
@@ -136,7 +136,7 @@ def _export_adapter(
     run: RunDir, folder: AdaptersFolder, name: str | None, checkpoint: str, *, asks_vllm: bool, wanted: tuple[str, ...]
 ) -> ExportedRun:
     name = name or (CANNOT.sub("-", run.path.resolve().name).strip(".-") or "adapter")
-    if not ADAPTER_NAME.fullmatch(name):
+    if not ADAPTER_NAME.fullmatch(name) or name == BASE:
         what = f"'{name:.70}' is no adapter's name"
         raise UsageError(what, where="--name", fix="use up to 64 letters, digits, dots, dashes and underscores")
     with redirect_library_logs(run.log, optional=True):

@@ -1,6 +1,6 @@
 """serving: the files that say how an export is served: serving.json, vLLM's settings, Ollama's Modelfile."""
 
-from lorafit.export.serving.adapters_folder import AdaptersFolder
+from lorafit.export.serving.adapters_folder import BASE, AdaptersFolder
 from lorafit.export.serving.gguf_adapters_folder import LORA_FILE, GgufAdaptersFolder
 from lorafit.export.serving.modelfile import MODELFILE, modelfile
 from lorafit.export.serving.serving_file import (
@@ -14,6 +14,7 @@ from lorafit.export.serving.serving_file import (
 )
 
 __all__ = [
+    "BASE",
     "AdaptersFolder",
     "Command",
     "GgufAdaptersFolder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,15 @@ from lorafit.errors import AdapterError, UsageError
 from lorafit.programs import VLLM_VARIABLE, Program, find_vllm, vllm_program
 from lorafit.programs.llama_server import llama_program
 from lorafit.runs import RunDir
+from lorafit.serve.engines.exported_adapter import require_proof
 from lorafit.serve.engines.supervised import ServedFolder, SupervisedEngine
 
 EngineName = Literal["auto", "builtin", "vllm", "llamacpp"]
 SETTINGS, ADAPTERS, BASE = "serving.yaml", "adapters", "base"
+LORA_FILES = f"{ADAPTERS}/*/lora-F32.gguf"
 GREEDY = '{"temperature": 0.0}'
 LONGEST = 4096
-ENGINE_OF = {"run": "builtin", "adapters": "vllm", "merged": "vllm", "gguf": "llamacpp"}
+ENGINE_OF = {"run": "builtin", "adapters": "vllm", "merged": "vllm", "gguf": "llamacpp", "gguf-lora": "llamacpp"}
 """Engine by the kind of what is served."""
 FIXES = {
     "builtin": "name runs, or take --engine vllm for an export",
@@ -76,6 +78,8 @@ def _kind_of(target: Path) -> str:
         return "run"
     if target.suffix == ".gguf" or any(target.glob("*.gguf")):
         return "gguf"
+    if any(target.glob(LORA_FILES)):
+        return "gguf-lora"
     if (target / SETTINGS).is_file():
         return "adapters"
     return "merged" if (target / "config.json").is_file() else "run"
@@ -84,9 +88,21 @@ def _kind_of(target: Path) -> str:
 def _of_gguf(target: Path, log: Path, texts: int, tokens: int | None) -> tuple[Callable[[], Program], ServedFolder]:
     if importlib.util.find_spec("xllamacpp") is None:
         raise UsageError("xllamacpp is not installed", where="--engine", fix="pip install 'lorafit[gguf]'")
+    loras = {path.parent.name: path for path in sorted(target.glob(LORA_FILES))}
+    if loras:
+        file, served = min((target / BASE).glob("*.gguf")), _with_loras(loras)
+        sizes = {"texts": texts, "tokens": tokens or LONGEST}
+        return lambda: llama_program(file, BASE, log, **sizes, adapters=list(loras.values())), served
     file = target if target.suffix == ".gguf" else min(target.glob("*.gguf"))
     name = target.stem if target.suffix == ".gguf" else target.name
     return lambda: llama_program(file, name, log, texts=texts, tokens=tokens or LONGEST), ServedFolder(name)
+
+
+def _with_loras(loras: Mapping[str, Path]) -> ServedFolder:
+    folders = {name: path.parent for name, path in loras.items()}
+    for folder in folders.values():
+        require_proof(folder)
+    return ServedFolder(BASE, folders, numbered=tuple(folders))
 
 
 def _of_vllm(

@@ -32,11 +32,16 @@ def require_adapter(path: Path, roots: Sequence[Path], most_rank: int, template:
     if template is not None and _text(folder / TEMPLATE) != _text(template):
         what = "the adapter was trained with another chat template than the one that is served"
         raise VerificationError(what, where=str(path), fix="serve it from a server of its own")
+    require_proof(folder)
+    return folder
+
+
+def require_proof(folder: Path) -> None:
+    """Raise VerificationError if the exported adapter in `folder` failed its proof, or has none."""
     verified = folder / "verification.json"
     engines = read_json(verified, AdapterError).get("engines", []) if verified.is_file() else []
     if not engines or any(engine.get("status") == "failed" for engine in engines):
-        raise VerificationError("the adapter's export is not proved", where=str(path), fix="export the run again")
-    return folder
+        raise VerificationError("the adapter's export is not proved", where=str(folder), fix="export the run again")
 
 
 def _text(path: Path) -> str | None:

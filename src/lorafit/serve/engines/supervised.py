@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorafit.errors import ProgramError, UsageError
 from lorafit.programs import Program, post_json
@@ -33,6 +33,7 @@ class ServedFolder:
         roots: folders from which adapters may be loaded at run time; none means that the program takes none.
         most_rank: largest rank of an adapter that the program takes.
         template: the chat template that every adapter must have; None checks nothing.
+        numbered: names of the adapters that requests name by their number, in that order.
     """
 
     base_name: str
@@ -40,6 +41,14 @@ class ServedFolder:
     roots: tuple[Path, ...] = ()
     most_rank: int = 0
     template: Path | None = None
+    numbered: tuple[str, ...] = ()
+
+    def fields_for(self, name: str) -> dict[str, Any]:
+        """Return the fields with which the program answers as `name`; they replace a client's own."""
+        if not self.numbered:
+            return {}
+        # each is told, as llama.cpp's defaults are for all requests
+        return {"lora": [{"id": place, "scale": float(name == each)} for place, each in enumerate(self.numbered)]}
 
 
 class SupervisedEngine:

@@ -99,7 +99,8 @@ def _checked(server: Server, tenant: Tenant, path: str, body: dict[str, Any]) ->
     if engine.state != "ready":
         raise ApiError(503, f"the engine is {engine.state}", retry_s=5)
     # programs sample at 0.8 or 1.0 where a request names no temperature; the run's own answers are greedy
-    return body if path == "/tokenize" or body.get("temperature") is not None else {**body, "temperature": 0}
+    greedy = {} if path == "/tokenize" or body.get("temperature") is not None else {"temperature": 0}
+    return {**body, **greedy, **engine.served.fields_for(name)}
 
 
 @dataclass(eq=False)
