@@ -11,7 +11,7 @@ import torch
 from lorafit.errors import AdapterError, LorafitError, UsageError, VerificationError
 from lorafit.methods.lora import AdapterFiles, GroupedAdapters, plain_adapter
 from lorafit.runs import RunDir
-from lorafit.serve.decoding import Chosen, Sampling, choose
+from lorafit.serve.decoding import Chosen, Sampling, choose, scheduler
 from lorafit.serve.decoding.batch import Tail
 from lorafit.serve.decoding.fair_queue import FairQueue
 from made_runs import MOST_TOKENS, QUESTIONS, seal, write_run
@@ -37,6 +37,27 @@ def test_every_answer_is_the_runs_own_with_three_adapters_in_two_slots(engine, o
         answers = list(clients.map(lambda key: served(engine, key[0], QUESTIONS[key[1]]), keys))
     assert answers == [own_answers[key] for key in keys]
     assert len(set(own_answers.values())) > len(QUESTIONS), "the adapters answer differently"
+
+
+def test_a_request_whose_token_cannot_be_chosen_ends_alone(engine, own_answers, monkeypatch):
+    def chosen(logits, sampling, *more):
+        if sampling.temperature:
+            raise RuntimeError("no token")
+        return choose(logits, sampling, *more)
+
+    monkeypatch.setattr(scheduler, "choose", chosen)
+    prompt = engine.base.template.prompt_ids([{"role": "user", "content": QUESTIONS[0]}])
+
+    async def sampled():
+        async for _ in engine.stream(prompt, None, Sampling(temperature=1.0), max_new_tokens=4):
+            pass
+
+    with ThreadPoolExecutor(2) as clients:
+        failing, neighbour = clients.submit(asyncio.run, sampled()), clients.submit(served, engine, "bob", QUESTIONS[0])
+        with pytest.raises(RuntimeError, match="no token"):
+            failing.result()
+        assert neighbour.result() == own_answers["bob", 0]
+    assert engine.scheduler.state == "ready"
 
 
 def test_a_slots_log_probabilities_are_those_of_its_dense_update(engine, runs):

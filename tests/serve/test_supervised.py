@@ -276,7 +276,9 @@ def test_a_lora_file_answers_as_the_run_through_llama_cpp_and_its_base_beside_it
         assert said(door, "tickets", TICKET, max_tokens=12) == own != base
         assert said(door, "base", TICKET, max_tokens=12) == base
         others = [{"id": 0, "scale": 1.0}]
-        assert said(door, "base", TICKET, max_tokens=12, extra_body={"lora": others}) == base, "a client chooses no other's"
+        assert said(door, "base", TICKET, max_tokens=12, extra_body={"lora": others}) == base, (
+            "a client chooses no other's"
+        )
         with pytest.raises(UsageError, match="loads no adapters"):
             engine.add_adapter("x", tmp_path)
     assert engine.state == "stopped"
