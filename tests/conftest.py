@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from itertools import zip_longest
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist says 80 to its workers; the console reads it when it is imported
 
@@ -23,13 +24,18 @@ torch.set_num_threads(1)  # two test processes on two cores: more threads only g
 
 
 def pytest_collection_modifyitems(items):
-    """Put files that hold a `slow` test first; skip `gpu` tests, saying why, where there is no GPU.
+    """Put files with `slow` tests first; skip `gpu` tests, saying why, where there is no GPU.
 
-    A long file that starts last keeps one process busy while the other has nothing left to do
-    (`make test` deals files in this order: `--no-loadscope-reorder`).
+    `make test` deals files in this order (`--no-loadscope-reorder`). A long file that starts last keeps one process
+    busy while the other has nothing left to do. Files whose tests start several processes (`processes`) alternate
+    with others: two of them at a time take three times as long, because their processes wait for each other.
     """
-    slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)  # stable: within both groups the order stays
+    slow = {item.path: "processes" in item.keywords for item in items if "slow" in item.keywords}
+    slow |= {item.path: True for item in items if "processes" in item.keywords}
+    apart, alone = ([path for path, several in slow.items() if several == wanted] for wanted in (True, False))
+    turns = [*zip_longest(alone, apart)]
+    place = {path: turn for turn, paths in enumerate(turns) for path in paths}
+    items.sort(key=lambda item: (place.get(item.path, len(turns)), slow.get(item.path, False)))  # stable
     if torch.cuda.is_available():
         return
     for item in items:

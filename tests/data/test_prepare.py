@@ -323,7 +323,8 @@ def test_what_is_wrong_with_a_tokenised_row_is_reported_with_its_place(
     result = made.prepared(path, faulty)
     finding = made.found(result, code)
     assert finding.where == f"{path}:3"
-    assert finding.severity is (Severity.ERROR if CODES[code].rejects else Severity.WARNING)
+    kept = Severity.INFO if CODES[code].is_note else Severity.WARNING
+    assert finding.severity is (Severity.ERROR if CODES[code].rejects else kept)
     assert result.summary.kept == (29 if CODES[code].rejects else 30)
 
 

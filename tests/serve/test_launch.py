@@ -47,7 +47,7 @@ def test_a_started_server_answers_with_its_key_and_drains_on_sigterm(runs, own_a
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["nowhere"], "no run"),
+        (["nowhere"], "no such folder"),
         (["RUN", "RUN/../alice"], "two runs are called alice"),
         (["RUN", "--api-key-file", "missing"], "the API key cannot be read"),
         (["RUN", "--tenants", "missing"], "cannot read"),

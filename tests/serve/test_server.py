@@ -78,7 +78,8 @@ def test_the_responses_api_gives_the_same_answers_whole_and_as_a_stream(client, 
     pieces = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert pieces == events[-1].response.output_text == own_answers["alice", 0]
     with client.responses.stream(input=QUESTIONS[0], **more) as stream:
-        assert stream.get_final_response().output_text == own_answers["alice", 0]
+        *_, last = stream  # the client's own state machine; an answer that was cut is no completed one for it
+    assert last.response.output_text == own_answers["alice", 0]
 
 
 ABSENT = [

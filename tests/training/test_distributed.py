@@ -8,6 +8,8 @@ from gloo_worker import train_in_a_process
 from lorafit.training.distributed import Processes
 from tiny_models import save_base
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -16,6 +16,8 @@ from several_worker import Harm, launched
 from sharded_worker import train_full
 from tiny_models import save_base
 
+pytestmark = pytest.mark.processes
+
 FULL = ("--set", "method=full", "--set", "lr=1e-3", "--set", "ignore=P")
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 

@@ -11,6 +11,8 @@ from several_worker import Harm, launched
 from shared_base_worker import train_shared
 from tiny_models import save_base
 
+pytestmark = pytest.mark.processes
+
 QUESTION = [{"role": "user", "content": "Route this ticket to a queue.\nThe courier lost my red lamp."}]
 
 

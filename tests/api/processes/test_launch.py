@@ -14,6 +14,8 @@ from lorafit.errors import LorafitError, ProcessLost, TrainingError, TrainingSto
 from lorafit.runs.launched import FOLDER, leave_error, left_error
 from several_worker import Harm, launched
 
+pytestmark = pytest.mark.processes
+
 
 def kinds_of(run: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
