@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from make_random_base import SIZES
 
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     """Train `steps` steps of dense rows, and return speed and memory a GPU beside the plan's."""
     import torch
 
-    from lorafit.api.build_model import BuiltModel, enforce_budget, tune_memory
+    from lorafit.api.build_model import BuiltModel, enforce_budget
     from lorafit.backbone import compute_dtype, default_device
     from lorafit.config import resolve
     from lorafit.engine import prove_rows
@@ -84,9 +84,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     from lorafit.methods.lora import count_parameters
     from lorafit.objectives import objective_of
     from lorafit.planning import make_plan
-    from lorafit.runs import RunDir
     from lorafit.shapes import ModelShape
-    from lorafit.training import EventLog, TrainingLoop
 
     folder, world = Path(tempfile.mkdtemp(prefix="lorafit-full-")), processes.world
     options.rows *= world
@@ -112,26 +110,54 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     mode, loss = prove_rows(model, [(rows.ids(0)[:256], rows.mask(0)[:256])])
     free_gathered(model)
     built = BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, mode)
-    watch = stopwatch(options)
-    with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
-        ready = time.perf_counter()
-        parts = (model, method, built.objective, config, rows, None, folder / "checkpoints")
-        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch], processes=processes)
-        loop.run()
-        policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
-    step_s = (watch.ended - watch.warmed) / (options.steps - options.warm)
-    tokens = options.rows * options.length // world
+    timed = train_timed(options, built, resolved, rows, folder, processes)
+    tokens, step_s = options.rows * options.length // world, timed.step_s
     attention = 6 * shape.layers * 2 * shape.heads * shape.head_dim * options.length / 2
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return {
-        "size": options.size, "gpus": world, "gib": options.gib, "optimizer": config.optimizer, "policy": policy,
+        "size": options.size, "gpus": world, "gib": options.gib, "optimizer": config.optimizer, "policy": timed.policy,
         "tokens_per_s_gpu": round(tokens / step_s), "step_s": round(step_s, 4),
         "tflops": round(tokens * (6 * shape.active_parameters + attention) / step_s / 1e12, 1),
         "peak_gib": round(peak / GIB, 2), "plan_gib": round(plan.memory.peak_bytes / GIB, 2),
-        "plan_time_assumes": plan.time_assumes[0], "first_step_s": round(watch.first - ready, 2),
-        "build_s": round(ready - started, 2), "tries": len(dry_run.attempts) if dry_run else 0,
-        "losses": [round(entry["loss"], 3) for entry in loop.state.log_history if "loss" in entry],
+        "plan_time_assumes": plan.time_assumes[0], "first_step_s": timed.first_s,
+        "build_s": round(timed.ready - started, 2), "tries": len(timed.tries), "losses": timed.losses,
     }  # fmt: skip
+
+
+class Timed(NamedTuple):
+    """Hold what a timed run measured: seconds, its policy with those tried before, and its losses."""
+
+    ready: float
+    first_s: float
+    step_s: float
+    policy: str
+    tries: list[str]
+    losses: list[float]
+
+
+def train_timed(
+    options: argparse.Namespace, built: Any, resolved: Any, rows: Any, folder: Path, processes: Any
+) -> Timed:
+    """Train `built` as `lorafit train` does, without checkpoints, for the steps of `options`."""
+    from lorafit.api.build_model import tune_memory
+    from lorafit.runs import RunDir
+    from lorafit.training import EventLog, TrainingLoop
+
+    watch, config = stopwatch(options), resolved.config
+    with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
+        ready = time.perf_counter()
+        parts = (built.model, built.method, built.objective, config, rows, None, folder / "checkpoints")
+        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch], processes=processes)
+        loop.run()
+        policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
+    return Timed(
+        ready,
+        round(watch.first - ready, 2),
+        (watch.ended - watch.warmed) / (options.steps - options.warm),
+        policy,
+        [attempt.policy for attempt in dry_run.attempts] if dry_run else [],
+        [round(entry["loss"], 3) for entry in loop.state.log_history if "loss" in entry],
+    )
 
 
 def dense_rows(options: argparse.Namespace) -> tuple[Any, Any]:

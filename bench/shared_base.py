@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from full import GIB, dense_rows, stopwatch
+from full import GIB, dense_rows, train_timed
 from make_random_base import SIZES
 
 NAMED_ONES = ("norm",)
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     """Train `steps` steps of dense rows, and return speed and memory of a GPU beside the plan's."""
     import torch
 
-    from lorafit.api.build_model import BuiltModel, enforce_budget, tune_memory
+    from lorafit.api.build_model import BuiltModel, enforce_budget
     from lorafit.backbone import require_unchanged, shards_of
     from lorafit.config import resolve
     from lorafit.engine import prove_rows
@@ -59,9 +59,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     from lorafit.methods.lora import count_parameters
     from lorafit.objectives import objective_of
     from lorafit.planning import make_plan
-    from lorafit.runs import RunDir
     from lorafit.shapes import ModelShape
-    from lorafit.training import EventLog, TrainingLoop
 
     folder, world = Path(tempfile.mkdtemp(prefix="lorafit-shared-")), processes.world
     options.rows *= world
@@ -85,27 +83,20 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     model = method.prepare(base, config, plan.targets)
     mode, loss = prove_rows(model, [(rows.ids(0)[:256], rows.mask(0)[:256])])
     built = BuiltModel(model, method, objective_of(config, loss), count_parameters(model), loss.reason, mode)
-    watch = stopwatch(options)
-    with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
-        ready = time.perf_counter()
-        parts = (model, method, built.objective, config, rows, None, folder / "checkpoints")
-        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch], processes=processes)
-        loop.run()
-        policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
+    timed = train_timed(options, built, resolved, rows, folder, processes)
     require_unchanged(model)
     shards = shards_of(model)
-    step_s = (watch.ended - watch.warmed) / (options.steps - options.warm)
-    tokens = options.rows * options.length // world
+    tokens, step_s = options.rows * options.length // world, timed.step_s
     return {
-        "size": options.size, "gpus": world, "gib": options.gib, "quantization": config.quantization, "policy": policy,
+        "size": options.size, "gpus": world, "gib": options.gib, "quantization": config.quantization,
+        "policy": timed.policy,
         "tokens_per_s_gpu": round(tokens / step_s), "step_s": round(step_s, 3),
         "plan_time_assumes": plan.time_assumes[0], "peak_gib": reserved_gib(),
         "plan_gib": round(plan.memory.peak_bytes / GIB, 2),
         "shards_gib": round(sum(len(shard) for shard in shards.shards) / GIB, 2) if shards else None,
         "loading_s": round(loaded - started, 1), "loading_peak_gib": peak_loading,
-        "first_step_s": round(watch.first - ready, 2), "build_s": round(ready - started, 1),
-        "tries": [attempt.policy for attempt in dry_run.attempts] if dry_run else [], "unchanged": True,
-        "losses": [round(entry["loss"], 3) for entry in loop.state.log_history if "loss" in entry],
+        "first_step_s": timed.first_s, "build_s": round(timed.ready - started, 1),
+        "tries": timed.tries, "unchanged": True, "losses": timed.losses,
         "cuda": torch.version.cuda,
     }  # fmt: skip
 

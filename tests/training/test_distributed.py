@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fork_server import IMPORTED
+from fork_server import run_each
 from gloo_worker import train_in_a_process
 from lorafit.training.distributed import Processes
 from tiny_models import save_base
@@ -32,12 +32,7 @@ def in_processes(world, base, folder, short_rank=None):
     folder = folder / f"{world}-{short_rank}"
     folder.mkdir()
     given = (base, folder / "run", str(folder), short_rank)
-    workers = [IMPORTED.Process(target=train_in_a_process, args=(rank, world, *given)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        assert worker.exitcode == 0
+    run_each(train_in_a_process, [(rank, world, *given) for rank in range(world)])
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 

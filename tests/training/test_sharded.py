@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from fork_server import IMPORTED
+from fork_server import run_each
 from little_run import write_rows
 from lorafit.api.load import load
 from lorafit.api.merge import merge
@@ -32,12 +32,7 @@ def folder(tmp_path_factory):
 def ended(folder, world, port, *more):
     """What `world` processes end in after 10 steps."""
     given = (world, str(folder / "base"), folder / f"run-{port}", str(folder), port, *more)
-    workers = [IMPORTED.Process(target=train_full, args=(rank, *given)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        assert worker.exitcode == 0
+    run_each(train_full, [(rank, *given) for rank in range(world)])
     return torch.load(folder / f"{more[-1] if more else world}.pt")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fork_server import IMPORTED
+from fork_server import run_each
 from little_run import write_rows
 from lorafit.api.load import load
 from several_worker import Harm, launched
@@ -25,12 +25,7 @@ def ended(world, base, folder, port, *more):
     """What each of `world` processes ends in after 20 steps."""
     folder.mkdir()
     given = (world, base, folder / "run", str(folder), port, *more)
-    workers = [IMPORTED.Process(target=train_shared, args=(rank, *given)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        assert worker.exitcode == 0
+    run_each(train_shared, [(rank, *given) for rank in range(world)])
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.screen.console import heading, near, say, show_json, show_next
+from lorafit.cli.screen.console import counted, heading, near, say, show_json, show_next
 from lorafit.cli.screen.data_view import ReadingBar, show_rows_coloured, show_summary, shown_as_json
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import UsageError
@@ -103,5 +103,5 @@ def _show_next(
     elif rejected and not was_fixed:
         fixing = flags.command("check", data, {**given, "fix": "clean.jsonl"}, set)
         dropping = flags.command("check", data, {**given, "on_bad": "drop"}, set)
-        without = (dropping, f"continue without the {rejected:,} rejected row{'s' if rejected > 1 else ''}")
+        without = (dropping, f"continue without the {counted(rejected, 'rejected row')}")
         show_next((fixing, "apply mechanical fixes"), *([without] if report.prepared.is_mended_by_drop else []))

@@ -74,9 +74,8 @@ def static_memory(
     """
     if inputs.shards > 1:
         return [*_sharded(inputs), _process(inputs)]
-    base = _shared(inputs, movable_embedding_bytes(inputs) if host_embeddings else 0) or _base(
-        inputs, wide, movable_embedding_bytes(inputs) if host_embeddings else 0
-    )
+    moved = movable_embedding_bytes(inputs) if host_embeddings else 0
+    base = _shared(inputs, moved) if inputs.base_shards > 1 else _base(inputs, wide, moved)
     trained = _trained_weights(inputs) if inputs.is_full else _adapters(inputs)
     return [*base, *_dense_copies(inputs, base, dequantized_layers), *trained, _process(inputs)]
 
@@ -106,9 +105,7 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
 
 
 def _shared(inputs: PlanInputs, moved_bytes: int) -> list[Component]:
-    """Return what each GPU holds of a frozen base whose layers all of them share; nothing for a whole base."""
-    if inputs.base_shards == 1:
-        return []
+    """Return what each GPU holds of a frozen base whose layers all of them share."""
     whole, outside, norms, *towers = _base(inputs, False, moved_bytes)
     layers = whole.size_bytes + norms.size_bytes
     gathered = GATHERED_LAYERS * layers // inputs.shape.layers

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from little_trainer import assert_same, trainer
-from lorafit.backbone import dequantize_linears, forget_quantization, load_backbone
+from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.engine import DecoderLayers
 from lorafit.engine.autotune.measure import mlp_matmuls
@@ -16,6 +16,7 @@ from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.methods import METHODS
 from lorafit.methods.lora import Deltas, attach, count_parameters
 from lorafit.shapes import ModelShape
+from stirred import plain_model, stirred
 from tiny_models import FAMILIES, save_base, some_ids
 
 LORA = METHODS["lora"]
@@ -28,24 +29,6 @@ def settings(base, **given):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), "qwen2")  # with biases
-
-
-def stirred(model):
-    """Move every trained weight away from its start, magnitudes too."""
-    generator = torch.Generator().manual_seed(1)
-    for weight in LORA.trainable(model):
-        noise = torch.randn(weight.shape, generator=generator)
-        weight.data.add_(noise * 0.05 if weight.ndim > 1 else noise * 0.1 * weight.data)
-    return model
-
-
-def plain_model(base, config):
-    """The base with the weights that `config` multiplies by, in plain linears."""
-    return (
-        forget_quantization(dequantize_linears(load_backbone(config)))
-        if config.quantization == "nf4"
-        else (load_backbone(config))
-    )
 
 
 def loss_and_gradients(model):
@@ -73,7 +56,7 @@ def test_loss_and_gradients_are_pefts(base, tmp_path, family, given, monkeypatch
     same = LoraConfig(
         **{key: getattr(own, key) for key in ("r", "lora_alpha", "use_dora", "target_modules", "fan_in_fan_out")}
     )
-    theirs = get_peft_model(plain_model(at, config), same).train()
+    theirs = get_peft_model(plain_model(config), same).train()
     names = dict(ours.named_parameters())
     for name, weight in theirs.named_parameters():
         if weight.requires_grad:
@@ -108,9 +91,9 @@ def test_the_merge_and_plain_peft_are_the_live_model(base, tmp_path, quantizatio
     with torch.no_grad():
         again = LORA.load(load_backbone(config), tmp_path / "adapter", config)
         torch.testing.assert_close(again(some_ids()).logits, wanted, rtol=0, atol=0)
-        theirs = PeftModel.from_pretrained(plain_model(base, config), tmp_path / "adapter").eval()
+        theirs = PeftModel.from_pretrained(plain_model(config), tmp_path / "adapter").eval()
         torch.testing.assert_close(theirs(some_ids()).logits, wanted, rtol=1e-4, atol=1e-4)
-        merged = plain_model(base, config)
+        merged = plain_model(config)
         deltas = Deltas.from_folder(tmp_path / "adapter")
         for name, weight in merged.named_parameters():
             weight.copy_(deltas.merged(name, weight.data))

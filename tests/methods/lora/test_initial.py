@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from little_trainer import assert_same, trainer
-from lorafit.backbone import dequantize_linears, forget_quantization, load_backbone
+from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError, UsageError
 from lorafit.hardware import hardware_named
@@ -17,6 +17,7 @@ from lorafit.methods.lora import INITIAL_FILE, Deltas, attach, count_parameters
 from lorafit.methods.lora.initial.factors import principal
 from lorafit.methods.lora.initial.principal import begin_with_product, principal_layers
 from lorafit.shapes import ModelShape
+from stirred import plain_model, stirred
 from tiny_models import save_base, some_ids
 
 LORA = METHODS["lora"]
@@ -31,20 +32,6 @@ def settings(base, init, **given):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), "qwen2")  # with biases
-
-
-def stirred(model):
-    """Move every trained weight away from its start."""
-    generator = torch.Generator().manual_seed(1)
-    for weight in LORA.trainable(model):
-        weight.data.add_(torch.randn(weight.shape, generator=generator) * 0.05)
-    return model
-
-
-def plain_model(config):
-    """The base with the weights that `config` multiplies by, in plain linears."""
-    model = load_backbone(config)
-    return forget_quantization(dequantize_linears(model)) if config.quantization == "nf4" else model
 
 
 def loss_and_gradients(model):

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from little_trainer import assert_same, trainer
-from lorafit.backbone import dequantize_linears, forget_quantization, fresh_weights, load_backbone
+from lorafit.backbone import fresh_weights, load_backbone
 from lorafit.config import RunConfig
 from lorafit.data import token_ids
 from lorafit.engine import keep_embeddings_on_host
@@ -20,6 +20,7 @@ from lorafit.memory.inputs import DataStats, PlanInputs
 from lorafit.methods import METHODS
 from lorafit.methods.lora import Deltas, attach, count_parameters
 from lorafit.shapes import ModelShape
+from stirred import plain_model, stirred
 from tiny_models import save_base, some_ids
 
 LORA = METHODS["lora"]
@@ -42,18 +43,6 @@ def ids_with_the_tokens():
     ids = some_ids().clone()
     ids[0, 1], ids[0, 4], ids[0, 5] = 3, 2, 3
     return ids
-
-
-def stirred(model):
-    generator = torch.Generator().manual_seed(1)
-    for weight in LORA.trainable(model):
-        weight.data.add_(torch.randn(weight.shape, generator=generator) * 0.05)
-    return model
-
-
-def plain_model(config):
-    model = load_backbone(config)
-    return forget_quantization(dequantize_linears(model)) if config.quantization == "nf4" else model
 
 
 def answers(model):

@@ -19,7 +19,7 @@ DIGITS = string.digits + string.ascii_letters
 def with_short_ids(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
     """Return (the messages with an id of nine letters and digits in each call and its result, whether one was made).
 
-    A longer id keeps its last nine characters, as vLLM's parser for Mistral cuts it; any other is hashed. A call
+    A longer id keeps its last nine characters, as vLLM's Mistral tokenizer cuts it; any other is hashed. A call
     without an id gets one of its place, and results without an id answer the calls before them in their order.
     """
     ids = _Ids()

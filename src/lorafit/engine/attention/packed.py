@@ -78,9 +78,20 @@ def _forward(
     return out.contiguous(), sums  # kernels use the queries' layout, which is nearly always token by token
 
 
-def _forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _forward_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    layout: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     _, heads, tokens, dim = query.shape
-    softcap = others[8] if len(others) > 8 else None
     sums = (heads, tokens) if takes_flash(query, softcap) else (0, 0)
     return query.new_empty((1, tokens, heads, dim)), query.new_empty(sums, dtype=torch.float32)
 
@@ -118,10 +129,26 @@ def _backward(
     return *found, sinks_gradient(grad, out, sums, sinks, _rows_of_sums(query, layout, window))
 
 
-def _backward_shapes(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value = (_token_major(tensor.new_empty(tensor.shape)) for tensor in inputs[:3])
-    trains_sinks = len(inputs) > 13 and inputs[13]  # after the sinks; defaults are left out
-    return query, key, value, torch.empty_like(inputs[12]) if trains_sinks else query.new_empty(0)
+def _backward_shapes(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    cu_seqlens: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    layout: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+    trains_sinks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [_token_major(tensor.new_empty(tensor.shape)) for tensor in (query, key, value)]
+    of_sinks = query.new_empty(0) if sinks is None or not trains_sinks else torch.empty_like(sinks)
+    return grads[0], grads[1], grads[2], of_sinks
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.memory.inputs import UPDATE_BYTES
 from lorafit.methods.full.optimizer import CHUNK, MOMENTS, with_stochastic_rounding
 from lorafit.methods.full.sharding import is_shard
 
-UPDATE_BYTES = 24 * CHUNK
-"""Most bytes that the update of one weight takes beside its gradient: fp32 copies, moments and chances of a chunk."""
+UPDATE_VALUE_BYTES = UPDATE_BYTES // CHUNK
+"""Bytes of an update for each value of a chunk: fp32 copies, moments and chances."""
 PAGED = "paged_adamw_8bit"
 """Setting `optimizer` of such a run."""
 WRAPPED = "__bnb_optimizer_quant_state__"
@@ -45,11 +46,7 @@ class StepInBackward(torch.optim.Optimizer):
         own = {**options, "is_paged": False}
         self.inner = with_stochastic_rounding(_with_host_moments(kind))([dict(group) for group in groups], **own)
         self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
-        self._places = {
-            weight: (group, number, place)
-            for number, group in enumerate(self.param_groups)
-            for place, weight in enumerate(group["params"])
-        }
+        self._places = _places_in(self.param_groups)
         self._waiting = _OnHost()
         self._norms: list[Tensor] = []
         self._left: dict[nn.Parameter, int] = {}
@@ -89,11 +86,7 @@ class StepInBackward(torch.optim.Optimizer):
         """Load what `state_dict` returned; moments stay in host memory."""
         self.inner.load_state_dict(state_dict)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self._places = {
-            weight: (group, number, place)
-            for number, group in enumerate(self.param_groups)
-            for place, weight in enumerate(group["params"])
-        }
+        self._places = _places_in(self.param_groups)
 
     @torch.no_grad()
     def _arrived(self, weight: nn.Parameter) -> None:
@@ -112,6 +105,7 @@ class StepInBackward(torch.optim.Optimizer):
     def _update(self, weight: nn.Parameter, gradient: Tensor) -> None:
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._norms.append(norm)
+        # the host waits for each norm: an update that has begun cannot be taken back
         self._is_bad = self._is_bad or not bool(norm.isfinite())
         if self._is_bad:
             return
@@ -122,6 +116,15 @@ class StepInBackward(torch.optim.Optimizer):
             self.inner.init_state(group, weight, number, place)
         self.inner.update_step(group, weight, number, place)
         weight.grad = None
+
+
+def _places_in(groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, tuple[dict[str, Any], int, int]]:
+    """Return the group of each weight, its number, and the weight's place in it."""
+    return {
+        weight: (group, number, place)
+        for number, group in enumerate(groups)
+        for place, weight in enumerate(group["params"])
+    }
 
 
 class _OnHost:
@@ -195,7 +198,7 @@ def gradients_as_in_steps(weights: Sequence[Tensor]) -> Iterator[None]:
     """Free the gradients of `weights` as updates in the backward pass do, within the block; nothing is updated."""
 
     def pass_by(weight: nn.Parameter) -> None:
-        torch.empty(min(UPDATE_BYTES, 24 * weight.numel()), dtype=torch.uint8, device=weight.device)
+        torch.empty(min(UPDATE_BYTES, UPDATE_VALUE_BYTES * weight.numel()), dtype=torch.uint8, device=weight.device)
         weight.grad = None
 
     hooks = [weight.register_post_accumulate_grad_hook(pass_by) for weight in list[Any](weights)]

@@ -254,7 +254,7 @@ class Scheduler:
     def _accept_from(self, generation: Generation, likeliest: int, logits: Any) -> None:
         try:
             chosen = Chosen(likeliest) if generation.sampling.is_plain else self._chosen(generation, logits)
-        except Exception as error:
+        except Exception as error:  # one request's settings must not end its neighbours' answers
             LOG.exception("a token could not be chosen")
             self._end(generation, "error", error)
             return
