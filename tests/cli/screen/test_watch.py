@@ -1,6 +1,7 @@
 """A run as it happens: on a narrow screen, in a file, and for machines."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -65,3 +66,9 @@ def test_paths_below_the_current_folder_are_shown_as_typed(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert console.near(f"{tmp_path}/rows.jsonl:3") == "rows.jsonl:3"
     assert console.typed("lorafit", "train", f"{tmp_path}/my rows.jsonl") == "lorafit train 'my rows.jsonl'"
+
+
+def test_a_second_ctrl_c_is_offered_to_whom_pressed_it_once(capfd):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        ConsoleObserver().on_stopping(number)
+    assert capfd.readouterr().err.count("press Ctrl-C again to end at once") == 1

@@ -53,7 +53,8 @@ def test_a_row_takes_time_in_step_with_its_size(kind: str) -> None:
         return time.process_time() - started
 
     small = min(seconds(4_000) for _ in range(3))
-    assert seconds(64_000) < 30 * small + 0.05
+    large = min(seconds(64_000) for _ in range(3))  # one measurement has met a busy neighbour
+    assert large < 30 * small + 0.05
 
 
 def test_a_field_that_stands_twice_is_named() -> None:

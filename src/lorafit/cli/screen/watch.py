@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -140,6 +141,8 @@ class ConsoleObserver(Observer):
         heading("event", f"[yellow]{escape(event.message)}[/yellow]")
 
     def on_stopping(self, signal_number: int) -> None:
+        if signal_number != signal.SIGINT:  # nobody pressed a key; a launcher sends SIGTERM when another process died
+            return
         # written directly, since the interrupted code may hold rich's locks
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to end at once\n")
