@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lorafit.config import RunConfig
 from lorafit.data.checks.findings import CODES, RowOutcomes
-from lorafit.data.checks.rows import Observation, SpecialTokens, Tokenised, text_checks, token_checks
+from lorafit.data.checks.rows import SAID, Observation, SpecialTokens, Tokenised, text_checks, token_checks
 from lorafit.data.dedup import Compared, duplicates_of, hash64, leaders, near_copies, signatures
 from lorafit.data.schema.detection import detect
 from lorafit.data.schema.records import Record, each_answer_alone, split_at_turns, up_to_last_answer
@@ -24,6 +24,7 @@ from lorafit.data.sources.raw_row import RawRow, Reject
 from lorafit.data.sources.reader import RowReader
 from lorafit.data.store import LEADER, StoreWriter, flagged, mapped, offsets_of, record_to_json
 from lorafit.data.summary import Clock
+from lorafit.data.template.layout import CALLS_APART
 from lorafit.errors import DataError
 from lorafit.findings import Severity, is_chosen
 
@@ -157,6 +158,10 @@ class Gatherer:
 
     def _examples(self, record: Record) -> list[Record]:
         """Return the parts of the record to tokenise: all of it, or each of its answers alone."""
+        apart = self.template.with_calls_apart(record) if self.template else record
+        if apart is not record:
+            self.outcomes.note(record, [SAID[CALLS_APART]])
+            record = apart
         if self.config.split_answers:
             return each_answer_alone(record)
         return [up_to_last_answer(record)]

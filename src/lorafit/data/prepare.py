@@ -167,7 +167,8 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
         del counts.seen["D046"]
     if "D025" in counts.seen:
         answers, tokens = rows.facts["lost"]
-        counts.seen["D025"].detail = f"{answers:,} answers of {tokens:,} tokens are not learnt"
+        total = counts.seen["D025"]
+        total.detail, total.is_total = f"{answers:,} answers of {tokens:,} tokens are not learnt", True
     if not kept:
         for seen in counts.seen.values():
             seen.fix = seen.fix.removesuffix(LEAVE_OUT)

@@ -1,11 +1,13 @@
 """What a template cannot be shown as the row has it: written as the template takes it, with nothing lost, and said."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import made_data
 import made_tokenizers as made
 from lorafit.data import Template
 from lorafit.data.checks.rows import token_checks
@@ -178,3 +180,60 @@ def test_reasoning_that_is_no_text_is_an_error() -> None:
     hidden = DONE | {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}
     with pytest.raises(DataError, match="'reasoning_details' is a list, not text"):
         parse_rows([{"messages": [USER, hidden]}])
+
+
+ROUNDS = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    asks(call(id="a"), call("clock", id="b"), thinking="Two tools."),
+    {**TOOL_SAYS, "tool_call_id": "a"},
+    {**TOOL_SAYS, "content": "12:00", "tool_call_id": "b"},
+    {**DONE, "thinking": "First."},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "Now it is 20 C.", "thinking": "Second."},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Gladly."},
+]
+
+
+@pytest.mark.parametrize("rows", [[ROUNDS], [ROUNDS[:2] + ROUNDS[5:]]], ids=["calls", "plain"])
+def test_the_fix_of_d025_teaches_every_answer_of_every_round_once(
+    gpt_oss: Template, tmp_path: Path, rows: list[list[dict[str, Any]]]
+) -> None:
+    path = made_data.write(tmp_path / "rows.jsonl", [{"messages": row} for row in rows])
+    before = made_data.prepared(path, gpt_oss, holdout=0.0)
+    flag, setting = shlex.split(made_data.found(before, "D025").fix)[:2]
+    name, _, value = setting.partition("=")
+    assert flag == "--set" and value == "true"
+    alone = made_data.prepared(path, gpt_oss, holdout=0.0, **{name: value})
+    kept = [zip(alone.train.ids(n).tolist(), alone.train.mask(n).tolist()) for n in range(len(alone.train))]
+    taught = [gpt_oss.tokenizer.decode([token for token, is_taught in row if is_taught]) for row in kept]
+    final = [
+        "analysisFirst.assistantfinalIt is 19 C.", "analysisSecond.assistantfinalNow it is 20 C.", "finalGladly.",
+    ]  # fmt: skip
+    calls = [
+        ' to=functions.weathercommentary json{"city": "Lima"}',
+        ' to=functions.clockcommentary json{"city": "Lima"}',
+    ]
+    if len(rows[0]) == len(ROUNDS):
+        final = [f"analysisTwo tools.assistant{calls[0]}", calls[1], *final]
+    assert [re.sub(r"<\|\w+\|>", "", text) for text in taught] == final
+    assert {"D025", "D027"}.isdisjoint(made_data.codes(alone))
+
+
+def test_calls_that_end_a_row_with_their_results_stay_whole(gpt_oss: Template, tmp_path: Path) -> None:
+    path = made_data.write(tmp_path / "rows.jsonl", [{"messages": ROUNDS[:5]}])
+    result = made_data.prepared(path, gpt_oss, holdout=0.0)
+    ids, mask = result.train.ids(0).tolist(), result.train.mask(0).tolist()
+    taught = gpt_oss.tokenizer.decode([token for token, is_taught in zip(ids, mask) if is_taught])
+    assert "functions.weather" in taught and "functions.clock" in taught and "D027" not in made_data.codes(result)
+
+
+def test_the_turn_of_a_lost_text_is_counted_as_the_row_has_it(tmp_path: Path) -> None:
+    source = GPT_OSS.replace(
+        "{% else %}{{ '<|start|>' + m.role", "{% elif m.content != 'Lost' %}{{ '<|start|>' + m.role"
+    )
+    template = made_of(source, "harmony", tmp_path / "base")
+    rows = [*ROUNDS[1:6], {"role": "user", "content": "Lost"}, DONE]
+    one = template.encode(parse_rows([{"messages": rows}])[0])
+    assert dict(token_checks(one))["D039"] == "the template leaves out the text of turn 6 (user)"

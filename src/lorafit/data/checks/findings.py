@@ -218,12 +218,13 @@ EXAMPLES = 5
 
 @dataclass
 class Seen:
-    """The count of one code, its first places, and the details of the first."""
+    """The count of one code, its first places, and the details of the first, or of all if `is_total`."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
     detail: str = ""
     fix: str = ""
+    is_total: bool = False
 
 
 @dataclass
@@ -252,7 +253,8 @@ class FindingCounts:
         plural = "" if entry.count == 1 else "s"
         message = f"{rule.title} in {entry.count:,} {unit}{plural}"
         if entry.detail:
-            message += f": {entry.detail}" if entry.count == 1 else f"; the first: {entry.detail}"
+            of_first = entry.count > 1 and not entry.is_total
+            message += f"; the first: {entry.detail}" if of_first else f": {entry.detail}"
         fix = entry.fix or rule.fix
         return Finding(code, severity, message, entry.places[0], rule.why, fix, entry.count, tuple(entry.places))
 

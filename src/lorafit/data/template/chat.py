@@ -27,6 +27,7 @@ from lorafit.data.template.layout import (
 )
 from lorafit.data.template.probe import probe
 from lorafit.data.template.renderer import Refusal, Rendering, Request, TemplateRenderer
+from lorafit.data.template.single_calls import with_calls_apart
 from lorafit.data.template.spans import block_cuts, by_blocks, by_prefix, cuts_of
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
@@ -87,6 +88,10 @@ class ChatLayout:
                 f"the chat template refuses the conversation ({answer.reason})", fix="check the roles and their order"
             )
         return answer.text
+
+    def with_calls_apart(self, record: Record) -> Record:
+        """Return the record with one call a turn if the template takes only one; else the same object."""
+        return with_calls_apart(record) if self._reading.single_calls else record
 
     def shows_turn_field(self, name: str) -> bool:
         """Return True if the rendered text contains the value of a turn's extra field, as `name`."""

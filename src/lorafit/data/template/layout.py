@@ -263,6 +263,10 @@ class FallbackLayout:
         """Return the text of `messages`. Tools cannot be shown."""
         return self._text(cleaned(messages), add_generation_prompt)[0]
 
+    def with_calls_apart(self, record: Record) -> Record:
+        """Return the record: calls are not shown."""
+        return record
+
     def shows_turn_field(self, name: str) -> bool:
         """Return False: only roles and contents are shown."""
         return False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from lorafit.data.template.layout import PROMPT_DIFFERS, PROMPT_SPLIT, Message
-from lorafit.data.template.reading import ANSWER, QUESTION, Reading, reading_of
+from lorafit.data.schema.records import CALLS, REASONING
+from lorafit.data.template.layout import PROMPT_DIFFERS, PROMPT_SPLIT, Message, answers_in
+from lorafit.data.template.reading import ANSWER, CALLED_TOOL, QUESTION, REASON, Reading, call_of, reading_of
 from lorafit.data.template.renderer import Refusal, Rendering, Request, TemplateRenderer
-from lorafit.data.template.spans import Ending, cuts_of
+from lorafit.data.template.spans import Ending, block_cuts, by_blocks, by_prefix, cuts_of
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.errors import TemplateError
 
@@ -50,7 +53,10 @@ def probe(renderer: TemplateRenderer, tokenizer: TextTokenizer) -> Probe:
     problems = (PROMPT_DIFFERS,) if shared < prompt_length else ()
     if not problems and _splits_otherwise(renderer, tokenizer):
         problems = (PROMPT_SPLIT,)
-    return Probe(ending, _stop_ids(stop, tokenizer), block_end is not None, problems, reading_of(renderer))
+    reading, marks_blocks = reading_of(renderer), block_end is not None
+    answers = list(_probed_answers(renderer, reading, ending, marks_blocks))
+    stop_ids = _stop_ids(stop, tokenizer, answers)
+    return Probe(ending, stop_ids, marks_blocks, problems, reading)
 
 
 def enders_of(tokenizer: TextTokenizer) -> frozenset[int]:
@@ -79,9 +85,41 @@ def _stop_in(text: str, start: int, tokenizer: TextTokenizer) -> tuple[int | Non
     return None, start
 
 
-def _stop_ids(stop: int | None, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Return the turn's own stop token first, then EOS, which ends a text under any template."""
+def _probed_answers(renderer: TemplateRenderer, reading: Reading, ending: Ending, marks_blocks: bool) -> Iterator[str]:
+    """Yield the supervised text of each kind of answer that the template shows: with reasoning, calls, or both."""
+    call, thought = call_of("Zq7xkWv5t"), {REASONING: REASON}
+    said: list[Message] = [
+        {"content": ANSWER, **thought},
+        *({"content": text, CALLS: [call], **more} for text in ("", ANSWER) for more in ({}, thought)),
+        {"content": "", CALLS: [call, call_of("Kd8rwpZq7")]},
+    ]
+    ask: Message = {"role": "user", "content": QUESTION}
+    talks = [[ask, {"role": "assistant", **one}] for one in said]
+    if marks_blocks:  # an earlier answer is supervised as it is shown, even if its end is its own
+        result = {"role": "tool", "name": "probe", "content": ANSWER, "tool_call_id": "Zq7xkWv5t"}
+        last: Message = {"role": "assistant", "content": ANSWER}
+        talks += [[*talks[1], result, last], [ask, last, ask, last]]
+    for talk in talks:
+        messages = reading.fitted(talk).messages
+        taught = answers_in(messages)
+        cuts = block_cuts(messages) if marks_blocks else cuts_of(messages, taught)
+        written: list[Any] = reading.written(messages)
+        rendering = renderer.render(Request(written, (CALLED_TOOL,), cuts=cuts))
+        if isinstance(rendering, Rendering):
+            laid = (by_blocks if marks_blocks else by_prefix)(rendering, messages, taught, ending)
+            yield from (laid.text[start:end] for start, end in laid.spans)
+
+
+def _stop_ids(stop: int | None, tokenizer: TextTokenizer, answers: list[str]) -> tuple[int, ...]:
+    """Return the turn's own stop token first, then EOS, then the tokens that end other kinds of answers.
+
+    EOS ends a text under any template. A token that also stands inside an answer, as one between two calls, ends none.
+    """
     found = [token_id for token_id in (stop, tokenizer.eos_id) if token_id is not None]
+    encoded = [ids for text in answers if (ids := tokenizer.encode(text.rstrip()))]
+    inside = {token_id for ids in encoded for token_id in ids[:-1]}
+    enders = enders_of(tokenizer) - inside
+    found += [ids[-1] for ids in encoded if ids[-1] in enders]
     if not found:
         raise TemplateError(
             "the chat template ends answers with no special token, and the tokenizer has no EOS",

@@ -123,7 +123,7 @@ def reading_of(renderer: TemplateRenderer) -> Reading:
     """Return the form of reasoning, calls and ids that the template reads."""
     names = [name for name in REASONING_NAMES if REASON in _shown(renderer, {"content": ANSWER, name: REASON})]
     reasoning = names[0] if names else REASONING
-    called = _call(SHORT_ID)
+    called = call_of(SHORT_ID)
     takes_objects = REASON in _shown(renderer, {"content": "", CALLS: [called]})
     as_text = _with_text_arguments(called)
     takes_objects = takes_objects or REASON not in _shown(renderer, {"content": "", CALLS: [as_text]})
@@ -158,8 +158,16 @@ def _tags(renderer: TemplateRenderer, reasoning: str) -> tuple[Tags, Tags]:
     return foreign, foreign
 
 
-def _call(name: str) -> Message:
+def call_of(name: str) -> Message:
+    """Return a call of the probe's tool with the id `name`."""
     return {"id": name, "type": "function", "function": {"name": "probe", "arguments": {"x": REASON}}}
+
+
+CALLED_TOOL: Message = {
+    "type": "function",
+    "function": {"name": "probe", "description": "Probe.", "parameters": {"type": "object", "properties": {}}},
+}
+"""The schema of the probe's tool."""
 
 
 def _shown(renderer: TemplateRenderer, answer: Mapping[str, Any], *more: Message) -> str:

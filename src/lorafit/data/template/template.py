@@ -117,6 +117,10 @@ class Template:
         """Return the extra fields of turns, among `names`, that the template writes into its text."""
         return {name for name in names if self._layout.shows_turn_field(name)}
 
+    def with_calls_apart(self, record: Record) -> Record:
+        """Return the record with one call a turn if the template takes only one; else the same object."""
+        return self._layout.with_calls_apart(record)
+
     def encode(self, record: Record) -> Encoded:
         """Return one record's ids and mask; see `encode_many`."""
         return self.encode_many([record])[0]
@@ -172,8 +176,11 @@ class Template:
         """
         saved = _saved(path)
         template = cls(tokenizer, None if saved["name"] == FALLBACK else saved["jinja"], str(saved["name"]))
-        if template.source != saved["jinja"] or template.stop_ids != tuple(saved["stop_ids"]):
+        recorded = list(saved["stop_ids"])
+        if template.source != saved["jinja"] or not template._ends_with(recorded, saved.get("stop_tokens")):
             raise _differs(path, "its template or stop token has changed")
+        # an older release recorded fewer of the tokens that end an answer; the run was taught all of them
+        template._layout.stop_ids = tuple(dict.fromkeys([*recorded, *template.stop_ids]))
         for golden in saved["golden"]:
             if template.prompt_ids(golden["messages"]) != golden["ids"]:
                 raise _differs(path, f"the prompt for {json.dumps(golden['messages'][-1].get('content'))[:60]} differs")
@@ -188,6 +195,12 @@ class Template:
             except TemplateError:
                 continue  # some templates take no second turn: there is no prompt to compare then
         return kept
+
+    def _ends_with(self, recorded: list[Any], texts: Any) -> bool:
+        """Return True if a run's `recorded` stop ids begin with the template's own, and are tokens of these `texts`."""
+        if recorded[0] != self.stop_ids[0] or any(type(token_id) is not int for token_id in recorded):
+            return False
+        return texts is None or texts == [self.tokenizer.token_of(token_id) or "" for token_id in recorded]
 
     def _encoded(self, rows: Sequence[LaidOut]) -> list[Encoded]:
         encodings = self._encodings([row.text for row in rows])
