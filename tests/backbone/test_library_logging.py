@@ -4,8 +4,10 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from lorafit.backbone import redirect_library_logs
+from lorafit.backbone.bitsandbytes_import import compiling_when_called
 from lorafit.errors import RunDirError
 from tiny_models import save_base
 
@@ -39,6 +41,7 @@ from lorafit.backbone import load_backbone, redirect_library_logs
 from lorafit.config import RunConfig
 with redirect_library_logs(pathlib.Path({str(tmp_path / "log.txt")!r})):
     load_backbone(RunConfig(base={str(base)!r}))
+assert "torch._inductor.compile_fx" not in sys.modules, "the compiler's import takes seconds, and nothing is compiled"
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("", "")
@@ -90,3 +93,18 @@ def test_a_block_whose_log_is_optional_goes_on_without_it(tmp_path, capfd):
     with redirect_library_logs(tmp_path / "log.txt", optional=True):
         logging.getLogger("peft").warning("said")
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_library_compiles_at_its_import_is_compiled_at_the_first_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    with compiling_when_called():
+
+        @torch.compile(dynamic=False)
+        def twice(value):
+            return 2 * value
+
+        half = torch.compile(lambda value: value / 2)
+    assert asked == []
+    assert [twice(2), twice(3), half(4)] == [4, 6, 2]
+    assert asked == [{"dynamic": False}, {}]
