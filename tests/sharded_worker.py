@@ -25,11 +25,11 @@ def train_full(rank, world, base, folder, results, port, checkpoint=None, name=N
         method="full",
         examples_per_step=10,
         max_length=48,
-        epochs=10,
+        epochs=6,
         lr=1e-4,
         max_grad_norm=1.0,
-        save_steps=5,
-        eval_steps=5,
+        save_steps=3,
+        eval_steps=3,
     )
     with joined() as processes:
         model = METHODS["full"].prepare(load_backbone(config, device="cpu"), config)

@@ -15,8 +15,8 @@ def train_shared(rank, world, base, folder, results, port, quantization, checkpo
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    given = {"examples_per_step": 10, "max_length": 48, "epochs": 20, "lr": 2e-4, "max_grad_norm": 1e9}
-    config = settings(base=base, quantization=quantization, save_steps=10, eval_steps=10, **given)
+    given = {"examples_per_step": 10, "max_length": 48, "epochs": 8, "lr": 2e-4, "max_grad_norm": 1e9}
+    config = settings(base=base, quantization=quantization, save_steps=4, eval_steps=4, **given)
     with joined() as processes:
         if world > 1:
             frozen = load_sharded(config, torch.device("cpu"))
