@@ -34,8 +34,11 @@ Streamed = tuple[int, list[float]]
 
 @contextmanager
 def serving(targets: Sequence[Path], log: Path, **flags: Any) -> Iterator[tuple[str, str, int]]:
-    """Run `lorafit serve` on `targets` within the block. Yields its address, its key and its process id."""
-    key = secrets.token_urlsafe(24)
+    """Run `lorafit serve` on `targets` within the block. Yields its address, its key and its process id.
+
+    The key is that of LORAFIT_API_KEY, or a new one.
+    """
+    key = os.environ.get("LORAFIT_API_KEY") or secrets.token_urlsafe(24)
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "lorafit", "serve", *map(str, targets), "--port", "0", "--json", *words]
     began = time.perf_counter()

@@ -3,6 +3,7 @@
 python bench/serve_soak.py OUT --minutes 5             # trains adapters that say their own names, and serves them
 python bench/serve_soak.py OUT --minutes 1 RUN…        # over runs, or over the folder of an export
 python bench/serve_soak.py OUT --minutes 1 --kill-s 20 FOLDER    # SIGKILL of the program that serves the export
+python bench/serve_soak.py OUT --minutes 5 --kill-s 60           # SIGKILL of the server itself, and a new start
 
 Every answer is compared with the one that its adapter gave alone at the start. An answer of another adapter is a wrong
 one, and the script then ends with code 1.
@@ -15,12 +16,14 @@ import asyncio
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,19 +138,23 @@ async def churn(soak: Soak, client: httpx.AsyncClient, folders: dict[str, Path],
             ("load", {"lora_name": guest, "lora_path": path, "load_inplace": True}),
             ("unload", {"lora_name": guest}),
         ):
-            sent = await client.post(f"/v1/{route}_lora_adapter", json=body)
-            soak.seen[f"{route}ed" if sent.status_code == 200 else f"{route} status {sent.status_code}"] += 1
+            try:
+                sent = await client.post(f"/v1/{route}_lora_adapter", json=body)
+            except httpx.HTTPError:  # the server was killed
+                soak.seen[f"{route} cut off"] += 1
+            else:
+                soak.seen[f"{route}ed" if sent.status_code == 200 else f"{route} status {sent.status_code}"] += 1
             await asyncio.sleep(chance.uniform(0.2, 2.0))
 
 
-async def watch(soak: Soak, process_id: int, end_s: float) -> None:
+async def watch(soak: Soak, server: list[int], end_s: float) -> None:
     """Note the resident memory of the server every second, after the first ones."""
     began = time.monotonic()
     while (now := time.monotonic()) < end_s:
-        if now - began > min(SETTLE_S, (end_s - began) / 4):
-            status = Path(f"/proc/{process_id}/status").read_text()
-            kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
-            soak.memory.append((now, int(kib) / 1024))
+        status = Path(f"/proc/{server[-1]}/status")
+        if now - began > min(SETTLE_S, (end_s - began) / 4) and status.exists():
+            sizes = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+            soak.memory += [(now, int(kib) / 1024) for kib in sizes]  # a killed process has none
         await asyncio.sleep(1.0)
 
 
@@ -160,6 +167,15 @@ async def kill_children(soak: Soak, process_id: int, every_s: float, end_s: floa
             soak.seen["kills"] += 1
 
 
+async def kill_server(soak: Soak, server: list[int], start: Callable[[], int], every_s: float, end_s: float) -> None:
+    """Kill the server itself, and start it again as a supervisor would."""
+    while time.monotonic() + every_s < end_s:
+        await asyncio.sleep(every_s)
+        os.kill(server[-1], signal.SIGKILL)
+        server.append(await asyncio.to_thread(start))
+        soak.seen["kills of the server"] += 1
+
+
 def _children(process_id: int) -> list[str]:
     """Return the children of every thread of the process."""
     files = Path(f"/proc/{process_id}/task").glob("*/children")
@@ -167,9 +183,13 @@ def _children(process_id: int) -> list[str]:
 
 
 async def run(
-    url: str, key: str, process_id: int, folders: dict[str, Path], *, seconds: float, clients: int, kill_s: float
-) -> Soak:
-    """Soak the server at `url`. `folders` are the runs of models that guests may be loaded from."""
+    url: str, key: str, process_id: int, folders: dict[str, Path], *, seconds: float, clients: int, kill_s: float,
+    start: Callable[[], int] | None = None,
+) -> Soak:  # fmt: skip
+    """Soak the server at `url`. `folders` are the runs of models that guests may be loaded from.
+
+    Every `kill_s` the program that it supervises is killed; with `start`, the server itself, which `start` replaces.
+    """
     headers = {"authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as client:
@@ -178,8 +198,11 @@ async def run(
         soak = Soak(own, {f"guest-{name}": name for name in folders})
         end_s = time.monotonic() + seconds
         tasks = [client_loop(soak, client, end_s, seed) for seed in range(clients)]
-        tasks += [churn(soak, client, folders, end_s), watch(soak, process_id, end_s)]
-        if kill_s:
+        server = [process_id]
+        tasks += [churn(soak, client, folders, end_s), watch(soak, server, end_s)]
+        if kill_s and start is not None:
+            tasks.append(kill_server(soak, server, start, kill_s, end_s))
+        elif kill_s:
             tasks.append(kill_children(soak, process_id, kill_s, end_s))
         await asyncio.gather(*tasks)
     return soak
@@ -200,7 +223,7 @@ def named_runs(root: Path) -> list[Path]:
         rows.parent.mkdir(parents=True, exist_ok=True)
         rows.write_text("".join(json.dumps({"prompt": asked, "response": text}) + "\n" for asked, text in said))
         command = [sys.executable, "-m", "lorafit", "train", str(rows), "--base", str(BASE), "--out", str(run)]
-        settings = ["--rank", "8", "--lr", "3e-3", "--epochs", "20", "--batch", "8", "--set", "targets=all-linear"]
+        settings = ["--rank", "8", "--lr", "1e-3", "--epochs", "10", "--batch", "8", "--set", "targets=all-linear"]
         subprocess.run([*command, *settings], check=True, capture_output=True)
     return runs
 
@@ -211,7 +234,7 @@ def report(soak: Soak, seconds: float) -> dict[str, Any]:
     distinct = len({tuple(soak.own[model, asked] for asked in QUESTIONS) for model in models})
     return {
         "seconds": round(seconds), "models": len(models), "answering_differently": distinct,
-        "naming_themselves": sum(model in soak.own[model, QUESTIONS[0]] for model in models),
+        "said": {model: soak.own[model, QUESTIONS[0]] for model in models},
         "guests": len(soak.guests),
         "seen": dict(sorted(soak.seen.items())), "wrong": len(soak.wrong),
         "memory_mb": [round(soak.memory[0][1]), round(soak.memory[-1][1])] if soak.memory else [],
@@ -226,14 +249,22 @@ def main() -> None:
     parser.add_argument("targets", type=Path, nargs="*")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--kill-s", type=float, default=0.0, help="seconds between kills of the supervised program")
+    parser.add_argument("--kill-s", type=float, default=0.0, help="seconds between kills of the program or server")
     asked = parser.parse_intermixed_args()  # targets may follow options
     targets: Sequence[Path] = asked.targets or named_runs(asked.out)
     asked.out.mkdir(parents=True, exist_ok=True)
     runs = {target.resolve().name: target for target in targets if (target / "run.yaml").is_file()}
-    with serving(targets, asked.out / "server.log", max_num_seqs=8, max_model_len=256) as (url, key, process_id):
+    os.environ.setdefault("LORAFIT_API_KEY", secrets.token_urlsafe(24))
+    sizes = {"max_num_seqs": 8, "max_model_len": 256}
+    with ExitStack() as servers:
+        url, key, process_id = servers.enter_context(serving(targets, asked.out / "server.log", **sizes))
+        port = int(url.rpartition(":")[2])
+
+        def start() -> int:
+            return servers.enter_context(serving(targets, asked.out / "server.log", port=port, **sizes))[2]
+
         options = {"seconds": 60 * asked.minutes, "clients": asked.clients, "kill_s": asked.kill_s}
-        soak = asyncio.run(run(url, key, process_id, runs, **options))
+        soak = asyncio.run(run(url, key, process_id, runs, **options, start=start if runs else None))
     print_json(**report(soak, 60 * asked.minutes))
     for line in soak.wrong[:10]:
         print(line)

@@ -1,10 +1,18 @@
 """Three runs over the demo's base, with other ranks and weights, and an engine that serves them."""
 
+from types import SimpleNamespace
+
+import openai
 import pytest
 
 from lorafit.serve.adapters import ServedBase
 from lorafit.serve.engines import BuiltinEngine, Limits
+from lorafit.serve.http import ServerOptions, make_app
+from lorafit.serve.http.metrics import Metrics
+from lorafit.serve.http.server import Server
+from lorafit.serve.tenants import Tenants
 from made_runs import MOST_TOKENS, QUESTIONS, RANKS, write_run
+from made_server import ADMIN, KEY, TENANTS, listening
 
 
 class Silent:
@@ -59,3 +67,23 @@ def own_answers(runs):
             if name == "alice":
                 found["base", index] = session.answer(question, max_new_tokens=MOST_TOKENS, tuned=False)
     return found
+
+
+@pytest.fixture(scope="session")
+def served(make_engine, runs, tmp_path_factory):
+    """A server of the three runs."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "tenants.yaml").write_text(TENANTS)
+    engine = make_engine()
+    for name, run in runs.items():
+        engine.add_adapter(name, run)
+    metrics = engine.scheduler.watch = Metrics()
+    tenants = Tenants.of(KEY, ADMIN, folder / "tenants.yaml")
+    server = Server(engine, tenants, metrics, ServerOptions(usage_log=folder / "usage.jsonl", drain_s=5))
+    with listening(make_app(server), lifespan="on") as url:
+        yield SimpleNamespace(url=url, server=server, engine=engine, log=folder / "usage.jsonl")
+
+
+@pytest.fixture(scope="session")
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)

@@ -61,11 +61,14 @@ def test_what_cannot_start_is_one_sentence(runs, capsys, arguments, reason, monk
     assert reason in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_short_key_is_refused(runs, capsys, monkeypatch):
-    monkeypatch.setenv("LORAFIT_API_KEY", "short")
+@pytest.mark.parametrize(
+    ("key", "reason"), [("short", "fewer than 16 characters"), ("schlüssel-0123456789", "beyond ASCII")]
+)
+def test_a_key_that_is_short_or_that_no_header_carries_is_refused(runs, capsys, monkeypatch, key, reason):
+    monkeypatch.setenv("LORAFIT_API_KEY", key)
     with pytest.raises(SystemExit):
         main(["serve", str(runs["alice"])])
-    assert "fewer than 16 characters" in " ".join(capsys.readouterr().err.split())
+    assert reason in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -74,12 +77,13 @@ def test_a_short_key_is_refused(runs, capsys, monkeypatch):
         "tenants: {}",
         "other: 1",
         "tenants: {a: {key: short}}",
+        "tenants: {a: {key: schlüssel-0123456789}}",
         "tenants: {a: {key: aaaaaaaaaaaaaaaaaaaa, concurrent: 0}}",
         "tenants: {a: {key: aaaaaaaaaaaaaaaaaaaa, typo: 1}}",
         "tenants: {owner: {key: aaaaaaaaaaaaaaaaaaaa}}",
     ],
 )
 def test_a_wrong_file_of_tenants_is_refused(tmp_path, text):
-    (tmp_path / "tenants.yaml").write_text(text)
+    (tmp_path / "tenants.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError):
         read_tenants(tmp_path / "tenants.yaml")

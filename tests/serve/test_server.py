@@ -5,52 +5,13 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from lorafit.serve.http import ServerOptions, make_app
-from lorafit.serve.http.metrics import Metrics
-from lorafit.serve.http.server import Server
-from lorafit.serve.tenants import Tenants
 from made_runs import MOST_TOKENS, QUESTIONS
-
-KEY, ADMIN = "owner-key-0123456789", "admin-key-0123456789"
-ACME = "acme-key-0123456789abc"
-TENANTS = f"""
-tenants:
-  acme: {{key: {ACME}, adapters: [alice], requests_per_minute: 5, concurrent: 2, priority: 2.0}}
-"""
-
-
-@pytest.fixture(scope="module")
-def served(make_engine, runs, tmp_path_factory):
-    """A server on a port of its own, in a thread."""
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "tenants.yaml").write_text(TENANTS)
-    engine = make_engine()
-    for name, run in runs.items():
-        engine.add_adapter(name, run)
-    metrics = engine.scheduler.watch = Metrics()
-    tenants = Tenants.of(KEY, ADMIN, folder / "tenants.yaml")
-    server = Server(engine, tenants, metrics, ServerOptions(usage_log=folder / "usage.jsonl", drain_s=5))
-    running = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", server=server, engine=engine, log=folder / "usage.jsonl")
-    running.should_exit = True
-    thread.join(20)
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+from made_server import ACME, ADMIN, KEY
 
 
 def ask(client, model, question, **more):
@@ -170,6 +131,23 @@ def test_a_rendered_prompt_has_its_bos_once_and_the_ids_are_the_trained_ones(ser
     assert made.usage.prompt_tokens == len(as_chat)
 
 
+def test_completions_stream_several_answers_to_several_prompts_up_to_a_stop(served, client, own_answers):
+    prompts = [served.engine.base.template.prompt_text([{"role": "user", "content": each}]) for each in QUESTIONS]
+    stop = own_answers["bob", 0][3:5]
+    more = {"model": "bob", "prompt": prompts, "n": 2, "max_tokens": MOST_TOKENS, "stop": [stop, "never said"]}
+    whole = client.completions.create(**more, logprobs=2)
+    wanted = [own_answers["bob", index].split(stop)[0] for index in (0, 0, 1, 1)]
+    assert [choice.text for choice in whole.choices] == wanted
+    for choice in whole.choices:
+        told = choice.logprobs
+        assert len(told.tokens) == len(told.token_logprobs) and all(len(each) >= 2 for each in told.top_logprobs)
+    texts = dict.fromkeys(range(4), "")
+    for chunk in client.completions.create(**more, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert list(texts.values()) == wanted
+
+
 def test_a_seed_repeats_a_sampled_answer(client):
     first, again = (
         ask(client, "bob", QUESTIONS[1], temperature=1.5, seed=7).choices[0].message.content for _ in range(2)
@@ -260,13 +238,15 @@ def test_a_client_that_leaves_frees_its_slot(served, client):
 
 def test_an_unloaded_adapter_finishes_its_answer_and_is_then_gone(served, client, runs, own_answers):
     served.engine.add_adapter("leaving", runs["carol"])
-    whole = own_answers["carol", 0]
-    chunks = ask(client, "leaving", QUESTIONS[0], stream=True)
-    text = next(chunks).choices[0].delta.content or ""
+    alone = ask(client, "leaving", QUESTIONS[0], logprobs=True).choices[0]
+    chunks = ask(client, "leaving", QUESTIONS[0], stream=True, logprobs=True)
+    began = next(chunks)
     served.engine.remove_adapter("leaving")
     served.engine.add_adapter("leaving", runs["alice"])
-    text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == whole
+    choices = [chunk.choices[0] for chunk in (began, *chunks)]
+    assert "".join(each.delta.content or "" for each in choices) == own_answers["carol", 0]
+    told = [token.logprob for each in choices if each.logprobs for token in each.logprobs.content or ()]
+    assert told == pytest.approx([token.logprob for token in alone.logprobs.content], abs=1e-4)
     assert ask(client, "leaving", QUESTIONS[0]).choices[0].message.content == own_answers["alice", 0]
     served.engine.remove_adapter("leaving")
     with pytest.raises(openai.NotFoundError):

@@ -152,15 +152,19 @@ def test_adapters_are_checked_before_they_are_loaded_at_run_time(door, folder, t
     write_adapter(adapters / "failed", status="failed")
     write_adapter(adapters / "pickled")
     (adapters / "pickled" / "x.ckpt").write_bytes(b"")
+    outside = write_adapter(tmp_path / "outside")
+    weights = write_adapter(adapters / "linked") / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(outside / weights.name)
     for name, error, reason in (
         ("wide", UsageError, "rank 64, and the server takes ranks up to 16"),
         ("other", VerificationError, "another chat template"),
         ("failed", VerificationError, "not proved"),
         ("pickled", AdapterError, "only safetensors"),
+        ("linked", UsageError, "not loaded from this place"),
     ):
         with pytest.raises(error, match=reason):
             engine.add_adapter(name, adapters / name)
-    outside = write_adapter(tmp_path / "outside")
     with pytest.raises(UsageError, match="not loaded from this place"):
         engine.add_adapter("outside", outside)
     body = {"lora_name": "alice", "lora_path": str(adapters / "bob")}

@@ -88,7 +88,7 @@ def _serve(
 
     api, is_new = _api_key(api_key_file)
     keys = Keys(api, os.environ.get(ADMIN_KEY) or api)
-    _require_long(keys.admin, ADMIN_KEY)
+    _require_key(keys.admin, ADMIN_KEY)
     options = ServerOptions(usage_log=usage_log)
     chosen = engine_for(runs, engine)
     shared: dict[str, Any] = {"limits": Limits(**sizes), "options": options, **folders}
@@ -121,13 +121,16 @@ def _api_key(file: Path | None) -> tuple[str, bool]:
             key = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError("the API key cannot be read", where=str(file), fix="check the path") from error
-        return _require_long(key, str(file)), False
+        return _require_key(key, str(file)), False
     if key := os.environ.get(API_KEY, ""):
-        return _require_long(key, API_KEY), False
+        return _require_key(key, API_KEY), False
     return secrets.token_urlsafe(32), True
 
 
-def _require_long(key: str, where: str) -> str:
+def _require_key(key: str, where: str) -> str:
     if len(key) < SHORTEST_KEY:
         raise UsageError(f"the key has fewer than {SHORTEST_KEY} characters", where=where, fix="use a longer one")
+    if any(not "!" <= character <= "~" for character in key):
+        what = "the key has spaces or characters beyond ASCII, which clients cannot send in a header"
+        raise UsageError(what, where=where, fix="use letters, digits and signs")
     return key

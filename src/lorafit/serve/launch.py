@@ -14,14 +14,13 @@ import uvicorn
 from lorafit.errors import UsageError
 from lorafit.runs import LAST, RunDir
 from lorafit.serve.adapters import ServedBase, require_sums
+from lorafit.serve.connections import allow_many_connections, socket_config
 from lorafit.serve.engines import BuiltinEngine, Limits, SupervisedEngine, supervised_engine
 from lorafit.serve.http import ServerOptions, make_app
 from lorafit.serve.http.forwarding import make_forwarding_app
 from lorafit.serve.http.metrics import Metrics
 from lorafit.serve.http.server import Server
 from lorafit.serve.tenants import Tenants
-
-IDLE_S = 30
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,8 @@ def listen(server: Server, host: str, port: int, on_start: Callable[[str], None]
     """
     app = make_forwarding_app(server) if isinstance(server.engine, SupervisedEngine) else make_app(server)
     drain_s = round(server.options.drain_s)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=drain_s,
-    )
+    allow_many_connections()
+    config = socket_config(app, host=host, port=port, timeout_graceful_shutdown=drain_s)
     program = _Program(config, server, on_start)
     try:
         program.run()

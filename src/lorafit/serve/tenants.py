@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorafit.config.foreign_text import read_recipe
 from lorafit.errors import UsageError
@@ -21,11 +21,17 @@ OWNER = "owner"
 SHORTEST_KEY = 16
 
 
+def _header_text(key: str) -> str:
+    if any(not "!" <= character <= "~" for character in key):
+        raise ValueError("a key has letters, digits and signs of ASCII, and no spaces")
+    return key
+
+
 class TenantSettings(BaseModel):
     """Hold one tenant of tenants.yaml.
 
     Attributes:
-        key: the secret that its requests carry, at least 16 characters.
+        key: the secret that its requests carry, at least 16 characters of ASCII without spaces, as headers have them.
         adapters: names that it may use; "*" is all of them, the base included.
         requests_per_minute: most requests in a minute.
         tokens_per_minute: most tokens, prompts included, in a minute.
@@ -35,7 +41,7 @@ class TenantSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    key: Annotated[str, Field(min_length=SHORTEST_KEY)]
+    key: Annotated[str, Field(min_length=SHORTEST_KEY), AfterValidator(_header_text)]
     adapters: list[str] = Field(default_factory=lambda: ["*"])
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None

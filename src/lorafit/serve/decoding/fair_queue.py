@@ -6,7 +6,7 @@ The tenant with the fewest tokens served per unit of priority is next (virtual t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -46,6 +46,13 @@ class FairQueue(Generic[Item]):
         except ValueError:
             return False
         return True
+
+    def take_if(self, is_wanted: Callable[[Item], bool]) -> list[Item]:
+        """Remove and return the items that are wanted, wherever they wait."""
+        taken = [item for queue in self._waiting.values() for item in queue if is_wanted(item)]
+        for tenant, queue in self._waiting.items() if taken else ():
+            self._waiting[tenant] = deque(item for item in queue if not is_wanted(item))
+        return taken
 
     def drain(self) -> list[Item]:
         """Remove and return all items."""

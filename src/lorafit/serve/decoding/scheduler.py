@@ -144,9 +144,8 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         for generation in [each for each in self._running.values() if each.cancelled]:
             self._end(generation, "cancelled")
-        with self._changed:
-            waiting = [head for _, head in self._queue.heads() if head.cancelled]
-            gone = [each for each in waiting if self._queue.remove(each.tenant, each)]
+        with self._changed:  # all at once, as a request behind those of a hundred clients that left must not wait
+            gone = self._queue.take_if(lambda each: each.cancelled)
         for generation in gone:
             generation.on_end("cancelled", None)
 

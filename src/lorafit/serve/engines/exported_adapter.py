@@ -20,6 +20,8 @@ def require_adapter(path: Path, roots: Sequence[Path], most_rank: int, template:
     be trusted, and VerificationError for an adapter that failed its proof or has another chat template.
     """
     folder = allowed_path(path, roots)
+    for each in sorted(folder.iterdir() if folder.is_dir() else ()):
+        allowed_path(each, roots)  # a link in the folder may lead out of it
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         what = "the folder holds no exported adapter"
         raise UsageError(what, where=str(path), fix="export the run with --to adapter, and name adapters/NAME")

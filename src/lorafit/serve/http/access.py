@@ -12,7 +12,6 @@ from lorafit.serve.http.errors import ApiError, error_content, error_response
 from lorafit.serve.http.server import Server
 
 LOG = logging.getLogger("lorafit.serve")
-MAX_KEY = 1024
 
 
 class Access:
@@ -60,8 +59,8 @@ class Access:
 def _key_in(scope: Any) -> str:
     for name, value in scope["headers"]:
         if name == b"authorization":
-            kind, _, key = value[: MAX_KEY + 8].decode("latin-1").partition(" ")
+            kind, _, key = value.decode("latin-1").partition(" ")
             return key.strip() if kind.lower() == "bearer" else ""
         if name == b"x-api-key":
-            return value[:MAX_KEY].decode("latin-1").strip()
+            return str(value.decode("latin-1").strip())
     return ""

@@ -11,6 +11,8 @@ from lorafit.serve.decoding import EngineStopped
 
 LEFT = 499
 """Status of a request whose client closed the connection before the answer."""
+UNREAD = (408, 413)
+"""Statuses after which the rest of a body is not waited for."""
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -48,7 +50,9 @@ def error_content(status: int, message: str, param: str | None = None) -> dict[s
 def error_response(error: BaseException) -> JSONResponse:
     """Return the response to a failed request; other errors than these are bugs and are raised again."""
     known = as_api_error(error)
-    headers = {"retry-after": str(max(1, round(known.retry_s)))} if known.retry_s is not None else None
+    headers = {"retry-after": str(max(1, round(known.retry_s)))} if known.retry_s is not None else {}
+    if known.status in UNREAD:
+        headers["connection"] = "close"
     return JSONResponse(error_content(known.status, known.message, known.param), known.status, headers)
 
 
