@@ -124,6 +124,7 @@ class Gatherer:
             },
             "copies_s": self.copies_s,
             "unused": self.shape.unused(self.outcomes.fields_seen) if self.shape else [],
+            "fix_of_unused": self.shape.fix_of_unused(self.outcomes.fields_seen) if self.shape else "",
             "largest_id": self.largest_id,
         }
         self.writer.finish({**columns, LEADER: leader}, facts)
@@ -183,7 +184,8 @@ class Gatherer:
         """Return True if the row may go on. Observations are in the outcomes either way."""
         for code, seen in observations:
             if CODES[code].rejects and code not in self.ignored:
-                self.outcomes.reject(row, Reject(code, seen))
+                fix = self.shape.fix_of_lost if code == "D038" and self.shape else ""
+                self.outcomes.reject(row, Reject(code, seen, fix=fix))
                 return False
         self.outcomes.note(record, observations)
         return True

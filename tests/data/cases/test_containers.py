@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 import made_data as made
 from lorafit.config import resolve
 from lorafit.data import Prepared
+from lorafit.data.sources.discovery import find_files
+from lorafit.data.sources.reader import RowReader
 from lorafit.errors import DataError, UsageError
 from template_shapes import template_of
 
@@ -47,6 +49,53 @@ def test_tables_as_excel_and_pandas_write_them_are_read(tmp_path: Path, content:
     result = made.prepared(made.write(tmp_path / "rows.csv", content), holdout=0.0)
     assert rows_of(result)[0] == ("2+2?", "4")
     assert (len(result.train), result.summary.rejected) == (count, 0)
+
+
+ROWS = [["prompt", "completion"], ["Wie, groß; ist|es?", 'Grüße "é"'], ["3+3?", "6"]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_every_order_of_mark_separator_line_delimiter_quotes_and_line_end_is_read(
+    tmp_path: Path, encoding: str
+) -> None:
+    said = ["", "sep={}", '"sep={}"', "SEP={}", "sep={}{}{}"]
+    for number, (sep, mark, quoted, end, trailing) in enumerate(
+        product(said, ",;\t|", (False, True), ("\n", "\r\n", "\r"), (0, 2))
+    ):
+        cells = [
+            ['"{}"'.format(one.replace('"', '""')) if quoted or set(one) & set(',;|"') else one for one in row]
+            for row in ROWS
+        ]
+        lines = [
+            *([sep.format(*mark * 3)] if sep else []),
+            *(mark.join(row) + mark * trailing for row in cells),
+            mark * trailing,
+        ]
+        path = tmp_path / f"{number}.csv"
+        path.write_bytes(end.join(lines).encode(encoding))
+        reader = RowReader(find_files([str(path)], encoding="cp1252" if encoding == "cp1252" else None))
+        assert [row.fields for row in reader] == [dict(zip(ROWS[0], row)) for row in ROWS[1:]], lines
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'"prompt, or question";"completion"\n"a, b";c\n',
+        b"prompt (a, b);completion\nx;y\n",
+        b"\n\r\nprompt,completion\na,b\n",
+        b"sep=;\n\xef\xbb\xbfprompt;completion\na;b\n",
+        b"sep=\\t\nprompt\tcompletion\na\tb\n",
+        b'prompt,completion\n"a;\nb",c\n',
+    ],
+)
+def test_the_header_decides_on_the_separator(tmp_path: Path, content: bytes) -> None:
+    (row,) = RowReader(find_files([str(made.write(tmp_path / "rows.csv", content))]))
+    assert row.fields is not None and len(row.fields) == 2 and "\ufeff" not in "".join(row.fields)
+
+
+def test_marks_of_files_that_were_appended_are_read_past(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\n\xef\xbb\xbf{"prompt": "c", "completion": "d"}\n'
+    assert read(made.write(tmp_path / "rows.jsonl", content)) == [("a", "b"), ("c", "d")]
 
 
 def test_the_line_of_a_row_counts_the_separator_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,8 @@ class WholeSet:
             return []
         also = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         message = f"columns that are not used: {', '.join(names[:MOST_NAMES])}{also}"
-        return [_finding("D037", Severity.INFO, message, facts["names"][0], len(names))]
+        found = _finding("D037", Severity.INFO, message, facts["names"][0], len(names))
+        return [replace(found, fix=facts["fix_of_unused"]) if facts["fix_of_unused"] else found]
 
     def _one_system(self) -> list[Finding]:
         """Return a finding on a system text that all rows share: the model must be served with it."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from lorafit.data.schema.exports import answers_as_values, pythons_own
 from lorafit.data.schema.fields import (
-    FLAG_NAMES,
     KWARGS,
     Fields,
     from_json,
@@ -24,6 +23,16 @@ from lorafit.data.schema.fields import (
 )
 from lorafit.data.schema.parts import system_text
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
+from lorafit.data.schema.side_columns import (
+    FLAG_LISTS,
+    LAST_ONLY,
+    UNCLEAR_LISTS,
+    last_only,
+    row_flag_fault,
+    suggested_places,
+    with_flags,
+    with_reasoning,
+)
 from lorafit.data.schema.turns import MEDIA, REASONING_NAMES, exchange_in, read_message, read_turns
 from lorafit.data.sources.raw_row import Reject
 
@@ -40,10 +49,9 @@ MEANT = frozenset(
     )
 )  # fmt: skip
 """Fields whose meaning is known: a row never loses what stands in one of them."""
-WEIGHTS = ("weight", "loss_weight")
-SAYS_WHETHER = FLAG_NAMES | {"label"}
-"""Fields of a row by which it is kept from the loss: loss flags, and the label of KTO's data."""
-EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KWARGS))
+SAYS_WHETHER = frozenset((*FLAG_LISTS, *UNCLEAR_LISTS, "label"))
+"""Fields of a row by which it, or some of its turns, are kept from the loss; `label` is that of KTO's data."""
+EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KWARGS, LAST_ONLY))
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ class Shape:
         by_kind = {
             "instruction": ("instruction", self.answer, *EXCHANGE),
             "prompt": ("prompt", self.answer, *EXCHANGE),
-            "messages": ("messages", *SYSTEMS, *TOOLS, KWARGS),
-            "conversations": ("conversations", *SYSTEMS, *TOOLS, KWARGS),
+            "messages": ("messages", *SYSTEMS, *TOOLS, KWARGS, LAST_ONLY),
+            "conversations": ("conversations", *SYSTEMS, *TOOLS, KWARGS, LAST_ONLY),
             "calls": ("query", "answers", *SYSTEMS, *TOOLS, KWARGS),
             "text": ("text",),
         }
@@ -89,7 +97,7 @@ class Shape:
     @cached_property
     def _unused(self) -> frozenset[str]:
         chosen = ANSWERS if self.answer in self.mapped else ()
-        return (MEANT | SAYS_WHETHER) - self.used - set(chosen) - set(self.mapped.values())
+        return (MEANT | SAYS_WHETHER) - self.used - set(chosen)
 
     def record(self, fields: Fields, source: str) -> Record | Reject:
         """Return the record of `fields`, or a Reject that names the faulty field."""
@@ -106,20 +114,40 @@ class Shape:
 
     def lost(self, fields: Fields, record: Record) -> str:
         """Return the content of a known field that the record lacks, as a sentence; empty if nothing is lost."""
-        for name in sorted(fields.keys() & self._unused):
-            value = fields[name]
+        row = renamed(fields, self.mapped)
+        for name in sorted(row.keys() & self._unused):
+            value = row[name]
             if name in SAYS_WHETHER:
-                if fault := _row_flag_fault(name, value):
+                if fault := row_flag_fault(name, value, of_turns=self.kind in LISTS):
                     return fault
             elif not is_empty(value) and not _is_said(value, record):
-                return f"the field '{name}' is not used in rows of {self.title}"
+                return f"the field '{self.mapped.get(name, name)}' is not used in rows of {self.title}"
         return ""
+
+    @property
+    def fix_of_lost(self) -> str:
+        """The fix for a lost field; empty if the shape has places that the general one names."""
+        if self.kind in ("instruction", "prompt"):
+            return ""
+        return "write it into the turn that it belongs to, or go on without it: --ignore D038"
 
     def unused(self, names: set[str]) -> list[str]:
         """Return the field names of the rows that this shape does not read, sorted."""
         taken = set(self.mapped.values())
         displaced = {ours for ours, theirs in self.mapped.items() if ours != theirs}
-        return sorted(name for name in names if name not in taken and (name in displaced or name not in self.used))
+        # a text that several turns could mean, and flags that leave a turn out, are errors if they are not read
+        read = self.used | set((*REASONING_NAMES, *FLAG_LISTS) if self.kind in LISTS else ())
+        return sorted(name for name in names if name not in taken and (name in displaced or name not in read))
+
+    def fix_of_unused(self, names: set[str]) -> str:
+        """Return the way to use unused columns, with `--map` where their names say what they hold.
+
+        Empty where the general one holds.
+        """
+        has_places = self.kind in ("instruction", "prompt", *LISTS)
+        if flags := suggested_places(self.unused(names), names, self.mapped) if has_places else []:
+            return f"a column to learn gets a place: {' '.join(flags)}"
+        return "" if self.kind in ("instruction", "prompt") else "a column to learn is written into a turn or a text"
 
     def _instruction(self, row: Fields, source: str) -> Record | Reject:
         return text_fault(row, "instruction") or _exchange(row, "instruction", self.answer, source)
@@ -164,16 +192,6 @@ def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
     return kept | {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
 
 
-def _row_flag_fault(name: str, value: Any) -> str:
-    """Return the unsupported request of a row's loss flag; empty if the row is learnt as any other."""
-    word = str(value).strip().lower()  # CSV has texts only
-    if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
-        return f"the row's own flag '{name}' says that its answer is not to be learnt"
-    if name in WEIGHTS and word not in ("", "none", "true", "yes", "1", "1.0"):
-        return f"the row's own '{name}' is neither 0 nor 1, and every row counts the same"
-    return ""
-
-
 def _is_said(value: Any, record: Record) -> bool:
     """Return True if the record already has a known field's whole content, as a copy of one of its texts."""
     if isinstance(value, list | dict):
@@ -181,9 +199,8 @@ def _is_said(value: Any, record: Record) -> bool:
     if not isinstance(value, str):
         return False
     wanted = "".join(value.split())
-    return any(
-        wanted in "".join(text.split()) for text in (record.system or "", *(turn.content for turn in record.turns))
-    )
+    texts = (record.system or "", *(text for turn in record.turns for text in (turn.content, turn.reasoning)))
+    return any(wanted in "".join(text.split()) for text in texts)
 
 
 def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Reject:
@@ -307,7 +324,14 @@ def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
         fix = pythons_own(row, name, source.rpartition(":")[0]) or 'write [{"role": "user", "content": "…"}, …]'
         return Reject(code, f"the field '{name}' is not a list of turns", fix=fix)
     turns = read_turns(value)
-    return turns if isinstance(turns, Reject) else _assembled(row, turns, source)
+    if not isinstance(turns, Reject):
+        turns = with_flags(turns, row)
+    reasoned = _optional(row, REASONING_NAMES)
+    for part in (turns, reasoned):
+        if isinstance(part, Reject):
+            return part
+    assert isinstance(turns, list) and isinstance(reasoned, str)
+    return _assembled(row, with_reasoning(turns, reasoned), source)
 
 
 def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
@@ -332,9 +356,12 @@ def _assembled(row: Fields, turns: list[Turn], source: str) -> Record | Reject:
         fix = f"--map prompt={kind} takes the answer from '{beside}'" if beside and kind else ""
         return Reject("D016", "the conversation has no assistant turn", fix=fix)
     kwargs = read_kwargs(row) if KWARGS in row else {}
-    if isinstance(kwargs, Reject):
-        return kwargs
+    taught = last_only(turns, row)
+    for part in (kwargs, taught):
+        if isinstance(part, Reject):
+            return part
+    assert isinstance(taught, list) and not isinstance(kwargs, Reject)
     unread = (
         tuple(name for name, value in head.extra.items() if name not in TOOLS and not is_empty(value)) if head else ()
     )
-    return Record(tuple(turns), source, system or None, tools, kwargs, unread)
+    return Record(tuple(taught), source, system or None, tools, kwargs, unread)

@@ -27,11 +27,9 @@ WIDE = (
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
-    (b'{\0"\0', "utf-16-le"),
-    (b"[\0{\0", "utf-16-le"),
-    (b'\0{\0"', "utf-16-be"),
-    (b"\0[\0{", "utf-16-be"),
 )
+UNMARKED = ((b"x\0x\0", "utf-16-le"), (b"\0x\0x", "utf-16-be"), (b"x\0\0\0", "utf-32-le"), (b"\0\0\0x", "utf-32-be"))
+"""Where the zero bytes of Western text stand without a byte order mark; x is any other byte."""
 
 
 class Readable(Protocol):
@@ -48,7 +46,7 @@ class Utf8Stream:
         self.inner = inner
         self.head = _at_least(inner, 4)
         self.decoder: codecs.IncrementalDecoder | None = None
-        encoding = next((name for mark, name in WIDE if self.head.startswith(mark)), "")
+        encoding = next((name for mark, name in WIDE if self.head.startswith(mark)), "") or _unmarked(self.head)
         if named and not encoding and not self.head.startswith(codecs.BOM_UTF8):
             file_warnings[f"{named} text"] += 1
             self.decoder = codecs.getincrementaldecoder(named)("replace")
@@ -78,6 +76,11 @@ class Utf8Stream:
             # a cut-off last character: show it as the replacement character, which no row may hold unseen
             self.decoder.reset()
             return "�"
+
+
+def _unmarked(head: bytes) -> str:
+    zeros = bytes(byte and ord("x") for byte in head)
+    return next((name for pattern, name in UNMARKED if zeros == pattern), "")
 
 
 def _at_least(stream: Readable, size: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -292,6 +293,9 @@ def jsonl_rows(stream: Readable, index: int, file_warnings: Counter[str]) -> Ite
         if raw.endswith(b"\r"):
             raw = raw[:-1]
             file_warnings["CRLF line end"] += 1
+        if raw.startswith(codecs.BOM_UTF8):  # a file that was appended brings its own
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            file_warnings["byte order mark"] += 1
         if not raw.strip():
             file_warnings["blank line"] += 1
             continue

@@ -44,11 +44,14 @@ def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counte
     """
     csv.field_size_limit(LINE_LIMIT_BYTES)
     text = CsvLines(stream)
-    first = next(text, "")
-    named = SEPARATOR_LINE.fullmatch(first.strip())
-    separator = named[1] if named else _separator(first)
-    table = csv.reader(chain(() if named else (first,), text), delimiter=separator, strict=True)
-    before = 1 if named else 0
+    before, head = 0, _next_line(text)
+    while head and not head.strip():
+        before, head = before + 1, _next_line(text)
+    if named := SEPARATOR_LINE.fullmatch(head.strip("\r\n")):
+        before, head = before + 1, _next_line(text)
+    follows = next(text, "")
+    separator = named[1].replace("\\t", "\t") if named else _separator(head, follows)
+    table = csv.reader(chain((head, follows), text), delimiter=separator, strict=True)
     header = _header(table, file, before + 1)
     if not header[0]:
         file_warnings["index column without a name"] += 1
@@ -69,11 +72,25 @@ def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counte
             file_warnings["row of blank cells"] += 1
 
 
-SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t|]*', re.IGNORECASE)
+SEPARATOR_LINE = re.compile(r'"?sep= ?(\\t|.)"?[,;\t| ]*', re.IGNORECASE)
 
 
-def _separator(header: str) -> str:
-    return max(SEPARATORS, key=header.count)
+def _next_line(text: Iterator[str]) -> str:
+    """Return the next line without the byte order mark of a file that was appended; empty at the end."""
+    return next(text, "").lstrip("\ufeff")
+
+
+def _separator(header: str, follows: str) -> str:
+    """Return the separator that makes most cells of the header, and as many of the line below where that decides."""
+    widths = {one: (_width(header, one), _width(follows, one)) for one in SEPARATORS}
+    return max(SEPARATORS, key=lambda one: (widths[one][0] > 1 and len({*widths[one]}) == 1, widths[one][0]))
+
+
+def _width(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader((line,), delimiter=separator, strict=True), ()))
+    except csv.Error:  # a quoted cell goes on in the next line
+        return 0
 
 
 def _header(table: Iterator[list[str]], file: DataFile, line: int) -> list[str]:

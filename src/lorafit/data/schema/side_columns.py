@@ -1,0 +1,133 @@
+"""Columns beside a conversation: loss flags of its turns, its reasoning, and places for columns that are not read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lorafit.data.schema.fields import LOSS_FLAGS, Fields, from_json, is_empty, kind_of
+from lorafit.data.schema.records import REASONING, Turn
+from lorafit.data.schema.turns import UNCLEAR_FLAGS
+from lorafit.data.sources.raw_row import Reject
+
+FLAG_LISTS = ("weights", *LOSS_FLAGS)
+"""Columns that may hold one loss flag for each turn, or for each answer."""
+UNCLEAR_LISTS = ("masks", *UNCLEAR_FLAGS)
+LAST_ONLY = "mask_history"
+"""LLaMA-Factory's word for rows of which only the last answer is learnt."""
+FLAGS_FIX = "write one 0 or 1 for each turn, or for each answer"
+YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0", "none", "")
+
+
+def list_in(value: Any) -> list[Any] | None:
+    """Return a list, also one in a JSON text, as CSV has it; None for any other value."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = from_json(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) and value else None
+
+
+def are_flags(value: Any) -> bool:
+    """Return True for a list of 0, 1, true and false."""
+    flags = list_in(value)
+    return flags is not None and all(isinstance(flag, bool | int | float) and flag in (0, 1) for flag in flags)
+
+
+def with_flags(turns: list[Turn], row: Fields) -> list[Turn] | Reject:
+    """Return the turns with the loss flags that stand in a list beside them."""
+    for name in FLAG_LISTS:
+        flags = list_in(row.get(name))
+        if flags is None:
+            continue
+        if not are_flags(flags):
+            return Reject("D012", f"the flags in '{name}' are not all 0, 1, true or false", fix=FLAGS_FIX)
+        places = _places(turns, len(flags))
+        if not places:
+            what = f"'{name}' has {len(flags)} flags for {len(turns)} turns"
+            return Reject("D012", what, fix=FLAGS_FIX)
+        for place, flag in zip(places, flags, strict=True):
+            if turns[place].loss not in (None, bool(flag)):
+                what = f"turn {place + 1}: its own loss flag contradicts the one in '{name}'"
+                return Reject("D012", what, fix="keep one of the two flags")
+            turns[place] = replace(turns[place], loss=bool(flag))
+    return turns
+
+
+def _places(turns: Sequence[Turn], count: int) -> list[int]:
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    return next((places for places in (list(range(len(turns))), answers) if len(places) == count), [])
+
+
+def with_reasoning(turns: list[Turn], reasoning: str) -> list[Turn]:
+    """Return the turns with a column's reasoning before the only answer to learn.
+
+    Unchanged if several are learnt, or if the answer has reasoning of its own.
+    """
+    taught = [place for place, turn in enumerate(turns) if turn.taught]
+    if reasoning and len(taught) == 1 and not turns[taught[0]].reasoning:
+        answer = turns[taught[0]]
+        turns[taught[0]] = replace(answer, extra={**answer.extra, REASONING: reasoning})
+    return turns
+
+
+def last_only(turns: list[Turn], row: Fields) -> list[Turn] | Reject:
+    """Return the turns, with all answers but the last kept from the loss if the row says so."""
+    value = row.get(LAST_ONLY)
+    word = str(value).strip().lower()
+    if word in NO:
+        return turns
+    if word not in YES:
+        what = f"the field '{LAST_ONLY}' is {kind_of(value)}, not true or false"
+        return Reject("D012", what, fix="write true if only the last answer is to be learnt")
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    for place in answers[:-1]:
+        turns[place] = replace(turns[place], loss=False)
+    return turns
+
+
+PLACES = {
+    "reasoning": re.compile(r"(?i)reason|think|thought|explanation|rationale|justification|(?:^|_)cot(?:_|$)"),
+    "system": re.compile(r"(?i)system|persona"),
+}
+"""Places that a shape may have, and how the names of columns that belong there read."""
+
+
+def suggested_places(unused: Sequence[str], seen: Iterable[str], mapped: Mapping[str, str]) -> list[str]:
+    """Return a `--map` for unused columns whose names say what they hold, one for each free place."""
+    taken = {*seen, *mapped}
+    found = {
+        place: next((name for name in unused if pattern.search(name)), "")
+        for place, pattern in PLACES.items()
+        if place not in taken
+    }
+    plain = re.compile(r"[\w.-]+")
+    flags = [f"{place}={name}" for place, name in found.items() if name]
+    return [f"--map {flag}" if plain.fullmatch(flag.replace("=", "")) else f"--map '{flag}'" for flag in flags]
+
+
+def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
+    """Return the unsupported request of a row's loss flag; empty if the row is learnt as any other.
+
+    `of_turns` says that lists of flags are read.
+    """
+    if name in UNCLEAR_LISTS:
+        says = f"the field '{name}' seems to hold loss flags, and tools do not agree on their sense"
+        return says if are_flags(value) else ""
+    if list_in(value) is not None:
+        flags = are_flags(value) and all(list_in(value) or ())
+        return "" if of_turns or flags else f"the loss flags in '{name}' are not read in rows of this shape"
+    if is_empty(value):
+        return ""
+    word = str(value).strip().lower()  # CSV has texts only
+    if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
+        return f"the row's own flag '{name}' says that its answer is not to be learnt"
+    if name in WEIGHTS and word not in ("none", *YES):
+        return f"the row's own '{name}' is neither 0 nor 1, and every row counts the same"
+    return ""
+
+
+WEIGHTS = ("weight", "weights", "loss_weight")
