@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from lorafit.engine import assert_isolated, packed
-from lorafit.engine.isolation import PROBES
+from lorafit.engine.attention.packed import PACKED
+from lorafit.engine.isolation import PROBES, TOLERANCE
 from lorafit.errors import TrainingError
 from tiny_models import tiny_config
 
@@ -68,3 +69,33 @@ def test_a_base_with_damaged_weights_is_called_that_and_not_a_leak():
         damaged.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     with packed(damaged), pytest.raises(TrainingError, match=r"logits are not finite.*damaged"):
         assert_isolated(damaged, rows_of(20, 15))
+
+
+def mixture_with_sinks():
+    """Return gpt-oss of random weights in bf16, whose tokens often lie between two experts."""
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 32}
+    config = GptOssConfig(num_local_experts=16, num_experts_per_tok=4, initializer_range=0.1, **shape, **heads)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def test_experts_may_be_chosen_otherwise_by_rounding_and_not_by_a_leak():
+    mixture, rows = mixture_with_sinks(), rows_of(100, 70)
+    with packed(mixture):
+        assert assert_isolated(mixture, rows).relative_difference > TOLERANCE[torch.bfloat16]
+        for layer in mixture.model.layers:  # packed attention without sinks, beside rows alone that have them
+            layer.self_attn.register_forward_pre_hook(without_sinks)
+            layer.self_attn.register_forward_hook(with_sinks)
+        with pytest.raises(TrainingError, match="logits differ"):
+            assert_isolated(mixture, rows)
+
+
+def without_sinks(module, inputs):
+    if module.config._attn_implementation == PACKED:
+        module.kept = module.sinks.data
+        module.sinks.data = torch.full_like(module.kept, -30.0)
+
+
+def with_sinks(module, inputs, output):
+    module.sinks.data = module.__dict__.pop("kept", module.sinks.data)

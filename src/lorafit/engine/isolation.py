@@ -24,6 +24,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # experts multiply the tokens routed to them in one matmul, so one row's routing changes another's rounding
 ROUTING_NOISE = {torch.float32: 1e-5}
 
+# what two implementations of one layer may differ by, as a multiple of what rounding in the embeddings changes
+ABOVE_NOISE = 1.25
+MOST_NOISE = 0.5
+
 # largest relative change of logits by later tokens that rounding explains
 SEES_LATER = {torch.float32: 1e-4}
 
@@ -66,7 +70,9 @@ def assert_isolated(model: Any, rows: Sequence[Row], *, padded: bool = False) ->
     - Replacing one row, and the padding of the others, must not change a single bit of the other rows' logits in the
       same layout (mixtures of experts: nothing beyond rounding). It finds leaks of any size, such as a recurrent state
       carried on.
-    - The logits must equal those of the rows alone, up to rounding. It finds wrong positions.
+    - The logits must equal those of the rows alone, up to rounding. It finds wrong positions and a part of attention
+      that is left out. Experts may differ by what rounding in the embeddings alone changes, since a token on the edge
+      between two experts goes to the other one.
     """
     was_training = model.training
     model.eval()
@@ -110,9 +116,8 @@ def _assert_unmoved(model: Any, rows: Sequence[Row], padded: bool) -> None:
         with unpacked(model):
             assert_finite(model, rows)
     others = slice(int(first_mask[1:].sum()), None)
-    moved = float((before[others] - after[others]).float().norm() / before[others].float().norm().clamp_min(1e-9))
-    routed = any("experts" in name for name, _ in model.named_modules())
-    if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if routed else 0.0):
+    moved = _relative(after[others].float(), before[others].float())
+    if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if _routes(model) else 0.0):
         raise LeakError(model, f"replacing one row changes the other rows' logits by {moved:.1%}", padded=padded)
 
 
@@ -131,10 +136,36 @@ def _distance_from_alone(model: Any, rows: Sequence[Row], padded: bool) -> float
             wanted = _alone(model, row)
             got = together[start : start + len(wanted)].float()
             start += len(wanted)
-            worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp_min(1e-9)))
-    if not worst <= TOLERANCE.get(together.dtype, 1e-1):
+            worst = max(worst, _relative(got, wanted))
+        tolerance = TOLERANCE.get(together.dtype, 1e-1)
+        if tolerance < worst <= MOST_NOISE and _routes(model):
+            tolerance = max(tolerance, ABOVE_NOISE * max(_rounding_noise(model, row) for row in rows))
+    if not worst <= min(tolerance, MOST_NOISE):
         raise LeakError(model, f"logits differ by {worst:.1%} from those of the same rows alone", padded=padded)
     return worst
+
+
+def _routes(model: Any) -> bool:
+    return any("experts" in name for name, _ in model.named_modules())
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-9))
+
+
+def _rounding_noise(model: Any, row: Row) -> float:
+    """Return the relative change of the logits of one row when each of its embeddings' numbers is rounded anew."""
+    wanted, generator = _alone(model, row), torch.Generator().manual_seed(0)
+
+    def rounded_anew(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        shift = torch.rand(output.shape, generator=generator).to(output.device) - 0.5
+        return (output.float() * (1 + torch.finfo(output.dtype).eps * shift)).to(output.dtype)
+
+    hook = unwrapped(model).get_input_embeddings().register_forward_hook(rounded_anew)
+    try:
+        return _relative(_alone(model, row), wanted)
+    finally:
+        hook.remove()
 
 
 def _alone(model: Any, row: Row) -> torch.Tensor:
