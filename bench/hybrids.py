@@ -92,9 +92,9 @@ def run(options: argparse.Namespace, base: Path) -> dict[str, object]:
         return mode, loss
 
     build_model.prove_rows = prove
-    build_model.load_backbone = lambda config, **_: mixtures.random_backbone(str(base))
-    if options.bare:
-        drop_sinks()
+    build_model.load_backbone = lambda config, **_: (drop_sinks if options.bare else unchanged)(
+        mixtures.random_backbone(str(base))
+    )
     warm = 2
     seen["transformers"], seen["torch"] = transformers.__version__, torch.__version__
     found = engine.run_lorafit(
@@ -108,8 +108,13 @@ def run(options: argparse.Namespace, base: Path) -> dict[str, object]:
     return seen | found
 
 
-def drop_sinks() -> None:
-    """Let packed attention ignore the sinks, as the same shape without them would."""
+def unchanged(model: Any) -> Any:
+    return model
+
+
+def drop_sinks(model: Any) -> Any:
+    """Let packed attention ignore the sinks, as a shape without them would, and give them no weight in rows alone."""
+    import torch
     from transformers import AttentionInterface
 
     from lorafit.engine.attention.packed import PACKED, packed_attention
@@ -118,6 +123,11 @@ def drop_sinks() -> None:
         return packed_attention(*inputs, **options)
 
     AttentionInterface.register(PACKED, bare)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(-100.0)
+    return model
 
 
 if __name__ == "__main__":
