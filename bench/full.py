@@ -33,6 +33,8 @@ def main() -> None:
     run.add_argument("--gib", type=float, default=0, help="memory budget; 0 for all")
     run.add_argument("--optimizer", default="auto", help="auto, adamw or adamw_8bit")
     run.add_argument("--memory-policy", default="auto")
+    run.add_argument("--compute", default="auto", help="auto, or fp8")
+    run.add_argument("--profile", action="store_true", help="print the kernels of one step more to stderr")
     run.add_argument("--rows", type=int, default=4, help="rows of a step, for each GPU")
     run.add_argument("--length", type=int, default=2048, help="tokens of a row")
     run.add_argument("--steps", type=int, default=10)
@@ -92,7 +94,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
         "method": "full", "base": str(folder), "examples_per_step": options.rows, "max_length": options.length,
         "gpus": world,
         "gpu_memory": f"{options.gib}GiB" if options.gib else None, "max_steps": options.steps + 50, "save_minutes": 0,
-        "memory_policy": options.memory_policy, "optimizer": options.optimizer,
+        "memory_policy": options.memory_policy, "optimizer": options.optimizer, "compute": options.compute,
     }  # fmt: skip
     resolved = resolve(flags=flags)
     enforce_budget(resolved.config)
@@ -116,6 +118,7 @@ def measure(options: argparse.Namespace, processes: Any) -> dict[str, Any]:
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return {
         "size": options.size, "gpus": world, "gib": options.gib, "optimizer": config.optimizer, "policy": timed.policy,
+        "compute": config.compute,
         "tokens_per_s_gpu": round(tokens / step_s), "step_s": round(step_s, 4),
         "tflops": round(tokens * (6 * shape.active_parameters + attention) / step_s / 1e12, 1),
         "peak_gib": round(peak / GIB, 2), "plan_gib": round(plan.memory.peak_bytes / GIB, 2),
@@ -143,7 +146,7 @@ def train_timed(
     from lorafit.runs import RunDir
     from lorafit.training import EventLog, TrainingLoop
 
-    watch, config = stopwatch(options), resolved.config
+    watch, config = stopwatch(options, processes.is_main), resolved.config
     with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
         ready = time.perf_counter()
         parts = (built.model, built.method, built.objective, config, rows, None, folder / "checkpoints")
@@ -199,13 +202,17 @@ def random_model(size: str, config: Any) -> Any:
     return model
 
 
-def stopwatch(options: argparse.Namespace) -> Any:
-    """Return a callback that times steps between synchronisations, and ends the run without a checkpoint."""
+def stopwatch(options: argparse.Namespace, is_main: bool) -> Any:
+    """Return a callback that times steps between synchronisations, and ends the run without a checkpoint.
+
+    With `profile` one step more is recorded, after the timed ones.
+    """
     import torch
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         first = warmed = ended = 0.0
+        profile: Any = None
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             places = {1: "first", options.warm: "warmed", options.steps: "ended"}
@@ -213,8 +220,15 @@ def stopwatch(options: argparse.Namespace) -> Any:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 setattr(self, places[state.global_step], time.perf_counter())
-            if state.global_step >= options.steps:
+            if state.global_step == options.steps and options.profile:
+                self.profile = torch.profiler.profile().__enter__()
+            elif state.global_step >= options.steps:
                 control.should_training_stop, control.should_save = True, False
+                if self.profile is not None:
+                    self.profile.__exit__(None, None, None)
+                    if is_main:
+                        found = self.profile.key_averages()
+                        print(found.table(sort_by="self_device_time_total", row_limit=30), file=sys.stderr)
 
     return Watch()
 

@@ -112,13 +112,21 @@ def test_a_checkpoint_holds_weights_copies_and_moments():
         ({"targets": "all-linear", "dropout": 0.2}, "P8", "does not use dropout, targets"),
         ({"rows": 500}, "P9", "every weight trains on 500 rows"),
         ({"compute": "fp16"}, "P3", "compute is fp16, and method is full"),
-        ({"compute": "fp8"}, "P3", "compute is fp8, and quantization is none"),
+        ({"compute": "fp8", "hardware": CPU, "config": TINY}, "P3", "compute is fp8, and a CPU does not support fp8"),
     ],
 )
 def test_each_pitfall_of_a_full_run_is_found(flags, code, words):
     found = [finding for finding in planned(**flags).findings if finding.code == code]
     assert any(words in finding.message for finding in found), found
     assert not planned().findings
+
+
+def test_fp8_shortens_a_step_and_takes_no_more_memory():
+    exact, fp8 = (planned(compute=compute, gib=200) for compute in ("auto", "fp8"))
+    assert fp8.runnable and not fp8.blocked and not fp8.findings
+    assert fp8.memory.peak_bytes == exact.memory.peak_bytes
+    steps = [plan_execution(plan.inputs).step_s for plan in (exact, fp8)]
+    assert 1.15 < steps[0] / steps[1] < 1.45
 
 
 def test_a_gpu_without_bf16_computes_in_fp32():

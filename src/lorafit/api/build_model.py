@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafit.api.plan import PlannedRun
-from lorafit.backbone import compute_dtype, default_device, load_backbone, load_sharded
+from lorafit.backbone import compute_dtype, computes_in_fp8, default_device, load_backbone, load_sharded
 from lorafit.config import Resolved, RunConfig, Source, parse_bytes, read_json
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.data import Rows, largest_step, steps_per_epoch
@@ -123,6 +123,7 @@ def sharded_model(config: RunConfig) -> Any:
     Every process reads the base into host memory, and one layer after another comes to its device.
     """
     device, dtype = default_device(), compute_dtype(config)
+    computes_in_fp8(config, device)  # refuses where it cannot
     narrow = "bf16" if dtype is torch.bfloat16 else "fp32"
     base = load_backbone(config.model_copy(update={"compute": narrow}), device="cpu")
     model = method_of(config).prepare(base, config)

@@ -6,8 +6,10 @@ No other package imports bitsandbytes.
 from lorafit.backbone.architecture import (
     base_skeleton,
     compute_dtype,
+    computes_in_fp8,
     default_device,
     is_packed_base,
+    linears_to_quantize,
     load_whole,
     one_line,
     output_head,
@@ -41,6 +43,7 @@ from lorafit.backbone.kernels.frozen_linear import (
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.kernels.grouped_product import grouped_linear
+from lorafit.backbone.kernels.trained_linear_fp8 import TrainedLinearFp8, product_fp8, takes_fp8
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
 from lorafit.backbone.projections import (
@@ -64,11 +67,13 @@ __all__ = [
     "FreshWeight",
     "FrozenExpertsLinear",
     "FrozenLinear4bit",
+    "TrainedLinearFp8",
     "adapter_obstacles",
     "base_damages",
     "base_fingerprint",
     "base_skeleton",
     "compute_dtype",
+    "computes_in_fp8",
     "computing_in",
     "default_device",
     "dequantize",
@@ -88,6 +93,7 @@ __all__ = [
     "is_packed_base",
     "is_plain_linear",
     "linear_size",
+    "linears_to_quantize",
     "load_backbone",
     "load_sharded",
     "load_whole",
@@ -96,6 +102,7 @@ __all__ = [
     "output_head",
     "packed_weights",
     "plain_name",
+    "product_fp8",
     "projections_of",
     "quantize",
     "quantize_experts",
@@ -109,6 +116,7 @@ __all__ = [
     "shards_of",
     "stacked_experts",
     "stored_dtype",
+    "takes_fp8",
     "text_decoder",
     "transposed_experts",
     "true_numel",

@@ -279,8 +279,8 @@ def default_device() -> torch.device:
 def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -> torch.dtype:
     """Return `config.compute` as a dtype.
 
-    `auto` is bf16 if the GPU has it, else fp16, and fp32 on a CPU. With "fp8" only the frozen matmuls are in FP8, and
-    all else is in bf16.
+    `auto` is bf16 if the GPU has it, else fp16, and fp32 on a CPU. With "fp8" only the decoder's matmuls are in FP8,
+    and all else is in bf16.
     """
     if config.compute != "auto":
         return DTYPES[config.compute]
@@ -293,13 +293,13 @@ def compute_dtype(config: RunConfig, device: str | torch.device | None = None) -
 
 
 def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
-    """Return True if the frozen matmuls run in FP8.
+    """Return True if the matmuls of the decoder's linears run in FP8.
 
     Raises BackboneError if the settings ask for FP8 and the base or the device does not support it.
     """
     if config.compute != "fp8":
         return False
-    if config.quantization == "none":
+    if config.quantization == "none" and config.method != "full":
         raise BackboneError("compute=fp8 needs a base in 4 bits", fix="use quantization=nf4, or compute=bf16")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < FP8_CAPABILITY:

@@ -318,13 +318,13 @@ def _lacking(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, 
 
 
 def _fp8(config: RunConfig, hardware: Hardware) -> Iterator[tuple[Severity, str, str]]:
-    """Yield the same for fp8, which needs a newer GPU and a 4-bit base."""
+    """Yield the same for fp8, which needs a newer GPU, and a 4-bit base unless every weight trains."""
     if config.compute != "fp8":
         return
     if not hardware.fp8:
         why = "fp8 matmuls need Ada, Hopper or newer (capability 8.9), and cannot be emulated"
         yield Severity.ERROR, f"compute is fp8, and {hardware.name} does not support fp8", why
-    elif config.quantization == "none":
+    elif config.quantization == "none" and config.method != "full":
         why = "fp8 weights are made from the 4-bit ones, block by block"
         yield Severity.ERROR, "compute is fp8, and quantization is none", why
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit, frozen_features, shards_of, unwrapped
+from lorafit.backbone import FrozenLinear4bit, frozen_features, product_fp8, shards_of, unwrapped
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.packing import Segments
@@ -79,6 +79,8 @@ def _matmul_width(op: Any, args: tuple[Any, ...]) -> int | None:
     features = frozen_features(op, args)
     if features is not None:
         return features[1]
+    if op is product_fp8:
+        return int(args[1].shape[0])
     return int(args[-1].shape[1]) if op in MATMULS else None
 
 

@@ -13,6 +13,7 @@ from lorafit.backbone import load_backbone, output_head, text_decoder
 from lorafit.config import RunConfig
 from lorafit.errors import AdapterError
 from lorafit.methods.full.in_backward import PAGED, StepInBackward, updates_in_backward
+from lorafit.methods.full.in_fp8 import multiply_in_fp8
 from lorafit.methods.full.optimizer import optimizer_of
 from lorafit.methods.full.sharded_folder import ShardsSnapshot, processes_of, require_as_many, restore_shards
 from lorafit.methods.full.sharding import is_sharded
@@ -33,7 +34,10 @@ class Full:
         return "Full fine-tuning"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
-        """Return `model` with every weight trainable. Raises AdapterError for a quantized base."""
+        """Return `model` with every weight trainable; with `compute: fp8` its linears multiply in FP8.
+
+        Raises AdapterError for a quantized base.
+        """
         model.requires_grad_(False)
         for name, weight in _weights(model).items():
             if not weight.is_floating_point():
@@ -41,6 +45,8 @@ class Full:
                     f"{name} is quantized, so it cannot be trained", where="base", fix="choose the 16-bit checkpoint"
                 )
             weight.requires_grad_(True)
+        if config.compute == "fp8":
+            multiply_in_fp8(model)
         return _of_base(model, config)
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
