@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 BOUND = 0.01
+E4M3 = torch.float8_e4m3fn
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 
 
@@ -103,30 +105,40 @@ def trained(batches: list[Tensor], seed: int, options: argparse.Namespace, *, fp
 
 
 def time_products(tokens: int) -> None:
-    """Print TFLOP/s of a forward and a weight gradient in bf16 and FP8, and the seconds of quantizing beside them."""
+    """Print TFLOP/s of products alone, and of linears forward and backward with their quantization."""
     from lorafit.backbone.kernels.trained_linear_fp8 import linear_fp8
 
-    print("| product | bf16 | fp8, fast sum | fp8, fp32 sum | linear, bf16 | linear, fp8 compiled |\n|---|---|---|---|---|---|")
-    step = torch.compile(linear_fp8)
+    print("| product | bf16 | fp8, fast sum | fp8, fp32 sum | linear, bf16 | linear, fp8 compiled |")
+    print("|---|---|---|---|---|---|")
+    compiled = torch.compile(linear_fp8)
     for name, (outputs, inputs) in SHAPES.items():
         x = torch.randn(1, tokens, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(1, tokens, outputs, device="cuda", dtype=torch.bfloat16)
-        a, b = x.detach()[0].to(torch.float8_e4m3fn), weight.detach().to(torch.float8_e4m3fn)
-        one = torch.ones((), device="cuda")
+        plain, narrow = ([x.detach()[0].to(kind), weight.detach().to(kind)] for kind in (torch.bfloat16, E4M3))
         arms = [
-            (1, lambda x=x, weight=weight: x.detach()[0] @ weight.detach().t()),
-            *(
-                (1, lambda a=a, b=b, fast=fast: torch._scaled_mm(
-                    a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast
-                ))
-                for fast in (True, False)
-            ),
-            (3, lambda x=x, weight=weight, grad=grad: nn.functional.linear(x, weight).backward(grad)),
-            (3, lambda x=x, weight=weight, grad=grad: step(x, weight).backward(grad)),
-        ]  # fmt: skip
+            (1, partial(product, *plain, None)),
+            (1, partial(product, *narrow, True)),
+            (1, partial(product, *narrow, False)),
+            (3, partial(both_ways, nn.functional.linear, x, weight, grad)),
+            (3, partial(both_ways, compiled, x, weight, grad)),
+        ]
         rates = [2e-12 * products * tokens * outputs * inputs / seconds(work) for products, work in arms]
-        print(f"| {name} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |")
+        print(f"| {name} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |", flush=True)
+
+
+def product(a: Tensor, b: Tensor, is_fast: bool | None) -> Tensor:
+    """Return `a (m, k) @ b (n, k)ᵀ`; in FP8 unless `is_fast` is None."""
+    if is_fast is None:
+        return a @ b.t()
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+
+
+def both_ways(multiply: Any, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """Run a linear forward and backward."""
+    x.grad = weight.grad = None
+    multiply(x, weight).backward(grad)
 
 
 def seconds(work: Any, times: int = 20) -> float:

@@ -75,7 +75,7 @@ class RunConfig(BaseModel):
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result is served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantized) or none")
     compute: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = Field(
-        "auto", description="matmul precision; auto depends on the GPU, fp8 is for the frozen matmuls"
+        "auto", description="matmul precision; auto depends on the GPU, fp8 is for the decoder's matmuls"
     )
     init_adapter: str | None = Field(None, description="adapter to go on from: a finished run, or an adapter folder")
     rank: int = Field(16, ge=1, le=MAX_RANK, description="LoRA rank r")

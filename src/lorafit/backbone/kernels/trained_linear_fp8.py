@@ -28,7 +28,8 @@ LIBRARY.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag])
 class TrainedLinearFp8(nn.Linear):
     """Multiply in FP8, forward and backward. The weight and the bias stay in the precision they train in."""
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x (…, in) -> (…, out)`."""
         y = linear_fp8(x, self.weight)
         return y if self.bias is None else y + self.bias
 
