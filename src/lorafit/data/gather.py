@@ -184,7 +184,7 @@ class Gatherer:
         """Return True if the row may go on. Observations are in the outcomes either way."""
         for code, seen in observations:
             if CODES[code].rejects and code not in self.ignored:
-                fix = self.shape.fix_of_lost if code == "D038" and self.shape else ""
+                fix = self.shape.fix_of_lost(seen) if code == "D038" and self.shape else ""
                 self.outcomes.reject(row, Reject(code, seen, fix=fix))
                 return False
         self.outcomes.note(record, observations)

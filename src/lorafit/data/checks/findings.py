@@ -65,7 +65,11 @@ CODES: dict[str, Code] = {
     "D015": Code("a response equal to its prompt", "the model would learn to echo", "check how the rows were made"),
     "D016": _bad("no assistant turn", "nothing in it is supervised", "add the answer, or drop the row"),
     "D017": Code("roles out of order", "the template may join or reject such turns", "alternate user and assistant"),
-    "D018": Code("an assistant turn first", "a first answer without a question is learnt", "start with the user"),
+    "D018": Code(
+        "an assistant turn first",
+        "it answers no question; it is learnt after a system text, and is context without one",
+        "start with the user",
+    ),
     "D019": Code(
         "turns after the last answer", "what follows the last answer is not trained on", "end with the assistant"
     ),
@@ -340,9 +344,10 @@ class RowOutcomes:
             if turn.extra:
                 # a tool's name is known by the call that it answers
                 self.turn_fields_seen.update(name for name in turn.extra if name != "name" or turn.role != "tool")
+        system = record.system and record.system.replace("\r\n", "\n").rstrip()
         if not self.rows_noted:
-            self.system = record.system
-        elif record.system != self.system:
+            self.system = system
+        elif system != self.system:
             self.system = None
         self.rows_noted += 1
 

@@ -35,7 +35,7 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
     """Return the shape of most `rows`. Raises DataError with the field names if no shape is known."""
     check_map(mapped)
     _check_mapped_names(rows, mapped)
-    if len(rows) == 1 and (found := table(rows[0], where)):
+    if len(rows) == 1 and "input_ids" not in rows[0] and (found := table(rows[0], where)):
         raise DataError(found[0], where=where, fix=found[1])
     votes = Counter(shape for row in rows if (shape := _shape_of(renamed(row, mapped), mapped)))
     if not votes:

@@ -26,6 +26,7 @@ from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
 from lorafit.data.schema.side_columns import (
     FLAG_LISTS,
     LAST_ONLY,
+    ROW_FLAG,
     UNCLEAR_LISTS,
     last_only,
     row_flag_fault,
@@ -124,9 +125,10 @@ class Shape:
                 return f"the field '{self.mapped.get(name, name)}' is not used in rows of {self.title}"
         return ""
 
-    @property
-    def fix_of_lost(self) -> str:
-        """The fix for a lost field; empty if the shape has places that the general one names."""
+    def fix_of_lost(self, lost: str) -> str:
+        """Return the fix for what `lost` says; empty if the shape has places that the general one names."""
+        if lost.startswith(ROW_FLAG):
+            return "leave such rows out with --on-bad drop, or take the flag out of them"
         if self.kind in ("instruction", "prompt"):
             return ""
         return "write it into the turn that it belongs to, or go on without it: --ignore D038"

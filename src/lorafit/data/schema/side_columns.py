@@ -124,10 +124,11 @@ def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
         return ""
     word = str(value).strip().lower()  # CSV has texts only
     if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
-        return f"the row's own flag '{name}' says that its answer is not to be learnt"
+        return f"{ROW_FLAG} '{name}' says that its answer is not to be learnt"
     if name in WEIGHTS and word not in ("none", *YES):
-        return f"the row's own '{name}' is neither 0 nor 1, and every row counts the same"
+        return f"{ROW_FLAG} '{name}' is neither 0 nor 1, and every row counts the same"
     return ""
 
 
+ROW_FLAG = "the row's own flag"
 WEIGHTS = ("weight", "weights", "loss_weight")

@@ -32,7 +32,7 @@ TURN_REASONING = (
 )  # fmt: skip
 """Names of an answer's reasoning in its turn; the last two are lists of blocks, OpenRouter's and LiteLLM's."""
 THOUGHT_TEXTS = ("text", "thinking", "summary")
-CONTENT_NAMES = ("content", "value", "parts", "text", "output", "refusal")
+CONTENT_NAMES = ("content", "value", "parts", "text", "message", "output", "refusal")
 READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *TURN_REASONING, *FLAG_NAMES))
 
 
@@ -42,7 +42,8 @@ def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
     for number, message in enumerate(messages, start=1):
         read = exchange_in(message) or read_message(message)
         if isinstance(read, Reject):
-            return Reject(read.code, f"turn {number}: {read.reason}", fix=read.fix)
+            fix = read.fix or ("write the turn's text into its 'content'" if read.code in ("D010", "D011") else "")
+            return Reject(read.code, f"turn {number}: {read.reason}", fix=fix)
         turns += read
     return turns
 

@@ -24,6 +24,8 @@ def listed(names: Iterable[str]) -> str:
 def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> tuple[str, str]:
     """Return (the problem, the fix) of rows that have none of the known shapes."""
     first = next((row for row in rows if row), {})
+    if "input_ids" in first:
+        return "the rows are token ids ('input_ids')", "name the file with the texts that they were made of"
     wrapped = _wrapper(first, where) if len(rows) == 1 else None
     for trouble in (_preferences(first, where), export_of(first, where), _export(first), wrapped, _text(rows)):
         if trouble:

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from lorafit.data.sources.files import DataFile, reading
@@ -35,11 +36,14 @@ OTHER_KINDS = {
     ".yaml": ("is YAML", "name a recipe alone, or write the rows as .jsonl"),
 }
 SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("valset", "devset", "evalset", "holdout", "heldout"), "validation"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),
 }
 """Words in the names of files and folders that say which split they are."""
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+"""A word of a name, as in train_data, trainData, TRAIN1 and TrainData."""
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv, .parquet and .arrow, each also as .gz or .zst"
@@ -91,7 +95,8 @@ def _not_a_path(entry: str, error: Exception, held_out: bool) -> list[DataFile]:
         found = sorted(path for path in matches if os.path.isfile(path))  # noqa: PTH113 - unreadable ones raise nothing
         if not found:
             raise DataError("no file matches the pattern", where=entry, fix="check the pattern")
-        return [replace(_data_file(path, held_out), split=_split_of(path.name)) for path in map(Path, found)]
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(entry).expanduser().parts))
+        return [_in_folder(root, Path(path), held_out) for path in found]
     if isinstance(error, PermissionError):
         raise DataError("cannot be read (permission denied)", where=entry, fix="check its rights") from error
     if HUB_ID.fullmatch(entry) and not _suffixes(entry)[0] and not Path(entry).parent.is_dir():
@@ -104,7 +109,7 @@ def _folder(path: Path, held_out: bool) -> list[DataFile]:
         Path(root) / name
         for root, _, names in os.walk(path)
         for name in names
-        if not name.startswith(".") and "/." not in root.removeprefix(str(path))
+        if not name.startswith((".", "~$")) and "/." not in root.removeprefix(str(path))
     )
     others = [file for file in found if not _suffixes(file.name)[0] and file.suffix.lower() in SHEETS_AND_ARCHIVES]
     found = [file for file in found if _suffixes(file.name)[0] and _is_no_companion(file)]
@@ -121,7 +126,7 @@ def _in_folder(root: Path, file: Path, held_out: bool) -> DataFile:
 
 def _split_of(name: str) -> str:
     """Return the split in the name of a file or folder; empty without one."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
+    words = [word.lower() for word in WORD.findall(name.replace("held_out", "heldout").replace("held-out", "heldout"))]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 

@@ -118,7 +118,9 @@ def by_blocks(
     spans = []
     for (start, end), owner in zip(blocks, owners):
         begin = max(start, begins.get(owner, 0)) if owner is not None else start
-        if (owner in taught or (owner is None and len(taught) == len(answers))) and begin < end:
+        is_taught = owner in taught if owner is not None else len(taught) == len(answers)
+        # as by prefixes, an answer before which nothing stands has no prompt to learn it for
+        if is_taught and owner != 0 and begin < end:
             spans.append((begin, end))
             if owner is not None and not _says(text, (begin, end), messages[owner]):
                 problems.append(CONTENT_CHANGED)
@@ -173,4 +175,5 @@ def _says(text: str, span: Span, message: Mapping[str, Any]) -> bool:
     return "".join(content.split()) in "".join(shown.split())
 
 
-INDENTED = re.compile(r"\n*(?:\t|  )[ \t]*\S")
+INDENTED = re.compile(r"\n*(?:[^\S\n ]|  )[^\S\n]*\S")
+"""Text whose first line begins with two blanks, a tab, or a blank of another script, as U+3000 in Japanese."""
