@@ -1,6 +1,7 @@
 """Which policies are tried, one after another, and which one a run ends up with."""
 
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,14 @@ def test_a_policy_that_was_solved_is_not_solved_again_because_it_left_room(attem
     assert len(tried) == 1 and tried[0].fits and not layers.policy.recompute_layers
 
 
+@cache
+def taken_in_each_room(link_gbs):
+    """Bytes and seconds that a step takes by the policies of rooms of 0.6 to 6 GB."""
+    link = Link(link_gbs * 1e9, link_gbs * 1e9)
+    problems = [replace(START, room=Room(mb * MB, 64 << 30, link)) for mb in range(600, 6144, 40)]
+    return [problem._taken() for problem in problems if problem.has_policy]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     errs=st.floats(0.7, 1.8),
@@ -95,22 +104,19 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     """The GPU takes `errs` times what is reckoned, and asks again where less than `crowded` of it is left."""
     limit = BUDGET * (1 - crowded)
 
-    def peak_of(problem):
-        return standing_mb * MB + round(errs * problem._taken()[0])
+    def peak_of(taken_bytes):
+        return standing_mb * MB + round(errs * taken_bytes)
 
     def attempt(model, layers, work, budget, problem):
-        peak = peak_of(problem)
+        peak = peak_of(problem._taken()[0])
         taken = min(peak, budget) if peak < 1.1 * budget else peak
         return dry_run.Attempt(str(layers.policy), problem.room.device_bytes, taken, taken, 0, (0,), 0.0, peak <= limit)
 
-    rate = link_gbs * 1e9
-    room = Room(round(room_share * (BUDGET - standing_mb * MB)), 64 << 30, Link(rate, rate))
-    problems = [replace(START, room=replace(room, device_bytes=mb * MB)) for mb in range(600, 6144, 40)]
-    fitting = [problem for problem in problems if problem.has_policy]
+    room = Room(round(room_share * (BUDGET - standing_mb * MB)), 64 << 30, Link(link_gbs * 1e9, link_gbs * 1e9))
     spared = limit - errs * COSTS.kept_bytes - dry_run.SLACK_BYTES
-    reachable = [problem._taken()[1] for problem in fitting if peak_of(problem) <= spared]
+    reachable = [seconds for taken, seconds in taken_in_each_room(link_gbs) if peak_of(taken) <= spared]
     smallest = replace(START, room=replace(room, device_bytes=MB))
-    assume(peak_of(smallest) <= limit)
+    assume(peak_of(smallest._taken()[0]) <= limit)
     layers = TurnedLayers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry_run, "_attempt", attempt)
