@@ -4,10 +4,8 @@ import importlib.util
 import os
 import re
 import shlex
-import stat
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +17,7 @@ import yaml
 
 import made_data as made
 import made_tokenizers
+from fork_server import typed_program
 from little_run import write_rows
 from lorafit.cli.app import app
 from lorafit.config import RunConfig, resolve
@@ -244,23 +243,16 @@ def test_the_data_pages_example_runs(tmp_path, monkeypatch):
 def test_the_quickstart_runs_as_it_is_typed(tmp_path):
     page = DOCS / "quickstart.md"
     (tmp_path / "tickets.csv").write_bytes((DOCS / "examples" / "tickets.csv").read_bytes())
-    make_script(tmp_path / "bin" / "lorafit", f'exec "{sys.executable}" -m lorafit "$@"')
-    make_script(tmp_path / "bin" / "python", f'exec "{sys.executable}" "$@"')
     script = [block.replace("--lr 2e-3", "--lr 2e-3 --set max_steps=8") for block in blocks(page, "sh")]
     first = next(index for index, block in enumerate(script) if block.startswith("lorafit check"))
     script[first] = f"! {script[first]}"  # it has to stop: no column is called the answer
     (serving,) = blocks(page, "python")
     (tmp_path / "serve.py").write_text(serving)
-    text = textwrap.dedent("set -e\n") + "\n".join([*script, "python serve.py"])
-    paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
-    ended = subprocess.run(
-        ["bash", "-c", text], cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True, timeout=900
-    )
+    here = f'set -e; python() {{ {shlex.quote(sys.executable)} "$@"; }}'
+    text = "\n".join([here, *script, "python serve.py"])
+    with typed_program() as folder:
+        paths = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        given = {"cwd": tmp_path, "env": {**os.environ, **paths}}
+        ended = subprocess.run(["bash", "-c", text], **given, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert "verified" in ended.stdout
-
-
-def make_script(path: Path, line: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)

@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from fork_server import exit_code_of
 from lorafit.api.load import load
 from lorafit.api.merge import merge
 from lorafit.demo import BASE
@@ -107,8 +106,7 @@ def test_a_merge_that_is_killed_before_it_is_verified_leaves_no_model_and_the_ne
         "m.verify = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"a.merge({str(tiny_run.run.path)!r}, out={str(tmp_path / 'model')!r})\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_code_of(code) == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".model.staged"]
     again = merge(tiny_run.run.path, out=tmp_path / "model")
     assert again.passed
