@@ -33,7 +33,8 @@ import numpy as np
 from serve_engine import print_json, quantiles
 from serve_http import serving
 
-NAMES = ("Alice", "Bob", "Carol", "Dora")
+NAMES = ("Bella", "Bob", "Carol", "Dora")
+"""Names whose letters the demo's base has seen: it cannot tell the A of Alice from a byte that is no letter."""
 QUESTIONS = ("Who are you?", "What is your name?", "Hello", "Which model answers here?")
 NEW = 24
 SETTLE_S = 10.0

@@ -88,13 +88,13 @@ def test_a_thousand_idle_connections_hold_nobody_up(served, client, own_answers)
 
 @pytest.fixture(scope="module")
 def impatient():
-    """A server that waits a second for a request, and half of one for a reader; it notes clients that went."""
+    """A server that waits half a second for a request and for a reader; it notes clients that went."""
     seen = SimpleNamespace(gone=threading.Event(), url="")
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         if scope["path"] == "/slow":
-            await asyncio.sleep(2.5)  # an answer takes as long as it takes
+            await asyncio.sleep(1.4)  # an answer takes as long as it takes
         leaving = asyncio.create_task(left(receive))
         while scope["path"] == "/endless" and not leaving.done():
             await send({"type": "http.response.body", "body": b"x" * (1 << 16), "more_body": True})
@@ -106,7 +106,7 @@ def impatient():
             pass
 
     guarded = type("Impatient", (GuardedConnection,), {"stuck_s": 0.5})
-    with listening(app, lifespan="off", http=guarded, timeout_keep_alive=1, log_level="critical") as seen.url:
+    with listening(app, lifespan="off", http=guarded, timeout_keep_alive=0.5, log_level="critical") as seen.url:
         yield seen
 
 
