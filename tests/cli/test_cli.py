@@ -247,7 +247,12 @@ def test_plan_prints_reasons_memory_and_every_setting(run, data):
         (["chat", "{folder}"], 1, "holds no run"),
         (["chat", "{folder}/nosuch"], 1, "nosuch: no such folder"),
         (["merge", "{folder}"], 1, "holds no run"),
-        (["merge", "{folder}", "--format", "ggfu"], 2, "'ggfu' is not an export format; choose safetensors"),
+        (["merge", "{folder}", "--format", "ggfu"], 2, "--format: 'ggfu' is not an export format; choose safetensors"),
+        (["export", "{folder}", "--to", "gguf", "--quantization", "q9"], 2, "--quantization: 'q9' is no precision"),
+        (["export", "{folder}", "--to", "ggfu"], 2, "'--to': 'ggfu' is not one of"),
+        (["plan", "{data}", "--base", "{base}", "--method", "dora"], 2, "--method: 'dora' is not one of its values"),
+        (["plan", "{data}", "--base", "{base}", "--set", "method=dora"], 2, "error: method: 'dora' is not one of"),
+        (["plan", "{data}", "--base", "{base}", "--gpu", "M2 Max"], 2, "or plan for the CPU with --gpu cpu"),
         (["demo", "--task", "poems"], 2, "no demo task 'poems'"),
         (["check", "{data}", "--show", "1"], 2, "add --base"),
     ],
@@ -262,6 +267,19 @@ def test_a_mistake_is_one_sentence_on_stderr(run, data, tmp_path, arguments, cod
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert out == "" or "check" in out  # a plan that cannot be made still shows what was read
+
+
+def test_the_commands_that_check_proposes_read_the_file_as_the_user_does(run, tmp_path):
+    file = tmp_path / "tickets.csv"
+    rows = "".join(f"Où est la commande {number} ?;Commande {number} : expédiée à Lyon.\r\n" for number in range(30))
+    file.write_bytes(f"question;answer\r\n{rows}".encode("cp1252"))
+    code, out, _ = run("check", file, "--map", "instruction=question", "--map", "response=answer")
+    reading = "--encoding cp1252 --map instruction=question --map response=answer"
+    assert code == 1
+    assert f"lorafit check {file} {reading}" in out
+    code, out, _ = run("check", file, *reading.split())
+    assert code == 0
+    assert f"lorafit check {file} {reading} --fix clean.jsonl" in " ".join(out.split())
 
 
 def test_data_base_and_out_are_settings_as_any_other(run, data, tmp_path):

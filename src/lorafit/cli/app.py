@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafit import __version__
-from lorafit.cli import chat, check, demo, eval, export, merge, plan, reference, serve, train
+from lorafit.cli import chat, check, demo, eval, export, flags, merge, plan, reference, serve, train
 from lorafit.cli.screen.console import is_follower, piped, show_error, show_json
 from lorafit.errors import LorafitError, ProcessLost, RunFinished, TrainingStopped, UsageError
 
@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        _end(_as_lorafit_error(error, given), as_json=JSON_FLAG in given)
+        ours = _as_lorafit_error(error, given)
+        flags.named_as_typed(ours, given)
+        _end(ours, as_json=JSON_FLAG in given)
 
 
 def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
@@ -164,7 +166,9 @@ def _misuse(error: Any, given: list[str]) -> UsageError:
         names = [command.name for command in _commands() if command.name]
         near = difflib.get_close_matches(name, names, n=1)
         fix = f"did you mean 'lorafit {near[0]}'?" if near and name not in names else f"see 'lorafit {name} --help'"
-        what = re.sub(r"[.;]? *\(?Did you mean .*", "", error.format_message()).rstrip(".")  # the fix says it
+        what = re.sub(r"[.;]? *\(?Did you mean .*|Value error, ", "", error.format_message()).rstrip(
+            "."
+        )  # the fix says it
         return UsageError(what[:1].lower() + what[1:], fix=fix if name in names or near else "see 'lorafit --help'")
     if flag in _flags_of(name):
         return _misused_value(flag, takes_none="not take" in error.format_message())

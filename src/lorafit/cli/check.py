@@ -68,11 +68,17 @@ def check(
     heading("data")
     show_summary(report.prepared.summary)
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
-    show_findings(report.findings, [*(data or ()), *flags.words_of("field_map", map)])
+    show_findings(report.findings, [*(data or ()), *_reading(given, set)])
     show_rows_coloured(rows)
     _show_fixed(fixed, report)
     _show_next(report, data or [], given, set, fixed is not None)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _reading(given: dict[str, Any], set: list[str] | None) -> list[str]:
+    """Return the words of the command line that say how the files are read."""
+    words = [word for key in ("encoding", "field_map") for word in flags.words_of(key, given[key])]
+    return words + [word for one in set or () for word in ("--set", one)]
 
 
 def _more(fixed: FixReport | None, rows: list[ShownRow]) -> dict[str, Any]:
@@ -100,6 +106,9 @@ def _show_next(
     if report.ok:
         named = given if report.resolved.config.base else {**given, "base": "MODEL"}
         show_next((flags.command("plan", data, named, set), "memory, time and cost of a run"))
+    elif not report.resolved.config.encoding and any(finding.code == "D004" for finding in report.findings):
+        recoded = flags.command("check", data, {**given, "encoding": "cp1252"}, set)
+        show_next((recoded, "read the files as Windows and Excel write them"))
     elif rejected and not was_fixed:
         fixing = flags.command("check", data, {**given, "fix": "clean.jsonl"}, set)
         dropping = flags.command("check", data, {**given, "on_bad": "drop"}, set)

@@ -5,12 +5,13 @@ A test freezes the list of flags.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from lorafit.errors import UsageError
+from lorafit.errors import LorafitError, UsageError
 
 Data = Annotated[
     list[str] | None,
@@ -142,6 +143,44 @@ def example_of(flag: str) -> str:
     if flag in VALUES:
         return VALUES[flag]
     return describe_setting(flag.removeprefix("--").replace("-", "_")).assignment.partition("=")[2]
+
+
+OTHER_NAMES = {"export_format": ("--format", "--to"), "gpu_memory": ("--vram",), "on_long": ("--long",)}
+"""Parameter or setting -> flags that it has beside its own name's."""
+
+
+def named_as_typed(error: LorafitError, typed: Sequence[str]) -> None:
+    """Name a setting in `error` by its flag, if `typed` has the flag.
+
+    A fix such as `gpu: cpu` becomes `--gpu cpu`, unless a recipe was given, where it is a line.
+    """
+    given = {word.partition("=")[0] for word in typed}
+    names = {error.where or ""} | set(SETTING_LINE.findall(error.fix or ""))
+    flags = {name: [flag_of(name), *OTHER_NAMES.get(name, ())] for name in names}
+    error.where = next((flag for flag in flags[error.where or ""] if flag in given), error.where)
+    if error.fix and not any(word.endswith((".yaml", ".yml")) for word in typed):
+        error.fix = assigned_by_flags(error.fix)
+
+
+def assigned_by_flags(text: str) -> str:
+    """Return `text` with settings as the command line gives them: `--gpu cpu` for `gpu: cpu`."""
+    from lorafit.config import RunConfig  # pydantic stays out of --help
+
+    def flag(found: re.Match[str]) -> str:
+        key, value = found.groups()
+        if key not in RunConfig.model_fields:
+            return found[0]
+        return f"{flag_of(key)} {value}" if key in WITH_A_FLAG else f"--set {key}={value}"
+
+    return re.sub(rf"{SETTING_LINE.pattern} ([^\s;,…]*[^\s;,.…])", flag, text)
+
+
+SETTING_LINE = re.compile(r"(?<![\w\"'-])([a-z_]+):(?= [^\s(])")
+WITH_A_FLAG = {
+    "base", "out", "goal", "gpu", "gpus", "gpu_memory", "method", "lr", "epochs", "rank", "max_length",
+    "examples_per_step", "on_bad", "on_long", "encoding", "holdout",
+}  # fmt: skip
+"""Settings that `plan` takes by a flag of their own."""
 
 
 def words_of(key: str, value: Any) -> list[str]:

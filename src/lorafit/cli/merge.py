@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from lorafit.cli import flags
-from lorafit.cli.screen.console import PEOPLE, duration, gib, heading, near, say, show_json, show_next, typed
+from lorafit.cli.screen.console import PEOPLE, counted, duration, gib, heading, near, say, show_json, show_next, typed
 from lorafit.cli.screen.findings_view import show_findings
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _next(merged: MergedRun) -> list[tuple[str, str]]:
 def show_merged(merged: MergedRun) -> None:
     """Show the written model, the comparison and the verdict."""
     report = merged.report
-    size = f"{gib(report.total_bytes)} in {report.shards} shard(s)"
+    size = f"{gib(report.total_bytes)} in {counted(report.shards, 'shard')}"
     step = f"step {report.step} " if report.step is not None else ""
     what = "every weight of the run" if report.onto == "whole" else f"onto the {report.onto} base"
     heading("merge", f"{step}{what}: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}")

@@ -120,6 +120,7 @@ def _show(
         again = {**given, "gpu": None, "gpus": given["gpus"] or several}
         show_next((flags.command("train", data, again, set), where))
     elif planned.prepared.summary.rejected:
-        show_next((flags.command("check", data, {"base": given["base"], "field_map": given["field_map"]}, None), ""))
+        reading = {key: given[key] for key in ("base", "encoding", "field_map")}
+        show_next((flags.command("check", data, reading, None), "every rejected row, with its fix"))
     if not explained:
         show_next((details, ""), title="details")

@@ -34,7 +34,7 @@ def serve(
     ],
     engine: Annotated[
         Literal["auto", "builtin", "vllm", "llamacpp"],
-        typer.Option("--engine", help="builtin: runs. vllm, llamacpp: a folder of lorafit export."),
+        typer.Option("--engine", metavar="ENGINE", help="builtin: runs. vllm, llamacpp: an export. Default by folder."),
     ] = "auto",
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=0, max=65535, help="Port; 0 is any.")] = 8000,
@@ -51,7 +51,7 @@ def serve(
         int, typer.Option("--max-num-seqs", metavar="NUMBER", min=1, max=1024, help="Most answers at once.")
     ] = 16,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", metavar="TOKENS", min=2, help="Most tokens of a text.")
+        int | None, typer.Option("--max-model-len", metavar="TOKENS", min=2, help="Most tokens of prompt and answer.")
     ] = None,
     max_loras: Annotated[
         int, typer.Option("--max-loras", metavar="NUMBER", min=1, max=1024, help="Most adapters in use at once.")

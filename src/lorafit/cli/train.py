@@ -118,7 +118,7 @@ def _show_done(trained: TrainedRun) -> None:
     held_out = f", held-out loss {loss(trained.eval_loss)}" if trained.eval_loss is not None else ""
     took = f"{counted(trained.steps, 'step')} in {duration(trained.train_s)}"
     heading("done", f"{took}, loss {loss(trained.loss)}{held_out}")
-    if trained.best:
+    if trained.best and (trained.eval_loss is None or trained.best[1] <= trained.eval_loss):
         heading("best", _best(trained.best, trained.steps))
     show_findings([finding for finding in trained.findings if finding.code.startswith("R")])
     run = str(trained.run.path)

@@ -206,6 +206,10 @@ def _misfit(error: Any, where: str) -> UsageError:
     key = str(error["loc"][0]) if error["loc"] else where
     field = RunConfig.model_fields.get(key)
     fix = f"{key} is: {field.description}" if field else "see 'lorafit settings'"
+    if error["type"] == "literal_error":
+        choices = str(error["ctx"]["expected"]).replace("'", "")
+        what = f"{error.get('input')!r} is not one of its values; choose {choices}"
+        return UsageError(what, where=key, fix=f"see 'lorafit settings {key}'")
     reason = str(error["msg"]).lower().removeprefix("value error, ").partition(", unable to parse")[0]
     return UsageError(f"{error.get('input')!r} is invalid: {reason}", where=key, fix=fix)
 

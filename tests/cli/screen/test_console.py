@@ -10,7 +10,8 @@ import pytest
 
 from little_run import write_rows
 from lorafit.cli import main
-from lorafit.cli.screen.console import say, show_error, steady
+from lorafit.cli.screen import console
+from lorafit.cli.screen.console import say, show_error, show_next, show_settings, steady
 from lorafit.demo import BASE
 
 
@@ -103,3 +104,18 @@ def test_output_comes_back_once_the_disk_has_room_again(monkeypatch):
         stream.full = False
         say("kept")
     assert stream.seen == "kept\n"
+
+
+def test_a_next_command_keeps_its_purpose_beside_it_or_on_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(console.PEOPLE, "width", 60)
+    show_next(("lorafit merge runs/a", "one model to serve"), ("lorafit chat " + 40 * "a", "talk to it"))
+    short, long, purpose = capsys.readouterr().out.splitlines()
+    assert short == "next      lorafit merge runs/a  one model to serve"
+    assert (long, purpose) == (f"          lorafit chat {40 * 'a'}", "            talk to it")
+
+
+def test_a_recipes_line_that_repeats_a_default_is_shown_as_one(capsys):
+    show_settings([("rank", 8, "recipe"), ("seed", 0, "recipe"), ("epochs", 9.0, "flag")])
+    rank, epochs, defaults = capsys.readouterr().out.splitlines()
+    assert rank.split() == ["rank", "8", "recipe"] and epochs.split() == ["epochs", "9.0", "flag"]
+    assert defaults.strip() == "default: seed 0"

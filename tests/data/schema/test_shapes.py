@@ -128,6 +128,17 @@ def test_rows_of_no_known_shape_are_one_sentence_with_their_fields() -> None:
         detect([{"question": "a", "answer_text": "b"}], {}, "data.jsonl")
 
 
+def test_the_map_that_is_proposed_takes_the_longest_text_beside_a_known_answer() -> None:
+    row = {
+        "Ticket ID": "17",
+        "Subject": "Refund",
+        "Customer message": "My order is late.",
+        "Agent Reply": "It is sent.",
+    }
+    with pytest.raises(DataError, match="--map 'instruction=Customer message' --map 'response=Agent Reply'"):
+        detect([row], {}, "tickets.csv")
+
+
 def test_a_prompt_and_a_completion_may_be_turns() -> None:
     ask, say = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
     assert turns({"prompt": [ask], "completion": [say]}) == ASKED

@@ -15,7 +15,7 @@ from lorafit.api.ship.finishing import Finishing
 from lorafit.backbone import base_fingerprint, load_backbone, redirect_library_logs, require_same_base
 from lorafit.config import MergeBase, base_folder
 from lorafit.errors import UsageError
-from lorafit.export import format_named, verify
+from lorafit.export import FORMATS, format_named, verify
 from lorafit.export.companions import write_text_companions
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.formats import Gguf
@@ -118,6 +118,9 @@ def export(
     if verify_in not in get_args(VerifyIn):
         fix = f"choose {', '.join(get_args(VerifyIn))}"
         raise UsageError(f"'{verify_in:.40}' is no program of a proof", where="--verify-in", fix=fix)
+    if to.startswith("gguf") and f"gguf-{quantization}" not in FORMATS:
+        fix = f"choose {', '.join(name.removeprefix('gguf-') for name in FORMATS if name.startswith('gguf-'))}"
+        raise UsageError(f"'{quantization:.40}' is no precision of a GGUF file", where="--quantization", fix=fix)
     if verify_in == "vllm" and to.startswith("gguf"):
         raise UsageError("vLLM proves no GGUF file", where="--verify-in", fix="leave it out: llama.cpp proves the file")
     asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)

@@ -178,11 +178,15 @@ def without_infinities(content: Any) -> Any:
 def show_settings(rows: Iterable[tuple[str, Any, str]], names: Mapping[str, str] | None = None) -> None:
     """Show every setting with value and source: a table of set ones, then defaults.
 
+    A recipe's line that repeats a default is a default: the recipe of a run has every setting.
     `names` has the user's own name of a setting, if it differs.
     """
+    from lorafit.config import RunConfig  # pydantic stays out of --help
+
     given, defaults = Table.grid(padding=(0, 2)), []
     for key, value, source in rows:
-        if source == "default":
+        usual = RunConfig.model_fields[key].get_default(call_default_factory=True)
+        if source == "default" or (source == "recipe" and value == usual):
             defaults.append(f"{key} {_shown(key, value)}")
         else:
             name = f"{source} ({names[key]})" if names and key in names else source
@@ -206,11 +210,15 @@ def _shown(key: str, value: Any) -> str:
     return near(", ".join(str(one) for one in value) if isinstance(value, tuple) else str(value))
 
 
+LINE_OF_ITS_OWN = f"\n{'':<12}"
+
+
 def show_next(*commands: tuple[str, str], title: str = "next") -> None:
     """Show the next commands: (command, purpose) each."""
     for number, (command, purpose) in enumerate(commands):
         head = f"[bold]{title:<9}[/bold]" if number == 0 else " " * 9
-        why = f"  [dim]{escape(purpose)}[/dim]" if purpose else ""
+        fits = len(f"{title:<9} {command}  {purpose}") <= PEOPLE.width
+        why = f"{'  ' if fits else LINE_OF_ITS_OWN}[dim]{escape(purpose)}[/dim]" if purpose else ""
         # wrapped by the terminal alone, so that a command can be copied
         PEOPLE.print(f"{head} [cyan]{escape(command)}[/cyan]{why}", soft_wrap=True)
 

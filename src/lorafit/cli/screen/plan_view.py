@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.cli.flags import assigned_by_flags
 from lorafit.cli.screen.console import PEOPLE, counted, duration, gib, heading, near, say
 from lorafit.findings import Severity
 
@@ -36,7 +37,7 @@ def show_verdict(plan: Plan, findings: list[Finding]) -> None:
         _verdict("cannot run", "bold red", f"{what}: {plan.reason}")
     elif memory is not None:
         _verdict("does not fit", "bold red", f"{what}: needs {gib(plan.memory.peak_bytes)}, {has} allowed")
-        heading("try", escape(memory.fix))
+        heading("try", escape(assigned_by_flags(memory.fix)))
     else:
         took = _short_span(plan.time_s, plan.cost_usd)
         needs = gib(plan.memory.peak_bytes).removesuffix(f" {has.rpartition(' ')[2]}")
@@ -113,7 +114,8 @@ def _verdict(word: str, style: str, rest: str) -> None:
 
 def _where(plan: Plan) -> str:
     several = plan.gpus > 1 and plan.runnable
-    return f"{plan.gpus} × {plan.hardware.name}" if several else plan.hardware.name
+    kind = " (CPU)" if plan.hardware.kind == "cpu" and "CPU" not in plan.hardware.name else ""
+    return f"{plan.gpus} × {plan.hardware.name}" if several else plan.hardware.name + kind
 
 
 def _targets(plan: Plan) -> str:

@@ -39,8 +39,8 @@ CODES: dict[str, Code] = {
     "D003": _bad("a field named twice", "one of the two values would be lost", "keep one of the two"),
     "D004": _bad(
         "bytes that are not UTF-8",
-        "its letters would be guessed",
-        "say how it is written, for Windows mostly --set encoding=cp1252",
+        "lorafit would have to guess the letters",
+        "name the encoding; files of Windows mostly need --set encoding=cp1252",
     ),
     "D005": _bad("raw control characters", "JSON forbids it unescaped", "lorafit check --fix removes it"),
     "D006": _bad("a line too long to be a row", "it is longer than 16 MiB", "check that the file has line ends"),
@@ -52,7 +52,7 @@ CODES: dict[str, Code] = {
         "broken CSV", "its cells cannot be told apart", 'close each quote, and write a quote inside a cell as ""'
     ),
     "D009": Code(
-        "unusual bytes read past", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
+        "unusual bytes", "nothing is lost, but other tools may stumble", "lorafit check --fix writes it clean"
     ),
     # the fields
     "D010": _bad("a missing field", "there is nothing to train on", "fill it in, or name it with --map"),

@@ -197,7 +197,7 @@ class WholeSet:
         for name, file_warnings in seen.items():
             parts = [f"{count:,} × {what}" if count > 1 else what for what, count in file_warnings.items()]
             found.append(
-                _finding("D009", Severity.INFO, f"read past: {', '.join(parts)}", name, sum(file_warnings.values()))
+                _finding("D009", Severity.INFO, f"unusual bytes: {', '.join(parts)}", name, sum(file_warnings.values()))
             )
         return found
 

@@ -48,7 +48,9 @@ def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
     texts = [name for name in texts if not ABOUT.fullmatch(name)]
     asks, says = _nearest(texts, ASKS), _nearest(texts, SAYS)
     left = [name for name in texts if name not in (asks, says)]
-    asks = asks or (left.pop(0) if left else "")
+    if not asks and left:  # beside a known answer, the longest text is what was asked
+        asks = max(left, key=lambda name: len(row[name])) if says else left[0]
+        left.remove(asks)
     says = says or (left.pop(0) if left else "")
     if not asks or not says:
         return ""
@@ -73,7 +75,7 @@ def _flag(ours: str, theirs: str) -> str:
 
 
 ABOUT = re.compile(
-    r"(?i)(?:.*[_-])?(?:u?u?id|idx|index|hash|source|url|category|topic|lang|language|model|type|date|split)"
+    r"(?i)(?:.*[ _-])?(?:u?u?id|idx|index|hash|source|url|category|topic|lang|language|model|type|date|split)"
 )
 """Columns that say something about a row, and are neither its question nor its answer."""
 

@@ -45,7 +45,8 @@ FORMATS: dict[str, ExportFormat] = {DEFAULT_FORMAT: Safetensors(), **GGUF_FORMAT
 def format_named(name: str) -> ExportFormat:
     """Return the export format called `name`. Raises UsageError for an unknown name."""
     if name not in FORMATS:
-        fix = f"choose {' or '.join(FORMATS)}"
+        *others, last = FORMATS
+        fix = f"choose {', '.join(others)} or {last}"
         raise UsageError(f"'{name:.40}' is not an export format", where="export_format", fix=fix)
     return FORMATS[name]
 
