@@ -172,7 +172,9 @@ def assigned_by_flags(text: str) -> str:
             return found[0]
         return f"{flag_of(key)} {value}" if key in WITH_A_FLAG else f"--set {key}={value}"
 
-    return re.sub(rf"{SETTING_LINE.pattern} ([^\s;,…]*[^\s;,.…])", flag, text)
+    # a value ends its clause: "warmup: the share of all steps" has none
+    value = r" ([^\s;,…]*[^\s;,.…])(?=[;,.…]|$| or )"
+    return re.sub(SETTING_LINE.pattern + value, flag, text)
 
 
 SETTING_LINE = re.compile(r"(?<![\w\"'-])([a-z_]+):(?= [^\s(])")
