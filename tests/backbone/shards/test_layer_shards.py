@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 
 from lorafit.backbone import load_backbone, load_sharded, require_unchanged, shard_layers, shards_of
+from lorafit.backbone.shards.layer_shards import _digest
 from lorafit.config import RunConfig
 from lorafit.errors import BackboneError, TrainingError
 from lorafit.methods import METHODS
@@ -72,3 +73,15 @@ def test_packed_experts_and_a_missing_tensor_are_refused(tmp_path):
     config = RunConfig(base=str(save_base(tmp_path, "qwen3_moe")), quantization="nf4")
     with pytest.raises(BackboneError, match="a base with packed experts is not sharded"):
         load_sharded(config, CPU)
+
+
+def test_no_change_of_a_word_or_two_escapes_the_hash_of_a_shard():
+    """Sums weighted by place miss two changed top bits, and two words that change places miss a plain one."""
+    words = torch.arange(4096, dtype=torch.int64) % 7
+    whole = _digest(words.view(torch.uint8))
+    top, swapped, single = words.clone(), words.clone(), words.clone()
+    top[[5, 900]] ^= -(2**63)
+    swapped[[1, 2]] = words[[2, 1]]
+    single[17] ^= 1
+    assert _digest(words.clone().view(torch.uint8)) == whole
+    assert len({whole, *(_digest(one.view(torch.uint8)) for one in (top, swapped, single))}) == 4

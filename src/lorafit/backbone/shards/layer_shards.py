@@ -26,6 +26,10 @@ BUFFERS = 2
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 WORDS = 1 << 23
 """Words of 8 bytes that are summed at a time."""
+PLACE = 0x9E3779B97F4A7C15 - 2**64
+"""Odd factor that spreads the places of words over 64 bits, as a signed number."""
+FACTORS = 0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64
+"""Factors of MurmurHash3's 64-bit finalizer, as signed numbers."""
 
 
 class _Place(NamedTuple):
@@ -78,7 +82,7 @@ class LayerShards:
         self._buffers: list[Tensor] = []
         self._held: list[int | None] = [None] * BUFFERS
         self._arrivals: list[Any] = [None] * BUFFERS
-        self._sums: list[tuple[int, int]] = []
+        self._digests: list[int] = []
 
     def take(self, layer: nn.Module) -> None:
         """Keep this process's share of the frozen weights of `layer`, and free the rest."""
@@ -115,7 +119,7 @@ class LayerShards:
             cast(Any, layer).shard_index = index
             layer.register_forward_pre_hook(lambda layer, given: self.before(layer))
             layer.register_forward_hook(lambda layer, given, out: self.after(layer, out))
-        self._sums = [_sums(shard) for shard in self.shards]
+        self._digests = [_digest(shard) for shard in self.shards]
         cast(Any, model).layer_shards = self
 
     def before(self, layer: Any) -> None:
@@ -131,8 +135,8 @@ class LayerShards:
 
     def require_unchanged(self) -> None:
         """Raise TrainingError unless every byte of this process is the one that was loaded."""
-        for index, (shard, known) in enumerate(zip(self.shards, self._sums, strict=True)):
-            if _sums(shard) != known:
+        for index, (shard, known) in enumerate(zip(self.shards, self._digests, strict=True)):
+            if _digest(shard) != known:
                 raise TrainingError(
                     f"the frozen weights of layer {index} have changed in process {self.rank}",
                     fix="test the GPU's memory, then run the same command again",
@@ -246,11 +250,21 @@ def _rounded_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _sums(shard: Tensor) -> tuple[int, int]:
-    """Return two sums over the words of `shard`, plain and weighted by place, modulo 2**64."""
-    plain = weighted = 0
+def _digest(shard: Tensor) -> int:
+    """Return the sum, modulo 2**64, of the words of `shard`, each mixed with its place (MurmurHash3's finalizer).
+
+    Mixing is one-to-one, so that no single changed word escapes; two or more do in one of 2**64 cases.
+    """
+    total = 0
     for number, words in enumerate(shard.view(torch.int64).split(WORDS)):
-        places = torch.arange(1, len(words) + 1, device=shard.device) * 2 + 1
-        plain += int(words.sum())
-        weighted += (number + 1) * int((words * places).sum())
-    return plain % 2**64, weighted % 2**64
+        places = torch.arange(number * WORDS, number * WORDS + len(words), device=shard.device)
+        mixed = words ^ places.mul_(PLACE)
+        for factor in FACTORS:
+            mixed = _folded(mixed).mul_(factor)
+        total += int(_folded(mixed).sum())
+    return total % 2**64
+
+
+def _folded(words: Tensor) -> Tensor:
+    """Return `words`, the lower half of each XORed with its upper half."""
+    return words ^ (words >> 32).bitwise_and_(0xFFFFFFFF)
