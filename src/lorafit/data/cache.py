@@ -25,7 +25,7 @@ from lorafit.errors import DataError
 if TYPE_CHECKING:
     from lorafit.data.template.template import Template
 
-FORMAT = 9
+FORMAT = 10
 """Raise it when the same input gives other rows or other facts than before."""
 LIMIT_BYTES = 20 << 30
 STALE_S = 86_400.0

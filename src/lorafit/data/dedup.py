@@ -88,7 +88,10 @@ COMMON_SHARE = 0.05
 COMMON_ROWS = 10
 SAMPLE_ROWS = 4096
 MIN_PHRASES = 3
+SAMPLE_WORDS = 4 << 20
 BLOCK_ROWS = 4096
+BLOCK_WORDS = 2 << 20
+"""A word takes about fifty bytes on the way: rows of megabytes must not fill the memory."""
 THREADS = 2
 TABLE_BITS = 22
 WHOLE_TEXT = np.uint32(0x5BD1E995)
@@ -102,16 +105,28 @@ def signatures(words: Words, offsets: Counts, folder: Path) -> NDArray[np.uint32
     common = common_phrases(words, offsets)
     out = np.lib.format.open_memmap(folder / "signatures.npy", "w+", np.uint32, (count, PERMUTATIONS))
 
-    def sign(start: int) -> None:
-        end = min(start + BLOCK_ROWS, count)
+    def sign(block: tuple[int, int]) -> None:
+        start, end = block
         phrases, starts = _phrases(words[offsets[start] : offsets[end]], np.diff(offsets[start : end + 1]))
         out[start:end] = _minhash(*_informative(phrases, starts, common))
 
     # numpy lets go of the interpreter lock inside its loops, so threads do help
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(sign, range(0, count, BLOCK_ROWS)):
+        for _ in pool.map(sign, blocks(offsets)):
             pass
     return out
+
+
+def blocks(offsets: Counts) -> list[tuple[int, int]]:
+    """Return [start, end) of blocks of at most BLOCK_ROWS rows and BLOCK_WORDS words, or of one longer row."""
+    count, start = len(offsets) - 1, 0
+    found = []
+    while start < count:
+        fitting = int(np.searchsorted(offsets, offsets[start] + BLOCK_WORDS, side="right")) - 1
+        end = max(start + 1, min(start + BLOCK_ROWS, fitting))
+        found.append((start, end))
+        start = end
+    return found
 
 
 def common_phrases(words: Words, offsets: Counts) -> NDArray[np.bool_]:
@@ -121,6 +136,7 @@ def common_phrases(words: Words, offsets: Counts) -> NDArray[np.bool_]:
     sample = np.arange(count)[:: -(-count // SAMPLE_ROWS)] if count else np.zeros(0, np.int64)
     if not len(sample):
         return table
+    sample = sample[:: max(1, -(-int(np.diff(offsets)[sample].sum()) // SAMPLE_WORDS))]
     lengths = np.diff(offsets)[sample]
     phrases, starts = _phrases(np.concatenate([words[offsets[row] : offsets[row + 1]] for row in sample]), lengths)
     rows = np.repeat(np.arange(len(sample), dtype=np.uint64), np.diff(np.append(starts, len(phrases))))

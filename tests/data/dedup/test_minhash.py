@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash
 
+from lorafit.data import dedup
 from lorafit.data.dedup import PERMUTATIONS, signatures
 from lorafit.data.store import offsets_of
 
@@ -89,3 +90,16 @@ def test_signatures_do_not_depend_on_the_blocks(tmp_path: Path, monkeypatch: pyt
     whole = sign(rows, tmp_path)
     monkeypatch.setattr("lorafit.data.dedup.BLOCK_ROWS", 7)
     assert np.array_equal(sign(rows, tmp_path), whole)
+
+
+def test_rows_of_many_words_are_signed_in_blocks_of_bounded_size(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 400, 60)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    words = rng.integers(0, 2**32, int(offsets[-1]), dtype=np.uint32)
+    whole = np.array(dedup.signatures(words, offsets, tmp_path))
+    monkeypatch.setattr(dedup, "BLOCK_WORDS", 300)
+    found = dedup.blocks(offsets)
+    assert [start for start, _ in found[1:]] == [end for _, end in found[:-1]] and found[-1][1] == 60
+    assert all(offsets[end] - offsets[start] <= 300 or end == start + 1 for start, end in found)
+    assert np.array_equal(dedup.signatures(words, offsets, tmp_path), whole)
