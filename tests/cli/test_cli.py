@@ -459,7 +459,7 @@ def test_the_plan_says_first_whether_the_run_fits_and_last_what_to_type(run, dat
     assert f"next      lorafit train {data} --base" in out and "--rank 8" in out
     code, out, _ = run("plan", data, "--base", BASE, "--gpu", "4090", "--gpu-memory", "1MiB")
     assert (code, out.splitlines()[0].startswith("does not fit")) == (1, True)
-    assert "gpu_memory: " in out.splitlines()[1]
+    assert "or --gpu-memory " in out.splitlines()[1]
     assert "lorafit train" not in out
 
 
