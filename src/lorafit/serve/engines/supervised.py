@@ -48,7 +48,9 @@ class ServedFolder:
         if not self.numbered:
             return {}
         # each is told, as llama.cpp's defaults are for all requests
-        return {"lora": [{"id": place, "scale": float(name == each)} for place, each in enumerate(self.numbered)]}
+        scales = [{"id": place, "scale": float(name == each)} for place, each in enumerate(self.numbered)]
+        # kept prompts are found by their text alone, and one of another adapter would answer with its keys and values
+        return {"lora": scales, "cache_prompt": False}
 
 
 class SupervisedEngine:
