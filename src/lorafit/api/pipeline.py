@@ -15,9 +15,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from lorafit.api.preflight import add_new_rows
 from lorafit.backbone import load_backbone, nf4_config, redirect_library_logs
 from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
+from lorafit.data.new_tokens.grown_settings import with_new_tokens
 from lorafit.engine import VocabularyLoss
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
@@ -68,8 +70,8 @@ class AdapterTrainingPipeline:
     def __init__(self, base_model_id: str, adapter_rank: int = 16, scaling_factor: float = 32, **settings: Any) -> None:
         """Resolve the settings. `scaling_factor` is LoRA's alpha; `settings` are further keys of RunConfig."""
         given = {**settings, "base": base_model_id, "rank": adapter_rank, "alpha": float(scaling_factor)}
-        self.config = resolve(flags=given).config
-        tokenizer = TextTokenizer.from_base(base_model_id, self.config.revision)
+        self.config = with_new_tokens(resolve(flags=given)).config
+        tokenizer = TextTokenizer.from_base(self.config.base, self.config.revision)
         self.template = Template.for_tokenizer(tokenizer, self.config.template)
         self.base_model_id, self.adapter_rank, self.scaling_factor = base_model_id, adapter_rank, scaling_factor
 
@@ -104,6 +106,7 @@ class AdapterTrainingPipeline:
 
         Its generation ends at the trained stop ids and at the base's own.
         """
+        add_new_rows(self.config)
         with redirect_library_logs():
             model: Any = load_backbone(self.config)
         model.generation_config.eos_token_id = list(served_stop_ids(self.template.stop_ids, self._base))

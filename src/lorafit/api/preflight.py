@@ -12,6 +12,7 @@ from pathlib import Path
 from lorafit.api.plan import PlannedRun
 from lorafit.backbone import base_damages
 from lorafit.config import RunConfig, base_folder
+from lorafit.data.new_tokens.grown_base import GrownBase
 from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
@@ -52,6 +53,18 @@ def before_loading(planned: PlannedRun, run: RunDir, gpu_is_usable: Callable[[],
         *_space(planned, run),
         *_gpu(planned.plan.hardware, gpu_is_usable),
     ]
+
+
+def add_new_rows(config: RunConfig) -> None:
+    """Write the weights of the base with its `new_tokens`, unless they are there. Raises BackboneError."""
+    if not config.new_tokens:
+        return
+    grown = GrownBase.of(config.base, config.revision, config.new_tokens)
+    if grown.has_weights:
+        return
+    for damage in base_damages(base_folder(grown.base, grown.revision, weights=True)):
+        raise damage
+    grown.add_weights()
 
 
 def require_ready(findings: list[Finding]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lorafit.config import Resolved, RunConfig, base_folder, load_recipe, resolve
 from lorafit.config.setting_aliases import our_name
 from lorafit.data import Template, TextTokenizer, token_ids
+from lorafit.data.new_tokens.grown_settings import with_new_tokens
 from lorafit.errors import UsageError
 from lorafit.runs import RunDir, with_initial_adapter
 from lorafit.runs.lookup import find_target
@@ -38,12 +39,12 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     if not recipes:
         _refuse_other_data(names, settings.get("data"))
         flags = _absolute({**settings, **({"data": tuple(names)} if names else {})})
-        return with_initial_adapter(resolve(flags=flags))
+        return with_new_tokens(with_initial_adapter(resolve(flags=flags)))
     if len(names) > 1:
         raise UsageError("a recipe takes no other data files", where=recipes[0], fix="use --set data=FILE")
     path = Path(recipes[0])
     named = _absolute(_beside(load_recipe(path), path.parent))
-    return with_initial_adapter(resolve(named, _absolute(settings)))
+    return with_new_tokens(with_initial_adapter(resolve(named, _absolute(settings))))
 
 
 def _refuse_other_data(names: list[str], also: Any) -> None:

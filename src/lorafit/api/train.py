@@ -33,7 +33,7 @@ from lorafit.api.manifest import (
 )
 from lorafit.api.observer import Observer
 from lorafit.api.plan import plan_prepared
-from lorafit.api.preflight import before_loading, before_reading, require_ready
+from lorafit.api.preflight import add_new_rows, before_loading, before_reading, require_ready
 from lorafit.api.processes.follower import Lead, following
 from lorafit.api.settings import require_base, require_data, settle, template_for
 from lorafit.backbone import redirect_library_logs, require_unchanged
@@ -140,6 +140,7 @@ def train(
     with EarlySignals() as signals, joined() as processes:
         if not processes.is_main:
             return _follow(processes, list(callbacks))
+        add_new_rows(resolved.config)
         together = Together(processes, watch, list(callbacks))
         target = find_target(resolved, restart=restart)
         signals.run = target.run

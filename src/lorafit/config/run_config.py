@@ -90,6 +90,9 @@ class RunConfig(BaseModel):
     trainable_tokens: tuple[str, ...] = Field(
         (), description="tokens whose rows of embedding and head train too, as <|im_start|>"
     )
+    new_tokens: tuple[str, ...] = Field(
+        (), description="tokens that the base lacks; they are added to it and their rows train, as <tool>"
+    )
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
@@ -156,7 +159,7 @@ class RunConfig(BaseModel):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("select", "ignore", "report_to", "trainable_tokens", mode="before")
+    @field_validator("select", "ignore", "report_to", "trainable_tokens", "new_tokens", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

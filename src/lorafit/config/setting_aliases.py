@@ -54,6 +54,8 @@ SETTING_ALIASES = {
     "use_dora": "dora",
     "peft_use_dora": "dora",
     "lorap_lr_ratio": "loraplus_lr_ratio",
+    "add_tokens": "new_tokens",
+    "tokens": "new_tokens",
     "lora_dropout": "dropout",
     "target_modules": "targets",
     "lora_target_modules": "targets",
@@ -112,6 +114,7 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "use_wandb": {True: {"report_to": ("wandb",)}, False: {}},
     "use_tensorboard": {True: {"report_to": ("tensorboard",)}, False: {}},
     "use_mlflow": {True: {"report_to": ("mlflow",)}, False: {}},
+    "resize_vocab": {True: {}, False: {}},
     "push_to_hub": {False: {}},
     "strict": {False: {}},
     "tf32": {False: {}},
@@ -142,6 +145,7 @@ EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
 TOKENS = "write trainable_tokens: the texts of the tokens whose rows train; whole modules train with method: full"
+NEW_TOKENS = "write new_tokens for tokens that the base lacks, trainable_tokens for those that it has"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
 ADVICE = {
@@ -150,7 +154,7 @@ ADVICE = {
     **dict.fromkeys(("sdp_attention", "s2_attention", "use_liger_kernel", "enable_liger_kernel"), ATTENTION),
     **dict.fromkeys(("sample_packing", "eval_sample_packing", "packing", "neat_packing", "group_by_length"), PACKED),
     **dict.fromkeys(("pad_to_sequence_len", "padding_side", "pad_token", "excess_length_strategy"), PACKED),
-    **dict.fromkeys(("chat_template", "prompt_style", "special_tokens", "tokens"), OWN_TEMPLATE),
+    **dict.fromkeys(("chat_template", "prompt_style", "special_tokens"), OWN_TEMPLATE),
     **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model", "tokenizer"), OWN_TEMPLATE),
     **dict.fromkeys(("dataloader_num_workers", "preprocessing_num_workers", "dataset_processes"), MACHINE),
     **dict.fromkeys(("tf32", "bnb_4bit_compute_dtype", "dtype", "torch_dtype", "eval_batch_size"), MACHINE),
@@ -162,6 +166,8 @@ ADVICE = {
     **dict.fromkeys(("neftune_noise_alpha", "bias"), NO_VARIANT),
     **dict.fromkeys(("loftq_config", "use_loftq"), "write init_lora_weights: loftq"),
     **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "trainable_token_indices"), TOKENS),
+    **dict.fromkeys(("add_special_tokens", "new_special_tokens"), NEW_TOKENS),
+    "resize_vocab": "leave it out: new_tokens adds the rows that it needs",
     "pissa_iter": "leave it out: the randomized SVD has 8 iterations",
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "eval_strategy", "evaluation_strategy"), ONCE_AN_EPOCH),
     **dict.fromkeys(("save_strategy", "load_best_model_at_end", "metric_for_best_model"), ONCE_AN_EPOCH),

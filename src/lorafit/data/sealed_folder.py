@@ -31,7 +31,7 @@ PUBLISHES = 8
 
 def seal(folder: Path) -> None:
     """Write the manifest of every file in `folder`: sizes and hashes, and the manifest's own hash."""
-    listed = _measured_all(sorted(folder.iterdir()))
+    listed = measured_all(sorted(folder.iterdir()))
     (folder / MANIFEST).write_text(_sealed(json.dumps(listed)), encoding="utf-8")
 
 
@@ -50,7 +50,7 @@ def is_whole(folder: Path, only: Collection[str] = (), but: Collection[str] = ()
         if sizes != {name: size for name, (size, _) in listed.items()}:
             return False
         read = [name for name in listed if name not in but and (not only or name in only)]
-        return _measured_all([folder / name for name in read]) == {name: listed[name] for name in read}
+        return measured_all([folder / name for name in read]) == {name: listed[name] for name in read}
     except (OSError, ValueError):
         return False
 
@@ -60,7 +60,7 @@ def _sealed(files: str) -> str:
     return f"{files}\n{xxhash.xxh3_128_hexdigest(files.encode())}\n"
 
 
-def _measured_all(paths: Sequence[Path]) -> dict[str, list[int | str]]:
+def measured_all(paths: Sequence[Path]) -> dict[str, list[int | str]]:
     """Return [size in bytes, xxh3-128 in hex] of every file, by name. Reading and hashing let other threads run."""
     with ThreadPoolExecutor(max_workers=READERS) as pool:
         return dict(zip([path.name for path in paths], pool.map(_measured, paths)))
