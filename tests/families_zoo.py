@@ -85,12 +85,24 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_heads": 4,
+                    "linear_head_dim": 16},
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "whisper": {"decoder_attention_heads": 4, "decoder_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "bailing_hybrid": {"n_group": 2, "num_group": 2, "topk_group": 1},
-    "hrm_text": {"num_layers_per_stack": 2},
+    "bailing_hybrid": {"n_group": 2, "num_expert_group": 2, "topk_group": 1, "head_dim": 8},
+    "deepseek_v4": {"head_dim": 32, "index_head_dim": 32, "partial_rotary_factor": 0.25, "qk_rope_head_dim": 8,
+                    "rope_parameters": None, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16,
+                    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+                    "layer_types": ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention",
+                                    "heavily_compressed_attention"],
+                    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0,
+                                                            "mrope_section": [3, 3, 2]}}},
+    "xlstm": {"embedding_dim": 64, "num_blocks": LAYERS},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1, 2, 3]},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},  # 2 layers × 2 cycles × (3 inner + 1)
     "longcat_flash": {"qk_head_dim": 16},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32,
                "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
@@ -106,13 +118,13 @@ def small_config(family: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     whole = config_class(**own.pop("__init__", {})).to_dict()
     raw = _shrunk(whole, VALUE_OF)
-    for key, value in own.items():
-        raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
     text = raw.get("text_config") or raw
     if text.get("qk_rope_head_dim"):
         _set_latent(text, whole["text_config"] if "text_config" in raw else whole)
     if family in AXES:
         _set_axes(text)
+    for key, value in own.items():
+        raw[key] = raw[key] | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
     raw.pop("model_type", None)
     return config_class(**raw)
 
