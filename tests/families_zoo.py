@@ -22,10 +22,12 @@ SMALL: Mapping[int, tuple[str, ...]] = {
     64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width", "mamba_d_ssm",
          "attention_hidden_size", "output_hidden_size", "out_hidden_size"),
     96: ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "intermediate_size_mlp",
-         "shared_intermediate_size", "block_ff_dim", "dense_intermediate_size", "prefix_dense_intermediate_size"),
+         "shared_intermediate_size", "block_ff_dim", "dense_intermediate_size", "prefix_dense_intermediate_size",
+         "decoder_ffn_dim", "encoder_ffn_dim"),
     LAYERS: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts",
              "n_routed_experts", "moe_num_experts", "num_attention_heads", "n_head", "n_heads", "num_heads",
-             "num_attention_head", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads", "index_n_heads"),
+             "num_attention_head", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads", "index_n_heads",
+             "decoder_layers", "encoder_layers", "decoder_attention_heads", "encoder_attention_heads"),
     2: ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_experts_per_tok", "num_experts_per_token", "moe_topk",
         "moe_k", "top_k_experts", "linear_num_key_heads", "n_group", "mamba_n_groups", "n_groups"),
     16: ("head_dim", "kv_lora_rank", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_state",
@@ -90,7 +92,8 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "whisper": {"decoder_attention_heads": 4, "decoder_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "bailing_hybrid": {"n_group": 2, "num_expert_group": 2, "topk_group": 1, "head_dim": 8},
+    "bailing_hybrid": {"n_group": 2, "num_expert_group": 2, "topk_group": 1, "head_dim": 8,
+                       "linear_head_dim": 8, "linear_num_heads": LAYERS},
     "deepseek_v4": {"head_dim": 32, "index_head_dim": 32, "partial_rotary_factor": 0.25, "qk_rope_head_dim": 8,
                     "rope_parameters": None, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16,
                     "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
@@ -99,9 +102,12 @@ OWN: dict[str, dict[str, Any]] = {
                     "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0,
                                                             "mrope_section": [3, 3, 2]}}},
-    "xlstm": {"embedding_dim": 64, "num_blocks": LAYERS},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": LAYERS},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1, 2, 3]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1, 2, 3],
+                        "vision_config": {"hidden_size": 64}, "downsample_rate": "1/2"},
+    "mllama": {"architectures": ["MllamaForConditionalGeneration"]},
+    "emu3": {"architectures": ["Emu3ForConditionalGeneration"]},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},  # 2 layers × 2 cycles × (3 inner + 1)
     "longcat_flash": {"qk_head_dim": 16},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32,
@@ -174,7 +180,7 @@ def _shrunk(raw: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
         elif key == "per_layer_config" and isinstance(value, dict):
             first = next(iter(value.values()), {})
             small[key] = {LAYERS - 1: _shrunk(first, values)} if value else {}
-        elif isinstance(value, list | str) and (key in PATTERNS or (layers > LAYERS and len(value) == layers)):
+        elif isinstance(value, list | str) and (key in PATTERNS or _is_a_layer_each(value, layers)):
             small[key] = _mixed(value, key)
         elif key in values and isinstance(value, int) and not isinstance(value, bool):
             small[key] = min(value, values[key]) if value else value
@@ -187,6 +193,10 @@ def _shrunk(raw: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
     for key in ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
         small.pop(key, None)
     return small
+
+
+def _is_a_layer_each(value: Any, layers: int) -> bool:
+    return isinstance(value, list) and layers > LAYERS and len(value) == layers
 
 
 def _mixed(pattern: Any, key: str) -> Any:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families_zoo import small_config
 from lorafit.backbone import FrozenExpertsLinear, fresh_weights, frozen_weights, load_backbone
+from lorafit.backbone.architecture import auto_class
 from lorafit.config import RunConfig
 from lorafit.errors import BackboneError
 from tiny_models import FAMILIES, save_base, some_ids
@@ -108,3 +110,21 @@ def test_linears_stored_under_names_that_cannot_be_followed_are_an_error(tmp_pat
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BackboneError, match="q_proj"):
         next(fresh_weights(RunConfig(base=str(base)), "quantized"))
+
+
+@pytest.mark.parametrize("family", ["hrm_text", "ernie4_5_vl_moe", "zamba2"])
+def test_parameters_stored_together_or_shared_come_out_as_they_were_stored(family, tmp_path):
+    torch.manual_seed(0)
+    config = small_config(family)
+    auto_class(config).from_config(config).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base/model.safetensors")
+    run = RunConfig(base=str(tmp_path / "base"))
+    live = dict(live_weights(load_backbone(run)))
+    fresh, again = {}, {}
+    for weight in fresh_weights(run, "quantized", fused=live):
+        fresh[weight.parameter] = weight.tensor
+        again |= weight.parts(weight.tensor)
+    assert all(torch.equal(fresh[name].to(live[name].dtype), live[name]) for name in fresh.keys() & live.keys())
+    assert {name: tensor.shape for name, tensor in again.items()} == {name: t.shape for name, t in stored.items()}
+    exact = [weight.parts(weight.tensor) for weight in fresh_weights(run, "original", fused=live)]
+    assert all(torch.equal(tensor, stored[name]) for parts in exact for name, tensor in parts.items())

@@ -7,7 +7,7 @@ Merging reads the checkpoint again and never uses a model that has run. On a CPU
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -63,8 +63,11 @@ class FreshWeight(NamedTuple):
     fusion: Fusion | None = None
 
     def parts(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return `tensor`, of the shape of this one, by the names under which the checkpoint stores it."""
-        return {self.stored: tensor} if self.fusion is None else self.fusion.split(tensor)
+        """Return `tensor`, of the shape of this one, by the names under which the checkpoint stores it.
+
+        Parameters that are stored together come out with the last of them.
+        """
+        return {self.stored: tensor} if self.fusion is None else self.fusion.split(self.parameter, tensor)
 
 
 def fresh_weights(
@@ -97,8 +100,10 @@ def fresh_weights(
     packed: set[str] = set()
     if onto == "quantized" and config.quantization == "nf4":
         packed = {*(f"{name}.weight" for name in linears_to_quantize(model)), *experts_to_quantize(model)}
-    fusions = {name: each for name, each in names.fusions(checkpoint).items() if name in packed or name in fused}
-    names.check_found(packed - set(fusions), checkpoint)
+    fusions = [
+        each for each in names.fusions(checkpoint) if any(name in packed or name in fused for name in each.parameters)
+    ]
+    names.check_found(packed - {name for each in fusions for name in each.parameters}, checkpoint)
     for fresh in _joined(checkpoint, names, fusions):
         yield fresh._replace(tensor=_through_nf4(fresh.tensor, place, dtype)) if fresh.parameter in packed else fresh
 
@@ -112,6 +117,7 @@ class Names:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._prefix, self._parameters = str(model.base_model_prefix), model.state_dict()
         self._model = model
+        self._source_of = dict(getattr(model, "all_tied_weights_keys", {}))
 
     def parameter(self, stored: str) -> str:
         """Return the parameter that the tensor named `stored` becomes.
@@ -121,26 +127,27 @@ class Names:
         name, pattern = self._renamed(stored)
         return name if pattern is None else stored
 
-    def fusions(self, checkpoint: Checkpoint) -> dict[str, Fusion]:
+    def fusions(self, checkpoint: Checkpoint) -> list[Fusion]:
         """Return the parameters of the model that `checkpoint` stores in several tensors, or in another layout."""
-        single = [rule for rule in self._converters if len(rule.target_patterns) == 1]
-        rules = {pattern: rule for rule in single for pattern in rule.source_patterns}
+        rules = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         found: dict[str, dict[str, str]] = defaultdict(dict)
         for stored in checkpoint.names():
             name, pattern = self._renamed(stored)
             if pattern is not None and pattern in rules and name in self._parameters:
                 found[name][stored] = pattern
-        return {
-            name: Fusion.of(name, sources, rules[next(iter(sources.values()))], self._model)
+        fusions = [
+            Fusion.of(name, sources, rules[next(iter(sources.values()))], self._model)
             for name, sources in found.items()
-        }
+        ]
+        return [each for each in fusions if all(name in self._parameters for name in each.parameters)]
 
     def _renamed(self, stored: str) -> tuple[str, str | None]:
         return rename_source_key(stored, self._renamings, self._converters, self._prefix, self._parameters)
 
     def check_found(self, wanted: set[str], checkpoint: Checkpoint) -> None:
-        """Raise BackboneError unless the checkpoint holds every tensor of `wanted`."""
-        lost = sorted(wanted - {self.parameter(stored) for stored in checkpoint.names()})
+        """Raise BackboneError unless the checkpoint holds every tensor of `wanted`, or the one that it shares."""
+        found = {self.parameter(stored) for stored in checkpoint.names()}
+        lost = sorted(name for name in wanted - found if self._source_of.get(name) not in found)
         if lost:
             raise BackboneError(
                 f"{len(lost)} linear layers are stored under other names, such as {lost[0]}",
@@ -149,18 +156,18 @@ class Names:
             )
 
 
-def _joined(checkpoint: Checkpoint, names: Names, fusions: Mapping[str, Fusion]) -> Iterator[FreshWeight]:
+def _joined(checkpoint: Checkpoint, names: Names, fusions: Sequence[Fusion]) -> Iterator[FreshWeight]:
     """Yield the tensors of `checkpoint`, those of a fusion together in place of the first."""
-    fusion_of = {stored: fusion for fusion in fusions.values() for stored, _ in fusion.sources}
+    fusion_of = {stored: fusion for fusion in fusions for stored, _ in fusion.sources}
     met: set[str] = set()
     for stored, _, _ in checkpoint.entries():
         fusion = fusion_of.get(stored)
         if fusion is None:
             yield FreshWeight(stored, names.parameter(stored), checkpoint.read(stored))
-        elif fusion.parameter not in met:
-            met.add(fusion.parameter)
-            parts = {name: checkpoint.read(name) for name, _ in fusion.sources}
-            yield FreshWeight(stored, fusion.parameter, fusion.fused(parts), fusion)
+        elif fusion.parameters[0] not in met:
+            met.add(fusion.parameters[0])
+            made = fusion.fused({name: checkpoint.read(name) for name, _ in fusion.sources})
+            yield from (FreshWeight(stored, name, tensor, fusion) for name, tensor in made.items())
 
 
 def _through_nf4(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

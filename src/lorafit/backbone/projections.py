@@ -26,7 +26,7 @@ from lorafit.shapes.families import EXPERT_NAMES
 ROLES = {
     "q": "q_proj q_lin query wq q q_a_proj q_b_proj",
     "k": "k_proj k_lin key wk k",
-    "v": "v_proj v_lin value wv v",
+    "v": "v_proj v_lin value wv v v_proj_current v_proj_delayed",
     "qkv": "qkv_proj query_key_value c_attn Wqkv qkv att_proj attn_qkv in_proj_qkv in_proj_qkvz",
     "kv": "kv_a_proj_with_mqa kv_a_proj kv_b_proj kv_proj",
     "o": "o_proj out_proj out_lin dense wo attn_out",
@@ -55,6 +55,7 @@ CROSS = "it attends to an encoder, which a decoder alone does not have"
 CROSS_NAMES = frozenset({"encoder_attn", "crossattention", "cross_attn"})
 OWN_PRODUCT = "its class computes more than a product with its weight"
 RENAMED = "PEFT renames the keys of its adapter when it loads them, and does not find it again"
+SHARED = "several layers share its weight, and adapters would make it a different one in each"
 INDEXER = "it only chooses which tokens are seen, so no gradient reaches it"
 
 
@@ -106,6 +107,8 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
     pattern = {**_MODEL_TO_CONVERSION_PATTERN, **OWN_PATTERNS}.get(kind, "")
     old, bare = OLD_EXPERTS.get(pattern, frozenset()), bare_weights(model)
     indexers = {id(part) for one in model.modules() if "Indexer" in type(one).__name__ for part in one.modules()}
+    tied = getattr(unwrapped(model), "all_tied_weights_keys", {})
+    shared = {name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())}
     rules = get_model_conversion_mapping(unwrapped(model))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     obstacles = {}
@@ -119,6 +122,8 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
             obstacles[module] = MAMBA
         elif path in bare:
             obstacles[module] = READ
+        elif path in shared:
+            obstacles[module] = SHARED
         elif CROSS_NAMES.intersection(path.split(".")):
             obstacles[module] = CROSS
         elif id(module) in indexers:
@@ -243,7 +248,8 @@ def _is_stacked(path: str, weight: Any, experts: int) -> bool:
 
 def _role(path: str, holder: str) -> str:
     """Return the role of a matrix by its name, else by the module that holds it."""
-    leaf, place = path.removesuffix(".weight").rpartition(".")[2], f"{path} {holder}".lower()
+    # a linear that its own module wraps has that module's name
+    leaf, place = path.removesuffix(".weight").removesuffix(".linear").rpartition(".")[2], f"{path} {holder}".lower()
     if not {leaf, *path.split(".")[-2:-1]}.isdisjoint(ROUTERS):
         return "other"
     in_attention = "attn" in place or "attention" in place or leaf in CERTAIN

@@ -55,6 +55,9 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
     if not layers:
         raise BackboneError(f"transformers' {type(model).__name__} has no decoder layers", fix="choose another base")
+    if not hasattr(text, "hidden_size"):
+        what = f"{type(text).__name__} states no hidden size, since the model is not one stack of layers"
+        raise BackboneError(what, fix="choose another base")
     _require_causal(model, decoder)
     _require_text_alone(model)
     tables = _parameters(embeddings.values())
@@ -99,7 +102,8 @@ def _require_causal(model: nn.Module, decoder: nn.Module) -> None:
     asks = "is_decoder" in inspect.getsource(type(model).__init__) and not getattr(
         architecture_of(model), "is_decoder", True
     )
-    if asks or (attentions and not any(part.is_causal for part in attentions)):
+    causal = any(part.is_causal or getattr(part, "is_decoder", False) is True for part in attentions)
+    if asks or (attentions and not causal):
         what = f"{type(decoder).__name__} is an encoder: its tokens see later tokens"
         raise BackboneError(what, fix="choose a causal language model")
 

@@ -66,13 +66,13 @@ def readers_of(folder: Path) -> dict[str, Reader]:
     readers: dict[str, Reader] = {
         names.parameter(stored): partial(checkpoint.read, stored) for stored in checkpoint.names()
     }
-    for name, fusion in names.fusions(checkpoint).items():
-        readers[name] = partial(_fused, checkpoint, fusion)
+    for fusion in names.fusions(checkpoint):
+        readers |= {name: partial(_fused, checkpoint, fusion, name) for name in fusion.parameters}
     return readers
 
 
-def _fused(checkpoint: Checkpoint, fusion: Fusion) -> Tensor:
-    return fusion.fused({stored: checkpoint.read(stored) for stored, _ in fusion.sources})
+def _fused(checkpoint: Checkpoint, fusion: Fusion, name: str) -> Tensor:
+    return fusion.fused({stored: checkpoint.read(stored) for stored, _ in fusion.sources})[name]
 
 
 def _weight(layer: FrozenLinear4bit, read: Reader) -> Tensor:

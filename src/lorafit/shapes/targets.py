@@ -73,7 +73,10 @@ def targets_note(targets: str | Sequence[str], projections: Sequence[Projection]
     if targets in PRESETS:
         chosen = _of_preset(targets, linears, family)
         if not any(part.role in PRESETS[targets] for part in chosen):
-            notes.append(f"{family} has no attention, so '{targets}' adapts {_names(chosen)}")
+            usual = [part for part in linears if part.obstacle and part.role in PRESETS[targets]]
+            why = f"{_names(usual)}: {usual[0].obstacle}" if usual else "no attention"
+            verb = "cannot adapt" if usual else "has"
+            notes.append(f"{family} {verb} {why}, so '{targets}' adapts {_names(chosen)}")
         elif fused := [part for part in chosen if part.role in FUSED]:
             notes.append(f"{family} fuses projections, so '{targets}' adapts the whole of {_names(fused)}")
     refused = [part for part in linears if part.obstacle and part.role != "other"]
