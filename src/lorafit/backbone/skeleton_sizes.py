@@ -53,11 +53,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     text, decoder, head = architecture.get_text_config(), text_decoder(model), output_head(model)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
-    if not layers:
-        raise BackboneError(f"transformers' {type(model).__name__} has no decoder layers", fix="choose another base")
-    if not hasattr(text, "hidden_size"):
-        what = f"{type(text).__name__} states no hidden size, since the model is not one stack of layers"
-        raise BackboneError(what, fix="choose another base")
+    _require_layers(model, text, layers)
     _require_causal(model, decoder)
     _require_text_alone(model)
     tables = _parameters(embeddings.values())
@@ -93,6 +89,15 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         "linear_class": _linear_class(model, decoder),
         "unpacked": _unpacked(model, decoder),
     }
+
+
+def _require_layers(model: nn.Module, text: Any, layers: list[nn.Module]) -> None:
+    """Raise BackboneError for a model that is not one stack of layers."""
+    what = "" if layers else f"transformers' {type(model).__name__} has no decoder layers"
+    if layers and not hasattr(text, "hidden_size"):
+        what = f"{type(text).__name__} states no hidden size, since the model is not one stack of layers"
+    if what:
+        raise BackboneError(what, fix="choose another base")
 
 
 def _require_causal(model: nn.Module, decoder: nn.Module) -> None:
