@@ -1,10 +1,12 @@
 """Kill random processes of runs of several, at random steps or moments, and compare their ends bit by bit.
 
     PYTHONPATH=src:tests python bench/several_faults.py [--kills 100] [--world 2] [--limit 400]
+    PYTHONPATH=src:tests python bench/several_faults.py --kills 102 --lanes 6 --set compile=off    # two GPUs, over NCCL
 
-Each run of `lorafit train --gpus` on gloo is killed a few times, resumed, and held against an uninterrupted one. Stops
-by SIGTERM, to a process or to the launcher, are among the kills. Prints one JSON line a run and one in all; exit code 1
-if a run ended in other bits, or a launch took over 30 seconds to end after a kill.
+Each run of `lorafit train --gpus`, on gloo where there is no GPU, is killed a few times, resumed, and held against an
+uninterrupted one. Stops by SIGTERM, to a process or to the launcher, are among the kills. Campaigns in several lanes
+share the GPUs: a start takes most of a kill's seconds, and little of a GPU. Prints one JSON line a run and one in all;
+exit code 1 if a run ended in other bits, or a command ended in another code than its harm calls for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +26,7 @@ from little_run import write_rows
 from several_worker import Harm, launched
 
 STEPS, KILLS_A_RUN = 8, 3
-COMPARED = ("adapter/adapter_model.safetensors", "metrics.jsonl")
+COMPARED = ("adapter/adapter_model.safetensors", "model/model.safetensors", "metrics.jsonl")
 
 
 def harm_of(draw: random.Random, world: int, done: int) -> Harm:
@@ -39,22 +42,25 @@ def last_step(run: Path) -> int:
     return max((int(folder.name.removeprefix("step-")) for folder in run.glob("checkpoints/step-*")), default=0)
 
 
-def campaign(folder: Path, kills: int, world: int, limit_s: float) -> bool:
-    """Run until `kills` or `limit_s`; return True if every run ended in the bits of the whole one."""
-    draw, data, began = random.Random(0), write_rows(folder / "rows.jsonl", 40), time.monotonic()
-    whole = folder / "whole"
-    assert launched(data, whole, world=world).code == 0
+def campaign(folder: Path, given: argparse.Namespace) -> bool:
+    """Run until `kills` or `limit` seconds; return True if every run ended in the bits of the whole one."""
+    draw, data, began = random.Random(given.seed), write_rows(folder / "rows.jsonl", 40), time.monotonic()
+    whole, kills, world, limit_s = folder / "whole", given.kills, given.world, given.limit
+    more = [word for setting in given.set for word in ("--set", setting)]
+    first = launched(data, whole, None, *more, world=world)
+    assert first.code == 0, first.errors
+    compared = [name for name in COMPARED if (whole / name).exists()]
     done = runs = identical = codes_wrong = 0
     slowest = 0.0
     while done < kills and time.monotonic() - began < limit_s:
         run = folder / f"run-{runs}"
         for _ in range(KILLS_A_RUN):
             harm = harm_of(draw, world, last_step(run))
-            ended = launched(data, run, harm, world=world)
+            ended = launched(data, run, harm, *more, world=world)
             done, slowest = done + 1, max(slowest, ended.seconds)
             codes_wrong += ended.code != (1 if harm.signal == signal.SIGKILL else 143)
-        codes_wrong += launched(data, run, world=world).code != 0
-        same = all((run / name).read_bytes() == (whole / name).read_bytes() for name in COMPARED)
+        codes_wrong += launched(data, run, None, *more, world=world).code != 0
+        same = all((run / name).read_bytes() == (whole / name).read_bytes() for name in compared)
         runs, identical = runs + 1, identical + same
         print(json.dumps({"run": runs, "kills": done, "identical": same}), flush=True)
         shutil.rmtree(run)
@@ -69,10 +75,23 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no further run begins")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=1, help="campaigns at a time, each with its share of the kills")
     given = parser.parse_args()
+    if given.lanes > 1:
+        sys.exit(in_lanes(given))
     with tempfile.TemporaryDirectory(prefix="several-") as folder:
-        ok = campaign(Path(folder), given.kills, given.world, given.limit)
+        ok = campaign(Path(folder), given)
     sys.exit(0 if ok else 1)
+
+
+def in_lanes(given: argparse.Namespace) -> int:
+    """Run campaigns of other seeds beside each other; return 1 if one failed."""
+    words = ["--kills", str(-(-given.kills // given.lanes)), "--world", str(given.world), "--limit", str(given.limit)]
+    words += [f"--set={setting}" for setting in given.set]
+    lanes = [subprocess.Popen([sys.executable, __file__, *words, "--seed", str(lane)]) for lane in range(given.lanes)]
+    return max([lane.wait() != 0 for lane in lanes])
 
 
 if __name__ == "__main__":
