@@ -56,7 +56,8 @@ class _LinearFp8(torch.autograd.Function):
         of_x, of_weight = _factor(x), _factor(stacked)
         ctx.save_for_backward(x, weight, of_x, of_weight)
         y = product_fp8(_rounded(x, of_x), _rounded(stacked, of_weight)[0], 1 / (of_x * of_weight), True)
-        return y.to(x.dtype)
+        # torch 2.11 compiles a conversion that changes nothing to an output without a gradient
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
