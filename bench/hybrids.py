@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import tempfile
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +80,7 @@ def run(options: argparse.Namespace, base: Path) -> dict[str, object]:
     import lorafit.api.build_model as build_model
 
     seen: dict[str, object] = {"kernels": [name for name in ("fla", "causal_conv1d") if importlib.util.find_spec(name)]}
-    proved = build_model.prove_rows
-
-    @wraps(proved)
-    def prove(model: Any, rows: Any, longest: int = 0) -> Any:
-        mode, loss = proved(model, rows, longest)
-        if options.alone:
-            mode = build_model.RowMode(mode.reason or "as asked", "as asked")
-        seen["rows"] = mode.in_words[:160]
-        return mode, loss
-
-    build_model.prove_rows = prove
+    mixtures.note_row_mode(seen, alone=options.alone)
     build_model.load_backbone = lambda config, **_: (drop_sinks if options.bare else unchanged)(
         mixtures.random_backbone(str(base))
     )

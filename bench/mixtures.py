@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
     own = {"work": "dense", "examples": options.rows, "compute": "bf16", "deterministic": False}
     rest = {"dropout": 0.0, "profile": "", "set": []}
     return engine.run_lorafit(argparse.Namespace(**vars(options), **own, **rest)) | made
+
+
+def note_row_mode(seen: dict[str, object], *, alone: bool = False) -> None:
+    """Let `seen["rows"]` say how the rows of the next run share a forward; with `alone` each gets its own."""
+    import lorafit.api.build_model as build_model
+
+    proved = build_model.prove_rows
+
+    @wraps(proved)
+    def prove(model: Any, rows: Any, longest: int = 0) -> Any:
+        mode, loss = proved(model, rows, longest)
+        if alone:
+            mode = build_model.RowMode(mode.reason or "as asked", "as asked")
+        seen["rows"] = mode.in_words
+        return mode, loss
+
+    build_model.prove_rows = prove
 
 
 def random_backbone(folder: str) -> Any:

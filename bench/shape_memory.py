@@ -98,7 +98,7 @@ def planned(options: argparse.Namespace, base: Path, folder: Path) -> dict[str, 
         ignore=("D", "P"), max_length=max(2048, options.length), **settings,
     ).plan  # fmt: skip
     parts = {part.name: round(part.size_bytes / mixtures.GIB, 2) for part in plan.memory.components}
-    outside = next(part.size_bytes for part in plan.memory.components if part.name == "CUDA context")
+    outside = sum(part.size_bytes for part in plan.memory.components if part.name == "CUDA context")
     return {
         "plan_gib": round((plan.memory.peak_bytes - outside) / mixtures.GIB, 2),
         "parts": parts,
@@ -120,9 +120,11 @@ def trained(options: argparse.Namespace, base: Path) -> dict[str, Any]:
         return model
 
     build_model.load_backbone = load
+    seen: dict[str, object] = {}
+    mixtures.note_row_mode(seen)
     found = engine.run_lorafit(arguments_of(options, base))
     kept = ("peak_gib", "step_ms", "first_s", "policy", "events", "losses")
-    return {"torch": torch.__version__, **{name: found[name] for name in kept}}
+    return {"torch": torch.__version__, **seen, **{name: found[name] for name in kept}}
 
 
 if __name__ == "__main__":
