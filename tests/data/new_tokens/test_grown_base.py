@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorafit.backbone import base_fingerprint
 from lorafit.data import TextTokenizer
 from lorafit.data.new_tokens.grown_base import GrownBase
+from lorafit.data.new_tokens.grown_weights import Growth, write_grown
 from lorafit.errors import BackboneError, UsageError
 from tiny_models import save_base
 
@@ -132,3 +133,9 @@ def test_bases_that_cannot_grow_are_refused(base, tmp_path):
     (odd / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
     with pytest.raises(BackboneError, match="no tensor of it has the 999 rows of its vocabulary"):
         GrownBase.of(str(odd), None, TEXTS).add_weights()
+
+
+def test_a_damaged_base_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{cut")
+    with pytest.raises(BackboneError, match="no whole safetensors file"):
+        write_grown(tmp_path, tmp_path / "grown", Growth(8, (8,)))

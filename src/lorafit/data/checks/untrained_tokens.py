@@ -7,7 +7,7 @@ LoRA on attention cannot repair those: the prompt then holds vectors that mean n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.config.stored_tensors import FLOATS, read_header, widened
 from lorafit.data.checks.findings import CODES, EXAMPLES
 from lorafit.data.schema.records import Record, Turn
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.data.store import SUPERVISED, Rows, Stored
 from lorafit.data.template.template import Template
 from lorafit.data.tokenizer.tokenizer import TextTokenizer
-from lorafit.errors import BackboneError
 from lorafit.findings import Finding, Severity
 
 EMBEDDING_NAMES = (
@@ -31,8 +31,6 @@ EMBEDDING_NAMES = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
-MAX_HEADER_BYTES = 100 << 20
 SAMPLE = 2048
 MAX_TWINS = 4096
 # shares of what is usual among trained rows below which a row was never trained
@@ -41,30 +39,26 @@ MIN_NORM, MIN_DISTANCE, TWIN_DISTANCE = 0.05, 0.25, 0.01
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """The input embeddings on disk: `raw` (tokens, hidden), memory-mapped."""
+    """The input embeddings on disk: `raw` (tokens, hidden), memory-mapped, stored as `dtype`."""
 
     raw: NDArray[Any]
-    is_bf16: bool
+    dtype: str
 
     @classmethod
     def find(cls, folder: Path) -> EmbeddingTable | None:
         """Return the table among the safetensors in `folder`, or None. Raises BackboneError when one is damaged."""
         for path in sorted(folder.glob("*.safetensors")):
-            header, start = _header(path)
+            header, start = read_header(path)
             for name, entry in header.items():
-                if name.endswith(EMBEDDING_NAMES) and entry.get("dtype") in DTYPES and len(entry["shape"]) == 2:
-                    kind = DTYPES[entry["dtype"]]
+                if name.endswith(EMBEDDING_NAMES) and entry.get("dtype") in FLOATS and len(entry["shape"]) == 2:
                     begin = start + int(entry["data_offsets"][0])
-                    raw = np.memmap(path, kind, "r", offset=begin, shape=tuple(entry["shape"]))
-                    return cls(raw, entry["dtype"] == "BF16")
+                    raw = np.memmap(path, FLOATS[entry["dtype"]], "r", offset=begin, shape=tuple(entry["shape"]))
+                    return cls(raw, entry["dtype"])
         return None
 
     def rows(self, ids: Iterable[int]) -> NDArray[np.float32]:
         """Return the rows of `ids` as float32 (ids, hidden)."""
-        picked = np.asarray(self.raw[list(ids)])
-        if self.is_bf16:  # bfloat16 is the upper half of a float32
-            return (picked.astype(np.uint32) << 16).view(np.float32)
-        return picked.astype(np.float32)
+        return widened(np.asarray(self.raw[list(ids)]), self.dtype)
 
 
 def untrained_special_tokens(
@@ -161,31 +155,3 @@ def _twins(rows: NDArray[np.float32], ordinary: NDArray[np.float32]) -> NDArray[
     np.fill_diagonal(distances, np.inf)
     found: NDArray[np.bool_] = (distances < near**2).any(axis=1)
     return found
-
-
-def _header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """Return (tensor entries by name, offset of the data) of one safetensors file."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-                raise ValueError("its header is cut off")
-            entries = json.loads(file.read(length))
-            _check(entries, path.stat().st_size - 8 - length)
-    except OSError as error:
-        raise BackboneError(f"cannot be read ({error.strerror})", where=str(path), fix="check the file") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BackboneError("is no whole safetensors file", where=str(path), fix="download the base again") from error
-    return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
-
-
-def _check(entries: Mapping[str, Any], data_bytes: int) -> None:
-    for entry in _tensors(entries):
-        begin, end = entry["data_offsets"]
-        width = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else 0
-        if not 0 <= begin <= end <= data_bytes or (width and int(np.prod(entry["shape"])) * width != end - begin):
-            raise ValueError("a tensor lies outside the file")
-
-
-def _tensors(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (entry for name, entry in entries.items() if name != "__metadata__")

@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config import read_json
+from lorafit.config.stored_tensors import FLOATS, MAX_HEADER_BYTES, read_header, widened
 from lorafit.errors import BackboneError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 IN_A_LAYER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
-FLOATS: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 BLOCK_BYTES = 1 << 24
 MOST_ALIGNED = 64
-MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def write_grown(origin: Path, place: Path, growth: Growth) -> list[Path]:
     A file without rows of the vocabulary is linked. Raises BackboneError for rows that cannot grow, OSError.
     """
     files = weight_files(origin)
-    headers = {path: _header(path) for path in files}
+    headers = {path: _in_order(read_header(path)) for path in files}
     vocabulary = {path: _of_vocabulary(header, growth) for path, (header, _) in headers.items()}
     if not any(vocabulary.values()):
         raise _no_growth(f"no tensor of it has the {growth.rows:,} rows of its vocabulary")
@@ -105,12 +104,9 @@ Header = tuple[dict[str, Any], int]
 """Entries of a safetensors file in the order of their data, and the offset of the data."""
 
 
-def _header(path: Path) -> Header:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length))
-    entries.pop("__metadata__", None)
-    return dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])), 8 + length
+def _in_order(header: tuple[Mapping[str, Any], int]) -> Header:
+    entries, start = header
+    return dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])), start
 
 
 def _of_vocabulary(header: Mapping[str, Any], growth: Growth) -> set[str]:
@@ -155,7 +151,7 @@ def _rewrite(source: Path, place: Path, header: Header, vocabulary: set[str], gr
                 old.seek(start + entry["data_offsets"][0])
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]
                 if name in vocabulary:
-                    _grow(old, new, size, FLOATS[entry["dtype"]], entry["dtype"] == "BF16", growth)
+                    _grow(old, new, size, entry["dtype"], growth)
                 else:
                     _copy(old, new, size)
             new.flush()
@@ -174,15 +170,16 @@ def _copy(old: IO[bytes], new: IO[bytes], size: int) -> None:
         size -= len(block)
 
 
-def _grow(old: IO[bytes], new: IO[bytes], size: int, kind: np.dtype[Any], is_bf16: bool, growth: Growth) -> None:
+def _grow(old: IO[bytes], new: IO[bytes], size: int, dtype: str, growth: Growth) -> None:
     """Copy a tensor of `size` bytes, with the mean of the rows before the first new token in the new ones."""
+    kind = FLOATS[dtype]
     width = size // kind.itemsize // growth.rows
     total, first, place = np.zeros(width), growth.ids[0], new.tell()
     for begin, rows in _blocks(old, kind, width, growth.rows):
         new.write(rows.tobytes())
         known = rows[: max(0, first - begin)]
-        total += _wide(known, is_bf16).sum(axis=0, dtype=np.float64)
-    mean = _narrow(total / min(first, growth.rows), kind, is_bf16).tobytes()
+        total += widened(known, dtype).sum(axis=0, dtype=np.float64)
+    mean = _narrow(total / min(first, growth.rows), dtype).tobytes()
     new.write(mean * (growth.grown - growth.rows))
     end = new.tell()
     for row in growth.ids:  # rows that the base had to spare
@@ -200,15 +197,9 @@ def _blocks(old: IO[bytes], kind: np.dtype[Any], width: int, rows: int) -> Itera
         yield begin, np.frombuffer(raw, kind).reshape(count, width)
 
 
-def _wide(rows: NDArray[Any], is_bf16: bool) -> NDArray[np.float32]:
-    if is_bf16:  # bfloat16 is the upper half of a float32
-        return (rows.astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float32)
-
-
-def _narrow(mean: NDArray[np.float64], kind: np.dtype[Any], is_bf16: bool) -> NDArray[Any]:
+def _narrow(mean: NDArray[np.float64], dtype: str) -> NDArray[Any]:
     """Return `mean` in the tensor's dtype, rounded to the nearest even value."""
-    if not is_bf16:
-        return mean.astype(kind)
+    if dtype != "BF16":
+        return mean.astype(FLOATS[dtype])
     bits = mean.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(kind)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(FLOATS[dtype])

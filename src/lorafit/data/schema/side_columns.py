@@ -18,6 +18,8 @@ UNCLEAR_LISTS = ("masks", *UNCLEAR_FLAGS)
 LAST_ONLY = "mask_history"
 """LLaMA-Factory's word for rows of which only the last answer is learnt."""
 FLAGS_FIX = "write one 0 or 1 for each turn, or for each answer"
+ROW_FLAG = "the row's own flag"
+WEIGHTS = ("weight", "weights", "loss_weight")
 YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0", "none", "")
 
 
@@ -128,7 +130,3 @@ def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
     if name in WEIGHTS and word not in ("none", *YES):
         return f"{ROW_FLAG} '{name}' is neither 0 nor 1, and every row counts the same"
     return ""
-
-
-ROW_FLAG = "the row's own flag"
-WEIGHTS = ("weight", "weights", "loss_weight")
