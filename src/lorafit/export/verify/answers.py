@@ -53,13 +53,15 @@ class LiveAnswers:
         """Return how many answers of `served` equal the live model's, and how many of both equal the responses.
 
         One forward pass over prompt and live answer decides equality: greedy decoding repeats an answer if each of its
-        tokens is the most likely one after those before it. Only a different answer is decoded token by token.
+        tokens is the most likely one after those before it. Only a different answer is decoded token by token, from
+        the first token that differs and as long as it may become the response.
         """
         judged = []
         for prompt, expected, answer in zip(self.prompts, self.expected, self.answers, strict=True):
-            same = self._ended_alike(most_likely(served, prompt, answer)) == self._ended_alike(answer)
+            found = most_likely(served, prompt, answer)
+            same = self._ended_alike(found) == self._ended_alike(answer)
             live = self._text(answer) == expected
-            judged.append((same, live, live if same else self._text(self._decoded(served, prompt)) == expected))
+            judged.append((same, live, live if same else self._becomes(expected, served, prompt, answer, found)))
         return Answers.of(judged)
 
     def compare_texts(self, texts: Sequence[str]) -> Answers:
@@ -73,13 +75,17 @@ class LiveAnswers:
         stops = self.template.stop_ids
         return [*ids[:-1], stops[0]] if ids and ids[-1] in stops else ids
 
-    def _decoded(self, served: OpenedModel, prompt: Sequence[int]) -> list[int]:
-        ids: list[int] = []
-        while len(ids) < self.max_new_tokens:
+    def _becomes(
+        self, expected: str, served: OpenedModel, prompt: Sequence[int], answer: Sequence[int], found: Sequence[int]
+    ) -> bool:
+        """Return True if the answer of `served` is `expected`; `found` are its tokens after those of `answer`."""
+        differs = next(place for place, (ours, theirs) in enumerate(zip(found, answer)) if ours != theirs)
+        ids = list(found[: differs + 1])
+        while ids[-1] not in self.template.stop_ids and len(ids) < self.max_new_tokens:
+            if not _begins(self._text(ids), expected):
+                return False
             ids.append(most_likely(served, [*prompt, *ids], [0])[0])
-            if ids[-1] in self.template.stop_ids:
-                break
-        return ids
+        return self._text(ids) == expected
 
     def _text(self, ids: Sequence[int]) -> str:
         kept = ids[:-1] if ids and ids[-1] in self.template.stop_ids else ids
@@ -117,6 +123,15 @@ class Answers:
         """Return the counts as text."""
         right = f"{self.right} right where the live model has {self.live_right}"
         return f"{self.equal} of {self.rows} greedy answers equal, {right}"
+
+
+def _begins(text: str, expected: str) -> bool:
+    """Return False if no further token makes `expected` of `text`.
+
+    Further tokens change the text before them in two ways only: they complete a character, shown as U+FFFD until then,
+    and they take away spaces before punctuation.
+    """
+    return "".join(expected.split()).startswith("".join(text.rstrip("\ufffd").split()))
 
 
 def most_likely(served: OpenedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
