@@ -1,9 +1,14 @@
 """What every room's tests share: one trained run, and quiet libraries."""
 
+import gc
 import importlib.util
 import os
+import sys
 from itertools import zip_longest
 
+gc.disable()  # until everything is imported, and nothing of it is ever looked through again (pytest_collection_finish)
+sys.dont_write_bytecode = False  # else each process rewrites and compiles every file again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.pop("COLUMNS", None)  # pytest-xdist says 80 to its workers; the console reads it when it is imported
 
 import pytest
@@ -41,6 +46,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of garbage collection: a full one takes a second with it, and runs ask for many."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
