@@ -160,9 +160,13 @@ def random_backbone(folder: str) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
+    # a norm of gain 1 + weight would double every stream, and drown a comparison of rows in rounding
+    kind = architecture.get_text_config().model_type
+    gain = torch.zeros if kind.startswith(("gemma", "qwen3_5", "qwen3_next")) else torch.ones
+
     def drawn(weight: Any) -> torch.nn.Parameter:
         if weight.dim() == 1:
-            return torch.nn.Parameter(torch.ones(weight.shape, device=device, dtype=dtype), requires_grad=False)
+            return torch.nn.Parameter(gain(weight.shape, device=device, dtype=dtype), requires_grad=False)
         values = torch.empty(weight.shape, device=device, dtype=dtype).normal_(std=0.02)
         return torch.nn.Parameter(values, requires_grad=False)
 

@@ -123,6 +123,7 @@ def trained(options: argparse.Namespace, base: Path) -> dict[str, Any]:
     seen: dict[str, object] = {}
     mixtures.note_row_mode(seen)
     found = engine.run_lorafit(arguments_of(options, base))
+    seen["allocated_gib"] = round(torch.cuda.max_memory_allocated() / mixtures.GIB, 2)
     kept = ("peak_gib", "step_ms", "first_s", "policy", "events", "losses")
     return {"torch": torch.__version__, **seen, **{name: found[name] for name in kept}}
 

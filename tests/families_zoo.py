@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lorafit.backbone import skeleton_sizes
+from lorafit.backbone.skeleton import sizes
 from lorafit.shapes import skeleton
 
 VOCABULARY = 640
@@ -164,7 +164,7 @@ def counted_here(really_run: Callable[..., Any]) -> Callable[..., Any]:
         if skeleton.CHILD not in command:
             return really_run(command, **options)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            skeleton_sizes.main(command[-1])
+            sizes.main(command[-1])
         return subprocess.CompletedProcess(list(command), 0, out.getvalue(), "")
 
     return run

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from families_zoo import small_config
-from lorafit.backbone.skeleton_sizes import sizes_of
+from lorafit.backbone.skeleton.sizes import sizes_of
 from lorafit.engine import PACKED, VocabularyLoss, collate, prove_rows
 from lorafit.engine.isolation import LeakError, assert_isolated, uneven
 from lorafit.engine.loss.logit_rules import LogitSteps

@@ -61,6 +61,7 @@ from lorafit.backbone.shards import (
     shard_layers,
     shards_of,
 )
+from lorafit.backbone.skeleton.recurrence import recurrent_parts
 from lorafit.backbone.stored_weights import packed_weights, plain_name, with_stored_weights
 
 __all__ = [
@@ -104,6 +105,7 @@ __all__ = [
     "plain_name",
     "product_fp8",
     "projections_of",
+    "recurrent_parts",
     "quantize",
     "quantize_experts",
     "read_sharded",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lorafit.config.memory_policy import MemoryPolicy
@@ -20,6 +21,7 @@ from lorafit.memory.footprint import (
 )
 from lorafit.memory.inputs import MicroBatch, PlanInputs
 from lorafit.memory.layer_costs import FILLED, LayerCosts, Link, PeakMemory, Split, graph_tokens, timeline_s
+from lorafit.memory.recurrent_layers import with_recurrent_layers
 from lorafit.memory.solver import Room, solve, solve_micro
 from lorafit.memory.speed import layer_costs, optimizer_s
 
@@ -124,17 +126,19 @@ def _costs(
     policy: MemoryPolicy = MemoryPolicy(),  # noqa: B008 (frozen)
 ) -> LayerCosts:
     execution = execution or execution_of(inputs)
-    live = activations(
+    count = partial(
+        activations,
         inputs.shape,
         inputs.targets,
         batch,
         width=inputs.width,
         mask_bytes=_mask_bytes(inputs),
-        execution=execution,
         trains_head=inputs.is_full,
         dora=inputs.is_dora,
         trains_rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
     )
+    live, eager = count(execution=execution), count(execution=replace(execution, fused=False))
+    live = with_recurrent_layers(live, eager, inputs.shape, batch, inputs.width)
     return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 
 

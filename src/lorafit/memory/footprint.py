@@ -242,6 +242,7 @@ class Activations:
         weight_bytes: Largest dequantized weight, which is part of `backward_bytes`.
         loss_bytes: Working memory of the loss.
         chunk_bytes: A chunk of logits and the head's gradient, which are part of `loss_bytes`.
+        heaviest_bytes: Kept by the layer that keeps most when nothing is recomputed; 0 where all layers are alike.
     """
 
     layer_bytes: int
@@ -251,6 +252,7 @@ class Activations:
     weight_bytes: int
     loss_bytes: int
     chunk_bytes: int
+    heaviest_bytes: int = 0
 
 
 def activations(
@@ -301,13 +303,18 @@ def activations(
 def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stream: int, execution: Execution) -> float:
     """Return the bytes that norms and attention of one layer keep per token."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = width * (2 * queries + 2 * keys)
-    if any(part.role == "qkv" for part in shape.projections):
-        attention += width * (queries + keys)
+    attention: float = width * attention_values(shape)
     if shape.capped_scores and not execution.fused:
         attention += shape.heads * longest * (2 * width + SOFTMAX_BYTES) + 2 * width * (queries - keys)
     norms = 2 * shape.hidden * stream if execution.fused else NORM_BYTES * shape.normed_width
     return norms + attention
+
+
+def attention_values(shape: ModelShape) -> int:
+    """Return the values per token that one layer's attention keeps: queries, keys, values and output."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    fused = any(part.role == "qkv" for part in shape.projections)
+    return 2 * queries + 2 * keys + (queries + keys if fused else 0)
 
 
 def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:

@@ -90,8 +90,9 @@ def layer_costs(
         recompute_feed_forward_s=max(launch, matmuls.forward_s + fixed) * matmuls.feed_forward,
         recompute_layer_s=RECOMPUTE * forward_s,
         kept_working_bytes=live.backward_bytes,
-        feed_forward_working_bytes=live.backward_bytes + live.layer_bytes - live.feed_forward_bytes,
-        whole_working_bytes=live.backward_bytes + live.layer_bytes,
+        feed_forward_working_bytes=live.backward_bytes
+        + (live.heaviest_bytes or live.layer_bytes - live.feed_forward_bytes),
+        whole_working_bytes=live.backward_bytes + max(live.layer_bytes, live.heaviest_bytes),
         fixed_working_bytes=live.weight_bytes,
         fixed_s=fixed,
         launch_s=launch,

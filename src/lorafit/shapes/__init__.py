@@ -3,6 +3,7 @@
 from lorafit.shapes.dimensions import published_format
 from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
+from lorafit.shapes.recurrence import Recurrence
 from lorafit.shapes.shape import ModelShape
 from lorafit.shapes.targets import expert_rank, experts_note, resolve_targets, targets_note
 
@@ -10,6 +11,7 @@ __all__ = [
     "LengthLimit",
     "ModelShape",
     "Projection",
+    "Recurrence",
     "expert_rank",
     "experts_note",
     "length_limit",

@@ -24,6 +24,7 @@ from lorafit.shapes.dimensions import (
 from lorafit.shapes.families import FAMILIES, Family, Part
 from lorafit.shapes.length_limit import LengthLimit, length_limit
 from lorafit.shapes.projection import Projection
+from lorafit.shapes.recurrence import Recurrence
 from lorafit.shapes.skeleton import skeleton_sizes
 
 DEQUANTIZED = "the base is published in {}: each tensor is dequantized while it is loaded"
@@ -56,6 +57,7 @@ class ModelShape:
         unpacked: Why its rows are not packed; empty for a family whose rows are.
         limit: The length above which its rows train one a forward.
         alone: Why its rows train one a forward; empty where they are packed or padded.
+        recurrences: Modules that carry a state along the sequence, with their memory.
     """
 
     name: str
@@ -77,6 +79,7 @@ class ModelShape:
     unpacked: str = ""
     limit: LengthLimit | None = None
     alone: str = ""
+    recurrences: tuple[Recurrence, ...] = ()
 
     @classmethod
     def from_base(cls, base: str, revision: str | None = None) -> ModelShape:
@@ -276,6 +279,7 @@ def _from_skeleton(model_type: str, config: Mapping[str, Any], name: str) -> Mod
         projections=projections,
         quantized=quantization_of(config),
         counted=True,
+        recurrences=tuple(map(Recurrence.from_dict, found.pop("recurrences"))),
         **found,
     )
 

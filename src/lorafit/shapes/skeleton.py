@@ -21,9 +21,9 @@ from typing import Any
 import lorafit
 from lorafit.errors import BackboneError
 
-CHILD = "lorafit.backbone.skeleton_sizes"
+CHILD = "lorafit.backbone.skeleton.sizes"
 TIMEOUT_S = 300
-FORMAT = 8
+FORMAT = 9
 """Version of the cached sizes. Raise it when the same config.json leads to other sizes."""
 
 

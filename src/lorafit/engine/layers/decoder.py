@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit, frozen_features, product_fp8, shards_of, unwrapped
+from lorafit.backbone import FrozenLinear4bit, frozen_features, product_fp8, recurrent_parts, shards_of, unwrapped
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.packing import Segments
@@ -165,7 +165,7 @@ class DecoderLayers:
         self._weights: list[frozenset[int]] = []
         self._warm: set[tuple[type, str]] = set()
         self._varying: set[int] = set()
-        self._recurrent = frozenset(id(layer) for layer in self.layers if _is_recurrent(layer))
+        self._recurrent = frozenset(id(layer) for layer in self.layers if recurrent_parts(layer))
         self._index = {id(layer): place for place, layer in enumerate(self.layers)}
 
     def __len__(self) -> int:
@@ -348,14 +348,6 @@ def _keep_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **option
 def _recompute_mlp_body(contexts: Call, forward: Call, layer: Any, *inputs: Any, **options: Any) -> Any:
     # a separate function, because torch keeps compiled variants by function and tries them in turn
     return checkpoint(forward, layer, *inputs, use_reentrant=False, context_fn=contexts, **options)
-
-
-def _is_recurrent(layer: torch.nn.Module) -> bool:
-    """Return True for a layer with a state along the sequence; its convolution tells, unless it is the whole layer."""
-    holders = (
-        module for module in layer.modules() if any(isinstance(one, torch.nn.Conv1d) for one in module.children())
-    )
-    return any("ShortConv" not in type(module).__name__ for module in holders)
 
 
 def _bound(call: partial[Any]) -> tuple[Any, Call]:

@@ -1,7 +1,7 @@
 """Skeleton sizes: sizes of a model family that is missing from the family table.
 
 They are read from transformers' own modules on the meta device. Planning runs this file as a child process, so that
-it needs no torch itself: `python -m lorafit.backbone.skeleton_sizes FOLDER` writes one JSON object, the sizes or an
+it needs no torch itself: `python -m lorafit.backbone.skeleton.sizes FOLDER` writes one JSON object, the sizes or an
 error.
 """
 
@@ -28,6 +28,7 @@ from lorafit.backbone.architecture import (
     text_decoder,
 )
 from lorafit.backbone.projections import EXPERTS, EXPERTS_PER_TOKEN, first_number, projections_of
+from lorafit.backbone.skeleton.recurrence import recurrences_of, recurrent_parts
 from lorafit.errors import BackboneError
 from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION
 
@@ -88,6 +89,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         "capped_scores": bool(getattr(text, "attn_logit_softcapping", None)),
         "linear_class": _linear_class(model, decoder),
         "unpacked": _unpacked(model, decoder),
+        "recurrences": recurrences_of(model),
     }
 
 
@@ -156,7 +158,10 @@ def _normed_width(layers: list[nn.Module], query_width: int, key_width: int, hea
     """
     total = 0
     for layer in layers:
+        counted = {inner for part in recurrent_parts(layer) for inner in part.modules()}
         for path, module in layer.named_modules():
+            if module in counted:
+                continue  # counted with the recurrence
             weight = getattr(module, "weight", None)
             if "norm" in type(module).__name__.lower() and weight is not None:
                 name = path.rpartition(".")[2]

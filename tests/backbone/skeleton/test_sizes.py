@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lorafit.backbone.skeleton_sizes import main, sizes_of
+from lorafit.backbone.skeleton.sizes import main, sizes_of
 from lorafit.shapes import ModelShape
 from lorafit.shapes.families import FAMILIES
 
