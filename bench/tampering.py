@@ -2,7 +2,8 @@
 
 `python bench/tampering.py` flips bytes of every file at several offsets, cuts and empties it, puts a link or a pipe in
 its place, and then trains, chats and merges. Each must refuse in one sentence, or give the undisturbed result.
-`--short` is the form that the test suite runs: one offset, `chat`'s and `merge`'s checks without a model. Exit code 1
+`--short` is the form that the test suite runs: one offset and a link, `merge`'s checks without a model, which are all
+of `chat`'s and the held-out rows'. Exit code 1
 when a command took something up in silence or fell over.
 """
 
@@ -84,9 +85,6 @@ class Commands:
         return _digest(run / "adapter" / "adapter_model.safetensors")
 
     def chat(self, run: Path) -> str:
-        if self.short:
-            require_trained_run(RunDir.open(run))
-            return template_of(RunDir(run)).sha256
         return load(run).answer(QUESTION, max_new_tokens=6)
 
     def merge(self, run: Path) -> str:
@@ -173,7 +171,7 @@ def main() -> int:
     parser.add_argument("--harms", nargs="+", choices=list(HARMS), default=list(HARMS))
     given = parser.parse_args()
     if given.short:
-        given.verbs, given.harms = ["chat", "merge"], ["bit at 50%", "link"]
+        given.verbs, given.harms = ["merge"], ["bit at 50%", "link"]
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lorafit-tampering-") as name:

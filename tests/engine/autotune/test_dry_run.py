@@ -1,5 +1,6 @@
 """Which policies are tried, one after another, and which one a run ends up with."""
 
+import gc
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -217,3 +218,11 @@ def test_the_optimizers_state_stands_where_it_will_in_two_tensors_a_weight(monke
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
     state = dry_run._optimizer_state(model, SimpleNamespace(coming_bytes=200 * (4 + 8)))
     assert [(len(tensor), tensor.dtype) for tensor in state] == [(200 * 4, torch.uint8)] * 2
+
+
+def test_objects_that_the_program_keeps_from_garbage_collection_stay_so():
+    kept = gc.get_freeze_count()  # conftest's pytest_collection_finish
+    assert kept
+    with dry_run._gc_frozen():
+        pass
+    assert gc.get_freeze_count() == kept

@@ -193,7 +193,13 @@ def _grown(
 
 @contextlib.contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Keep the garbage collector off the existing objects: a model's take it 0.4 s each time."""
+    """Keep the garbage collector off the existing objects: a model's take it 0.4 s each time.
+
+    A program that keeps objects of its own from it is left alone, since all of them would be released together.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
