@@ -72,6 +72,8 @@ class InitialAdapter:
         raw = read_json(self.folder / CONFIG_FILE, AdapterError)
         given: dict[str, Any] = {ours: raw[key] for ours, key in PEFT_KEYS.items() if raw.get(key) is not None}
         try:
+            if not isinstance(given["targets"], list):
+                raise TypeError("a pattern of names, not a list of them")
             return RunConfig(**{**given, "targets": tuple(sorted(given["targets"]))})
         except (KeyError, TypeError, ValueError, UsageError) as error:
             what = "the file does not describe a LoRA adapter on named modules"

@@ -47,6 +47,22 @@ def test_a_named_template_is_stored_with_the_run_and_read_again(tmp_path: Path) 
         Template.for_tokenizer(tokenizer, str(file))
 
 
+def test_a_token_that_no_golden_prompt_holds_may_not_change_after_training(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path, "chatml")
+    saved = tmp_path / "template.json"
+    Template.for_tokenizer(TextTokenizer.from_folder(folder)).save(saved)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"truncation": None, "version": "1.0"}, indent=4))
+    Template.load(saved, TextTokenizer.from_folder(folder))
+    vocabulary = content["model"]["vocab"]
+    first, last = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+    path.write_text(json.dumps(content))
+    with pytest.raises(TemplateError, match="a token of the base's tokenizer has changed"):
+        Template.load(saved, TextTokenizer.from_folder(folder))
+
+
 def test_naming_a_template_mends_a_row_whose_text_the_base_leaves_out(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "Hi"},

@@ -34,6 +34,9 @@ SAID = [
     ("use_dora", True, "the adapter is DoRA, but the run was trained with LoRA"),
     ("use_dora", "yes", "not true or false"),
     ("rank_pattern", {"q_proj": 8}, "rank_pattern"),
+    ("layers_to_transform", 0, "layers_to_transform"),
+    ("lora_alpha", 10**400, "no positive number"),
+    ("target_modules", ["q_proj", "v_proj", "lm_head"], "also selects lm_head"),
     ("peft_type", "IA3", "no LoRA"),
 ]
 FREE = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "fan_in_fan_out")

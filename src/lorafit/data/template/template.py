@@ -162,6 +162,7 @@ class Template:
             "jinja": self.source,
             "sha256": self.sha256,
             "tokenizer_sha256": self.tokenizer.content_hash,
+            "vocabulary_sha256": self.tokenizer.vocabulary_hash,
             "stop_ids": list(self.stop_ids),
             "stop_tokens": list(self.stop_tokens),
             "golden": golden,
@@ -179,6 +180,8 @@ class Template:
         recorded = list(saved["stop_ids"])
         if template.source != saved["jinja"] or not template._ends_with(recorded, saved.get("stop_tokens")):
             raise _differs(path, "its template or stop token has changed")
+        if not _has_vocabulary(tokenizer, saved):
+            raise _differs(path, "a token of the base's tokenizer has changed")
         # an older release recorded fewer of the tokens that end an answer; the run was taught all of them
         template._layout.stop_ids = tuple(dict.fromkeys([*recorded, *template.stop_ids]))
         for golden in saved["golden"]:
@@ -270,6 +273,12 @@ def _saved(path: Path) -> dict[str, Any]:
             fix="restore the run directory",
         )
     return dict(saved)
+
+
+def _has_vocabulary(tokenizer: TextTokenizer, saved: dict[str, Any]) -> bool:
+    """Return True if every token is as `saved`. Older releases saved no vocabulary, only golden prompts."""
+    is_same = saved.get("tokenizer_sha256") == tokenizer.content_hash
+    return is_same or saved.get("vocabulary_sha256", tokenizer.vocabulary_hash) == tokenizer.vocabulary_hash
 
 
 def _proves_something(saved: dict[str, Any]) -> bool:

@@ -159,6 +159,14 @@ class TextTokenizer:
         definition = json.dumps([self._backend.to_str(), self._frame, self._backend.encode_special_tokens, self.named])
         return hashlib.sha256(definition.encode()).hexdigest()
 
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """SHA-256 of every token with its id, and of the merges; the same in every release of tokenizers."""
+        merges = json.loads(self._backend.to_str())["model"].get("merges") or ()
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        content = json.dumps([sorted(self._backend.get_vocab(with_added_tokens=True).items()), pairs])
+        return hashlib.sha256(content.encode()).hexdigest()
+
 
 def _plain(files: TokenizerFiles) -> TextTokenizer | None:
     """Return the tokenizer of tokenizer.json, or None if transformers would change it on loading."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,6 +274,10 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     """
     files = AdapterFiles.open(folder)
     weights = fitting_weights(model, files)
+    outside = matching(files.targets, [name for name, _ in model.named_modules()]) - set(weights)
+    if outside:
+        what = f"target_modules also selects {min(outside)}, for which the adapter has no weights"
+        raise AdapterError(what, where=str(folder / CONFIG_FILE))
     with as_parameters(model):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
     load_rows(adapted.get_base_model(), files.rows(), str(folder))
@@ -327,7 +332,7 @@ def _check_plain(raw: dict[str, Any], folder: Path) -> None:
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"a {raw.get('peft_type')} adapter is no LoRA adapter", where=where)
     for key, value in raw.items():
-        if key in FREE_KEYS or key == "peft_type" or not value or value == _jsonable(defaults.get(key)):
+        if key in FREE_KEYS or key == "peft_type" or _is_unset(value) or value == _jsonable(defaults.get(key)):
             continue
         raise AdapterError(f"the adapter sets {key}, which plain LoRA does not have", where=where)
     targets = raw.get("target_modules")
@@ -342,12 +347,16 @@ def _check_plain(raw: dict[str, Any], folder: Path) -> None:
 
 def _scale(raw: dict[str, Any], folder: Path) -> float:
     alpha = raw.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
-        raise AdapterError(f"alpha {alpha} is no positive number", where=str(folder / CONFIG_FILE))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
+        raise AdapterError(f"alpha {alpha!r:.40} is no positive number", where=str(folder / CONFIG_FILE))
     scale = alpha / (math.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"])
     if scale > MAX_SCALE:
         raise AdapterError(f"the scale alpha / r = {scale:g} is over {MAX_SCALE:g}", where=str(folder / CONFIG_FILE))
     return scale
+
+
+def _is_unset(value: Any) -> bool:
+    return not value and type(value) not in (int, float)  # layers_to_transform: 0 is the first layer
 
 
 def _is_name(target: Any) -> bool:
