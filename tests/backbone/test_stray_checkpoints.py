@@ -1,11 +1,13 @@
 """A folder that is no plain base says what it is, and its fix works."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorafit.backbone.base_checkpoint import Checkpoint
-from lorafit.config import base_folder, resolve
-from lorafit.errors import BackboneError
+from lorafit.backbone.base_checkpoint import Checkpoint, base_damages
+from lorafit.config import base_folder, resolve, served_stop_ids
+from lorafit.errors import BackboneError, UsageError
 
 
 @pytest.fixture
@@ -24,7 +26,10 @@ def test_tensors_of_an_unmerged_adapter_are_refused(base):
     folder, tensors = base
     name = "model.layers.0.self_attn.q_proj.weight"
     for stray in ({"model.layers.0.self_attn.q_proj.lora_A.default.weight": tensors[name].clone()},
-                  {name.replace(".weight", ".base_layer.weight"): tensors[name].clone()}):  # fmt: skip
+                  {name.replace(".weight", ".base_layer.weight"): tensors[name].clone()},
+                  {name.replace("q_proj.weight", "q_proj.lokr_w1"): tensors[name].clone()},
+                  {"model.embed_tokens.modules_to_save.default.weight": tensors[name].clone()},
+                  {f"base_model.model.{name}": tensors[name].clone()}):  # fmt: skip
         save_file({**tensors, **stray}, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(BackboneError, match=r"an unmerged adapter lies in the base \(1 tensors"):
             Checkpoint.open(folder)
@@ -44,6 +49,47 @@ def test_an_adapter_as_base_is_called_one(tmp_path):
         (tmp_path / "adapter_config.json").write_text(config)
         with pytest.raises(BackboneError, match=f"adapter, not a base; .*--base {base} --set init_adapter="):
             base_folder(str(tmp_path))
+
+
+def test_a_run_a_gguf_file_and_weights_alone_are_called_what_they_are(tmp_path):
+    run = tmp_path / "run"
+    for name in ("adapter", "checkpoints/step-000004"):
+        (run / name).mkdir(parents=True)
+    (run / "run.yaml").write_text("")
+    (run / "fingerprint.json").write_text("{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "model.safetensors").write_bytes(b"")
+    said = {run: "a run of lorafit, not a base; merge it first with 'lorafit merge", tmp_path / "model.gguf": "GGUF",
+            run / "checkpoints" / "step-000004": "lorafit merge .*run'", tmp_path: "GGUF",
+            tmp_path / "alone": "weights but no config", tmp_path / "none": "not a folder"}  # fmt: skip
+    for place, words in said.items():
+        with pytest.raises(BackboneError, match=words):
+            base_folder(str(place))
+
+
+WRONG = {
+    "eos_token_id": ([10**30], ["1"], [None], [1.0], True, "1"), "pad_token_id": ([0], "x"),
+    "repetition_penalty": (0, -1.0, "hot"), "temperature": (float("nan"), "hot"),
+}  # fmt: skip
+
+
+def test_generation_settings_that_no_answer_can_follow_are_refused_before_training(base):
+    folder, _ = base
+    path = folder / "generation_config.json"
+    for settings in [json.dumps({key: value}) for key, values in WRONG.items() for value in values] + ["[1]"]:
+        path.write_text(settings)
+        assert [str(path)] == [damage.where for damage in base_damages(folder)], settings
+    path.write_text('{"eos_token_id": [-1, 1, 1, 99999999], "pad_token_id": -1, "own": {}, "temperature": 0}')
+    assert base_damages(folder) == []
+    assert served_stop_ids([1], folder) == (1, 99999999)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udcff"])
+def test_a_path_that_not_every_library_opens_is_refused(name):
+    for key in ("base", "out", "init_adapter"):
+        with pytest.raises(UsageError, match="another name"):
+            resolve(flags={key: name})
 
 
 @pytest.mark.parametrize(("given", "kept"), [("none", ()), ("all", ("all",)), ("none,tensorboard", ("tensorboard",))])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafit.backbone.published_weights import LazyTensor, dense_view, read_stored
-from lorafit.config import read_json
+from lorafit.config import generation_settings, read_json
 from lorafit.errors import BackboneError, VerificationError
 from lorafit.shapes.dimensions import published_in
 
@@ -24,7 +24,10 @@ SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
 WHOLE_FILE_BYTES = 64 << 20
 AGAIN = "download the base again"
-STRAY = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.|\.base_layer\.")
+STRAY = re.compile(
+    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.base_layer\.|^base_model\.model\."
+    r"|\.(?:modules_to_save|original_module|token_adapter)\.|\.(?:lokr_w|hada_[wt])\d|\.(?:ia3_l|oft_[rs])(?:\.|$)"
+)
 """Names that PEFT gives to tensors of an adapter, and to those beneath one."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -142,9 +145,9 @@ class Checkpoint:
 
 
 def base_damages(folder: Path) -> list[BackboneError]:
-    """Return an error for every missing, truncated or unreadable file of the base.
+    """Return an error for every missing, truncated or unreadable file of the base, and for settings no answer ends by.
 
-    The list is empty when `Checkpoint.open` would succeed.
+    The list is empty when `Checkpoint.open` and `generation_settings` would succeed.
     """
     found: list[BackboneError] = []
     single = [folder / SINGLE] if (folder / SINGLE).is_file() else []
@@ -159,9 +162,9 @@ def base_damages(folder: Path) -> list[BackboneError]:
             _header(path)
         except BackboneError as error:
             found.append(error)
-    if not found:
+    for check in (generation_settings, *(() if found else (Checkpoint.open,))):
         try:
-            Checkpoint.open(folder)
+            check(folder)
         except BackboneError as error:
             found.append(error)
     return found

@@ -127,6 +127,8 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     if isinstance(error, OSError):
         path = str(error.filename) if error.filename else None
         return LorafitError(error.strerror or str(error), where=path, fix="check the disk and the path")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return UsageError("a path holds a NUL character", fix="remove it")
     if any(words in str(error) for words in UNREADABLE):
         return LorafitError(str(error).strip().splitlines()[0], fix="check the disk and the path")
     if type(error).__name__ == "Abort":

@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 from typing import Literal
 
-from lorafit.config.foreign_text import read_json
+from lorafit.config.other_folders import not_a_base
 from lorafit.errors import BackboneError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -30,18 +30,12 @@ def base_folder(base: str, revision: str | None = None, *, weights: bool = False
         raise BackboneError("no base model was named", fix="pass --base with a local folder or a hub id")
     local = Path(base).expanduser()
     if local.is_dir():
-        if not (local / "config.json").is_file() and (local / "adapter_config.json").is_file():
-            named = read_json(local / "adapter_config.json", BackboneError).get("base_model_name_or_path") or "ITS_BASE"
-            fix = f"to train it further, pass --base {named} --set init_adapter={local}"
-            raise BackboneError("this folder is an adapter, not a base", where=str(local), fix=fix)
         if not (local / "config.json").is_file():
-            raise BackboneError(
-                "no config.json in the base's folder", where=str(local), fix="point --base at a model folder"
-            )
+            raise not_a_base(local)
         return local
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or base.endswith("/")
     if looks_local or local.exists():
-        raise BackboneError("the base is not a folder", where=base, fix="point --base at a folder with a config.json")
+        raise not_a_base(local)
     return _snapshot(base, revision, weights)
 
 

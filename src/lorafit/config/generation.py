@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,25 @@ INHERITED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 """Generation settings that older models keep in config.json."""
 PLAIN = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
 """The defaults of transformers for the settings that choose the next token."""
+TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
+MOST_TOKENS = 1 << 31
+"""Token ids are below; torch reads no larger ones beside its 32-bit indices."""
 
 
 def generation_settings(base: Path) -> dict[str, Any]:
     """Return the generation settings of the model in the folder `base`, as transformers reads them.
 
-    Without a generation_config.json they come from config.json. Raises BackboneError for a damaged file.
+    Without a generation_config.json they come from config.json. Raises BackboneError for a damaged file, and for a
+    value that would stop an answer, or end none.
     """
     path = base / GENERATION_FILE
-    return _read(path) if path.is_file() else _inherited(base)
+    if not path.is_file():
+        return _inherited(base)
+    found = _read(path)
+    problem = next(_problems(found), None)
+    if problem is not None:
+        raise BackboneError(problem, where=str(path), fix="correct it, or remove it from the file")
+    return found
 
 
 def served_stop_ids(trained: Iterable[int], base: Path) -> tuple[int, ...]:
@@ -45,6 +56,26 @@ def sampling_settings(base: Path) -> dict[str, Any]:
         for key, usual in PLAIN.items()
         if found.get(key) not in (None, usual) and (samples or key == "repetition_penalty")
     }
+
+
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each value that transformers would fail on, or read as something else."""
+    for key in TOKENS:
+        if not _is_token(settings.get(key), may_be_list=key == "eos_token_id"):
+            yield f"{key} is {settings[key]!r:.40}, and no token's id"
+    for key in ("temperature", "top_p", "repetition_penalty"):
+        value = settings.get(key)
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+            yield f"{key} is {value!r:.40}, and no number from 0"
+    if settings.get("repetition_penalty") == 0:
+        yield "repetition_penalty is 0, by which scores are divided"
+
+
+def _is_token(value: Any, *, may_be_list: bool) -> bool:
+    """Return True for None, a token id, -1 for no token, and with `may_be_list` for a list of ids."""
+    if may_be_list and isinstance(value, list):
+        return all(type(one) is int and -1 <= one < MOST_TOKENS for one in value)
+    return value is None or (type(value) is int and -1 <= value < MOST_TOKENS)
 
 
 def _inherited(base: Path) -> dict[str, Any]:

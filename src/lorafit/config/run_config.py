@@ -25,6 +25,8 @@ OTHER_MAKERS = re.compile(
     re.IGNORECASE,
 )
 """GPUs that torch's CUDA does not run on."""
+UNREADABLE = re.compile("[\\0\ud800-\udfff]")
+"""Characters of a path that not every library opens: a NUL, and what Python makes of bytes that are not UTF-8."""
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear", "all-linear+experts"]
 PRESETS: tuple[str, ...] = get_args(TargetPreset)
@@ -158,6 +160,14 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("base", "out", "init_adapter")
+    @classmethod
+    def _is_text(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if UNREADABLE.search(value or ""):  # safetensors and tokenizers open no such path
+            what = f"{value!r:.80} holds a NUL or bytes that are not UTF-8"
+            raise UsageError(what, where=info.field_name, fix="give the folder another name")
+        return value
 
     @field_validator("select", "ignore", "report_to", "trainable_tokens", "new_tokens", mode="before")
     @classmethod

@@ -119,3 +119,11 @@ def test_a_recipes_line_that_repeats_a_default_is_shown_as_one(capsys):
     rank, epochs, defaults = capsys.readouterr().out.splitlines()
     assert rank.split() == ["rank", "8", "recipe"] and epochs.split() == ["epochs", "9.0", "flag"]
     assert defaults.strip() == "default: seed 0"
+
+
+def test_an_error_shows_a_name_with_a_terminal_code_and_works_in_a_removed_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    show_error("a\x1b[31mb: no such folder; pass ünï🔥")
+    assert capsys.readouterr().err == "error: a\\x1b[31mb: no such folder; pass ünï🔥\n"

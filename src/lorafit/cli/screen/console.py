@@ -151,7 +151,7 @@ def show_error(sentence: str, label: str = "error") -> None:
     """Print one sentence on stderr. The exit code is independent of the output."""
     colour = "bold red" if label == "error" else "bold yellow"
     with steady(ERRORS):
-        ERRORS.print(Text.assemble((f"{label}: ", colour), near(sentence)), soft_wrap=True)
+        ERRORS.print(Text.assemble((f"{label}: ", colour), near(visible(sentence))), soft_wrap=True)
 
 
 def is_follower() -> bool:
@@ -223,9 +223,16 @@ def show_next(*commands: tuple[str, str], title: str = "next") -> None:
         PEOPLE.print(f"{head} [cyan]{escape(command)}[/cyan]{why}", soft_wrap=True)
 
 
+def visible(text: str) -> str:
+    """Return `text` with its control characters but line ends as escapes: a file's name may hold a terminal's codes."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 def near(text: str) -> str:
     """Return `text` with paths in the current folder made relative."""
-    return text.replace(f"{Path.cwd()}{os.sep}", "")
+    with contextlib.suppress(FileNotFoundError):  # the current folder is removed
+        text = text.replace(f"{Path.cwd()}{os.sep}", "")
+    return text
 
 
 def typed(*words: str) -> str:
