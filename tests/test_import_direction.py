@@ -9,7 +9,7 @@ SRC = Path(__file__).parent.parent / "src" / "lorafit"
 # a room may import the rooms of lower levels, never its own level's neighbours or anything above
 LEVELS = [
     ["errors"],
-    ["findings"],
+    ["findings", "plugins"],
     ["config", "programs"],
     ["runs"],
     ["data"],
@@ -27,7 +27,19 @@ LEVELS = [
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SEAMS = {"bitsandbytes": "backbone", "peft": "methods"}
-NO_TORCH = {"errors", "findings", "config", "programs", "runs", "data", "hardware", "shapes", "memory", "planning"}
+NO_TORCH = {
+    "errors",
+    "findings",
+    "plugins",
+    "config",
+    "programs",
+    "runs",
+    "data",
+    "hardware",
+    "shapes",
+    "memory",
+    "planning",
+}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -1,14 +1,12 @@
 """Objectives are chosen by name, and made of the model's vocabulary loss."""
 
-from typing import get_args
-
 from lorafit.config import RunConfig
 from lorafit.engine import VocabularyLoss
 from lorafit.objectives import OBJECTIVES, Sft, objective_of
 
 
-def test_the_setting_takes_every_objective_and_no_other():
-    assert set(get_args(RunConfig.model_fields["objective"].annotation)) == set(OBJECTIVES)
+def test_the_settings_default_is_the_built_in_objective():
+    assert {RunConfig().objective} == set(OBJECTIVES)
 
 
 def test_the_settings_choose_the_objective_and_it_gets_the_models_loss(monkeypatch):

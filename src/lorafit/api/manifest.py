@@ -28,6 +28,7 @@ from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
 from lorafit.methods.full import WeightsSnapshot
 from lorafit.methods.full.sharding import is_sharded
+from lorafit.plugins import OBJECTIVES, plugin_names, plugin_release
 from lorafit.runs import (
     ADAPTER,
     LAYOUT,
@@ -72,11 +73,13 @@ def new_run_id() -> str:
     return uuid.uuid4().hex
 
 
-def environment() -> dict[str, Any]:
-    """Return what else decides the last bits of a run: versions, device, CPU threads."""
+def environment(config: RunConfig | None = None) -> dict[str, Any]:
+    """Return what else decides the last bits of a run: versions, of a plug-in in `config` too, device, CPU threads."""
     on_gpu = torch.cuda.is_available()
     here: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     here["lorafit"] = __version__  # a checkout on PYTHONPATH has no installed version
+    if config is not None and config.objective in plugin_names(OBJECTIVES):
+        here["objective"] = plugin_release(OBJECTIVES, config.objective)
     here["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     return here if on_gpu else here | {"threads": torch.get_num_threads()}
 
@@ -113,7 +116,7 @@ class Manifest:
         if self.known is not None:
             return self.known
         fingerprint = fingerprint_of(self.resolved.config, self.template, self.planned.prepared)
-        return RunIdentity(self.run_id, fingerprint, environment())
+        return RunIdentity(self.run_id, fingerprint, environment(self.resolved.config))
 
     def write(self, identity: RunIdentity) -> RunIdentity:
         """Write the files that describe the run, and return its identity with their hashes.
@@ -302,9 +305,10 @@ def _note_changes(
     run: RunDir, identity: RunIdentity, layout: Mapping[str, Any], checkpoint: Checkpoint | None, events: EventLog
 ) -> None:
     """Record an event if machine or layout differ from those at the run's start."""
-    settings = run.config().model_dump(mode="json")
+    config = run.config()
+    settings = config.model_dump(mode="json")
     began = {key: settings.get(key, value) for key, value in layout.items()} | dict(identity.environment)
-    now = {**layout, **environment()}
+    now = {**layout, **environment(config)}
     if checkpoint is not None:  # a resumed run never uses larger micro-batches than before
         for key in ("micro_tokens", HELD_OUT_TOKENS):
             now[key] = min(now[key], began["micro_tokens"])

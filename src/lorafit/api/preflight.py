@@ -17,6 +17,7 @@ from lorafit.errors import BackboneError, LorafitError, PlanError, RunDirError
 from lorafit.export import DEFAULT_FORMAT, format_named
 from lorafit.findings import Finding, Severity
 from lorafit.hardware import Hardware
+from lorafit.objectives import maker_of
 from lorafit.runs import RunDir
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
@@ -31,8 +32,10 @@ KINDS: dict[str, type[LorafitError]] = {"S001": BackboneError, "S002": RunDirErr
 def before_reading(config: RunConfig, run: RunDir) -> list[Finding]:
     """Return the findings that need neither data nor plan.
 
-    The checks are the files of a local base, the output folder and the clock.
+    The checks are the files of a local base, the output folder and the clock. Raises UsageError for an objective that
+    cannot be loaded.
     """
+    maker_of(config.objective)
     local = Path(config.base).expanduser()
     return [
         *(_base_files(local) if local.is_dir() else ()),

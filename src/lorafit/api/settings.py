@@ -11,10 +11,12 @@ from lorafit.config.setting_aliases import our_name
 from lorafit.data import Template, TextTokenizer, token_ids
 from lorafit.data.new_tokens.grown_settings import with_new_tokens
 from lorafit.errors import UsageError
+from lorafit.plugins import OBJECTIVES, plugin_names
 from lorafit.runs import RunDir, with_initial_adapter
 from lorafit.runs.lookup import find_target
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
+BUILT_IN_OBJECTIVE = str(RunConfig.model_fields["objective"].default)
 
 
 def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any]) -> Resolved:
@@ -39,12 +41,22 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
     if not recipes:
         _refuse_other_data(names, settings.get("data"))
         flags = _absolute({**settings, **({"data": tuple(names)} if names else {})})
-        return with_new_tokens(with_initial_adapter(resolve(flags=flags)))
+        return _completed(resolve(flags=flags))
     if len(names) > 1:
         raise UsageError("a recipe takes no other data files", where=recipes[0], fix="use --set data=FILE")
     path = Path(recipes[0])
     named = _absolute(_beside(load_recipe(path), path.parent))
-    return with_new_tokens(with_initial_adapter(resolve(named, _absolute(settings))))
+    return _completed(resolve(named, _absolute(settings)))
+
+
+def _completed(resolved: Resolved) -> Resolved:
+    """Return the settings with those of an initial adapter and of new tokens, and a known objective."""
+    chosen, *known = resolved.config.objective, BUILT_IN_OBJECTIVE, *plugin_names(OBJECTIVES)
+    if chosen not in known:
+        what = f"'{chosen:.40}' is neither built in nor a plug-in of an installed package"
+        fix = f"choose {' or '.join(known)}, or install the package that brings it"
+        raise UsageError(what, where="objective", fix=fix)
+    return with_new_tokens(with_initial_adapter(resolved))
 
 
 def _refuse_other_data(names: list[str], also: Any) -> None:

@@ -45,7 +45,10 @@ def merge(
     ] = None,
     export_format: Annotated[
         str,
-        typer.Option("--format", help="safetensors; for llama.cpp gguf-f16, -bf16, -q8_0, -q6_k, -q5_k_m or -q4_k_m."),
+        typer.Option(
+            "--format",
+            help="safetensors; for llama.cpp gguf-f16, -bf16, -q8_0, -q6_k, -q5_k_m or -q4_k_m; or a plug-in.",
+        ),
     ] = "safetensors",
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],

@@ -72,7 +72,9 @@ class RunConfig(BaseModel):
     method: Literal["lora", "full"] = Field(
         "lora", description="training method: lora, low-rank adapters on a frozen base; or full, every weight"
     )
-    objective: Literal["sft"] = Field("sft", description="the loss: sft, cross entropy over supervised tokens")
+    objective: str = Field(
+        "sft", description="the loss: sft, cross entropy over supervised tokens; or the name of a plug-in"
+    )
     goal: Goal = Field("balanced", description="aim of the decision matrix")
     serving: Literal["auto", "merged", "adapters"] = Field("auto", description="how the result is served")
     quantization: Literal["nf4", "none"] = Field("nf4", description="the frozen base: nf4 (double quantized) or none")

@@ -30,7 +30,7 @@ ADVICE = {
     "goal": "Use budget to pay less, accuracy for many rows, tenants for one base with many adapters.",
     "serving": "Use adapters when one base serves several of them.",
     "method": "Use full for the most accuracy from many rows, where every weight fits the memory.",
-    "objective": "Leave it: sft is the only objective today.",
+    "objective": "Leave it, or install a package with a loss of your own.",
     "quantization": "Use none when the base fits in 16 bits and accuracy matters most.",
     "compute": "Leave it on auto; try fp8 on Hopper or newer for speed.",
     "init_adapter": "Set it to teach a trained adapter new rows; its rank and targets come with it.",

@@ -235,14 +235,14 @@ class Step:
 
     Attributes:
         micro_batches: All micro-batches of the step.
-        supervised: Supervised tokens of the step, by which the loss is divided.
+        supervised: Weight of the step, by which the loss is divided; for SFT its supervised tokens.
         tokens: Tokens of the step.
         rows: Indices of the step's rows.
         idle: Micro-batches at the end that add nothing, so that all processes run as many.
     """
 
     micro_batches: Sequence[MicroBatch]
-    supervised: int
+    supervised: float
     tokens: int
     rows: tuple[int, ...] = ()
     idle: int = 0

@@ -16,6 +16,7 @@ from lorafit.runs import RunDir, RunIdentity
 LINEAGE_FILE = "lineage.json"
 CARD_SETTINGS = (
     "method",
+    "objective",
     "rank",
     "alpha",
     "init_lora_weights",

@@ -29,10 +29,10 @@ class Objective(Protocol):
         """Pack the rows at `indices` into one micro-batch, on the host."""
         ...
 
-    def weight(self, rows: Rows, indices: Indices | None = None) -> int:
+    def weight(self, rows: Rows, indices: Indices | None = None) -> float:
         """Return the divisor of the loss for these rows, or for all. For SFT it counts supervised tokens.
 
-        The rows of a step must have a weight above 0.
+        The weights of two sets of rows add up to that of both. The rows of a step must have a weight above 0.
         """
         ...
 

@@ -265,7 +265,7 @@ class TrainingLoop:
             step, loss_of = self.state.global_step, self.schedule.loss
             total = self.memory_retry.evaluate(step, rows, loss_of, lambda: stops and self.signals.stop is not None)
         self.model.train(was_training)
-        return None if total is None else float(total) / max(self.steps.objective.weight(rows), 1)
+        return None if total is None else float(total) / (self.steps.objective.weight(rows) or 1)
 
     def _report_evaluation(self, loss: float, prefix: str = "eval") -> dict[str, float]:
         step, metrics = self.state.global_step, {f"{prefix}_loss": loss}

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from lorafit.data import Record
 from lorafit.export import ExportFormat, Verification
 from lorafit.export.finished_run import FinishedRun, Golden
-from lorafit.export.formats import OwnTokenizer, Row
+from lorafit.export.formats import OwnTokenizer, Row, Safetensors
 from lorafit.export.serving import (
     MODELFILE,
     ServingFile,
@@ -72,13 +72,16 @@ class Finishing:
         """Prove the export in `staged`; verdicts, serving.json and a Modelfile are written too."""
         files = sorted(staged.glob("*.gguf"))
         dtype = str(form.dtype).removeprefix("torch.")
-        serving = None if files else Serving(merged_settings(dtype) | {"served-model-name": NAME}, staged, NAME)
+        is_merged = isinstance(form, Safetensors)  # transformers, vLLM and SGLang load no other format
+        serving = Serving(merged_settings(dtype) | {"served-model-name": NAME}, staged, NAME) if is_merged else None
         proved = self.prove(staged, live, form, verification, serving)
         record_proofs(staged, proved.proofs)
         if files:
             self.write_modelfile(staged, files[0].name)
-        commands = gguf_commands(files[0].name, self.run.folder.name.lower()) if files else merged_commands(dtype)
-        name = "merged" if form.library_name == "transformers" else form.name
+        commands = merged_commands(dtype) if is_merged else ()
+        if files:
+            commands = gguf_commands(files[0].name, self.run.folder.name.lower())
+        name = "merged" if is_merged else form.name
         precision = form.name.removeprefix("gguf-") if files else dtype
         ServingFile.of(name, precision, commands, self.run.template).write(staged)
         return proved
@@ -111,7 +114,8 @@ class Finishing:
             answers = expected.compare(served)
         proofs = [EngineProof.of(_engine_of(form), prompts, verification, answers)]
         if serving is None:
-            return Proved([*proofs, EngineProof.absent("Ollama", IN_OLLAMA)], findings)
+            in_ollama = [EngineProof.absent("Ollama", IN_OLLAMA)] if form.library_name == "gguf" else []
+            return Proved([*proofs, *in_ollama], findings)
         if not self.asks_vllm:
             return Proved([*proofs, EngineProof.absent("vLLM", NOT_ASKED)], findings)
         messages = [each.messages for each in conversations]

@@ -19,6 +19,7 @@ from lorafit.export.formats.export_format import (
 )
 from lorafit.export.formats.gguf import GGUF_FORMATS, Gguf
 from lorafit.export.formats.safetensors import Safetensors
+from lorafit.plugins import EXPORT_FORMATS, load_plugin, plugin_names
 
 __all__ = [
     "DEFAULT_FORMAT",
@@ -39,16 +40,20 @@ __all__ = [
 
 DEFAULT_FORMAT = Safetensors.name
 FORMATS: dict[str, ExportFormat] = {DEFAULT_FORMAT: Safetensors(), **GGUF_FORMATS}
-"""Every export format by its name."""
+"""Every built-in export format by its name."""
 
 
 def format_named(name: str) -> ExportFormat:
-    """Return the export format called `name`. Raises UsageError for an unknown name."""
-    if name not in FORMATS:
-        *others, last = FORMATS
+    """Return the export format `name`, built in or of an installed package. Raises UsageError for an unknown name."""
+    if name in FORMATS:
+        return FORMATS[name]
+    plugins = plugin_names(EXPORT_FORMATS)
+    if name not in plugins:
+        *others, last = *FORMATS, *plugins
         fix = f"choose {', '.join(others)} or {last}"
         raise UsageError(f"'{name:.40}' is not an export format", where="export_format", fix=fix)
-    return FORMATS[name]
+    form: ExportFormat = load_plugin(EXPORT_FORMATS, name, ExportFormat)()
+    return form
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
