@@ -139,7 +139,7 @@ def plain_loss(base: Path, rows: Rows, seed: int) -> float:
     for row in epoch_order(len(rows), seed, 0)[:STEP_ROWS]:
         ids, mask = torch.from_numpy(rows.ids(int(row)).astype(np.int64)), torch.from_numpy(rows.mask(int(row)))
         with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         total += float(cross_entropy(logits[mask[1:]].float(), ids[1:][mask[1:]], reduction="sum"))
         count += int(mask[1:].sum())
     return total / count
@@ -160,9 +160,9 @@ def compared(run: Path, base: Path) -> dict[str, Any]:
     (folder,) = (run / "exports").glob("merged-*")
     ours: Any = load_whole(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        wanted, got = tuned(input_ids=ids).logits, ours(input_ids=ids).logits
+        wanted, got = (one(input_ids=ids, use_cache=False).logits for one in (tuned, ours))
         with tuned.disable_adapter():
-            moved = float((tuned(input_ids=ids).logits - wanted).norm() / wanted.norm())
+            moved = float((tuned(input_ids=ids, use_cache=False).logits - wanted).norm() / wanted.norm())
     return {"logits_difference": float((got - wanted).norm() / wanted.norm()), "adapter_moves": moved}
 
 

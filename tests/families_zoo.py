@@ -48,7 +48,14 @@ VISION: Mapping[int, tuple[str, ...]] = {
     32: ("hidden_size", "embed_dim", "d_model", "output_dim", "projection_dim"),
     48: ("intermediate_size", "mlp_dim"),
     1: ("num_hidden_layers", "depth", "num_layers", "num_global_layers"),
-    2: ("num_attention_heads", "num_heads", "attention_heads", "num_key_value_heads"),
+    2: (
+        "num_attention_heads",
+        "num_heads",
+        "attention_heads",
+        "num_key_value_heads",
+        "encoder_attention_heads",
+        "encoder_layers",
+    ),
     28: ("image_size",),
     14: ("patch_size",),
     64: ("out_hidden_size", "vision_output_dim", "projector_output_dim", "projector_input_dim"),
@@ -68,7 +75,7 @@ WRAPPERS = (
 
 AXES = frozenset(
     "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr paddleocr_vl hunyuan_vl cosmos3_edge "
-    "qwen3_5 qwen3_5_moe ernie4_5_vl_moe".split()
+    "qwen3_5 qwen3_5_moe ernie4_5_vl_moe qwen2_5_omni_thinker qwen3_omni_moe_thinker glmga".split()
 )
 """Families whose positions have three axes: time, height and width."""
 OWN: dict[str, dict[str, Any]] = {
@@ -107,12 +114,19 @@ OWN: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1, 2, 3],
                         "vision_config": {"hidden_size": 64}, "downsample_rate": "1/2"},
     "mllama": {"architectures": ["MllamaForConditionalGeneration"]},
-    "emu3": {"architectures": ["Emu3ForConditionalGeneration"]},
+    "emu3": {"architectures": ["Emu3ForConditionalGeneration"],
+             "vocabulary_map": {"<image>": 600, "<|visual token 000000|>": 601}},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},  # 2 layers × 2 cycles × (3 inner + 1)
     "longcat_flash": {"qk_head_dim": 16},
     "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32,
                "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "nemotron_h_omni": {},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32],
+                 "attn_layers": ["local", "lsh"] * 2},
+    "xlnet": {"d_head": 16},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 600, "vision_end_token_id": 601, "audio_start_token_id": 602,
+                             "audio_end_token_id": 603},
+    "chameleon": {"vocabulary_map": {"<image>": 600, "IMGIMGA": 601}},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""
 

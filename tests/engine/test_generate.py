@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from families_zoo import small_config
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
 from lorafit.engine import generate, use_packed_attention
@@ -58,3 +60,13 @@ def test_a_stream_gives_the_answer_token_by_token(model):
     seen = []
     (answer,) = generate(model, [PROMPTS[1]], [2], max_new_tokens=6, on_token=seen.append)
     assert seen[: len(answer)] == answer
+
+
+def test_a_decoder_with_more_layers_than_its_encoder_answers():
+    """As Blenderbot's 3 B has: 24 over 2; transformers' own cache has as many layers as the encoder."""
+    config = small_config("blenderbot")
+    config.encoder_layers = config.num_hidden_layers = 1
+    assert config.decoder_layers > config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config).eval()
+    [answer] = generate(model, [[5, 6, 7]], [1], max_new_tokens=3)
+    assert len(answer) <= 3

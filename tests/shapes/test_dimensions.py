@@ -1,6 +1,7 @@
 import pytest
 
 from lorafit.errors import BackboneError
+from lorafit.shapes import ModelShape
 from lorafit.shapes.dimensions import Dimensions, holds, noise_keys, read_dimensions, size
 from lorafit.shapes.families import FAMILIES
 from planning_shapes import LLAMA_8B
@@ -61,3 +62,12 @@ def test_a_jitter_that_routing_needs_outside_training_is_no_noise():
     jitter = {"router_jitter_noise": 0.01, "input_jitter_noise": 0.01}
     assert noise_keys({"model_type": "phimoe", **jitter}) == ("input_jitter_noise",)
     assert noise_keys({"model_type": "mixtral", **jitter}) == tuple(jitter)
+
+
+def test_latent_attention_needs_a_key_for_every_head():
+    """transformers' eager attention repeats the keys of latent attention for groups, and fails on other numbers."""
+    config = {"model_type": "deepseek_v3", "kv_lora_rank": 16, "num_attention_heads": 4, "num_key_value_heads": 1}
+    with pytest.raises(
+        BackboneError, match=r"must be the second where attention is latent; set num_key_value_heads to 4"
+    ):
+        ModelShape.from_config(config, "a-base")

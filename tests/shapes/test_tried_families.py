@@ -1,6 +1,7 @@
 """The table of families is what the package's own rules give, and says so in the terminal."""
 
 import json
+import re
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_every_row_that_does_not_work_says_why():
     assert [one.name for one in tried.families] == sorted({one.name for one in tried.families})
     for one in tried.families:
         assert one.works != bool(one.reason), one.name
-        assert "Error:" not in one.reason, f"{one.name} crashes"
+        assert not re.match(r"\w+Error:", one.reason), f"{one.name} crashes"
 
 
 def test_the_command_shows_the_table_and_one_family(capsys):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from lorafit.backbone import unwrapped
 from lorafit.engine.attention.packed import unpacked
 from lorafit.engine.logits import evaluating
 
@@ -86,11 +87,27 @@ def _batch(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_ids),
         pad_token_id=filler,
-        use_cache=True,
+        use_cache=_fits_cache(model),
         streamer=_TokenStream(on_token) if on_token else None,
         **sampling,
     )
     return [_until_stop(row, stop_ids) for row in made[:, longest:].tolist()]
+
+
+STATES = frozenset({"linear_attention", "conv"})
+"""Kinds of layers whose cache holds a state and no keys."""
+
+
+def _fits_cache(model: Any) -> bool:
+    """Return False for a decoder whose cache transformers makes too small, or cannot read.
+
+    The cache of an encoder-decoder has as many layers as the encoder, which may be fewer (Blenderbot). The length of a
+    cache without keys is unknown (Qwen 3.5 without full attention).
+    """
+    text = unwrapped(model).config.get_text_config(decoder=True)
+    cached = getattr(text, "num_hidden_layers", None)
+    is_small = isinstance(cached, int) and getattr(text, "decoder_layers", cached) > cached
+    return not is_small and not STATES.issuperset(getattr(text, "layer_types", None) or ("full_attention",))
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -201,12 +201,16 @@ def require_causal(config: Mapping[str, Any], name: str) -> None:
 def require_groups(text: Mapping[str, Any], name: str) -> None:
     """Raise BackboneError when the query heads cannot be shared out among the heads of keys and values."""
     heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
-    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+    if not isinstance(heads, int) or not isinstance(groups, int) or groups <= 0:
+        return
+    # latent attention makes keys for every head, and transformers would still repeat them for groups
+    latent = text.get("kv_lora_rank") and heads != groups
+    if heads % groups or latent:
         raise BackboneError(
             f"config.json says num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be "
-            "a multiple of the second",
+            + ("the second where attention is latent" if latent else "a multiple of the second"),
             where=name,
-            fix="choose another base",
+            fix=f"set num_key_value_heads to {heads}" if latent else "choose another base",
         )
 
 

@@ -97,6 +97,7 @@ def test_a_vision_tower_is_counted_beside_the_decoder(tmp_path):
         ({"model_type": "brand_new"}, "transformers does not support the model type 'brand_new'"),
         ({"model_type": "brand_new", "auto_map": {}}, "needs Python code from its checkpoint"),
         ({"model_type": "t5"}, "no causal language model"),
+        ({"model_type": "prophetnet", "is_encoder_decoder": False}, "predicts several tokens at once"),
         ({"model_type": "nemotron", "hidden_size": "wide"}, "not valid"),
     ],
 )

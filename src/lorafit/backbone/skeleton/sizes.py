@@ -103,7 +103,10 @@ def _require_layers(model: nn.Module, text: Any, layers: list[nn.Module]) -> Non
 
 
 def _require_causal(model: nn.Module, decoder: nn.Module) -> None:
-    """Raise BackboneError for an encoder."""
+    """Raise BackboneError for an encoder, and for a decoder that predicts several tokens at once."""
+    if getattr(architecture_of(model).get_text_config(), "ngram", 1) > 1:
+        what = f"{type(decoder).__name__} predicts several tokens at once: its tokens see later tokens"
+        raise BackboneError(what, fix="choose a causal language model")
     attentions = [part for part in decoder.modules() if isinstance(getattr(part, "is_causal", None), bool)]
     # transformers only warns of an encoder's causal class without is_decoder
     asks = "is_decoder" in inspect.getsource(type(model).__init__) and not getattr(
