@@ -57,8 +57,14 @@ def test_the_original_is_taken_where_its_loss_is_as_good_and_both_rows_are_kept(
     assert {key: pytest.approx(loss, abs=1e-4) for key, loss in first.items()} == second
 
 
-def test_a_merge_requantized_in_memory_is_the_one_that_loads_in_four_bits_from_disk(tiny_run, tmp_path):
-    folder = merge(tiny_run.run.path, onto="quantized", out=tmp_path / "model").folder
+def test_a_merge_requantized_in_memory_is_the_one_that_loads_in_four_bits_from_disk(tiny_run, decided, tmp_path):
+    merged = merge(tiny_run.run.path, onto="quantized", out=tmp_path / "model")
+    folder, alone, second = merged.folder, merged.verification, decided.verification
+    # what the first of two candidates measured of the live model is what each measures of it alone
+    assert (second.onto, second.rows) == (alone.onto, alone.rows) == ("quantized", second.rows)
+    assert second.floor.kl == pytest.approx(alone.floor.kl) and second.base.kl == pytest.approx(alone.base.kl)
+    assert second.merged.kl == pytest.approx(alone.merged.kl)
+    assert [proof.answers for proof in decided.proofs] == [proof.answers for proof in merged.proofs]
     config = tiny_run.resolved.config
     trained = method_of(config).trained_weights(tiny_run.run.adapter, config)
     ids = some_ids()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Proved(NamedTuple):
 
 @dataclass(frozen=True)
 class Finishing:
-    """Hold the parts of a run that prove its exports.
+    """Hold the parts of a run that prove its exports. All are compared with the same live model.
 
     Attributes:
         run: the run.
@@ -67,6 +67,7 @@ class Finishing:
     records: Sequence[Record]
     rows: Sequence[Row]
     asks_vllm: bool = False
+    _known: list[LiveAnswers] = field(default_factory=list, init=False, repr=False)
 
     def finish(self, staged: Path, live: nn.Module, form: ExportFormat, verification: Verification) -> Proved:
         """Prove the export in `staged`; verdicts, serving.json and a Modelfile are written too."""
@@ -108,7 +109,7 @@ class Finishing:
         found, findings = self._prompt_ids(folder, form, conversations)
         trained = [each.ids for each in conversations]
         prompts = Prompts.of(found, trained)
-        expected = LiveAnswers.of(live, asked, self.run.template)
+        expected = self._live_answers(live)
         weight = next(live.parameters())
         with form.open(folder, weight.device, getattr(torch, verification.live_dtype)) as served:
             answers = expected.compare(served)
@@ -121,6 +122,12 @@ class Finishing:
         messages = [each.messages for each in conversations]
         subjects = Subjects(messages, trained, [row.prompt for row in asked], expected, self.rows)
         return Proved([*proofs, prove_in_vllm(serving, subjects, live, verification)], findings)
+
+    def _live_answers(self, live: nn.Module) -> LiveAnswers:
+        """Return the live model's greedy answers, which are computed once."""
+        if not self._known:
+            self._known.append(LiveAnswers.of(live, self._asked, self.run.template))
+        return self._known[0]
 
     def _prompt_ids(
         self, folder: Path, form: ExportFormat, prompts: Sequence[Golden]

@@ -92,6 +92,7 @@ class MergeProof:
             export_format=form,
             reference=reference,
             original=self._original(onto),
+            earlier=self.verification,
         )
         if isinstance(form, Gguf) and form.importance and self.weighing is not None:
             self.weighing.with_it = measured.merged

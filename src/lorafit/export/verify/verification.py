@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,7 @@ def verify(
     export_format: ExportFormat,
     reference: Reference | None = None,
     original: Path | None = None,
+    earlier: Verification | None = None,
 ) -> Verification:
     """Open the artefact in `folder` from disk, and compare it with `live_model` on `rows`.
 
@@ -111,8 +112,9 @@ def verify(
     the folder of that base. Without it, or if those weights cannot be run, such a merge fails only if it is further
     from the live model than the base alone and does the task worse.
 
-    `reference` has the live model's probabilities if they are known. Rows whose log-probabilities exceed 1 GiB in all
-    are left out. A mixture may pass in its median row (`_judge_routed`). verification.json is written to the folder.
+    `reference` has the live model's probabilities if they are known, and `earlier` an earlier verification with that
+    reference; its floor and base are taken in the same precisions. Rows whose log-probabilities exceed 1 GiB in all are
+    left out. A mixture may pass in its median row (`_judge_routed`). verification.json is written to the folder.
     """
     started = time.monotonic()
     usable = [row for row in (Row(*each) for each in rows) if len(row.predicting)]
@@ -121,10 +123,7 @@ def verify(
     live, dtype, stored = TransformersModel(live_model), _compute_dtype(live_model), export_format.dtype
     reference = reference or Reference.of(live, usable)
     rounded = partial(_in_the_other_precision, live_model, dtype, stored)
-    with rounded():
-        floor = reference.compare(live)
-    with method.without(live_model):
-        base = reference.compare(live)
+    floor, base = _floor_and_base(live, reference, rounded, partial(method.without, live_model), dtype, stored, earlier)
     exact = over_stored_weights(live_model, original, usable, rounded) if original else None
     with export_format.open(folder, next(live_model.parameters()).device, dtype) as artefact:
         merged, exactly = reference.compare(artefact), _exactly(exact, artefact)
@@ -135,6 +134,24 @@ def verify(
     verification = _judged(measured, live_model, lossy=export_format.lossy)
     write_text(folder / VERIFICATION_FILE, json.dumps(verification.to_dict(), indent=2) + "\n")
     return verification
+
+
+def _floor_and_base(
+    live: OpenedModel,
+    reference: Reference,
+    rounded: Callable[[], AbstractContextManager[Any]],
+    without: Callable[[], AbstractContextManager[Any]],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    earlier: Verification | None,
+) -> tuple[Comparison, Comparison]:
+    """Return the live model's comparison with itself, rounded and without its adapter."""
+    if earlier is not None and (earlier.live_dtype, earlier.merged_dtype) == (_name(dtype), _name(stored)):
+        return earlier.floor, earlier.base
+    with rounded():
+        floor = reference.compare(live)
+    with without():
+        return floor, reference.compare(live)
 
 
 def verified_in(
