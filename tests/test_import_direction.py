@@ -1,6 +1,7 @@
 """The house's one rule: arrows between rooms point one way, lazy imports counted."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,15 @@ def room_of(path: Path) -> str:
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +92,7 @@ def test_bitsandbytes_and_peft_have_one_seam_each(path: Path) -> None:
 def test_only_cli_prints(path: Path) -> None:
     if room_of(path) == "cli":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{path}:{node.lineno} prints"
     assert not any(name.split(".")[0] == "rich" for name in imports_of(path)), f"{path} imports rich"
