@@ -1,10 +1,10 @@
 """The file campaign: let single file operations of each command fail, and see what it says and leaves behind.
 
-`python bench/file_faults.py` counts the file operations of train, chat, merge, export, eval, check --fix and a server's
-start, and repeats each command with one of them failing (a full disk, a read error). The command must refuse in one
-sentence or end in the undisturbed result, and must end in it when it is asked again. `--each N` chooses how many
-operations of each command fail, spread evenly; `--short` is one write and one read of three commands. Needs a C
-compiler and Linux. Exit code 1 when a command fell over, or left something that stops it.
+`python bench/file_faults.py` counts the file operations of ten commands (plan, train, its resuming, chat, merge, two
+exports, eval, check --fix, a server's start), and repeats each with one of them failing (a full disk, a read error).
+The command must refuse in one sentence or end in the undisturbed result, and must end in it when it is asked again.
+`--each N` chooses how many operations of each command fail, spread evenly; `--short` is one write and one read of three
+commands. Needs a C compiler and Linux. Exit code 1 when a command fell over, or left something that stops it.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from fault_subjects import make_base, write_rows
 
 from lorafit.api.load import load
 from lorafit.api.merge import merge
+from lorafit.api.plan import plan
 from lorafit.api.ship.eval import eval as evaluate
 from lorafit.api.ship.export import export
 from lorafit.api.train import train
@@ -66,6 +67,17 @@ def exported(place: Path) -> Path:
     return made.folder / "adapters" / "one" / "adapter_model.safetensors"
 
 
+def as_gguf(place: Path) -> Path:
+    export(place / "run", to="gguf", quantization="q8_0", out=place / "gguf")
+    return place / "gguf" / "model-Q8_0.gguf"
+
+
+def planned(place: Path) -> str:
+    made = plan(place / "rows.jsonl", str(place / "base"), **SETTINGS)
+    told = made.plan.to_dict()
+    return repr([told["steps"], told["method"], told["fits"]])
+
+
 def evaluated(place: Path) -> str:
     return repr(evaluate(place / "run", limit=2, max_new_tokens=2, out=place / "eval.json").to_dict()["metrics"])
 
@@ -83,8 +95,10 @@ def served(place: Path) -> str:
 
 COMMANDS: dict[str, Command] = {
     "train": trained, "chat": answered, "merge": merged, "export": exported, "eval": evaluated,
-    "check --fix": fixed, "serve": served,
+    "check --fix": fixed, "serve": served, "resume": trained, "gguf": as_gguf, "plan": planned,
 }  # fmt: skip
+STARTS = {"train": "rows", "check --fix": "rows", "plan": "rows", "resume": "half"}
+"""What a command begins with: rows and a base, or half a run; any other a finished run."""
 KINDS = {"writes": (WRITES, errno.ENOSPC), "reads": (READS, errno.EIO)}
 
 
@@ -137,7 +151,7 @@ def campaign(folder: Path, whole: dict[str, Path], names: list[str], each: int) 
     failures = []
     for name in names:
         for kind, (ops, error) in KINDS.items():
-            command, start = COMMANDS[name], whole["rows" if name in ("train", "check --fix") else "run"]
+            command, start = COMMANDS[name], whole[STARTS.get(name, "run")]
             count, wanted = operations(command, fresh(folder, start), ops)
             found: Counter[str] = Counter()
             for turn in chosen(count, each):
@@ -180,6 +194,9 @@ def main() -> int:
         shutil.copytree(whole["rows"], whole["run"])
         code, _, said = attempt(trained, whole["run"], {"SHIM_PREFIX": "/nowhere"})
         assert code == 0, said
+        whole["half"] = Path(shutil.copytree(whole["run"], folder / "half"))
+        shutil.rmtree(whole["half"] / "run" / "adapter")
+        shutil.rmtree(max((whole["half"] / "run" / "checkpoints").glob("step-*")))
         print("| command | operations | of them | failed in turn | refused in one sentence | same result | wrong | "
               "same result when asked again |")  # fmt: skip
         print("|---|---|---|---|---|---|---|---|")

@@ -1,10 +1,9 @@
-"""The tampering campaign: change each file of a finished run, and see whether train, chat and merge notice.
+"""The tampering campaign: change each file of a finished run, and see whether a command notices.
 
 `python bench/tampering.py` flips bytes of every file at several offsets, cuts and empties it, puts a link or a pipe in
-its place, and then trains, chats and merges. Each must refuse in one sentence, or give the undisturbed result.
-`--short` is the form that the test suite runs: one offset and a link, `merge`'s checks without a model, which are all
-of `chat`'s and the held-out rows'. Exit code 1
-when a command took something up in silence or fell over.
+its place, and then trains, chats, merges, exports, evaluates and loads it to serve. Each must refuse in one sentence,
+or give the undisturbed result. `--short` is the form that the test suite runs: one offset and a link, `chat`'s and
+`merge`'s checks without a model. Exit code 1 when a command took something up in silence or fell over.
 """
 
 import argparse
@@ -25,14 +24,19 @@ from fault_subjects import make_base, write_rows
 
 from lorafit.api.load import load
 from lorafit.api.merge import merge, template_of, verification_rows
+from lorafit.api.ship.eval import eval as evaluate
+from lorafit.api.ship.export import export
 from lorafit.api.train import train
 from lorafit.errors import RunFinished
 from lorafit.runs import RunDir, require_trained_run
+from lorafit.serve.engines import Limits
+from lorafit.serve.http import ServerOptions
+from lorafit.serve.launch import Keys, make_server
 
 OFFSETS = (0.0, 0.13, 0.37, 0.5, 0.71, 0.93, 1.0)
 SETTINGS = {"max_steps": 4, "save_steps": 2, "holdout": 0.3, "examples_per_step": 4, "lr": 5e-3, "rank": 4}
 QUESTION = "Route this ticket to a queue.\nThe courier lost my red lamp."
-VERBS = ["train", "chat", "merge"]
+VERBS = ["train", "chat", "merge", "export", "eval", "serve"]
 
 
 def flip(place: float) -> Callable[[Path, Path], None]:
@@ -95,8 +99,22 @@ class Commands:
         assert merged.passed
         return _digest(merged.folder / "model.safetensors")
 
+    def export(self, run: Path) -> str:
+        made = export(run, to="adapter", out=run.parent / "adapters", name="one", verify_in="none")
+        return _digest(made.folder / "adapters" / "one" / "adapter_model.safetensors")
+
+    def eval(self, run: Path) -> str:
+        return repr(evaluate(run, limit=2, max_new_tokens=2).to_dict()["metrics"])
+
+    def serve(self, run: Path) -> str:
+        server = make_server([run], Keys("k" * 16, "a" * 16), limits=Limits(2), options=ServerOptions())
+        prompt = server.engine.base.template.prompt_ids([{"role": "user", "content": QUESTION}])
+        answer = server.engine.answer(prompt, run.name, 6)
+        server.engine.stop(0)
+        return repr([prompt, answer])
+
     def all(self) -> dict[str, Callable[[Path], str]]:
-        return {"train": self.train, "chat": self.chat, "merge": self.merge}
+        return {verb: getattr(self, verb) for verb in VERBS}
 
 
 def _digest(path: Path) -> str:

@@ -397,6 +397,18 @@ def test_a_fault_of_ours_asks_for_a_report_without_a_trace(run, data, monkeypatc
     assert "internal error (ZeroDivisionError: division by zero)" in err
 
 
+def test_memory_that_does_not_suffice_to_tell_an_error_ends_in_one_sentence():
+    program = (
+        "import lorafit.cli.app as app\n"
+        "def full(*_): raise MemoryError\n"
+        "app._as_lorafit_error = full\n"
+        "app.main(['chat', 'nowhere'])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: the memory that this process may use is full; free some, or raise its limit\n"
+
+
 @pytest.mark.parametrize("problem", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
 def test_full_memory_is_one_sentence_with_a_fix(run, data, monkeypatch, problem):
     from lorafit.api import check as room

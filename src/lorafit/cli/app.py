@@ -110,9 +110,13 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        ours = _as_lorafit_error(error, given)
-        flags.named_as_typed(ours, given)
-        _end(ours, as_json=JSON_FLAG in given)
+        try:
+            ours = _as_lorafit_error(error, given)
+            flags.named_as_typed(ours, given)
+            _end(ours, as_json=JSON_FLAG in given)
+        except MemoryError:  # not even enough is left to tell it well
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, FULL_MEMORY)
+            os._exit(LorafitError.exit_code)
 
 
 def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
@@ -141,6 +145,7 @@ def _as_lorafit_error(error: Exception, given: list[str]) -> LorafitError:
     return internal
 
 
+FULL_MEMORY = b"error: the memory that this process may use is full; free some, or raise its limit\n"
 UNREADABLE = ("unable to open file <", "unable to mmap ", "(os error ")
 """What torch, in a RuntimeError, and Rust's libraries, in a bare Exception, say of a file that the disk denies."""
 OUT_OF_MEMORY = ("can't start new thread", "can't allocate memory", "cannot allocate memory", "failed to map segment")
