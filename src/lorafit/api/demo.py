@@ -5,6 +5,7 @@ It goes through data, train, exact match, merge and verify.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from lorafit.api.observer import Observer
 from lorafit.api.train import TrainedRun, train
 from lorafit.config import load_recipe
 from lorafit.demo import BASE, RECIPE, task_named, write_split
-from lorafit.errors import UsageError
+from lorafit.errors import TrainingStopped, UsageError
 from lorafit.evaluate import ExactMatch, exact_match
 from lorafit.methods import method_of
 from lorafit.runs import RunDir
@@ -100,7 +101,10 @@ def demo(
     train_file, held_out_file = write_split(chosen, path / "data", seed, TRAIN_ROWS, HELD_OUT_ROWS)
     watch.data_written(train_file, held_out_file)
     settings = {**load_recipe(RECIPE), **SETTINGS[method], "seed": seed, "holdout": str(held_out_file)}
-    trained = train([train_file], str(BASE), out=run.path, observer=watch, **settings)
+    try:
+        trained = train([train_file], str(BASE), out=run.path, observer=watch, **settings)
+    except TrainingStopped as stopped:
+        raise _with_the_rest(stopped, run.path) from stopped
     after = exact_match(trained.model, trained.held_out_rows, trained.template)
     with method_of(trained.resolved.config).without(trained.model):
         before = exact_match(trained.model, trained.held_out_rows, trained.template)
@@ -108,6 +112,15 @@ def demo(
     merged = merge(trained.run.path)
     watch.on_merge(merged)
     return DemoResult(task, seed, before, after, trained, merged, time.perf_counter() - started)
+
+
+def _with_the_rest(stopped: TrainingStopped, run: Path) -> TrainingStopped:
+    """Return `stopped` with the commands for what the demo does after training."""
+    if stopped.fix is None:
+        return stopped
+    rest = " and ".join(shlex.join(["lorafit", verb, str(run)]) for verb in ("eval", "merge"))
+    number = stopped.exit_code - 128
+    return TrainingStopped(number, stopped.what, where=stopped.where, fix=f"{stopped.fix}; the demo's rest is: {rest}")
 
 
 def usual_path(task: str, seed: int, method: str = "lora") -> Path:
