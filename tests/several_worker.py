@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 
 import torch
@@ -95,9 +95,10 @@ def command(world, words, harm, output):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     launch.processes_to_start = lambda *_: 1 if "WORLD_SIZE" in os.environ else world
-    launch.launch = lambda count, given: launch.supervise(
-        count, lambda *words: one_process(harm, *words), *given, start_method="fork"
-    )
+    # a process that has asked for the GPUs cannot fork others that use them
+    way = "spawn" if torch.cuda.is_available() else "fork"
+    each = update_wrapper(partial(one_process, harm), one_process)  # the launcher asks for its name
+    launch.launch = lambda count, given: launch.supervise(count, each, *given, start_method=way)
     sys.argv = ["lorafit", *words]
     app.main()
 
