@@ -253,11 +253,9 @@ def test_a_conversation_in_one_text_is_named(tmp_path: Path) -> None:
 MAPPED: list[tuple[dict[str, Any], str]] = [
     ({"input": "ask", "output": "say"}, "none of instruction"),
     ({"Question": "ask", "Response": "say"}, "none of instruction"),
-    ({"Prompt": "ask", "Completion": "say"}, "none of instruction"),
     ({"question": "ask", "answer": "say"}, "none of instruction"),
     ({"id": 1, "left": "ask", "right": "say"}, "none of instruction"),
     ({"my question": "ask", "my answer": "say"}, "none of instruction"),
-    ({"contents": [{"role": "user", "parts": [{"text": "ask"}]}, {"role": "model", "parts": [{"text": "say"}]}]}, "none of"),
     ({"chat": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]}, "none of instruction"),
     ({"prompt": "ask", "chosen": "say", "rejected": "no"}, "preference data"),
     ({"question": "ask", "chosen": "say", "rejected": "no"}, "preference data"),

@@ -107,7 +107,7 @@ def test_more_than_text_in_a_turn_is_an_error_at_its_turn(held: dict[str, Any]) 
         parse_rows([{"messages": [{**USER, **held}, ASSISTANT]}])
 
 
-@pytest.mark.parametrize("turn", [{"content": "ask"}, {"role": None, "content": "ask"}, {"speaker": "A", "text": "x"}])
+@pytest.mark.parametrize("turn", [{"content": "ask"}, {"role": None, "content": "ask"}, {"mood": "A", "text": "x"}])
 def test_a_turn_without_a_role_says_so(turn: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="turn 1: the turn names no role"):
         parse_rows([{"messages": [turn, ASSISTANT]}])

@@ -31,6 +31,9 @@ MARKERS = {
 RESULT_MARK = "<tool_response>"
 """What templates with tools put around a result, and Hermes' data hold already."""
 
+SPOKEN_END = re.compile(r"(?m)^\s*(?:assistant|ai|bot|model):\s*\Z", re.IGNORECASE)
+"""How prompts end that were written for a model without a chat template."""
+
 # a cheap test that every text with a marker passes: most texts need only this
 MARKER_HINTS = ("<|", "### ", "INST]", "_of_turn>")
 CONTROL_BYTES = bytes(code for code in (*range(32), 127) if code not in (9, 10, 13))
@@ -56,7 +59,8 @@ PLACEHOLDERS = frozenset(
     (
         "n/a", "n.a", "nan", "null", "undefined", "todo", "tbd", "tba", "tbc", "fixme", "xxx", "placeholder",
         "see above", "see below", "as above", "same as above", "ditto", "lorem ipsum", "insert answer here",
-        "your answer here", "answer here", "to be done", "to be added", "coming soon", "fill in",
+        "your answer here", "answer here", "to be done", "to be added", "coming soon", "fill in", "#n/a", "#ref!",
+        "#value!", "#name?", "#div/0!", "#num!", "#null!",
     )
 )  # fmt: skip
 """Answers that stand for an answer that nobody has written."""
@@ -103,6 +107,8 @@ def _answers(record: Record) -> Iterator[Observation]:
         yield "D021", "every answer is flagged as not to be learnt"
     if record.turns[0].role == "user" and not record.turns[0].content.strip():
         yield "D014", "the prompt is empty"
+    if len(record.turns) > 1 and SPOKEN_END.search(record.turns[-2].content[-40:]):
+        yield "D040", f"'{record.turns[-2].content.split()[-1]}' at the end of a prompt"
     asked, answered = record.turns[-2:] if len(record.turns) > 1 else record.turns * 2
     if asked is not answered and asked.role == "user" and asked.content.strip() == answered.content.strip() != "":
         yield "D015", "the response is the prompt"

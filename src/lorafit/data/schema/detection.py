@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,4 +83,10 @@ def _awaits_choice(row: Fields, name: str) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+    if isinstance(value, dict):
+        return bool({"role", "from"} & set(value)) and all(isinstance(column, list) for column in value.values())
+    return isinstance(value, list) or (isinstance(value, str) and bool(LIST_AS_TEXT.match(value)))
+
+
+LIST_AS_TEXT = re.compile(r'\s*(?:\[|"\s*\[)')
+"""The beginning of a list in JSON, and of one that was written as JSON twice."""

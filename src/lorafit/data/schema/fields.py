@@ -91,7 +91,9 @@ def read_tools(row: Fields, name: str) -> tuple[Fields, ...] | Reject:
         tools = from_json(row[name]) if not is_empty(row[name]) else []
     except ValueError as error:
         return Reject("D012", f"the field '{name}' is a text that is no JSON ({error})", fix="write the list itself")
-    if isinstance(row[name], list):
+    if isinstance(tools, dict) and isinstance(tools.get("tools"), list):
+        tools = tools["tools"]  # Bedrock's toolConfig
+    if isinstance(row[name], list | dict):
         tools = without_null_members(tools)
     if not isinstance(tools, list):
         return Reject("D012", f"the field '{name}' is not a list of objects", fix="write a list of tool schemas")
@@ -177,27 +179,42 @@ def read_calls(value: Any, name: str) -> list[Fields] | Reject:
     return read
 
 
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+RESULTS = ("output", "result", "response", "tool_output", "tool_response")
+"""Members under which some logs keep a call's result inside of the call."""
+
+
 def _call(value: Any) -> Fields | Reject:
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = value.get("function", value.get("custom", value)) if isinstance(value, dict) else None
+    if isinstance(function, str):
+        function = {**value, "name": function, "function": None}
+    named = next((key for key in ("name", "toolName", "tool_name") if isinstance((function or {}).get(key), str)), "")
+    if not isinstance(function, dict) or not named:
         return Reject("D012", "a tool call has no name", fix='write {"name": …, "arguments": {…}}')
-    given = next((key for key in ("arguments", "parameters", "args", "input") if function.get(key) is not None), "")
-    arguments = _arguments(function.get(given))
+    given = [key for key in ARGUMENTS if function.get(key) is not None]
+    full = [key for key in given if not is_empty(function[key])] or given
+    if len(full) > 1 and any(function[key] != function[full[0]] for key in full):
+        return Reject("D012", f"the call has arguments in '{full[0]}' and in '{full[1]}'", fix="keep one of the two")
+    if held := next((key for one in (function, value) for key in RESULTS if not is_empty(one.get(key))), ""):
+        what = f"the call holds its own result ('{held}')"
+        return Reject("D012", what, fix='write the result as a turn of its own: {"role": "tool", "content": "…"}')
+    arguments = _arguments(function[full[0]] if full else None)
     if isinstance(arguments, Reject):
         return arguments
-    rest = {
-        key: part for key, part in function.items() if key not in ("name", given, "id", "type") and part is not None
-    }
-    rest.pop("arguments", None)
-    known = {"id": value["id"]} if value.get("id") is not None else {}
-    if function is not value:
-        apart = ("id", "type", "function")
-        known |= {key: part for key, part in value.items() if key not in apart and part is not None}
-    return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments, **rest}}
+    apart = (named, *ARGUMENTS, "id", "type", "function")
+    rest = {key: part for key, part in function.items() if key not in apart and part is not None}
+    identity = next((value[key] for key in ("id", "toolCallId", "call_id") if value.get(key) is not None), None)
+    known = {"id": identity} if identity is not None else {}
+    if function is not value and "function" not in function:
+        known |= {key: part for key, part in value.items() if key not in NOT_BESIDE and part is not None}
+    return {**known, "type": "function", "function": {"name": function[named], "arguments": arguments, **rest}}
+
+
+NOT_BESIDE = ("id", "type", "function", "custom", "toolCallId", "call_id")
 
 
 def _arguments(value: Any) -> Any:
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if is_empty(value):
         return {}
     try:
         arguments = from_json(value)

@@ -21,6 +21,7 @@ from lorafit.data.schema.fields import (
     read_tools,
     text_fault,
 )
+from lorafit.data.schema.names import respelled, spelling
 from lorafit.data.schema.parts import system_text
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
 from lorafit.data.schema.side_columns import (
@@ -28,20 +29,23 @@ from lorafit.data.schema.side_columns import (
     LAST_ONLY,
     ROW_FLAG,
     UNCLEAR_LISTS,
+    is_switch,
     last_only,
     row_flag_fault,
+    seeming_fault,
     suggested_places,
     with_flags,
     with_reasoning,
 )
+from lorafit.data.schema.turn_forms import turns_of
 from lorafit.data.schema.turns import MEDIA, REASONING_NAMES, exchange_in, read_message, read_turns
 from lorafit.data.sources.raw_row import Reject
 
 ANSWERS = ("response", "output", "completion", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 INPUTS = ("input", "context")
-TOOLS = ("tools", "functions")
-LISTS = ("messages", "conversations")
+TOOLS = ("tools", "functions", "available_tools", "toolConfig")
+LISTS = ("messages", "conversations", "contents", "conversation")
 MEANT = frozenset(
     (
         *SYSTEMS, *INPUTS, *TOOLS, *ANSWERS, *LISTS, *REASONING_NAMES, "instruction", "prompt", "question", "query",
@@ -53,6 +57,8 @@ MEANT = frozenset(
 SAYS_WHETHER = frozenset((*FLAG_LISTS, *UNCLEAR_LISTS, "label"))
 """Fields of a row by which it, or some of its turns, are kept from the loss; `label` is that of KTO's data."""
 EXCHANGE = frozenset((*SYSTEMS, *INPUTS, *TOOLS, *REASONING_NAMES, "history", KWARGS, LAST_ONLY))
+ROW_NAMES = MEANT | SAYS_WHETHER | {"answers", LAST_ONLY}
+"""Every name of a column that means something; spelled otherwise (`System`, `toolConfig`) it means the same."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Shape:
             "prompt": f"prompt/{self.answer}",
             "messages": "messages (OpenAI)",
             "conversations": "conversations (ShareGPT)",
+            "contents": "contents (Gemini)",
+            "conversation": "conversation (a list of turns)",
             "calls": "query/answers/tools (xLAM)",
             "text": "text (documents)",
         }
@@ -88,12 +96,15 @@ class Shape:
         by_kind = {
             "instruction": ("instruction", self.answer, *EXCHANGE),
             "prompt": ("prompt", self.answer, *EXCHANGE),
-            "messages": ("messages", *SYSTEMS, *TOOLS, KWARGS, LAST_ONLY),
-            "conversations": ("conversations", *SYSTEMS, *TOOLS, KWARGS, LAST_ONLY),
+            **{name: (name, *SYSTEMS, *TOOLS, KWARGS, LAST_ONLY) for name in LISTS},
             "calls": ("query", "answers", *SYSTEMS, *TOOLS, KWARGS),
             "text": ("text",),
         }
         return frozenset(by_kind[self.kind])
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return ROW_NAMES.union(self.mapped)
 
     @cached_property
     def _unused(self) -> frozenset[str]:
@@ -106,8 +117,7 @@ class Shape:
         read: Callable[[Fields, str], Record | Reject] = {
             "instruction": self._instruction,
             "prompt": self._prompt,
-            "messages": self._list,
-            "conversations": self._list,
+            **dict.fromkeys(LISTS, self._list),
             "calls": self._called,
             "text": self._document,
         }[self.kind]
@@ -123,7 +133,10 @@ class Shape:
                     return fault
             elif not is_empty(value) and not _is_said(value, record):
                 return f"the field '{self.mapped.get(name, name)}' is not used in rows of {self.title}"
-        return ""
+        for name in REASONING_NAMES:
+            if name in row and is_switch(row[name]):
+                return f"the field '{self.mapped.get(name, name)}' holds '{row[name]}', a switch and not a text"
+        return seeming_fault(row, self._known)
 
     def fix_of_lost(self, lost: str) -> str:
         """Return the fix for what `lost` says; empty if the shape has places that the general one names."""
@@ -135,11 +148,13 @@ class Shape:
 
     def unused(self, names: set[str]) -> list[str]:
         """Return the field names of the rows that this shape does not read, sorted."""
+        respelling = spelling(tuple(sorted(names - set(self.mapped.values()))), ROW_NAMES)
         taken = set(self.mapped.values())
         displaced = {ours for ours, theirs in self.mapped.items() if ours != theirs}
         # a text that several turns could mean, and flags that leave a turn out, are errors if they are not read
         read = self.used | set((*REASONING_NAMES, *FLAG_LISTS) if self.kind in LISTS else ())
-        return sorted(name for name in names if name not in taken and (name in displaced or name not in read))
+        unread = {name for name in names if respelling.get(name, name) not in read}
+        return sorted(name for name in names if name not in taken and (name in displaced or name in unread))
 
     def fix_of_unused(self, names: set[str]) -> str:
         """Return the way to use unused columns, with `--map` where their names say what they hold.
@@ -188,10 +203,11 @@ class Shape:
 def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
     """Return the row with each mapped field under lorafit's name in place of its own."""
     if not mapped:
-        return fields
+        return respelled(fields, ROW_NAMES)
     taken = set(mapped.values())
     kept = {name: value for name, value in fields.items() if name not in taken}
-    return kept | {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
+    ours = {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
+    return {**{name: value for name, value in respelled(kept, ROW_NAMES).items() if name not in ours}, **ours}
 
 
 def _is_said(value: Any, record: Record) -> bool:
@@ -283,7 +299,7 @@ def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
     found, holder = "", ""
     for name in names:
         value = row.get(name)
-        if is_empty(value):
+        if is_empty(value) or (name in REASONING_NAMES and is_switch(value)):
             continue
         if isinstance(value, list | dict) and name in SYSTEMS:
             value = system_text(value)
@@ -318,7 +334,7 @@ def _conversation(row: Fields, name: str, source: str) -> Record | Reject:
     if name not in row:
         return text_fault(row, name) or Reject("D010", f"no field '{name}'")
     try:
-        value = from_json(row[name])
+        value = turns_of(row[name])
     except ValueError:
         value = None
     if not isinstance(value, list):

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from lorafit.data.schema.fields import LOSS_FLAGS, Fields, from_json, is_empty, kind_of
+from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, with_words
 from lorafit.data.schema.records import REASONING, Turn
 from lorafit.data.schema.turns import UNCLEAR_FLAGS
-from lorafit.data.sources.raw_row import Reject
+from lorafit.data.sources.raw_row import Reject, excerpt
 
 FLAG_LISTS = ("weights", *LOSS_FLAGS)
 """Columns that may hold one loss flag for each turn, or for each answer."""
@@ -93,7 +94,7 @@ def last_only(turns: list[Turn], row: Fields) -> list[Turn] | Reject:
 
 PLACES = {
     "reasoning": re.compile(r"(?i)reason|think|thought|explanation|rationale|justification|(?:^|_)cot(?:_|$)"),
-    "system": re.compile(r"(?i)system|persona"),
+    "system": re.compile(r"(?i)system|persona|preamble|^instructions$|^meta_instruction$|^sys$"),
 }
 """Places that a shape may have, and how the names of columns that belong there read."""
 
@@ -130,3 +131,39 @@ def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
     if name in WEIGHTS and word not in ("none", *YES):
         return f"{ROW_FLAG} '{name}' is neither 0 nor 1, and every row counts the same"
     return ""
+
+
+SWITCHES = frozenset(
+    (
+        "on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high", "auto", "enabled", "disabled",
+        "0", "1",
+    )
+)  # fmt: skip
+"""Words that some data hold as `reasoning`: they say whether a model thought, and are nothing that it thought."""
+
+
+def is_switch(value: Any) -> bool:
+    """Return True for true, false and words that switch reasoning on or off."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in SWITCHES)
+
+
+def seeming_fault(row: Fields, known: frozenset[str]) -> str:
+    """Return what an unknown column seems to hold, if its name reads like a loss flag or like tools."""
+    for name in with_words(tuple(row), FLAG_WORDS, known):
+        flags = list_in(row[name])
+        keeps = are_flags(flags) and not all(flags) if flags else str(row[name]).strip().lower() == "false"
+        if keeps:
+            return f"the field '{excerpt(name, 30)}' seems to be a loss flag, and is not read"
+    for name in with_words(tuple(row), CALL_WORDS, known):
+        if _holds_tools(row[name]):
+            return f"the field '{excerpt(name, 30)}' seems to hold tools or calls"
+    return ""
+
+
+def _holds_tools(value: Any) -> bool:
+    """Return True for a list of objects that have names, or an object of them."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(
+        isinstance(one, dict) and {"name", "function", "toolName", "toolSpec"} & set(one) for one in value
+    )

@@ -7,45 +7,77 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorafit.data.schema.fields import FLAG_NAMES, Fields, is_empty, kind_of, loss_flag, read_calls, text_fault
-from lorafit.data.schema.parts import IMAGE_FIX, Parts, are_parts, read_parts
+from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, respelled, with_words
+from lorafit.data.schema.parts import IMAGE_FIX, Parts, are_parts, holds_media, read_parts, text_object
 from lorafit.data.schema.records import CALLS, REASONING, Turn
+from lorafit.data.schema.turn_forms import unwrapped
 from lorafit.data.sources.raw_row import Reject, excerpt
 
-CALL = "call"
+CALL, THOUGHT = "call", "thought"
 ROLES = {
-    "system": "system", "developer": "system",
+    "system": "system", "developer": "system", "platform": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
     "ai": "assistant", "chatbot": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
     "tool_result": "tool", "tool_results": "tool", "function_response": "tool", "function_call_output": "tool",
+    "tool_output": "tool", "tool_outputs": "tool",
     "function_call": CALL, "tool_call": CALL, "tool_calls": CALL,
+    "reasoning": THOUGHT, "thinking": THOUGHT, "thought": THOUGHT,
 }  # fmt: skip
 """Every name of a role that is read, and what it means."""
-SPEAKERS = ("role", "from", "type")
-MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+SPEAKERS = ("role", "from", "sender", "author", "speaker", "type")
+MEDIA = (
+    "image", "images", "image_url", "image_path", "image_file", "img", "video", "videos", "video_url", "video_path",
+    "audio", "audios", "audio_url", "audio_path", "attachments", "experimental_attachments",
+)  # fmt: skip
 """Fields of a turn or a row that hold something else than text."""
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 TURN_REASONING = (
     *REASONING_NAMES, "thought", "thoughts", "thinking_content", "reasoning_text", "cot", "chain_of_thought",
-    "rationale", "reasoning_details", "thinking_blocks",
+    "rationale", "think", "thought_process", "reasoning_trace", "reasoning_steps", "inner_monologue",
+    "internal_monologue", "scratchpad", "thinking_text", "tool_plan", "reasoning_details", "thinking_blocks",
 )  # fmt: skip
 """Names of an answer's reasoning in its turn; the last two are lists of blocks, OpenRouter's and LiteLLM's."""
 THOUGHT_TEXTS = ("text", "thinking", "summary")
 CONTENT_NAMES = ("content", "value", "parts", "text", "message", "output", "refusal")
-READ = frozenset((*SPEAKERS, "tool_calls", "function_call", *CONTENT_NAMES, *TURN_REASONING, *FLAG_NAMES))
+RESULT_NAMES = (*CONTENT_NAMES, "result", "results", "response", "tool_response", "tool_responses", "tool_result")
+"""Names of a text; the second list is a tool's."""
+CALL_NAMES = ("tool_calls", "function_call", "tool_call")
+READ = frozenset(("role", "from", "type", *CALL_NAMES, *CONTENT_NAMES, *TURN_REASONING, *FLAG_NAMES))
+READ_OF_TOOLS = READ.union(RESULT_NAMES)
+UNCLEAR_FLAGS = ("mask", "masked", "ignore", "ignore_loss", "no_loss", "exclude", "skip", "train_detail")
+"""Fields by which some tools keep an answer, or a part of it, from the loss; they do not agree on what means yes."""
+TURN_NAMES = READ | {*SPEAKERS, *RESULT_NAMES, *MEDIA, *UNCLEAR_FLAGS, "tool_call_id", "call_id", "name", "channel"}
+"""Every name of a turn's field that means something."""
 
 
 def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
     """Return the turns of a list of messages."""
     turns: list[Turn] = []
+    thoughts: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         read = exchange_in(message) or read_message(message)
+        if thoughts and not isinstance(read, Reject):
+            read = _after_thoughts(thoughts, read)
         if isinstance(read, Reject):
             fix = read.fix or ("write the turn's text into its 'content'" if read.code in ("D010", "D011") else "")
             return Reject(read.code, f"turn {number}: {read.reason}", fix=fix)
-        turns += read
-    return turns
+        thoughts = [turn for turn in read if turn.role == THOUGHT]
+        turns += [turn for turn in read if turn.role != THOUGHT]
+    return Reject("D012", "the last turn is reasoning without an answer", fix="add the answer") if thoughts else turns
+
+
+def _after_thoughts(thoughts: list[Turn], read: list[Turn]) -> list[Turn] | Reject:
+    """Return the turns, the first with the thoughts that stood before it in turns of their own."""
+    first = read[0]
+    if first.role not in ("assistant", THOUGHT):
+        return Reject("D012", f"reasoning stands before a turn of the {first.role}", fix="put it before an answer")
+    thought = "\n".join(part for part in (*(turn.content for turn in thoughts), first.reasoning) if part)
+    if first.role == THOUGHT:
+        return [Turn(THOUGHT, "\n".join(part for part in (thought, first.content) if part))]
+    extra = {**first.extra, REASONING: thought} if thought else first.extra
+    return [Turn(first.role, first.content, extra, first.loss), *read[1:]]
 
 
 PAIRS = (
@@ -60,6 +92,7 @@ def exchange_in(message: Any) -> list[Turn]:
     """Return the two turns of a question and its answer in one object; empty for anything else."""
     if not isinstance(message, dict) or "role" in message or "from" in message:
         return []
+    message = {name.lower() if isinstance(name, str) else name: value for name, value in message.items()}
     held = {name for name, value in message.items() if not is_empty(value)}
     for asks, says in PAIRS:
         if held == {asks, says} and isinstance(message[asks], str) and isinstance(message[says], str):
@@ -71,19 +104,46 @@ def read_message(message: Any) -> list[Turn] | Reject:
     """Return the turn of `message`, after the tool results inside it."""
     if not isinstance(message, dict):
         return Reject("D012", f"is {kind_of(message)}, not an object with role and content", fix=SHAPE_FIX)
-    speaker = next((message[name] for name in SPEAKERS if message.get(name) is not None), None)
-    if speaker is None:
+    if len(message) != 2 or "role" not in message:
+        message = respelled(unwrapped(message), TURN_NAMES)
+    holder = next((name for name in SPEAKERS if message.get(name) is not None), None)
+    if holder is None:
         return Reject("D012", "the turn names no role", fix=SHAPE_FIX)
-    role = ROLES.get(speaker) or ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    speaker = message[holder]
+    role = ROLES.get(speaker) or ROLES.get(_role_name(speaker)) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(sorted(ROLES))
         return Reject("D012", f"the role '{excerpt(str(speaker))}' is none of {known}", fix="use one of those roles")
     content = message.get("content")
-    if isinstance(content, str) and len(message) == 2 and role != CALL:
+    if isinstance(content, str) and len(message) == 2 and role not in (CALL, THOUGHT):
         return [Turn(role, content)]
+    if holder not in READ:
+        message = {("role" if name == holder else name): value for name, value in message.items() if name != "role"}
     if held := next((name for name in MEDIA if not is_empty(message.get(name))), ""):
         return Reject("D012", f"the turn holds more than text ('{held}')", fix=IMAGE_FIX)
+    if role == THOUGHT or (role == "assistant" and message.get("channel") == "analysis"):
+        return _thought_alone(message)
     return _called(message) if role == CALL else _full(role, message)
+
+
+def _role_name(speaker: str) -> str:
+    return speaker.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def _thought_alone(message: Fields) -> list[Turn] | Reject:
+    """Return a turn of reasoning: OpenAI's reasoning item, or gpt-oss' channel of analysis."""
+    if not is_empty(message.get("encrypted_content")) and is_empty(message.get("summary")):
+        return Reject("D012", "the reasoning is encrypted", fix="leave such rows out with --on-bad drop")
+    if calls := next((name for name in CALL_NAMES if not is_empty(message.get(name))), ""):
+        return Reject("D012", f"'{calls}' stands in a turn of reasoning", fix="write the calls into an answer")
+    found = _thought_in(message.get("summary")) or ""
+    if is_empty(found) and (parts := _content("assistant", message, True)):
+        if isinstance(parts, Reject):
+            return parts
+        found = parts.text or parts.reasoning
+    if not isinstance(found, str):
+        return Reject("D012", f"the reasoning is {kind_of(found)}, not text", fix=THOUGHT_FIX)
+    return [Turn(THOUGHT, found)]
 
 
 SHAPE_FIX = 'write {"role": "user", "content": "…"}'
@@ -91,20 +151,25 @@ SHAPE_FIX = 'write {"role": "user", "content": "…"}'
 
 def _full(role: str, message: Fields) -> list[Turn] | Reject:
     loss = loss_flag(message) if role != "assistant" else _unclear_flag(message) or loss_flag(message)
-    reasoned = _reasoning(message) if role == "assistant" else ""
-    calls = _calls(role, message)
+    reasoned = _reasoning(message)
+    calls = _unread_calls(role, message) or _calls(role, message)
     for part in (loss, reasoned, calls):
         if isinstance(part, Reject):
             return part
     assert isinstance(reasoned, str) and isinstance(calls, list) and not isinstance(loss, Reject)
+    if reasoned and role != "assistant":
+        return _misplaced("reasoning", role)
     parts = _content(role, message, bool(calls) or bool(reasoned))
     if isinstance(parts, Reject):
         return parts
     if parts.calls and role != "assistant":
         return _misplaced("a tool call", role)
+    if parts.reasoning and role != "assistant":
+        return _misplaced("reasoning", role)
     if parts.results and role == "assistant":
         return _misplaced("a tool's result", role)
-    extra = {name: value for name, value in message.items() if name not in READ and value is not None}
+    read = READ if role != "tool" else READ_OF_TOOLS
+    extra = {name: value for name, value in message.items() if name not in read and value is not None} | parts.beside
     if role == "tool" and "call_id" in extra:
         extra.setdefault("tool_call_id", extra.pop("call_id"))
     if thought := "\n".join(part for part in (reasoned, parts.reasoning) if part):
@@ -116,20 +181,38 @@ def _full(role: str, message: Fields) -> list[Turn] | Reject:
     return [*parts.results, Turn(role, parts.text, extra, loss)]
 
 
-UNCLEAR_FLAGS = ("mask", "masked", "ignore", "ignore_loss", "no_loss", "exclude", "skip", "train_detail")
-"""Fields by which some tools keep an answer, or a part of it, from the loss; they do not agree on what means yes."""
-
-
 def _unclear_flag(message: Fields) -> Reject | None:
     name = next((each for each in UNCLEAR_FLAGS if message.get(each) is not None), "")
+    names = with_words(tuple(message), FLAG_WORDS, TURN_NAMES) if not name else ()
+    name = name or next((each for each in names if is_flag(message[each])), "")
     if not name:
         return None
     what = f"the field '{name}' seems to be a loss flag, and tools do not agree on its sense"
     return Reject("D012", what, fix='write "weight": 1 into answers to learn and "weight": 0 into the others')
 
 
+def is_flag(value: Any) -> bool:
+    """Return True for what a loss flag may be: true, false, a number from 0 to 1, or a list of 0 and 1."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(one, bool | int | float) and one in (0, 1) for one in value)
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false")
+    return isinstance(value, bool | int | float) and 0 <= value <= 1
+
+
+def _unread_calls(role: str, message: Fields) -> Reject | None:
+    """Return the fault of a field that seems to hold tools, calls or results, under a name that is not read."""
+    apart = ("tools", "functions") if role == "system" else ()
+    for name in with_words(tuple(message), CALL_WORDS, TURN_NAMES):
+        if name not in apart and isinstance(message[name], list | dict) and message[name]:
+            what = f"the field '{excerpt(name, 30)}' seems to hold tools, calls or results, and is not read"
+            return Reject("D012", what, fix="write schemas as the row's 'tools', calls as 'tool_calls' of an answer")
+    return None
+
+
 def _misplaced(what: str, role: str) -> Reject:
-    return Reject("D012", f"{what} stands in a turn of the {role}", fix="calls are the assistant's, results the tool's")
+    fix = "reasoning and calls are the assistant's, results the tool's"
+    return Reject("D012", f"{what} stands in a turn of the {role}", fix=fix)
 
 
 def _called(message: Fields) -> list[Turn] | Reject:
@@ -151,7 +234,7 @@ def _called(message: Fields) -> list[Turn] | Reject:
 
 def _calls(role: str, message: Fields) -> list[Fields] | Reject:
     found: list[Fields] = []
-    for name in ("tool_calls", "function_call"):
+    for name in CALL_NAMES:
         if not message.get(name):
             continue
         if role != "assistant":
@@ -159,7 +242,9 @@ def _calls(role: str, message: Fields) -> list[Fields] | Reject:
         calls = read_calls(message[name], name)
         if isinstance(calls, Reject):
             return calls
-        found += calls
+        # some tools write one call in its old and its new form
+        known = [call["function"] for call in found]
+        found += [call for call in calls if call["function"] not in known]
     return found
 
 
@@ -198,15 +283,18 @@ def _thought_in(value: Any) -> Any:
 
 def _content(role: str, message: Fields, may_lack: bool) -> Parts | Reject:
     """Return the content of a turn. A list of text parts counts as one text."""
-    given = [each for each in CONTENT_NAMES if message.get(each) is not None]
+    names = RESULT_NAMES if role == "tool" else CONTENT_NAMES
+    given = [each for each in names if message.get(each) is not None]
     name = next((each for each in given if message[each] not in ("", [])), given[0] if given else "")
     value = message.get(name)
     if any(message[other] not in ("", [], value) for other in given if other != name):
         return Reject("D012", f"the turn has a text in '{name}' and another one beside it", fix="keep one of the two")
     if isinstance(value, str):
         return Parts(value)
-    if isinstance(value, list) and not (role == "tool" and not are_parts(value)):
+    if isinstance(value, list) and (role != "tool" or are_parts(value) or holds_media(value)):
         return read_parts(value)
+    if isinstance(value, dict) and role != "tool" and (inside := text_object(value)):
+        return read_parts(inside)
     if role == "tool" and value is not None:
         return Parts(json.dumps(value, ensure_ascii=False))  # what a tool returned is JSON, and becomes its text
     if value is None and may_lack:

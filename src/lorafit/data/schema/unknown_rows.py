@@ -115,9 +115,13 @@ def container(row: Any, where: str) -> tuple[str, str] | None:
     return (table(row, where) or _wrapper(row, where)) if isinstance(row, dict) and row else None
 
 
+NO_WRAPPERS = ("messages", "conversation", "contents", "tools", "functions", "choices", "completions", "answers")
+"""Names of lists that belong to one row."""
+
+
 def _wrapper(row: Fields, where: str) -> tuple[str, str] | None:
     lists = [name for name, value in row.items() if _is_rows(value)]
-    if len(lists) == 1 and not lists[0].startswith(("messages", "conversation")):
+    if len(lists) == 1 and not lists[0].startswith(NO_WRAPPERS):
         name = lists[0]
         return f"the file is one object whose '{excerpt(name, 30)}' holds the rows", _unpacked(where, f"d[{name!r}]")
     if _keyed(row):

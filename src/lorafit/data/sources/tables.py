@@ -140,6 +140,8 @@ def _pruned(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _pruned(cell) for name, cell in value.items() if cell is not None}
     if isinstance(value, list):
+        if value and all(isinstance(cell, tuple) for cell in value):  # Arrow's map
+            return {str(name): _pruned(cell) for name, cell in value if cell is not None}
         return [_pruned(cell) for cell in value]
     return value
 

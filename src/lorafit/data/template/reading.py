@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lorafit.data.schema.records import CALLS, REASONING
@@ -90,14 +91,28 @@ class Reading:
         content = message.get("content")
         if message.get("role") != "assistant" or not isinstance(content, str) or not _hints_at_tags(content):
             return message
-        found = split_thought(content, self.split_tags)
+        found = split_thought(content, self.split_tags) or self._in_other_capitals(content)
         has_answer = found and (found[1] or CALLS in message)
         if found and has_answer and (message.get(REASONING) or "").strip() in (found[0], ""):
             problems[REASONING_SPLIT] = None
             message = {**message, "content": found[1], **({REASONING: found[0]} if found[0] else {})}
-        if tags_in(message["content"], self.foreign_tags):
+        if tags_in(message["content"], self.foreign_tags) or self._is_open(message["content"]):
             problems[TAGS_LEFT] = None
         return message
+
+    @cached_property
+    def _own_tags(self) -> Tags:
+        return tuple(pair for pair in TAGS if pair not in self.foreign_tags)
+
+    def _in_other_capitals(self, content: str) -> tuple[str, str] | None:
+        """Return (reasoning, answer) where they stand apart by the template's own tags in other capitals."""
+        other = tuple(pair for pair in self._own_tags if pair[1] not in content and pair[1].lower() in content.lower())
+        return split_thought(content, other) if other and self.split_tags else None
+
+    def _is_open(self, content: str) -> bool:
+        """Return True if one of the template's own tags is opened and not closed, as in an answer that was cut off."""
+        lowered = content.lower()
+        return any(lowered.count(one.lower()) > lowered.count(other.lower()) for one, other in self._own_tags)
 
 
 def _hints_at_tags(content: str) -> bool:
