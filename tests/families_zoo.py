@@ -16,7 +16,6 @@ from lorafit.shapes import skeleton
 
 VOCABULARY = 640
 LAYERS = 4
-MOST_PARAMETERS = 8_000_000
 
 SMALL: Mapping[int, tuple[str, ...]] = {
     64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width", "mamba_d_ssm",

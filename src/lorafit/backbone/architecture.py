@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorafit.backbone.bare_weights import bare_weights
@@ -218,6 +219,11 @@ def linears_to_quantize(model: nn.Module) -> list[str]:
 def text_decoder(model: nn.Module) -> nn.Module:
     """Return the decoder of `model` that reads text, without a vision tower."""
     return cast(PreTrainedModel, model).get_decoder()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of `model` in order."""
+    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

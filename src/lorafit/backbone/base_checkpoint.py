@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from lorafit.backbone.published_weights import LazyTensor, dense_view, read_stored
 from lorafit.config import generation_settings, read_json
+from lorafit.config.stored_tensors import MAX_HEADER_BYTES, read_header
 from lorafit.errors import BackboneError, VerificationError
 from lorafit.shapes.dimensions import published_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100 << 20
 WHOLE_FILE_BYTES = 64 << 20
 AGAIN = "download the base again"
 STRAY = re.compile(
@@ -57,12 +56,12 @@ class Checkpoint:
         Raises BackboneError for missing, truncated or unreadable files, and for .bin files.
         """
         if (folder / SINGLE).is_file():  # transformers prefers this file to an index, too
-            single = cls(folder, {folder / SINGLE: _header(folder / SINGLE)})
+            single = cls(folder, {folder / SINGLE: read_header(folder / SINGLE)[0]})
             single._refuse_adapters()
             return single._dequantized()
         if not (folder / INDEX).is_file():
             raise _no_safetensors(folder)
-        checkpoint = cls(folder, {path: _header(path) for path in _indexed(folder)})
+        checkpoint = cls(folder, {path: read_header(path)[0] for path in _indexed(folder)})
         checkpoint._check_index()
         checkpoint._refuse_adapters()
         return checkpoint._dequantized()
@@ -159,7 +158,7 @@ def base_damages(folder: Path) -> list[BackboneError]:
         try:
             if not path.is_file():
                 raise _missing(path)
-            _header(path)
+            read_header(path)
         except BackboneError as error:
             found.append(error)
     for check in (generation_settings, *(() if found else (Checkpoint.open,))):
@@ -253,27 +252,3 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _missing(path: Path) -> BackboneError:
     return BackboneError(f"{path.name} is in the index but not in the folder", where=str(path.parent), fix=AGAIN)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise _truncated(path)
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise _truncated(path) from error
-    if 8 + length + end != size:
-        raise _truncated(path)
-    assert isinstance(header, dict)
-    return header
-
-
-def _truncated(path: Path) -> BackboneError:
-    return BackboneError(
-        "the file is truncated or not a safetensors file", where=str(path), fix="download or copy it again"
-    )

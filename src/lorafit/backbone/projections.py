@@ -13,10 +13,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.backbone.architecture import architecture_of, output_head, text_decoder, unwrapped
+from lorafit.backbone.architecture import architecture_of, decoder_layers, output_head, text_decoder, unwrapped
 from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.experts.frozen_experts import SUFFIX, FrozenExpertsLinear
 from lorafit.backbone.experts.layout import experts_to_quantize
@@ -76,7 +75,7 @@ def projections_of(model: nn.Module) -> tuple[Projection, ...]:
     The first layer that has a kind gives its place. Matrices outside the layers come last.
     """
     text, decoder = architecture_of(model).get_text_config(), text_decoder(model)
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     head, obstacles = output_head(model), adapter_obstacles(model)
     seen = set() if head is None else {id(head.weight)}
     experts, chosen = first_number(text, EXPERTS), first_number(text, EXPERTS_PER_TOKEN)

@@ -9,7 +9,6 @@ from pathlib import Path
 from lorafit.config.foreign_text import read_json
 from lorafit.errors import BackboneError
 
-MAX_BYTES = 64 << 20
 AT_A_FOLDER = "point --base at a folder with a config.json"
 
 

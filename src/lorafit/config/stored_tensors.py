@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 def read_header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
     """Return (tensor entries by name, offset of the data) of one safetensors file.
 
-    Raises BackboneError for a file that cannot be read, is cut off, or has a tensor outside its data.
+    Raises BackboneError for a file that cannot be read, is cut off, goes on after its last tensor, or has a tensor of
+    another size than its shape.
     """
     try:
         with path.open("rb") as file:
@@ -39,17 +40,20 @@ def read_header(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
     except OSError as error:
         raise BackboneError(f"cannot be read ({error.strerror})", where=str(path), fix="check the file") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BackboneError("is no whole safetensors file", where=str(path), fix="download the base again") from error
+        what = "the file is truncated or not a safetensors file"
+        raise BackboneError(what, where=str(path), fix="download or copy it again") from error
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
 
 
 def _check(entries: Mapping[str, Any], data_bytes: int) -> None:
-    for entry in _tensors(entries):
+    last = 0
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
         begin, end = entry["data_offsets"]
+        last = max(last, end)
         width = FLOATS[entry["dtype"]].itemsize if entry["dtype"] in FLOATS else 0
         if not 0 <= begin <= end <= data_bytes or (width and int(np.prod(entry["shape"])) * width != end - begin):
             raise ValueError("a tensor lies outside the file")
-
-
-def _tensors(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (entry for name, entry in entries.items() if name != "__metadata__")
+    if last != data_bytes:
+        raise ValueError("its data do not end with the file")

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone.architecture import text_decoder, unwrapped
+from lorafit.backbone.architecture import decoder_layers, unwrapped
 from lorafit.backbone.bitsandbytes_import import Params4bit
 from lorafit.backbone.kernels.frozen_linear import refresh_linears
 from lorafit.errors import BackboneError, TrainingError
@@ -172,11 +171,6 @@ def require_unchanged(model: nn.Module) -> None:
     """Raise TrainingError if a frozen weight that several processes share is no longer the one that was loaded."""
     if (shards := shards_of(model)) is not None:
         shards.require_unchanged()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers of `model` in order."""
-    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> nn.Module:

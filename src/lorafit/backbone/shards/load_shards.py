@@ -11,6 +11,7 @@ from torch import nn
 from lorafit.backbone.architecture import (
     compute_dtype,
     computes_in_fp8,
+    decoder_layers,
     default_device,
     is_prequantized,
     kept_in_fp32,
@@ -25,7 +26,7 @@ from lorafit.backbone.base_checkpoint import AGAIN, Checkpoint
 from lorafit.backbone.experts import experts_to_quantize
 from lorafit.backbone.kernels.frozen_linear import freeze_linears, quantize
 from lorafit.backbone.load import load_backbone, nf4_config
-from lorafit.backbone.shards.layer_shards import LayerShards, decoder_layers, install_shards, shard_layers
+from lorafit.backbone.shards.layer_shards import LayerShards, install_shards, shard_layers
 from lorafit.backbone.stored_weights import Reader, readers_of
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError

@@ -15,9 +15,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone.architecture import architecture_of, auto_class, text_decoder
+from lorafit.backbone.architecture import architecture_of, auto_class, decoder_layers, text_decoder
 from lorafit.backbone.skeleton.live_bytes import LiveBytes
 from lorafit.shapes.recurrence import CHUNKS
 
@@ -47,7 +46,7 @@ def recurrences_of(model: nn.Module) -> list[dict[str, Any]]:
 
     The list is empty if one of them cannot run without data.
     """
-    parts = [part for layer in _layers(model) for part in recurrent_parts(layer)]
+    parts = [part for layer in decoder_layers(model) for part in recurrent_parts(layer)]
     counts = Counter(type(part).__name__ for part in parts)
     architecture = architecture_of(model)
     chunk = next(_chunks(architecture.get_text_config()), CHUNK)
@@ -80,7 +79,7 @@ def _chunks(text: Any) -> Iterator[int]:
 def _sizes(model: nn.Module, lengths: Sequence[int], mode: FakeTensorMode) -> dict[str, tuple[list[int], list[int]]]:
     """Return, for each kind of recurrent module, the bytes kept and the peak of a row of each length."""
     firsts: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         for part in recurrent_parts(layer):
             firsts.setdefault(type(part).__name__, (layer, part))
     found = {}
@@ -102,7 +101,7 @@ def _arguments(
     def called(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         raise _Called(args, options)
 
-    others: list[Any] = [one for one in _layers(model) if one is not layer]
+    others: list[Any] = [one for one in decoder_layers(model) if one is not layer]
     ids = torch.zeros(1, tokens, dtype=torch.long, device="cpu")
     hook = part.register_forward_pre_hook(called, with_kwargs=True)
     for passed in (_alone, _in_tuple):
@@ -151,7 +150,3 @@ def _bare(tensor: torch.Tensor) -> torch.Tensor:
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return _bare(tensor).requires_grad_(tensor.is_floating_point())
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone.architecture import (
     architecture_of,
+    decoder_layers,
     linears_to_quantize,
     one_line,
     output_head,
@@ -52,7 +52,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     architecture = read_architecture(folder)
     model = skeleton(architecture)
     text, decoder, head = architecture.get_text_config(), text_decoder(model), output_head(model)
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     embeddings = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Embedding)}
     _require_layers(model, text, layers)
     _require_causal(model, decoder)

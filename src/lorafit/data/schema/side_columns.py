@@ -10,7 +10,7 @@ from typing import Any
 from lorafit.data.schema.fields import LOSS_FLAGS, Fields, from_json, is_empty, kind_of
 from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, with_words
 from lorafit.data.schema.records import REASONING, Turn
-from lorafit.data.schema.turns import UNCLEAR_FLAGS
+from lorafit.data.schema.turns import UNCLEAR_FLAGS, is_flag
 from lorafit.data.sources.raw_row import Reject, excerpt
 
 FLAG_LISTS = ("weights", *LOSS_FLAGS)
@@ -37,7 +37,7 @@ def list_in(value: Any) -> list[Any] | None:
 def are_flags(value: Any) -> bool:
     """Return True for a list of 0, 1, true and false."""
     flags = list_in(value)
-    return flags is not None and all(isinstance(flag, bool | int | float) and flag in (0, 1) for flag in flags)
+    return flags is not None and is_flag(flags)
 
 
 def with_flags(turns: list[Turn], row: Fields) -> list[Turn] | Reject:

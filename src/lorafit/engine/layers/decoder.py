@@ -21,9 +21,16 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import FrozenLinear4bit, frozen_features, product_fp8, recurrent_parts, shards_of, unwrapped
+from lorafit.backbone import (
+    FrozenLinear4bit,
+    decoder_layers,
+    frozen_features,
+    product_fp8,
+    recurrent_parts,
+    shards_of,
+    unwrapped,
+)
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.engine.layers.offload import HostOffload
 from lorafit.engine.packing import Segments
@@ -145,8 +152,7 @@ class DecoderLayers:
         self, model: Any, policy: MemoryPolicy | None = None, *, compiled: bool = True, backend: str = "inductor"
     ) -> None:
         core = unwrapped(model)
-        decoder = core.get_decoder()
-        self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.layers: list[Any] = decoder_layers(core)
         self.frozen = [
             [module for module in layer.modules() if isinstance(module, FrozenLinear4bit)] for layer in self.layers
         ]

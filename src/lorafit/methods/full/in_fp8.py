@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import TrainedLinearFp8, linears_to_quantize, takes_fp8, text_decoder
+from lorafit.backbone import TrainedLinearFp8, decoder_layers, linears_to_quantize, takes_fp8
 
 WHOLE_LAYERS = 0
 """Decoder layers at either end whose products stay in 16 bits. None: the losses of the demo's base are
@@ -19,7 +18,7 @@ def multiply_in_fp8(model: nn.Module) -> list[str]:
 
     Head and embeddings are no part of it, nor are stacked experts, routers and widths that are no multiples of 16.
     """
-    layers = [one for one in text_decoder(model).modules() if isinstance(one, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     ends = {part for one in (*layers[:WHOLE_LAYERS], *layers[len(layers) - WHOLE_LAYERS :]) for part in one.modules()}
     linears = {name: model.get_submodule(name) for name in linears_to_quantize(model)}
     chosen = [name for name, linear in linears.items() if linear not in ends and _takes(name, linear)]

@@ -17,9 +17,8 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.backbone import output_head, shards_of, text_decoder
+from lorafit.backbone import decoder_layers, output_head, shards_of, text_decoder
 
 OWN = "process-"
 """Prefix of tensors that belong to one process, and to no other number of processes."""
@@ -56,7 +55,7 @@ def shard(model: nn.Module, device: torch.device, *, dtype: torch.dtype, wide: b
 def _parts(model: nn.Module) -> list[nn.Module]:
     """Return the modules that are gathered by themselves: the decoder layers, and untied embeddings."""
     decoder, head = text_decoder(model), output_head(model)
-    layers: list[nn.Module] = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     embeddings: nn.Module = cast(Any, decoder).get_input_embeddings()
     shared = {id(weight) for weight in head.parameters()} if head is not None else set()
     is_free = isinstance(embeddings, nn.Embedding) and id(embeddings.weight) not in shared
