@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "lorafit"
 # a room may import the rooms of lower levels, never its own level's neighbours or anything above
 LEVELS = [
-    ["errors"],
+    ["errors", "imports"],
     ["findings", "plugins"],
     ["config", "programs"],
     ["runs"],
@@ -30,6 +30,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SEAMS = {"bitsandbytes": "backbone", "peft": "methods"}
 NO_TORCH = {
     "errors",
+    "imports",
     "findings",
     "plugins",
     "config",

@@ -10,6 +10,8 @@ lorafit.merge(run.run.path)
 from importlib import import_module
 from typing import Any
 
+from lorafit.imports import without_collector
+
 __version__ = "0.1.0"
 
 # public name -> its module; loaded on first use, so that `import lorafit` stays free of torch
@@ -33,7 +35,9 @@ __all__ = [*_HOMES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lorafit' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    with without_collector():
+        module = import_module(_HOMES[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import say, show_json, steady
 from lorafit.demo import task_named
+from lorafit.imports import without_collector
 
 EXAMPLES = """Examples:
 
@@ -37,8 +38,9 @@ def demo(
     json: flags.Json = False,
 ) -> None:
     """Train a small bundled base on a task, and verify the result. It takes minutes on two cores."""
-    from lorafit.api.demo import usual_path
-    from lorafit.cli.screen.demo_view import run_demo
+    with without_collector():
+        from lorafit.api.demo import usual_path
+        from lorafit.cli.screen.demo_view import run_demo
 
     task_named(task)
     if not json:

@@ -12,6 +12,7 @@ from rich.table import Table
 from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, counted, duration, gib, heading, near, say, show_json, show_next, typed
 from lorafit.cli.screen.findings_view import show_findings
+from lorafit.imports import without_collector
 
 if TYPE_CHECKING:
     from lorafit.api.merge import MergedRun
@@ -58,7 +59,8 @@ def merge(
     json: flags.Json = False,
 ) -> None:
     """Write the merged weights, reload them, and measure them against the live adapter model."""
-    from lorafit.api.merge import merge as run_merge
+    with without_collector():
+        from lorafit.api.merge import merge as run_merge
 
     merged = run_merge(
         run, onto=onto, base=base, out=out, export_format=export_format, dtype=dtype, checkpoint=checkpoint

@@ -15,6 +15,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import say, show_json
 from lorafit.errors import UsageError
+from lorafit.imports import without_collector
 
 EXAMPLES = """Examples:
 
@@ -81,10 +82,11 @@ def _serve(
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"{missing[0]} is not installed", where="serve", fix="pip install 'lorafit[serve]'")
-    from lorafit.backbone import redirect_library_logs
-    from lorafit.serve.engines import Limits, engine_for
-    from lorafit.serve.http import ServerOptions
-    from lorafit.serve.launch import Keys, listen, make_forwarding_server, make_server
+    with without_collector():
+        from lorafit.backbone import redirect_library_logs
+        from lorafit.serve.engines import Limits, engine_for
+        from lorafit.serve.http import ServerOptions
+        from lorafit.serve.launch import Keys, listen, make_forwarding_server, make_server
 
     api, is_new = _api_key(api_key_file)
     keys = Keys(api, os.environ.get(ADMIN_KEY) or api)

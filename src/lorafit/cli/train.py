@@ -25,6 +25,7 @@ from lorafit.cli.screen.console import (
 )
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.errors import RunFinished, UsageError
+from lorafit.imports import without_collector
 
 if TYPE_CHECKING:
     from lorafit.api.train import TrainedRun
@@ -104,8 +105,9 @@ def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_jso
         from lorafit.api.settings import preflight
 
         preflight(data, settings, restart=restart)
-        from lorafit.api.train import train as run_train
-        from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
+        with without_collector():
+            from lorafit.api.train import train as run_train
+            from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
 
         watch = JsonObserver() if as_json else ConsoleObserver(data)
         if is_follower():

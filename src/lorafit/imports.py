@@ -1,0 +1,26 @@
+"""imports: import large libraries without the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep the garbage collector off within the block, which imports torch or transformers.
+
+    Modules live as long as the process. The collector would walk their million objects again and again and free none,
+    which takes a fifth of the import's processor time. A program that turned it off itself finds it off afterwards.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()  # the two calls move all objects to the oldest generation, unwalked
+            gc.unfreeze()
+        if was_on:
+            gc.enable()
