@@ -46,6 +46,15 @@ def test_cuda_visible_devices_is_respected(smi, monkeypatch, visible, name, coun
     assert (gpu.name, gpu.count) == (name, count)
 
 
+@pytest.mark.parametrize(
+    ("second", "idle"), [(H200, 2), (H200.replace("143156", "90000"), 1), (TWO.splitlines()[1], 1)]
+)
+def test_gpus_that_are_alike_and_free_may_be_taken_unasked(smi, second, idle):
+    smi(f"{H200}\n1{second[1:]}")
+    gpu = detect.detect_hardware()
+    assert (gpu.count, gpu.idle_count) == (2, idle)
+
+
 @pytest.mark.parametrize("visible", ["", "-1", "5", "NoDevFiles"])
 def test_hidden_gpus_leave_the_processor(smi, monkeypatch, visible):
     smi(TWO)

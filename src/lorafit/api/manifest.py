@@ -46,6 +46,7 @@ from lorafit.runs import (
     set_aside,
     write_text,
 )
+from lorafit.runs.identity import PROCESSES
 from lorafit.runs.lookup import OtherRows, RunTarget, refuse_finished, refuse_other_content
 from lorafit.training import EventLog, TrainingLoop, TunedMemory
 
@@ -202,7 +203,6 @@ def _sample_line(record: Record) -> str:
 
 
 HELD_OUT_TOKENS = "micro_tokens of evaluations"
-PROCESSES = "the number of processes"
 
 
 def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> RunIdentity:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.api.settings import require_base, require_data, settle, template_for
-from lorafit.config import Resolved, RunConfig
+from lorafit.config import Resolved, RunConfig, Source
 from lorafit.data import Prepared, largest_step, padded_share, prepare
 from lorafit.data.summary import Progress
 from lorafit.errors import DataError
 from lorafit.findings import has_errors
 from lorafit.hardware import Hardware, hardware_for
 from lorafit.memory import DataStats
-from lorafit.planning import Plan, make_plan, plan_recipe
+from lorafit.planning import Plan, choose_gpus, make_plan, most_gpus, plan_recipe
 from lorafit.planning.forecast import steps_of
 from lorafit.shapes import ModelShape
 
@@ -72,7 +72,7 @@ def plan(
     require_data(resolved)
     require_base(resolved)
     prepared = prepare(resolved.config, template_for(resolved), on_progress=on_progress, reads_rows=False)
-    return plan_prepared(resolved, prepared, hardware_for(resolved.config))
+    return plan_on_gpus(resolved, prepared, hardware_for(resolved.config))
 
 
 def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware, world: int = 1) -> PlannedRun:
@@ -87,6 +87,27 @@ def plan_prepared(resolved: Resolved, prepared: Prepared, hardware: Hardware, wo
     shape = ModelShape.from_base(config.base, config.revision).for_rows(prepared.longest)
     made = make_plan(asked, stats_of(prepared, config), shape, hardware)
     return PlannedRun(made, resolved.planned(made.settings()), prepared)
+
+
+def plan_on_gpus(resolved: Resolved, prepared: Prepared, hardware: Hardware) -> PlannedRun:
+    """Return the plan as `plan_prepared` does, for several GPUs of this machine where that is faster.
+
+    The plan then has a decision for `gpus`. Settings that name GPUs, and a machine with one, leave nothing to decide.
+    """
+    config = resolved.config
+    alone = plan_prepared(resolved, prepared, hardware)
+    if config.gpus is not None or config.gpu is not None or hardware.count == 1:
+        return alone
+    count = most_gpus(hardware, alone.plan.stats, config.examples_per_step)
+    together = plan_prepared(resolved, prepared, hardware, count) if count > 1 else alone
+    decision = choose_gpus(alone.plan, together.plan)
+    chosen = together if decision.value > 1 else alone
+    decided = replace(chosen.plan.decided, decisions=(*chosen.plan.decisions, decision))
+    settled = chosen.resolved.config.model_copy(update={"gpus": decision.value})
+    sources = {**chosen.resolved.sources, "gpus": Source.PLAN}
+    return PlannedRun(
+        replace(chosen.plan, decided=decided), replace(chosen.resolved, config=settled, sources=sources), prepared
+    )
 
 
 def require_rows(prepared: Prepared, config: RunConfig) -> None:

@@ -116,7 +116,7 @@ def _show(
     if not failed:
         many = f"{planned.plan.gpus} × " if planned.plan.gpus > 1 else "the "
         where = f"on a machine with {many}{planned.plan.hardware.name}" if given["gpu"] else ""
-        several = str(planned.plan.gpus) if planned.plan.gpus > 1 else None
+        several = str(planned.plan.gpus) if planned.plan.gpus > 1 and given["gpu"] else None
         again = {**given, "gpu": None, "gpus": given["gpus"] or several}
         show_next((flags.command("train", data, again, set), where))
     elif planned.prepared.summary.rejected:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from lorafit.cli import flags
 from lorafit.cli.screen.ask import ask_for_run
@@ -23,7 +24,9 @@ from lorafit.cli.screen.console import (
     steady,
     typed,
 )
+from lorafit.cli.screen.data_view import ReadingBar
 from lorafit.cli.screen.findings_view import show_findings
+from lorafit.cli.screen.plan_view import gpus_in_words
 from lorafit.errors import RunFinished, UsageError
 from lorafit.imports import without_collector
 
@@ -76,7 +79,7 @@ def train(
     )  # fmt: skip
     if not data and not settings.get("data"):
         raise UsageError("no data are named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
-    _launch_several(data or [], settings)
+    _launch_several(data or [], settings, restart=restart, as_json=json)
     with steady():
         trained = _trained(data or [], settings, restart=restart, as_json=json)
         if not json and not is_follower():
@@ -85,14 +88,25 @@ def train(
         show_json(_result_as_json(trained))
 
 
-def _launch_several(data: list[str], settings: dict[str, Any]) -> None:
-    """Run this command once on each GPU, and end, if the settings ask for several."""
-    if settings.get("gpus") is None and not any(name.endswith((".yaml", ".yml")) for name in data):
-        return
-    with steady():
-        from lorafit.api.processes.launch import launch, processes_to_start
+def _launch_several(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> None:
+    """Run this command once on each GPU, and end, if the settings ask for several, or the plan does."""
+    from lorafit.runs.signals import EarlySignals
 
-        count = processes_to_start(data, settings)
+    with steady(), EarlySignals():
+        from lorafit.api.processes.chosen_gpus import chosen_gpus
+
+        with ReadingBar() as bar:
+            chosen = chosen_gpus(data, settings, restart=restart, on_progress=bar.show)
+        if chosen is None:
+            return
+        count, reason = 1, chosen.reason
+        if chosen.value != 1:
+            from lorafit.api.processes.launch import launch, processes_to_start
+
+            count = processes_to_start(chosen)
+            reason = reason if count > 1 else "torch cannot use all of the visible ones"
+        if chosen.source == "plan" and not as_json:
+            heading("gpus", escape(gpus_in_words(count, reason)))
     if count > 1:
         sys.exit(launch(count, sys.argv[1:]))
 

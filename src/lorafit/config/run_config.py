@@ -140,7 +140,7 @@ class RunConfig(BaseModel):
     # the machine
     gpu: str | None = Field(None, description="plan for this GPU instead of the detected one")
     gpus: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
-        None, description="GPUs of this machine to train on, a number or all; default one"
+        None, description="GPUs of this machine to train on, a number or all; default: by the plan"
     )
     gpu_memory: str | None = Field(None, description="most GPU memory to use, as 8GB")
     shard_base: Literal["auto", "on", "off"] = Field(

@@ -66,7 +66,7 @@ ADVICE = {
     "deterministic": "Set it to compare two runs bit by bit on one GPU.",
     "seed": "Change it to measure how much a result varies.",
     "gpu": "Set it to plan for a GPU of another machine.",
-    "gpus": "Set it to train on several GPUs of one machine; the steps stay the same.",
+    "gpus": "Set it to take more or fewer GPUs than the plan does; the steps stay the same.",
     "gpu_memory": "Set it to share a GPU, or to plan for a smaller one.",
     "report_to": "Install the tracker first, as in pip install tensorboard.",
 }

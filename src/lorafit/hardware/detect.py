@@ -51,6 +51,11 @@ class VisibleGpu:
     free_mib: int | None
     capability: tuple[int, int] | None
 
+    @property
+    def is_idle(self) -> bool:
+        """False when other programs or the driver have a tenth of the memory, as far as the driver reports it."""
+        return self.free_mib is None or not self.total_mib or self.free_mib >= 0.9 * self.total_mib
+
 
 def hardware_for(config: RunConfig) -> Hardware:
     """Return the device to plan for, within `config.gpu_memory`.
@@ -104,7 +109,8 @@ def detect_hardware() -> Hardware:
     if _torch_version().endswith("+cpu"):
         note = f"{gpus[0].name} is present, but the installed torch is built without CUDA"
         return replace(detect_processor(), notes=(note,))
-    return replace(_hardware(gpus[0]), count=len(gpus))
+    are_idle = all(gpu.name == gpus[0].name and gpu.is_idle for gpu in gpus)
+    return replace(_hardware(gpus[0]), count=len(gpus), idle_count=len(gpus) if are_idle else 1)
 
 
 def visible_gpus(gpus: list[VisibleGpu], visible: str | None) -> list[VisibleGpu]:
@@ -186,7 +192,7 @@ def _hardware(gpu: VisibleGpu) -> Hardware:
     assert capability is not None
     free = gpu.free_mib << 20 if gpu.free_mib is not None else base.memory_bytes
     notes = base.notes
-    if gpu.free_mib is not None and gpu.total_mib and gpu.free_mib < 0.9 * gpu.total_mib:
+    if gpu.free_mib is not None and gpu.total_mib and not gpu.is_idle:
         used = (gpu.total_mib - gpu.free_mib) / 1024
         notes += (f"{used:.1f} GiB of the GPU are taken by other programs or its driver",)
     return replace(

@@ -173,6 +173,7 @@ class Hardware:
         usd_per_hour: Price range (low, high), assumed.
         cores: CPU cores that a run may use.
         count: Devices of this machine that are visible, or that its name counts.
+        idle_count: Devices that a run may take unasked: all visible ones if they are alike and none is in use, else 1.
         host_bytes: Host memory that may be pinned for activations.
         notes: Assumptions and remarks for the user.
     """
@@ -189,6 +190,7 @@ class Hardware:
     usd_per_hour: tuple[float, float] = (0.0, 0.0)
     cores: int = 1
     count: int = 1
+    idle_count: int = 1
     host_bytes: int = 0
     notes: tuple[str, ...] = ()
 

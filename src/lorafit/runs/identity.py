@@ -16,6 +16,8 @@ from lorafit.config.run_config import RunConfig
 from lorafit.errors import RunDirError
 from lorafit.runs.seal import is_sealed, sealed
 
+PROCESSES = "the number of processes"
+"""Key in a run's environment. A run that began as one process has none."""
 LAYOUT = ("max_length", "memory_policy", "compile", "deterministic")
 """Settings of layout and speed. They change no step's examples, and results only in their last bits."""
 FREE = frozenset(
@@ -128,6 +130,11 @@ class RunIdentity:
             raise TypeError("no identity")
         fingerprint = RunFingerprint.from_dict(saved["fingerprint"])
         return cls(saved["run"], fingerprint, dict(saved["environment"]), adapter, files, has_seal)
+
+    @property
+    def processes(self) -> int:
+        """Number of processes with which the run began."""
+        return int(self.environment.get(PROCESSES, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping with its seal."""

@@ -2,15 +2,24 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from little_run import write_rows
+from lorafit.api.plan import plan
+from lorafit.api.processes.chosen_gpus import chosen_gpus
 from lorafit.api.processes.launch import _exit_code, processes_to_start
+from lorafit.api.settings import settle
 from lorafit.demo import BASE
 from lorafit.errors import LorafitError, ProcessLost, TrainingError, TrainingStopped, UsageError
+from lorafit.hardware import Hardware, hardware_named
+from lorafit.planning import Decision
+from lorafit.runs import RunDir, RunFingerprint, RunIdentity
+from lorafit.runs.identity import PROCESSES
 from lorafit.runs.launched import FOLDER, leave_error, left_error
 from several_worker import Harm, launched
 
@@ -93,16 +102,40 @@ def test_the_process_with_a_trouble_of_its_own_explains_the_end(tmp_path: Path, 
     assert (found.label, found.exit_code, found.what) == ("stopped", 143, "SIGTERM after step 3")
 
 
-def test_gpus_that_are_not_there_are_refused_with_a_way_to_train(tmp_path: Path, monkeypatch) -> None:
-    given = {"base": str(BASE), "gpus": 2}
+def test_gpus_that_are_not_there_are_refused_with_a_way_to_train(monkeypatch) -> None:
+    two, every, planned = (Decision("gpus", *rest) for rest in ((2, "", "flag"), ("all", "", "flag"), (2, "")))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UsageError, match="no GPU that torch can use; leave gpus out"):
-        processes_to_start(["rows.jsonl"], given)
+        processes_to_start(two)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UsageError, match="1 GPUs, not 2"):
-        processes_to_start(["rows.jsonl"], given)
+        processes_to_start(two)
+    assert processes_to_start(planned) == 1, "nobody asked for two"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert processes_to_start(["rows.jsonl"], given) == 2
-    assert processes_to_start(["rows.jsonl"], {**given, "gpus": "all"}) == 4
+    assert [processes_to_start(one) for one in (two, every, planned)] == [2, 4, 2]
+
+
+def test_settings_that_name_no_gpus_leave_them_to_the_run_or_its_plan(tmp_path: Path, monkeypatch) -> None:
+    data, two = [write_rows(tmp_path / "rows.jsonl", 40)], replace(hardware_named("2 x H200"), idle_count=2)
+    given = {"base": str(BASE), "out": str(tmp_path / "run")}
+
+    def chosen(hardware: Hardware = two, **settings: Any) -> tuple[Any, str] | None:
+        decision = chosen_gpus(data, {**given, **settings}, detect=lambda config: hardware)
+        return decision and (decision.value, decision.reason)
+
+    assert chosen(hardware_named("H200")) is None
+    assert chosen(gpus="all") == ("all", "set by you")
+    small = chosen()
+    assert small is not None and small[0] == 1 and "by the plan" in small[1], "a run of seconds"
+    monkeypatch.setattr("lorafit.api.plan.hardware_for", lambda config: two)
+    planned = plan(data, **given)
+    assert small in [(one.value, one.reason) for one in planned.plan.decisions]
+    assert planned.resolved.config.gpus == 1 and f"gpus: 1  # plan: {small[1]}" in planned.recipe
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.write_json(run.identity, RunIdentity("a", RunFingerprint("", "", "", ""), {PROCESSES: 2}).to_dict())
+    resolved = settle(data, given)
+    run.write_config(resolved.config, {key: source.value for key, source in resolved.sources.items()})
+    assert chosen() == (2, "the run began on 2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes_to_start(["rows.jsonl"], given) == 1, "a process of a launcher starts no others"
+    assert chosen(gpus=2) is None, "a process of a launcher starts no others"

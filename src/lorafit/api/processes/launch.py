@@ -10,15 +10,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lorafit.api.settings import settle
 from lorafit.errors import TrainingError, UsageError
+from lorafit.planning import Decision
 from lorafit.runs.launched import FOLDER, left_error
 
 STOP_S = "120"
@@ -35,21 +34,21 @@ FIRST_S = 5
 """Seconds after the first failure in which a killed process is a cause; later the launcher itself kills."""
 
 
-def processes_to_start(data: Sequence[str | Path], settings: Mapping[str, Any]) -> int:
-    """Return the number of processes that these settings ask for; 1 within a launcher's process.
+def processes_to_start(chosen: Decision) -> int:
+    """Return the number of processes for the decision `chosen` of `gpus`.
 
-    Raises UsageError for more GPUs than torch can use.
+    A plan's number of GPUs becomes one if torch cannot use as many. Raises UsageError if the user's does.
     """
-    if "WORLD_SIZE" in os.environ:
-        return 1
-    asked = settle(data or None, dict(settings)).config.gpus
-    if asked in (None, 1):
+    if chosen.value == 1:
         return 1
     here = torch.cuda.device_count()
+    if chosen.source == "plan":
+        return chosen.value if chosen.value <= here else 1
+    asked = chosen.value
     if not here:
         fix = "leave gpus out, or start CPU processes: torchrun --nproc-per-node 2 -m lorafit train …"
         raise UsageError("this machine has no GPU that torch can use", where="gpus", fix=fix)
-    count = here if asked == "all" else int(asked or 1)
+    count = here if asked == "all" else int(asked)
     if count > here:
         raise UsageError(f"this machine has {here} GPUs, not {count}", where="gpus", fix=f"write gpus {here}, or all")
     return count

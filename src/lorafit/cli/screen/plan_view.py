@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafit.findings import Finding
     from lorafit.planning import Plan
 
-CHOSEN = ("quantization", "rank", "targets", "memory_policy", "optimizer")
+CHOSEN = ("gpus", "quantization", "rank", "targets", "memory_policy", "optimizer")
 """Decisions that are explained below the verdict."""
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 
@@ -69,6 +69,8 @@ def show_choices(plan: Plan, resolved: Resolved) -> None:
         if key not in reasons:
             continue
         value, reason = reasons[key]
+        if key == "gpus":
+            reason = gpus_in_words(int(value), reason)
         if key == "memory_policy":
             value, _, reason = reason.partition(": ") if ": " in reason else (value, "", reason)
         chosen.add_row(f"{key:<13}", Text.assemble((value, "bold"), "  ", (reason, "dim")))
@@ -106,6 +108,12 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
     heading("time", f"{counted(plan.steps, 'step')}, {_span(plan.time_s, plan.cost_usd)}")
     if options:
         _show_options(plan)
+
+
+def gpus_in_words(count: int, reason: str) -> str:
+    """Return how many GPUs a run takes where its settings name none, why, and the flag that changes it."""
+    other = "--gpus 1 takes one" if count > 1 else "--gpus all takes every one"
+    return f"trains on {counted(count, 'GPU')}: {reason}; {other}"
 
 
 def _verdict(word: str, style: str, rest: str) -> None:
