@@ -273,6 +273,11 @@ def one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
+def failed_forward(error: BaseException) -> str:
+    """Return the sentence on a base whose forward raises `error` for a row of text."""
+    return f"the base's forward fails on a row of text ({type(error).__name__}: {one_line(error)})"
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (8, 9)
 

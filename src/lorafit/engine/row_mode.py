@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorafit.backbone import one_line, unwrapped
+from lorafit.backbone import failed_forward, unwrapped
 from lorafit.engine.attention.packed import packed
 from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated, uneven
 from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
@@ -96,8 +96,8 @@ def require_runs(model: Any, row: Row) -> None:
     except torch.OutOfMemoryError:
         raise
     except FAMILY_ERRORS as error:
-        what = f"the base's forward fails on a row of text ({type(error).__name__}: {one_line(error)})"
-        raise TrainingError(what, where=type(unwrapped(model)).__name__, fix="choose another base") from error
+        where = type(unwrapped(model)).__name__
+        raise TrainingError(failed_forward(error), where=where, fix="choose another base") from error
 
 
 def _change_by_length(model: Any, longest: int) -> str:

@@ -23,7 +23,7 @@ from lorafit.errors import BackboneError
 
 CHILD = "lorafit.backbone.skeleton.sizes"
 TIMEOUT_S = 300
-FORMAT = 9
+FORMAT = 10
 """Version of the cached sizes. Raise it when the same config.json leads to other sizes."""
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from families_zoo import small_config
 from lorafit.backbone.skeleton.sizes import main, sizes_of
+from lorafit.errors import BackboneError
 from lorafit.shapes import ModelShape
 from lorafit.shapes.families import FAMILIES
 
@@ -21,6 +23,7 @@ OTHERS = ["glm4_moe", "deepseek_v3", "nemotron", "lfm2", "qwen3_next", "ernie4_5
 IN_THE_TABLE = ["llama", "gpt2", "gpt_neox", "opt", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "mixtral"]
 ONE_KEY_A_HEAD = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
 SIZES = {
+    "deepseek_v3": ONE_KEY_A_HEAD | {"num_key_value_heads": 6},
     "gpt_neox": ONE_KEY_A_HEAD,
     "opt": ONE_KEY_A_HEAD | {"ffn_dim": 160, "word_embed_proj_dim": 96, "max_position_embeddings": 32},
     "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 6, "vocab_size": 128, "n_positions": 32},
@@ -106,3 +109,23 @@ def test_a_model_that_cannot_be_built_is_one_sentence_in_the_answer(config, word
     main(str(tmp_path))
     answer = json.loads(capsys.readouterr().out)
     assert words in answer["error"] and "\n" not in answer["error"]
+
+
+@pytest.mark.parametrize(("family", "changes", "said"), [
+    ("kosmos-2", {}, "pixel_values"),  # fails where images are missing
+    ("qwen3_vl", {}, ""),
+    ("qwen2_5_vl", {"mrope_section": [1, 2, 3]}, "sizes"),  # a share of the dimensions for each axis
+    ("deepseek_v3", {"head_dim": 24}, "broadcast"),
+])  # fmt: skip
+def test_what_the_forward_refuses_in_training_is_refused_before_it(family, changes, said, tmp_path):
+    config = small_config(family).to_dict()
+    text = config.get("text_config", config)
+    text |= {key: value for key, value in changes.items() if key != "mrope_section"}
+    if "mrope_section" in changes:
+        text["rope_parameters"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not said:
+        assert sizes_of(tmp_path)["layers"]
+        return
+    with pytest.raises(BackboneError, match=rf"the base's forward fails on a row of text \(.*{said}"):
+        sizes_of(tmp_path)

@@ -28,6 +28,7 @@ from lorafit.backbone.architecture import (
     text_decoder,
 )
 from lorafit.backbone.projections import EXPERTS, EXPERTS_PER_TOKEN, first_number, projections_of
+from lorafit.backbone.skeleton.forward import require_forward
 from lorafit.backbone.skeleton.recurrence import recurrences_of, recurrent_parts
 from lorafit.errors import BackboneError
 from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION
@@ -57,6 +58,7 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     _require_layers(model, text, layers)
     _require_causal(model, decoder)
     _require_text_alone(model)
+    require_forward(model)
     tables = _parameters(embeddings.values())
     projections = projections_of(model)
     matrices = sum(part.parameters for part in projections)
