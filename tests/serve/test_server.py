@@ -212,10 +212,47 @@ def test_a_tenant_has_its_adapters_and_its_limits(served):
 def test_what_the_builtin_engine_lacks_is_said_so(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-    for more in ({"tools": [tool]}, {"response_format": schema}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 9}}):
+    asked = [{"tools": [tool]}, {"response_format": schema}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 9}}]
+    others = [{"top_k": 5}, {"guided_json": {"a": 1}}, {"min_tokens": 3}, {"chat_template": "x"}, {"functions": [tool]}]
+    for more in (*asked, *({"extra_body": each} for each in others)):
         with pytest.raises(openai.APIStatusError) as caught:
             ask(client, "bob", "x", **more)
         assert caught.value.status_code == 501 and "serve it with vLLM" in str(caught.value)
+
+
+def test_fields_that_ask_for_nothing_are_ignored_and_misspelt_ones_are_not(client):
+    nothing = {"top_k": -1, "repetition_penalty": 1.0, "ignore_eos": False, "guided_json": None, "cache_prompt": True}
+    assert ask(client, "bob", "x", user="me", metadata={"a": "b"}, extra_body=nothing, max_tokens=1).choices
+    for body, said in (
+        ({"max_token": 5}, "did you mean max_tokens"),
+        ({"stop": ["a", ""]}, "stop is a text or a list"),
+        ({"top_logprobs": 3}, "needs logprobs"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "one of system, developer, user"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            ask(client, "bob", "x", extra_body=body)
+
+
+def test_the_developers_role_is_the_systems(client):
+    answers = {
+        client.chat.completions.create(
+            model="bob",
+            messages=[{"role": role, "content": "Route."}, {"role": "user", "content": "x"}],
+            max_tokens=5,
+        ).usage.prompt_tokens
+        for role in ("system", "developer")
+    }
+    assert len(answers) == 1
+
+
+def test_what_is_not_there_is_told_with_what_is(served, client):
+    assert client.models.retrieve("bob").id == "bob"
+    with pytest.raises(openai.NotFoundError, match="no model called gpt-4 is loaded; there is base, alice, bob"):
+        client.models.retrieve("gpt-4")
+    with http(served) as own:
+        told = own.post("/v1/messages", json={}).json()["error"]["message"]
+        assert told.startswith("there is no /v1/messages; there are ") and "/v1/chat/completions" in told
+        assert own.get("/v1/completions").json()["error"]["message"] == "/v1/completions takes POST, not GET"
 
 
 def test_a_client_that_leaves_frees_its_slot(served, client):

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit.errors import LorafitError, TemplateError
 from lorafit.serve.adapters import AdapterVersion
 from lorafit.serve.decoding import Chosen, EngineStopped, Sampling
-from lorafit.serve.http.errors import LEFT, ApiError, as_api_error
+from lorafit.serve.http.errors import LEFT, ApiError, as_api_error, no_model
 from lorafit.serve.http.requests import SamplingFields
 from lorafit.serve.http.server import Server
 from lorafit.serve.http.text_stream import TextStream
@@ -195,7 +195,8 @@ class Answering:
             return
         version = engine.pool.pin(self.fields.model)
         if version is None:
-            raise ApiError(404, "no model of this name is loaded; see /v1/models", "model")
+            names = [engine.base_name, *sorted(engine.pool.names())]
+            raise no_model(self.fields.model, filter(self.tenant.may_use, names))
         try:
             if not engine.pool.is_resident(version):
                 began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from lorafit.serve.http import completions, responses
 from lorafit.serve.http.access import Access
 from lorafit.serve.http.adapters import load_adapter, unload_adapter
 from lorafit.serve.http.answering import chat_prompt, text_prompt
-from lorafit.serve.http.errors import ApiError, error_content, error_response
+from lorafit.serve.http.errors import ApiError, error_content, error_response, no_model
 from lorafit.serve.http.requests import TokenizeRequest, parse, read_body, text_messages
 from lorafit.serve.http.server import Server, require_admin, server_of, tenant_of
 
@@ -31,7 +31,7 @@ STARTED_S = int(time.time())
 def make_app(server: Server) -> Starlette:
     """Return the ASGI application of a server with the builtin engine."""
     own = [
-        Route("/v1/models", models),
+        *model_routes(listed),
         Route("/v1/chat/completions", completions.chat, methods=["POST"]),
         Route("/v1/completions", completions.complete, methods=["POST"]),
         Route("/v1/responses", responses.answer, methods=["POST"]),
@@ -78,12 +78,27 @@ async def metrics(request: Request) -> Response:
     return Response(server_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def models(request: Request) -> Response:
-    """List the base and the adapters that the key may use, with their sampling where a request names none."""
+def listed(request: Request) -> list[dict[str, Any]]:
+    """Return the entries of the base and the adapters that the key may use, with the sampling where none is asked."""
     engine, tenant = server_of(request).engine, tenant_of(request)
     names: list[tuple[str, Any]] = [(engine.base_name, None), *sorted(engine.pool.names().items())]
-    data = [_model(engine, name, version) for name, version in names if tenant.may_use(name)]
-    return JSONResponse({"object": "list", "data": data})
+    return [_model(engine, name, version) for name, version in names if tenant.may_use(name)]
+
+
+def model_routes(listed: Callable[[Request], list[dict[str, Any]]]) -> list[Route]:
+    """Return the routes that list the models of `listed`, all of them and one by its name."""
+
+    async def every(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": listed(request)})
+
+    async def one(request: Request) -> Response:
+        name, data = request.path_params["name"], listed(request)
+        found = next((entry for entry in data if entry["id"] == name), None)
+        if found is None:
+            raise no_model(name, [entry["id"] for entry in data])
+        return JSONResponse(found)
+
+    return [Route("/v1/models", every), Route("/v1/models/{name:path}", one)]
 
 
 def model_entry(name: str, parent: str | None) -> dict[str, Any]:
@@ -122,6 +137,13 @@ async def failed(request: Request, error: Exception) -> Response:
 
 
 async def no_route(request: Request, error: Exception) -> Response:
-    """Answer to an unknown path or method."""
+    """Answer to an unknown path or method with those that there are."""
     assert isinstance(error, HTTPException)
-    return JSONResponse(error_content(error.status_code, error.detail), error.status_code, error.headers)
+    path, routes = request.url.path[:64], [route for route in request.app.routes if isinstance(route, Route)]
+    if error.status_code == 405:
+        methods = (error.headers or {}).get("Allow", "")
+        what = f"{path} takes {methods.replace('HEAD, ', '')}, not {request.method}"
+    else:
+        paths = ", ".join(route.path for route in routes if "{" not in route.path)
+        what = f"there is no {path}; there are {paths}"
+    return JSONResponse(error_content(error.status_code, what), error.status_code, error.headers)

@@ -20,6 +20,7 @@ from lorafit.serve.http.answering import Answering, Piece, chat_prompt, text_pro
 from lorafit.serve.http.errors import LEFT, ApiError, as_api_error, error_content
 from lorafit.serve.http.requests import ChatRequest, CompletionRequest, parse, read_body, text_messages
 from lorafit.serve.http.server import server_of, tenant_of
+from lorafit.serve.http.text_stream import UNFINISHED
 
 
 async def chat(request: Request) -> Response:
@@ -30,6 +31,8 @@ async def chat(request: Request) -> Response:
         raise ApiError(
             501, "the builtin engine does not parse tool calls; merge the run, and serve it with vLLM", "tools"
         )
+    if asked.top_logprobs and not asked.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     prompt = await asyncio.to_thread(chat_prompt, server, text_messages(asked.messages))
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     most = asked.max_completion_tokens or asked.max_tokens
@@ -113,7 +116,8 @@ class _ChatForm(_Form):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # a token may be part of a character, of which no text tells the bytes
+        return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else list(text.encode())}
 
 
 class _TextForm(_Form):

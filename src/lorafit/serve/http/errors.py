@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -13,6 +14,8 @@ LEFT = 499
 """Status of a request whose client closed the connection before the answer."""
 UNREAD = (408, 413)
 """Statuses after which the rest of a body is not waited for."""
+MOST_NAMES = 8
+"""Most names of models in an error."""
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -39,6 +42,14 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, *, retry_s: float | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry_s = status, message, param, retry_s
+
+
+def no_model(name: str, others: Iterable[str]) -> ApiError:
+    """Return the error for an unknown model; `others` are the models that the key may use."""
+    known = list(others)
+    more = f" and {len(known) - MOST_NAMES} more, see /v1/models" if len(known) > MOST_NAMES else ""
+    what = f"no model called {name[:64]} is loaded; there is {', '.join(known[:MOST_NAMES])}{more}"
+    return ApiError(404, what if known else f"no model called {name[:64]} is loaded", "model")
 
 
 def error_content(status: int, message: str, param: str | None = None) -> dict[str, Any]:

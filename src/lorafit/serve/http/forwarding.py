@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from lorafit.errors import ProgramError
-from lorafit.serve.http.app import app_with, failed, model_entry
+from lorafit.serve.http.app import app_with, failed, model_entry, model_routes
 from lorafit.serve.http.completions import client_left
-from lorafit.serve.http.errors import LEFT, ApiError
+from lorafit.serve.http.errors import LEFT, ApiError, no_model
 from lorafit.serve.http.requests import read_body
 from lorafit.serve.http.server import Server, server_of, tenant_of
 from lorafit.serve.tenants import Tenant
@@ -31,20 +31,19 @@ NOT_READY = "the engine is not ready"
 def make_forwarding_app(server: Server) -> Starlette:
     """Return the ASGI application of a server with a supervised engine."""
     answering = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize")
-    own = [Route("/v1/models", models), *(Route(path, forward, methods=["POST"]) for path in answering)]
+    own = [*model_routes(listed), *(Route(path, forward, methods=["POST"]) for path in answering)]
     app = app_with(server, own, {ProgramError: unreachable})
     app.state.client = httpx.AsyncClient(timeout=httpx.Timeout(ANSWER_S, connect=5.0), limits=httpx.Limits())
     return app
 
 
-async def models(request: Request) -> Response:
-    """List the model and the adapters that the key may use."""
+def listed(request: Request) -> list[dict[str, Any]]:
+    """Return the entries of the model and the adapters that the key may use."""
     engine, tenant = server_of(request).engine, tenant_of(request)
     names: list[tuple[str, str | None]] = [(engine.served.base_name, None)]
     names += [(name, engine.served.base_name) for name in sorted(engine.names())]
     sampling = {"default_sampling": {"temperature": 0}}
-    data = [model_entry(name, parent) | sampling for name, parent in names if tenant.may_use(name)]
-    return JSONResponse({"object": "list", "data": data})
+    return [model_entry(name, parent) | sampling for name, parent in names if tenant.may_use(name)]
 
 
 async def unreachable(request: Request, error: Exception) -> Response:
@@ -89,7 +88,7 @@ def _checked(server: Server, tenant: Tenant, path: str, body: dict[str, Any]) ->
     if not isinstance(name, str):
         raise ApiError(400, "a request names its model", "model")
     if name != engine.served.base_name and name not in engine.names():
-        raise ApiError(404, "no model of this name is loaded; see /v1/models", "model")
+        raise no_model(name, filter(tenant.may_use, [engine.served.base_name, *sorted(engine.names())]))
     if not tenant.may_use(name):
         raise ApiError(403, "this key may not use this model", "model")
     for key in ("n", "best_of"):

@@ -56,8 +56,7 @@ def _messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
         if item.get("type", "message") != "message":
             raise ApiError(501, "the builtin engine reads items of type message alone", f"input.{place}")
     own = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
-    known = [{key: item[key] for key in ("role", "content") if key in item} for item in items]
-    return own + [each | {"role": "system"} if each.get("role") == "developer" else each for each in known]
+    return own + [{key: item[key] for key in ("role", "content") if key in item} for item in items]
 
 
 class _Made:
