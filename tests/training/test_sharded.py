@@ -10,10 +10,9 @@ from fork_server import run_each
 from little_run import write_rows
 from lorafit.api.load import load
 from lorafit.api.merge import merge
-from lorafit.errors import AdapterError, UsageError
-from lorafit.methods.full.sharded_folder import processes_of, require_as_many
+from lorafit.errors import UsageError
 from several_worker import Harm, launched
-from sharded_worker import train_full
+from sharded_worker import move_fp32_copies, train_full
 from tiny_models import save_base
 
 pytestmark = pytest.mark.processes
@@ -38,10 +37,11 @@ def ended(folder, world, port, *more):
 
 @pytest.fixture(scope="module")
 def ends(folder):
-    """The ends of 1, 2 and 3 processes, and of 2 that resume from the middle of their run."""
+    """The ends of 1, 2 and 3 processes, and of runs that go on from the middle, as many as before or others."""
     found = {world: ended(folder, world, 29530 + world) for world in (1, 2, 3)}
-    middle = folder / "run-29532" / "step-000003"
-    return found | {"2 resumed": ended(folder, 2, 29542, middle, "2 resumed")}
+    of_one, of_two = (folder / f"run-2953{world}" / "step-000003" for world in (1, 2))
+    resumed = [("2 resumed", 2, of_two), ("1 after 2", 1, of_two), ("2 after 1", 2, of_one)]
+    return found | {name: ended(folder, world, 29542 + world, middle, name) for name, world, middle in resumed}
 
 
 def distance(one, other):
@@ -67,12 +67,16 @@ def test_a_resumed_sharded_run_ends_in_the_same_bits(ends):
     assert ends["2 resumed"]["loss"] == ends[2]["loss"]
 
 
-def test_one_process_does_not_take_up_shards_nor_several_its_whole_weights(tmp_path):
-    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").touch()
-    (tmp_path / "shard-00002-model-00001-of-00001.safetensors").touch()
-    wrote = processes_of(tmp_path)
-    with pytest.raises(AdapterError, match=r"holds shards, and a run on one GPU keeps .* resume it with --gpus 2"):
-        require_as_many(wrote, torch.nn.Linear(2, 2), tmp_path)
+@pytest.mark.slow
+def test_one_process_takes_up_the_run_of_several_and_they_the_run_of_one(ends):
+    moved = distance(ends[1]["weights"], ends[1]["first"])
+    for run in ("1 after 2", "2 after 1"):
+        assert ends[run]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-5), run
+        assert distance(ends[run]["weights"], ends[1]["weights"]) < 1e-4 * moved, run
+
+
+def test_fp32_copies_of_16_bit_weights_become_shards_and_copies_again(folder, tmp_path):
+    run_each(move_fp32_copies, [(str(folder / "base"), tmp_path, 29551)])
 
 
 @pytest.mark.slow

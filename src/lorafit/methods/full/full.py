@@ -15,7 +15,7 @@ from lorafit.errors import AdapterError
 from lorafit.methods.full.in_backward import PAGED, StepInBackward, updates_in_backward
 from lorafit.methods.full.in_fp8 import multiply_in_fp8
 from lorafit.methods.full.optimizer import optimizer_of
-from lorafit.methods.full.sharded_folder import ShardsSnapshot, processes_of, require_as_many, restore_shards
+from lorafit.methods.full.sharded_folder import ShardsSnapshot, processes_of, restore_shards, take_shards
 from lorafit.methods.full.sharding import is_sharded
 from lorafit.methods.full.weights_folder import CONFIG_FILE, WeightsSnapshot, WholeWeights, put_weights
 from lorafit.methods.saving import require_finite, save_snapshot
@@ -72,13 +72,18 @@ class Full:
         return ShardsSnapshot.of(model) if is_sharded(model) else WeightsSnapshot.of(model)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Copy the weights in `folder` into `model`. Raises AdapterError if they do not fit."""
-        require_as_many(processes_of(folder), model, folder)
-        if is_sharded(model):
+        """Copy the weights in `folder`, left by any number of processes, into `model`.
+
+        Raises AdapterError if they do not fit.
+        """
+        if processes_of(folder) > 1:
             restore_shards(model, folder)
             return
         own = _config_of(model).model_copy(update={"base": str(folder), "revision": None})
         saved = load_backbone(own, device="cpu", exact=True)
+        if is_sharded(model):
+            take_shards(model, saved, folder)
+            return
         put_weights(model, dict(saved.named_parameters()), str(folder))
 
     def save(

@@ -31,22 +31,6 @@ def processes_of(folder: Path) -> int:
     return max(1, len(list(folder.glob(SHARDS))))
 
 
-def require_as_many(wrote: int, model: nn.Module, folder: Path) -> None:
-    """Raise AdapterError if `wrote` processes left what this run cannot take up.
-
-    Shards go to any number of processes but one, which keeps whole weights in another precision.
-    """
-    if is_sharded(model) == (wrote > 1):
-        return
-    has, takes = ("shards", "a run on one") if wrote > 1 else ("whole weights", "a run on several")
-    fix = f"resume it with --gpus {wrote}" if wrote > 1 else "resume it without gpus"
-    raise AdapterError(
-        f"this checkpoint holds {has}, and {takes} GPU{'' if wrote > 1 else 's'} keeps weights otherwise",
-        where=str(folder.parent),
-        fix=f"{fix}, or begin again with --restart",
-    )
-
-
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None:
     """Write `tensors` of all processes of `group` to `folder`. Every process calls this at the same time.
 
@@ -110,20 +94,33 @@ class ShardsSnapshot:
 
 
 def restore_shards(model: Any, folder: Path) -> None:
-    """Copy the shards in `folder` into the sharded `model`. Raises AdapterError if they do not fit."""
+    """Copy the weights in shards in `folder` into `model`, sharded or whole. Raises AdapterError if they do not fit."""
     free_gathered(model)
-    layout: ShardLayout = model.shard_layout
     held, stored = _held(model), tensors_in(folder)
-    odd = sorted(set(held) ^ set(stored))
-    if odd:
-        raise AdapterError(f"the weights do not fit this run: {odd[0]} is in only one of them", where=str(folder))
-    copies = {name: torch.empty_like(own_shard(tensor), device="cpu") for name, tensor in held.items()}
-    read_shards({name: layout.on_host(copy, held[name]) for name, copy in copies.items()}, folder)
+    _require_fit(set(held), set(stored), folder)
+    copies = {name: torch.empty(own_shard(one).shape, dtype=stored[name][0]) for name, one in held.items()}
+    layout: ShardLayout | None = model.shard_layout if is_sharded(model) else None
+    parts = {name: layout.on_host(copy, held[name]) for name, copy in copies.items()} if layout else copies
+    read_shards(parts, folder)
     for name, copy in copies.items():
         own_shard(held[name]).copy_(copy)
 
 
+def take_shards(model: Any, whole: nn.Module, folder: Path) -> None:
+    """Copy this process's shards of the model `whole` into `model`. Raises AdapterError if they do not fit."""
+    free_gathered(model)
+    held, stored = dict(model.named_parameters()), dict(whole.named_parameters())
+    _require_fit(set(held), set(stored), folder)
+    for name, tensor in held.items():
+        own_shard(tensor).copy_(stored[name].detach()[model.shard_layout.rows_of(tensor)])
+
+
+def _require_fit(held: set[str], stored: set[str], folder: Path) -> None:
+    if odd := sorted(held ^ stored):
+        raise AdapterError(f"the weights do not fit this run: {odd[0]} is in only one of them", where=str(folder))
+
+
 def _held(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> weight or kept buffer of a sharded model whose layers are not gathered."""
+    """Return name -> weight or kept buffer of a model whose layers are not gathered."""
     stored = model.state_dict(keep_vars=True)  # without the buffers that are computed
     return {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in stored}}

@@ -140,6 +140,12 @@ class ShardLayout:
         whole, stride = weight.size(), weight.stride()
         return DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
 
+    def rows_of(self, weight: Tensor) -> slice:
+        """Return the rows of `weight` that this process holds, as `fully_shard` deals them."""
+        rows = weight.shape[0]
+        each = -(-rows // self.world)
+        return slice(min(self.rank * each, rows), min((self.rank + 1) * each, rows))
+
     def named(self, moments: Mapping[str, Tensor], weights: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return `moments`, named NUMBER.NAME by the number of their weight in `weights`, as a checkpoint keeps them.
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lorafit.errors import LorafitError, RunDirError
-from lorafit.methods.full.sharded_folder import ShardsSnapshot, read_shards, tensors_in, write_shards
-from lorafit.methods.full.sharding import OWN, ShardLayout, own_shard
+from lorafit.methods.full.sharded_folder import ShardsSnapshot, write_shards
+from lorafit.methods.full.sharding import ShardLayout
 from lorafit.runs import ADAPTER
 from lorafit.runs.checkpoint import folder_name
-from lorafit.training.checkpoints.snapshot import GeneratorsState, Resumable, Snapshot, restore_state
+from lorafit.training.checkpoints.moments import SHARDED, weights_of
+from lorafit.training.checkpoints.snapshot import GeneratorsState, Resumable, Snapshot
 from lorafit.training.checkpoints.writer import (
     CheckpointWriter,
     is_due,
@@ -25,9 +25,6 @@ from lorafit.training.checkpoints.writer import (
     staged_path,
 )
 from lorafit.training.distributed import hearing
-
-MOMENTS = "optimizer"
-"""Folder of the optimizer's moments in such a checkpoint."""
 
 
 class ShardedWriter(CheckpointWriter):
@@ -38,11 +35,7 @@ class ShardedWriter(CheckpointWriter):
     def snapshot(self, loop: Resumable, generators_of: Sequence[GeneratorsState] = ()) -> Snapshot:
         """Copy this process's part of the present state of `loop` to the host."""
         own = Snapshot.of(loop, generators_of)
-        return replace(own, optimizer=_layout(loop).named(own.optimizer, _weights(loop)))
-
-    def restore(self, loop: Resumable, folder: Path) -> dict[str, Any]:
-        """Restore this process's part of the optimizer, and the schedule."""
-        return restore_state(loop, folder, read_moments(loop, folder / MOMENTS))
+        return replace(own, optimizer=_layout(loop).named(own.optimizer, weights_of(loop)))
 
     def write(self, snapshot: Snapshot) -> None:
         """Write `snapshot` together with the other processes. An error in one of them is raised in all."""
@@ -87,7 +80,7 @@ def _write_part(snapshot: Snapshot, staged: Path, trained: ShardsSnapshot) -> No
         raise RunDirError(bad)
     try:
         write_shards(trained.tensors, staged / ADAPTER, layout.group)
-        write_shards(snapshot.optimizer, staged / MOMENTS, layout.group)
+        write_shards(snapshot.optimizer, staged / SHARDED, layout.group)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise RunDirError(f"process {rank}: {getattr(reason, 'strerror', None) or reason}") from error
@@ -118,33 +111,6 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "what", None) or getattr(error, "strerror", None) or error)
 
 
-def read_moments(loop: Resumable, folder: Path) -> dict[str, torch.Tensor]:
-    """Return this process's part of the moments in `folder`, by the number of the weight."""
-    weights, layout = _weights(loop), _layout(loop)
-    local: dict[str, torch.Tensor] = {}
-    asked: dict[str, torch.Tensor] = {}
-    stored = tensors_in(folder)
-    owners = {name.partition(".")[0] for name in stored if name.startswith(OWN)}
-    if owners and len(owners) != layout.world:
-        fix = f"resume with --gpus {len(owners)}, or begin again with --restart"
-        raise RunDirError(f"the 8-bit moments belong to {len(owners)} GPUs", where=str(folder.parent), fix=fix)
-    for name, (dtype, shape) in stored.items():
-        if name.startswith(OWN):
-            owner, _, rest = name.removeprefix(OWN).partition(".")
-            if int(owner) == layout.rank:
-                asked[name] = local[rest] = torch.empty(shape, dtype=dtype)
-            continue
-        weight = weights[int(name.partition(".")[0])]
-        own = torch.empty(own_shard(weight).shape if shape else (), dtype=dtype)
-        local[name], asked[name] = own, layout.on_host(own, weight) if shape else own
-    read_shards(asked, folder)
-    return local
-
-
 def _layout(loop: Resumable) -> ShardLayout:
     layout: ShardLayout = cast(Any, loop.model).shard_layout
     return layout
-
-
-def _weights(loop: Resumable) -> list[torch.Tensor]:
-    return [weight for group in loop.optimizer.param_groups for weight in group["params"]]

@@ -266,16 +266,11 @@ class Snapshot:
         (folder / REST).write_text(json.dumps(self.rest), encoding="utf-8")
 
 
-def restore_optimization(loop: Resumable, folder: Path) -> dict[str, Any]:
-    """Restore optimizer, schedule and loss scale from a verified checkpoint.
+def restore_optimization(loop: Resumable, folder: Path, moments: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Restore optimizer, with its `moments`, schedule and loss scale from a verified checkpoint.
 
     Returns the state that `resumable` returned.
     """
-    return restore_state(loop, folder, load_file(folder / OPTIMIZER))
-
-
-def restore_state(loop: Resumable, folder: Path, moments: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Do the same with the optimizer's `moments` at hand."""
     rest = read_rest(folder)
     restore_optimizer(loop.optimizer, moments, rest["optimizer"])
     loop.lr_scheduler.load_state_dict({**loop.lr_scheduler.state_dict(), **rest["schedule"]})

@@ -17,6 +17,7 @@ from lorafit.config import RunConfig
 from lorafit.errors import LorafitError, RunDirError
 from lorafit.runs import Checkpoint, new_own_folder, remove_own, require_folder, sync
 from lorafit.runs.checkpoint import checkpoint_folders, folder_name, prune, remove_folder, seal
+from lorafit.training.checkpoints.moments import moments_in
 from lorafit.training.checkpoints.snapshot import GeneratorsState, Resumable, Snapshot, restore_optimization
 from lorafit.training.logging.run_logs import EventLog
 
@@ -47,7 +48,7 @@ class CheckpointWriter:
 
     def restore(self, loop: Resumable, folder: Path) -> dict[str, Any]:
         """Restore optimizer, schedule and loss scale of `loop`; return the state that `resumable` returned."""
-        return restore_optimization(loop, folder)
+        return restore_optimization(loop, folder, moments_in(loop, folder))
 
     def save(self, snapshot: Snapshot) -> None:
         """Start to write `snapshot`, after the previous one is done."""
