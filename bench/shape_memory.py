@@ -3,6 +3,7 @@
     python bench/shape_memory.py qwen3.5-9b             # three steps of 4 × 2,048 tokens, q and v, NF4
     python bench/shape_memory.py granite4-h --length 512 --rows 2
     python bench/shape_memory.py gemma3-12b --plan-only --gpu H200    # the plan alone, without a GPU
+    python bench/shape_memory.py gemma3-12b --trace  # and what was alive at the peak of the last step
 
 Weights are random and made on the GPU (bench/mixtures.py); memory does not depend on their values. The plan counts the
 CUDA context, which torch does not reserve, so `plan_gib` is without it. `ratio` is plan over reserved.
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one more setting of lorafit")
     parser.add_argument("--gpu", default="", help="GPU of the plan, instead of the one found")
     parser.add_argument("--plan-only", action="store_true")
+    parser.add_argument("--trace", action="store_true", help="name what is alive at the peak of the last step")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -122,10 +124,65 @@ def trained(options: argparse.Namespace, base: Path) -> dict[str, Any]:
     build_model.load_backbone = load
     seen: dict[str, object] = {}
     mixtures.note_row_mode(seen)
-    found = engine.run_lorafit(arguments_of(options, base))
+    arguments = arguments_of(options, base)
+    if options.trace:
+        arguments.profile = "trace"
+        engine.start_profile = start_trace  # type: ignore[attr-defined]
+        engine.write_profile = lambda started, *_: seen.update(peak_of_trace(started))  # type: ignore[attr-defined]
+    found = engine.run_lorafit(arguments)
     seen["allocated_gib"] = round(torch.cuda.max_memory_allocated() / mixtures.GIB, 2)
     kept = ("peak_gib", "step_ms", "first_s", "policy", "events", "losses")
     return {"torch": torch.__version__, **seen, **{name: found[name] for name in kept}}
+
+
+def start_trace() -> int:
+    """Begin to record what is allocated, and return the bytes allocated before."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=1_000_000)
+    return torch.cuda.memory_allocated()
+
+
+def peak_of_trace(before: int) -> dict[str, Any]:
+    """Return the peak since `before` bytes were allocated, and the largest groups of blocks that were alive then."""
+    import torch
+
+    events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    now, peak, end = 0, 0, 0
+    alive: dict[int, Any] = {}
+    for at, event in enumerate(events):
+        now += _step(event, alive)
+        if now > peak:
+            peak, end = now, at + 1
+    alive.clear()
+    for event in events[:end]:
+        _step(event, alive)
+    groups: dict[str, list[int]] = {}
+    for event in alive.values():
+        groups.setdefault(f"{_place(event)}, {event['size'] / 2**20:.0f} MiB", []).append(event["size"])
+    largest = sorted(groups.items(), key=lambda group: -sum(group[1]))[:20]
+    return {
+        "before_step_gib": round(before / mixtures.GIB, 2),
+        "step_gib": round((before + peak) / mixtures.GIB, 2),
+        "alive_gib": {f"{len(sizes)} x {name}": round(sum(sizes) / mixtures.GIB, 3) for name, sizes in largest},
+    }
+
+
+def _step(event: Any, alive: dict[int, Any]) -> int:
+    """Enter an event of the allocator, and return the bytes that it adds."""
+    if event["action"] == "alloc":
+        alive[event["addr"]] = event
+        return int(event["size"])
+    if event["action"] == "free_completed" and event["addr"] in alive:
+        return -int(alive.pop(event["addr"])["size"])
+    return 0
+
+
+def _place(event: Any) -> str:
+    """Return the line that allocated a block: the innermost outside torch's own files; none in a backward pass."""
+    frames = [frame for frame in event.get("frames", ()) if "/torch/" not in frame["filename"]]
+    return f"{frames[0]['filename'].rpartition('/')[2]}:{frames[0]['line']}" if frames else "backward"
 
 
 if __name__ == "__main__":

@@ -63,6 +63,15 @@ def test_the_fused_layer_is_what_the_design_counts():
     assert live.input_bytes == 8 * 1024
 
 
+def test_a_fused_layer_keeps_the_inputs_of_every_norm():
+    """Gemma 3 12B: norms before and after attention and MLP, and of queries and keys. 77.2 GiB measured."""
+    sizes = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_key_value_heads": 8}
+    gemma = ModelShape.from_config({**LLAMA_8B, **sizes, "model_type": "gemma3_text", "head_dim": 256}, "gemma")
+    live = activations(gemma, (), MicroBatch(1, 1, 1), width=2, execution=FUSED)
+    norms, attention, feed_forward = 4 * 3840 + 4096 + 2048, 2 * 4096 + 2 * 2048, 2 * 15360
+    assert live.layer_bytes == 2 * (norms + attention + feed_forward)
+
+
 def test_an_adapter_keeps_its_input_and_dropout_its_mask():
     def layer_bytes(targets, dropout):
         batch = MicroBatch(1, 1, 1)

@@ -306,7 +306,8 @@ def _attention_bytes_per_token(shape: ModelShape, longest: int, width: int, stre
     attention: float = width * attention_values(shape)
     if shape.capped_scores and not execution.fused:
         attention += shape.heads * longest * (2 * width + SOFTMAX_BYTES) + 2 * width * (queries - keys)
-    norms = 2 * shape.hidden * stream if execution.fused else NORM_BYTES * shape.normed_width
+    # compiled norms keep their inputs in the stream's dtype, others copies in fp32
+    norms = shape.normed_width * (stream if execution.fused else NORM_BYTES)
     return norms + attention
 
 
