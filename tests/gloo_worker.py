@@ -49,7 +49,7 @@ def train_in_a_process(rank, world, base, folder, results, short_rank=None):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    variant = {"dora": True, "loraplus_lr_ratio": 4.0, "trainable_tokens": ("A", "b")}
+    variant = {"dora": True, "loraplus_lr_ratio": 4.0, "modules_to_save": ("embed_tokens", "lm_head")}
     config = settings(base=base, examples_per_step=10, max_length=48, epochs=8, lr=2e-4, max_grad_norm=1e9, **variant)
     model = adapted(config)
     if rank == short_rank:

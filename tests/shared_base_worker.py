@@ -16,6 +16,7 @@ def train_shared(rank, world, base, folder, results, port, quantization, checkpo
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     given = {"examples_per_step": 10, "max_length": 48, "epochs": 8, "lr": 2e-4, "max_grad_norm": 1e9}
+    given |= {"modules_to_save": ("embed_tokens", "lm_head")}
     config = settings(base=base, quantization=quantization, save_steps=4, eval_steps=4, **given)
     with joined() as processes:
         if world > 1:

@@ -10,7 +10,7 @@ from lorafit.runs import FREE, RunFingerprint, RunIdentity, held_settings
 
 HELD = {
     "method", "objective", "quantization", "compute", "rank", "alpha", "rslora", "dora", "loraplus_lr_ratio",
-    "init_lora_weights", "trainable_tokens", "new_tokens", "shard_base",
+    "init_lora_weights", "trainable_tokens", "new_tokens", "modules_to_save", "shard_base",
     "dropout", "targets", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "epochs",
     "max_steps", "examples_per_step", "on_spike", "seed",
 }  # fmt: skip

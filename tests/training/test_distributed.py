@@ -45,7 +45,7 @@ def alone(base, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "short_rank"), [(2, None), (3, 1)])
 def test_several_processes_train_as_one_does(base, alone, tmp_path, world, short_rank):
-    """DoRA with LoRA+ and rows of tokens; also when one process has to do a step again: all do, in one layout."""
+    """DoRA, LoRA+, embedding and head whole; also when one process has to do a step again: all do, in one layout."""
     first, *others = in_processes(world, base, tmp_path, short_rank)
     assert len(first["hashes"]) == 8
     for other in others:

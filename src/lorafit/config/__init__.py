@@ -5,9 +5,11 @@ from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_
 from lorafit.config.generation import generation_settings, sampling_settings, served_stop_ids
 from lorafit.config.new_files import NewFiles
 from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
-from lorafit.config.run_config import MAX_RANK, MAX_SCALE, PLANNED, RunConfig
+from lorafit.config.run_config import EMBEDDING, HEAD, MAX_RANK, MAX_SCALE, PLANNED, RunConfig
 
 __all__ = [
+    "EMBEDDING",
+    "HEAD",
     "MAX_RANK",
     "MAX_SCALE",
     "MERGE_BASES",

@@ -30,6 +30,13 @@ UNREADABLE = re.compile("[\\0\ud800-\udfff]")
 Goal = Literal["balanced", "budget", "accuracy", "latency", "tenants"]
 TargetPreset = Literal["qv", "attention", "all-linear", "all-linear+experts"]
 PRESETS: tuple[str, ...] = get_args(TargetPreset)
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+"""The modules that `modules_to_save` may name, whatever the base calls them."""
+WHOLE_MODULES = {
+    **dict.fromkeys((EMBEDDING, "wte", "embed_in", "word_embeddings", "tok_embeddings"), EMBEDDING),
+    **dict.fromkeys((HEAD, "embed_out", "output_layer"), HEAD),
+}
+"""Name of a module in some family -> EMBEDDING or HEAD."""
 
 
 def scale_divisor(rank: int, *, rslora: bool) -> float:
@@ -96,6 +103,9 @@ class RunConfig(BaseModel):
     )
     new_tokens: tuple[str, ...] = Field(
         (), description="tokens that the base lacks; they are added to it and their rows train, as <tool>"
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="modules that train whole beside the adapters: embed_tokens, lm_head, or both"
     )
     loraplus_lr_ratio: float = Field(
         1.0,
@@ -171,10 +181,22 @@ class RunConfig(BaseModel):
             raise UsageError(what, where=info.field_name, fix="give the folder another name")
         return value
 
-    @field_validator("select", "ignore", "report_to", "trainable_tokens", "new_tokens", mode="before")
+    @field_validator(
+        "select", "ignore", "report_to", "trainable_tokens", "new_tokens", "modules_to_save", mode="before"
+    )
     @classmethod
     def _separated_by_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("modules_to_save")
+    @classmethod
+    def _are_embedding_and_head(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        kinds = {WHOLE_MODULES.get(name.rpartition(".")[2], name) for name in value}
+        if odd := sorted(kinds - {EMBEDDING, HEAD}):
+            what = f"'{odd[0]:.40}' does not train whole beside adapters; embedding and head do"
+            fix = f"write modules_to_save: [{EMBEDDING}, {HEAD}], or method: full to train every weight"
+            raise UsageError(what, where="modules_to_save", fix=fix)
+        return tuple(name for name in (EMBEDDING, HEAD) if name in kinds)
 
     @field_validator("report_to")
     @classmethod
@@ -258,6 +280,19 @@ class RunConfig(BaseModel):
         if self.stored_rank > MAX_RANK:
             what = f"{where} is {init}, which is stored with twice the rank, and adapters load with at most {MAX_RANK}"
             raise UsageError(what, where="rank", fix=f"set rank to {MAX_RANK // 2} or less")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_train_once(self) -> RunConfig:
+        if not self.modules_to_save or self.method == "full":
+            return self
+        if self.trainable_tokens:
+            what = "modules_to_save trains every row of a module, and trainable_tokens rows of some tokens"
+            raise UsageError(what, where="trainable_tokens", fix="leave one of them out")
+        if self.new_tokens and len(self.modules_to_save) == 1:
+            what = f"new tokens need rows in both embedding and head, and only {self.modules_to_save[0]} trains whole"
+            fix = f"write modules_to_save: [{EMBEDDING}, {HEAD}], or leave it out"
+            raise UsageError(what, where="modules_to_save", fix=fix)
         return self
 
     @model_validator(mode="after")

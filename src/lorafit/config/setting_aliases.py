@@ -56,6 +56,8 @@ SETTING_ALIASES = {
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "add_tokens": "new_tokens",
     "tokens": "new_tokens",
+    "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
     "lora_dropout": "dropout",
     "target_modules": "targets",
     "lora_target_modules": "targets",
@@ -144,7 +146,7 @@ ANSWERS_ONLY = "leave it out: the loss covers only the answers"
 EVERY_STEP = "leave it out: every step is written to metrics.jsonl"
 FIXED_ADAM = "leave it out: AdamW's betas and epsilon are fixed"
 NO_VARIANT = "leave it out: lorafit trains LoRA, with rslora, dora or loraplus_lr_ratio"
-TOKENS = "write trainable_tokens: the texts of the tokens whose rows train; whole modules train with method: full"
+TOKENS = "write trainable_tokens: the texts of the tokens whose rows train; modules_to_save trains all rows"
 NEW_TOKENS = "write new_tokens for tokens that the base lacks, trainable_tokens for those that it has"
 QUANTIZE = "write quantization: nf4, or quantization: none"
 ONCE_AN_EPOCH = "write it as steps: eval_steps or save_steps; leave both out for once an epoch"
@@ -165,7 +167,7 @@ ADVICE = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2"), FIXED_ADAM),
     **dict.fromkeys(("neftune_noise_alpha", "bias"), NO_VARIANT),
     **dict.fromkeys(("loftq_config", "use_loftq"), "write init_lora_weights: loftq"),
-    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "trainable_token_indices"), TOKENS),
+    "trainable_token_indices": TOKENS,
     **dict.fromkeys(("add_special_tokens", "new_special_tokens"), NEW_TOKENS),
     "resize_vocab": "leave it out: new_tokens adds the rows that it needs",
     "pissa_iter": "leave it out: the randomized SVD has 8 iterations",

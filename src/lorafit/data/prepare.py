@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.config import RunConfig, base_folder, parse_bytes
+from lorafit.config import EMBEDDING, RunConfig, base_folder, parse_bytes
 from lorafit.data.cache import bulk_is_whole, confirm, default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
 from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_special_tokens
@@ -184,7 +184,8 @@ def _base_findings(config: RunConfig, template: Template | None, rows: Stored) -
     if missing:
         return missing
     found = untrained_special_tokens(template.tokenizer, folder, template)
-    tokens = [token for token in found if token not in config.trainable_tokens and config.method != "full"]
+    trains_all = config.method == "full" or EMBEDDING in config.modules_to_save
+    tokens = [] if trains_all else [token for token in found if token not in config.trainable_tokens]
     if not tokens:
         return []
     rule = CODES["D050"]

@@ -150,8 +150,8 @@ def recordable(layers: DecoderLayers) -> bool:
     Layers must be compiled, in bf16, and without capped scores: other kernels than flash attention's are started by the
     lengths of rows, which a graph cannot know. A graph keeps its gradients in place, so base weights must be frozen.
     """
-    embeddings = getattr(layers.core, "get_input_embeddings", None)
-    if embeddings is not None and any(weight.requires_grad for weight in embeddings().parameters()):
+    ends = [getattr(layers.core, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    if any(weight.requires_grad for module in ends if module is not None for weight in module.parameters()):
         return False
     capped = getattr(layers.core.config.get_text_config(), "attn_logit_softcapping", None)
     return bool(layers.compiled and layers.core.dtype is torch.bfloat16 and not capped)

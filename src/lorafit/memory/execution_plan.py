@@ -133,7 +133,7 @@ def _costs(
         batch,
         width=inputs.width,
         mask_bytes=_mask_bytes(inputs),
-        trains_head=inputs.is_full,
+        head_gradient_bytes=inputs.head_gradient_bytes,
         dora=inputs.is_dora,
         trains_rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
     )
@@ -202,6 +202,7 @@ def _records(policy: MemoryPolicy, inputs: PlanInputs) -> bool:
     """
     compiled = execution_of(inputs).fused and inputs.on_cuda
     excluded = inputs.shape.capped_scores or inputs.shape.unpacked or inputs.is_full or inputs.base_shards > 1
+    excluded = excluded or inputs.trains_outside_layers
     able = compiled and inputs.compute in ("bf16", "fp8") and not excluded
     return policy.cuda_graph_max_tokens > 0 and policy.takes_graphs and able
 

@@ -142,11 +142,14 @@ def _dense_copies(inputs: PlanInputs, base: list[Component], layers: int) -> lis
 
 def _adapters(inputs: PlanInputs) -> list[Component]:
     weights, initial = inputs.adapter_parameters, inputs.initial_parameters
+    whole = inputs.whole_parameters
+    table = Component("trained embedding and head", 4 * whole, f"{whole:,} weights in fp32, beside the frozen ones")
     product = Component("initial products", 4 * initial, "frozen copies of what the adapters began with, in fp32")
     return [
-        Component("adapters", weights * 4, f"{weights:,} weights in fp32"),
+        Component("adapters", (weights - whole) * 4, f"{weights - whole:,} weights in fp32"),
+        *([table] if whole else []),
         *([product] if initial else []),
-        Component("adapter gradients", weights * 4, "fp32"),
+        Component("gradients" if whole else "adapter gradients", weights * 4, "fp32"),
         _optimizer_state(inputs),
     ]
 
@@ -202,7 +205,6 @@ LOSS_CHUNK_BYTES = 256 << 20
 OTHERS_CHUNK_TOKENS = 1024
 NORM_BYTES = 4
 SOFTMAX_BYTES = 4
-GRADIENT_BYTES = 4
 BYTES_PER_LOGIT = 12
 SCORES, SCORES_COPIES = 1 << 26, 5
 """Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
@@ -263,15 +265,16 @@ def activations(
     width: int,
     mask_bytes: int = 0,
     execution: Execution,
-    trains_head: bool = False,
+    head_gradient_bytes: int = 0,
     dora: bool = False,
     trains_rows: bool = False,
 ) -> Activations:
     """Return the activations of one micro-batch.
 
     `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
-    without dropout. With `trains_head` the loss sums the head's gradient in fp32. With `dora` adapters keep their
-    outputs. With `trains_rows` the gradient of the logits is copied, so that rows of tokens get their own.
+    without dropout. `head_gradient_bytes` is what the loss takes for each weight of a head that trains. With `dora`
+    adapters keep their outputs. With `trains_rows` the gradient of the logits is copied, so that rows of tokens get
+    their own.
     """
     stream = NORM_BYTES if execution.wide_stream else width
     linears = shape.named(targets)
@@ -288,7 +291,7 @@ def activations(
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.tensor_parameters for part in shape.packed), default=0)
     chunk = _logit_bytes(shape, batch, width, execution) * (2 if trains_rows else 1)
-    head = shape.vocab * shape.hidden * GRADIENT_BYTES if trains_head else 0
+    head = shape.vocab * shape.hidden * head_gradient_bytes
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
         feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),

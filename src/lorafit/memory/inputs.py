@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lorafit.config import RunConfig
+from lorafit.config import HEAD, RunConfig
 from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
 from lorafit.shapes import ModelShape, Projection, expert_rank, resolve_targets
@@ -145,9 +145,34 @@ class PlanInputs:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        """Weights in the adapters: rank × (inputs + outputs) for each target, DoRA's magnitudes, and rows of tokens."""
+        """Weights that train beside a frozen base: rank × (inputs + outputs) for each target, DoRA's magnitudes, rows
+        of tokens, and whole modules."""
         rows = len(set(self.config.trainable_tokens)) * self.shape.hidden * (1 if self.shape.tied_embeddings else 2)
-        return 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets))) + rows
+        adapters = 0 if self.is_full else sum(map(self._adapter_weights, self.shape.named(self.targets))) + rows
+        return adapters + self.whole_parameters
+
+    @property
+    def whole_parameters(self) -> int:
+        """Weights of the embedding and the head that train whole beside the adapters; tied ones count once."""
+        whole = () if self.is_full else self.config.modules_to_save
+        return self.shape.vocab * self.shape.hidden * (min(len(whole), 1) if self.shape.tied_embeddings else len(whole))
+
+    @property
+    def head_gradient_bytes(self) -> int:
+        """Bytes that the loss takes for each weight of a head that trains; 0 for a frozen one.
+
+        They are the gradient's sum in fp32. Beside a frozen head of 16 bits, the table in fp32 is rounded for each
+        chunk, whose gradient exists in both precisions.
+        """
+        if self.is_full:
+            return MASTER_BYTES
+        trains = self.whole_parameters and (HEAD in self.config.modules_to_save or self.shape.tied_embeddings)
+        return 2 * MASTER_BYTES + (2 * self.width if self.width < MASTER_BYTES else 0) if trains else 0
+
+    @property
+    def trains_outside_layers(self) -> bool:
+        """True when weights of the embedding or the head train beside the adapters, whose gradients no graph holds."""
+        return not self.is_full and bool(self.config.trainable_tokens or self.config.modules_to_save)
 
     @property
     def initial_parameters(self) -> int:

@@ -77,7 +77,7 @@ def layer_costs(
     traffic_forward, traffic_backward = _traffic_s(inputs, batch.tokens, live, execution)
     fixed = matmuls.tail_s + _dequantize_s(inputs) * (1 - dequantized)
     is_dense = not inputs.in_4_bits or dequantized == 1
-    head_flops = (6 if inputs.is_full else 4) * inputs.shape.vocab * inputs.shape.hidden
+    head_flops = (6 if inputs.head_gradient_bytes else 4) * inputs.shape.vocab * inputs.shape.hidden
     launch = GRAPH_LAUNCH_S if graphs else _launch_s(inputs, execution, is_dense=is_dense)
     forward_s = max(launch, matmuls.forward_s + attention + traffic_forward + fixed)
     return LayerCosts(

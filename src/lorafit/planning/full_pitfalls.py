@@ -15,8 +15,8 @@ HIGHEST_LR = 1e-4
 FEWEST_ROWS = 1_000
 """Rows below which an adapter learns as much, and forgets less."""
 ADAPTER_SETTINGS = (
-    "rank", "alpha", "rslora", "dora", "init_lora_weights", "trainable_tokens", "loraplus_lr_ratio", "dropout",
-    "targets",
+    "rank", "alpha", "rslora", "dora", "init_lora_weights", "trainable_tokens", "modules_to_save", "loraplus_lr_ratio",
+    "dropout", "targets",
 )  # fmt: skip
 
 

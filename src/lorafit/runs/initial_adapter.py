@@ -13,13 +13,14 @@ from lorafit.runs.seal import file_hash
 from lorafit.runs.trained_run import choose_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-SHAPE_SETTINGS = ("rank", "alpha", "rslora", "dora", "trainable_tokens")
+SHAPE_SETTINGS = ("rank", "alpha", "rslora", "dora", "trainable_tokens", "modules_to_save")
 """Settings that a run shares with its initial adapter, beside the targets."""
 PEFT_KEYS = {
     "rank": "r",
     "alpha": "lora_alpha",
     "rslora": "use_rslora",
     "dora": "use_dora",
+    "modules_to_save": "modules_to_save",
     "targets": "target_modules",
 }
 

@@ -131,7 +131,7 @@ def _check(name: str, linears: Sequence[Projection], family: str) -> None:
         )
     if name.rpartition(".")[2] in HEADS:
         what = f"'{name}' is not part of the decoder, so it cannot have an adapter"
-        raise AdapterError(what, where="targets", fix=_advice(linears))
+        raise AdapterError(what, where="targets", fix=f"{_advice(linears)}; modules_to_save trains it whole")
     near = difflib.get_close_matches(name.rpartition(".")[2], [part.name for part in linears], n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise AdapterError(f"{family} has no linear module '{name}'", where="targets", fix=hint + _advice(linears))

@@ -39,7 +39,16 @@ SAID = [
     ("target_modules", ["q_proj", "v_proj", "lm_head"], "also selects lm_head"),
     ("peft_type", "IA3", "no LoRA"),
 ]
-FREE = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "fan_in_fan_out")
+FREE = (
+    "modules_to_save",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "fan_in_fan_out",
+)
 """Keys that an adapter may set; its weights and the run's settings are compared with them."""
 NO_MATTER = ("lora_dropout", "base_model_name_or_path", "revision")
 VALUES = (None, True, False, 0, 1, -1, 1e300, "", "x", [], ["x"], {}, {"x": 1})

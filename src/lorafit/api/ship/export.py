@@ -151,8 +151,9 @@ def _export_adapter(
         if config.dora:
             what = "the run is DoRA, and neither vLLM nor llama.cpp serves DoRA adapters"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
-        if config.trainable_tokens:
-            what = "the run trained rows of the embedding, which vLLM and llama.cpp take from the base alone"
+        if config.trainable_tokens or config.modules_to_save:
+            trained = "rows of the embedding" if config.trainable_tokens else " and ".join(config.modules_to_save)
+            what = f"the run trained {trained}, which vLLM and llama.cpp take from the base alone"
             raise UsageError(what, where=str(run.path), fix="export it with --to merged or --to gguf")
         if adapts_experts(config):
             what = "the run has adapters on experts, and this export is for adapters on linear modules"

@@ -19,6 +19,7 @@ def with_new_tokens(resolved: Resolved) -> Resolved:
 def grown(config: RunConfig) -> RunConfig:
     """Return `config` over the grown base of its `new_tokens`. Raises UsageError, BackboneError."""
     base = GrownBase.of(config.base, config.revision, config.new_tokens)
-    rows = () if config.method == "full" else tuple(dict.fromkeys((*config.trainable_tokens, *config.new_tokens)))
+    every_row = config.method == "full" or config.modules_to_save
+    rows = () if every_row else tuple(dict.fromkeys((*config.trainable_tokens, *config.new_tokens)))
     taken = {"base": str(base.folder), "revision": None}
     return config.model_copy(update={**taken, **({"trainable_tokens": rows} if rows else {})})

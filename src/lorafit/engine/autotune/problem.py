@@ -24,7 +24,7 @@ from lorafit.engine.autotune.measure import (
 from lorafit.engine.cuda_graphs import recordable
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
-from lorafit.engine.loss.vocabulary import CHUNK_BYTES
+from lorafit.engine.loss.vocabulary import CHUNK_BYTES, gradient_bytes
 from lorafit.engine.packing import MicroBatch
 from lorafit.engine.runtime import release_memory
 from lorafit.errors import TrainingError
@@ -370,7 +370,7 @@ def _loss_s(layers: DecoderLayers, batch: MicroBatch, forward_s: float, frozen: 
 def _loss_bytes(model: Any, batch: MicroBatch) -> int:
     """Return the bytes of a chunk of logits (two with rows of tokens), of hidden states, and of trained weights."""
     head = model.get_output_embeddings()
-    trained = 0 if head is None else sum(4 * weight.numel() for weight in head.parameters() if weight.requires_grad)
+    trained = 0 if head is None else gradient_bytes(head)
     return (1 + hasattr(head, "token_rows")) * CHUNK_BYTES + trained + batch.tokens * _hidden_bytes(model) * 4
 
 

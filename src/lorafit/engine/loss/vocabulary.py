@@ -39,6 +39,17 @@ def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
     return max(rows // ROW_MULTIPLE * ROW_MULTIPLE, min(rows, ROW_MULTIPLE), 1)
 
 
+def gradient_bytes(head: nn.Module) -> int:
+    """Return the bytes that `chunked_loss` takes for the trained weights of `head`.
+
+    They are a sum in fp32; and for fp32 weights beside a frozen one in 16 bits (2 + 2 + 4 bytes) the rounded weights of
+    a chunk, and their gradient in both precisions.
+    """
+    own: Any = head.weight
+    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    return sum((4 if weight is own else 12) * weight.numel() for weight in trained)
+
+
 def chunked_loss(
     hidden: Tensor,
     targets: Tensor,

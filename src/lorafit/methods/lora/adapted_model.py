@@ -25,7 +25,7 @@ with redirect_library_logs():  # peft imports bitsandbytes, which warns on some 
     from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
 
-__all__ = ["AdaptedModel", "LoraConfig", "LoraLayer", "PeftModel", "get_peft_model_state_dict"]
+__all__ = ["AdaptedModel", "LoraConfig", "LoraLayer", "PeftModel", "PeftModelForCausalLM", "get_peft_model_state_dict"]
 
 
 class AdaptedModel(PeftModelForCausalLM):

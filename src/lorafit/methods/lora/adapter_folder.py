@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.backbone import linear_size, stacked_experts
-from lorafit.config import MAX_RANK, MAX_SCALE, RunConfig, read_json
+from lorafit.config import RunConfig, read_json
 from lorafit.errors import AdapterError
-from lorafit.methods.lora.adapted_model import LoraConfig, PeftModel, get_peft_model_state_dict
+from lorafit.methods.lora.adapted_model import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 from lorafit.methods.lora.attach import check_attached, linear_names, matching
 from lorafit.methods.lora.dora import MAGNITUDE, prepare_dora
 from lorafit.methods.lora.expert_adapters import (
@@ -30,7 +28,7 @@ from lorafit.methods.lora.expert_adapters import (
     check_expert_settings,
     parameter_of,
 )
-from lorafit.methods.lora.foreign_settings import check_values, plain_settings
+from lorafit.methods.lora.foreign_settings import check_keys, check_values, is_name, jsonable, plain_settings, scale_of
 from lorafit.methods.lora.initial.principal import (
     INITIAL_FILE,
     initial_tensors,
@@ -39,17 +37,13 @@ from lorafit.methods.lora.initial.principal import (
     read_initial,
     restore_product,
 )
-from lorafit.methods.lora.token_rows import ENDING, load_rows, restore_rows, row_modules
+from lorafit.methods.lora.token_rows import ENDING, load_rows, restore_rows, row_modules, table_names
 from lorafit.methods.saving import require_finite, save_snapshot
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# keys that a plain LoRA may set; other keys would change the adapter, so they must have PEFT's defaults
-FREE_KEYS = frozenset(
-    ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-     "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
-     "target_parameters", "rank_pattern", "alpha_pattern", "trainable_token_indices")
-)  # fmt: skip
+WHOLE = ".weight"
+"""The end of a key of a module that is trained whole."""
 NEEDED_KEYS = frozenset(
     ("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
      "target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "inference_mode", "modules_to_save")
@@ -71,6 +65,7 @@ class AdapterFiles:
         parameters: PEFT's `target_parameters`, the stacked experts with adapters, sorted.
         expert_rank: the rank of an expert's adapter.
         tokens: module -> ids of the tokens whose rows are trained.
+        tables: PEFT's `modules_to_save`, the modules that are trained whole.
     """
 
     folder: Path
@@ -82,6 +77,7 @@ class AdapterFiles:
     parameters: tuple[str, ...] = ()
     expert_rank: int = 0
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
@@ -97,19 +93,22 @@ class AdapterFiles:
             if not (folder / name).is_file():
                 raise AdapterError(f"{name} is missing", where=str(folder), fix="name the folder of a LoRA adapter")
         raw = read_json(folder / CONFIG_FILE, AdapterError)
-        _check_plain(raw, folder)
-        check_values(raw, str(folder / CONFIG_FILE))
-        scale = _scale(raw, folder)
-        check_expert_settings(raw, str(folder / CONFIG_FILE), _is_name)
+        where = str(folder / CONFIG_FILE)
+        check_keys(raw, where)
+        check_values(raw, where)
+        scale = scale_of(raw, where)
+        check_expert_settings(raw, where, is_name)
         targets, experts = (tuple(sorted(raw.get(key) or ())) for key in ("target_modules", "target_parameters"))
         swapped, dora = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
         expert_rank = next(iter((raw.get("rank_pattern") or {}).values()), raw["r"])
         tokens = {name: tuple(ids) for name, ids in (raw.get("trainable_token_indices") or {}).items()}
-        return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank, tokens)
+        tables = tuple(raw.get("modules_to_save") or ())
+        return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank, tokens, tables)
 
-    def settings(self) -> LoraConfig:
+    def settings(self, *, inference: bool = True) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
         settings = plain_settings(read_json(self.folder / CONFIG_FILE, AdapterError), self.rank, self.targets)
+        settings.inference_mode = inference
         if self.parameters:
             power = 0.5 if settings.use_rslora else 1.0
             settings.target_parameters, settings.lora_dropout = list(self.parameters), 0.0
@@ -131,13 +130,21 @@ class AdapterFiles:
         return {module: sides[MAGNITUDE] for module, sides in self._tensors().items()} if self.dora else {}
 
     def rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        """Return (ids, rows (n, hidden)), fp32, by the name of the embedding or head; empty if no row was trained."""
-        if not self.tokens:
+        """Return (ids, rows (n, hidden)), fp32, by the name of the embedding or head; empty if no row was trained.
+
+        No ids stand for a whole table.
+        """
+        if not self.tokens and not self.tables:
             return {}
-        found = {module: sides[ENDING] for module, sides in self._tensors(rows=True).items()}
-        if set(found) != set(self.tokens) or any(len(found[name]) != len(ids) for name, ids in self.tokens.items()):
+        found = self._tensors(rows=True)
+        rows = {name: (self.tokens.get(name, ()), sides[ENDING]) for name, sides in found.items() if ENDING in sides}
+        if set(rows) != set(self.tokens) or any(len(table) != len(ids) for ids, table in rows.values()):
             raise AdapterError("the rows are not those of its tokens", where=str(self.folder / WEIGHTS_FILE))
-        return {name: (ids, found[name]) for name, ids in self.tokens.items()}
+        tables = {name: ((), sides[WHOLE]) for name, sides in found.items() if WHOLE in sides}
+        if lacking := [name for name in self.tables if not matching((name,), list(tables))]:
+            what = f"modules_to_save names {lacking[0]}, for which the adapter has no weights"
+            raise AdapterError(what, where=str(self.folder / CONFIG_FILE))
+        return rows | tables
 
     def _tensors(self, *, rows: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return the checked tensors of each module by their side: A, B, and for DoRA the magnitude."""
@@ -147,14 +154,14 @@ class AdapterFiles:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     wrapper, side = _parse_key(key, self)
-                    if (side == ENDING) is not rows:
+                    if (side in (ENDING, WHOLE)) is not rows:
                         continue
                     module = parameter_of(wrapper, self.parameters) or wrapper
                     tensor = file.get_tensor(key)
                     found.setdefault(module, {})[side] = _checked(key, tensor, self.folder, 1 + (side != MAGNITUDE))
         except (SafetensorError, OSError) as error:
             raise AdapterError("the adapter's weights are truncated or unreadable", where=str(path)) from error
-        if not found:
+        if not found and not rows:
             raise AdapterError("the adapter holds no weights", where=str(path))
         for module, sides in found.items():
             if not rows and self.dora and MAGNITUDE not in sides:
@@ -194,9 +201,10 @@ class AdapterSnapshot:
         live, name = get_peft_model_state_dict(model, save_embedding_layers=False), model.active_adapter
         for path, layer in principal_layers(model, name):
             live[f"{path}.lora_A.weight"], live[f"{path}.lora_B.weight"] = plain_factors(layer, name)
-        tokens = {name: held.ids.tolist() for name, held, _ in row_modules(model.get_base_model())}
-        saved.trainable_token_indices = tokens or None
-        live |= {f"{PREFIX}{name}{ENDING}": rows for name, _, rows in row_modules(model.get_base_model())}
+        base = model.get_base_model()
+        tokens = {name: list(held.tokens) for name, held, _ in row_modules(base) if held.tokens}
+        saved.trainable_token_indices, saved.modules_to_save = tokens or None, table_names(base) or None
+        live |= {f"{PREFIX}{name}{ENDING if held.tokens else WHOLE}": rows for name, held, rows in row_modules(base)}
         if config.stored_rank != config.rank:
             saved.r, saved.lora_alpha, saved.use_rslora = config.stored_rank, config.scale * config.stored_rank, False
         return cls(
@@ -279,12 +287,13 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         what = f"target_modules also selects {min(outside)}, for which the adapter has no weights"
         raise AdapterError(what, where=str(folder / CONFIG_FILE))
     with as_parameters(model):
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=files.settings())
+        adapted = PeftModelForCausalLM(model, files.settings(inference=not trainable)).train(trainable)
     load_rows(adapted.get_base_model(), files.rows(), str(folder))
     bind_experts(adapted)
     prepare_dora(adapted, is_new=False)
     check_attached(adapted, weights)
-    restore_adapter(adapted, folder)  # PEFT leaves an adapter whose key it renamed at zero
+    # PEFT's own loading leaves an adapter whose key it renamed at zero, and puts whole tables into the base
+    restore_adapter(adapted, folder)
     return adapted
 
 
@@ -322,49 +331,8 @@ def _lean(settings: LoraConfig) -> dict[str, Any]:
 
     Each release of PEFT adds keys, and older releases raise TypeError for a key that they do not know.
     """
-    values, usual = _jsonable(settings.to_dict()), _jsonable(LoraConfig().to_dict())
+    values, usual = jsonable(settings.to_dict()), jsonable(LoraConfig().to_dict())
     return {key: value for key, value in values.items() if key in NEEDED_KEYS or value != usual.get(key)}
-
-
-def _check_plain(raw: dict[str, Any], folder: Path) -> None:
-    where = str(folder / CONFIG_FILE)
-    defaults = LoraConfig().to_dict()
-    if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"a {raw.get('peft_type')} adapter is no LoRA adapter", where=where)
-    for key, value in raw.items():
-        if key in FREE_KEYS or key == "peft_type" or _is_unset(value) or value == _jsonable(defaults.get(key)):
-            continue
-        raise AdapterError(f"the adapter sets {key}, which plain LoRA does not have", where=where)
-    targets = raw.get("target_modules")
-    if isinstance(targets, str):
-        raise AdapterError("target_modules is a regular expression, not a list of names", where=where)
-    has_any = targets or raw.get("target_parameters")
-    if not isinstance(targets, list) or not has_any or not all(_is_name(target) for target in targets):
-        raise AdapterError("target_modules is no list of module names", where=where)
-    if not isinstance(raw.get("r"), int) or isinstance(raw["r"], bool) or not 1 <= raw["r"] <= MAX_RANK:
-        raise AdapterError(f"rank {raw.get('r')} is not between 1 and {MAX_RANK}", where=where)
-
-
-def _scale(raw: dict[str, Any], folder: Path) -> float:
-    alpha = raw.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(f"alpha {alpha!r:.40} is no positive number", where=str(folder / CONFIG_FILE))
-    scale = alpha / (math.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"])
-    if scale > MAX_SCALE:
-        raise AdapterError(f"the scale alpha / r = {scale:g} is over {MAX_SCALE:g}", where=str(folder / CONFIG_FILE))
-    return scale
-
-
-def _is_unset(value: Any) -> bool:
-    return not value and type(value) not in (int, float)  # layers_to_transform: 0 is the first layer
-
-
-def _is_name(target: Any) -> bool:
-    return isinstance(target, str) and all(part.isidentifier() or part.isdigit() for part in target.split("."))
-
-
-def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))
 
 
 def _parse_key(key: str, files: AdapterFiles) -> tuple[str, str]:
@@ -373,6 +341,10 @@ def _parse_key(key: str, files: AdapterFiles) -> tuple[str, str]:
     for ending, side in endings.items():
         if key.startswith(PREFIX) and key.endswith(ending):
             return key.removeprefix(PREFIX).removesuffix(ending), side
+    if key.startswith(PREFIX) and key.endswith(WHOLE):
+        module = key.removeprefix(PREFIX).removesuffix(WHOLE)
+        if matching(files.tables, [module]):
+            return module, WHOLE
     raise AdapterError(f"{key} is no LoRA weight", where=str(files.folder / WEIGHTS_FILE))
 
 

@@ -33,7 +33,8 @@ from lorafit.methods.lora.expert_adapters import (
     set_dropout,
 )
 from lorafit.methods.lora.initial.fresh import initialize
-from lorafit.methods.lora.token_rows import ROWS, add_rows
+from lorafit.methods.lora.token_rows import ROWS, add_rows, add_tables
+from lorafit.methods.lora.whole_table import TABLE
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -115,6 +116,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     prepare_dora(adapted, is_new=True)
     initialize(adapted, config)
     add_rows(model, token_ids(config))
+    add_tables(model, config.modules_to_save)
     check_attached(adapted, everything)
     return adapted
 
@@ -147,7 +149,7 @@ def check_attached(adapted: PeftModel, wanted: Iterable[str]) -> None:
     found = set(adapted_layers(adapted.get_base_model()))
     assert found == set(wanted), f"adapters on {sorted(found ^ set(wanted))[:4]} do not match the targets"
     for name, parameter in adapted.named_parameters():
-        if ".lora_" in name or name.endswith(f".{ROWS}"):
+        if ".lora_" in name or name.endswith((f".{ROWS}", f".{TABLE}")):
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}: small updates would be lost"
         else:
             assert not parameter.requires_grad, f"{name} is part of the frozen base, yet it trains"

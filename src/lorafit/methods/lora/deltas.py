@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorafit.backbone import base_skeleton, output_head, transposed_experts
+from lorafit.backbone import base_skeleton, output_head, text_decoder, transposed_experts
 from lorafit.config import RunConfig
 from lorafit.errors import VerificationError
 from lorafit.methods.lora.adapter_folder import AdapterFiles
@@ -18,7 +19,7 @@ from lorafit.methods.lora.dora import rescaled
 from lorafit.methods.lora.expert_adapters import stacked
 
 Rows = tuple[tuple[int, ...], Tensor]
-"""Token ids, and their trained rows (n, hidden)."""
+"""Token ids, and their trained rows (n, hidden). No ids stand for all rows."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,15 @@ class Deltas(Mapping[str, Delta]):
         if all(delta.is_zero for delta in deltas.values()):
             raise VerificationError("every delta is zero: the adapter was not trained", where=str(folder))
         rows = {f"{name}.weight": pair for name, pair in files.rows().items()}
-        return cls(deltas, rows, _head_weight(base_skeleton(config)) if rows and config is not None else "")
+        if not rows or config is None:
+            return cls(deltas, rows)
+        head, is_tied = _head_of(base_skeleton(config))
+        if is_tied and head in rows and len(rows) > 1:
+            own = rows.pop(head)
+            if not torch.equal(own[1], next(iter(rows.values()))[1]):
+                what = "embedding and head are tied in the base, but differ in the adapter"
+                raise VerificationError(what, where=str(folder))
+        return cls(deltas, rows, head if is_tied else "")
 
     def source(self, config: RunConfig) -> RunConfig:
         """Return `config`, whose base the deltas change."""
@@ -136,13 +145,17 @@ class Deltas(Mapping[str, Delta]):
 
 def _with_rows(name: str, weight: Tensor, rows: Rows) -> Tensor:
     ids, values = rows
-    if weight.ndim != 2 or weight.shape[1] != values.shape[1] or len(weight) <= max(ids):
+    if not ids and weight.shape == values.shape:
+        return values.to(weight)
+    if weight.ndim != 2 or weight.shape[1] != values.shape[1] or len(weight) <= max(ids, default=len(weight)):
         raise VerificationError(f"the adapter's rows {tuple(values.shape)} do not fit {name} {tuple(weight.shape)}")
     index = torch.tensor(ids, device=weight.device)
     return weight.index_copy(0, index, values.to(weight))
 
 
-def _head_weight(model: nn.Module) -> str:
-    """Return the name of the head's weight, which a checkpoint may store although it is tied to the embedding."""
+def _head_of(model: Any) -> tuple[str, bool]:
+    """Return the name of the head's weight, and whether it is the embedding's, which a checkpoint may store twice."""
     head = output_head(model)
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+    name = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+    embedding = text_decoder(model).get_input_embeddings()  # type: ignore[operator]
+    return name, head is not None and head.weight is embedding.weight

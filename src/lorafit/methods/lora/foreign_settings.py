@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorafit.config import MAX_RANK, MAX_SCALE
 from lorafit.errors import AdapterError
 from lorafit.methods.lora.adapted_model import LoraConfig
 
 HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base as it is. The others move a part of its weights into the adapter."""
+FREE_KEYS = frozenset(
+    ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
+     "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
+     "target_parameters", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+     "modules_to_save")
+)  # fmt: skip
+"""Keys that an adapter may set. Others would change it, so they must have PEFT's defaults."""
 TASKS = (None, "CAUSAL_LM")
 CONVERT = "convert it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+
+
+def check_keys(raw: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for keys of `raw` that plain LoRA lacks, and for targets and ranks that are none."""
+    defaults = LoraConfig().to_dict()
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"a {raw.get('peft_type')} adapter is no LoRA adapter", where=where)
+    for key, value in raw.items():
+        if key in FREE_KEYS or key == "peft_type" or _is_unset(value) or value == jsonable(defaults.get(key)):
+            continue
+        raise AdapterError(f"the adapter sets {key}, which plain LoRA does not have", where=where)
+    targets = raw.get("target_modules")
+    if isinstance(targets, str):
+        raise AdapterError("target_modules is a regular expression, not a list of names", where=where)
+    has_any = targets or raw.get("target_parameters")
+    if not isinstance(targets, list) or not has_any or not all(is_name(target) for target in targets):
+        raise AdapterError("target_modules is no list of module names", where=where)
+    if not isinstance(raw.get("r"), int) or isinstance(raw["r"], bool) or not 1 <= raw["r"] <= MAX_RANK:
+        raise AdapterError(f"rank {raw.get('r')} is not between 1 and {MAX_RANK}", where=where)
+
+
+def scale_of(raw: Mapping[str, Any], where: str) -> float:
+    """Return alpha / r of `raw`, or alpha / √r. Raises AdapterError for what is no such number."""
+    alpha = raw.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
+        raise AdapterError(f"alpha {alpha!r:.40} is no positive number", where=where)
+    scale = alpha / (math.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"])
+    if scale > MAX_SCALE:
+        raise AdapterError(f"the scale alpha / r = {scale:g} is over {MAX_SCALE:g}", where=where)
+    return scale
 
 
 def check_values(raw: Mapping[str, Any], where: str) -> None:
@@ -31,6 +71,9 @@ def check_values(raw: Mapping[str, Any], where: str) -> None:
     if tokens is not None and not _are_tokens(tokens):
         what = "trainable_token_indices is no mapping of a module's name to different token ids"
         raise AdapterError(what, where=where)
+    tables = raw.get("modules_to_save")
+    if tables and not (isinstance(tables, list) and all(map(is_name, tables))):
+        raise AdapterError("modules_to_save is no list of module names", where=where)
     if raw.get("task_type") not in TASKS:
         raise AdapterError(f"task_type is {_short(raw['task_type'])}, not CAUSAL_LM", where=where)
 
@@ -65,3 +108,17 @@ def _are_tokens(tokens: Any) -> bool:
 
 def _short(value: Any) -> str:
     return f"{value!r:.40}" if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _is_unset(value: Any) -> bool:
+    return not value and type(value) not in (int, float)  # layers_to_transform: 0 is the first layer
+
+
+def is_name(target: Any) -> bool:
+    """Return True for a dotted name of a module."""
+    return isinstance(target, str) and all(part.isidentifier() or part.isdigit() for part in target.split("."))
+
+
+def jsonable(value: Any) -> Any:
+    """Return `value` as JSON holds it."""
+    return json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))

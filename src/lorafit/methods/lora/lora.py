@@ -42,7 +42,8 @@ class Lora:
         kind = f"{'rs' if config.rslora else ''}{'DoRA' if config.dora else 'LoRA'}"
         kind += "+" if config.loraplus_lr_ratio != 1 else ""
         begun = "" if config.init_lora_weights == "default" else f", begun as {NAMES[config.init_lora_weights]}"
-        return f"{kind} (rank {config.rank}, alpha {config.alpha:g}{begun})"
+        whole = f"; {' and '.join(config.modules_to_save)} whole" if config.modules_to_save else ""
+        return f"{kind} (rank {config.rank}, alpha {config.alpha:g}{begun}{whole})"
 
     def prepare(self, model: nn.Module, config: RunConfig, targets: tuple[str, ...] | None = None) -> nn.Module:
         """Return `model` with adapters on `targets` (default: `config.targets`) and a frozen base.
@@ -117,10 +118,14 @@ def _check_settings(folder: Path, config: RunConfig) -> None:
         kinds = {True: "DoRA", False: "LoRA"}
         what = f"the adapter is {kinds[files.dora]}, but the run was trained with {kinds[config.dora]}"
         raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
-    if bool(files.tokens) != bool(config.trainable_tokens):
-        kinds = {True: "trained rows of tokens", False: "no trained rows of tokens"}
-        what = f"the adapter has {kinds[bool(files.tokens)]}, but the run {kinds[bool(config.trainable_tokens)]}"
-        raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
+    for words, has, wants in (
+        ("trained rows of tokens", bool(files.tokens), bool(config.trainable_tokens)),
+        ("modules that were trained whole", bool(files.tables), bool(config.modules_to_save)),
+    ):
+        if has != wants:
+            theirs, ours = (words if one else f"no {words}" for one in (has, wants))
+            what = f"the adapter has {theirs}, but the run {ours}"
+            raise AdapterError(what, where=str(folder), fix=f"restore {CONFIG_FILE}")
     trained = {"rank": config.stored_rank, "scale": config.scale}
     for name, found in (("rank", files.rank), ("scale", files.scale)):
         if not math.isclose(found, trained[name], rel_tol=1e-6):

@@ -122,8 +122,9 @@ def require_sums(config: RunConfig, run: Path) -> None:
         what = "the run is DoRA, which rescales the base's weights, and the server only adds adapters to them"
         fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
         raise UsageError(what, where=str(run), fix=fix)
-    if config.trainable_tokens:
-        what = "the run trained rows of the embedding, which the server's base shares with others"
+    if config.trainable_tokens or config.modules_to_save:
+        trained = "rows of the embedding" if config.trainable_tokens else " and ".join(config.modules_to_save)
+        what = f"the run trained {trained}, which the server's base shares with others"
         fix = f"run lorafit export {run} --to gguf, and serve the folder that it names"
         raise UsageError(what, where=str(run), fix=fix)
     if adapts_experts(config):
