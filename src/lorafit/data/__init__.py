@@ -6,6 +6,7 @@ from lorafit.data.pack import epoch_order, largest_step, pack_step, packed_fill,
 from lorafit.data.prepare import Prepared, prepare, require_clean
 from lorafit.data.schema.records import Record, Turn
 from lorafit.data.shown import ShownRow, ShownToken, show_rows
+from lorafit.data.sources.reader import raw_rows
 from lorafit.data.store import Rows
 from lorafit.data.summary import Histogram, Progress, Summary
 from lorafit.data.template.template import Encoded, Template
@@ -35,6 +36,7 @@ __all__ = [
     "padded_share",
     "parse_rows",
     "prepare",
+    "raw_rows",
     "require_clean",
     "show_rows",
     "steps_per_epoch",

@@ -115,7 +115,7 @@ ERRORS: dict[str, tuple[Row, str]] = {
     **{f"{name}={value}": (answers(**{name: value}), f"'{name}' seems to be a loss flag") for name, value in {
         "is_trained": False, "include_in_loss": False, "no_train": True, "mask_output": True, "loss_scale": 0.0, "train_on_eot": "false"}.items()},
     **{name: ({"messages": [ASK, SAY, ASK, SAY], name: [0, 1]}, f"'{name}' seems to be a loss flag") for name in ("train_mask", "assistant_masks", "turn_weights")},
-    "kto_tag": ({"messages": [ASK, SAY], "kto_tag": False}, "'kto_tag' seems to be a loss flag"),
+    "kto_tag": ({"messages": [ASK, SAY], "kto_tag": False}, "flag 'kto_tag' says that its answer"),
     "a call with its result": (calling({**CALLED, "tool_calls": [{**CALL["function"], "output": "21 C"}]}), r"holds its own result \('output'\)"),
     "two arguments": (calling({**CALLED, "tool_calls": [{"name": "w", "arguments": {"a": 1}, "input": {"b": 2}}]}), "arguments in 'arguments' and in 'input'"),
     "a custom call": (calling({**CALLED, "tool_calls": [{"type": "custom", "custom": {"name": "code", "input": "print(1)"}}]}), "the call's arguments are no JSON"),

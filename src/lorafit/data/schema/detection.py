@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafit.data.schema.fields import Fields, is_empty
+from lorafit.data.schema.preferences import labels_judge
 from lorafit.data.schema.shapes import ANSWERS, LISTS, Shape, renamed
 from lorafit.data.schema.unknown_rows import listed, table, unknown_rows
 from lorafit.data.sources.raw_row import excerpt
@@ -43,7 +44,12 @@ def detect(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) -> Sha
         what, fix = unknown_rows(rows, mapped, where)
         raise DataError(what, where=where, fix=fix)
     kind, answer = votes.most_common(1)[0][0]
-    return Shape(kind, answer, dict(mapped))
+    return Shape(kind, answer, dict(mapped), _labels_judge(rows, answer or kind, mapped))
+
+
+def _labels_judge(rows: Sequence[Fields], answer: str, mapped: Mapping[str, str]) -> bool:
+    own = [renamed(row, mapped) for row in rows if any(str(name).lower() == "label" for name in row)]
+    return "label" not in mapped.values() and labels_judge(own, [answer])
 
 
 def _check_mapped_names(rows: Sequence[Fields], mapped: Mapping[str, str]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from lorafit.data.schema.fields import Fields
+from lorafit.data.schema.fields import Fields, is_empty
+from lorafit.data.schema.turns import CALL, speaker_of, speakers_in
 
 OUT = "rows.jsonl"
 AUTHOR = (
@@ -18,7 +19,7 @@ JOINED = "(v if v == str(v) else ', '.join(map(str, v)))"
 
 def export_of(row: Fields, where: str) -> tuple[str, str] | None:
     """Return (title, command that rewrites the rows) of a known export, or None."""
-    for found in (_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _squad, _alternating, _nested):
+    for found in EXPORTS:
         if answer := found(row, where):
             return answer
     return None
@@ -36,12 +37,13 @@ def rewritten(where: str, row: str, each: str = "[q]", before: str = "", beside:
 def _rows_in(where: str) -> str:
     """Return the expression that reads all rows of the file at `where`."""
     path = PurePath(where)
-    if path.suffix.lower() == ".parquet":
+    suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:]).lower()
+    if suffix == ".parquet":
         return f"__import__('pyarrow.parquet').parquet.read_table({where!r}).to_pylist()"
-    if path.suffix.lower() == ".csv":
-        return f"list(__import__('csv').DictReader(open({where!r}, newline='', encoding='utf-8-sig')))"
+    if suffix not in (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"):
+        return f"__import__('lorafit.data').data.raw_rows({where!r})"
     opened = f"open({where!r}, encoding='utf-8-sig')"
-    if path.suffix.lower() == ".gz":
+    if suffix.endswith(".gz"):
         opened = f"__import__('gzip').open({where!r}, 'rt', encoding='utf-8-sig')"
     lines = "[json.loads(l) for l in t.split('\\n') if l.strip()]"
     return f"(lambda t: json.loads(t) if t.lstrip()[:1] == '[' else {lines})({opened}.read())"
@@ -152,37 +154,110 @@ def answers_as_values(row: Fields, name: str, where: str) -> str:
     return ""
 
 
+def _evals(row: Fields, where: str) -> tuple[str, str] | None:
+    """Recognise OpenAI's evals whose ideal answers are lists."""
+    ideal = row.get("ideal")
+    if not isinstance(ideal, list) or not ideal or not all(isinstance(text, str) for text in ideal):
+        return None
+    line = rewritten(where, "{**r, 'ideal': r['ideal'] if r['ideal'] == str(r['ideal']) else r['ideal'][0]}")
+    asks = "prompt" if speakers_in(row.get("input")) else "instruction"
+    what = "the rows are OpenAI evals, whose ideal answers are lists"
+    return what, f"train on the first of each: {line} && lorafit check {OUT} --map {asks}=input --map response=ideal"
+
+
+def _function_calls(row: Fields, where: str) -> tuple[str, str] | None:
+    """Recognise BFCL: questions, functions, and the values that each argument may have."""
+    asked, declared, calls = row.get("question"), row.get("function"), row.get("ground_truth")
+    if not isinstance(asked, list) or not asked or not isinstance(declared, list) or not speakers_in(asked[0]):
+        return None
+    what = "the rows are questions of BFCL, a test of function calls"
+    if not isinstance(calls, list) or not calls:
+        return (
+            f"{what}, without their answers",
+            "add 'ground_truth' from the file of that name in possible_answer, by id",
+        )
+    if len(asked) > 1 or not all(isinstance(call, dict) and len(call) == 1 for call in calls):
+        return (
+            what,
+            'write each call into an answer: {"role": "assistant", "tool_calls": [{"name": …, "arguments": {…}}]}',
+        )
+    given = "{k: v[0] for k, v in a.items() if v and v[0] != ''}"
+    said = f"[{{'name': n, 'arguments': {given}}} for c in r['ground_truth'] for n, a in c.items()]"
+    turn = f"{{'role': 'assistant', 'content': '', 'tool_calls': {said}}}"
+    line = rewritten(where, f"{{'messages': r['question'][0] + [{turn}], 'tools': r['function']}}")
+    return what, f"train on the first value of each argument: {line}"
+
+
 def _nested(row: Fields, where: str) -> tuple[str, str] | None:
     """Recognise logs of requests and answers, whose turns lie inside other fields."""
-    places = list(_turns_in(row, "r", 0))
-    roles = {role for _, found in places for role in found}
-    if not places or not roles & {"assistant", "model", "gpt"} or any(path.count("[") == 1 for path, _ in places):
+    places = [place for name, value in row.items() for place in _turns_in(value, f"r[{name!r}]", "r", 1)]
+    roles = {role for _, found, _ in places for role in found}
+    if not any(holder != "r" for _, _, holder in places):
         return None
-    tools = next((f"r[{name!r}]['tools']" for name, value in row.items() if _has_tools(value)), "")
-    messages = " + ".join(path for path, _ in places)
-    line = rewritten(where, f"{{'messages': {messages}{f', {chr(39)}tools{chr(39)}: {tools}' if tools else ''}}}")
+    path = " + ".join(path for path, _, _ in places)
+    if not {"assistant", CALL} & roles:
+        said = next((f"r{name}" for name, value in _texts_in(row) if SAID.search(name) and value.strip()), "")
+        if not said:
+            return None
+        path += f" + [{{'role': 'assistant', 'content': {said}}}]"
+    beside = "".join(f", {ours!r}: {found}" for ours, found in _told_beside(row, "r", 0).items())
+    line = rewritten(where, f"{{'messages': {path}{beside}}}")
     return "the turns stand inside of other fields of the rows", line
 
 
-def _has_tools(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("tools"), list) and bool(value["tools"])
+SAID = re.compile(r"(?i)\['(?:expected_?)?(?:outputs?|response|completion|answer|generations?|reference_outputs?)'\]")
+"""Paths of texts that are an answer."""
+TOLD = {
+    "system": ("system", "system_instruction", "systemInstruction", "instructions"),
+    "tools": ("tools", "functions", "toolConfig"),
+}
+"""What a request says beside its turns, and under which names."""
 
 
-def _turns_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield (expression of a list of turns, their roles), in the order of the fields."""
-    if depth > 5:
+def _told_beside(value: Any, path: str, depth: int) -> dict[str, str]:
+    """Return {system or tools: its expression} of what stands beside turns that lie inside of other fields."""
+    if depth > 5 or not isinstance(value, Mapping) or speaker_of(value):
+        return {}
+    found = {
+        ours: f"{path}.get({name!r})"
+        for ours, names in TOLD.items()
+        for name in reversed(names)
+        if not is_empty(value.get(name)) and (ours == "system" or not isinstance(value[name], str))
+    }
+    for name, part in value.items():
+        found = {**_told_beside(part, f"{path}[{name!r}]", depth + 1), **found}
+    return found
+
+
+def _texts_in(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping) and depth < 4:
+        for name, part in value.items():
+            yield from _texts_in(part, f"{path}[{name!r}]", depth + 1)
+
+
+def _turns_in(value: Any, path: str, holder: str, depth: int) -> Iterator[tuple[str, list[str], str]]:
+    """Yield (expression of a list of turns, their roles, what holds them), in the order of the fields."""
+    if depth > 6:
         return
     if isinstance(value, Mapping):
-        if isinstance(value.get("role"), str) and {"content", "parts"} & set(value):
-            yield f"[{path}]", [value["role"]]
+        if role := speaker_of(value):
+            yield f"[{path}]", [role], holder
             return
         for name, part in value.items():
-            yield from _turns_in(part, f"{path}[{name!r}]", depth + 1)
-    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        if all(isinstance(one.get("role"), str) for one in value):
-            yield path, [one["role"] for one in value]
+            yield from _turns_in(part, f"{path}[{name!r}]", path, depth + 1)
+    elif isinstance(value, list) and value:
+        if roles := speakers_in(value):
+            yield path, roles, holder
         else:
-            yield from _turns_in(value[0], f"{path}[0]", depth + 1)
+            yield from _turns_in(value[0], f"{path}[0]", path, depth + 1)
+
+
+EXPORTS = (
+    *(_label_studio, _tree, _messages_of_trees, _chat_history, _argilla, _squad, _evals, _function_calls),
+    *(_alternating, _nested),
+)
 
 
 SPOKEN = re.compile(r"\A\s*Human:.*\bAssistant:", re.DOTALL)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from lorafit.data.schema.exports import answers_as_values, pythons_own
 from lorafit.data.schema.fields import (
@@ -23,12 +22,14 @@ from lorafit.data.schema.fields import (
 )
 from lorafit.data.schema.names import respelled, spelling
 from lorafit.data.schema.parts import system_text
+from lorafit.data.schema.preferences import CHOSEN, judged_bad
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
 from lorafit.data.schema.side_columns import (
     FLAG_LISTS,
     LAST_ONLY,
     ROW_FLAG,
     UNCLEAR_LISTS,
+    is_said,
     is_switch,
     last_only,
     row_flag_fault,
@@ -38,7 +39,16 @@ from lorafit.data.schema.side_columns import (
     with_reasoning,
 )
 from lorafit.data.schema.turn_forms import turns_of
-from lorafit.data.schema.turns import MEDIA, REASONING_NAMES, exchange_in, read_message, read_turns
+from lorafit.data.schema.turns import (
+    MEDIA,
+    REASONING_NAMES,
+    TURNS_AS_TEXT,
+    as_turns,
+    exchange_in,
+    read_message,
+    read_turns,
+    speakers_in,
+)
 from lorafit.data.sources.raw_row import Reject
 
 ANSWERS = ("response", "output", "completion", "answer")
@@ -50,7 +60,7 @@ MEANT = frozenset(
     (
         *SYSTEMS, *INPUTS, *TOOLS, *ANSWERS, *LISTS, *REASONING_NAMES, "instruction", "prompt", "question", "query",
         "history", KWARGS, "documents", "contexts", "passage", "passages", "choices", "options", "thought", "thoughts",
-        "cot", "chain_of_thought", "rationale", *MEDIA,
+        "cot", "chain_of_thought", "rationale", *MEDIA, *CHOSEN,
     )
 )  # fmt: skip
 """Fields whose meaning is known: a row never loses what stands in one of them."""
@@ -69,11 +79,13 @@ class Shape:
         kind: instruction, prompt, messages, conversations, calls (a query, and calls as its answers) or text.
         answer: the field of the answer, where the kind has one.
         mapped: the user's own names, as {ours: theirs}.
+        labels_judge: whether a `label` of 0 means a bad answer, as in KTO's data, and no class.
     """
 
     kind: str
     answer: str = ""
     mapped: Mapping[str, str] = field(default_factory=dict)
+    labels_judge: bool = False
 
     @property
     def title(self) -> str:
@@ -129,21 +141,31 @@ class Shape:
         for name in sorted(row.keys() & self._unused):
             value = row[name]
             if name in SAYS_WHETHER:
-                if fault := row_flag_fault(name, value, of_turns=self.kind in LISTS):
+                if fault := row_flag_fault(name, value, of_turns=self.kind in LISTS, labels_judge=self.labels_judge):
                     return fault
-            elif not is_empty(value) and not _is_said(value, record):
+            elif name in CHOSEN:
+                if isinstance(value, str | list | dict) and not is_empty(value) and not is_said(value, record):
+                    return f"the better answer in '{self.mapped.get(name, name)}' ({kind_of(value)}) is not used"
+            elif not is_empty(value) and not is_said(value, record):
                 return f"the field '{self.mapped.get(name, name)}' is not used in rows of {self.title}"
         for name in REASONING_NAMES:
             if name in row and is_switch(row[name]):
                 return f"the field '{self.mapped.get(name, name)}' holds '{row[name]}', a switch and not a text"
-        return seeming_fault(row, self._known)
+        answer = self.answer or self.kind
+        return judged_bad(fields, self.mapped.get(answer, answer)) or seeming_fault(row, self._known)
 
     def fix_of_lost(self, lost: str) -> str:
         """Return the fix for what `lost` says; empty if the shape has places that the general one names."""
         if lost.startswith(ROW_FLAG):
             return "leave such rows out with --on-bad drop, or take the flag out of them"
+        if better := re.match(r"the better answer in '(.*)' \((.*)\)", lost):
+            if self.answer:
+                return f"train on it: --map {self.answer}={better[1]}"
+            return f"train on it: --map messages={better[1]}" if better[2] == "a list" else IN_LAST_TURN
         if self.kind in ("instruction", "prompt"):
             return ""
+        if self.kind in LISTS and lost.startswith("the field 'context'"):  # Vertex' chats
+            return "--map system=context if it is what the model is told first, or --ignore D038"
         return "write it into the turn that it belongs to, or go on without it: --ignore D038"
 
     def unused(self, names: set[str]) -> list[str]:
@@ -167,19 +189,16 @@ class Shape:
         return "" if self.kind in ("instruction", "prompt") else "a column to learn is written into a turn or a text"
 
     def _instruction(self, row: Fields, source: str) -> Record | Reject:
+        asked = row.get("instruction")
+        if speakers_in(asked) if isinstance(asked, list) else isinstance(asked, str) and TURNS_AS_TEXT.match(asked):
+            return self._prompt({**row, "prompt": asked}, source)
         return text_fault(row, "instruction") or _exchange(row, "instruction", self.answer, source)
 
     def _prompt(self, row: Fields, source: str) -> Record | Reject:
-        asked, answered = _turns_in_text(row.get("prompt")), _turns_in_text(row.get(self.answer))
-        if isinstance(asked, list) and isinstance(row["prompt"], str):
-            row = {**row, "prompt": asked}
-        if isinstance(answered, list) and isinstance(row[self.answer], str):
-            row = {**row, self.answer: answered}
-        if _is_turn(asked) or _is_turn(answered):
-            alone = {name: [row[name]] for name in ("prompt", self.answer) if _is_turn(row.get(name))}
-            return _asked_in_turns({**row, **alone}, self.answer, source)
+        asked = as_turns(row.get("prompt"), False)
+        answered = as_turns(row.get(self.answer), isinstance(asked, list))
         if isinstance(asked, list) or isinstance(answered, list):
-            return _asked_in_turns(row, self.answer, source)
+            return _asked_in_turns({**row, "prompt": asked, self.answer: answered}, self.answer, source)
         return text_fault(row, "prompt") or _exchange(row, "prompt", self.answer, source)
 
     def _list(self, row: Fields, source: str) -> Record | Reject:
@@ -200,6 +219,9 @@ class Shape:
         return fault or Record((Turn(DOCUMENT, row["text"]),), source)
 
 
+IN_LAST_TURN = "write it into the last turn, or go on with the answer that stands there: --ignore D038"
+
+
 def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
     """Return the row with each mapped field under lorafit's name in place of its own."""
     if not mapped:
@@ -208,17 +230,6 @@ def renamed(fields: Fields, mapped: Mapping[str, str]) -> Fields:
     kept = {name: value for name, value in fields.items() if name not in taken}
     ours = {ours: fields[theirs] for ours, theirs in mapped.items() if theirs in fields}
     return {**{name: value for name, value in respelled(kept, ROW_NAMES).items() if name not in ours}, **ours}
-
-
-def _is_said(value: Any, record: Record) -> bool:
-    """Return True if the record already has a known field's whole content, as a copy of one of its texts."""
-    if isinstance(value, list | dict):
-        return all(_is_said(part, record) for part in (value.values() if isinstance(value, dict) else value))
-    if not isinstance(value, str):
-        return False
-    wanted = "".join(value.split())
-    texts = (record.system or "", *(text for turn in record.turns for text in (turn.content, turn.reasoning)))
-    return any(wanted in "".join(text.split()) for text in texts)
 
 
 def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Reject:
@@ -237,23 +248,6 @@ def _exchange(row: Fields, asks: str, answers: str, source: str) -> Record | Rej
         asked = f"{asked.rstrip()}\n{extra}" if asked.strip() else extra
     answer = Turn("assistant", row[answers], {REASONING: reasoned} if reasoned else {})
     return _assembled(row, [*before, Turn("user", asked), answer], source)
-
-
-def _turns_in_text(value: Any) -> Any:
-    """Parse a list of turns from JSON text, as CSV has it. Any other value is returned unchanged."""
-    if not isinstance(value, str) or not TURNS_AS_TEXT.match(value):
-        return value
-    try:
-        return from_json(value)
-    except ValueError:
-        return value
-
-
-TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|from)"\s*:')
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def _answer_fault(row: Fields, name: str, source: str) -> Reject | None:
@@ -317,6 +311,9 @@ def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
     """Return the record of TRL's conversational prompt and completion. Answers in the prompt are not taught."""
     if line := answers_as_values(row, answer, source.rpartition(":")[0]):
         return Reject("D012", f"the field '{answer}' is a list of Argilla's answers", fix=line)
+    if beside := next((name for name in (*INPUTS, "history") if not is_empty(row.get(name))), ""):
+        what = f"the field '{beside}' stands beside a prompt of turns, and is not read there"
+        return Reject("D012", what, fix="write it into a turn of the prompt")
     sides = []
     for name, role in (("prompt", "user"), (answer, "assistant")):
         value = row.get(name)
@@ -326,8 +323,11 @@ def _asked_in_turns(row: Fields, answer: str, source: str) -> Record | Reject:
         if isinstance(turns, Reject):
             return Reject(turns.code, f"'{name}', {turns.reason}", fix=turns.fix)
         sides.append(turns)
+    reasoned = _optional(row, REASONING_NAMES)
+    if isinstance(reasoned, Reject):
+        return reasoned
     context = [Turn(turn.role, turn.content, turn.extra, False) if turn.taught else turn for turn in sides[0]]
-    return _assembled(row, [*context, *sides[1]], source)
+    return _assembled(row, [*context, *with_reasoning(sides[1], reasoned)], source)
 
 
 def _conversation(row: Fields, name: str, source: str) -> Record | Reject:

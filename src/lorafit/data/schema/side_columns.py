@@ -9,8 +9,8 @@ from typing import Any
 
 from lorafit.data.schema.fields import LOSS_FLAGS, Fields, from_json, is_empty, kind_of
 from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, with_words
-from lorafit.data.schema.records import REASONING, Turn
-from lorafit.data.schema.turns import UNCLEAR_FLAGS, is_flag
+from lorafit.data.schema.records import REASONING, Record, Turn
+from lorafit.data.schema.turns import SPEAKERS, UNCLEAR_FLAGS, is_flag, speaker_of
 from lorafit.data.sources.raw_row import Reject, excerpt
 
 FLAG_LISTS = ("weights", *LOSS_FLAGS)
@@ -21,6 +21,7 @@ LAST_ONLY = "mask_history"
 FLAGS_FIX = "write one 0 or 1 for each turn, or for each answer"
 ROW_FLAG = "the row's own flag"
 WEIGHTS = ("weight", "weights", "loss_weight")
+BAD_LABELS = ("false", "bad", "rejected", "undesirable")
 YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0", "none", "")
 
 
@@ -112,10 +113,10 @@ def suggested_places(unused: Sequence[str], seen: Iterable[str], mapped: Mapping
     return [f"--map {flag}" if plain.fullmatch(flag.replace("=", "")) else f"--map '{flag}'" for flag in flags]
 
 
-def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
+def row_flag_fault(name: str, value: Any, *, of_turns: bool, labels_judge: bool) -> str:
     """Return the unsupported request of a row's loss flag; empty if the row is learnt as any other.
 
-    `of_turns` says that lists of flags are read.
+    `of_turns` says that lists of flags are read, `labels_judge` that a label of 0 means a bad answer.
     """
     if name in UNCLEAR_LISTS:
         says = f"the field '{name}' seems to hold loss flags, and tools do not agree on their sense"
@@ -126,7 +127,7 @@ def row_flag_fault(name: str, value: Any, *, of_turns: bool) -> str:
     if is_empty(value):
         return ""
     word = str(value).strip().lower()  # CSV has texts only
-    if word in (("false",) if name == "label" else ("false", "no", "0", "0.0")):
+    if word in (NO if labels_judge else BAD_LABELS) if name == "label" else word in ("false", "no", "0", "0.0"):
         return f"{ROW_FLAG} '{name}' says that its answer is not to be learnt"
     if name in WEIGHTS and word not in ("none", *YES):
         return f"{ROW_FLAG} '{name}' is neither 0 nor 1, and every row counts the same"
@@ -167,3 +168,16 @@ def _holds_tools(value: Any) -> bool:
     return isinstance(value, list) and any(
         isinstance(one, dict) and {"name", "function", "toolName", "toolSpec"} & set(one) for one in value
     )
+
+
+def is_said(value: Any, record: Record) -> bool:
+    """Return True if the record already has a known field's whole content, as a copy of one of its texts."""
+    if isinstance(value, dict) and speaker_of(value):
+        value = [part for name, part in value.items() if name not in SPEAKERS]
+    if isinstance(value, list | dict):
+        return all(is_said(part, record) for part in (value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, str):
+        return False
+    wanted = "".join(value.split())
+    texts = (record.system or "", *(text for turn in record.turns for text in (turn.content, turn.reasoning)))
+    return any(wanted in "".join(text.split()) for text in texts)

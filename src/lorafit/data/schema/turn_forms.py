@@ -30,7 +30,13 @@ def turns_of(value: Any) -> Any:
 
 def _alternates(pairs: list[list[Any]]) -> bool:
     """Return True if the first of each pair is a role, and not a question."""
-    return all(one[0].strip().lower() in ("system", "user", "assistant", "human", "gpt", "tool") for one in pairs)
+    return all(one[0].strip().lower() in PAIRED for one in pairs)
+
+
+PAIRED = frozenset(
+    ("system", "developer", "user", "human", "assistant", "ai", "gpt", "model", "bot", "chatbot", "tool", "function")
+)
+"""Roles that stand first in a pair of role and text, as LangChain's tuples."""
 
 
 def _rows_of(table: dict[str, Any]) -> Any:

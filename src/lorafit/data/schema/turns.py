@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from lorafit.data.schema.fields import FLAG_NAMES, Fields, is_empty, kind_of, loss_flag, read_calls, text_fault
+from lorafit.data.schema.fields import (
+    FLAG_NAMES,
+    Fields,
+    from_json,
+    is_empty,
+    kind_of,
+    loss_flag,
+    read_calls,
+    text_fault,
+)
 from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, respelled, with_words
 from lorafit.data.schema.parts import IMAGE_FIX, Parts, are_parts, holds_media, read_parts, text_object
 from lorafit.data.schema.records import CALLS, REASONING, Turn
@@ -147,6 +157,55 @@ def _thought_alone(message: Fields) -> list[Turn] | Reject:
 
 
 SHAPE_FIX = 'write {"role": "user", "content": "…"}'
+OF_A_TURN = frozenset((*CONTENT_NAMES, *CALL_NAMES, "arguments", "summary"))
+"""Fields of which a turn has at least one."""
+TYPES_OF_TURNS = ("human", "ai", "function_call", "function_call_output", "reasoning")
+"""Types of LangChain's messages and of OpenAI's items, which no content part and no tool schema has."""
+
+
+def speakers_in(value: Any) -> list[str]:
+    """Return who speaks in a list of turns, in one turn, or in JSON of either; empty for any other value."""
+    if isinstance(value, str):
+        if value.lstrip()[:1] not in ("[", "{"):
+            return []
+        try:
+            value = from_json(value)
+        except ValueError:
+            return []
+    found = [speaker_of(one) for one in (value if isinstance(value, list) else [value])]
+    return found if found and all(found) else []
+
+
+def speaker_of(message: Any) -> str:
+    """Return the meaning of a turn's role; `assistant` for a question with its answer, empty for anything else."""
+    if not isinstance(message, dict):
+        return ""
+    if exchange_in(message):
+        return "assistant"
+    message = unwrapped(message)
+    if OF_A_TURN.isdisjoint(message):
+        return ""
+    speaker = next((message[name] for name in ("role", "from", "author") if isinstance(message.get(name), str)), None)
+    if speaker is None and message.get("type") in TYPES_OF_TURNS:
+        speaker = message["type"]
+    return ROLES.get(_role_name(speaker), "") if speaker else ""
+
+
+def as_turns(value: Any, beside_turns: bool) -> Any:
+    """Return a list of turns for a turn or a list of them, also as JSON text; any other value unchanged.
+
+    One turn as JSON text counts `beside_turns` only: an answer may be a JSON object.
+    """
+    if isinstance(value, str) and (TURNS_AS_TEXT.match(value) or (beside_turns and value.lstrip()[:1] == "{")):
+        try:
+            parsed = from_json(value)
+        except ValueError:
+            return value
+        value = parsed if isinstance(parsed, list) or speaker_of(parsed) else value
+    return [value] if isinstance(value, dict) and speaker_of(value) else value
+
+
+TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|from)"\s*:')
 
 
 def _full(role: str, message: Fields) -> list[Turn] | Reject:

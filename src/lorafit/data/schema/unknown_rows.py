@@ -6,14 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lorafit.data.schema.exports import better_answers, export_of
-from lorafit.data.schema.fields import Fields
+from lorafit.data.schema.exports import OUT, export_of, rewritten
+from lorafit.data.schema.fields import Fields, is_empty
+from lorafit.data.schema.preferences import ASKS, SAYS, better_and_worse, flag, nearest, several_answers
+from lorafit.data.schema.side_columns import suggested_places
+from lorafit.data.schema.turns import CALL, exchange_in, speakers_in
 from lorafit.data.sources.raw_row import excerpt
-
-ASKS = ("instruction", "prompt", "question", "query", "input", "user", "ask", "problem", "text", "sentence")
-SAYS = ("response", "output", "completion", "answer", "target", "reply", "assistant", "solution", "label", "answers")
-CHOSEN = ("chosen", "preferred_output", "chosen_response")
-REJECTED = ("rejected", "non_preferred_output", "rejected_response")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -27,7 +25,13 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
     if "input_ids" in first:
         return "the rows are token ids ('input_ids')", "name the file with the texts that they were made of"
     wrapped = _wrapper(first, where) if len(rows) == 1 else None
-    for trouble in (_preferences(first, where), export_of(first, where), _export(first), wrapped, _text(rows)):
+    found = (
+        better_and_worse(first, where),
+        several_answers(rows, where),
+        export_of(first, where),
+        _inside(first, where),
+    )
+    for trouble in (*found, _export(first), wrapped, _text(rows)):
         if trouble:
             return trouble
     names = listed(str(name) for row in rows[:100] for name in row)
@@ -40,38 +44,53 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
 
 def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
     """Return `--map` with the row's own columns; empty if it has no two texts."""
-    for name, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-            return _list_flags(row, str(name))
+    if spoken := {str(name): speakers for name, value in row.items() if (speakers := speakers_in(value))}:
+        return _turn_flags(row, spoken, mapped)
     apart = (*mapped.values(), "system", "system_prompt", "context", "history")
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and name not in apart]
-    texts = [name for name in texts if not ABOUT.fullmatch(name)]
-    asks, says = _nearest(texts, ASKS), _nearest(texts, SAYS)
+    asks, says = _two_texts(row, [name for name in texts if not ABOUT.fullmatch(name)])
+    if not asks or not says:
+        return ""
+    ours = "instruction" if asks != "prompt" else "prompt"
+    return _flags((ours, asks), ("response", says))
+
+
+def _two_texts(row: Fields, texts: Sequence[str]) -> tuple[str, str]:
+    """Return which of the columns `texts` is the question, and which the answer; empty where there is none."""
+    asks, says = nearest(texts, ASKS), nearest(texts, SAYS)
+    if asks == says and texts:
+        asks = ""
     left = [name for name in texts if name not in (asks, says)]
     if not asks and left:  # beside a known answer, the longest text is what was asked
         asks = max(left, key=lambda name: len(row[name])) if says else left[0]
         left.remove(asks)
-    says = says or (left.pop(0) if left else "")
-    if not asks or not says:
-        return ""
-    ours = "instruction" if asks != "prompt" else "prompt"
-    return " ".join(_flag(*pair) for pair in ((ours, asks), ("response", says)) if pair[0] != pair[1])
+    return asks, says or (left.pop(0) if left else "")
 
 
-def _list_flags(row: Fields, name: str) -> str:
-    """Return `--map` for a list of turns: the whole conversation, or the prompt of a separate answer."""
-    last = row[name][-1]
-    speaker = str(last.get("role", last.get("from", ""))).lower()
-    answer = _nearest([str(other) for other, value in row.items() if isinstance(value, str)], (*SAYS, "ideal"))
-    if speaker in ("assistant", "gpt", "model") or not answer:
-        return _flag("messages", name)
-    pairs = (("prompt", name), *((("response", answer),) if answer not in SAYS[:4] else ()))
-    return " ".join(_flag(*pair) for pair in pairs if pair[0] != pair[1])
+def _turn_flags(row: Fields, spoken: Mapping[str, Sequence[str]], mapped: Mapping[str, str]) -> str:
+    """Return `--map` for lists of turns.
+
+    They are a whole conversation, the prompt of a separate answer, or the history of a separate question.
+    """
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in spoken]
+    said = [name for name, speakers in spoken.items() if speakers[-1] in ("assistant", CALL)]
+    asked = [name for name in spoken if name not in said]
+    system = [one for one in suggested_places(texts, row, mapped) if "system=" in one]
+    known = [name for name in texts if nearest([name], SAYS)]
+    if asked and (says := nearest(said, SAYS) or next(iter(said), "") or nearest(known, SAYS)):
+        flags = _flags(("prompt", asked[0]), *((("response", says),) if says not in SAYS[:4] else ()))
+    elif said and not asked and "history" in said[0] and all(two := _two_texts(row, texts)):
+        flags = _flags(("instruction", two[0]), ("history", said[0]), ("response", two[1]))
+    elif said and not asked and (ask := nearest(texts, ASKS)) and spoken[said[0]][0] in ("assistant", CALL, "thought"):
+        flags = _flags(("prompt", ask), *((("response", said[0]),) if said[0] not in SAYS[:4] else ()))
+    else:
+        whole = next((name for name, speakers in spoken.items() if {"assistant", CALL} & set(speakers)), "")
+        flags = _flags(("messages", whole)) if whole else ""
+    return " ".join([flags, *system]) if flags else ""
 
 
-def _flag(ours: str, theirs: str) -> str:
-    plain = theirs.replace("_", "").replace("-", "").isalnum()
-    return f"--map {ours}={theirs}" if plain else f"--map '{ours}={theirs}'"
+def _flags(*pairs: tuple[str, str]) -> str:
+    return " ".join(flag(*pair) for pair in pairs if pair[0] != pair[1])
 
 
 ABOUT = re.compile(
@@ -80,34 +99,43 @@ ABOUT = re.compile(
 """Columns that say something about a row, and are neither its question nor its answer."""
 
 
-def _nearest(names: Sequence[str], wanted: Sequence[str]) -> str:
-    """Return the first of `names` that equals or contains one of `wanted`, ignoring case."""
-    for one in wanted:
-        for name in names:
-            if name.lower() == one:
-                return name
-    return next((name for one in wanted for name in names if one in name.lower()), "")
+HOLDS_QUESTION = ("input", "inputs", "request")
+HOLDS_ANSWER = ("output", "outputs", "expected_output", "expectedOutput", "reference_outputs", "response", "expected")
 
 
-def _preferences(row: Fields, where: str) -> tuple[str, str] | None:
-    """Recognise pairs of a better and a worse answer (DPO)."""
-    better, worse = (next((name for name in names if name in row), "") for names in (CHOSEN, REJECTED))
-    if not better or not worse:
+def _inside(row: Fields, where: str) -> tuple[str, str] | None:
+    """Recognise questions and answers as fields of other fields, as Langfuse and LangSmith export them."""
+    asks, says = (
+        next((name for name in names if not is_empty(row.get(name))), "") for names in (HOLDS_QUESTION, HOLDS_ANSWER)
+    )
+    sides = [(name, row.get(name)) for name in (asks, says)]
+    if not asks or not says or not any(isinstance(value, dict) for _, value in sides):
         return None
-    what = f"the rows are preference data ('{better}' and '{worse}'), and lorafit trains on one answer a row"
-    if line := better_answers(row, better, where):
-        return what, f"train on the better answers: {line}"
-    if isinstance(row[better], str):
-        asks = _nearest([str(name) for name in row], ASKS) or "prompt"
-        ask = "" if asks in ("prompt", "instruction") else f"{_flag('prompt', asks)} "
-        return what, f"train on the better answers: {ask}{_flag('completion', better)}"
-    if "prompt" in row and isinstance(row[better], list) and _begins_with_answer(row[better]):
-        return what, f"train on the better answers: {_flag('completion', better)}"
-    return what, f"train on the better answers: {_flag('messages', better)}"
+    texts = [_texts_of(name, value) for name, value in sides]
+    if not all(texts):
+        return None
+    what = f"the rows' texts stand inside of '{asks}' and '{says}'"
+    if len(texts[0]) == len(texts[1]) == 1:
+        (asked,), (said,) = (list(side.values()) for side in texts)
+        return what, rewritten(where, f"{{'instruction': {asked}, 'response': {said}}}")
+    parts = [f"**r[{name!r}]" if isinstance(value, dict) else f"{name!r}: r[{name!r}]" for name, value in sides]
+    merged = {
+        key: value
+        for name, held in sides
+        for key, value in (held.items() if isinstance(held, dict) else [(name, held)])
+    }
+    if set(texts[0]) & set(texts[1]):
+        return what, 'write each row as {"instruction": "…", "response": "…"}'
+    line, flags = rewritten(where, f"{{{', '.join(parts)}}}"), suggested_map(merged, {})
+    return what, f"{line} && lorafit check {OUT} {flags}".rstrip()
 
 
-def _begins_with_answer(turns: list[Any]) -> bool:
-    return bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") == "assistant"
+def _texts_of(name: str, value: Any) -> dict[str, str]:
+    """Return {name of a text: its expression} of a text, or of the texts in an object."""
+    if isinstance(value, str):
+        return {name: f"r[{name!r}]"}
+    held = value if isinstance(value, dict) else {}
+    return {str(key): f"r[{name!r}][{key!r}]" for key, text in held.items() if isinstance(text, str)}
 
 
 def container(row: Any, where: str) -> tuple[str, str] | None:
@@ -156,6 +184,8 @@ def _keyed(row: Fields) -> bool:
 def _is_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         return False
+    if speakers_in(value) and not any(exchange_in(row) for row in value):
+        return False
     return not any({"role", "from", "parts", "speaker"} & set(row) for row in value)
 
 
@@ -178,12 +208,12 @@ def _export(row: Fields) -> tuple[str, str] | None:
     for name, value in row.items():
         if isinstance(value, str) and re.search(r"(?i)\b(user|human):.*\bassistant:", value, re.DOTALL):
             what = f"the field '{excerpt(str(name), 30)}' holds a whole conversation as one text"
-            return what, "write its turns as messages, or train on every token of it: " + _flag("text", str(name))
+            return what, "write its turns as messages, or train on every token of it: " + flag("text", str(name))
     return None
 
 
 def _text(rows: Sequence[Fields]) -> tuple[str, str] | None:
-    if not rows or not all("text" in row for row in rows) or any({*SAYS} & {*row} for row in rows):
+    if not rows or not all("text" in row for row in rows) or any({*SAYS, "message"} & {*row} for row in rows):
         return None
     what = "the rows have a 'text' and do not say what of it is asked and what is answered"
     return what, "write prompt and completion, or --map text=text to train on every token of it"

@@ -6,8 +6,10 @@ import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lorafit.data.schema.unknown_rows import container
+from lorafit.data.sources.discovery import find_files
 from lorafit.data.sources.files import (
     BLOCK_BYTES,
     LINE_LIMIT_BYTES,
@@ -225,6 +227,11 @@ class RowReader:
         if file.format == "json" and start.startswith(b"{") and _is_one_object(start):
             raise _one_object(stream, file)
         return jsonl_rows(stream, index, self.file_warnings[index])
+
+
+def raw_rows(*named: str) -> list[dict[str, Any]]:
+    """Return the fields of every readable row of files, folders or hub datasets, before they have a shape."""
+    return [dict(row.fields) for row in RowReader(find_files(named)) if row.fields is not None]
 
 
 class _Rewound:
