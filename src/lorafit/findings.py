@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CODES = (
-    *(f"D{number:03}" for number in range(1, 57)),
+    *(f"D{number:03}" for number in range(1, 58)),
     *(f"P{number}" for number in range(10)),
     "R001",
     *(f"S{number:03}" for number in range(1, 7)),

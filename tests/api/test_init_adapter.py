@@ -1,5 +1,6 @@
 """A run that goes on from a trained adapter begins with its weights, names it, and wants the same ones to resume."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,10 @@ from little_run import write_rows
 from lorafit.api.pipeline import AdapterTrainingPipeline
 from lorafit.api.settings import settle
 from lorafit.api.train import train
+from lorafit.config import RunConfig
+from lorafit.data.checks.initial_prompts import initial_prompt_findings
+from lorafit.data.template.template import Template
+from lorafit.data.tokenizer.tokenizer import TextTokenizer
 from lorafit.demo import BASE
 from lorafit.errors import AdapterError, RunDirError, TrainingStopped, UsageError
 from lorafit.export.lineage import Lineage
@@ -48,6 +53,24 @@ def first(folder, rows):
 
 def going_on(folder, rows, first, **given):
     return train(rows, str(BASE), out=folder, init_adapter=first, max_steps=1, examples_per_step=8, **given)
+
+
+@pytest.mark.parametrize("of", ["run", "adapter folder"])
+def test_other_prompts_than_those_of_the_first_run_are_told(first, tmp_path, of):
+    folder = first.path if of == "run" else shutil.copytree(first.adapter, tmp_path / "adapter")
+    config, own = RunConfig(base=str(BASE), init_adapter=str(folder)), TextTokenizer.from_folder(BASE)
+    assert initial_prompt_findings(config, Template.for_tokenizer(own)) == []
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}[{{ m.content }}]</s>{% endfor %}")
+    (told,) = initial_prompt_findings(config, Template.for_tokenizer(own, str(tmp_path / "other.jinja")))
+    assert (told.code, str(told.severity)) == ("D057", "warning")
+    assert told.message.endswith("other prompts: the chat template makes other prompts")
+    base = shutil.copytree(BASE, tmp_path / "base")
+    made = json.loads((base / "tokenizer.json").read_text())
+    ids = made["model"]["vocab"]
+    ids["et"], ids["ra"] = ids["ra"], ids["et"]
+    (base / "tokenizer.json").write_text(json.dumps(made))
+    (told,) = initial_prompt_findings(config, Template.for_tokenizer(TextTokenizer.from_folder(base)))
+    assert "the tokenizer has other tokens" in told.message
 
 
 def test_it_begins_with_the_weights_and_the_shape_of_the_first(first, rows, tmp_path):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lorafit.config import EMBEDDING, RunConfig, base_folder, parse_bytes
 from lorafit.data.cache import bulk_is_whole, confirm, default_folder, key_of, stored
 from lorafit.data.checks.findings import CODES, FindingCounts
+from lorafit.data.checks.initial_prompts import initial_prompt_findings
 from lorafit.data.checks.untrained_tokens import missing_embeddings, untrained_special_tokens
 from lorafit.data.checks.whole_set import WholeSet, group_of, held_out, write_split
 from lorafit.data.gather import Gatherer
@@ -176,9 +177,16 @@ def _row_findings(config: RunConfig, rows: Stored) -> list[Finding]:
 
 
 def _base_findings(config: RunConfig, template: Template | None, rows: Stored) -> list[Finding]:
-    """Return findings on tokens without an embedding, or with an untrained one. It needs the base's weights on disk."""
+    """Return findings on tokens without an embedding, or with an untrained one, and on the initial adapter.
+
+    It needs the base's weights on disk.
+    """
     if template is None or not config.base:
         return []
+    return [*initial_prompt_findings(config, template), *_token_findings(config, template, rows)]
+
+
+def _token_findings(config: RunConfig, template: Template, rows: Stored) -> list[Finding]:
     folder = base_folder(config.base, config.revision)
     missing = missing_embeddings(folder, rows, template.tokenizer)
     if missing:

@@ -135,7 +135,7 @@ FAULTS: dict[str, Fault] = {
     "D056": Fault([{"messages": [USER, {"role": "assistant", "content": "say <think>hm</think> it"}]}], says="reasoning_content", mended=[{"messages": [USER, {**SAY, "reasoning_content": "hm"}]}], shape="harmony"),
     "P5": Fault([*many(20), *(made.row(50 + n, instruction=f"### Instruction:\nask {n}") for n in range(3))], says="strip the markers", mended=many(23)),
 }  # fmt: skip
-ALONE = {"D032", "D036", "D048", "D050", "D052"}
+ALONE = {"D032", "D036", "D048", "D050", "D052", "D057"}
 """Codes of files beside the rows, or of the base: each has a test of its own below."""
 OF_SERVING = {"D049"}
 """A note about serving, which the command `chat --system` answers."""

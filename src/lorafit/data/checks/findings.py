@@ -208,6 +208,11 @@ CODES: dict[str, Code] = {
         "set trainable_tokens to them, train the instruct version, "
         "or take its chat template out so that the fallback template is used",
     ),
+    "D057": Code(
+        "the initial adapter was trained on other prompts",
+        "it has learnt to answer those, and this run teaches it others",
+        "set template to the first run's chat template, or train without init_adapter",
+    ),
     "P5": Code(
         "mixed instruction templates",
         "the model learns several formats at once, and serving uses one",
