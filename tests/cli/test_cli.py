@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 from little_run import write_rows
 from lorafit.cli import main
 from lorafit.cli.app import _as_lorafit_error, _commands
-from lorafit.cli.flags import example_of
+from lorafit.cli.export import show_exported
+from lorafit.cli.flags import example_of, words_to_read
 from lorafit.cli.merge import _next
 from lorafit.cli.screen import console
+from lorafit.cli.screen.findings_view import with_names
+from lorafit.cli.serve import _show_started
 from lorafit.data import Template
 from lorafit.demo import BASE
 
@@ -78,7 +82,7 @@ def test_without_a_command_the_help_is_printed_and_nothing_else(run):
 @pytest.mark.parametrize("verb", FLAGS)
 def test_help_has_plain_types_and_none_for_switches(run, verb):
     _, out, _ = run(verb, "--help")
-    assert not re.search(r"<(bool|int|float)|range", out)
+    assert not re.search(r"<(bool|int|float|str|list|Path)|range", out)
     assert ("NUMBER" in out) == (verb in ("check", "plan", "train", "chat", "eval", "demo"))
 
 
@@ -551,6 +555,21 @@ def test_the_fix_of_a_finding_reads_the_data_as_the_command_did(run, data, monke
     _, out, _ = run("check", data.name, "--map", "response=Agent Reply")
     fix = f"lorafit check {data.name} --map 'response=Agent Reply' --fix clean.jsonl writes it clean"
     assert fix in " ".join(out.split())
+    reading = {"encoding": None, "field_map": ["response=Agent Reply"]}
+    assert with_names("lorafit check --fix writes it clean", words_to_read([data.name], reading, None)) == fix
+
+
+def test_the_command_after_an_export_and_a_server_can_be_pasted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    serving = {"commands": [{"engine": "vLLM", "command": "sh vllm.sh"}]}
+    verification = {"engines": []}
+    show_exported(SimpleNamespace(folder=tmp_path / "my run", serving=serving, verification=verification, findings=()))
+    assert "next      (cd 'my run' && sh vllm.sh)  serve it with vLLM" in capsys.readouterr().out
+    _show_started("http://127.0.0.1:8000", ["base", "it's"], "KEY", None, as_json=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
+    asked = shlex.split(line.removeprefix("next"))
+    assert asked[:4] == ["curl", "http://127.0.0.1:8000/v1/chat/completions", "-H", "Authorization: Bearer KEY"]
+    assert json.loads(asked[5])["model"] == "it's"
 
 
 def test_on_a_narrow_screen_the_reasons_of_a_plan_go_on_in_the_next_line(run, data, monkeypatch):

@@ -9,6 +9,7 @@ from families_zoo import small_config
 from lorafit.backbone import projections_of
 from lorafit.backbone.architecture import skeleton
 from lorafit.cli import main
+from lorafit.demo import BASE
 from lorafit.shapes import resolve_targets
 from lorafit.shapes.tried_families import tried_families
 
@@ -46,3 +47,21 @@ def test_the_command_shows_the_table_and_one_family(capsys):
         main(["models", "qwen3_5_txt"])
     assert ended.value.code == 2
     assert "did you mean 'qwen3_5_text'" in capsys.readouterr().err
+
+
+def test_a_hub_id_or_a_base_folder_leads_to_its_family(capsys):
+    for named, family in {"Qwen/Qwen3-8B": "qwen3", "google/gemma-3-4b-it": "gemma3", "lama": "llama"}.items():
+        with pytest.raises(SystemExit):
+            main(["models", named])
+        assert f"did you mean '{family}'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["models", str(BASE)])
+    assert capsys.readouterr().out.startswith("llama")
+
+
+def test_the_list_fits_three_screens_and_has_every_family(capsys):
+    with pytest.raises(SystemExit):
+        main(["models"])
+    out = capsys.readouterr().out
+    assert out.count("\n") < 72
+    assert out.count(", ") > 200 and "rwkv" in out and "its model is an encoder" in out

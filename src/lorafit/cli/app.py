@@ -24,15 +24,22 @@ INTERNAL = 70
 
 
 def _with_plain_types(params: list[Any]) -> list[Any]:
-    """Return `params`; the help then shows no type for switches."""
+    """Return `params`; the help then shows no type for switches and arguments, and arguments in capitals."""
     for param in params:
-        if getattr(param, "is_flag", False) and param.metavar is None:
+        if param.param_type_name == "argument":
+            param.metavar = param.metavar or param.name.upper()
+            param.display_type_rich = _no_type
+        elif getattr(param, "is_flag", False) and param.metavar is None:
             param.metavar = ""
     return params
 
 
+def _no_type(ctx: object) -> None:
+    """Replace typer's `<list[str]>` beside an argument."""
+
+
 class _Plain(TyperCommand):
-    """A command whose help shows no type for switches."""
+    """A command whose help shows no type for switches and arguments."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _with_plain_types(super().get_params(ctx))

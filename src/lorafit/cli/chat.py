@@ -33,10 +33,11 @@ Messages = list[dict[str, str]]
 def chat(
     run: Annotated[str, typer.Argument(help="Run directory of a trained run, or a merged model.", show_default=False)],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this prompt and exit.", show_default=False)
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Answer this prompt and exit.", show_default=False)
     ] = None,
     system: Annotated[
-        str | None, typer.Option("--system", help="System text before the conversation.", show_default=False)
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="System text before the conversation.", show_default=False),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show answers of base and tuned model.")] = False,
     max_new_tokens: Annotated[

@@ -68,17 +68,11 @@ def check(
     heading("data")
     show_summary(report.prepared.summary)
     heading("findings", "none" if not report.findings else f"{len(report.findings)}")
-    show_findings(report.findings, [*(data or ()), *_reading(given, set)])
+    show_findings(report.findings, flags.words_to_read(data, given, set))
     show_rows_coloured(rows)
     _show_fixed(fixed, report)
     _show_next(report, data or [], given, set, fixed is not None)
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _reading(given: dict[str, Any], set: list[str] | None) -> list[str]:
-    """Return the words of the command line that say how the files are read."""
-    words = [word for key in ("encoding", "field_map") for word in flags.words_of(key, given[key])]
-    return words + [word for one in set or () for word in ("--set", one)]
 
 
 def _more(fixed: FixReport | None, rows: list[ShownRow]) -> dict[str, Any]:

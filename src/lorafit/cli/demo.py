@@ -22,7 +22,7 @@ lorafit demo --method full"""
 
 
 def demo(
-    task: Annotated[str, typer.Option("--task", help="Task: orders, dates or tickets.")] = "orders",
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="Task: orders, dates or tickets.")] = "orders",
     method: Annotated[
         Literal["lora", "full"], typer.Option("--method", help="Training method: lora, or full for every weight.")
     ] = "lora",
@@ -31,6 +31,7 @@ def demo(
         str | None,
         typer.Option(
             "--out",
+            metavar="FOLDER",
             help="Run directory; default runs/demo-TASK-seedN, with -2, -3, … if it exists.",
             show_default=False,
         ),

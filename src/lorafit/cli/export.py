@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.screen.console import heading, near, say, show_json, show_next
+from lorafit.cli.screen.console import heading, near, say, show_json, show_next, typed
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.imports import without_collector
 
@@ -23,6 +23,13 @@ lorafit export runs/orders --to adapter --out served --name orders"""
 EXIT_CODES = {"proved": 0, "failed": 1, "not proved": 3}
 COLOURS = {"proved": "green", "not proved": "yellow", "failed": "red"}
 
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization", metavar="FORMAT", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m."
+    ),
+]
+
 
 def export(
     run: flags.Run,
@@ -30,18 +37,18 @@ def export(
         Literal["merged", "adapter", "gguf", "gguf-lora"],
         typer.Option("--to", metavar="FORM", help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama."),
     ] = "merged",
-    quantization: Annotated[
-        str, typer.Option("--quantization", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
-    ] = "q8_0",
+    quantization: Quantization = "q8_0",
     onto: Annotated[
         Literal["quantized", "original"] | None,
         typer.Option("--onto", help="Base to merge onto; default by measurement.", show_default=False),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="Folder; adapters of one base can share it.", show_default=False)
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder; adapters of one base can share it.", show_default=False),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of the adapter; default the run's.", show_default=False)
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the adapter; default the run's.", show_default=False),
     ] = None,
     checkpoint: flags.Checkpoint = "last",
     verify_in: Annotated[
@@ -80,8 +87,9 @@ def show_exported(exported: ExportedRun) -> None:
     if "importance" in exported.verification:
         say(f"  {escape(exported.verification['decision']['reason'])}")
     show_findings(list(exported.findings))
+    inside = f"cd {typed(str(exported.folder))} && "  # the commands name files of the folder
     commands = [
-        (each["command"], f"in that folder: serve it with {each['engine']}") for each in exported.serving["commands"]
+        (f"({inside}{each['command']})", f"serve it with {each['engine']}") for each in exported.serving["commands"]
     ]
     if commands:
         show_next(*commands)

@@ -17,10 +17,14 @@ Data = Annotated[
     list[str] | None,
     typer.Argument(help="Data files, globs, a folder, a hub id; or one recipe YAML.", show_default=False),
 ]
-Base = Annotated[str | None, typer.Option("--base", help="Base model: a local folder or a hub id.", show_default=False)]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Base model: a local folder or a hub id.", show_default=False),
+]
 Run = Annotated[str, typer.Argument(help="Run directory of a trained run.", show_default=False)]
 Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Weights of the run: last, best by held-out loss, or a step.")
+    str,
+    typer.Option("--checkpoint", metavar="WHICH", help="Weights of the run: last, best by held-out loss, or a step."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Set = Annotated[
@@ -32,24 +36,34 @@ Set = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[str | None, typer.Option("--out", help="Run directory; default runs/DATA-BASE.", show_default=False)]
+Out = Annotated[
+    str | None,
+    typer.Option("--out", metavar="FOLDER", help="Run directory; default runs/DATA-BASE.", show_default=False),
+]
 Goal = Annotated[
     str | None,
     typer.Option(
-        "--goal", help="Goal of the plan: balanced, budget, accuracy, latency or tenants.", show_default=False
+        "--goal",
+        metavar="GOAL",
+        help="Goal of the plan: balanced, budget, accuracy, latency or tenants.",
+        show_default=False,
     ),
 ]
-Gpu = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as 4090 or 2x4090.", show_default=False)]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", metavar="GPU", help="Plan for this GPU, as 4090 or 2x4090.", show_default=False)
+]
 Gpus = Annotated[
     str | None, typer.Option("--gpus", metavar="NUMBER", help="GPUs to train on: a number, or all.", show_default=False)
 ]
 GpuMemory = Annotated[
     str | None,
-    typer.Option("--gpu-memory", "--vram", help="Limit of GPU memory, as 8GB.", show_default=False),
+    typer.Option("--gpu-memory", "--vram", metavar="SIZE", help="Limit of GPU memory, as 8GB.", show_default=False),
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="Training method: lora, or full for every weight.", show_default=False),
+    typer.Option(
+        "--method", metavar="METHOD", help="Training method: lora, or full for every weight.", show_default=False
+    ),
 ]
 Lr = Annotated[str | None, typer.Option("--lr", metavar="NUMBER", help="Peak learning rate.", show_default=False)]
 Epochs = Annotated[
@@ -62,28 +76,47 @@ MaxLength = Annotated[
 Batch = Annotated[
     str | None, typer.Option("--batch", metavar="NUMBER", help="Examples in one optimizer step.", show_default=False)
 ]
-OnBad = Annotated[str | None, typer.Option("--on-bad", help="Unreadable rows: stop or drop.", show_default=False)]
+OnBad = Annotated[
+    str | None, typer.Option("--on-bad", metavar="WORD", help="Unreadable rows: stop or drop.", show_default=False)
+]
 OnLong = Annotated[
     str | None,
-    typer.Option("--on-long", "--long", help="Rows over max_length: error, drop or split-turns.", show_default=False),
+    typer.Option(
+        "--on-long",
+        "--long",
+        metavar="WORD",
+        help="Rows over max_length: error, drop or split-turns.",
+        show_default=False,
+    ),
 ]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="FIELD=NAME", help="Column of a field: response=answer_text.", show_default=False),
 ]
 Encoding = Annotated[
-    str | None, typer.Option("--encoding", help="How text files are written, as cp1252.", show_default=False)
+    str | None,
+    typer.Option("--encoding", metavar="NAME", help="How text files are written, as cp1252.", show_default=False),
 ]
 Holdout = Annotated[
-    str | None, typer.Option("--holdout", help="Held-out share of the rows, as 10%, or a file.", show_default=False)
+    str | None,
+    typer.Option(
+        "--holdout", metavar="SHARE", help="Held-out share of the rows, as 10%, or a file.", show_default=False
+    ),
 ]
 Select = Annotated[
     str | None,
-    typer.Option("--select", help="Show only these warnings and notes, by code prefix: D01,P5.", show_default=False),
+    typer.Option(
+        "--select",
+        metavar="CODES",
+        help="Show only these warnings and notes, by code prefix: D01,P5.",
+        show_default=False,
+    ),
 ]
 Ignore = Annotated[
     str | None,
-    typer.Option("--ignore", help="Hide warnings by code prefix, errors by whole code.", show_default=False),
+    typer.Option(
+        "--ignore", metavar="CODES", help="Hide warnings by code prefix, errors by whole code.", show_default=False
+    ),
 ]
 FLAGS = {"examples_per_step": "batch", "field_map": "map"}
 """Setting -> its flag, if the flag has another name."""
@@ -191,6 +224,12 @@ def words_of(key: str, value: Any) -> list[str]:
         return []
     each = value if isinstance(value, list) else [value]
     return [word for one in each for word in ([flag_of(key)] if one is True else [flag_of(key), str(one)])]
+
+
+def words_to_read(data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> list[str]:
+    """Return the words of the command line that name the files and say how they are read."""
+    words = [*(data or ()), *(word for key in ("encoding", "field_map") for word in words_of(key, given[key]))]
+    return words + [word for one in assignments or () for word in ("--set", one)]
 
 
 def command(name: str, data: Sequence[str] | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> str:

@@ -28,6 +28,24 @@ lorafit merge runs/rows-Qwen3-8B --onto original --out models/mine
 
 lorafit merge runs/rows-Qwen3-8B --format gguf-q4_k_m"""
 
+Original = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The 16-bit original of a base that is stored in 4 bits.",
+        show_default=False,
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="safetensors; for llama.cpp gguf-f16, -bf16, -q8_0, -q6_k, -q5_k_m or -q4_k_m; or a plug-in.",
+    ),
+]
+
 
 def merge(
     run: flags.Run,
@@ -37,20 +55,12 @@ def merge(
             "--onto", help="The dequantized 4-bit base or the original; default by measurement.", show_default=False
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="The 16-bit original of a base that is stored in 4 bits.", show_default=False),
-    ] = None,
+    base: Original = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="Model folder; default RUN/exports/merged-…", show_default=False)
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="Model folder; default RUN/exports/merged-…", show_default=False),
     ] = None,
-    export_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="safetensors; for llama.cpp gguf-f16, -bf16, -q8_0, -q6_k, -q5_k_m or -q4_k_m; or a plug-in.",
-        ),
-    ] = "safetensors",
+    export_format: Format = "safetensors",
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
         typer.Option("--dtype", help="Dtype of the weights; auto: the original's own, or bf16 onto quantized."),

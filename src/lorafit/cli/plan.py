@@ -105,7 +105,7 @@ def _show(
 ) -> None:
     """Show the plan, in short or with every number, and the next commands."""
     if explained:
-        _show_all(planned, [*data, *flags.words_of("field_map", given["field_map"])])
+        _show_all(planned, flags.words_to_read(data, given, set))
     else:
         _show_short(planned)
     details = flags.command("plan", data, {**given, "explain": True}, set)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json as json_module
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -16,6 +19,9 @@ from rich.text import Text
 from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, heading, say, show_json
 from lorafit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorafit.shapes.tried_families import TriedFamily
 
 SETTINGS_EXAMPLES = """Examples:
 
@@ -67,18 +73,16 @@ def settings(
 
 
 def models(
-    family: Annotated[str | None, typer.Argument(help="Model type of config.json.", show_default=False)] = None,
+    family: Annotated[
+        str | None, typer.Argument(help="Model type, or a base's folder or hub id.", show_default=False)
+    ] = None,
     json: flags.Json = False,
 ) -> None:
     """List the model families that were tried, or show one: rows, adapters, chat and merge."""
     from lorafit.shapes.tried_families import tried_families
 
     tried = tried_families()
-    chosen = [one for one in tried.families if family in (None, one.name)]
-    if not chosen:
-        near = difflib.get_close_matches(str(family), [one.name for one in tried.families], n=1)
-        fix = f"did you mean '{near[0]}'?" if near else "'lorafit plan' says whether it trains"
-        raise UsageError(f"no family '{family!s:.60}' was tried", fix=fix)
+    chosen = list(tried.families) if family is None else [_family(family, tried.families)]
     if json:
         show_json({"date": tried.date, "versions": tried.versions, "families": [one.to_dict() for one in chosen]})
         return
@@ -89,14 +93,47 @@ def models(
         heading(one.name, f"[dim]{_ROWS[one.rows]}[/dim]")
         _show_rows({**names, **marks, "reason": one.reason})
         return
-    table = Table.grid(padding=(0, 2))
-    for one in chosen:
-        verdict = "works" if one.works else "in part" if one.rows else "no"
-        table.add_row(f"[bold]{one.name}[/bold]", verdict, _ROWS[one.rows], f"[dim]{escape(one.reason)}[/dim]")
-    PEOPLE.print(table)
+    for title, members in _grouped(chosen).items():
+        say(f"[bold]{escape(title)}[/bold]")
+        PEOPLE.print(Padding(Text(", ".join(members), style="dim"), (0, 0, 0, 2)))
     versions = ", ".join(f"{name} {number}" for name, number in tried.versions.items())
     working = sum(one.works for one in chosen)
     say(f"[dim]{working} of {len(chosen)} work from plan to merge; tiny random bases, {tried.date}, {versions}[/dim]")
+
+
+def _family(name: str, families: Sequence[TriedFamily]) -> TriedFamily:
+    """Return the family called `name`: a model type, or a base's folder, whose config.json has one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        name = str(json_module.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    known = {one.name: one for one in families}
+    if name in known:
+        return known[name]
+    near = _near_family(name, known)
+    fix = f"did you mean '{near}'?" if near else "'lorafit plan' with the base says whether it trains"
+    raise UsageError(f"no family '{name:.60}' was tried", fix=fix)
+
+
+def _near_family(name: str, known: Collection[str]) -> str:
+    """Return the family that `name` probably means, as qwen3 for Qwen/Qwen3-8B; empty without one."""
+    letters = re.sub("[^a-z0-9]", "", name.rpartition("/")[2].lower())
+    beginning = max((one for one in known if letters.startswith(re.sub("[^a-z0-9]", "", one))), key=len, default="")
+    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if not beginning else 0.9)
+    return slip[0] if slip else beginning
+
+
+def _grouped(families: Iterable[TriedFamily]) -> dict[str, list[str]]:
+    """Return the names under what works, best first, and those that do not under their reason."""
+    groups: dict[str, list[str]] = {}
+    for one in sorted(families, key=lambda one: (not one.works, not one.rows, list(_ROWS).index(one.rows))):
+        verdict = "works" if one.works else "in part" if one.rows else "no"
+        reason = f": {_short(one.reason)}" if one.reason else ""
+        groups.setdefault(f"{verdict}, {_ROWS[one.rows]}{reason}", []).append(one.name)
+    return groups
+
+
+def _short(reason: str) -> str:
+    """Return `reason` without the names of the family's own classes."""
+    return re.sub(r"^(transformers' )?[A-Z]\w{5,} ", "its model ", reason)
 
 
 _ROWS = {"packed": "packed rows", "padded": "padded rows", "alone": "one row a forward", "": "does not train"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json as json_module
 import os
 import secrets
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from lorafit.cli import flags
-from lorafit.cli.screen.console import say, show_json
+from lorafit.cli.screen.console import say, show_json, show_next, typed
 from lorafit.errors import UsageError
 from lorafit.imports import without_collector
 
@@ -105,13 +107,7 @@ def _serve(
             models = [server.engine.served.base_name, *server.engine.names()]
 
     def on_start(address: str) -> None:
-        if json:
-            show_json({"address": address, "models": models, **({"api_key": api} if is_new else {})})
-            sys.stdout.flush()
-            return
-        say(f"serving {escape(', '.join(models))} at {address}/v1")
-        if is_new:
-            say(f"API key, shown once: {api}")
+        _show_started(address, models, api if is_new else None, api_key_file, as_json=json)
 
     listen(server, *place, on_start)
 
@@ -127,6 +123,25 @@ def _api_key(file: Path | None) -> tuple[str, bool]:
     if key := os.environ.get(API_KEY, ""):
         return _require_key(key, API_KEY), False
     return secrets.token_urlsafe(32), True
+
+
+def _show_started(address: str, models: list[str], new_key: str | None, file: Path | None, *, as_json: bool) -> None:
+    """Show the address, a key that was made, and the command that asks the last model."""
+    if as_json:
+        show_json({"address": address, "models": models, **({"api_key": new_key} if new_key else {})})
+        sys.stdout.flush()
+        return
+    say(f"serving {escape(', '.join(models))} at {address}/v1")
+    if new_key:
+        say(f"API key, shown once: {new_key}")
+    kept = f"$(cat {typed(str(file))})" if file is not None else f"${API_KEY}"
+    show_next((_request(address, models[-1], new_key or kept), "ask it"))
+
+
+def _request(address: str, model: str, key: str) -> str:
+    """Return the command that asks `model` at `address` a question. `key` is as a shell writes it."""
+    body = json_module.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return f'curl {address}/v1/chat/completions -H "Authorization: Bearer {key}" -d {shlex.quote(body)}'
 
 
 def _require_key(key: str, where: str) -> str:

@@ -81,7 +81,8 @@ def train(
         raise UsageError("no data are named", fix="pass a file: lorafit train rows.jsonl --base MODEL")
     _launch_several(data or [], settings, restart=restart, as_json=json)
     with steady():
-        trained = _trained(data or [], settings, restart=restart, as_json=json)
+        typed_words = flags.words_to_read(data, {"encoding": encoding, "field_map": map}, set)
+        trained = _trained(data or [], settings, typed_words, restart=restart, as_json=json)
         if not json and not is_follower():
             _show_done(trained)
     if json and not is_follower():
@@ -111,8 +112,13 @@ def _launch_several(data: list[str], settings: dict[str, Any], *, restart: bool,
         sys.exit(launch(count, sys.argv[1:]))
 
 
-def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_json: bool) -> TrainedRun:
-    """Train. Signals during the imports are handled too."""
+def _trained(
+    data: list[str], settings: dict[str, Any], typed_words: list[str], *, restart: bool, as_json: bool
+) -> TrainedRun:
+    """Train. Signals during the imports are handled too.
+
+    `typed_words` are the files and the flags that say how to read them, for commands in fixes.
+    """
     from lorafit.runs.signals import EarlySignals
 
     with EarlySignals():
@@ -123,7 +129,7 @@ def _trained(data: list[str], settings: dict[str, Any], *, restart: bool, as_jso
             from lorafit.api.train import train as run_train
             from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
 
-        watch = JsonObserver() if as_json else ConsoleObserver(data)
+        watch = JsonObserver() if as_json else ConsoleObserver(typed_words)
         if is_follower():
             return run_train(data, restart=restart, **settings)
         with watch if isinstance(watch, ConsoleObserver) else _finished_as_json():

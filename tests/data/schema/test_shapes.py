@@ -139,6 +139,14 @@ def test_the_map_that_is_proposed_takes_the_longest_text_beside_a_known_answer()
         detect([row], {}, "tickets.csv")
 
 
+def test_the_map_that_is_proposed_names_no_running_number() -> None:
+    row = {"No": "1", "Ticket": "My order is late.", "Queue": "shipping"}
+    with pytest.raises(DataError, match="--map instruction=Ticket --map response=Queue"):
+        detect([row], {}, "tickets.csv")
+    with pytest.raises(DataError, match="--map instruction=Sum --map response=Result"):
+        detect([{"Sum": "1 + 1", "Result": "2"}], {}, "sums.csv")
+
+
 def test_a_prompt_and_a_completion_may_be_turns() -> None:
     ask, say = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
     assert turns({"prompt": [ask], "completion": [say]}) == ASKED

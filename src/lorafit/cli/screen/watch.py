@@ -46,7 +46,7 @@ BAR = 16
 class ConsoleObserver(Observer):
     """Print each stage as it ends. Use it as a context manager, so that errors remove the bars.
 
-    `data` are the files as typed.
+    `data` are the files, and the flags that say how to read them, as typed.
     """
 
     def __init__(self, data: Sequence[str] = ()) -> None:

@@ -57,6 +57,8 @@ def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
 
 def _two_texts(row: Fields, texts: Sequence[str]) -> tuple[str, str]:
     """Return which of the columns `texts` is the question, and which the answer; empty where there is none."""
+    worded = [name for name in texts if not NUMBER.fullmatch(row[name].strip())]
+    texts = worded if len(worded) > 1 else texts  # a running number is neither
     asks, says = nearest(texts, ASKS), nearest(texts, SAYS)
     if asks == says and texts:
         asks = ""
@@ -97,6 +99,8 @@ ABOUT = re.compile(
     r"(?i)(?:.*[ _-])?(?:u?u?id|idx|index|hash|source|url|category|topic|lang|language|model|type|date|split)"
 )
 """Columns that say something about a row, and are neither its question nor its answer."""
+NUMBER = re.compile(r"[#\d][\d.,:/ -]*")
+"""A value that is a number, a date or a time."""
 
 
 HOLDS_QUESTION = ("input", "inputs", "request")
