@@ -35,16 +35,18 @@ def pytest_collection_modifyitems(items):
     busy while the other has nothing left to do. Files whose tests start several processes (`processes`) alternate
     with others: two of them at a time take three times as long, because their processes wait for each other.
     """
-    slow = {item.path: "processes" in item.keywords for item in items if "slow" in item.keywords}
-    slow |= {item.path: True for item in items if "processes" in item.keywords}
-    apart, alone = ([path for path, several in slow.items() if several == wanted] for wanted in (True, False))
+    # marks, not keywords: those hold the names of folders too, and a clone may lie in one called gpu
+    several = {item.path for item in items if item.get_closest_marker("processes")}
+    slow = {item.path: item.path in several for item in items if item.get_closest_marker("slow")}
+    slow |= dict.fromkeys(several, True)
+    apart, alone = ([path for path, is_several in slow.items() if is_several == wanted] for wanted in (True, False))
     turns = [*zip_longest(alone, apart)]
     place = {path: turn for turn, paths in enumerate(turns) for path in paths}
     items.sort(key=lambda item: (place.get(item.path, len(turns)), slow.get(item.path, False)))  # stable
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
