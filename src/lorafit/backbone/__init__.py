@@ -44,6 +44,7 @@ from lorafit.backbone.kernels.frozen_linear import (
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
 from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.kernels.grouped_product import grouped_linear
+from lorafit.backbone.kernels.packed_product import multiply_packed
 from lorafit.backbone.kernels.trained_linear_fp8 import TrainedLinearFp8, product_fp8, takes_fp8
 from lorafit.backbone.library_logging import redirect_library_logs
 from lorafit.backbone.load import load_backbone, nf4_config, stored_dtype
@@ -101,6 +102,7 @@ __all__ = [
     "load_backbone",
     "load_sharded",
     "load_whole",
+    "multiply_packed",
     "nf4_config",
     "output_head",
     "packed_weights",

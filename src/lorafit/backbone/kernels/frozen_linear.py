@@ -18,6 +18,9 @@ from lorafit.backbone.architecture import DTYPES
 from lorafit.backbone.bitsandbytes_import import Linear4bit, Params4bit, QuantState
 from lorafit.backbone.kernels.frozen_linear_fp8 import fp8_linear, fp8_row_scales
 from lorafit.backbone.kernels.frozen_linear_op import (
+    FEW_ROWS,
+    MOST_ROWS,
+    code_values,
     frozen_linear,
     handle_device,
     handle_for,
@@ -48,6 +51,8 @@ class FrozenLinear4bit(Linear4bit):
     weight_dtype: torch.dtype | None = None
     """Dtype to which the dequantized weight is rounded before use; None rounds nothing."""
     takes_fp8: bool = True
+    packed_product: Callable[..., Tensor] | None = None
+    """The kernel that multiplies a few rows by the packed weight (`multiply_packed`), or None."""
     fp8: bool = False
     """Multiply in FP8 if the weight's shape allows it; `compute_dtype` is bf16 then."""
     _scaled: tuple[Tensor, Params4bit] | None = None
@@ -76,8 +81,19 @@ class FrozenLinear4bit(Linear4bit):
             return F.linear(x, dense, self.bias)
         if self.weight_dtype is not None:
             return F.linear(x, self.unpacked(), self.bias)
-        y = frozen_linear(x, *self.packed(), False)
+        y = self._by_packed(x) if self._takes_few(x) else frozen_linear(x, *self.packed(), False)
         return y if self.bias is None else y + self.bias
+
+    def _takes_few(self, x: Tensor) -> bool:
+        """Return True for rows that `packed_product` takes: more than bitsandbytes' kernel is fast for, no gradient."""
+        if self.packed_product is None or torch.is_grad_enabled():
+            return False
+        return FEW_ROWS < x.numel() // self.in_features <= MOST_ROWS
+
+    def _by_packed(self, x: Tensor) -> Tensor:
+        packed, *scales, _, _, _, _ = self.packed()
+        assert self.packed_product is not None
+        return self.packed_product(x, packed, tuple(scales), code_values(packed.device))
 
     def _traced(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         y = traced_linear(x.to(dtype), self._handle, self.out_features, self.in_features)

@@ -195,6 +195,9 @@ def linear_of(handle: Tensor) -> PackedLinear:
 FEW_ROWS = 16
 """Most rows of x for which bitsandbytes' fused kernel is faster; training has thousands."""
 
+MOST_ROWS = 64
+"""Most rows of x for the kernel of `nf4_product`."""
+
 TENSORS = 5
 """Number of tensors in the result of `op_arguments`; numbers follow."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.backbone import FrozenLinear4bit
+from lorafit.backbone import FrozenLinear4bit, multiply_packed
 from lorafit.engine import padded_logits, use_plain_attention
 from lorafit.errors import BackboneError, UsageError
 from lorafit.methods.lora import GroupedAdapters
@@ -130,6 +130,7 @@ class BatchDecoder:
         if not self._fused:
             use_slot_attention(self.model)
             fuse_norms(self.model)
+            multiply_packed(self.model)
             self._graphs.forget()
             self._fused = True
 
