@@ -36,8 +36,6 @@ trainer's work before the next step. Measured on an H200 (8B, 2026-11-22) as a s
 GRAPH_STEP_S = 0.0015
 """The same for micro-batches in CUDA graphs. The CPU does that work while the GPU computes. Measured on the same GPU as
 a step of 1,024 tokens of 1B, 11.7 ms, less its kernels."""
-WORTH_DEQUANTIZING = 0.005
-"""Predicted gain in speed below which spare memory is not filled with dequantized weights."""
 LEAST_TOKENS = 128
 """Smallest micro-batch whose speed justifies its kernel launches."""
 
@@ -164,7 +162,7 @@ def _fitting(inputs: PlanInputs, execution: Execution | None) -> MemoryPolicy:
 def _fill_spare_memory(costs: LayerCosts, room: Room, inputs: PlanInputs, batch: MicroBatch) -> MemoryPolicy:
     """Return the policy that keeps everything and fills spare memory.
 
-    CUDA graphs come first, if micro-batches wait for the CPU. Dequantized weights fill the rest.
+    CUDA graphs come first, if micro-batches wait for the CPU. Dequantized weights fill the rest, as in the engine.
     """
     used = Split(costs, 0, 0).device_bytes(0) * (1 + FRAGMENTATION)
     spare = room.device_bytes - _margin_bytes(inputs, uncertainty_of(inputs)) - used
@@ -173,11 +171,7 @@ def _fill_spare_memory(costs: LayerCosts, room: Room, inputs: PlanInputs, batch:
         policy, graphs = MemoryPolicy(), 0
     layer_bytes = dense_bytes(inputs, 1)
     layers = max(0, min(inputs.shape.layers, int((spare - graphs) // layer_bytes))) if layer_bytes else 0
-    filled = replace(policy, dequantized_layers=layers)
-    quantized, dequantized = (_costs(inputs, batch, None, candidate) for candidate in (policy, filled))
-    # steps that wait for the CPU gain only when all layers are dequantized
-    gains = Split(quantized, 0, 0).work_s > Split(dequantized, 0, 0).work_s * (1 + WORTH_DEQUANTIZING)
-    return filled if gains else policy
+    return replace(policy, dequantized_layers=layers)
 
 
 def _margin_bytes(inputs: PlanInputs, margin: float) -> float:
