@@ -15,8 +15,8 @@ from lorafit.api.merge import MergedRun, merge
 from lorafit.api.observer import Observer
 from lorafit.api.train import TrainedRun, train
 from lorafit.config import load_recipe
-from lorafit.demo import BASE, RECIPE, task_named, write_split
-from lorafit.errors import TrainingStopped, UsageError
+from lorafit.demo import BASE, RECIPE, Task, split_files, task_named, write_split
+from lorafit.errors import RunDirError, TrainingStopped, UsageError
 from lorafit.evaluate import ExactMatch, exact_match
 from lorafit.methods import method_of
 from lorafit.runs import RunDir
@@ -97,14 +97,15 @@ def demo(
     if method not in SETTINGS:
         raise UsageError(f"'{method:.40}' is no method", where="method", fix=f"choose {' or '.join(SETTINGS)}")
     path = Path(out) if out else _free_path(task, seed, method)
-    run = RunDir.create(path)
-    train_file, held_out_file = write_split(chosen, path / "data", seed, TRAIN_ROWS, HELD_OUT_ROWS)
+    train_file, held_out_file = _rows_in(RunDir(path), chosen, seed, method)
     watch.data_written(train_file, held_out_file)
     settings = {**load_recipe(RECIPE), **SETTINGS[method], "seed": seed, "holdout": str(held_out_file)}
     try:
-        trained = train([train_file], str(BASE), out=run.path, observer=watch, **settings)
+        trained = train([train_file], str(BASE), out=path, observer=watch, **settings)
     except TrainingStopped as stopped:
-        raise _with_the_rest(stopped, run.path) from stopped
+        again = ["lorafit", "demo", "--task", task, "--seed", str(seed), "--method", method, "--out", str(path)]
+        fix = f"resume with: {shlex.join(again)}"
+        raise TrainingStopped(stopped.exit_code - 128, stopped.what, where=stopped.where, fix=fix) from stopped
     after = exact_match(trained.model, trained.held_out_rows, trained.template)
     with method_of(trained.resolved.config).without(trained.model):
         before = exact_match(trained.model, trained.held_out_rows, trained.template)
@@ -114,13 +115,25 @@ def demo(
     return DemoResult(task, seed, before, after, trained, merged, time.perf_counter() - started)
 
 
-def _with_the_rest(stopped: TrainingStopped, run: Path) -> TrainingStopped:
-    """Return `stopped` with the commands for what the demo does after training."""
-    if stopped.fix is None:
-        return stopped
-    rest = " and ".join(shlex.join(["lorafit", verb, str(run)]) for verb in ("eval", "merge"))
-    number = stopped.exit_code - 128
-    return TrainingStopped(number, stopped.what, where=stopped.where, fix=f"{stopped.fix}; the demo's rest is: {rest}")
+def _rows_in(run: RunDir, task: Task, seed: int, method: str) -> tuple[Path, Path]:
+    """Return the files of the task's rows in the folder of `run`: those of a stopped demo, or new ones.
+
+    Raises RunDirError for a folder that holds a finished run, another run or other files.
+    """
+    files = split_files(task, run.path / "data")
+    if run.is_finished:
+        rest = " and ".join(shlex.join(["lorafit", verb, str(run.path)]) for verb in ("eval", "merge"))
+        what = "this folder already holds a trained run"
+        raise RunDirError(what, where=str(run.path), fix=f"choose another --out, or measure and merge it: {rest}")
+    if run.holds_run and all(file.is_file() for file in files):
+        config = run.config()
+        held_out = Path(str(config.holdout)).resolve()
+        if (config.seed, config.method, held_out) == (seed, method, files[1].resolve()):
+            return files
+    written = {path.name for path in files[0].parent.glob("*")}
+    if run.foreign() != ["data"] or not written <= {file.name for file in files}:  # no rows of a demo alone
+        RunDir.create(run.path)
+    return write_split(task, files[0].parent, seed, TRAIN_ROWS, HELD_OUT_ROWS)
 
 
 def usual_path(task: str, seed: int, method: str = "lora") -> Path:

@@ -81,12 +81,17 @@ def rows(task: Task, seed: int | str, count: int, exclude: Set[str] = frozenset(
     return drawn
 
 
+def split_files(task: Task, folder: Path) -> tuple[Path, Path]:
+    """Return the files of the training rows and of the held-out rows."""
+    return folder / f"{task.name}-train.jsonl", folder / f"{task.name}-held-out.jsonl"
+
+
 def write_split(task: Task, folder: Path, seed: int, train_count: int, held_out_count: int) -> tuple[Path, Path]:
     """Write `NAME-train.jsonl` and `NAME-held-out.jsonl`. Held-out rows are the same for every seed."""
     held_out = rows(task, HELD_OUT_SEED, held_out_count)
     train = rows(task, seed, train_count, frozenset(row["input"] for row in held_out))
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{task.name}-train.jsonl", folder / f"{task.name}-held-out.jsonl"
+    paths = split_files(task, folder)
     for path, part in zip(paths, (train, held_out), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return paths
