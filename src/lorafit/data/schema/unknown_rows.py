@@ -24,6 +24,8 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
     first = next((row for row in rows if row), {})
     if "input_ids" in first:
         return "the rows are token ids ('input_ids')", "name the file with the texts that they were made of"
+    if len(rows) == 1 and first and OF_A_SERVER.issuperset(first) and {"error", "message", "detail"} & set(first):
+        return "the file holds a server's message in place of rows", "download the file again, and open it first"
     wrapped = _wrapper(first, where) if len(rows) == 1 else None
     found = (
         better_and_worse(first, where),
@@ -42,6 +44,12 @@ def unknown_rows(rows: Sequence[Fields], mapped: Mapping[str, str], where: str) 
     return what, f"name them, as in {flags}" if flags else 'write each row as {"instruction": "…", "response": "…"}'
 
 
+OF_A_SERVER = frozenset(
+    ("error", "errors", "message", "detail", "status", "code", "documentation_url", "statusCode", "type")
+)
+"""Fields of an answer that a server gives in place of a file."""
+
+
 def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
     """Return `--map` with the row's own columns; empty if it has no two texts."""
     if spoken := {str(name): speakers for name, value in row.items() if (speakers := speakers_in(value))}:
@@ -57,8 +65,9 @@ def suggested_map(row: Fields, mapped: Mapping[str, str]) -> str:
 
 def _two_texts(row: Fields, texts: Sequence[str]) -> tuple[str, str]:
     """Return which of the columns `texts` is the question, and which the answer; empty where there is none."""
-    worded = [name for name in texts if not NUMBER.fullmatch(row[name].strip())]
-    texts = worded if len(worded) > 1 else texts  # a running number is neither
+    known = {*ASKS, *SAYS}  # a column called Response may hold numbers, as of sums; a running number is neither
+    worded = [name for name in texts if name.lower() in known or not NUMBER.fullmatch(row[name].strip())]
+    texts = worded if len(worded) > 1 else texts
     asks, says = nearest(texts, ASKS), nearest(texts, SAYS)
     if asks == says and texts:
         asks = ""

@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from lorafit.data.sources.files import DataFile, reading
+from lorafit.data.sources.kinds import HEAD_BYTES, binary_kind, text_format, text_kind
 from lorafit.data.sources.raw_row import excerpt
 from lorafit.errors import DataError
 
@@ -50,14 +51,6 @@ KNOWN = "lorafit reads .jsonl, .json, .csv, .tsv, .parquet and .arrow, each also
 UNREAD = "other"
 """The split of a folder's sheets and archives: they hold rows perhaps, and are named as left out."""
 SHEETS_AND_ARCHIVES = frozenset(OTHER_KINDS) - {".txt", ".yaml"}
-MAGIC = (
-    (b"\x1f\x8b\x08", "a gzip file", ".gz"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", ".zst"),
-    (b"PAR1", "a Parquet file", ".parquet"),
-    (b"ARROW1", "an Arrow file", ".arrow"),
-    (b"PK\x03\x04", "a ZIP archive or an Excel workbook", ".zip"),
-)
-"""How the files of other kinds begin."""
 
 
 def find_files(named: Sequence[str], *, held_out: bool = False, encoding: str | None = None) -> list[DataFile]:
@@ -167,12 +160,35 @@ def _data_file(path: Path, held_out: bool) -> DataFile:
 def _check_kind(file: DataFile) -> None:
     """Raise DataError if the first bytes show another kind of file than the name."""
     with file.path.open("rb") as stream:
-        head = stream.read(8)
-    mark, kind, suffix = next((each for each in MAGIC if head.startswith(each[0])), (b"", "", ""))
-    if mark and suffix not in ("." + file.format, "." + file.compression):
-        if suffix == ".zip":
-            fix = "save an Excel workbook's sheet as 'CSV UTF-8'; unpack a ZIP archive"
-            raise DataError(f"is {kind} by its first bytes, whatever its name says", where=file.name, fix=fix)
-        name = f"{file.path.name}{suffix}" if suffix in (".gz", ".zst") else f"{file.path.stem}{suffix}"
-        fix = f"mv '{file.name}' '{file.path.with_name(name)}', and name that"
-        raise DataError(f"is {kind} by its first bytes, whatever its name says", where=file.name, fix=fix)
+        head = stream.read(HEAD_BYTES)
+    kind, suffix = binary_kind(head)
+    if kind and (not suffix or suffix not in ("." + file.format, "." + file.compression)):
+        raise DataError(
+            f"is {kind} by its first bytes, whatever its name says", where=file.name, fix=_fix_of(file, suffix)
+        )
+    text = head.decode("utf-8", "replace")
+    if not kind and (found := text_kind(text)):
+        raise DataError(found[0], where=file.name, fix=found[1])
+    is_binary = file.compression or file.format in ("parquet", "arrow")
+    if not kind and is_binary and (form := text_format(text)):
+        stem = file.path.with_suffix("") if file.compression else file.path
+        name = stem if FORMATS.get(stem.suffix) in ("jsonl", "csv") else stem.with_suffix(f".{form}")
+        what = f"is {form.upper()} by its first bytes, whatever its name says"
+        raise DataError(what, where=file.name, fix=f"mv '{file.name}' '{name}', and name that")
+
+
+def _fix_of(file: DataFile, suffix: str) -> str:
+    """Return the way from a file of another kind to one that is read."""
+    path = file.path
+    if suffix == ".zip":
+        unpack = OTHER_KINDS[".zip"][1].replace("FILE", f"'{path}'")
+        return f"save an Excel workbook's sheet as 'CSV UTF-8'; of an archive, {unpack}"
+    if suffix in (".gz", ".zst", ".parquet", ".arrow"):
+        name = f"{path.name}{suffix}" if suffix in (".gz", ".zst") else f"{path.stem}{suffix}"
+        return f"mv '{file.name}' '{path.with_name(name)}', and name that"
+    if suffix in (".bz2", ".xz"):
+        named = f"{path}{suffix}"
+        return f"mv '{file.name}' '{named}', then {OTHER_KINDS[suffix][1].replace('FILE', repr(named))}"
+    if suffix:
+        return OTHER_KINDS[suffix][1].replace("FILE", f"'{path}'")
+    return f"write its rows as .jsonl, one object a line; {KNOWN}"

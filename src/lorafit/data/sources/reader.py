@@ -6,6 +6,7 @@ import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorafit.data.schema.unknown_rows import container
@@ -21,6 +22,7 @@ from lorafit.data.sources.files import (
     lines,
     reading,
 )
+from lorafit.data.sources.kinds import binary_kind, objects_one_below_another, on_one_line_each, text_format, text_kind
 from lorafit.data.sources.parquet import arrow_rows, parquet_rows
 from lorafit.data.sources.raw_row import CUT_OFF, RawRow, Reject, parse_row
 from lorafit.data.sources.tables import csv_rows, hub_rows
@@ -219,6 +221,7 @@ class RowReader:
                 disk.close()
 
     def _by_format(self, index: int, file: DataFile, stream: Readable, head: bytes) -> Iterator[RawRow]:
+        _require_rows(file, head)
         if file.format == "csv":
             return csv_rows(stream, index, file, self.file_warnings[index])
         start = head.lstrip()
@@ -232,6 +235,29 @@ class RowReader:
 def raw_rows(*named: str) -> list[dict[str, Any]]:
     """Return the fields of every readable row of files, folders or hub datasets, before they have a shape."""
     return [dict(row.fields) for row in RowReader(find_files(named)) if row.fields is not None]
+
+
+def _require_rows(file: DataFile, head: bytes) -> None:
+    """Raise DataError if a text is none of the kind that its name says, once it is unpacked and in UTF-8."""
+    kind, _ = binary_kind(head)
+    if kind:
+        raise DataError(f"holds {kind}", where=file.name, fix="unpack it, and name the file that was in it")
+    text = head.decode("utf-8", "replace")
+    if found := text_kind(text):
+        raise DataError(found[0], where=file.name, fix=found[1])
+    form = text_format(text)
+    if form and form != ("csv" if file.format == "csv" else "json"):
+        name = _renamed(file, ".jsonl" if form == "json" else ".csv")
+        what = f"is {form.upper()} by its first lines, whatever its name says"
+        raise DataError(what, where=file.name, fix=f"mv '{file.name}' '{name}', and name that")
+    if file.format == "jsonl" and not file.compression and objects_one_below_another(text):
+        raise DataError("each row spans several lines", where=file.name, fix=on_one_line_each(file.name))
+
+
+def _renamed(file: DataFile, suffix: str) -> Path:
+    packed = file.path.suffix if file.compression else ""
+    path = file.path.with_suffix("") if packed else file.path
+    return path.with_suffix(suffix + packed)
 
 
 class _Rewound:

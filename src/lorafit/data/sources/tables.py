@@ -51,7 +51,10 @@ def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counte
         before, head = before + 1, _next_line(text)
     follows = next(text, "")
     separator = named[1].replace("\\t", "\t") if named else _separator(head, follows)
-    table = csv.reader(chain((head, follows), text), delimiter=separator, strict=True)
+    table: Any = csv.reader(chain((head, follows), text), delimiter=separator, strict=True)
+    if _is_rule(head) or _is_rule(follows):
+        file_warnings["table drawn with lines"] += 1
+        table = DrawnTable(chain((head, follows), text))
     header = _header(table, file, before + 1)
     if not header[0]:
         file_warnings["index column without a name"] += 1
@@ -72,6 +75,37 @@ def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counte
             file_warnings["row of blank cells"] += 1
 
 
+def _is_rule(line: str) -> bool:
+    """Return True for a line that only draws a table: |---|---| in Markdown, +---+---+ or ---+--- of databases."""
+    marks = set(line.strip())
+    return "-" in marks and marks <= set("|+-=: \t") and bool(marks & set("|+"))
+
+
+class DrawnTable:
+    """The rows of a table that is drawn with lines, as Markdown and databases' shells write it."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self.text, self.line_num, self.rules = text, 0, 0
+
+    def __iter__(self) -> DrawnTable:
+        return self
+
+    def __next__(self) -> list[str]:
+        for line in self.text:
+            self.line_num += 1
+            bare = line.strip()
+            if _is_rule(line) and (bare[0] == "+" or not self.rules):
+                self.rules += 1
+                continue
+            if ROWS_COUNTED.fullmatch(bare):
+                continue
+            if bare[:1] == "|":
+                bare = bare[1:].removesuffix("|")
+            return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", bare)]
+        raise StopIteration
+
+
+ROWS_COUNTED = re.compile(r"\(\d+ rows?\)|\d+ rows? in set.*")
 SEPARATOR_LINE = re.compile(r'"?sep= ?(\\t|.)"?[,;\t| ]*', re.IGNORECASE)
 
 
