@@ -25,14 +25,20 @@ def base(tmp_path):
 def test_tensors_of_an_unmerged_adapter_are_refused(base):
     folder, tensors = base
     name = "model.layers.0.self_attn.q_proj.weight"
-    for stray in ({"model.layers.0.self_attn.q_proj.lora_A.default.weight": tensors[name].clone()},
-                  {name.replace(".weight", ".base_layer.weight"): tensors[name].clone()},
-                  {name.replace("q_proj.weight", "q_proj.lokr_w1"): tensors[name].clone()},
-                  {"model.embed_tokens.modules_to_save.default.weight": tensors[name].clone()},
-                  {f"base_model.model.{name}": tensors[name].clone()}):  # fmt: skip
-        save_file({**tensors, **stray}, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = ("lora_A.default.weight", "lora_up.weight", "lora_down.weight", "lora_E", "ranknum", "lora.up.weight",
+             "base_layer.weight", "lokr_w1", "boft_R", "vera_lambda_b", "hra_u", "vblora_logits_A")  # fmt: skip
+    strays = [name.replace("weight", part) for part in parts]
+    strays += ["model.embed_tokens.modules_to_save.default.weight", f"base_model.model.{name}", f"base_model.{name}"]
+    strays += ["lora_A.weight", "lora_unet_down.alpha", "prompt_embeddings"]
+    for stray in strays:
+        save_file(
+            {**tensors, stray: tensors[name][:2].clone()}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
         with pytest.raises(BackboneError, match=r"an unmerged adapter lies in the base \(1 tensors"):
             Checkpoint.open(folder)
+    save_file({**tensors, f"model.{name}": tensors[name].clone()}, folder / "model.safetensors")
+    with pytest.raises(BackboneError, match=r"model\.model\.layers.* lies in the base beside model\.layers"):
+        Checkpoint.open(folder)
 
 
 def test_weights_under_the_name_of_a_variant_open_once_renamed(base):

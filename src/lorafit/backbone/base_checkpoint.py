@@ -24,10 +24,17 @@ SINGLE = "model.safetensors"
 WHOLE_FILE_BYTES = 64 << 20
 AGAIN = "download the base again"
 STRAY = re.compile(
-    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)|\.base_layer\.|^base_model\.model\."
-    r"|\.(?:modules_to_save|original_module|token_adapter)\.|\.(?:lokr_w|hada_[wt])\d|\.(?:ia3_l|oft_[rs])(?:\.|$)"
+    r"^base_model\.|^lora_(?:te|te1|te2|unet|transformer)_|^prompt_(?:embeddings|encoder)"
+    r"|(?:^|\.)(?:base_layer|modules_to_save|original_module|token_adapter|adaption_prompt|lora_linear_layer)\."
+    r"|(?:^|\.)lora_(?:A|B|E|up|down|mid|bias|embedding_A|embedding_B|magnitude_vector)(?:\.|$)"
+    r"|(?:^|\.)lora\.(?:up|down)\.|(?:^|\.)(?:lokr_[wt]|hada_[wt])\d"
+    r"|(?:^|\.)(?:ranknum|ia3_l|oft_[rsR]|oft_blocks|boft_[Rs]|vera_[AB]|vera_lambda_[bd]|pvera_lambda_[bd]|hra_u"
+    r"|fourierft_spectrum|waveft_spectrum|vblora_\w+|randlora_\w+|gralora_\w+|poly_lora_[AB]|shira_weight|c3a_kernel"
+    r"|miss_block|bone_block|road_theta|road_alpha|tinylora_v|ln_tuning_layers|trainable_tokens_delta)(?:\.|$)"
 )
-"""Names that PEFT gives to tensors of an adapter, and to those beneath one."""
+"""Names that PEFT, kohya's scripts and diffusers give to tensors of an adapter, and PEFT to those beneath one."""
+DOUBLED = re.compile(r"^((?:\w+\.)+)\1(.+)$")
+"""A name whose first parts stand there twice, as a wrapper leaves it."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 DTYPES_BY_NAME = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -123,7 +130,7 @@ class Checkpoint:
         return Checkpoint(self.folder, dense_view(self.shards, config["quantization_config"], dtype), published)
 
     def _refuse_adapters(self) -> None:
-        """Raise BackboneError for tensors of an adapter that was saved without merging it."""
+        """Raise BackboneError for tensors of an adapter that was not merged, and for tensors of a wrapper."""
         strays = sorted(name for name in self.names() if STRAY.search(name))
         if strays:
             raise BackboneError(
@@ -131,6 +138,11 @@ class Checkpoint:
                 where=str(self.folder),
                 fix="in PEFT save merge_and_unload() of that model, and use that folder; or download the base again",
             )
+        names = self.names()
+        for name in sorted(names):
+            if (match := DOUBLED.match(name)) and match[1] + match[2] in names:
+                what = f"{name} lies in the base beside {match[1]}{match[2]}, and the model reads one of them"
+                raise BackboneError(what, where=str(self.folder), fix=AGAIN)
 
     def _check_index(self) -> None:
         present = self.names()

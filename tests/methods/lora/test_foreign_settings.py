@@ -1,9 +1,11 @@
 """Whatever an adapter_config.json says: it is refused in one sentence, or the model is the one that was trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorafit.backbone import load_backbone
 from lorafit.config import RunConfig
@@ -37,18 +39,15 @@ SAID = [
     ("layers_to_transform", 0, "layers_to_transform"),
     ("lora_alpha", 10**400, "no positive number"),
     ("target_modules", ["q_proj", "v_proj", "lm_head"], "also selects lm_head"),
-    ("peft_type", "IA3", "no LoRA"),
+    ("peft_type", "IA3", "peft_type is 'IA3', which is no LoRA"),
+    ("fan_in_fan_out", True, "stores its weight as \\(out, in\\); set fan_in_fan_out to false there"),
+    ("bias", "all", "sets bias"),
+    ("alpha_pattern", {"q_proj": 8}, "alpha_pattern is set for linear modules"),
 ]
 FREE = (
-    "modules_to_save",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "target_modules",
-    "target_parameters",
-    "fan_in_fan_out",
-)
+    "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "fan_in_fan_out",
+    "modules_to_save", "eva_config",
+)  # fmt: skip
 """Keys that an adapter may set; its weights and the run's settings are compared with them."""
 NO_MATTER = ("lora_dropout", "base_model_name_or_path", "revision")
 VALUES = (None, True, False, 0, 1, -1, 1e300, "", "x", [], ["x"], {}, {"x": 1})
@@ -114,6 +113,32 @@ def test_no_value_of_any_key_gives_another_model_or_a_foreign_error(saved, edite
             assert again == plain or key in FREE, f"{key} = {value!r}"
             accepted += 1
     assert accepted > 100, "falsy values of keys that lorafit does not set are harmless"
+
+
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+PARTS = ("lora_up.weight", "alpha", "lora_E", "ranknum", "lora_magnitude_vector", "lora_A.default.weight", "lora_B.bias")
+PARTS += ("lora_a.weight", "ia3_l", "vera_lambda_b", "base_layer.bias")
+FOREIGN = [f"{MODULE}.{part}" for part in PARTS]
+FOREIGN += ["lora_A.weight", "base_model.model.lora_A.weight", f"base_model.model.{MODULE}.lora_A.weight"]
+FOREIGN += ["prompt_embeddings", "base_model.model.model.embed_tokens.weight", f"{MODULE}.oft_r"]
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_tensor_of_another_method_is_refused(saved, tmp_path, key):
+    copy = shutil.copytree(saved, tmp_path / "adapter")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    save_file({**tensors, key: torch.ones(4, 64)}, copy / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"is no LoRA weight|lacks its A or its B"):
+        AdapterFiles.open(copy).weights()
+
+
+def test_weights_in_8_bit_floats_are_read(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "adapter")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    narrow = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(narrow, copy / "adapter_model.safetensors")
+    a, _ = AdapterFiles.open(copy).weights()[MODULE.removeprefix("base_model.model.")]
+    assert torch.equal(a, narrow[f"{MODULE}.lora_A.weight"].float())
 
 
 def test_experts_that_the_base_does_not_have_are_refused(config, saved, edited):

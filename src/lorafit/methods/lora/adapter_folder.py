@@ -320,6 +320,9 @@ def fitting_weights(model: nn.Module, files: AdapterFiles) -> dict[str, tuple[Te
                 raise AdapterError(what, where=str(files.folder), fix="use its own base")
             continue
         linear = model.get_submodule(name)
+        if files.transposed and not isinstance(linear, Conv1D):
+            what = f"fan_in_fan_out is true, but {name} stores its weight as (out, in)"
+            raise AdapterError(what, where=str(files.folder / CONFIG_FILE), fix="set fan_in_fan_out to false there")
         if (a.shape[1], b.shape[0]) != linear_size(linear) or files.transposed != isinstance(linear, Conv1D):
             what = f"the adapter's shape does not fit {name}"
             raise AdapterError(what, where=str(files.folder), fix="use its own base")
@@ -352,9 +355,10 @@ def _checked(key: str, tensor: Tensor, folder: Path, dimensions: int) -> Tensor:
     where = str(folder / WEIGHTS_FILE)
     if tensor.ndim != dimensions or not tensor.is_floating_point():
         raise AdapterError(f"{key} is no {'matrix' if dimensions > 1 else 'vector'} of floats", where=where)
-    if not bool(torch.isfinite(tensor).all()):
+    wide = tensor.float()  # 8-bit floats cannot be asked
+    if not bool(torch.isfinite(wide).all()):
         raise AdapterError(f"{key} holds NaN or infinite values", where=where, fix="train again, or use a checkpoint")
-    return tensor.float()
+    return wide
 
 
 def _pair(module: str, sides: Mapping[str, Tensor], files: AdapterFiles) -> tuple[Tensor, Tensor]:

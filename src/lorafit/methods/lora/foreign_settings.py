@@ -18,9 +18,9 @@ FREE_KEYS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
      "inference_mode", "peft_version", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
      "target_parameters", "rank_pattern", "alpha_pattern", "trainable_token_indices",
-     "modules_to_save")
+     "modules_to_save", "eva_config")
 )  # fmt: skip
-"""Keys that an adapter may set. Others would change it, so they must have PEFT's defaults."""
+"""Keys that an adapter may set; the last says how PEFT began it. Others would change it, so they must have defaults."""
 TASKS = (None, "CAUSAL_LM")
 CONVERT = "convert it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
@@ -29,7 +29,7 @@ def check_keys(raw: Mapping[str, Any], where: str) -> None:
     """Raise AdapterError for keys of `raw` that plain LoRA lacks, and for targets and ranks that are none."""
     defaults = LoraConfig().to_dict()
     if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"a {raw.get('peft_type')} adapter is no LoRA adapter", where=where)
+        raise AdapterError(f"peft_type is {_short(raw.get('peft_type'))}, which is no LoRA adapter", where=where)
     for key, value in raw.items():
         if key in FREE_KEYS or key == "peft_type" or _is_unset(value) or value == jsonable(defaults.get(key)):
             continue
