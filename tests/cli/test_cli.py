@@ -540,11 +540,15 @@ def test_dropping_is_not_advised_where_nothing_would_be_left(run, tmp_path):
 
 
 def test_merge_advises_chat_only_for_what_chat_opens(tmp_path):
-    def advised(kind):
-        return _next(SimpleNamespace(folder=tmp_path, verification=SimpleNamespace(export_format=kind)))
+    def advised(kind, passed=True, onto="quantized"):
+        report, verification = SimpleNamespace(onto=onto), SimpleNamespace(export_format=kind)
+        merged = SimpleNamespace(folder=tmp_path, passed=passed, report=report, verification=verification)
+        return _next(merged, "runs/a b")
 
     assert advised("foreign") == []
     assert [command.split()[:2] for command, _ in advised("safetensors")] == [["lorafit", "chat"]]
+    assert advised("safetensors", passed=False)[0][0] == "lorafit chat 'runs/a b'"
+    assert advised("safetensors", passed=False, onto="original")[0][0] == "lorafit merge 'runs/a b' --onto quantized"
     (tmp_path / "model.gguf").touch()
     assert advised("gguf-q8_0")[0][0].startswith("llama-server")
 

@@ -79,12 +79,19 @@ def merge(
         show_json(merged.to_dict())
     else:
         show_merged(merged)
-        show_next(*_next(merged))
+        show_next(*_next(merged, run))
     raise typer.Exit(0 if merged.passed else 1)
 
 
-def _next(merged: MergedRun) -> list[tuple[str, str]]:
-    """Return (command, its purpose) that uses the artefact; empty for a format that only another program opens."""
+def _next(merged: MergedRun, run: str) -> list[tuple[str, str]]:
+    """Return (command, its purpose) that uses the artefact, or that does without one that failed.
+
+    Empty for a format that only another program opens.
+    """
+    if not merged.passed:
+        if merged.report.onto == "original":
+            return [(typed("lorafit", "merge", run, "--onto", "quantized"), "onto the base that was trained over")]
+        return [(typed("lorafit", "chat", run), "talk to the trained model; do not serve this one")]
     if gguf := next(merged.folder.glob("*.gguf"), None):
         return [(typed("llama-server", "--jinja", "-m", str(gguf)), "serve it with llama.cpp")]
     if merged.verification.export_format != "safetensors":
@@ -100,7 +107,8 @@ def show_merged(merged: MergedRun) -> None:
     what = "every weight of the run" if report.onto == "whole" else f"onto the {report.onto} base"
     heading("merge", f"{step}{what}: {report.merged_weights} weights, {size}, {duration(report.elapsed_s)}")
     show_verification(merged.verification)
-    heading("chosen", escape(merged.precisions.sentence))
+    if merged.passed:
+        heading("chosen", escape(merged.precisions.sentence))
     _show_precisions(merged.precisions)
     for proof in merged.proofs:
         if proof.status == "failed":

@@ -122,7 +122,8 @@ class Answers:
     def sentence(self) -> str:
         """Return the counts as text."""
         right = f"{self.right} right where the live model has {self.live_right}"
-        return f"{self.equal} of {self.rows} greedy answers equal, {right}"
+        chance = ", fewer than chance explains" if self.worse else ""
+        return f"{self.equal} of {self.rows} greedy answers equal, {right}{chance}"
 
 
 def _begins(text: str, expected: str) -> bool:
