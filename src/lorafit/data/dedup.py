@@ -23,6 +23,17 @@ def hash64(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+class _Letters(dict[str, int]):
+    """The CRC-32 of each letter in UTF-8, computed once: rows of scripts without blanks have millions of them."""
+
+    def __missing__(self, letter: str) -> int:
+        self[letter] = crc32(letter.encode())
+        return self[letter]
+
+
+LETTERS = _Letters()
+
+
 @dataclass(frozen=True, slots=True)
 class Compared:
     """A record prepared for comparison: its words in UTF-8, in lower case and without blanks.
@@ -55,7 +66,7 @@ class Compared:
         """Return a 32-bit hash (CRC-32) of every word, or of every letter in scripts without blanks."""
         words = self.question + self.answer
         if self.letters > LONG_WORD * len(words):
-            words = [letter.encode() for letter in b"".join(words).decode()]
+            return list(map(LETTERS.__getitem__, b"".join(words).decode())) or [0]
         return list(map(crc32, words)) or [0]
 
 
@@ -108,7 +119,7 @@ def signatures(words: Words, offsets: Counts, folder: Path) -> NDArray[np.uint32
     def sign(block: tuple[int, int]) -> None:
         start, end = block
         phrases, starts = _phrases(words[offsets[start] : offsets[end]], np.diff(offsets[start : end + 1]))
-        out[start:end] = _minhash(*_informative(phrases, starts, common))
+        out[start:end] = _minhash(*_thinned(*_informative(phrases, starts, common)))
 
     # numpy lets go of the interpreter lock inside its loops, so threads do help
     with ThreadPoolExecutor(THREADS) as pool:
@@ -172,6 +183,24 @@ def _informative(phrases: Words, starts: Counts, common: NDArray[np.bool_]) -> t
     # rows compared by all their phrases must not be mistaken for rows compared by some
     phrases = np.where(whole_phrases, phrases ^ WHOLE_TEXT, phrases)
     kept |= whole_phrases
+    lengths = np.add.reduceat(kept, starts, dtype=np.int64)
+    return phrases[kept], np.cumsum(lengths) - lengths
+
+
+LONG_ROW = 1 << 16
+THINNING = np.uint32(29)
+
+
+def _thinned(phrases: Words, starts: Counts) -> tuple[Words, Counts]:
+    """Return an eighth of the phrases of rows of more than LONG_ROW, chosen by their hashes, and the start of each row.
+
+    Two long rows share as large a part of their eighths as of all their phrases, and signing them takes an eighth.
+    """
+    lengths = np.diff(np.append(starts, len(phrases)))
+    if not len(lengths) or lengths.max() <= LONG_ROW:
+        return phrases, starts
+    kept = np.repeat(lengths <= LONG_ROW, lengths) | ((phrases * np.uint32(0x9E3779B1)) >> THINNING == 0)
+    kept[starts] = True  # a row of one phrase that is repeated keeps it
     lengths = np.add.reduceat(kept, starts, dtype=np.int64)
     return phrases[kept], np.cumsum(lengths) - lengths
 

@@ -184,3 +184,27 @@ def test_thoughts_in_other_capitals_are_taken_out_and_open_ones_are_told(
 def test_a_prompt_that_names_the_next_speaker_is_told(tmp_path: Path, end: str) -> None:
     path = made.write(tmp_path / "a.jsonl", [{"prompt": end, "completion": " Yo"}])
     assert "at the end of a prompt" in made.found(made.prepared(path, holdout=0.0), "D040").message
+
+
+NO_FLAGS = {
+    "training_id": 1, "weight_kg": 0.5, "trainStep": 0, "loss_type": 1, "train_loss": 0.31, "lossValue": 0.2, "maskName": "x",
+    "training_epoch": 1, "weight_unit": 0, "model_weights_version": 1, "attention_mask": [1, 1], "metadata": {"loss": 0, "weight_kg": 1},
+}  # fmt: skip
+FLAGS = {
+    "train_this": False,
+    "lossMask2": 0,
+    "turn_weight": 0.5,
+    "is_trained_on": 1,
+    "no_grad": True,
+    "token_mask": [0, 1],
+}
+
+
+@pytest.mark.parametrize("name", [*NO_FLAGS, *FLAGS])
+def test_a_name_that_only_holds_a_flags_word_is_no_flag(name: str) -> None:
+    turn = {**SAY, name: {**NO_FLAGS, **FLAGS}[name]}
+    if name in NO_FLAGS:
+        assert parse_rows([{"messages": [ASK, turn]}])[0].turns[1].loss is None
+        return
+    with pytest.raises(DataError, match="seems to be a loss flag"):
+        parse_rows([{"messages": [ASK, turn]}])

@@ -103,3 +103,23 @@ def test_rows_of_many_words_are_signed_in_blocks_of_bounded_size(monkeypatch, tm
     assert [start for start, _ in found[1:]] == [end for _, end in found[:-1]] and found[-1][1] == 60
     assert all(offsets[end] - offsets[start] <= 300 or end == start + 1 for start, end in found)
     assert np.array_equal(dedup.signatures(words, offsets, tmp_path), whole)
+
+
+def test_long_rows_are_compared_by_an_eighth_of_their_phrases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    one = random.choice(VOCABULARY, 60_000).tolist()
+    near = [word if random.random() > 0.02 else str(random.choice(VOCABULARY)) for word in one]
+    other = random.choice(VOCABULARY, 60_000).tolist()
+    signed = []
+
+    def counted(phrases: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        signed.append(len(phrases))
+        return minhash(phrases, starts)
+
+    minhash = dedup._minhash
+    monkeypatch.setattr(dedup, "LONG_ROW", 1 << 14)
+    monkeypatch.setattr(dedup, "_minhash", counted)
+    signatures = sign([one, near, other, one, ["a"] * 40_000], tmp_path)
+    assert (signatures[0] == signatures[3]).all()
+    assert (signatures[0] == signatures[1]).mean() > 0.8 > 0.1 > (signatures[0] == signatures[2]).mean()
+    assert sum(signed) < 280_000 / 6

@@ -19,6 +19,15 @@ FLAG_WORDS = frozenset(
 )  # fmt: skip
 NO_FLAG_WORDS = frozenset(("attention", "special"))
 """Words of names that tokenizers give their own masks."""
+NO_FLAG_ENDS = frozenset(
+    (
+        "id", "ids", "idx", "index", "key", "name", "title", "date", "time", "timestamp", "at", "by", "step", "steps",
+        "epoch", "epochs", "count", "total", "number", "rate", "ratio", "percent", "score", "value", "version", "model",
+        "set", "split", "source", "file", "path", "url", "type", "kind", "unit", "units", "class", "category", "group",
+        "reason", "note", "notes", "comment", "run", "data", "size", "kg", "g", "mg", "lb", "lbs", "oz", "grams",
+    )
+)  # fmt: skip
+"""Last words of names that say something else than whether a turn is learnt: training_id, weight_kg, loss_type."""
 CALL_WORDS = frozenset(("tool", "tools", "function", "functions", "invocation", "invocations"))
 
 
@@ -44,7 +53,9 @@ def respelled(fields: Fields, known: frozenset[str]) -> Fields:
 @lru_cache(1024)
 def with_words(names: tuple[str, ...], words: frozenset[str], known: Collection[str]) -> tuple[str, ...]:
     """Return those of `names` that are not known and have one of `words` in them."""
-    return tuple(name for name in names if isinstance(name, str) and name not in known and words & set(words_of(name)))
+    apart: frozenset[str] = NO_FLAG_ENDS if words is FLAG_WORDS else frozenset()
+    texts = [name for name in names if isinstance(name, str) and name not in known]
+    return tuple(name for name in texts if words & set(found := words_of(name)) and found[-1] not in apart)
 
 
 def words_of(name: str) -> list[str]:

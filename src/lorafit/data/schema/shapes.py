@@ -291,6 +291,8 @@ HISTORY_FIX = 'write [["question", "answer"], …]'
 def _optional(row: Fields, names: Sequence[str]) -> str | Reject:
     """Return the one text under any of `names`; empty if none has one."""
     found, holder = "", ""
+    if row.keys().isdisjoint(names):
+        return found
     for name in names:
         value = row.get(name)
         if is_empty(value) or (name in REASONING_NAMES and is_switch(value)):

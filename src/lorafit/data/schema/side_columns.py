@@ -15,6 +15,7 @@ from lorafit.data.sources.raw_row import Reject, excerpt
 
 FLAG_LISTS = ("weights", *LOSS_FLAGS)
 """Columns that may hold one loss flag for each turn, or for each answer."""
+FLAG_COLUMNS = frozenset(FLAG_LISTS)
 UNCLEAR_LISTS = ("masks", *UNCLEAR_FLAGS)
 LAST_ONLY = "mask_history"
 """LLaMA-Factory's word for rows of which only the last answer is learnt."""
@@ -43,6 +44,8 @@ def are_flags(value: Any) -> bool:
 
 def with_flags(turns: list[Turn], row: Fields) -> list[Turn] | Reject:
     """Return the turns with the loss flags that stand in a list beside them."""
+    if FLAG_COLUMNS.isdisjoint(row):
+        return turns
     for name in FLAG_LISTS:
         flags = list_in(row.get(name))
         if flags is None:
@@ -80,7 +83,9 @@ def with_reasoning(turns: list[Turn], reasoning: str) -> list[Turn]:
 
 def last_only(turns: list[Turn], row: Fields) -> list[Turn] | Reject:
     """Return the turns, with all answers but the last kept from the loss if the row says so."""
-    value = row.get(LAST_ONLY)
+    if LAST_ONLY not in row:
+        return turns
+    value = row[LAST_ONLY]
     word = str(value).strip().lower()
     if word in NO:
         return turns

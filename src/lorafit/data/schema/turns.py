@@ -17,7 +17,7 @@ from lorafit.data.schema.fields import (
     read_calls,
     text_fault,
 )
-from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, respelled, with_words
+from lorafit.data.schema.names import CALL_WORDS, FLAG_WORDS, respelled, with_words, words_of
 from lorafit.data.schema.parts import IMAGE_FIX, Parts, are_parts, holds_media, read_parts, text_object
 from lorafit.data.schema.records import CALLS, REASONING, Turn
 from lorafit.data.schema.turn_forms import unwrapped
@@ -36,6 +36,7 @@ ROLES = {
     "reasoning": THOUGHT, "thinking": THOUGHT, "thought": THOUGHT,
 }  # fmt: skip
 """Every name of a role that is read, and what it means."""
+PLAIN_ROLES = {name: role for name, role in ROLES.items() if role not in (CALL, THOUGHT)}
 SPEAKERS = ("role", "from", "sender", "author", "speaker", "type")
 MEDIA = (
     "image", "images", "image_url", "image_path", "image_file", "img", "video", "videos", "video_url", "video_path",
@@ -67,6 +68,11 @@ def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
     turns: list[Turn] = []
     thoughts: list[Turn] = []
     for number, message in enumerate(messages, start=1):
+        if isinstance(message, dict) and len(message) == 2 and not thoughts:  # most turns
+            role, content = message.get("role"), message.get("content")
+            if isinstance(role, str) and isinstance(content, str) and role in PLAIN_ROLES:
+                turns.append(Turn(PLAIN_ROLES[role], content))
+                continue
         read = exchange_in(message) or read_message(message)
         if thoughts and not isinstance(read, Reject):
             read = _after_thoughts(thoughts, read)
@@ -243,11 +249,17 @@ def _full(role: str, message: Fields) -> list[Turn] | Reject:
 def _unclear_flag(message: Fields) -> Reject | None:
     name = next((each for each in UNCLEAR_FLAGS if message.get(each) is not None), "")
     names = with_words(tuple(message), FLAG_WORDS, TURN_NAMES) if not name else ()
-    name = name or next((each for each in names if is_flag(message[each])), "")
+    name = name or next((each for each in names if _seems_flag(each, message[each])), "")
     if not name:
         return None
     what = f"the field '{name}' seems to be a loss flag, and tools do not agree on its sense"
     return Reject("D012", what, fix='write "weight": 1 into answers to learn and "weight": 0 into the others')
+
+
+def _seems_flag(name: str, value: Any) -> bool:
+    """Return True for a flag's value; a fraction beside a name that ends in loss, as train_loss, is a measurement."""
+    is_fraction = isinstance(value, float) and not value.is_integer()
+    return is_flag(value) and not (is_fraction and words_of(name)[-1] in ("loss", "losses"))
 
 
 def is_flag(value: Any) -> bool:
