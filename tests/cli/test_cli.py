@@ -444,11 +444,11 @@ def test_a_run_that_a_signal_stopped_ends_with_its_code_and_the_command_that_goe
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_libraries_are_imported_is_one_sentence_and_its_exit_code(run, data, monkeypatch, number):
-    def preflight(*_, **__):
+    def stopped(*_, **__):
         os.kill(os.getpid(), signal.SIGUSR1)  # a spot instance's notice: no end of the run
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("lorafit.api.settings.preflight", preflight)
+    monkeypatch.setattr("lorafit.api.settings.require_startable", stopped)
     code, _, err = run("train", data, "--base", BASE)
     assert code == 128 + number
     assert err == f"stopped: {number.name} stopped the run before training, nothing was lost\n"

@@ -117,13 +117,10 @@ def template_for(resolved: Resolved) -> Template:
     return Template.for_tokenizer(tokenizer, config.template)
 
 
-def preflight(
+def require_startable(
     data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any], *, restart: bool = False
 ) -> None:
-    """Raise errors that need no data, before torch is imported.
-
-    The checks are the settings, the base and an `out` folder that is taken.
-    """
+    """Raise the errors of settings, base and a taken `out` folder, before torch is imported."""
     resolved = settle(data, settings)
     require_data(resolved)
     require_base(resolved)

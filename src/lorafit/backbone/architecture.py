@@ -24,9 +24,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
-from lorafit.config import RunConfig, base_folder, read_json
+from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError
-from lorafit.shapes.dimensions import noise_keys, published_in
+from lorafit.shapes.dimensions import noise_keys, published_in, read_config
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
@@ -36,7 +36,7 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     model, or is quantized in a way other than bitsandbytes' 4 bits, FP8 or MXFP4. The latter two are dequantized while
     they are loaded, so their configuration is that of an unquantized model.
     """
-    raw = _raw_config(folder)
+    raw = read_config(folder)
     if (folder / "adapter_config.json").exists():
         # transformers would silently load that adapter, or another base
         raise BackboneError(
@@ -86,7 +86,7 @@ def load_whole(folder: Path, **arguments: Any) -> Any:
     time, on the device that `device_map` names for all.
     """
     architecture = arguments.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if published_in(_raw_config(folder)) is None:
+    if published_in(read_config(folder)) is None:
         loader = auto_class(architecture)
         return loader.from_pretrained(folder, config=architecture, trust_remote_code=False, **arguments)
     return _load_dequantized(folder, architecture, **arguments)
@@ -241,10 +241,6 @@ def kept_in_fp32(model: nn.Module) -> list[str]:
     """Return the names of the modules that the family keeps in fp32."""
     names = [getattr(model, "_keep_in_fp32_modules", None), getattr(model, "_keep_in_fp32_modules_strict", None)]
     return [name for group in names for name in (group or ())]
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", BackboneError, fix="download the base again")
 
 
 def _unknown(raw: dict[str, Any]) -> str:

@@ -122,9 +122,9 @@ def _trained(
     from lorafit.runs.signals import EarlySignals
 
     with EarlySignals():
-        from lorafit.api.settings import preflight
+        from lorafit.api.settings import require_startable
 
-        preflight(data, settings, restart=restart)
+        require_startable(data, settings, restart=restart)
         with without_collector():
             from lorafit.api.train import train as run_train
             from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver

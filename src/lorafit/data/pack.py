@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.data.dedup import mixed
 from lorafit.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -37,17 +38,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> Rows:
     Sorted by a hash (SplitMix64, Steele et al. 2014) and not drawn by numpy, whose streams may change between
     versions: a run that resumes elsewhere must see the same rows.
     """
-    start = _mixed(np.array([seed], dtype=np.uint64)) ^ _mixed(np.array([epoch], dtype=np.uint64) + np.uint64(1 << 40))
-    keys = _mixed(np.arange(count, dtype=np.uint64) + start)
+    start = mixed(np.array([seed], dtype=np.uint64)) ^ mixed(np.array([epoch], dtype=np.uint64) + np.uint64(1 << 40))
+    keys = mixed(np.arange(count, dtype=np.uint64) + start)
     return np.argsort(keys, kind="stable").astype(np.int64)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
 
 
 def pack_step(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:

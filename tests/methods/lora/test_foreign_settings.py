@@ -116,7 +116,15 @@ def test_no_value_of_any_key_gives_another_model_or_a_foreign_error(saved, edite
 
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
-PARTS = ("lora_up.weight", "alpha", "lora_E", "ranknum", "lora_magnitude_vector", "lora_A.default.weight", "lora_B.bias")
+PARTS = (
+    "lora_up.weight",
+    "alpha",
+    "lora_E",
+    "ranknum",
+    "lora_magnitude_vector",
+    "lora_A.default.weight",
+    "lora_B.bias",
+)
 PARTS += ("lora_a.weight", "ia3_l", "vera_lambda_b", "base_layer.bias")
 FOREIGN = [f"{MODULE}.{part}" for part in PARTS]
 FOREIGN += ["lora_A.weight", "base_model.model.lora_A.weight", f"base_model.model.{MODULE}.lora_A.weight"]
