@@ -27,14 +27,17 @@ def floors(verification: dict) -> float:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    print("| task | seed | exact match before | after | training | whole demo | tokens/s | merge KL / floor |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| task | seed | exact match before | after | merged onto | merge KL / floor | training | whole demo | tokens/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for task in TASKS:
         for seed in SEEDS:
             got = run(task, seed, folder)
+            proof = got["verification"]
             share = f"{got['exact_match_before']:.1%} | {got['exact_match_after']:.1%}"
             times = f"{got['train_s']:.0f} s | {got['total_s']:.0f} s | {got['tokens_per_s']:,}"
-            print(f"| {task} | {seed} | {share} | {times} | {floors(got['verification']):.1f} |", flush=True)
+            print(f"| {task} | {seed} | {share} | {proof['onto']} | {floors(proof):.1f} | {times} |", flush=True)
 
 
 if __name__ == "__main__":
