@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+LEAST_ADDRESS_SPACE = 1 << 30
+"""Address space in which importing torch ends with an error of Python's at least. Below it the process aborts."""
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Import torch within the block. Raises MemoryError before it where `ulimit -v` leaves too little."""
+    if sys.platform != "win32":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+            raise MemoryError
+    with without_collector():
+        yield
 
 
 @contextmanager

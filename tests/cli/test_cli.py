@@ -413,6 +413,23 @@ def test_memory_that_does_not_suffice_to_tell_an_error_ends_in_one_sentence():
     assert ended.stderr == "error: the memory that this process may use is full; free some, or raise its limit\n"
 
 
+@pytest.mark.parametrize("command", [("merge", "x"), ("eval", "x"), ("serve", "x"), ("export", "x", "--to", "gguf")])
+def test_too_little_address_space_for_torch_is_one_sentence(run, monkeypatch, command):
+    """Below a GiB torch's libraries end the process with SIGABRT while they are imported."""
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (500 << 20, 500 << 20))
+    code, _, err = run(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "memory that this process may use is full; free some, or raise the limit" in err
+
+
+def test_a_line_end_in_a_path_does_not_break_the_sentence(run):
+    code, _, err = run("check", "no\n\x1b[31mfile.jsonl")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no\\n\\x1b[31mfile.jsonl" in err
+
+
 @pytest.mark.parametrize("problem", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
 def test_full_memory_is_one_sentence_with_a_fix(run, data, monkeypatch, problem):
     from lorafit.api import check as room

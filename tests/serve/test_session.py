@@ -72,6 +72,15 @@ def test_a_template_that_renders_another_prompt_is_an_error(tiny_run, tmp_path):
         load(folder)
 
 
+def test_a_sealed_file_that_cannot_be_read_is_not_called_changed(tiny_run, tmp_path):
+    for name, words in (("template.json", "cannot be read"), ("adapter/adapter_model.safetensors", "cannot be read")):
+        folder = copied(tiny_run, tmp_path / name.partition("/")[0])
+        (folder / name).unlink()
+        (folder / name).mkdir()  # a superuser may read every file
+        with pytest.raises(RunDirError, match=rf"{name}: the file {words} \(Is a directory\); check its permissions"):
+            load(folder)
+
+
 def test_an_edited_template_with_a_hash_of_its_own_is_refused(tiny_run, tmp_path):
     from lorafit.api.merge import merge, template_of
     from lorafit.data import Template

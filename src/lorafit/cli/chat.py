@@ -12,7 +12,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, say, show_json
 from lorafit.errors import UsageError
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 if TYPE_CHECKING:
     from lorafit.serve import Session
@@ -50,7 +50,7 @@ def chat(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Talk to a trained run or a merged model. Without --prompt it is a conversation, one line a turn."""
-    with without_collector():
+    with importing_torch():
         from lorafit.api.load import load
 
     if json and prompt is None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import say, show_json, steady
 from lorafit.demo import task_named
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 EXAMPLES = """Examples:
 
@@ -39,7 +39,7 @@ def demo(
     json: flags.Json = False,
 ) -> None:
     """Train a small bundled base on a task, and verify the result. It takes minutes on two cores."""
-    with without_collector():
+    with importing_torch():
         from lorafit.api.demo import usual_path
         from lorafit.cli.screen.demo_view import run_demo
 

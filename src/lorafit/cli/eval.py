@@ -13,7 +13,7 @@ from rich.table import Table
 from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, counted, heading, near, say, show_json, show_next, typed
 from lorafit.errors import UsageError
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 if TYPE_CHECKING:
     from lorafit.api.ship.eval import EvaluatedRun
@@ -80,7 +80,7 @@ def eval(
     json: flags.Json = False,
 ) -> None:
     """Measure a run on its held-out rows or yours, beside its base, with confidence intervals."""
-    with without_collector():
+    with importing_torch():
         from lorafit.api.ship.eval import eval as run_eval
     from lorafit.cli.screen.data_view import ReadingBar
     from lorafit.config import parse_assignments

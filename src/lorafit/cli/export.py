@@ -10,7 +10,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import heading, near, say, show_json, show_next, typed
 from lorafit.cli.screen.findings_view import show_findings
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 if TYPE_CHECKING:
     from lorafit.api.ship.export import ExportedRun
@@ -58,7 +58,7 @@ def export(
     json: flags.Json = False,
 ) -> None:
     """Write the run for the program that serves it, and prove its answers there."""
-    with without_collector():
+    with importing_torch():
         from lorafit.api.ship.export import export as run_export
 
     exported = run_export(

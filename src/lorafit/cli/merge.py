@@ -12,7 +12,7 @@ from rich.table import Table
 from lorafit.cli import flags
 from lorafit.cli.screen.console import PEOPLE, counted, duration, gib, heading, near, say, show_json, show_next, typed
 from lorafit.cli.screen.findings_view import show_findings
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 if TYPE_CHECKING:
     from lorafit.api.merge import MergedRun
@@ -69,7 +69,7 @@ def merge(
     json: flags.Json = False,
 ) -> None:
     """Write the merged weights, reload them, and measure them against the live adapter model."""
-    with without_collector():
+    with importing_torch():
         from lorafit.api.merge import merge as run_merge
 
     merged = run_merge(

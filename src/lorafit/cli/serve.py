@@ -17,7 +17,7 @@ from rich.markup import escape
 from lorafit.cli import flags
 from lorafit.cli.screen.console import say, show_json, show_next, typed
 from lorafit.errors import UsageError
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 EXAMPLES = """Examples:
 
@@ -84,7 +84,7 @@ def _serve(
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"{missing[0]} is not installed", where="serve", fix="pip install 'lorafit[serve]'")
-    with without_collector():
+    with importing_torch():
         from lorafit.backbone import redirect_library_logs
         from lorafit.serve.engines import Limits, engine_for
         from lorafit.serve.http import ServerOptions

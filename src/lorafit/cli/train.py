@@ -28,7 +28,7 @@ from lorafit.cli.screen.data_view import ReadingBar
 from lorafit.cli.screen.findings_view import show_findings
 from lorafit.cli.screen.plan_view import gpus_in_words
 from lorafit.errors import RunFinished, UsageError
-from lorafit.imports import without_collector
+from lorafit.imports import importing_torch
 
 if TYPE_CHECKING:
     from lorafit.api.train import TrainedRun
@@ -125,7 +125,7 @@ def _trained(
         from lorafit.api.settings import require_startable
 
         require_startable(data, settings, restart=restart)
-        with without_collector():
+        with importing_torch():
             from lorafit.api.train import train as run_train
             from lorafit.cli.screen.watch import ConsoleObserver, JsonObserver
 

@@ -46,5 +46,16 @@ def changed_file(folder: Path, hashes: Mapping[str, str]) -> str | None:
     return None
 
 
+def why_unreadable(path: Path) -> str | None:
+    """Return the system's words if the file at `path` is there and cannot be read, or None."""
+    try:
+        file_hash(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from lorafit.runs.checkpoint import (
 )
 from lorafit.runs.identity import RunIdentity, differing_settings, held_settings, with_defaults
 from lorafit.runs.run_dir import RunDir
-from lorafit.runs.seal import changed_file, file_hash
+from lorafit.runs.seal import changed_file, file_hash, why_unreadable
 
 REPEAT = "repeat the train command, which restores it, or pass --restart to train again"
 DOCUMENTS = (".md",)
@@ -109,6 +109,7 @@ def require_trained_run(run: RunDir) -> RunIdentity:
     identity = RunIdentity.read(run.identity)
     changed = changed_file(run.adapter, identity.adapter)
     if changed is not None:
+        _require_readable(run.adapter / changed)
         what = f"the adapter has changed since training ({changed} differs)"
         raise AdapterError(what, where=str(run.adapter), fix=REPEAT)
     if not identity.adapter:
@@ -116,9 +117,17 @@ def require_trained_run(run: RunDir) -> RunIdentity:
         raise AdapterError(what, where=str(run.path), fix="repeat the train command, which compares and seals it")
     changed = changed_file(run.path, identity.files) or _other_template(run, identity)
     if changed is not None:
+        _require_readable(run.path / changed)
         raise RunDirError("the file has changed since training", where=str(run.path / changed), fix=REPEAT)
     _require_trained_settings(run, identity)
     return identity
+
+
+def _require_readable(path: Path) -> None:
+    """Raise RunDirError if the file is there and cannot be read, which is no change of it."""
+    if (reason := why_unreadable(path)) is not None:
+        what = f"the file cannot be read ({reason})"
+        raise RunDirError(what, where=str(path), fix="check its permissions and the disk")
 
 
 def _other_template(run: RunDir, identity: RunIdentity) -> str | None:

@@ -151,7 +151,7 @@ def show_error(sentence: str, label: str = "error") -> None:
     """Print one sentence on stderr. The exit code is independent of the output."""
     colour = "bold red" if label == "error" else "bold yellow"
     with steady(ERRORS):
-        ERRORS.print(Text.assemble((f"{label}: ", colour), near(visible(sentence))), soft_wrap=True)
+        ERRORS.print(Text.assemble((f"{label}: ", colour), one_line(near(sentence))), soft_wrap=True)
 
 
 def is_follower() -> bool:
@@ -226,6 +226,11 @@ def show_next(*commands: tuple[str, str], title: str = "next") -> None:
 def visible(text: str) -> str:
     """Return `text` with its control characters but line ends as escapes: a file's name may hold a terminal's codes."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one printable line: a path may hold a line end too."""
+    return visible(text).replace("\n", "\\n")
 
 
 def near(text: str) -> str:
