@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, update_wrapper
 from pathlib import Path
+from threading import Timer
 
 import torch
 from transformers import TrainerCallback
@@ -23,6 +24,7 @@ from lorafit.cli import app
 from lorafit.demo import BASE
 from lorafit.methods.full.sharding import is_sharded, own_shard
 from lorafit.training import distributed
+from lorafit.training.checkpoints.snapshot import Snapshot
 
 SETTINGS = "max_steps=8 examples_per_step=6 save_steps=2 eval_steps=4 holdout=0.1 dropout=0.1 max_bad_steps=2"
 
@@ -31,7 +33,8 @@ SETTINGS = "max_steps=8 examples_per_step=6 save_steps=2 eval_steps=4 holdout=0.
 class Harm(TrainerCallback):
     """What happens in process `rank` after `step`: a signal, or `hang`. A gradient of process 1 is always spoiled.
 
-    Every process holds its weights against those of the others after each step.
+    The signal comes while the checkpoint of `step` is written if `saving`, or `after_s` seconds from the start. Every
+    process holds its weights against those of the others after each step.
     """
 
     rank: int = -1
@@ -41,6 +44,8 @@ class Harm(TrainerCallback):
     to_launcher: bool = False
     timeout_s: float = 600
     spoiled_step: int = 3
+    saving: bool = False
+    after_s: float = 0
 
     def on_step_begin(self, args, state, control, **given):
         if state.global_step + 1 != self.spoiled_step or torch.distributed.get_rank() != 1:
@@ -64,8 +69,26 @@ class Harm(TrainerCallback):
         torch.distributed.all_gather_object(told, digest.hexdigest())
         if not is_sharded(given["model"]):
             assert len(set(told)) == 1, f"the weights differ after step {state.global_step}"
+        if self.saving or self.after_s:
+            return
         if state.global_step == self.step and torch.distributed.get_rank() == self.rank:
             self.happen()
+
+    def begin(self):
+        """Arrange what happens at another moment than the end of a step."""
+        if int(os.environ["RANK"]) != self.rank:
+            return
+        if self.after_s:
+            Timer(self.after_s, self.happen).start()
+        if self.saving:
+            write = Snapshot.write_rest
+
+            def harmed(snapshot, folder):
+                if snapshot.step == self.step:
+                    self.happen()
+                write(snapshot, folder)
+
+            Snapshot.write_rest = harmed
 
     def happen(self):
         if self.hang:
@@ -80,6 +103,7 @@ def one_process(harm, *words):
     torch.set_num_threads(1)
     distributed.TIMEOUT = timedelta(seconds=harm.timeout_s)
     training.train = partial(training.train, callbacks=[harm])
+    harm.begin()
     leave = app._leave
     app._leave = lambda code: leave(code) if code else sys.exit()
     try:

@@ -1,11 +1,15 @@
 """Processes: one alone is asked nothing; several agree through gloo, and train as one does."""
 
+import socket
+from functools import partial
+
 import pytest
 import torch
 
 from fork_server import run_each
 from gloo_worker import train_in_a_process
-from lorafit.training.distributed import Processes
+from lorafit.errors import ProcessLost, UsageError
+from lorafit.training.distributed import MEETING, Processes, joined
 from tiny_models import save_base
 
 pytestmark = pytest.mark.processes
@@ -25,6 +29,32 @@ def test_one_process_is_the_main_one_and_gets_back_what_it_gives():
     assert (alone.gathered(3), alone.from_main(lambda: 4), alone.together(lambda: 5)) == ([3], 4, 5)
     assert alone.total(value) is value
     assert weight.grad is None
+
+
+def test_processes_that_cannot_meet_say_why(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in MEETING:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="RANK is not set as a launcher does"), joined():
+        pass
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in zip(MEETING, ("0", "127.0.0.1", str(taken.getsockname()[1])), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match="another program has this port; give all"), joined():
+            pass
+
+
+def test_a_process_that_is_lost_while_the_base_is_read_is_told_in_a_sentence(monkeypatch):
+    two = Processes()
+    two.world, two.gathered = 2, lambda value: [value, None]
+    with pytest.raises(ProcessLost, match="another process of this run has ended"):
+        two.together(partial(_raise, RuntimeError("[gloo/transport] Connection closed by peer")))
+
+
+def _raise(error):
+    raise error
 
 
 def in_processes(world, base, folder, short_rank=None):

@@ -119,9 +119,11 @@ def _trained(
 
     `typed_words` are the files and the flags that say how to read them, for commands in fixes.
     """
+    from lorafit.runs.launched import end_with_launcher
     from lorafit.runs.signals import EarlySignals
 
     with EarlySignals():
+        end_with_launcher()
         from lorafit.api.settings import require_startable
 
         require_startable(data, settings, restart=restart)

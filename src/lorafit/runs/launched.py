@@ -14,6 +14,8 @@ from lorafit.errors import LorafitError, ProcessLost
 
 FOLDER = "LORAFIT_ERRORS"
 """Environment variable with the folder in which launched processes leave their errors."""
+AGENT = "TORCHELASTIC_RUN_ID"
+"""Environment variable of every process that torchrun starts."""
 HEAD_START_S = 1.0
 """Seconds by which the end of a process comes after that of the one it lost, so that the launcher sees the cause."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -55,5 +57,5 @@ def left_error(folder: Path) -> LorafitError | None:
 
 def end_with_launcher() -> None:
     """Let the kernel send this process SIGTERM when its launcher is killed, so that none trains on alone."""
-    if os.environ.get(FOLDER) and sys.platform == "linux":
+    if (os.environ.get(FOLDER) or AGENT in os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -23,6 +23,8 @@ TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(hours=12)
 """Most time that processes wait for process 0 to read the data, and for each other to load the base."""
 LOST = "run the same command again, which resumes from the newest checkpoint"
+MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables by which the processes of a run find each other."""
 BUCKET_BYTES = 32 << 20
 """Bytes of gradients that are summed in one message."""
 
@@ -44,9 +46,11 @@ def joined() -> Iterator[Processes]:
         raise UsageError(f"there is no GPU for process {place}", where="LOCAL_RANK", fix=fix)
     if on_gpu:
         torch.cuda.set_device(place)
-    with hearing():
-        backend, device = ("cpu:gloo,cuda:nccl", torch.device("cuda", place)) if on_gpu else ("gloo", None)
+    backend, device = ("cpu:gloo,cuda:nccl", torch.device("cuda", place)) if on_gpu else ("gloo", None)
+    try:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
+    except (dist.DistError, ValueError) as error:
+        raise _not_met(error) from None
     processes = Processes()
     try:
         yield processes
@@ -54,6 +58,19 @@ def joined() -> Iterator[Processes]:
         processes.report(error)
         raise
     dist.destroy_process_group()  # after an error the process ends, and a group with a lost member would hang
+
+
+def _not_met(error: Exception) -> UsageError:
+    """Return the error for processes that do not find each other, with the address where they should."""
+    if isinstance(error, ValueError):
+        missing = next((name for name in MEETING if name not in os.environ), "WORLD_SIZE")
+        what = f"WORLD_SIZE names several processes, but {missing} is not set as a launcher does"
+        return UsageError(what, where=missing, fix="start lorafit with torchrun, or without WORLD_SIZE")
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    is_taken = "EADDRINUSE" in str(error)
+    why = "another program has this port" if is_taken else "not all of them came within 10 minutes"
+    fix = "give all processes another MASTER_PORT" if is_taken else "start all processes with the same address and port"
+    return UsageError(f"the processes of this run cannot meet: {why}", where=place, fix=fix)
 
 
 class Processes:
@@ -157,7 +174,8 @@ class Processes:
             return work()
         error: LorafitError | None = None
         try:
-            made = work()
+            with hearing():  # a base that several share is read together
+                made = work()
         except LorafitError as caught:
             error = caught
         told = self.gathered(None if error is None else (type(error), error.what, error.where, error.fix))
