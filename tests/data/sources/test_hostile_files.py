@@ -247,3 +247,27 @@ def test_unreadable_files_under_a_glob_are_our_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "stat", refused)
     with pytest.raises(DataError, match="Permission denied"):
         find_files([str(tmp_path / "*.jsonl")])
+
+
+LONG_ROW = """
+import resource, sys
+from pathlib import Path
+from lorafit.config import resolve
+from lorafit.data import prepare
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+path = Path(sys.argv[1])
+config = resolve({}, {"data": str(path), "holdout": 0, "on_bad": "drop"}).config
+result = prepare(config, None, cache_dir=path.parent / "cache")
+told = [finding.code for finding in result.findings]
+print(len(result.train), *told, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10)
+"""
+
+
+@pytest.mark.parametrize(("suffix", "most_mib"), [(".jsonl", 96), (".csv", 224)])
+def test_a_row_of_24_mib_is_told_in_bounded_memory(tmp_path: Path, suffix: str, most_mib: int) -> None:
+    text = "word and more " * ((24 << 20) // 14)
+    rows = [{"prompt": "a", "completion": text}, {"prompt": "c", "completion": "d"}]
+    content = made.jsonl(rows) if suffix == ".jsonl" else f"prompt,completion\na,{text}\nc,d\n".encode()
+    command = [sys.executable, "-c", LONG_ROW, str(made.write(tmp_path / f"a{suffix}", content))]
+    kept, *told, memory = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert kept == "1" and {"D006", "D053"} & set(told) and int(memory) < most_mib

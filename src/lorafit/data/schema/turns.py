@@ -79,9 +79,19 @@ def read_turns(messages: Iterable[Any]) -> list[Turn] | Reject:
         if isinstance(read, Reject):
             fix = read.fix or ("write the turn's text into its 'content'" if read.code in ("D010", "D011") else "")
             return Reject(read.code, f"turn {number}: {read.reason}", fix=fix)
+        if turns and speaker_of(message) == CALL and (joined := _joined(turns[-1], read)):
+            turns[-1], thoughts = joined, []
+            continue
         thoughts = [turn for turn in read if turn.role == THOUGHT]
         turns += [turn for turn in read if turn.role != THOUGHT]
     return Reject("D012", "the last turn is reasoning without an answer", fix="add the answer") if thoughts else turns
+
+
+def _joined(before: Turn, read: list[Turn]) -> Turn | None:
+    """Return the answer before a call's own turn with that call: OpenAI's items of one answer; None if it is apart."""
+    if before.role != "assistant" or len(read) != 1 or read[0].reasoning or read[0].loss != before.loss:
+        return None
+    return Turn("assistant", before.content, {**before.extra, CALLS: [*before.calls, *read[0].calls]}, before.loss)
 
 
 def _after_thoughts(thoughts: list[Turn], read: list[Turn]) -> list[Turn] | Reject:

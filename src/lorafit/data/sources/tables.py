@@ -58,8 +58,9 @@ def csv_rows(stream: Readable, index: int, file: DataFile, file_warnings: Counte
     header = _header(table, file, before + 1)
     if not header[0]:
         file_warnings["index column without a name"] += 1
+    was_cut = text.cut  # the first row has been read to find the separator
     while True:
-        start, text.cut = before + table.line_num + 1, False
+        start, text.cut, was_cut = before + table.line_num + 1, was_cut, False
         try:
             cells = next(table, None)
         except csv.Error as error:
