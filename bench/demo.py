@@ -27,9 +27,8 @@ def floors(verification: dict) -> float:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    print(
-        "| task | seed | exact match before | after | merged onto | merge KL / floor | training | whole demo | tokens/s |"
-    )
+    measured = "exact match before | after | merged onto | merge KL / floor | training | whole demo | tokens/s"
+    print(f"| task | seed | {measured} |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for task in TASKS:
         for seed in SEEDS:
