@@ -64,7 +64,7 @@ def test_sixteen_clients_get_each_runs_own_answer_while_adapters_come_and_go(ser
 
     def churn():
         with http(served, ADMIN) as admin:
-            while not stop.wait(0.3):
+            while not statuses or not stop.wait(0.3):
                 body = {"lora_name": "guest", "lora_path": str(runs["carol"])}
                 statuses.append(admin.post("/v1/load_lora_adapter", json=body).status_code)
                 again = {"lora_name": "alice", "lora_path": str(runs["alice"]), "load_inplace": True}
