@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from lorafit.api.ship.export import export
-from lorafit.errors import UsageError
+from lorafit.errors import RunDirError, UsageError
 from lorafit.export.finished_run import FinishedRun
 from lorafit.export.formats import Gguf
 from lorafit.export.serving import GgufAdaptersFolder
 from lorafit.export.serving.adapters_folder import vllm_settings
+from lorafit.runs import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,31 @@ def test_a_taken_name_and_a_run_over_another_base_are_refused(served, tiny_run):
     assert not (served.folder / "adapters" / "third").exists()
 
 
+def test_options_that_an_export_would_not_obey_are_refused(tiny_run):
+    for options, reason in (
+        ({"to": "merged", "quantization": "q8_0"}, "--to merged has no quantization"),
+        ({"to": "adapter", "onto": "original"}, "--to adapter has no onto"),
+        ({"to": "gguf", "name": "x"}, "--to gguf has no name"),
+        ({"to": "gguf", "verify_in": "vllm"}, "vLLM proves no GGUF file"),
+        ({"to": "gguf", "quantization": "iq4_xs"}, "no precision of a GGUF file"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            export(tiny_run.run.path, **options)
+
+
+def test_an_export_is_not_taken_for_a_folder_without_a_run(served, tiny_run):
+    for path, said in (
+        (served.folder, f"an export, not a run; lorafit serve {served.folder}"),
+        (served.proved_in, f"an exported adapter, not a run; lorafit serve {served.folder}"),
+        (served.proved_in / "adapter_config.json", "a file, and a run is a folder"),
+        (tiny_run.run.adapter, f"a part of a run; pass {tiny_run.run.path}"),
+        (served.folder.parent, "holds no run"),
+    ):
+        with pytest.raises(RunDirError) as caught:
+            RunDir.open(path)
+        assert said in str(caught.value)
+
+
 def test_ranks_are_rounded_up_to_those_that_vllm_takes():
     assert vllm_settings({"a": 4, "b": 17}, "base")["max-lora-rank"] == 32
     with pytest.raises(UsageError, match="ranks up to 512"):
@@ -62,12 +88,14 @@ def test_ranks_are_rounded_up_to_those_that_vllm_takes():
 
 def test_a_gguf_file_is_proved_in_llama_cpp_and_says_how_it_is_served(tiny_run, tmp_path):
     pytest.importorskip("xllamacpp")
-    exported = export(tiny_run.run.path, to="gguf", quantization="f16", out=tmp_path / "file")
+    exported = export(tiny_run.run.path, to="gguf", quantization="F16", out=tmp_path / "file")
     proof = exported.verification["engines"][0]
     assert exported.passed and (proof["engine"], proof["status"]) == ("llama.cpp", "proved")
     assert proof["prompts"]["equal"] == proof["prompts"]["total"] > 3
     assert exported.serving["precision"] == "f16" and exported.serving["stop"] == ["</s>"]
-    assert (tmp_path / "file" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nPARAMETER temperature 0\n")
+    modelfile = (tmp_path / "file" / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model-F16.gguf\nPARAMETER temperature 0\n")
+    assert "{{ .Content }}</s>\n" in modelfile, "an answer within a prompt ends its line, as in training"
 
 
 def test_an_adapter_is_proved_in_llama_cpp_over_one_file_of_their_base(tiny_run, tmp_path):

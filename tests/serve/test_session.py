@@ -172,5 +172,5 @@ def test_a_base_that_is_not_the_trained_one_is_refused(tiny_run, tmp_path):
 def test_a_model_in_a_format_that_chat_does_not_serve_is_refused_by_the_formats_name(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "verification.json").write_text('{"export_format": "gguf"}')
-    with pytest.raises(UsageError, match="chat opens safetensors, and this model is in the format 'gguf'"):
+    with pytest.raises(UsageError, match="in the format 'gguf', and this command opens safetensors"):
         load(tmp_path)

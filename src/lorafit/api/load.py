@@ -36,5 +36,5 @@ def _require_readable_format(folder: Path) -> None:
     proof = folder / VERIFICATION_FILE
     name = read_json(proof, RunDirError).get("export_format") if proof.is_file() else None
     if name not in (None, DEFAULT_FORMAT):  # older releases wrote no name, and had one format
-        what = f"chat opens {DEFAULT_FORMAT}, and this model is in the format '{name!s:.40}'"
-        raise UsageError(what, where=str(folder), fix="serve it with its own program, or chat with the run")
+        what = f"the model is in the format '{name!s:.40}', and this command opens {DEFAULT_FORMAT}"
+        raise UsageError(what, where=str(folder), fix=f"lorafit serve {folder}, or pass the run")

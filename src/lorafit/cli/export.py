@@ -24,9 +24,12 @@ EXIT_CODES = {"proved": 0, "failed": 1, "not proved": 3}
 COLOURS = {"proved": "green", "not proved": "yellow", "failed": "red"}
 
 Quantization = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--quantization", metavar="FORMAT", help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m."
+        "--quantization",
+        metavar="FORMAT",
+        help="Precision of a GGUF file: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; default q8_0.",
+        show_default=False,
     ),
 ]
 
@@ -35,9 +38,14 @@ def export(
     run: flags.Run,
     to: Annotated[
         Literal["merged", "adapter", "gguf", "gguf-lora"],
-        typer.Option("--to", metavar="FORM", help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama."),
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            case_sensitive=False,
+            help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama.",
+        ),
     ] = "merged",
-    quantization: Quantization = "q8_0",
+    quantization: Quantization = None,
     onto: Annotated[
         Literal["quantized", "original"] | None,
         typer.Option("--onto", help="Base to merge onto; default by measurement.", show_default=False),

@@ -191,9 +191,7 @@ class RunDir:
         if not path.exists():
             raise RunDirError("no such folder", where=str(path), fix="pass the folder that train created")
         if not run.settings.is_file():
-            raise RunDirError(
-                "the folder holds no run (no run.yaml)", where=str(path), fix="pass the folder that train created"
-            )
+            raise _no_run(path)
         if not run.has_result:
             raise run._unfinished()
         base = Path(run.config().base)
@@ -281,3 +279,23 @@ def write_text(path: Path, text: str) -> None:
         raise RunDirError(
             f"the file cannot be written ({error.strerror})", where=str(path), fix="check the disk"
         ) from error
+
+
+def _no_run(path: Path) -> RunDirError:
+    """Return the error for a path that is no run, with what it is where that is known."""
+    if path.is_file():
+        is_served, what = path.suffix == ".gguf", "this is a file, and a run is a folder"
+        fix = f"lorafit serve {path}, or pass the run" if is_served else "pass the folder that train created"
+        return RunDirError(what, where=str(path), fix=fix)
+    if (path / "serving.json").is_file() or (path / "serving.yaml").is_file():
+        what = "this folder is an export, not a run"
+        return RunDirError(what, where=str(path), fix=f"lorafit serve {path}, or pass the run that was exported")
+    held_in = path.parents[1] if len(path.parents) > 1 else path
+    if path.parent.name == "adapters" and (held_in / "serving.json").is_file():
+        what = "this folder is an exported adapter, not a run"
+        return RunDirError(what, where=str(path), fix=f"lorafit serve {held_in}, or pass the run that was exported")
+    if (path.parent / "run.yaml").is_file():
+        return RunDirError("this folder is a part of a run", where=str(path), fix=f"pass {path.parent}")
+    return RunDirError(
+        "the folder holds no run (no run.yaml)", where=str(path), fix="pass the folder that train created"
+    )

@@ -28,6 +28,10 @@ from lorafit.programs import find_vllm
 from lorafit.runs import LAST, RunDir, staged_folder
 
 Target = Literal["merged", "adapter", "gguf", "gguf-lora"]
+OPTIONS_OF = {"quantization": ("gguf", "gguf-lora"), "onto": ("merged", "gguf"), "name": ("adapter", "gguf-lora")}
+"""Options of some exports alone, with those exports."""
+DEFAULT_PRECISION = "q8_0"
+"""Precision of a GGUF file that is not named."""
 VerifyIn = Literal["auto", "vllm", "none"]
 Verdict = Literal["proved", "not proved", "failed"]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -95,7 +99,7 @@ def export(
     run: str | Path,
     *,
     to: str = "merged",
-    quantization: str = "q8_0",
+    quantization: str | None = None,
     onto: MergeBase | None = None,
     out: str | Path | None = None,
     name: str | None = None,
@@ -104,25 +108,31 @@ def export(
 ) -> ExportedRun:
     """Export `run` for the program that serves it, and prove it there.
 
-    `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, or
-    "adapter": a folder in which vLLM finds the base once and every adapter by its name. "gguf-lora" is such a folder
-    for llama.cpp, with the base in the precision `quantization`. `onto` and `checkpoint` are as in `merge`.
+    `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, by
+    default q8_0, or "adapter": a folder in which vLLM finds the base once and every adapter by its name. "gguf-lora" is
+    such a folder for llama.cpp, with the base in the precision `quantization`. `onto` and `checkpoint` are as in
+    `merge`.
     `name` is the adapter's, by default the run's. The export appears whole or not at all.
     `verify_in` "vllm" opens it in vLLM too, which takes minutes; "auto" does so where vLLM is beside this Python or
     named by LORAFIT_VLLM.
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
+    to, quantization = to.lower(), None if quantization is None else quantization.lower().replace("-", "_")
     if to not in get_args(Target):
         raise UsageError(f"'{to:.40}' is no export", where="--to", fix=f"choose {', '.join(get_args(Target))}")
     if verify_in not in get_args(VerifyIn):
         fix = f"choose {', '.join(get_args(VerifyIn))}"
         raise UsageError(f"'{verify_in:.40}' is no program of a proof", where="--verify-in", fix=fix)
+    _require_fitting(to, quantization=quantization, onto=onto, name=name)
+    quantization = quantization or DEFAULT_PRECISION
     if to.startswith("gguf") and f"gguf-{quantization}" not in FORMATS:
         fix = f"choose {', '.join(name.removeprefix('gguf-') for name in FORMATS if name.startswith('gguf-'))}"
         raise UsageError(f"'{quantization:.40}' is no precision of a GGUF file", where="--quantization", fix=fix)
     if verify_in == "vllm" and to.startswith("gguf"):
-        raise UsageError("vLLM proves no GGUF file", where="--verify-in", fix="leave it out: llama.cpp proves the file")
+        raise UsageError(
+            "vLLM proves no GGUF file", where="--verify-in", fix="leave --verify-in out, as llama.cpp proves it"
+        )
     asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
     wanted = ("vLLM",) if verify_in == "vllm" else ()
     if to in ("adapter", "gguf-lora"):
@@ -133,6 +143,14 @@ def export(
     form = "safetensors" if to == "merged" else f"gguf-{quantization}"
     merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
     return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
+
+
+def _require_fitting(to: str, **options: str | None) -> None:
+    """Raise UsageError for an option that the export `to` would not obey."""
+    for option, targets in OPTIONS_OF.items():
+        if options[option] is not None and to not in targets:
+            fix = f"leave it out, or choose --to {' or '.join(targets)}"
+            raise UsageError(f"--to {to} has no {option}", where=f"--{option}", fix=fix)
 
 
 def _export_adapter(

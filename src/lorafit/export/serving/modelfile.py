@@ -66,12 +66,17 @@ def modelfile(file: str, template: Template, prompts: Sequence[Messages], adapte
 def frames_of(template: Template) -> Frames | None:
     """Return the frames of the template's roles; None if a turn is rendered depending on other turns."""
     around: dict[str, tuple[str, str]] = {}
-    conversation = [{"role": role, "content": mark} for role, mark in MARKS.items()]
+    system, user, assistant = ({"role": role, "content": mark} for role, mark in MARKS.items())
     try:
-        whole = _without_bos(template, template.render(conversation))
-        asked = _without_bos(template, template.prompt_text(conversation[:2]))
-        cuts = [0, *(len(_without_bos(template, template.render(conversation[:n]))) for n in (1, 2)), len(whole)]
+        # an answer within a prompt, and not the last text of a row: some templates end its line only there
+        whole = _without_bos(template, template.prompt_text([system, user, assistant, user]))
+        asked = _without_bos(template, template.prompt_text([system, user]))
+        cuts = [0, *(len(_without_bos(template, template.render(turns))) for turns in ([system], [system, user]))]
     except TemplateError:
+        return None
+    again = asked[cuts[1] :]  # the last turn and the question after it
+    cuts.append(len(whole) - len(again))
+    if not whole.endswith(again):
         return None
     for (role, mark), start, end in zip(MARKS.items(), cuts, cuts[1:]):
         pieces = whole[start:end].split(mark)

@@ -110,7 +110,8 @@ def _of_vllm(
 ) -> tuple[Callable[[], Program], ServedFolder]:
     program = find_vllm()
     if program is None:
-        fix = f"pip install vllm in an environment of its own, and set {VLLM_VARIABLE} to its program"
+        own = f"pip install vllm in an environment of its own, and set {VLLM_VARIABLE} to its program"
+        fix = f"{own}; or serve the run itself, which the builtin engine does"
         raise UsageError("vLLM is not installed", where="--engine", fix=fix)
     path = target / SETTINGS
     if path.is_file():
