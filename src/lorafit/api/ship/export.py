@@ -118,6 +118,23 @@ def export(
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """
+    to, precision = _checked(to, quantization, onto=onto, name=name, verify_in=verify_in)
+    asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
+    wanted = ("vLLM",) if verify_in == "vllm" else ()
+    if to in ("adapter", "gguf-lora"):
+        opened = RunDir.open(Path(run))
+        path = Path(out) if out else opened.exports / FOLDERS[to]
+        folder = GgufAdaptersFolder(path, _gguf(precision)) if to == "gguf-lora" else AdaptersFolder(path)
+        return _export_adapter(opened, folder, name, checkpoint, asks_vllm=asks_vllm, wanted=wanted)
+    form = "safetensors" if to == "merged" else f"gguf-{precision}"
+    merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
+    return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
+
+
+def _checked(
+    to: str, quantization: str | None, *, onto: str | None, name: str | None, verify_in: str
+) -> tuple[str, str]:
+    """Return the export and its GGUF precision as lorafit spells them. Raises UsageError for what it cannot obey."""
     to, quantization = to.lower(), None if quantization is None else quantization.lower().replace("-", "_")
     if to not in get_args(Target):
         raise UsageError(f"'{to:.40}' is no export", where="--to", fix=f"choose {', '.join(get_args(Target))}")
@@ -125,24 +142,15 @@ def export(
         fix = f"choose {', '.join(get_args(VerifyIn))}"
         raise UsageError(f"'{verify_in:.40}' is no program of a proof", where="--verify-in", fix=fix)
     _require_fitting(to, quantization=quantization, onto=onto, name=name)
-    quantization = quantization or DEFAULT_PRECISION
-    if to.startswith("gguf") and f"gguf-{quantization}" not in FORMATS:
+    precision = quantization or DEFAULT_PRECISION
+    if to.startswith("gguf") and f"gguf-{precision}" not in FORMATS:
         fix = f"choose {', '.join(name.removeprefix('gguf-') for name in FORMATS if name.startswith('gguf-'))}"
-        raise UsageError(f"'{quantization:.40}' is no precision of a GGUF file", where="--quantization", fix=fix)
+        raise UsageError(f"'{precision:.40}' is no precision of a GGUF file", where="--quantization", fix=fix)
     if verify_in == "vllm" and to.startswith("gguf"):
         raise UsageError(
             "vLLM proves no GGUF file", where="--verify-in", fix="leave --verify-in out, as llama.cpp proves it"
         )
-    asks_vllm = verify_in == "vllm" or (verify_in == "auto" and find_vllm() is not None)
-    wanted = ("vLLM",) if verify_in == "vllm" else ()
-    if to in ("adapter", "gguf-lora"):
-        opened = RunDir.open(Path(run))
-        path = Path(out) if out else opened.exports / FOLDERS[to]
-        folder = GgufAdaptersFolder(path, _gguf(quantization)) if to == "gguf-lora" else AdaptersFolder(path)
-        return _export_adapter(opened, folder, name, checkpoint, asks_vllm=asks_vllm, wanted=wanted)
-    form = "safetensors" if to == "merged" else f"gguf-{quantization}"
-    merged = merge(run, onto=onto, out=out, export_format=form, checkpoint=checkpoint, asks_vllm=asks_vllm)
-    return ExportedRun(merged.folder, merged.folder, tuple(merged.findings), wanted)
+    return to, precision
 
 
 def _require_fitting(to: str, **options: str | None) -> None:
