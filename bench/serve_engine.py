@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,7 @@ def measure(engine: BuiltinEngine, *, streams: int, adapters: int, prompt: int, 
     for generation in generations:
         if generation.version is not None:
             engine.pool.unpin(generation.version)
+    texts = sha256(json.dumps([each.ids for each in generations]).encode()).hexdigest()[:12]
     tokens = sum(map(len, times))
     assert tokens == streams * new, (tokens, streams * new)
     first = sorted(1e3 * (each[0] - began) for each in times)
@@ -124,7 +126,7 @@ def measure(engine: BuiltinEngine, *, streams: int, adapters: int, prompt: int, 
     return {
         "streams": streams, "adapters": adapters, "dense": engine.is_dense, "tok_s": round(tokens / elapsed_s),
         "decode_tok_s": round(after / decoding_s) if decoding_s else 0, "ttft_ms": quantiles(first),
-        "between_ms": quantiles(between), "replays": engine.decoder.replays,
+        "between_ms": quantiles(between), "replays": engine.decoder.replays, "texts": texts,
     }  # fmt: skip
 
 

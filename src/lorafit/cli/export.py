@@ -34,17 +34,17 @@ Quantization = Annotated[
 ]
 
 
+Form = Annotated[
+    Literal["merged", "adapter", "gguf", "gguf-lora"],
+    typer.Option(
+        "--to", metavar="FORM", case_sensitive=False, help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama."
+    ),
+]
+
+
 def export(
     run: flags.Run,
-    to: Annotated[
-        Literal["merged", "adapter", "gguf", "gguf-lora"],
-        typer.Option(
-            "--to",
-            metavar="FORM",
-            case_sensitive=False,
-            help="merged, adapter: vLLM. gguf, gguf-lora: llama.cpp, Ollama.",
-        ),
-    ] = "merged",
+    to: Form = "merged",
     quantization: Quantization = None,
     onto: Annotated[
         Literal["quantized", "original"] | None,

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from lorafit.backbone import FrozenLinear4bit, multiply_packed
 from lorafit.engine import padded_logits, use_plain_attention
 from lorafit.errors import BackboneError, UsageError
 from lorafit.methods.lora import GroupedAdapters
-from lorafit.serve.decoding.fused import fuse_norms, use_slot_attention
+from lorafit.serve.decoding.fused import fuse_norms, one_rotation, rotating_modules, store_kernel, use_slot_attention
 from lorafit.serve.decoding.graphs import DecodeGraphs
-from lorafit.serve.decoding.slot_cache import Places, SlotCache, masks, span_for
+from lorafit.serve.decoding.slot_cache import Places, SlotCache, StoreKernel, masks, span_for
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 """Tokens of prompts in one forward pass by device, so that a long prompt does not hold up running answers."""
@@ -93,6 +94,8 @@ class BatchDecoder:
         self._spare: SlotCache | None = None
         self._graphs = DecodeGraphs(self.device)
         self._fused = False
+        self._rotating: list[ModuleType] = []
+        self._store: StoreKernel | None = None
         # a step reads these in place; rows: token, position, write position, adapter, 1 if the token is known
         self._inputs = torch.zeros(5, slots, dtype=torch.int64, device=self.device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)
@@ -131,6 +134,7 @@ class BatchDecoder:
             use_slot_attention(self.model)
             fuse_norms(self.model)
             multiply_packed(self.model)
+            self._rotating, self._store = rotating_modules(self.model), store_kernel(self.device)
             self._graphs.forget()
             self._fused = True
 
@@ -216,8 +220,9 @@ class BatchDecoder:
         """
         given, positions, writes, index, known = self._inputs[:, :height]
         tokens = torch.where(known > 0, given, self._tokens[:height])
-        places = Places(range(height), writes[:, None], span)
-        logits = self._forward(tokens[:, None], positions[:, None], index, places, [0], self.cache)[:, 0].float()
+        places = Places(range(height), writes[:, None], span, self._store)
+        with one_rotation(self._rotating):
+            logits = self._forward(tokens[:, None], positions[:, None], index, places, [0], self.cache)[:, 0].float()
         return logits, logits.argmax(-1)
 
     def _forward(

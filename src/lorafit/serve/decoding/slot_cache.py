@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lorafit.errors import BackboneError
 
 LEAST_SPAN = 64
+StoreKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Writes keys and values of one token a row: (kept keys, kept values, new keys, new values, write positions)."""
 
 
 @dataclass
@@ -23,11 +25,13 @@ class Places:
         slots: the slots of the batch's rows: a range of neighbours, or any slots as indices (rows,).
         writes: position in the cache of each token (rows, tokens).
         span: number of leading positions that attention reads.
+        store: writes the keys and values of one-token rows at once; None where there is no such kernel.
     """
 
     slots: range | Tensor
     writes: Tensor
     span: int
+    store: StoreKernel | None = None
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -47,6 +51,11 @@ class _SlotLayer(CacheLayerMixin):
         """Write (rows, kv heads, tokens, dim) at their places, and return what attention reads."""
         places = self.places
         assert places is not None
+        if places.store is not None and isinstance(places.slots, range):
+            keys, values = (kept[places.slots.start : places.slots.stop] for kept in (self.keys, self.values))
+            if _is_alike(keys, values, key_states, value_states):
+                places.store(keys, values, key_states, value_states, places.writes)
+                return keys[:, :, : places.span], values[:, :, : places.span]
         read = []
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
             if isinstance(places.slots, Tensor):
@@ -92,6 +101,17 @@ class SlotCache(Cache):
     def size_bytes(self) -> int:
         """Return the bytes of all keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+def _is_alike(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return True if one kernel can write one token of each row."""
+    each = (keys, values, key, value)
+    return (
+        key.shape == value.shape
+        and keys.shape == values.shape
+        and key.shape == (*keys.shape[:2], 1, keys.shape[3])
+        and all(tensor.is_contiguous() and tensor.dtype is keys.dtype for tensor in each)
+    )
 
 
 def _room(states: Tensor, slots: int, positions: int) -> Tensor:
