@@ -125,6 +125,11 @@ OWN: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 600, "vision_end_token_id": 601, "audio_start_token_id": 602,
                              "audio_end_token_id": 603},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 600},
+    "inkling_mm_model": {"vision_config": {"n_layers": 2}},
+    "kosmos-2.5": {"latent_query_num": 8, "text_config": {"layers": LAYERS, "embed_dim": 64, "attention_heads": 4}},
+    "step3p7": {"text_config": {"sliding_window": 32, "num_sliding_attention_heads": 4, "share_expert_dim": 32,
+                                "layer_types": ["sliding_attention", "full_attention"] * 2}},
     "chameleon": {"vocabulary_map": {"<image>": 600, "IMGIMGA": 601}},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""

@@ -107,7 +107,8 @@ def _of_preset(preset: str, linears: Sequence[Projection], family: str) -> list[
         # a family without attention mixes tokens elsewhere
         chosen = [part for part in free if part.role in PRESETS[preset]] or [p for p in free if p.role == "mixer"]
     if not chosen:
-        what = "has no linear module that could take an adapter"
+        reasons = "; ".join(dict.fromkeys(part.obstacle for part in linears if part.role != "other"))
+        what = "has no linear module that could take an adapter" + (f": {reasons}" if reasons and not free else "")
         if preset in PRESETS and free:
             what = f"has no projections of {IN_WORDS[preset]}"
         raise AdapterError(f"{family} {what}", where="targets", fix=_advice(linears))
