@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -48,17 +48,27 @@ def serving(targets: Sequence[Path], log: Path, **flags: Any) -> Iterator[tuple[
         )
     try:
         assert server.stdout is not None
-        said = b""
-        while not said.rstrip().endswith(b"}"):  # one JSON object, over several lines
-            line = server.stdout.readline()
-            if not line:
-                raise SystemExit(f"lorafit serve ended: {log.read_text()[-400:]}")
-            said += line
+        said = first_object(server.stdout)
+        if "address" not in said:
+            raise SystemExit(f"lorafit serve ended: {json.dumps(said)} {log.read_text()[-400:]}")
         print_json(started_s=round(time.perf_counter() - began, 1), targets=len(targets))
-        yield json.loads(said)["address"], key, server.pid
+        yield said["address"], key, server.pid
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
+
+
+def first_object(lines: Iterable[bytes]) -> dict[str, Any]:
+    """Return the JSON object that begins `lines`, over as many of them as it takes; empty if it does not end."""
+    said = b""
+    for line in lines:
+        said += line
+        try:
+            found: dict[str, Any] = json.loads(said)
+        except ValueError:
+            continue  # the brace that ended this line closes a part of it
+        return found
+    return {}
 
 
 async def stream(client: httpx.AsyncClient, model: str, prompt: list[int], new: int) -> Streamed:

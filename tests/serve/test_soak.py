@@ -35,3 +35,11 @@ def test_no_answer_is_another_adapters_while_clients_leave_and_adapters_come_and
     taken = soak.own["alice", "Hello"]
     soak.judge("bob", "Hello", taken, left=False)
     assert soak.seen["of another adapter"] == 1, "the soak sees an answer of another adapter"
+
+
+def test_a_server_that_ends_with_an_error_of_several_lines_is_read_whole(soaking):
+    from serve_http import first_object
+
+    told = b'{\n  "error": {\n    "what": "x"\n  }\n}\n'
+    assert first_object(told.splitlines(keepends=True)) == {"error": {"what": "x"}}
+    assert first_object([b"{\n"]) == {}
