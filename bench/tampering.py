@@ -1,7 +1,8 @@
 """The tampering campaign: change each file of a finished run, and see whether a command notices.
 
-`python bench/tampering.py` flips bytes of every file at several offsets, cuts and empties it, puts a link or a pipe in
-its place, and then trains, chats, merges, exports, evaluates and loads it to serve. Each must refuse in one sentence,
+`python bench/tampering.py` flips bytes of every file at several offsets, cuts and empties it, puts a link, a pipe or
+the file of another run in its place, and then trains, chats, merges, exports, evaluates and loads it to serve. Each
+must refuse in one sentence,
 or give the undisturbed result. `--short` is the form that the test suite runs: one offset and a link, `chat`'s and
 `merge`'s checks without a model. Exit code 1 when a command took something up in silence or fell over.
 """
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,9 +69,24 @@ def pipe(path: Path, victim: Path) -> None:
     os.mkfifo(path)
 
 
+def half(path: Path, victim: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def swapped(path: Path, victim: Path) -> None:
+    """Put the file of another run, of another seed, in the place of this one."""
+    run = next(parent for parent in path.parents if parent.name == "run")
+    theirs = victim.parent / "other" / path.relative_to(run)
+    if theirs.is_file():
+        shutil.copyfile(theirs, path)
+
+
 HARMS: dict[str, Callable[[Path, Path], None]] = {
     **{f"bit at {place:.0%}": flip(place) for place in OFFSETS},
     "cut": cut,
+    "half": half,
+    "swapped": swapped,
     "emptied": emptied,
     "link": link,
     "pipe": pipe,
@@ -144,8 +161,10 @@ def campaign(
     """By command, how often each outcome came; and the failures in words."""
     rows, base = write_rows(folder / "rows.jsonl"), make_base(folder / "base")
     whole = folder / "whole"
-    if in_child(lambda: void(train(rows, str(base), out=whole, **SETTINGS)), folder / "train.txt") != 0:
-        sys.exit((folder / "train.txt").read_text())
+    for seed, run in enumerate((whole, folder / "other")):
+        made = partial(train, rows, str(base), out=run, seed=seed, **SETTINGS)
+        if in_child(lambda made=made: void(made()), folder / "train.txt") != 0:
+            sys.exit((folder / "train.txt").read_text())
     victim = folder / "victim"
     victim.write_text("dear")
     commands = Commands(rows, base, short=short)
@@ -189,7 +208,7 @@ def main() -> int:
     parser.add_argument("--harms", nargs="+", choices=list(HARMS), default=list(HARMS))
     given = parser.parse_args()
     if given.short:
-        given.verbs, given.harms = ["merge"], ["bit at 50%", "link"]
+        given.verbs, given.harms = ["merge"], ["bit at 50%", "link", "swapped"]
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lorafit-tampering-") as name:

@@ -27,6 +27,7 @@ def write_run(folder, seed, rank, **settings):
     template = Template.for_tokenizer(TextTokenizer.from_base(config.base))
     template.save(run.template)
     run.samples.write_text("")
+    run.split.write_text("")
     live = attach(load_backbone(config), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

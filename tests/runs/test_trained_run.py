@@ -26,6 +26,7 @@ def run(tmp_path):
     jinja = "{{ messages }}"
     run.write_json(run.template, {"jinja": jinja})
     run.samples.write_text('{"messages": []}\n')
+    run.split.write_text("side\tsource\n")
     resolved = resolve(flags={"base": "some/base", "lr": 0.5})
     run.write_config(resolved.config, {key: source.value for key, source in resolved.sources.items()})
     template = hashlib.sha256(jinja.encode()).hexdigest()
@@ -89,7 +90,7 @@ def test_no_key_of_an_older_releases_fingerprint_can_vanish_in_silence(run):
             require_trained_run(run)
 
 
-@pytest.mark.parametrize("name", ["template.json", "held-out.jsonl"])
+@pytest.mark.parametrize("name", ["template.json", "held-out.jsonl", "split.tsv"])
 def test_another_template_and_other_held_out_rows_are_refused(run, name):
     (run.path / name).write_text('{"jinja": "other"}\n')
     with pytest.raises(RunDirError, match=f"{name}: the file has changed since training; repeat the train command"):

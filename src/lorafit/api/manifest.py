@@ -173,8 +173,7 @@ def write_relied_on(
 
     Settings and adapter are written elsewhere.
     """
-    if not run.split.exists():
-        write_split(run.split, prepared.train, prepared.holdout)
+    write_split(run.split, prepared.train, prepared.holdout)
     template.save(run.template)
     write_text(run.samples, "".join(_sample_line(record) for record in _samples(prepared)))
     base = {"base": config.base, "revision": config.revision, "fingerprint": identity.fingerprint.base}

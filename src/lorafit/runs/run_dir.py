@@ -23,8 +23,8 @@ from lorafit.runs.writing import LOCK, OWNER, sync
 
 FILE_SETTINGS = ("base", "revision", "data", "holdout")
 """Settings that name files. A run depends on the files' content, so they may move."""
-SEALED_FILES = ("template.json", "held-out.jsonl")
-"""Files that `chat` and `merge` read, and whose hashes fingerprint.json holds."""
+SEALED_FILES = ("template.json", "held-out.jsonl", "split.tsv")
+"""Files that `chat`, `merge` and `eval` read, and whose hashes fingerprint.json holds."""
 
 
 WEIGHTS = {"lora": "adapter", "full": "model"}
