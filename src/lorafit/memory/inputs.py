@@ -23,8 +23,8 @@ ADAPTER_BYTES = 4
 """Bytes of an adapter's weight, which is in fp32."""
 MASTER_BYTES = 4
 """Bytes of a 16-bit weight's copy in fp32."""
-UPDATE_BYTES = 24 << 24
-"""Most bytes that an update within the backward pass takes beside the gradient: 24 for each value of a chunk."""
+UPDATE_BYTES = 29 << 24
+"""Most bytes that updates within the backward pass take beside the gradient: 29 for each value of a chunk."""
 OPTIMIZER_SHARE = 0.03
 """Share of a GPU's memory up to which AdamW's moments stay in 32 bits. The 8-bit optimizers are slower: they launch
 kernels tensor by tensor, and the paged ones wait for the device every step."""

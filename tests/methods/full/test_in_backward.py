@@ -6,7 +6,7 @@ from bitsandbytes.optim import AdamW
 
 from little_trainer import assert_same, bits, trainer
 from lorafit.errors import TrainingError
-from lorafit.methods.full import optimizer
+from lorafit.methods.full import moments_ahead, optimizer
 from lorafit.methods.full.in_backward import StepInBackward, gradients_as_in_steps
 from lorafit.training.updates import undo
 from tiny_models import save_base
@@ -28,7 +28,8 @@ def run(base, folder, kind="paged_adamw_8bit", checkpoint=None, **given):
 def test_the_bits_are_those_of_updates_after_the_backward_pass(base, tmp_path, monkeypatch):
     """Steps have several micro-batches. Only the order of the chances differs, so they are left out here."""
     monkeypatch.setattr(optimizer, "stochastically_rounded", lambda wide: wide.bfloat16())
-    monkeypatch.setattr(optimizer, "CHUNK", 512)
+    for module in (optimizer, moments_ahead):
+        monkeypatch.setattr(module, "CHUNK", 512)
     within, after = (run(base, tmp_path / kind, kind, max_grad_norm=1e6) for kind in ("paged_adamw_8bit", "adamw_8bit"))
     assert isinstance(within.optimizer, StepInBackward) and not isinstance(after.optimizer, StepInBackward)
     (ours, *_), (theirs, *_) = bits(within), bits(after)
@@ -68,6 +69,53 @@ def test_no_weight_is_updated_after_a_gradient_that_is_not_finite():
     two.sum().backward()
     assert all(map(torch.equal, (one, two), before))
     assert not ours.finish().isfinite() and not ours.is_torn
+
+
+def test_moments_come_in_the_order_of_the_step_before_or_when_they_are_asked_for(monkeypatch):
+    """Each update adds 1, so that a part that comes late, twice or from another place shows."""
+    monkeypatch.setattr(moments_ahead, "CHUNK", 512)
+    moments, scales = torch.zeros(1024, dtype=torch.uint8), torch.zeros(4)
+    states = [{name: (moments if "state" in name else scales).clone() for name in optimizer.MOMENTS} for _ in range(3)]
+    ahead, updates = moments_ahead.MomentsAhead(torch.device("cpu")), [0, 0, 0]
+    for order in ((0, 1, 2), (0, 1, 2), (1, 0, 2), (0,), (2, 1, 0), (2, 1, 0)):
+        ahead.begin()
+        for number in order:
+            for part in (slice(0, 512), slice(512, 1024)):
+                for value in ahead.take(states[number], part, 1024).values():
+                    value += 1
+                ahead.put_back()
+            updates[number] += 1
+    for state, count in zip(states, updates, strict=True):
+        assert all(bool((value == count).all()) for value in state.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_moments_that_travel_beside_the_updates_have_the_bits_of_moments_that_stay():
+    """Weights of several chunks and of a part of one, over steps in which nothing waits for the copies."""
+    torch.manual_seed(0)
+    sizes, options = ((9000, 4096), (3000, 4096), (64, 4096), (40,)), {"lr": 1e-2, "optim_bits": 8}
+    drawn = [torch.randn(size, device="cuda").bfloat16() for size in sizes]
+    ours, theirs = ([torch.nn.Parameter(one.clone()) for one in drawn] for _ in range(2))
+    travel = StepInBackward(AdamW, [{"params": ours}], {**options, "is_paged": True})
+    stay = optimizer.with_stochastic_rounding(AdamW)([{"params": theirs}], **options)
+    for step in range(6):
+        gradients = [torch.randn_like(one) for one in drawn]
+        torch.manual_seed(step)
+        travel.begin(1, float("inf"))
+        for weight, gradient in zip(ours, gradients, strict=True):
+            weight.grad = gradient.clone()
+            travel._arrived(weight)
+        travel.finish()
+        torch.manual_seed(step)
+        for weight, gradient in zip(theirs, gradients, strict=True):
+            weight.grad = gradient
+        stay.step()
+    torch.cuda.synchronize()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+        for name in optimizer.MOMENTS & stay.state[other].keys():
+            assert torch.equal(travel.state[one][name].cpu(), stay.state[other][name].cpu()), name
 
 
 def test_a_step_that_failed_half_way_is_not_repeated():

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.memory.inputs import UPDATE_BYTES
+from lorafit.methods.full.moments_ahead import MomentsAhead
 from lorafit.methods.full.optimizer import CHUNK, MOMENTS, with_stochastic_rounding
 from lorafit.methods.full.sharding import is_shard
 
 UPDATE_VALUE_BYTES = UPDATE_BYTES // CHUNK
-"""Bytes of an update for each value of a chunk: fp32 copies, moments and chances."""
+"""Bytes of an update for each value of a chunk: fp32 copies, buffers of moments, and chances."""
 PAGED = "paged_adamw_8bit"
 """Setting `optimizer` of such a run."""
 WRAPPED = "__bnb_optimizer_quant_state__"
@@ -47,6 +48,7 @@ class StepInBackward(torch.optim.Optimizer):
         self.inner = with_stochastic_rounding(_with_host_moments(kind))([dict(group) for group in groups], **own)
         self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
         self._places = _places_in(self.param_groups)
+        self.inner.ahead = MomentsAhead(next(iter(self._places)).device)
         self._waiting = _OnHost()
         self._norms: list[Tensor] = []
         self._left: dict[nn.Parameter, int] = {}
@@ -62,6 +64,7 @@ class StepInBackward(torch.optim.Optimizer):
         self._most, self._is_bad, self.is_torn = most, False, False
         self._norms.clear()
         self._waiting.forget()
+        self.inner.ahead.begin()
 
     def finish(self) -> Tensor:
         """Update weights that the last micro-batch gave no gradient, and return the norm of all gradients ()."""

@@ -174,6 +174,9 @@ def with_stochastic_rounding(kind: Any) -> type:
     """Return bitsandbytes' optimizer `kind` for bf16 weights: each is updated in fp32 and rounded by chance."""
 
     class Rounding(kind):  # type: ignore[misc]
+        ahead: Any = None
+        """The MomentsAhead that bring 8-bit moments from the host; None where they are on the weight's device."""
+
         @torch.no_grad()
         def update_step(self, group: Any, weight: Any, group_index: int, index: int) -> None:
             if weight.dtype is not torch.bfloat16:
@@ -184,32 +187,29 @@ def with_stochastic_rounding(kind: Any) -> type:
                 part = slice(start, start + CHUNK)
                 wide = nn.Parameter(narrow[part].float())
                 wide.grad = gradient[part].float()
-                own = self.state[wide] = _part_of(state, part, narrow.numel(), narrow.device)
+                comes = self.ahead is not None and state["state1"].dtype is torch.uint8
+                take = self.ahead.take if comes else _part_of
+                own = self.state[wide] = take(state, part, narrow.numel())
                 super().update_step(group, wide, group_index, index)
                 narrow[part] = stochastically_rounded(wide.data)
-                _put_part(self.state.pop(wide), state, part, narrow.numel())
+                del self.state[wide]
+                if comes:
+                    self.ahead.put_back()
             state["step"] = own["step"]
 
     Rounding.__name__ = f"Rounding{kind.__name__}"
     return Rounding
 
 
-def _part_of(state: Mapping[str, Any], part: slice, count: int, device: torch.device) -> dict[str, Any]:
-    """Return the state of a `part` of a weight of `count` values, on `device`; what is there already is not copied."""
+def _part_of(state: Mapping[str, Any], part: slice, count: int) -> dict[str, Any]:
+    """Return the state of a `part` of a weight of `count` values, as views."""
     return {
-        name: value.view(-1)[_place(value, part, count)].to(device, non_blocking=True) if name in MOMENTS else value
+        name: value.view(-1)[place_of(value, part, count)] if name in MOMENTS else value
         for name, value in state.items()
     }
 
 
-def _put_part(own: Mapping[str, Any], state: Mapping[str, Any], part: slice, count: int) -> None:
-    """Copy the state of a part back to where `state` is kept, if that is the host."""
-    for name in MOMENTS & own.keys():
-        if state[name].device != own[name].device:
-            state[name].view(-1)[_place(state[name], part, count)].copy_(own[name], non_blocking=True)
-
-
-def _place(value: Tensor, part: slice, count: int) -> slice:
+def place_of(value: Tensor, part: slice, count: int) -> slice:
     """Return the place of a part of `count` values in `value`, which has one for each, or for each of its blocks."""
     each = 1 if value.numel() == count else BLOCK
     return slice(part.start // each, -(-min(part.stop, count) // each))
