@@ -4,14 +4,21 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW
 
-from little_trainer import assert_same, bits, trainer
+from little_run import encoded_rows, settings
+from little_trainer import assert_same, bits, trainer, training_loop
+from lorafit.backbone import load_backbone
 from lorafit.errors import TrainingError
+from lorafit.methods import METHODS
 from lorafit.methods.full import moments_ahead, optimizer
 from lorafit.methods.full.in_backward import StepInBackward, gradients_as_in_steps
+from lorafit.training import deterministic
 from lorafit.training.updates import undo
 from tiny_models import save_base
 
 SETTINGS = {"method": "full", "compute": "bf16", "lr": 1e-3, "max_steps": 6, "save_steps": 3, "eval_steps": 99}
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="its model is on the CPU")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,7 @@ def run(base, folder, kind="paged_adamw_8bit", checkpoint=None, **given):
     return made
 
 
+@on_cpu
 def test_the_bits_are_those_of_updates_after_the_backward_pass(base, tmp_path, monkeypatch):
     """Steps have several micro-batches. Only the order of the chances differs, so they are left out here."""
     monkeypatch.setattr(optimizer, "stochastically_rounded", lambda wide: wide.bfloat16())
@@ -40,6 +48,7 @@ def test_the_bits_are_those_of_updates_after_the_backward_pass(base, tmp_path, m
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)  # the other one is computed in bf16
 
 
+@on_cpu
 def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
     whole = run(base, tmp_path / "whole")
     assert_same(whole, run(base, tmp_path / "again", checkpoint=tmp_path / "whole" / "step-000003"))
@@ -116,6 +125,32 @@ def test_moments_that_travel_beside_the_updates_have_the_bits_of_moments_that_st
         assert torch.equal(one, other)
         for name in optimizer.MOMENTS & stay.state[other].keys():
             assert torch.equal(travel.state[one][name].cpu(), stay.state[other][name].cpu()), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_copies_beside_a_run_change_no_bit_of_it(tmp_path, monkeypatch):
+    """Twice with streams for the copies, and once on the stream that computes: a race would show in weights."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(optimizer, "CHUNK", 1 << 20)
+    monkeypatch.setattr(moments_ahead, "CHUNK", 1 << 20)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    given = {**SETTINGS, "optimizer": "paged_adamw_8bit", "max_steps": 12, "save_steps": 12, "lr": 1e-4}
+    base = str(save_base(tmp_path / "base", **sizes))
+    config = settings(base=base, examples_per_step=4, max_length=512, deterministic=True, **given)
+    ends = []
+    with deterministic(True):
+        for name in ("beside", "again", "in one stream"):
+            if name == "in one stream":
+                monkeypatch.setattr(moments_ahead, "_stream", lambda device: None)
+            torch.manual_seed(0)
+            model = METHODS["full"].prepare(load_backbone(config), config)
+            loop = training_loop(model, config, encoded_rows(*[500] * 24), None, tmp_path / name)
+            loop.run(None)
+            assert isinstance(loop.optimizer, StepInBackward)
+            ends.append(bits(loop))
+    for (tensors, *_), name in zip(ends[1:], ("again", "in one stream"), strict=True):
+        assert all(torch.equal(ends[0][0][key], tensor) for key, tensor in tensors.items()), name
 
 
 def test_a_step_that_failed_half_way_is_not_repeated():
