@@ -50,9 +50,9 @@ DENSE_LAUNCH_S = 1.4e-3
 of 8B on such a host). A profile of the CPU, which slows it down, had 1.4 ms."""
 GRAPH_LAUNCH_S = 1.0e-4
 """The same within a CUDA graph. A pass has about 30 kernels, each of at least 3 µs (arithmetic)."""
-IN_BACKWARD = 1.9
+IN_BACKWARD = 1.05
 """Seconds of updates within the backward pass for each second of copying their moments over the link. 8B on an H200
-took 1.89 s a step (2026-11-30), of which layers and loss were predicted to take 0.75. ASSUMED for other GPUs."""
+took 1.375 s a step (2026-12-01), of which layers and loss were predicted to take 0.75. ASSUMED for other GPUs."""
 EMULATED = 0.25
 """Speed of a CPU in a 16-bit precision that it lacks, relative to fp32."""
 
