@@ -1,7 +1,12 @@
 """Data files made for the tests, and `prepare` over them with a cache of their own."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +49,17 @@ def found(result: Prepared, code: str) -> Finding:
 def codes(result: Prepared) -> set[str]:
     """The codes of all findings."""
     return {finding.code for finding in result.findings}
+
+
+def spoken(path: Path, **settings: Any) -> list[list[tuple[str, str]]]:
+    """Role and content of every turn of every row."""
+    rows = prepared(path, holdout=0.0, ignore=["D037"], **settings).train
+    return [[(turn.role, turn.content) for turn in rows.record(place).turns] for place in range(len(rows))]
+
+
+def run_fix(fix: str, folder: Path) -> dict[str, str]:
+    """Run the command in a fix; the `--map` pairs that it names."""
+    command = re.sub(r"\bpython -c", f"{shlex.quote(sys.executable)} -c", fix[fix.index("python -c") :])
+    command, _, then = command.partition(" && lorafit ")
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    return dict(word.split("=", 1) for flag, word in pairwise(shlex.split(then)) if flag == "--map")

@@ -1,10 +1,7 @@
 """The command that an error prints for another tool's export, executed as printed, gives rows that are read."""
 
 import json
-import re
 import shlex
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,20 +16,6 @@ from lorafit.errors import DataError
 Row = dict[str, Any]
 ASK, SAY = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
 TOLD = [("user", "ask"), ("assistant", "say")]
-
-
-def spoken(path: Path, **settings: Any) -> list[list[tuple[str, str]]]:
-    """Role and content of every turn of every row."""
-    rows = made.prepared(path, holdout=0.0, ignore=["D037"], **settings).train
-    return [[(turn.role, turn.content) for turn in rows.record(place).turns] for place in range(len(rows))]
-
-
-def run(fix: str, folder: Path) -> dict[str, str]:
-    """Run the command in a fix; the `--map` pairs that it names."""
-    command = re.sub(r"\bpython -c", f"{shlex.quote(sys.executable)} -c", fix[fix.index("python -c") :])
-    command, _, then = command.partition(" && lorafit ")
-    subprocess.run(command, shell=True, check=True, cwd=folder)
-    return dict(word.split("=", 1) for flag, word in pairwise(shlex.split(then)) if flag == "--map")
 
 
 def node(role: str, text: str, parent: str | None) -> Row:
@@ -91,17 +74,17 @@ def test_the_command_for_an_export_works_as_printed(tmp_path: Path, case: str, s
     row, what = EXPORTS[case]
     content = made.jsonl([row, row]) if suffix == ".jsonl" else json.dumps([row, row], indent=1).encode()
     with pytest.raises(DataError, match=what) as caught:
-        spoken(made.write(tmp_path / f"export{suffix}", content))
-    pairs = run(str(caught.value.fix), tmp_path)
-    assert spoken(tmp_path / "rows.jsonl", field_map=pairs) == [TOLD, TOLD]
+        made.spoken(made.write(tmp_path / f"export{suffix}", content))
+    pairs = made.run_fix(str(caught.value.fix), tmp_path)
+    assert made.spoken(tmp_path / "rows.jsonl", field_map=pairs) == [TOLD, TOLD]
 
 
 def test_each_path_of_a_tree_becomes_a_row(tmp_path: Path) -> None:
     tree = reply("prompter", "a", reply("assistant", "b", reply("prompter", "c")), reply("assistant", "d"))
     with pytest.raises(DataError, match="trees") as caught:
-        spoken(made.write(tmp_path / "a.jsonl", [{"prompt": tree}]))
-    run(str(caught.value.fix), tmp_path)
-    assert [[text for _, text in row] for row in spoken(tmp_path / "rows.jsonl")] == [["a", "b"], ["a", "d"]]
+        made.spoken(made.write(tmp_path / "a.jsonl", [{"prompt": tree}]))
+    made.run_fix(str(caught.value.fix), tmp_path)
+    assert [[text for _, text in row] for row in made.spoken(tmp_path / "rows.jsonl")] == [["a", "b"], ["a", "d"]]
 
 
 def test_single_messages_of_a_parquet_file_become_conversations(tmp_path: Path) -> None:
@@ -111,25 +94,25 @@ def test_single_messages_of_a_parquet_file_become_conversations(tmp_path: Path) 
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "oasst.parquet")
     with pytest.raises(DataError, match="single messages of conversations") as caught:
-        spoken(tmp_path / "oasst.parquet")
-    run(str(caught.value.fix), tmp_path)
-    assert spoken(tmp_path / "rows.jsonl") == [TOLD]
+        made.spoken(tmp_path / "oasst.parquet")
+    made.run_fix(str(caught.value.fix), tmp_path)
+    assert made.spoken(tmp_path / "rows.jsonl") == [TOLD]
 
 
 def test_the_command_for_argillas_answers_works_as_printed(tmp_path: Path) -> None:
     for field in ("instruction", "prompt"):
         rows = [{field: "ask", "response": [{"value": "say", "status": "submitted"}]}] * 2
         result = made.prepared(made.write(tmp_path / "argilla.jsonl", rows), holdout=0.0, on_bad="drop")
-        run(made.found(result, "D012").fix, tmp_path)
-        assert spoken(tmp_path / "rows.jsonl") == [TOLD, TOLD]
+        made.run_fix(made.found(result, "D012").fix, tmp_path)
+        assert made.spoken(tmp_path / "rows.jsonl") == [TOLD, TOLD]
 
 
 def test_the_tools_of_a_logged_request_are_kept(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     body = {"messages": [ASK, SAY], "tools": [tool]}
     with pytest.raises(DataError, match="inside of other") as caught:
-        spoken(made.write(tmp_path / "a.jsonl", [{"body": body}, {"body": body}]))
-    run(str(caught.value.fix), tmp_path)
+        made.spoken(made.write(tmp_path / "a.jsonl", [{"body": body}, {"body": body}]))
+    made.run_fix(str(caught.value.fix), tmp_path)
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]) == body
 
 
@@ -137,7 +120,7 @@ def test_turns_beside_an_answer_are_mapped_as_its_prompt(tmp_path: Path) -> None
     for answer in ("output", "ideal"):
         path = made.write(tmp_path / f"{answer}.jsonl", [{"input": [ASK], answer: "say"}])
         with pytest.raises(DataError, match="--map prompt=input") as caught:
-            spoken(path)
+            made.spoken(path)
         words = shlex.split(str(caught.value.fix))
         pairs = dict(word.split("=", 1) for flag, word in pairwise(words) if flag == "--map")
-        assert spoken(path, field_map=pairs) == [TOLD]
+        assert made.spoken(path, field_map=pairs) == [TOLD]

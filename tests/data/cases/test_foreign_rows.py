@@ -151,7 +151,7 @@ def rows_of(given: Row | Sequence[Row]) -> list[Row]:
 
 UNSAID = {
     "the model's name": {"prompt": "ask", "response_a": "say", "response_b": "no", "winner": "gemma"},
-    "how much better": {"prompt": "ask", "response_1": "say", "response_2": "no", "preference_strength": -2},
+    "labels": {"prompt": "ask", "response_1": "say", "response_2": "no", "labels": 1},
     "counted from 0": {"prompt": "ask", "answer_1": "say", "answer_2": "no", "preference": 0},
 }
 PLAIN = {
@@ -170,7 +170,7 @@ PLAIN = {
 def test_no_answer_is_picked_where_the_verdict_is_unclear(tmp_path: Path, case: str) -> None:
     with pytest.raises(DataError) as caught:
         made.prepared(made.write(tmp_path / "pairs.jsonl", [UNSAID[case]]), holdout=0.0)
-    assert "python" not in str(caught.value.fix)
+    assert "python" not in str(caught.value.fix) and "--map" not in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("case", PLAIN)

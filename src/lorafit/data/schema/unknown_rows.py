@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.data.schema.exports import OUT, export_of, rewritten
 from lorafit.data.schema.fields import Fields, is_empty
-from lorafit.data.schema.preferences import ASKS, SAYS, better_and_worse, flag, nearest, several_answers
+from lorafit.data.schema.preferences import ASKS, SAYS, VERDICT, better_and_worse, flag, nearest, several_answers
 from lorafit.data.schema.side_columns import suggested_places
 from lorafit.data.schema.turns import CALL, exchange_in, speakers_in
 from lorafit.data.sources.raw_row import excerpt
@@ -158,10 +158,14 @@ def container(row: Any, where: str) -> tuple[str, str] | None:
 
 NO_WRAPPERS = ("messages", "conversation", "contents", "tools", "functions", "choices", "completions", "answers")
 """Names of lists that belong to one row."""
+ASKS_ITSELF = frozenset(ASKS) - {"message", "user", "text", "input"}
+"""Names of columns by which an object is a row itself, and no wrapper of rows."""
 
 
 def _wrapper(row: Fields, where: str) -> tuple[str, str] | None:
     lists = [name for name, value in row.items() if _is_rows(value)]
+    if lists and any(str(name).lower() in ASKS_ITSELF or VERDICT.fullmatch(str(name)) for name in row):
+        return None
     if len(lists) == 1 and not lists[0].startswith(NO_WRAPPERS):
         name = lists[0]
         return f"the file is one object whose '{excerpt(name, 30)}' holds the rows", _unpacked(where, f"d[{name!r}]")
