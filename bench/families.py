@@ -76,7 +76,8 @@ def walk(family: str, folder: Path) -> dict[str, Any]:
     try:
         save_base(family, base)
     except Exception as error:  # noqa: BLE001 (whatever transformers raises, the family is not tried)
-        return found | {"built": False, "reason": f"{type(error).__name__}: {one_line(error)}"}
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return found | unbuilt(family, folder, reason, lacks_a_package=isinstance(error, ImportError))
     write_rows(rows)
     found |= {"built": True}
     for targets, more in (("qv", {}), ("all-linear", {"quantization": "none"})):
@@ -90,6 +91,19 @@ def walk(family: str, folder: Path) -> dict[str, Any]:
         found["merge_original"] = attempt("merge", merged, folder / "all-linear", "original")
         found["same"] = attempt("compare", compared, folder / "all-linear", base)
     return found
+
+
+def unbuilt(family: str, folder: Path, reason: str, *, lacks_a_package: bool) -> dict[str, Any]:
+    """Return why the family has no tiny base, or what `plan` says of its config.json if it refuses the family too."""
+    if not lacks_a_package:
+        (folder / "base").mkdir(exist_ok=True)
+        small_config(family).to_json_file(folder / "base" / "config.json", use_diff=False)
+        save_tokenizer(folder / "base")
+        write_rows(folder / "rows.jsonl")
+        answer = attempt("plan", planned, folder / "rows.jsonl", folder / "base", "qv", {})
+        if "refused" in answer:
+            return {"built": True, "qv": answer, "all-linear": answer}
+    return {"built": False, "reason": reason}
 
 
 def attempt(stage: str, call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

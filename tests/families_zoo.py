@@ -74,9 +74,42 @@ WRAPPERS = (
 
 AXES = frozenset(
     "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr paddleocr_vl hunyuan_vl cosmos3_edge "
-    "qwen3_5 qwen3_5_moe ernie4_5_vl_moe qwen2_5_omni_thinker qwen3_omni_moe_thinker glmga".split()
+    "qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text ernie4_5_vl_moe qwen2_5_omni_thinker qwen3_omni_moe_thinker "
+    "glmga".split()
 )
 """Families whose positions have three axes: time, height and width."""
+QWEN4 = {
+    "indexer_n_heads": LAYERS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 64,
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 16,
+    "split_ngram_parts": 2,
+    "hc_lowrank": 8,
+    "eos_token_id": 1,
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+}
+NARROW = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+    "head_dim": 16,
+    "shared_experts_intermediate_size": 32,
+    "per_layer_config": {1: NARROW, 3: NARROW},
+}
+
 OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
@@ -130,6 +163,36 @@ OWN: dict[str, dict[str, Any]] = {
     "kosmos-2.5": {"latent_query_num": 8, "text_config": {"layers": LAYERS, "embed_dim": 64, "attention_heads": 4}},
     "step3p7": {"text_config": {"sliding_window": 32, "num_sliding_attention_heads": 4, "share_expert_dim": 32,
                                 "layer_types": ["sliding_attention", "full_attention"] * 2}},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": LAYERS,
+              "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "glm5_next": {"text_config": {"num_key_value_heads": LAYERS, "linear_num_heads": LAYERS, "linear_head_dim": 16,
+                                  "index_kpool": 4, "qk_nope_head_dim": 16},
+                  "vision_config": {"projection_intermediate_size": 64}},
+    "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 0, 3]}},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "dots3_note": {"text_config": DOTS3, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64},
+                   "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 64, "mlp_layer_types": ["sparse"],
+                                     "per_layer_config": {0: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+                                     "moe_intermediate_size": 32}},
+    "dots3_note_text": DOTS3,
+    "inkling2": {"text_config": {"unpadded_vocab_size": VOCABULARY, "swa_num_attention_heads": LAYERS,
+                                 "swa_num_key_value_heads": 2, "sliding_window_size": 32, "d_rel": 8},
+                 "vision_config": {"text_hidden_size": 64, "projection_hidden_dim": 64}},
+    "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"] * 2}, "projector_hidden_size": 64},
+    "molmo2": {"vision_config": {"num_hidden_layers": 2}, "adapter_config": {"vision_feature_layer": [1, 0],
+               "text_hidden_size": 64, "hidden_size": 32}},
+    "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": 64},
+    "muse_spark": {"out_hidden_size": 128, "projector_hidden_size": 64, "text_config": {"moe_hidden_size": 32},
+                   "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4,
+                                    "out_hidden_size": 64}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                                      "num_experts_per_tok": 2, "moe_intermediate_size": 32}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "gemma4_assistant": {"__init__": {"text_config": {"hidden_size_per_layer_input": 0,
+                                                      "vocab_size_per_layer_input": 0}},
+                         "text_config": {"num_kv_shared_layers": LAYERS}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "chameleon": {"vocabulary_map": {"<image>": 600, "IMGIMGA": 601}},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""
@@ -199,7 +262,7 @@ def _shrunk(raw: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
             first = next(iter(value.values()), {})
             small[key] = {LAYERS - 1: _shrunk(first, values)} if value else {}
         elif isinstance(value, list | str) and (key in PATTERNS or _is_a_layer_each(value, layers)):
-            small[key] = _mixed(value, key)
+            small[key] = _mixed(value, key, 1 if values is VISION_VALUE_OF else LAYERS)
         elif key in values and isinstance(value, int) and not isinstance(value, bool):
             small[key] = min(value, values[key]) if value else value
         elif key in values and value is None and key == "head_dim":
@@ -217,15 +280,15 @@ def _is_a_layer_each(value: Any, layers: int) -> bool:
     return isinstance(value, list) and layers > LAYERS and len(value) == layers
 
 
-def _mixed(pattern: Any, key: str) -> Any:
-    """Return `LAYERS` entries of `pattern`, every kind among them if that many fit."""
+def _mixed(pattern: Any, key: str, count: int) -> Any:
+    """Return `count` entries of `pattern`, every kind among them if that many fit."""
     value = VALUE_OF.get(key.removesuffix("_per_layer"))
     if isinstance(pattern, list) and isinstance(pattern[0], int) and not isinstance(pattern[0], bool) and value:
-        return [min(entry, value) for entry in pattern[:LAYERS]]
+        return [min(entry, value) for entry in pattern[:count]]
     kinds = list(dict.fromkeys(map(str, pattern)))
     originals = {str(entry): entry for entry in pattern}
     chosen = [originals[kind] for kind in kinds]
-    chosen = (chosen + list(pattern))[:LAYERS]
+    chosen = (chosen + list(pattern))[:count]
     if kinds and kinds[-1] not in map(str, chosen):
         chosen[-1] = originals[kinds[-1]]
     return "".join(chosen) if isinstance(pattern, str) else chosen
