@@ -121,8 +121,11 @@ def without_noise(architecture: PretrainedConfig) -> PretrainedConfig:
     """Return `architecture` with its layers' dropout and its routers' jitter off.
 
     They would act in training beside the setting `dropout`, which is the adapters'. Routers report no logits for their
-    auxiliary loss, which frozen routers do not have.
+    auxiliary loss, which frozen routers do not have. RWKV does not rescale its weights for float16, which it would do
+    at each change between training and answering: it packs them in 4 bits again, and leaves adapters as they are.
     """
+    if hasattr(architecture, "rescale_every"):
+        architecture.rescale_every = 0
     for part in (architecture, architecture.get_text_config()):
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False

@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 
 from lorafit.backbone import load_backbone
-from lorafit.config import RunConfig
+from lorafit.config import RunConfig, resolve
 from lorafit.methods.lora import attach, count_parameters
-from tiny_models import FAMILIES, save_base, some_ids
+from tiny_models import FAMILIES, save_base, save_small, some_ids, stir
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,17 @@ def test_4_bit_parameters_count_at_their_true_number(config):
     assert (counts.trainable, counts.total) == (trainable, total + trainable)
     assert counts.percent == pytest.approx(100 * trainable / (total + trainable))
     assert (counts.trainable, counts.total) == model.get_nb_trainable_parameters()
+
+
+def test_rwkv_answers_with_the_weights_that_it_trains_with(tmp_path):
+    base = save_small(tmp_path / "base", "rwkv")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_every": 1}))  # it would halve in each layer
+    config = resolve(flags={"base": base, "targets": "all-linear", "dropout": 0.0}).config
+    model = attach(load_backbone(config), config)
+    stir(model)
+    with torch.no_grad():
+        training, answering, again = [
+            model.train(trains)(some_ids(20), use_cache=False).logits for trains in (True, False, True)
+        ]
+    assert torch.equal(training, answering) and torch.equal(training, again)
