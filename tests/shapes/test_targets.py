@@ -64,8 +64,10 @@ def test_feed_forwards_that_peft_takes_for_experts_are_left_out_with_a_note():
     model = shape(model_type="qwen3_moe", num_experts=8, moe_intermediate_size=512, mlp_only_layers=[0])
     assert resolve_targets("all-linear", model) == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert "leaves out gate_proj, up_proj, down_proj" in targets_note("all-linear", model.projections, "qwen3_moe")
-    with pytest.raises(AdapterError, match="'up_proj' cannot take an adapter: PEFT reads its name as"):
-        resolve_targets(("up_proj",), model)
+    assert resolve_targets(("up_proj",), model) == ("up_proj",)
+    everything = resolve_targets("all-linear+experts", model)
+    assert {"mlp.gate_proj", "mlp.up_proj", "experts.down_proj"} <= {*everything} | {f"mlp.{one}" for one in everything}
+    assert not targets_note("all-linear+experts", model.projections, "qwen3_moe")
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("q_proj", "lm_head")])

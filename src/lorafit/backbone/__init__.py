@@ -54,6 +54,7 @@ from lorafit.backbone.projections import (
     is_mixture,
     is_plain_linear,
     linear_size,
+    names_of_old_experts,
     projections_of,
 )
 from lorafit.backbone.shards import (
@@ -98,6 +99,7 @@ __all__ = [
     "is_packed_base",
     "is_plain_linear",
     "linear_size",
+    "names_of_old_experts",
     "linears_to_quantize",
     "load_backbone",
     "load_sharded",

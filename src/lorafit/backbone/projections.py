@@ -101,10 +101,9 @@ def projections_of(model: nn.Module) -> tuple[Projection, ...]:
 
 
 def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the linears of `model` that cannot take an adapter, each with the reason."""
+    """Return the linears of `model` that `all-linear` leaves out, each with the reason."""
     kind = str(architecture_of(model).model_type)
-    pattern = {**_MODEL_TO_CONVERSION_PATTERN, **OWN_PATTERNS}.get(kind, "")
-    old, bare = OLD_EXPERTS.get(pattern, frozenset()), bare_weights(model)
+    old, bare = names_of_old_experts(model), bare_weights(model)
     indexers = {id(part) for one in model.modules() if "Indexer" in type(one).__name__ for part in one.modules()}
     tied = getattr(unwrapped(model), "all_tied_weights_keys", {})
     shared = {name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())}
@@ -115,9 +114,7 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
         leaf = path.rpartition(".")[2]
         if not is_plain_linear(module):
             continue
-        if leaf in old:
-            obstacles[module] = EXPERT_NAMES
-        elif leaf == "out_proj" and (path in bare or kind in MAMBA_TYPES):
+        if leaf == "out_proj" and (path in bare or kind in MAMBA_TYPES):
             obstacles[module] = MAMBA
         elif path in bare:
             obstacles[module] = READ
@@ -131,7 +128,15 @@ def adapter_obstacles(model: nn.Module) -> dict[nn.Module, str]:
             obstacles[module] = OWN_PRODUCT
         elif _is_renamed(path, renamings):
             obstacles[module] = RENAMED
+        elif leaf in old:
+            obstacles[module] = EXPERT_NAMES
     return obstacles
+
+
+def names_of_old_experts(model: nn.Module) -> frozenset[str]:
+    """Return the names of linears that PEFT rewrites into parameters of the experts of `model`."""
+    kind = str(architecture_of(unwrapped(model)).model_type)
+    return OLD_EXPERTS.get({**_MODEL_TO_CONVERSION_PATTERN, **OWN_PATTERNS}.get(kind, ""), frozenset())
 
 
 def _is_renamed(path: str, renamings: list[WeightRenaming]) -> bool:

@@ -75,8 +75,10 @@ class InitialAdapter:
         try:
             if not isinstance(given["targets"], list):
                 raise TypeError("a pattern of names, not a list of them")
-            return RunConfig(**{**given, "targets": tuple(sorted(given["targets"]))})
-        except (KeyError, TypeError, ValueError, UsageError) as error:
+            # PEFT adapts feed-forwards beside experts as parameters
+            beside = [name[:-7] for name in raw.get("target_parameters") or () if name.endswith(".weight")]
+            return RunConfig(**{**given, "targets": tuple(sorted({*given["targets"], *beside}))})
+        except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
             what = "the file does not describe a LoRA adapter on named modules"
             raise AdapterError(what, where=str(self.folder / CONFIG_FILE), fix="name another init_adapter") from error
 

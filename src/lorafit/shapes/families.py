@@ -25,8 +25,11 @@ from typing import Any, Literal
 Role = Literal["q", "k", "v", "qkv", "kv", "o", "attention", "gate", "up", "gate_up", "down", "mixer", "other"]
 LayerKind = Literal["all", "dense", "sparse"]
 ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "kv", "o", "attention"})
-EXPERT_NAMES = "PEFT reads its name as that of the experts, which are no linear modules here"
-"""Obstacle of the feed-forwards beside experts, where PEFT rewrites the targets of older checkpoints."""
+EXPERT_NAMES = "PEFT reads its name as that of the experts; all-linear+experts, or its name, adapts it as a parameter"
+"""Obstacle of the feed-forwards beside experts, where PEFT rewrites the targets of older checkpoints.
+
+PEFT takes them as `target_parameters`, which know neither dropout nor DoRA nor a base in 4 bits; so they are asked for.
+"""
 OWN_ATTENTION = "its attention is its own, and takes no row boundaries"
 DROPS_ROWS = "its layers do not pass row boundaries on to attention"
 CARRIES = "its recurrent or convolutional layers carry a state from row to row"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorafit.shapes.families import ATTENTION_ROLES, Role
+from lorafit.shapes.families import ATTENTION_ROLES, EXPERT_NAMES, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,16 @@ class Projection:
     def tensor_parameters(self) -> int:
         """Weights of one tensor: of a linear module, or of all experts of a layer."""
         return self.inputs * self.outputs * self.group
+
+    @property
+    def is_beside_experts(self) -> bool:
+        """True for a feed-forward beside experts that takes an adapter as a parameter, when it is asked for."""
+        return self.obstacle == EXPERT_NAMES
+
+    @property
+    def is_adaptable(self) -> bool:
+        """True if an adapter on it is possible."""
+        return self.packs if self.stacked else not self.obstacle or self.is_beside_experts
 
     @property
     def is_attention(self) -> bool:

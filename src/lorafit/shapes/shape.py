@@ -232,8 +232,7 @@ class ModelShape:
 
     def named(self, names: tuple[str, ...]) -> tuple[Projection, ...]:
         """Return the linear modules and stacked experts that one of `names` selects, and that take an adapter."""
-        free = (part for part in self.projections if (part.packs if part.stacked else not part.obstacle))
-        return tuple(part for part in free if any(map(part.is_named, names)))
+        return tuple(part for part in self.projections if part.is_adaptable and any(map(part.is_named, names)))
 
 
 def _from_table(family: Family, model_type: str, config: Mapping[str, Any], name: str) -> ModelShape:

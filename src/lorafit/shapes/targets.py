@@ -28,13 +28,14 @@ def resolve_targets(
 
     `qv` and `attention` go by the role of a projection, whatever its name, in the layers that have it. `all-linear` is
     every linear of the decoder that takes an adapter, without routers and lm_head; `all-linear+experts` has stacked
-    experts too, each by the name of its parameter, such as `experts.down_proj`. A name that others share is returned
-    with its module, such as `self_attn.out_proj`. Raises AdapterError with the model's own names when a name is wrong,
-    when its module cannot take an adapter, and when nothing is selected.
+    experts too, each by the name of its parameter, such as `experts.down_proj`, and the feed-forwards beside them that
+    PEFT adapts as parameters. A name that others share is returned with its module, such as `self_attn.out_proj`.
+    Raises AdapterError with the model's own names when a name is wrong, when its module cannot take an adapter, and
+    when nothing is selected.
     """
     linears = [part for part in projections if not part.stacked]
     if isinstance(targets, str) and (targets in EVERY or targets in PRESETS):
-        chosen = _shortest(_of_preset(targets.removesuffix("+experts"), linears, family), linears)
+        chosen = _shortest(_of_preset(targets, linears, family), linears)
         return (*chosen, *_experts(projections, family)) if targets == EVERY[1] else chosen
     names = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
     if not names:
@@ -79,7 +80,8 @@ def targets_note(targets: str | Sequence[str], projections: Sequence[Projection]
             notes.append(f"{family} {verb} {why}, so '{targets}' adapts {_names(chosen)}")
         elif fused := [part for part in chosen if part.role in FUSED]:
             notes.append(f"{family} fuses projections, so '{targets}' adapts the whole of {_names(fused)}")
-    refused = [part for part in linears if part.obstacle and part.role != "other"]
+    beside = targets == EVERY[1]
+    refused = [p for p in linears if p.obstacle and p.role != "other" and not (beside and p.is_beside_experts)]
     if targets in EVERY and refused:
         why = "; ".join(dict.fromkeys(part.obstacle for part in refused))
         notes.append(f"'{targets}' leaves out {_names(refused)}: {why}")
@@ -100,8 +102,9 @@ def experts_note(names: Sequence[str], projections: Sequence[Projection], rank: 
 
 
 def _of_preset(preset: str, linears: Sequence[Projection], family: str) -> list[Projection]:
-    free = [part for part in linears if not part.obstacle and part.role != "other"]
-    if preset == "all-linear":
+    beside = preset == EVERY[1]
+    free = [p for p in linears if p.role != "other" and (not p.obstacle or (beside and p.is_beside_experts))]
+    if preset in EVERY:
         chosen = free
     else:
         # a family without attention mixes tokens elsewhere
@@ -124,7 +127,7 @@ def _shortest(chosen: Sequence[Projection], linears: Sequence[Projection]) -> tu
 
 def _check(name: str, linears: Sequence[Projection], family: str) -> None:
     found = [part for part in linears if part.is_named(name)]
-    if any(not part.obstacle for part in found):
+    if any(part.is_adaptable for part in found):
         return
     if found:
         raise AdapterError(

@@ -11,10 +11,11 @@ from lorafit.backbone import FrozenExpertsLinear, frozen_weights, load_backbone
 from lorafit.config import resolve
 from lorafit.errors import AdapterError
 from lorafit.methods.lora import Deltas, attach, load_adapter, restore_adapter, save_adapter
+from lorafit.runs.initial_adapter import InitialAdapter
 from tiny_models import save_small, some_ids, stir
 
-# a fused gate; biases, and matrices that lie transposed; no gate
-KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h")
+# a fused gate; biases, and matrices that lie transposed; no gate; dense and shared feed-forwards beside experts
+KINDS = ("qwen3_moe", "gpt_oss", "nemotron_h", "glm4_moe")
 
 
 def settings(base, **more):
@@ -109,6 +110,18 @@ def test_a_file_with_other_ranks_or_scales_is_refused(tmp_path):
         path.write_text(json.dumps(written | change))
         with pytest.raises(AdapterError, match=message):
             load_adapter(base_of(config), tmp_path / "adapter")
+
+
+def test_feed_forwards_beside_experts_are_written_as_parameters_and_read_as_modules(tmp_path):
+    config = settings(save_small(tmp_path / "base", "deepseek_v3"), targets="q_a_proj,up_proj", dropout=0.1)
+    save_adapter(attach(base_of(config), config), tmp_path / "adapter", config, base_name=config.base)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    shared = [f"model.layers.{layer}.mlp.shared_experts.up_proj.weight" for layer in (1, 2, 3)]
+    assert written["target_parameters"] == ["model.layers.0.mlp.up_proj.weight", *shared]
+    assert written["target_modules"] == ["q_a_proj"] and written["lora_dropout"] == 0
+    assert InitialAdapter(tmp_path / "adapter", None).settings().targets[0] == "model.layers.0.mlp.up_proj"
+    with pytest.raises(AdapterError, match="which PEFT adapts as a parameter"):
+        attach(base_of(config), config.model_copy(update={"dora": True}))
 
 
 def test_dora_has_no_adapters_on_experts(tmp_path):

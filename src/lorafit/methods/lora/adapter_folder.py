@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.backbone import linear_size, stacked_experts
+from lorafit.backbone import linear_size, names_of_old_experts, stacked_experts
 from lorafit.config import RunConfig, read_json
 from lorafit.errors import AdapterError
 from lorafit.methods.lora.adapted_model import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
@@ -24,9 +24,11 @@ from lorafit.methods.lora.dora import MAGNITUDE, prepare_dora
 from lorafit.methods.lora.expert_adapters import (
     adapted_layers,
     as_parameters,
+    beside_experts,
     bind_experts,
     check_expert_settings,
     parameter_of,
+    split_parameters,
 )
 from lorafit.methods.lora.foreign_settings import check_keys, check_values, is_name, jsonable, plain_settings, scale_of
 from lorafit.methods.lora.initial.principal import (
@@ -59,7 +61,7 @@ class AdapterFiles:
         folder: the adapter folder.
         rank: LoRA's rank r.
         scale: alpha / r, or alpha / √r for rsLoRA.
-        targets: the target modules, sorted.
+        targets: the target modules, sorted, with the linears among PEFT's `target_parameters`.
         transposed: True if the base stores its weights as (in, out), as Conv1D does.
         dora: True if the adapter has magnitudes, one for each row of a weight.
         parameters: PEFT's `target_parameters`, the stacked experts with adapters, sorted.
@@ -98,7 +100,8 @@ class AdapterFiles:
         check_values(raw, where)
         scale = scale_of(raw, where)
         check_expert_settings(raw, where, is_name)
-        targets, experts = (tuple(sorted(raw.get(key) or ())) for key in ("target_modules", "target_parameters"))
+        linears, experts = split_parameters(raw.get("target_parameters") or ())
+        targets = tuple(sorted({*(raw.get("target_modules") or ()), *linears}))
         swapped, dora = (bool(raw.get(key)) for key in ("fan_in_fan_out", "use_dora"))
         expert_rank = next(iter((raw.get("rank_pattern") or {}).values()), raw["r"])
         tokens = {name: tuple(ids) for name, ids in (raw.get("trainable_token_indices") or {}).items()}
@@ -191,10 +194,12 @@ class AdapterSnapshot:
         saved = copy.copy(lora)
         saved.revision = config.revision  # PEFT's auto classes load the base by it
         # sorted, since the order of a set differs from run to run
-        if lora.target_parameters:
-            saved.target_parameters = sorted(lora.target_parameters)
+        old = names_of_old_experts(model)
+        beside = beside_experts(model.get_base_model(), old)
+        if parameters := {*(lora.target_parameters or ()), *beside}:
+            saved.target_parameters, saved.lora_dropout = sorted(parameters), 0.0  # PEFT has no dropout for them
         saved.target_modules, saved.base_model_name_or_path, saved.inference_mode = (
-            sorted(lora.target_modules),
+            sorted(name for name in lora.target_modules if name.rpartition(".")[2] not in old),
             str(Path(base_name).expanduser().absolute()) if Path(base_name).expanduser().is_dir() else base_name,
             True,
         )

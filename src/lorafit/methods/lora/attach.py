@@ -14,6 +14,7 @@ from lorafit.backbone import (
     adapter_obstacles,
     experts_per_token,
     is_plain_linear,
+    names_of_old_experts,
     output_head,
     projections_of,
     stacked_experts,
@@ -30,11 +31,13 @@ from lorafit.methods.lora.expert_adapters import (
     as_parameters,
     bind_experts,
     patterns,
+    require_plain_beside_experts,
     set_dropout,
 )
 from lorafit.methods.lora.initial.fresh import initialize
 from lorafit.methods.lora.token_rows import ROWS, add_rows, add_tables
 from lorafit.methods.lora.whole_table import TABLE
+from lorafit.shapes.families import EXPERT_NAMES
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -60,7 +63,8 @@ def linear_names(model: nn.Module) -> list[str]:
 def adaptable_names(model: nn.Module) -> list[str]:
     """Return those of `linear_names` that may take an adapter."""
     obstacles = adapter_obstacles(model)
-    return [name for name in linear_names(model) if model.get_submodule(name) not in obstacles]
+    found = [(name, obstacles.get(model.get_submodule(name), "")) for name in linear_names(model)]
+    return [name for name, obstacle in found if obstacle in ("", EXPERT_NAMES)]
 
 
 def unambiguous(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -106,6 +110,7 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     names = resolve_targets(model, config.targets if target_names is None else target_names)
     wanted = matching(names, adaptable_names(model))
     experts = expert_targets(model, names)
+    require_plain_beside_experts(config, wanted, names_of_old_experts(model))
     everything = {*wanted, *matching(experts, list(stacked_experts(model)))}
     lora = lora_config(config, unambiguous(model, names), experts, experts_per_token(model))
     lora.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in wanted)

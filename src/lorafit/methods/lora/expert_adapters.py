@@ -24,7 +24,10 @@ from lorafit.shapes import expert_rank
 with redirect_library_logs():
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils import transformers_weight_conversion
 
+OF_LINEAR = ".weight"
+"""Ending of the name of a linear's parameter, as the feed-forwards beside experts have it in `target_parameters`."""
 INNER = ".base_layer"
 """Ending of the first of two wrapped parameters of one module, in PEFT's names."""
 ALIGNED = 8
@@ -83,8 +86,13 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 @contextmanager
 def as_parameters(model: nn.Module) -> Iterator[None]:
-    """Give frozen experts of `model` the 3-D parameters that PEFT looks for, without memory, within the block."""
+    """Give frozen experts of `model` the 3-D parameters that PEFT looks for, without memory, within the block.
+
+    PEFT takes the names of feed-forwards beside experts as they are, and not as those of older experts.
+    """
     added: list[tuple[nn.Module, str]] = []
+    rewrite = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
         for module in list(model.modules()):
             for name, linear in frozen_in(module):
@@ -96,6 +104,7 @@ def as_parameters(model: nn.Module) -> Iterator[None]:
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
             yield
     finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = rewrite
         for module, name in added:
             del module._parameters[name]
 
@@ -174,6 +183,27 @@ def patterns(config: RunConfig, parameters: Sequence[str], experts_per_token: in
     }
 
 
+def require_plain_beside_experts(config: RunConfig, names: Iterable[str], old: frozenset[str]) -> None:
+    """Raise AdapterError for DoRA on a linear that PEFT adapts as a parameter: one of `names` that ends in `old`."""
+    for name in sorted(names) if config.dora else ():
+        if name.rpartition(".")[2] in old:
+            what = f"DoRA has no adapters on {name}, which PEFT adapts as a parameter"
+            raise AdapterError(what, where="targets", fix="set dora: false, or all-linear")
+
+
+def beside_experts(model: nn.Module, old: frozenset[str]) -> list[str]:
+    """Return the weights of the adapted linears of `model` whose last name is in `old`, as PEFT's parameters."""
+    linears = (name for name, layer in adapted_layers(model).items() if not isinstance(layer, ParamWrapper))
+    return [f"{name}{OF_LINEAR}" for name in linears if name.rpartition(".")[2] in old]
+
+
+def split_parameters(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return PEFT's `target_parameters` as linear modules, and as parameters of experts; both sorted."""
+    ordered = sorted(names)
+    linears = tuple(name.removesuffix(OF_LINEAR) for name in ordered if name.endswith(OF_LINEAR))
+    return linears, tuple(name for name in ordered if not name.endswith(OF_LINEAR))
+
+
 def adapts_experts(config: RunConfig) -> bool:
     """Return True if the targets of `config` include stacked experts."""
     if isinstance(config.targets, str):
@@ -194,9 +224,10 @@ def check_expert_settings(raw: Mapping[str, Any], where: str, is_name: Callable[
     names, ranks, alphas = (raw.get(key) or {} for key in ("target_parameters", "rank_pattern", "alpha_pattern"))
     if not isinstance(names, (list, dict)) or not all(map(is_name, names)):
         raise AdapterError("target_parameters is no list of parameter names", where=where)
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict) or {*ranks, *alphas} - {*names}:
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict) or {*ranks, *alphas} - {*split_parameters(names)[1]}:
         raise AdapterError("rank_pattern or alpha_pattern is set for linear modules, not for experts", where=where)
-    found = [(ranks.get(name, raw.get("r")), alphas.get(name, raw.get("lora_alpha"))) for name in names]
+    experts = split_parameters(names)[1]
+    found = [(ranks.get(name, raw.get("r")), alphas.get(name, raw.get("lora_alpha"))) for name in experts]
     if any(pair != found[0] for pair in found):
         raise AdapterError("the adapters on experts have more than one rank or alpha", where=where)
     power = 0.5 if raw.get("use_rslora") else 1.0
