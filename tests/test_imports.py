@@ -39,7 +39,7 @@ def test_every_command_that_loads_torch_imports_it_without_the_collector(path):
     within = {
         id(node)
         for block in ast.walk(tree)
-        if isinstance(block, ast.With) and "without_collector()" in ast.unparse(block.items[0])
+        if isinstance(block, ast.With) and "importing_torch()" in ast.unparse(block.items[0])
         for node in ast.walk(block)
     }
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):

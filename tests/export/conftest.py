@@ -44,6 +44,7 @@ def trained_run(
     template = Template.for_tokenizer(TextTokenizer.from_base(config.base))
     template.save(run.template)
     run.samples.write_text("")
+    run.split.write_text("")
     live = attach(load_backbone(config), config)
     stir(live, std)
     save_adapter(live, run.adapter, config, base_name=config.base)
