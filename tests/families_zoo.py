@@ -78,37 +78,14 @@ AXES = frozenset(
     "glmga".split()
 )
 """Families whose positions have three axes: time, height and width."""
-QWEN4 = {
-    "indexer_n_heads": LAYERS,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 4,
-    "ple_layer_ids": [1],
-    "ple_embed_dim": 64,
-    "ngram_vocab_size_base": 50,
-    "make_ngram_vocab_size_divisible_by": 16,
-    "split_ngram_parts": 2,
-    "hc_lowrank": 8,
-    "eos_token_id": 1,
-    "layer_types": ["linear_attention", "indexed_attention"] * 2,
-}
-NARROW = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "head_dim": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-DOTS3 = {
-    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
-    "head_dim": 16,
-    "shared_experts_intermediate_size": 32,
-    "per_layer_config": {1: NARROW, 3: NARROW},
-}
+QWEN4 = {"indexer_n_heads": LAYERS, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+         "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 64, "ngram_vocab_size_base": 50,
+         "number_of_conv_states": 3, "make_ngram_vocab_size_divisible_by": 16, "split_ngram_parts": 2, "hc_lowrank": 8,
+         "eos_token_id": 1, "layer_types": ["linear_attention", "indexed_attention"] * 2}  # fmt: skip
+NARROW = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "head_dim": 16,
+          "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+DOTS3 = {"index_topk": 64, "layer_types": ["indexed_attention", "sliding_attention"] * 2, "head_dim": 16,
+         "shared_experts_intermediate_size": 32, "per_layer_config": {1: NARROW, 3: NARROW}}  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -166,7 +143,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": LAYERS,
               "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "glm5_next": {"text_config": {"num_key_value_heads": LAYERS, "linear_num_heads": LAYERS, "linear_head_dim": 16,
-                                  "index_kpool": 4, "qk_nope_head_dim": 16},
+                                  "index_kpool": 4, "index_topk": 64, "qk_nope_head_dim": 16},
                   "vision_config": {"projection_intermediate_size": 64}},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 0, 3]}},
     "qwen4_exp": {"text_config": QWEN4},

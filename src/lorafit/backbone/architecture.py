@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     return config
 
 
+KINDS = "mm_token_type_ids"
+"""Argument of multimodal models that says which tokens are images."""
 AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Classes of transformers that load a model which continues text, the usual one first."""
 
@@ -168,6 +171,18 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def architecture_of(model: nn.Module) -> PretrainedConfig:
     """Return the configuration that `model` carries; changing it changes the model."""
     return cast(PretrainedConfig, model.config)
+
+
+def take_text_alone(model: nn.Module) -> None:
+    """Let a multimodal `model` train on text. Molmo 2 refuses rows that do not say which of their tokens are images."""
+    for module in model.modules():
+        call = type(module).forward
+        if KINDS in inspect.signature(call).parameters and f"`{KINDS}` is required" in inspect.getsource(call):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    module.training = False  # of this module alone, which has no other use for it
 
 
 def use_no_cache(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from lorafit.backbone.architecture import (
     read_architecture,
     skeleton,
     supported_attention,
+    take_text_alone,
     use_no_cache,
     without_noise,
 )
@@ -79,6 +80,7 @@ def load_backbone(
     _cast(model, dtype)
     model.requires_grad_(False)
     use_no_cache(model)
+    take_text_alone(model)
     restore_method(model)
     return freeze_linears(freeze_experts(model, dtype), dtype, dense_budget_bytes, fp8=fp8)
 

@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
+from families_zoo import small_config
 from lorafit.backbone import load_backbone
+from lorafit.backbone.architecture import auto_class
 from lorafit.config import RunConfig, resolve
 from lorafit.methods.lora import attach, count_parameters
 from tiny_models import FAMILIES, save_base, save_small, some_ids, stir
@@ -123,3 +125,12 @@ def test_rwkv_answers_with_the_weights_that_it_trains_with(tmp_path):
             model.train(trains)(some_ids(20), use_cache=False).logits for trains in (True, False, True)
         ]
     assert torch.equal(training, answering) and torch.equal(training, again)
+
+
+def test_molmo_trains_on_text_alone_with_the_logits_of_evaluation(tmp_path):
+    architecture = small_config("molmo2")
+    auto_class(architecture).from_config(architecture).save_pretrained(tmp_path / "base")
+    config = RunConfig(base=str(tmp_path / "base"), dropout=0.0)
+    model = attach(load_backbone(config), config)
+    training, answering = [model.train(trains)(some_ids(20)).logits for trains in (True, False)]
+    assert torch.equal(training, answering) and model.train().training

@@ -19,6 +19,7 @@ from lorafit.backbone.architecture import (
     read_architecture,
     skeleton,
     supported_attention,
+    take_text_alone,
     use_no_cache,
     without_noise,
 )
@@ -84,6 +85,7 @@ def read_sharded(
     source.read(model)
     model.requires_grad_(False)
     use_no_cache(model)
+    take_text_alone(model)
     marked: Any = model
     marked.config.dtype = dtype
     if in_4_bits:
