@@ -59,7 +59,9 @@ def spoken(path: Path, **settings: Any) -> list[list[tuple[str, str]]]:
 
 def run_fix(fix: str, folder: Path) -> dict[str, str]:
     """Run the command in a fix; the `--map` pairs that it names."""
-    command = re.sub(r"\bpython -c", f"{shlex.quote(sys.executable)} -c", fix[fix.index("python -c") :])
+    command = re.sub(
+        r"\bpython -c", f"{shlex.quote(sys.executable)} -c", fix[re.search("python -c|grep", fix).start() :]
+    )  # type: ignore[union-attr]
     command, _, then = command.partition(" && lorafit ")
     subprocess.run(command, shell=True, check=True, cwd=folder)
     return dict(word.split("=", 1) for flag, word in pairwise(shlex.split(then)) if flag == "--map")

@@ -124,3 +124,24 @@ def test_turns_beside_an_answer_are_mapped_as_its_prompt(tmp_path: Path) -> None
         words = shlex.split(str(caught.value.fix))
         pairs = dict(word.split("=", 1) for flag, word in pairwise(words) if flag == "--map")
         assert made.spoken(path, field_map=pairs) == [TOLD]
+
+
+OTHERWISE = {
+    "python": (".jsonl", b"{'prompt': 'ask', 'completion': \"it's\"}\n\n{'prompt': 'b', 'completion': 'c', 'x': None}"),
+    "a list in python": (".json", b"[{'prompt': 'ask', 'completion': \"it's\"},\n {'prompt': 'b', 'completion': 'c'}]"),
+    "yaml": (".jsonl", b"# mine\n- prompt: ask\n  completion: it's\n- prompt: b\n  completion: c\n"),
+    "yaml documents": (".json", b"---\nprompt: ask\ncompletion: it's\n---\nprompt: b\ncompletion: c\n"),
+    "markdown": (".jsonl", b"| prompt | completion |\n|---|---|\n| ask | it's |\n| b | c |\n"),
+    "markdown below a title": (".csv", b"# Mine\n| prompt | completion |\n|:--|--:|\n| ask | it's |\n| b | c |\n"),
+    "markdown below a title, as rows": (".jsonl", b"Mine\n|prompt|completion|\n|---|---|\n|ask|it's|\n|b|c|\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_the_command_for_rows_that_are_written_otherwise_works(tmp_path: Path, case: str) -> None:
+    suffix, content = OTHERWISE[case]
+    with pytest.raises(DataError, match=r"holds|is YAML") as caught:
+        made.spoken(made.write(tmp_path / f"my rows{suffix}", content))
+    made.run_fix(str(caught.value.fix), tmp_path)
+    (out,) = tmp_path.glob("rows.*")
+    assert [[text for _, text in row] for row in made.spoken(out)] == [["ask", "it's"], ["b", "c"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 from lorafit.config import one_line
 
@@ -102,3 +103,32 @@ def on_one_line_each(path: str) -> str:
     parts = "json.loads('[' + re.sub(r'}\\s*\\n\\s*{', '},{', t) + ']')"
     read = f"t = open({path!r}, encoding='utf-8-sig').read()"
     return f'python -c "import json, re; {read}; [print(json.dumps(r)) for r in {parts}]" > rows.jsonl'
+
+
+PYTHONS = re.compile(r"\s*(?:\[\s*)?\{\s*'[^'\n]*'\s*:")
+YAMLS = re.compile(
+    r"\A\s*(?:#.*\n\s*)*(?:---[ \t]*\n\s*)?- [\w-]+:(?: |[ \t]*$)|\A\s*---[ \t]*\n\s*[\w-]+:(?: |$)", re.MULTILINE
+)
+DRAWN = re.compile(r"^[ \t]*\|.*\|[ \t]*\n[ \t]*\|[-:| \t]+\|[ \t]*$", re.MULTILINE)
+"""The names of a table in Markdown, above the line that it draws below them."""
+
+
+def written_otherwise(text: str, path: str, *, is_csv: bool) -> tuple[str, str] | None:
+    """Return (what a text is, the command that rewrites it) of rows in Python's or YAML's words, or drawn."""
+    drawn = DRAWN.search(text)
+    if drawn and (not is_csv or text[: drawn.start()].strip()):
+        what = "holds a table in Markdown" + (" below other text" if text[: drawn.start()].strip() else "")
+        return what, f"write the table alone: grep '^ *|' {shlex.quote(path)} > rows.csv"
+    if is_csv:
+        return None
+    opened = f"open({path!r}, encoding='utf-8-sig')"
+    whole = [line for line in text.lstrip("\ufeff").split("\n")[:-1] if line.strip()] or [text]
+    if all(PYTHONS.match(line) for line in (whole[:1] if text.lstrip()[:1] == "[" else whole)):
+        each = "(ast.literal_eval(t) if t[0] == '[' else [ast.literal_eval(l) for l in t.split('\\n') if l.strip()])"
+        code = f"import ast, json; t = {opened}.read().strip(); [print(json.dumps(r)) for r in {each}]"
+        return "holds Python's objects ('single quotes'), not JSON", f'python -c "{code}" > rows.jsonl'
+    if YAMLS.match(text):
+        each = "for d in yaml.safe_load_all(t) if d for r in (d if isinstance(d, list) else [d])"
+        code = f"import json, yaml; t = {opened}; [print(json.dumps(r, default=str)) {each}]"
+        return "is YAML, not JSON", f'python -c "{code}" > rows.jsonl'
+    return None

@@ -22,7 +22,14 @@ from lorafit.data.sources.files import (
     lines,
     reading,
 )
-from lorafit.data.sources.kinds import binary_kind, objects_one_below_another, on_one_line_each, text_format, text_kind
+from lorafit.data.sources.kinds import (
+    binary_kind,
+    objects_one_below_another,
+    on_one_line_each,
+    text_format,
+    text_kind,
+    written_otherwise,
+)
 from lorafit.data.sources.parquet import arrow_rows, parquet_rows
 from lorafit.data.sources.raw_row import CUT_OFF, RawRow, Reject, parse_row
 from lorafit.data.sources.tables import csv_rows, hub_rows
@@ -244,6 +251,8 @@ def _require_rows(file: DataFile, head: bytes) -> None:
         raise DataError(f"holds {kind}", where=file.name, fix="unpack it, and name the file that was in it")
     text = head.decode("utf-8", "replace")
     if found := text_kind(text):
+        raise DataError(found[0], where=file.name, fix=found[1])
+    if not file.compression and (found := written_otherwise(text, file.name, is_csv=file.format == "csv")):
         raise DataError(found[0], where=file.name, fix=found[1])
     form = text_format(text)
     if form and form != ("csv" if file.format == "csv" else "json"):
