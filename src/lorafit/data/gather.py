@@ -115,6 +115,7 @@ class Gatherer:
         self.copies_s += time.monotonic() - started
         if self.template is not None:
             self.outcomes.turn_fields_seen -= self.template.turn_fields_shown(self.outcomes.turn_fields_seen)
+        fields = self.outcomes.fields_seen
         facts = {
             **self.outcomes.facts(),
             "names": self.outcomes.names,
@@ -123,8 +124,8 @@ class Gatherer:
                 self.outcomes.names[file]: dict(seen) for file, seen in self.reader.file_warnings.items() if seen
             },
             "copies_s": self.copies_s,
-            "unused": self.shape.unused(self.outcomes.fields_seen) if self.shape else [],
-            "fix_of_unused": self.shape.fix_of_unused(self.outcomes.fields_seen) if self.shape else "",
+            "unused": self.shape.unused(fields) if self.shape else [],
+            "fix_of_unused": self.shape.fix_of_unused(fields, self.outcomes.names[0]) if self.shape else "",
             "largest_id": self.largest_id,
         }
         self.writer.finish({**columns, LEADER: leader}, facts)

@@ -114,3 +114,10 @@ def test_an_answer_that_is_not_correct_is_rejected(tmp_path: Path) -> None:
     rows = [{"prompt": "ask", "completion": str(right), "is_correct": right} for right in (True, False)]
     result = made.prepared(made.write(tmp_path / "a.jsonl", rows), holdout=0.0, on_bad="drop")
     assert made.found(result, "D038").count == 1
+
+
+def test_the_command_keeps_the_rows_that_are_rated_well(tmp_path: Path) -> None:
+    rows = [{"prompt": f"ask {n}", "completion": f"say {n}", "quality_score": n} for n in (None, 1, 5)]
+    fix = made.found(made.prepared(made.write(tmp_path / "a.jsonl", rows), holdout=0.0), "D037").fix
+    made.run_fix(fix.replace(">= N", ">= 3"), tmp_path)
+    assert [row[-1][1] for row in made.spoken(tmp_path / "rows.jsonl")] == ["say 5"]

@@ -294,6 +294,19 @@ def _begins_with_answer(turns: list[Any]) -> bool:
     return bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") == "assistant"
 
 
+JUDGED = frozenset(("score", "rating", "reward", "grade", "quality"))
+"""Words of columns that may say how good a row's only answer is."""
+
+
+def keeps_the_good(unused: Sequence[str], where: str) -> str:
+    """Return the fix for a column that measures the answers and is not read; empty without one."""
+    name = next((name for name in unused if (words := words_of(name)) and words[-1] in JUDGED), "")
+    if not name:
+        return ""
+    line = rewritten(where, "r", f"([q] if float(q.get({name!r}) or 0) >= N else [])")
+    return f"rows are learnt whatever '{name}' says; to learn those with N and more: {line}"
+
+
 def labels_judge(rows: Sequence[Fields], answers: Sequence[str]) -> bool:
     """Return True if labels of 0 and 1 say which answers are good, as in KTO's data.
 

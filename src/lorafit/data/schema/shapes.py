@@ -22,7 +22,7 @@ from lorafit.data.schema.fields import (
 )
 from lorafit.data.schema.names import respelled, spelling
 from lorafit.data.schema.parts import system_text
-from lorafit.data.schema.preferences import CHOSEN, judged_bad
+from lorafit.data.schema.preferences import CHOSEN, judged_bad, keeps_the_good
 from lorafit.data.schema.records import CALLS, DOCUMENT, REASONING, Record, Turn
 from lorafit.data.schema.side_columns import (
     FLAG_LISTS,
@@ -178,7 +178,7 @@ class Shape:
         unread = {name for name in names if respelling.get(name, name) not in read}
         return sorted(name for name in names if name not in taken and (name in displaced or name in unread))
 
-    def fix_of_unused(self, names: set[str]) -> str:
+    def fix_of_unused(self, names: set[str], where: str) -> str:
         """Return the way to use unused columns, with `--map` where their names say what they hold.
 
         Empty where the general one holds.
@@ -186,6 +186,8 @@ class Shape:
         has_places = self.kind in ("instruction", "prompt", *LISTS)
         if flags := suggested_places(self.unused(names), names, self.mapped) if has_places else []:
             return f"a column to learn gets a place: {' '.join(flags)}"
+        if judged := keeps_the_good(self.unused(names), where):
+            return judged
         return "" if self.kind in ("instruction", "prompt") else "a column to learn is written into a turn or a text"
 
     def _instruction(self, row: Fields, source: str) -> Record | Reject:
