@@ -14,7 +14,7 @@ import numpy as np
 from lorafit.api.ship.finishing import Finishing
 from lorafit.api.ship.merge_proof import MergeProof, NotAsGood
 from lorafit.backbone import redirect_library_logs
-from lorafit.config import MERGE_BASES, MergeBase
+from lorafit.config import MERGE_BASES, MergeBase, base_folder
 from lorafit.data import Record, Template, TextTokenizer
 from lorafit.errors import UsageError, VerificationError
 from lorafit.export import DEFAULT_FORMAT, ExportFormat, MergeReport, Row, Verification, format_named
@@ -95,6 +95,8 @@ def merge(
     _require_known(onto)
     form, folder = format_named(export_format), RunDir.open(Path(run))
     finished = FinishedRun.open(folder.path, checkpoint)
+    if isinstance(form, Gguf):  # before minutes of measuring
+        form.require_base(base_folder(finished.config.base, finished.config.revision))
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
         finishing = Finishing(finished, verification_records(folder), rows, asks_vllm)

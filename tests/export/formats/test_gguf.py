@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from lorafit.api.merge import merge as measured_merge
 from lorafit.demo import BASE
 from lorafit.errors import UsageError, VerificationError
 from lorafit.export import Row, format_named
 from lorafit.export.formats import TransformersModel
+from lorafit.export.formats.gguf.architecture import Architecture
+from lorafit.export.formats.gguf.fitting import full_context
 from lorafit.export.formats.gguf.gguf_format import BITS, Gguf
 from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel, quantize_rows
 from lorafit.export.formats.gguf.lora_file import LowRank, write_lora
@@ -40,6 +43,8 @@ MODELS = {
     "linear rotary": ("Llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
     "yarn": ("Llama", {"rope_parameters": ROPE | {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+    "yarn, scaled": ("Qwen3", {"rope_parameters": ROPE | {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 0.7}}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
@@ -49,7 +54,10 @@ MODELS = {
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {}),
     "gemma2": ("Gemma2", GEMMA),
-    "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 7}),
+    "gemma3": ("Gemma3Text", GEMMA | {
+        "num_hidden_layers": 7, "final_logit_softcapping": 3.0, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
 }  # fmt: skip
 
 
@@ -222,6 +230,58 @@ def test_a_family_without_a_place_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UsageError, match="GGUF files of the family 'gpt_neox' are not written here") as caught:
         format_named("gguf-f16").write({}.items(), tmp_path)
     assert "convert_hf_to_gguf.py" in str(caught.value.fix)
+
+
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+REFUSED = {
+    "rotary scaling is 'dynamic'": ("Llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),
+    "rotary scaling is 'llama3'": ("Qwen3", {"rope_parameters": LLAMA3}),
+    "yarn has the betas 16 and 1": ("Llama", {"rope_parameters": YARN | {"beta_fast": 16}}),
+    "yarn is not truncated": ("Llama", {"rope_parameters": YARN | {"truncate": False}}),
+    "rotary embedding is partial": ("Granite", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}),
+    "activation is 'gelu'": ("Llama", {"hidden_act": "gelu"}),
+    "attention has biases": ("Qwen3", {"attention_bias": True}),
+    "feed-forward layer has biases": ("SmolLM3", {"mlp_bias": True}),
+    "head is tied": ("Olmo2", {"tie_word_embeddings": True}),
+    "head is not tied": ("Gemma2", GEMMA | {"tie_word_embeddings": False}),
+    "heads have 40 columns, not 16": ("Qwen2", {"head_dim": 40}),
+    "without rotary embedding are not every fourth": ("SmolLM3", {"no_rope_layer_interval": 3}),
+    "attention is scaled by 100": ("Gemma3Text", GEMMA | {"query_pre_attn_scalar": 100}),
+    "not every second": ("Gemma2", GEMMA | {"layer_types": ["full_attention"] * 3}),
+    "attention is bidirectional": ("Gemma3Text", GEMMA | {"use_bidirectional_attention": True}),
+    "logits are capped at None": ("Gemma2", GEMMA | {"attn_logit_softcapping": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_setting_that_llama_cpp_computes_otherwise_is_refused(what):
+    kind, extra = REFUSED[what]
+    with pytest.raises(UsageError, match=what):
+        Architecture(getattr(transformers, f"{kind}Config")(**(SIZES | extra)))
+
+
+def test_the_context_ends_with_a_window_that_llama_cpp_does_not_know():
+    def context(kind, **extra):
+        return full_context(getattr(transformers, f"{kind}Config")(**(SIZES | extra)))
+
+    assert context("Mistral", sliding_window=32) == context("Phi3", sliding_window=32) == 32
+    assert context("Qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1) == 32
+    assert context("Mistral", sliding_window=None) == context("Qwen2", sliding_window=32) == 1024
+    assert context("Gemma2", **GEMMA) == 1024
+
+
+def test_a_base_is_refused_before_anything_is_measured(make_run, tmp_path, jinja, monkeypatch):
+    odd = {"vocab_size": 1024, "hidden_act": "gelu"}
+    run = make_run(tmp_path, chat_template=jinja, quantization="none", tokenizer=BASE, overrides=odd)
+    monkeypatch.setattr("lorafit.api.merge.verification_rows", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UsageError, match="activation is 'gelu'"):
+        measured_merge(run.path, export_format="gguf-f16")
+    (run.base / "config.json").write_text((BASE / "config.json").read_text())
+    format_named("gguf-f16").require_base(run.base)
+    tokenizer = json.loads((run.base / "tokenizer.json").read_text())
+    (run.base / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": {"type": "WordPiece"}}))
+    with pytest.raises(UsageError, match="a tokenizer of the kind 'WordPiece'"):
+        format_named("gguf-f16").require_base(run.base)
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):

@@ -186,6 +186,8 @@ def _export_adapter(
             raise UsageError(what, where=str(run.path), fix="export it with --to merged")
         base = base_folder(config.base, config.revision, weights=True)
         require_same_base(base, run.base_fingerprint())
+        if isinstance(folder, GgufAdaptersFolder):
+            folder.form.require_base(base)
         identity = {
             "fingerprint": run.base_fingerprint() or base_fingerprint(base),
             "quantization": config.quantization,

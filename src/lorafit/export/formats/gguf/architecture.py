@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 
 from lorafit.errors import UsageError
+from lorafit.export.formats.gguf.fitting import full_context, require_fitting
 
 CONVERTER = "merge to safetensors, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
 
@@ -58,7 +59,7 @@ class Architecture:
     """
 
     def __init__(self, config: Any) -> None:
-        """Raise UsageError for a family or a rotary scaling that is not written here."""
+        """Raise UsageError for a family that is not written here, or a setting that llama.cpp computes otherwise."""
         if config.model_type not in FAMILIES:
             what = f"GGUF files of the family '{config.model_type!s:.40}' are not written here"
             raise UsageError(what, where="export_format", fix=CONVERTER)
@@ -68,9 +69,7 @@ class Architecture:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self._names = gguf.get_tensor_name_map(self.family.arch, self.layers)
         self._rope = _rope_of(config)
-        if self._rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"):
-            what = f"rotary scaling '{self._rope['rope_type']!s:.40}' is not written to GGUF here"
-            raise UsageError(what, where="config.json", fix=CONVERTER)
+        require_fitting(config, self._rope, self.head_dim)
 
     @property
     def name(self) -> str:
@@ -103,7 +102,7 @@ class Architecture:
         """Add the sizes and constants of the model to `writer`."""
         config = self.config
         writer.add_block_count(self.layers)
-        writer.add_context_length(config.max_position_embeddings)
+        writer.add_context_length(full_context(config))
         writer.add_embedding_length(config.hidden_size)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
@@ -126,6 +125,7 @@ class Architecture:
         if rope.get("rope_type") == "yarn":
             original = rope.get("original_max_position_embeddings") or self.config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(int(original))
+            writer.add_rope_scaling_attn_factors(_attention_factor(rope))
 
     def _write_constants(self, writer: gguf.GGUFWriter) -> None:
         """Add the constants of single families, where the configuration has them."""
@@ -138,6 +138,13 @@ class Architecture:
         if family == "gemma2":
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        if family == "gemma3_text":
+            local = dict((getattr(config, "rope_parameters", None) or {}).get("sliding_attention") or {})
+            writer.add_rope_freq_base_swa(
+                float(local.get("rope_theta", getattr(config, "rope_local_base_freq", 10000.0)))
+            )
+            if config.final_logit_softcapping is not None:
+                writer.add_final_logit_softcapping(config.final_logit_softcapping)
         if family == "granite":
             writer.add_attention_scale(config.attention_multiplier)
             writer.add_embedding_scale(config.embedding_multiplier)
@@ -155,6 +162,18 @@ def _rope_of(config: Any) -> dict[str, Any]:
     if (share := getattr(config, "partial_rotary_factor", None)) is not None:
         rope.setdefault("partial_rotary_factor", share)
     return rope
+
+
+def _attention_factor(rope: dict[str, Any]) -> float:
+    """Return what yarn scales attention by, over llama.cpp's own 0.1 ln(factor) + 1."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    wanted = rope.get("attention_factor")
+    if wanted is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        wanted = scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return 1.0 if wanted is None else float(wanted) / scale(1.0)
 
 
 def _interleave(values: np.ndarray, heads: int) -> np.ndarray:

@@ -63,6 +63,13 @@ class Gguf:
         """Return True if verification judges the file as a quantization, and not as a copy."""
         return self.quantization in LOSSY
 
+    def require_base(self, folder: Path) -> None:
+        """Raise UsageError if a package is missing, or for a base in `folder` that llama.cpp has no place for."""
+        self.require_packages("gguf", "xllamacpp")
+        from lorafit.export.formats.gguf.writer import require_written  # its packages are optional
+
+        require_written(folder)
+
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to one file in `folder`, beside the configuration and the tokenizer it is made from.
 

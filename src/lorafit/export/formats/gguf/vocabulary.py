@@ -39,11 +39,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     `size` is the number of rows of the embeddings; ids without a token become unused ones. Raises UsageError for a
     kind of tokenizer that llama.cpp has no name for here.
     """
-    tokenizer = read_json(folder / "tokenizer.json", TemplateError, max_bytes=MAX_BYTES)
+    tokenizer = require_vocabulary(folder)
     model = tokenizer["model"]
-    if model.get("type") != "BPE":
-        what = f"a tokenizer of the kind '{model.get('type')!s:.40}' is not written to GGUF here"
-        raise UsageError(what, where="tokenizer.json", fix=CONVERTER)
     words, kinds = _tokens(tokenizer, size)
     if model.get("byte_fallback"):
         _write_sentencepiece(writer, tokenizer, words)
@@ -54,6 +51,18 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_token_types(kinds)
     writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in model["merges"]])
     _write_special_ids(writer, folder, tokenizer)
+
+
+def require_vocabulary(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer.json in `folder`. Raises UsageError for a kind that llama.cpp has no name for here."""
+    tokenizer = read_json(folder / "tokenizer.json", TemplateError, max_bytes=MAX_BYTES)
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        what = f"a tokenizer of the kind '{model.get('type')!s:.40}' is not written to GGUF here"
+        raise UsageError(what, where="tokenizer.json", fix=CONVERTER)
+    if not model.get("byte_fallback"):
+        pre_tokenizer(tokenizer)
+    return tokenizer
 
 
 def pre_tokenizer(tokenizer: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from lorafit.export.formats.export_format import Written
 from lorafit.export.formats.gguf.architecture import Architecture
 from lorafit.export.formats.gguf.tensor_types import FILE_TYPES, encode, type_of
-from lorafit.export.formats.gguf.vocabulary import write_vocabulary
+from lorafit.export.formats.gguf.vocabulary import require_vocabulary, write_vocabulary
 
 SPOOL = ".encoded-tensors"
 
@@ -50,6 +50,13 @@ def write_gguf(
         writer.close()
         spool.unlink(missing_ok=True)
     return Written((path,), total)
+
+
+def require_written(folder: Path) -> None:
+    """Raise UsageError for a base in `folder` whose model or tokenizer is not written here."""
+    Architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if (folder / "tokenizer.json").is_file():
+        require_vocabulary(folder)
 
 
 def _encode_all(
