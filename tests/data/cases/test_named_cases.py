@@ -131,7 +131,7 @@ READ: dict[tuple[str, str], tuple[str, bytes | list[Row], Taught, set[str]]] = {
     ("num", ""): (".jsonl", [{**PAIR, "completion": 4}], [], {"D012"}),
     ("objresp", ""): (".jsonl", [{**PAIR, "completion": {"value": 2}}], [], {"D012"}),
     ("pretty", ""): (".jsonl", json.dumps(PAIR, indent=1).encode(), "each row spans several lines", set()),
-    ("python", ""): (".jsonl", b"{'prompt': '2+2?', 'completion': '4'}\n", [], {"D001"}),
+    ("python", ""): (".jsonl", b"{'prompt': '2+2?', 'completion': '4'}\n", "holds Python's objects", set()),
     ("quoted", ""): (".tsv", b'prompt\tcompletion\n"Hello" she said\tok\n2+2?\t4\n', ["4"], {"D053"}),
     ("semi_text", ""): (".csv", b'prompt;completion\n"a; b" or c;x\n2+2?;4\n', ["4"], {"D053"}),
     ("sep", ""): (".csv", b"sep=;\nprompt;completion\n2+2?;4\n", ["4"], set()),
