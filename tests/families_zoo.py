@@ -87,6 +87,11 @@ NARROW = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24,
 DOTS3 = {"index_topk": 64, "layer_types": ["indexed_attention", "sliding_attention"] * 2, "head_dim": 16,
          "shared_experts_intermediate_size": 32, "per_layer_config": {1: NARROW, 3: NARROW}}  # fmt: skip
 
+GEMMA3N = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+           "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4}  # fmt: skip
+TIMM = {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
+"""A small vision tower, for which transformers needs the package timm."""
+
 OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
@@ -97,8 +102,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma3n_text": GEMMA3N,
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
@@ -170,6 +174,9 @@ OWN: dict[str, dict[str, Any]] = {
                                                       "vocab_size_per_layer_input": 0}},
                          "text_config": {"num_kv_shared_layers": LAYERS}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
+    "fast_vlm": {"vision_config": TIMM},
+    "perception_lm": {"vision_config": TIMM},
+    "gemma3n": {"text_config": GEMMA3N, "vision_config": TIMM},
     "chameleon": {"vocabulary_map": {"<image>": 600, "IMGIMGA": 601}},
 }  # fmt: skip
 """What single families need beside the general rules, by model type."""
