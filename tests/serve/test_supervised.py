@@ -264,6 +264,23 @@ def test_the_engine_follows_from_what_is_served(tiny_run, folder, tmp_path):
         engine_for([folder, folder], "auto")
 
 
+def assert_a_kept_prompt_changes_nothing(url):
+    """Ask llama.cpp itself twice with its kept prompt, and once without."""
+    body = {"messages": TICKET, "max_tokens": 12, "logprobs": True, "lora": [{"id": 0, "scale": 1.0}]}
+    told = [
+        httpx.post(f"{url}/v1/chat/completions", json={**body, "cache_prompt": keeps}, timeout=20).json()
+        for keeps in (False, True, True)
+    ]
+    fresh, *_, kept = [
+        [(one["id"], one["logprob"]) for one in each["choices"][0]["logprobs"]["content"]] for each in told
+    ]
+    assert told[0]["timings"]["cache_n"] == 0 < told[-1]["timings"]["cache_n"], (
+        "the last one took its prompt from before"
+    )
+    assert [token for token, _ in kept] == [token for token, _ in fresh]
+    assert [chance for _, chance in kept] == pytest.approx([chance for _, chance in fresh], abs=1e-3)
+
+
 def test_a_lora_file_answers_as_the_run_through_llama_cpp_and_its_base_beside_it(tiny_run, tmp_path):
     pytest.importorskip("xllamacpp")
     from lorafit.api.ship.export import export
@@ -279,6 +296,7 @@ def test_a_lora_file_answers_as_the_run_through_llama_cpp_and_its_base_beside_it
     with door_to(engine, tmp_path) as door:
         assert said(door, "tickets", TICKET, max_tokens=12) == own != base
         assert said(door, "base", TICKET, max_tokens=12) == base
+        assert_a_kept_prompt_changes_nothing(engine._program.url)
         others = [{"id": 0, "scale": 1.0}]
         assert said(door, "base", TICKET, max_tokens=12, extra_body={"lora": others}) == base, (
             "a client chooses no other's"
