@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from lorafit.backbone.base_checkpoint import Checkpoint, base_damages
 from lorafit.config import base_folder, resolve, served_stop_ids
 from lorafit.errors import BackboneError, UsageError
+from lorafit.shapes import ModelShape
 
 
 @pytest.fixture
@@ -39,6 +40,19 @@ def test_tensors_of_an_unmerged_adapter_are_refused(base):
     save_file({**tensors, f"model.{name}": tensors[name].clone()}, folder / "model.safetensors")
     with pytest.raises(BackboneError, match=r"model\.model\.layers.* lies in the base beside model\.layers"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_packed_weights_are_called_quantized_without_a_word_of_it_in_config_json(base, file, method):
+    folder, tensors = base
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name.replace("weight", "qweight")] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"already quantized \(1 packed tensors, .*choose the base's 16-bit"):
+        Checkpoint.open(folder)
+    assert ModelShape.from_base(str(folder)).quantized is None
+    (folder / file).write_text("{}")
+    assert ModelShape.from_base(str(folder)).quantized == method
 
 
 def test_weights_under_the_name_of_a_variant_open_once_renamed(base):

@@ -33,6 +33,8 @@ STRAY = re.compile(
     r"|miss_block|bone_block|road_theta|road_alpha|tinylora_v|ln_tuning_layers|trainable_tokens_delta)(?:\.|$)"
 )
 """Names that PEFT, kohya's scripts and diffusers give to tensors of an adapter, and PEFT to those beneath one."""
+PACKED = re.compile(r"\.(?:qweight|qzeros|weight_packed|W_q|B_24|trellis|q_weight)$")
+"""Names that GPTQ, AWQ, compressed-tensors, HQQ, Marlin and EXL give to packed weights."""
 DOUBLED = re.compile(r"^((?:\w+\.)+)\1(.+)$")
 """A name whose first parts stand there twice, as a wrapper leaves it."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 20
@@ -139,6 +141,9 @@ class Checkpoint:
                 fix="in PEFT save merge_and_unload() of that model, and use that folder; or download the base again",
             )
         names = self.names()
+        if packed := sorted(name for name in names if PACKED.search(name)):
+            what = f"the base is already quantized ({len(packed)} packed tensors, such as {packed[0]})"
+            raise BackboneError(what, where=str(self.folder), fix="choose the base's 16-bit checkpoint")
         for name in sorted(names):
             if (match := DOUBLED.match(name)) and match[1] + match[2] in names:
                 what = f"{name} lies in the base beside {match[1]}{match[2]}, and the model reads one of them"

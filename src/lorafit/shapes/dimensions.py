@@ -182,7 +182,13 @@ OTHER_TASKS = ("MaskedLM", "Classification", "QuestionAnswering", "ForPreTrainin
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json in `folder`. Raises BackboneError when it is missing or no JSON object."""
-    return read_json(folder / "config.json", BackboneError, fix="download the base again")
+    config = read_json(folder / "config.json", BackboneError, fix="download the base again")
+    method = next((method for name, method in BESIDE.items() if (folder / name).is_file()), "")
+    return {"quantization_config": {"quant_method": method}, **config} if method else config
+
+
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which older releases of AutoGPTQ and AutoAWQ say that a checkpoint is quantized, beside its config.json."""
 
 
 def require_causal(config: Mapping[str, Any], name: str) -> None:
