@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lorafit.backbone.base_checkpoint import Checkpoint, base_damages
 from lorafit.config import base_folder, resolve, served_stop_ids
 from lorafit.errors import BackboneError, UsageError
 from lorafit.shapes import ModelShape
+from lorafit.shapes.dimensions import quantization_of
 
 
 @pytest.fixture
@@ -53,6 +55,24 @@ def test_packed_weights_are_called_quantized_without_a_word_of_it_in_config_json
     assert ModelShape.from_base(str(folder)).quantized is None
     (folder / file).write_text("{}")
     assert ModelShape.from_base(str(folder)).quantized == method
+
+
+def test_weights_of_few_bits_without_their_scales_are_refused(base):
+    folder, tensors = base
+    for kind, name in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        stored = {key: tensor.to(kind) if key.endswith("q_proj.weight") else tensor for key, tensor in tensors.items()}
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(BackboneError, match=f"q_proj.weight is stored in {name}, and config.json does not say"):
+            Checkpoint.open(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    assert quantization_of(settings | {"quantization_config": "int4"}) == "int4"
+
+
+def test_shards_without_their_index_are_called_that(base):
+    folder, _ = base
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(BackboneError, match=r"has shards .*00001-of-00002.* no model\.safetensors\.index\.json"):
+        Checkpoint.open(folder)
 
 
 def test_weights_under_the_name_of_a_variant_open_once_renamed(base):

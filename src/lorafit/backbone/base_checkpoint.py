@@ -125,11 +125,20 @@ class Checkpoint:
         config = read_json(file, BackboneError) if file.is_file() else {}
         published = published_in(config)
         if published is None:
+            if not config.get("quantization_config"):
+                self._refuse_whole_numbers()
             return self
         parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
         named = [part.get("dtype", part.get("torch_dtype")) for part in parts]
         dtype = next((DTYPES_BY_NAME[name] for name in named if name in DTYPES_BY_NAME), "BF16")
         return Checkpoint(self.folder, dense_view(self.shards, config["quantization_config"], dtype), published)
+
+    def _refuse_whole_numbers(self) -> None:
+        """Raise BackboneError for weights of few bits, which transformers would read as if they had no scales."""
+        for name, _, entry in self.entries():
+            if name.endswith(".weight") and entry["dtype"] not in FLOATS:
+                what = f"{name} is stored in {entry['dtype']!s:.20}, and config.json does not say how it was quantized"
+                raise BackboneError(what, where=str(self.folder), fix="choose the base's 16-bit checkpoint")
 
     def _refuse_adapters(self) -> None:
         """Raise BackboneError for tensors of an adapter that was not merged, and for tensors of a wrapper."""
@@ -235,6 +244,9 @@ def _no_safetensors(folder: Path) -> BackboneError:
         for path in sorted(folder.glob(pattern)):
             what, fix = f"the base's weights have another name ({path.name})", f"rename {path.name} to {wanted}"
             return BackboneError(what, where=str(folder), fix=fix)
+    if shards := sorted(path.name for path in folder.glob("*-of-*.safetensors")):
+        what = f"the base has shards of weights, such as {shards[0]}, and no {INDEX} that says what is in them"
+        return BackboneError(what, where=str(folder), fix=AGAIN)
     return BackboneError(
         "the base has no model.safetensors", where=str(folder), fix="point --base at a folder with the weights"
     )

@@ -253,8 +253,10 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
     bitsandbytes gives `nf4`, `fp4` or `int8`, other methods their own name.
     """
     settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping) or not settings or published_in(config):
+    if not settings or published_in(config):
         return None
+    if not isinstance(settings, Mapping):
+        return str(settings)
     method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
     if method != "bitsandbytes":
         return method
