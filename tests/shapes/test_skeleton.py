@@ -154,3 +154,11 @@ def test_plan_and_check_refuse_a_base_that_training_cannot_load(tmp_path, here):
     assert what == "transformers loads no causal language model from a base of type 'clip'"
     checked = lorafit.check(tmp_path / "rows.jsonl", base=tmp_path / "base")
     assert not checked.ok and what in [finding.message for finding in checked.findings]
+
+
+@pytest.mark.parametrize(
+    ("family", "packs"), [("deepseek_v32", False), ("dots3_note_text", False), ("minimax_m3_vl", True)]
+)
+def test_a_family_that_picks_keys_from_a_mask_is_not_planned_as_packed(here, family, packs):
+    reason = ModelShape.from_config(small_config(family).to_dict(), family).unpacked
+    assert not reason if packs else "picks its keys from a mask" in reason

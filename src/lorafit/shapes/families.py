@@ -32,6 +32,7 @@ PEFT takes them as `target_parameters`, which know neither dropout nor DoRA nor 
 """
 OWN_ATTENTION = "its attention is its own, and takes no row boundaries"
 DROPS_ROWS = "its layers do not pass row boundaries on to attention"
+MASKED = "its attention picks its keys from a mask of the row, which packed rows do not have"
 CARRIES = "its recurrent or convolutional layers carry a state from row to row"
 """Reasons for rows that are not packed."""
 

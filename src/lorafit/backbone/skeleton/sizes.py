@@ -31,7 +31,7 @@ from lorafit.backbone.projections import EXPERTS, EXPERTS_PER_TOKEN, first_numbe
 from lorafit.backbone.skeleton.forward import require_forward
 from lorafit.backbone.skeleton.recurrence import recurrences_of, recurrent_parts
 from lorafit.errors import BackboneError
-from lorafit.shapes.families import CARRIES, DROPS_ROWS, OWN_ATTENTION
+from lorafit.shapes.families import CARRIES, DROPS_ROWS, MASKED, OWN_ATTENTION
 
 
 def main(folder: str) -> None:
@@ -135,6 +135,9 @@ def _unpacked(model: nn.Module, decoder: nn.Module) -> str:
         return CARRIES
     if not type(decoder)._can_set_attn_implementation():  # type: ignore[attr-defined, operator, unused-ignore]
         return OWN_ATTENTION
+    indexers = (type(part).forward for part in decoder.modules() if "Indexer" in type(part).__name__)
+    if any("attention_mask" in inspect.signature(forward).parameters for forward in indexers):
+        return MASKED
     parts = [part for part in decoder.modules() if type(part).__name__.endswith(("Attention", "DecoderLayer"))]
     return "" if all(map(_takes_options, parts)) else DROPS_ROWS
 
