@@ -24,8 +24,8 @@ ROTARY = ("default", "linear", "yarn", "llama3")
 def require_fitting(config: Any, rope: dict[str, Any], head_dim: int) -> None:
     """Raise UsageError for the first setting of `config` that llama.cpp would compute otherwise."""
     for what in (*_of_rope(config.model_type, rope), *_of_layers(config, head_dim), *_of_attention(config, head_dim)):
-        name = f"the model's {what}, which llama.cpp has no place for in this family"
-        raise UsageError(name, where="config.json", fix=OTHERWISE)
+        sentence = f"the model's {what}, which a GGUF file written here cannot say"
+        raise UsageError(sentence, where="config.json", fix=OTHERWISE)
 
 
 def full_context(config: Any) -> int:
