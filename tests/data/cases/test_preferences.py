@@ -64,6 +64,8 @@ SETS: dict[str, tuple[list[Row], str]] = {
         [{"prompt": "ask", "answers": [{"answer": x, "rank": n} for x, n in zip("ab", ns, strict=True)]}
          for ns in ((1, 2), (2, 1))], "ab",
     ),
+    "marks": ([{"question": "ask", "responses": ["a", "b"], "correct": n} for n in ([True, 0], [0, 0])], "a"),
+    "arena": ([pair(winner=word) for word in ("model_1", "tie (bothbad)", "model_2")], "ab"),
     "summaries": ([summaries(1), summaries(0)], "ba"),
     "one row of summaries": ([summaries(0)], "a"),
 }  # fmt: skip

@@ -64,7 +64,7 @@ VERDICT = re.compile(
 )
 """A column that names the better answer; one that measures how much better it is, as preference_strength, does not."""
 PICK = r"(?:(?:model|response|answer|output|completion|option|candidate|assistant|reply|conversation)[ _-]*)?"
-TIE = re.compile(r"(?i).*(?:tie|both|neither|none|draw|equal)|\W*")
+TIE = re.compile(r"(?i).*(?:(?:\b|_)tie|both|neither|none|draw|equal).*|\W*")
 
 
 def several_answers(rows: Sequence[Fields], where: str) -> tuple[str, str] | None:
@@ -118,6 +118,7 @@ def _by_word(row: Fields, marked: Mapping[str, str], verdict: str, words: set[st
 MEASURES = (
     *("winner", "win", "wins", "preferred", "chosen", "best", "better", "overall", "score", "scores", "rating"),
     *("ratings", "reward", "rewards", "votes", "upvotes", "points", "likes", "grade", "grades"),
+    *("correct", "selected", "accepted"),
 )
 RANKS = ("rank", "ranks", "ranking", "rankings", "place")
 """Words of columns that measure one answer of several: the best has the most of the first, the least of the second."""
