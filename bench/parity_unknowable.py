@@ -35,7 +35,7 @@ def _drawn(random: Random) -> Row:
     return row | {"response": json.dumps({random.choice(FIELD_WORDS[name]): value for name, value in fields})}
 
 
-TASK = Task("orders-worded", "order sentence → JSON, its fields in a random order under random names", _drawn)
+TASK = Task("orders-worded", _drawn)
 """The base has seen these names and does not know which is asked for; unlike a random code it need not learn them."""
 
 

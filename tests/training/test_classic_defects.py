@@ -92,7 +92,7 @@ def test_a_pad_token_that_is_the_stop_token_still_teaches_to_stop(tmp_path):
     path = base / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|eos|>"}))
     front = AdapterTrainingPipeline(str(base))
-    assert front.template.tokenizer.pad_id == front.template.tokenizer.eos_id
+    assert front.template.tokenizer.pad_token == front.template.tokenizer.eos_token
     dataset = front.tokenize_dataset(front.format_instruction_data(RAW))
     assert all(row["labels"][-1] == front.template.tokenizer.eos_id for row in dataset)
 

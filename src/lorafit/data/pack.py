@@ -24,10 +24,9 @@ ROWS_SEEN, EPOCHS_SEEN = 1 << 22, 1024
 
 @dataclass(frozen=True)
 class Fill:
-    """Fill of an epoch's micro-batches: the `share` of token slots in use, and the mean number in a step."""
+    """Hold the fill of an epoch's micro-batches: the `share` of token slots in use, and their number."""
 
     share: float
-    micro_batches_per_step: float
     micro_batches: int
     steps: int
 
@@ -183,6 +182,4 @@ def packed_fill(lengths: NDArray[np.integer], examples_per_step: int, max_tokens
         for start in range(0, len(order), examples_per_step)
     )
     slots = micro_batches * max_tokens
-    return Fill(
-        int(sizes.sum()) / slots if slots else 0.0, micro_batches / count if count else 0.0, micro_batches, count
-    )
+    return Fill(int(sizes.sum()) / slots if slots else 0.0, micro_batches, count)

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from lorafit.config.memory_policy import MemoryPolicy
 
-LEVELS = (WHOLE, FEED_FORWARD, KEEP) = range(3)
+WHOLE, FEED_FORWARD, KEEP = range(3)
 """Recompute levels in the order of the layers. Each level keeps at least the bytes of the one before."""
 
 

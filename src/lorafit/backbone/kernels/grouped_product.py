@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,6 @@ CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs with torch's grouped matmul."""
 ALIGNMENT = 16
 """Bytes to which torch's grouped matmul needs the rows of its operands aligned."""
-
-
-class StackedWeights(Protocol):
-    """A layer that holds the matrices of all experts in 4 bits."""
-
-    def matrices(self) -> Tensor:
-        """Return the dense weights (experts, out, in) in the compute dtype; a view of their storage."""
 
 
 def grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

@@ -71,29 +71,6 @@ TOO_LARGE = "too-large"
 NOT_TEXT = "not-text"
 """The row holds half a surrogate pair, which no tokenizer takes; there are no ids."""
 
-ALL_PROBLEMS = (
-    STOP_MISSING,
-    BOS_DOUBLED,
-    REFUSED,
-    NOT_PREFIX_STABLE,
-    PROMPT_DIFFERS,
-    CONTENT_CHANGED,
-    ANSWER_EMPTY,
-    STRADDLED,
-    PROMPT_SPLIT,
-    TOOLS_IGNORED,
-    KWARGS_UNREAD,
-    IDS_MADE,
-    REASONING_SPLIT,
-    REASONING_JOINED,
-    CALLS_APART,
-    TAGS_LEFT,
-    TEXT_MISSING,
-    TOO_LARGE,
-    NOT_TEXT,
-)
-
-
 MAX_ROW_CHARACTERS = 4 << 20
 """Rows with more text are never rendered: four million characters exceed every context there is."""
 

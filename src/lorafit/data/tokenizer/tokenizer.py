@@ -128,11 +128,6 @@ class TextTokenizer:
         return self.id_of(self.eos_token)
 
     @property
-    def pad_id(self) -> int | None:
-        """Id of `pad_token`."""
-        return self.id_of(self.pad_token)
-
-    @property
     def adds_bos(self) -> bool:
         """True if `encode(..., add_special_tokens=True)` puts BOS in front."""
         return self.bos_id is not None and self.bos_id in self._frame[0][:1]

@@ -248,7 +248,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: in
     passes = _run_all(model, layers, work, budget_bytes)
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     passes.state = []
-    _drop_gradients(model)
+    drop_gradients(model)
     layers.offload.begin()
     release_memory()
     return Attempt(
@@ -304,7 +304,7 @@ class _Passes:
         self.state = _optimizer_state(model, work)
         for _ in range(MAX_PASSES - 1):
             if not self.graph_bytes:  # graphs add to gradients that stay in place
-                _drop_gradients(model)
+                drop_gradients(model)
             before = torch.cuda.memory_reserved()
             self.run(forward_backward)
             now = torch.cuda.memory_reserved()
@@ -316,7 +316,8 @@ class _Passes:
         self.asked_again = self.asked_again or bool(self.retries[-1])
 
 
-def _drop_gradients(model: Any) -> None:
+def drop_gradients(model: Any) -> None:
+    """Free the gradients of all weights."""
     for weight in model.parameters():
         weight.grad = None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.engine.autotune.dry_run import Attempt, DryRun
+from lorafit.engine.autotune.dry_run import Attempt, DryRun, drop_gradients
 from lorafit.engine.autotune.problem import Workload, does_not_fit
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
@@ -106,7 +106,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Workload) -> Attempt:
                 retries.append(allocator_retries() - before)
                 state = state or _optimizer_state(model, work)
                 if work.step_tokens <= batch.tokens:  # else gradients of earlier micro-batches stay
-                    _drop_gradients(model)
+                    drop_gradients(model)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU's memory ran out in the dry run of memory_policy={layers.policy}",
@@ -115,7 +115,7 @@ def _attempt(model: Any, layers: DecoderLayers, work: Workload) -> Attempt:
         ) from error
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     state.clear()
-    _drop_gradients(model)
+    drop_gradients(model)
     release_memory()
     return Attempt(
         policy=str(layers.policy),
@@ -137,8 +137,3 @@ def _optimizer_state(model: Any, work: Workload) -> list[Tensor]:
     state = work.coming_bytes - sum(shard.numel() * shard.element_size() for shard in shards)
     sizes = [round(shard.numel() * max(0, state) / max(1, count)) for shard in shards]
     return [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-
-
-def _drop_gradients(model: Any) -> None:
-    for weight in model.parameters():
-        weight.grad = None

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from lorafit.backbone import linear_size
 from lorafit.errors import AdapterError
 
-NONE = 0
-"""Slot of the base: its update is zero."""
 MASKED_SLOTS = 2
 """Most slots for each row of a batch with which all slots are multiplied; with more, each row's own is gathered."""
 
@@ -26,7 +24,8 @@ MASKED_SLOTS = 2
 class _Stack:
     """Hold one linear's adapters: a (slots, rank, in) and b (slots, rank, out), the scale within b.
 
-    On a CPU they are in fp32. On a GPU they have the linear's dtype, as its tensor cores multiply no fp32.
+    Slot 0 is the base's: its update is zero. On a CPU they are in fp32. On a GPU they have the linear's dtype, as its
+    tensor cores multiply no fp32.
     """
 
     def __init__(self, slots: int, rank: int, in_features: int, out_features: int, like: Tensor) -> None:

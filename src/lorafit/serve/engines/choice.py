@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,6 @@ from lorafit.runs import RunDir
 from lorafit.serve.engines.exported_adapter import require_proof
 from lorafit.serve.engines.supervised import ServedFolder, SupervisedEngine
 
-EngineName = Literal["auto", "builtin", "vllm", "llamacpp"]
 SETTINGS, ADAPTERS, BASE = "serving.yaml", "adapters", "base"
 LORA_FILES = f"{ADAPTERS}/*/lora-F32.gguf"
 GREEDY = '{"temperature": 0.0}'
