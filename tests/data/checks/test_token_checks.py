@@ -15,7 +15,7 @@ from lorafit.data.template.template import Encoded
 
 def test_every_problem_of_a_template_has_a_code() -> None:
     named = {word for name, word in vars(template_problems).items() if name.isupper() and type(word) is str}
-    assert set(SAID) == named
+    assert set(SAID) == named - {template_problems.CALLS, template_problems.REASONING}
     assert all(code in CODES for code, _ in SAID.values())
 
 
