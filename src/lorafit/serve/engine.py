@@ -1,7 +1,4 @@
-"""Engine: the protocol of programs that generate from a base with adapters.
-
-InProcessEngine implements it in this process.
-"""
+"""Engine: a model of this process that generates, one conversation at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,25 +17,19 @@ from lorafit.errors import BackboneError, UsageError
 from lorafit.methods import method_of
 
 
-class Engine(Protocol):
-    """Hold one base in memory with named adapters, and generate token by token."""
+class Engine:
+    """Generate with `model`, which a subclass loads."""
+
+    model: Any
 
     @property
     def max_positions(self) -> int:
         """Return the number of positions that the base supports."""
-        ...
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
     def answering(self, adapter: str | None) -> AbstractContextManager[Any]:
         """Yield the model that answers as `adapter` within the block; None is the base."""
-        ...
-
-    def add_adapter(self, name: str, folder: Path) -> None:
-        """Add the trained weights in `folder` as `name`. Raises UsageError for a name in use."""
-        ...
-
-    def remove_adapter(self, name: str) -> None:
-        """Remove the adapter called `name`. Raises UsageError if it does not exist."""
-        ...
+        raise NotImplementedError
 
     def generate(
         self,
@@ -56,42 +47,13 @@ class Engine(Protocol):
         `on_token` receives each token as it comes. `adapter` names the adapter that answers; None is the base. Raises
         UsageError for an unknown adapter.
         """
-        ...
-
-
-class _LocalEngine:
-    """Generate with a model of this process, one conversation at a time."""
-
-    model: Any
-
-    @property
-    def max_positions(self) -> int:
-        """Return the number of positions that the base supports."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
-
-    def answering(self, adapter: str | None) -> AbstractContextManager[Any]:
-        """Yield the model that answers as `adapter` within the block."""
-        raise NotImplementedError
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        *,
-        adapter: str | None,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Return the new token ids after `prompt`, without the stop token. Raises UsageError for an unknown adapter."""
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         with self.answering(adapter) as model:
             (ids,) = generate(model, [prompt], stop_ids, on_token=on_token, **options)
         return ids
 
 
-class InProcessEngine(_LocalEngine):
+class InProcessEngine(Engine):
     """Run one conversation at a time in this process, with one adapter on the base."""
 
     def __init__(self, config: RunConfig, device: str | None = None) -> None:
@@ -127,7 +89,7 @@ class InProcessEngine(_LocalEngine):
             raise UsageError("no adapter of this name is loaded", where=name, fix="add it first")
 
 
-class MergedEngine(_LocalEngine):
+class MergedEngine(Engine):
     """Run a merged model in this process. It answers as the tuned model and has no base."""
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
@@ -148,11 +110,3 @@ class MergedEngine(_LocalEngine):
         if adapter is None:
             raise UsageError("a merged model has no base to answer", where=str(self.folder), fix="load the run")
         yield self.model
-
-    def add_adapter(self, name: str, folder: Path) -> None:
-        """Raise UsageError, since the adapter is part of the weights."""
-        raise UsageError("a merged model takes no adapters", where=str(self.folder), fix="load the run")
-
-    def remove_adapter(self, name: str) -> None:
-        """Raise UsageError, since the adapter is part of the weights."""
-        raise UsageError("a merged model has no adapter to remove", where=str(self.folder), fix="load the run")
