@@ -25,7 +25,7 @@ class CheckReport:
 
     Attributes:
         resolved: the settings.
-        prepared: the rows that were read, with their findings.
+        prepared: the rows that were read, with their findings; `check` writes no file of rejected rows.
         template: the chat template; None without a base.
         pitfalls: findings about the settings.
     """

@@ -41,7 +41,15 @@ PLACEHOLDER_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training rows, held-out rows, findings, summary, and the file of rejected rows if any."""
+    """Hold the rows that were read and judged.
+
+    Attributes:
+        train: the rows to train on.
+        holdout: the held-out rows.
+        findings: all findings about the rows.
+        summary: the numbers.
+        rejected: the file of rejected and dropped rows; None if there are none, or without a run directory.
+    """
 
     train: Rows
     holdout: Rows
