@@ -76,7 +76,8 @@ def test_one_process_takes_up_the_run_of_several_and_they_the_run_of_one(ends):
 
 
 def test_fp32_copies_of_16_bit_weights_become_shards_and_copies_again(folder, tmp_path):
-    run_each(move_fp32_copies, [(str(folder / "base"), tmp_path, 29551)])
+    # a port of its own: test_shared_base.py may run at the same time
+    run_each(move_fp32_copies, [(str(folder / "base"), tmp_path, 29571)])
 
 
 @pytest.mark.slow
