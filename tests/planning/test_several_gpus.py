@@ -5,7 +5,7 @@ import pytest
 from lorafit.config import RunConfig, resolve
 from lorafit.errors import UsageError
 from lorafit.hardware import hardware_for, hardware_named
-from lorafit.hardware.links import link_between
+from lorafit.hardware.device import link_between
 from lorafit.memory import PlanInputs
 from lorafit.memory.execution_plan import plan_execution
 from lorafit.memory.sharded import moved_bytes

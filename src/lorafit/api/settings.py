@@ -50,13 +50,15 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
 
 
 def _completed(resolved: Resolved) -> Resolved:
-    """Return the settings with those of an initial adapter and of new tokens, and a known objective."""
+    """Return the settings with those of an initial adapter and of new tokens. Raises UsageError."""
     chosen, *known = resolved.config.objective, BUILT_IN_OBJECTIVE, *plugin_names(OBJECTIVES)
     if chosen not in known:
         what = f"'{chosen:.40}' is neither built in nor a plug-in of an installed package"
         fix = f"choose {' or '.join(known)}, or install the package that brings it"
         raise UsageError(what, where="objective", fix=fix)
-    return with_new_tokens(with_initial_adapter(resolved))
+    if resolved.config.init_adapter is not None:
+        resolved = with_initial_adapter(resolved)
+    return with_new_tokens(resolved) if resolved.config.new_tokens else resolved
 
 
 def _refuse_other_data(names: list[str], also: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +24,14 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorafit.backbone.bare_weights import bare_weights
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.kernels.frozen_linear_op import kernels_work
 from lorafit.config import RunConfig, base_folder
 from lorafit.errors import BackboneError
 from lorafit.shapes.dimensions import noise_keys, published_in, read_config
+
+# a slice is read by tensor-parallel branches alone (Bloom)
+READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size))")
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
@@ -339,3 +343,23 @@ def computes_in_fp8(config: RunConfig, device: torch.device) -> bool:
 
 def _in_words(device: torch.device) -> str:
     return f"an {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "a CPU"
+
+
+def bare_weights(model: nn.Module) -> set[str]:
+    """Return the dotted names of the modules of `model` whose weight their parent's code reads past their forward.
+
+    Mamba's kernels take `out_proj.weight`, Gemma 3n clamps its coefficients in place. An adapter on such a linear would
+    be passed over without an error, and a 4-bit weight is no matrix to that code.
+    """
+    found = set()
+    for path, module in model.named_modules():
+        for name in _read_by(type(module)).intersection(dict(module.named_children())):  # type: ignore[arg-type]
+            found.add(f"{path}.{name}" if path else name)
+    return found
+
+
+@cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    if not kind.__module__.startswith("transformers."):
+        return frozenset()
+    return frozenset(READ_WEIGHT.findall(inspect.getsource(kind)))

@@ -26,8 +26,8 @@ from lorafit.backbone.architecture import (
 )
 from lorafit.backbone.base_checkpoint import Checkpoint
 from lorafit.backbone.bitsandbytes_import import QuantState
+from lorafit.backbone.experts.frozen_experts import experts_to_quantize
 from lorafit.backbone.experts.fused_tensors import Fusion
-from lorafit.backbone.experts.layout import experts_to_quantize
 from lorafit.backbone.kernels.frozen_linear import dequantize, quantize
 from lorafit.backbone.kernels.frozen_linear_op import unpack
 from lorafit.config import MergeBase, RunConfig, base_folder

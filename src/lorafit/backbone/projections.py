@@ -15,10 +15,15 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_mo
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.backbone.architecture import architecture_of, decoder_layers, output_head, text_decoder, unwrapped
-from lorafit.backbone.bare_weights import bare_weights
-from lorafit.backbone.experts.frozen_experts import SUFFIX, FrozenExpertsLinear
-from lorafit.backbone.experts.layout import experts_to_quantize
+from lorafit.backbone.architecture import (
+    architecture_of,
+    bare_weights,
+    decoder_layers,
+    output_head,
+    text_decoder,
+    unwrapped,
+)
+from lorafit.backbone.experts.frozen_experts import SUFFIX, FrozenExpertsLinear, experts_to_quantize
 from lorafit.shapes import Projection
 from lorafit.shapes.families import EXPERT_NAMES
 

@@ -43,6 +43,9 @@ TURING, AMPERE, AMPERE_PRO, ADA, HOPPER, BLACKWELL, BLACKWELL_RTX = (
     (7, 5), (8, 6), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 )  # fmt: skip
 PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both directions busy
+NVLINK_GBS = {"H100": 450.0, "H200": 450.0, "B200": 900.0}
+"""NVLink in GB/s, each way, from the data sheets of boards that have it in every server. V100 and A100 are sold with
+and without it under one name, and bridges between two cards are optional: PCIe is assumed for them."""
 HOME = (0.05, 0.20)
 
 GPUS: tuple[Gpu, ...] = (
@@ -299,3 +302,13 @@ def _key(name: str) -> str:
 
 
 _BY_KEY = {_key(name): gpu for gpu in reversed(GPUS) for name in (gpu.name, *gpu.aliases)}
+
+
+def link_between(gpu: Hardware) -> tuple[str, float]:
+    """Return the name of the link between GPUs of this kind, and its bandwidth in GB/s, each way.
+
+    It is PCIe, at the rate to the host, where no NVLink is known.
+    """
+    if gpu.name in NVLINK_GBS:
+        return "NVLink", NVLINK_GBS[gpu.name]
+    return "PCIe", min(gpu.link_gbs, PCIE5)  # a GH200 reaches only its own host faster

@@ -135,8 +135,10 @@ def _costs(
         dora=inputs.is_dora,
         trains_rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
     )
-    live, eager = count(execution=execution), count(execution=replace(execution, fused=False))
-    live = with_recurrent_layers(live, eager, inputs.shape, batch, inputs.width)
+    live = count(execution=execution)
+    if inputs.shape.recurrences:
+        eager = count(execution=replace(execution, fused=False))
+        live = with_recurrent_layers(live, eager, inputs.shape, batch, inputs.width)
     return layer_costs(inputs, batch, live, execution, policy, graphs=_records(policy, inputs))
 
 

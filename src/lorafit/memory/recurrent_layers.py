@@ -21,8 +21,6 @@ def with_recurrent_layers(
     `live` are those of a layer with attention, as it runs; `eager` those of the same layer run one operation at a time.
     """
     found = shape.recurrences
-    if not found:
-        return live
     rows = batch.tokens / batch.longest
     share = min(1.0, sum(part.count for part in found) / shape.layers)
     own = eager.layer_bytes - (0 if _beside_attention(shape, share) else round(_attention_bytes(shape, batch, width)))

@@ -14,8 +14,8 @@ from lorafit.config.run_config import Goal
 from lorafit.memory.execution_plan import ExecutionPlan, estimate_memory, memory_of, plan_execution
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.forecast import forecast
-from lorafit.planning.full_decisions import full_optimizer, learning_rate, method_choice
-from lorafit.planning.sharding_decisions import base_sharding
+from lorafit.planning.full_method import full_optimizer, learning_rate, method_choice
+from lorafit.planning.several_gpus import base_sharding
 from lorafit.shapes import ModelShape
 
 Method = Literal["QLoRA", "LoRA", "full fine-tuning"]

@@ -15,8 +15,8 @@ from lorafit.memory.execution_plan import MemoryEstimate, estimate_memory
 from lorafit.memory.inputs import PlanInputs
 from lorafit.planning.decisions import rank_limit
 from lorafit.planning.forecast import FULL_OPTIMIZERS
-from lorafit.planning.full_pitfalls import full_pitfalls, host_moments, offloading
-from lorafit.planning.sharding_decisions import unshardable
+from lorafit.planning.full_method import full_pitfalls, host_moments, offloading
+from lorafit.planning.several_gpus import unshardable
 
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10

@@ -84,13 +84,12 @@ class InitialAdapter:
 
 
 def with_initial_adapter(resolved: Resolved) -> Resolved:
-    """Return `resolved` with rank, alpha, variant and targets of the adapter that it begins with, if there is one.
+    """Return `resolved` with rank, alpha, variant and targets of the adapter that it begins with.
 
     Raises UsageError where a recipe or a flag sets another value.
     """
     config = resolved.config
-    if config.init_adapter is None:
-        return resolved
+    assert config.init_adapter is not None
     if config.method != "lora":
         what = f"method is {config.method}, which trains no adapter"
         raise UsageError(what, where="init_adapter", fix="leave it out, or set method: lora")

@@ -4,11 +4,11 @@ from lorafit.training.batches import Layout, StepDataset, dealt, largest_micro_b
 from lorafit.training.guards.memory_retry import TunedMemory
 from lorafit.training.logging.progress import StepProgress, TrainingProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
-from lorafit.training.logging.trackers import require_trackers
 from lorafit.training.loop import TrainingLoop
 from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype, deterministic
 from lorafit.training.transformers_parts import (
     TrainerCallback,
+    require_trackers,
     total_steps,
     training_arguments,
 )

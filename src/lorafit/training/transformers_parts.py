@@ -1,10 +1,11 @@
-"""transformers_parts: arguments, optimizer, learning-rate schedule and callbacks from transformers."""
+"""transformers_parts: arguments, optimizer, learning-rate schedule, callbacks and trackers from transformers."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lorafit.backbone import redirect_library_logs
 from lorafit.config import RunConfig
+from lorafit.errors import UsageError
 from lorafit.methods import Method
 from lorafit.training.checkpoints.snapshot import TRAINER_STATE
 
@@ -26,7 +28,11 @@ with redirect_library_logs():  # transformers imports bitsandbytes here, which w
         get_scheduler,
         set_seed,
     )
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations import (
+        get_available_reporting_integrations,
+        get_reporting_integration_callbacks,
+    )
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "build_lr_scheduler",
     "build_optimizer",
     "get_reporting_integration_callbacks",
+    "require_trackers",
     "set_seed",
     "total_steps",
     "training_arguments",
@@ -48,6 +55,8 @@ __all__ = [
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+TRACKER_PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
+"""Tracker -> its package, where that has another name."""
 
 
 def total_steps(config: RunConfig, epoch_steps: int) -> int:
@@ -215,3 +224,17 @@ class Callbacks:
         state.is_local_process_zero = state.is_world_process_zero = self.is_main
         state.compute_steps(self.arguments, state.max_steps)
         return state
+
+
+def require_trackers(wanted: Iterable[str]) -> None:
+    """Raise UsageError for a tracker that transformers does not know, or that is not installed."""
+    here = (*get_available_reporting_integrations(), "all")
+    for name in wanted:
+        if name in here:
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            fix = f"pip install {TRACKER_PACKAGES.get(name, name)}, or set report_to=none"
+            raise UsageError(f"the tracker {name} is not installed", where="report_to", fix=fix)
+        near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+        fix = f"choose {near[0] if near else ', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or none"
+        raise UsageError(f"'{name:.40}' is no tracker of transformers", where="report_to", fix=fix)

@@ -3,14 +3,15 @@
 from lorafit.backbone.experts.frozen_experts import (
     SUFFIX,
     FrozenExpertsLinear,
+    experts_to_quantize,
     freeze_experts,
     frozen_in,
     frozen_weights,
     quantize_experts,
     stacked_experts,
+    transposed_experts,
     unfreeze_experts,
 )
-from lorafit.backbone.experts.layout import experts_to_quantize, transposed_experts
 from lorafit.backbone.experts.quantizer import quantizing_experts, restore_method
 
 __all__ = [

@@ -11,8 +11,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from lorafit.backbone.experts.frozen_experts import pack
-from lorafit.backbone.experts.layout import experts_to_quantize
+from lorafit.backbone.experts.frozen_experts import experts_to_quantize, pack
 
 METHOD = "lorafit_nf4"
 

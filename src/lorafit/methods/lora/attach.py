@@ -116,12 +116,16 @@ def attach(model: nn.Module, config: RunConfig, target_names: tuple[str, ...] | 
     lora.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     with torch.random.fork_rng(devices=_cuda_devices(model)), as_parameters(model):
         adapted = AdaptedModel(model, lora)
-    bind_experts(adapted)
-    set_dropout(adapted, config.dropout if experts else 0)
-    prepare_dora(adapted, is_new=True)
+    if experts:
+        bind_experts(adapted)
+        set_dropout(adapted, config.dropout)
+    if config.dora:
+        prepare_dora(adapted, is_new=True)
     initialize(adapted, config)
-    add_rows(model, token_ids(config))
-    add_tables(model, config.modules_to_save)
+    if config.trainable_tokens:
+        add_rows(model, token_ids(config))
+    if config.modules_to_save:
+        add_tables(model, config.modules_to_save)
     check_attached(adapted, everything)
     return adapted
 

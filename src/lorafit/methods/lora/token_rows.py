@@ -89,8 +89,6 @@ def add_rows(model: nn.Module, ids: Sequence[int]) -> None:
 
     They begin as the base's own. Raises AdapterError for ids without a row, and for embeddings of another class.
     """
-    if not ids:
-        return
     shared: dict[int, nn.Parameter] = {}
     for name, module in _modules(model):
         weight = module.weight

@@ -3,13 +3,12 @@
 import pytest
 
 from lorafit.errors import UsageError
-from lorafit.training import require_trackers
-from lorafit.training.logging import trackers
+from lorafit.training import require_trackers, transformers_parts
 
 
 @pytest.fixture(autouse=True)
 def only_tensorboard(monkeypatch):
-    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(transformers_parts, "get_available_reporting_integrations", lambda: ["tensorboard"])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Pitfalls of full fine-tuning: findings P8 and P9, and obstacles that only a full run has."""
+"""Full fine-tuning in a plan: its decisions, its pitfalls P8 and P9, and obstacles that only it has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from lorafit.config import RunConfig
-from lorafit.config.foreign_text import at_least, at_most
+from lorafit.config.foreign_text import at_least, at_most, size_in_words
 from lorafit.config.run_config import METHOD_DEFAULTS
 from lorafit.findings import Finding, Severity
+from lorafit.memory.execution_plan import estimate_memory
 from lorafit.memory.inputs import PlanInputs
+from lorafit.planning.forecast import FULL_OPTIMIZERS, full_inputs
 
 HIGHEST_LR = 1e-4
 """Learning rate above which weights of a pretrained model drift: five times the default."""
@@ -18,6 +20,39 @@ ADAPTER_SETTINGS = (
     "rank", "alpha", "rslora", "dora", "init_lora_weights", "trainable_tokens", "modules_to_save", "loraplus_lr_ratio",
     "dropout", "targets",
 )  # fmt: skip
+
+
+def method_choice(inputs: PlanInputs, reason: str) -> tuple[str, str]:
+    """Return the method of `inputs` and why; `reason` is the matrix's for training every weight."""
+    if not inputs.is_full:
+        return "lora", "an adapter on a frozen base takes little memory"
+    return "full", f"{inputs.stats.rows:,} rows and the goal accuracy: {reason}"
+
+
+def learning_rate(inputs: PlanInputs) -> tuple[float, str]:
+    """Return the peak learning rate of the method, and why."""
+    if inputs.is_full:
+        return METHOD_DEFAULTS["full"]["lr"], "a tenth of an adapter's: every weight moves"
+    return RunConfig.model_fields["lr"].get_default(), "the usual peak for adapters"
+
+
+def full_optimizer(inputs: PlanInputs) -> tuple[str, str]:
+    """Return the most accurate optimizer that fits, and the bytes that decided."""
+    value = full_inputs(inputs).optimizer
+    first = inputs.with_settings(optimizer=FULL_OPTIMIZERS[0])
+    peak = size_in_words(estimate_memory(first).peak_bytes)
+    has = f"{peak} of {size_in_words(inputs.hardware.memory_bytes)}"
+    if value == FULL_OPTIMIZERS[2]:
+        moments = size_in_words(full_inputs(inputs).host_moment_bytes)
+        return value, (
+            f"moments on the GPU do not fit {size_in_words(inputs.hardware.memory_bytes)}: 8-bit ones take {moments} "
+            "of host memory; each weight is updated within the backward pass, its gradient clipped by itself"
+        )
+    if value != FULL_OPTIMIZERS[0]:
+        return value, f"16-bit weights with stochastic rounding and 8-bit moments: fp32 master weights need {has}"
+    if not first.has_master_weights:
+        return value, f"weights and moments in fp32 take {has}"
+    return value, f"fp32 master weights and 32-bit moments take {has}"
 
 
 def full_pitfalls(inputs: PlanInputs) -> Iterator[Finding]:
