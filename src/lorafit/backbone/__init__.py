@@ -42,7 +42,6 @@ from lorafit.backbone.kernels.frozen_linear import (
     true_numel,
 )
 from lorafit.backbone.kernels.frozen_linear_fp8 import frozen_features
-from lorafit.backbone.kernels.frozen_linear_op import frozen_product
 from lorafit.backbone.kernels.grouped_product import grouped_linear
 from lorafit.backbone.kernels.packed_product import multiply_packed
 from lorafit.backbone.kernels.trained_linear_fp8 import TrainedLinearFp8, product_fp8, takes_fp8
@@ -92,7 +91,6 @@ __all__ = [
     "fresh_weights",
     "frozen_features",
     "frozen_in",
-    "frozen_product",
     "frozen_weights",
     "grouped_linear",
     "is_mixture",

@@ -1,7 +1,7 @@
 """Settings: the frozen `RunConfig`, and `resolve`, which records the source of each value."""
 
 from lorafit.config.base_files import MERGE_BASES, MergeBase, base_folder
-from lorafit.config.foreign_text import one_line, parse_bytes, parse_json, read_json
+from lorafit.config.foreign_text import one_line, parse_bytes, read_json
 from lorafit.config.generation import generation_settings, sampling_settings, served_stop_ids
 from lorafit.config.new_files import NewFiles
 from lorafit.config.resolve import Resolved, Source, load_recipe, parse_assignments, reject_unknown, resolve
@@ -25,7 +25,6 @@ __all__ = [
     "one_line",
     "parse_assignments",
     "parse_bytes",
-    "parse_json",
     "read_json",
     "reject_unknown",
     "resolve",

@@ -11,7 +11,6 @@ from lorafit.export.formats import (
     Written,
     format_named,
 )
-from lorafit.export.lineage import LINEAGE_FILE, Lineage
 from lorafit.export.merge import MergeReport, merge
 from lorafit.export.verify import VERIFICATION_FILE, Verification, verify
 
@@ -19,8 +18,6 @@ __all__ = [
     "DEFAULT_FORMAT",
     "FORMATS",
     "ExportFormat",
-    "LINEAGE_FILE",
-    "Lineage",
     "MergeReport",
     "OpenedModel",
     "Row",

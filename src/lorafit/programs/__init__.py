@@ -1,7 +1,7 @@
 """programs: other programs that lorafit starts, waits for and stops."""
 
 from lorafit.programs.program import Program, free_port, post_json
-from lorafit.programs.vllm import VLLM_VARIABLE, find_vllm, vllm_command, vllm_environment, vllm_program
+from lorafit.programs.vllm import VLLM_VARIABLE, find_vllm, vllm_command, vllm_program
 
 __all__ = [
     "Program",
@@ -10,6 +10,5 @@ __all__ = [
     "free_port",
     "post_json",
     "vllm_command",
-    "vllm_environment",
     "vllm_program",
 ]

@@ -16,7 +16,7 @@ from lorafit.runs.own_files import (
 from lorafit.runs.run_dir import RunDir, write_text
 from lorafit.runs.seal import changed_file, file_hash, is_sealed, sealed
 from lorafit.runs.trained_run import LAST, ChosenWeights, adapter_hashes, choose_weights, require_trained_run
-from lorafit.runs.writing import RunLock, follow_umask, staged_folder, sync
+from lorafit.runs.writing import RunLock, staged_folder, sync
 
 __all__ = [
     "ADAPTER",
@@ -39,7 +39,6 @@ __all__ = [
     "clear_unfinished",
     "differing_settings",
     "file_hash",
-    "follow_umask",
     "held_settings",
     "is_sealed",
     "new_own",

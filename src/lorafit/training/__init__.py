@@ -2,10 +2,10 @@
 
 from lorafit.training.batches import Layout, StepDataset, dealt, largest_micro_batch, largest_within
 from lorafit.training.guards.memory_retry import TunedMemory
-from lorafit.training.logging.progress import StepProgress, TrainingProgress
+from lorafit.training.logging.progress import StepProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
 from lorafit.training.loop import TrainingLoop
-from lorafit.training.schedule import OneByOne, Schedule, autocast_dtype, deterministic
+from lorafit.training.schedule import OneByOne, autocast_dtype, deterministic
 from lorafit.training.transformers_parts import (
     TrainerCallback,
     require_trackers,
@@ -19,12 +19,10 @@ __all__ = [
     "MetricsLog",
     "OneByOne",
     "RunEvent",
-    "Schedule",
     "StepDataset",
     "StepProgress",
     "TrainerCallback",
     "TrainingLoop",
-    "TrainingProgress",
     "TunedMemory",
     "autocast_dtype",
     "dealt",

@@ -41,7 +41,8 @@ FEATURES, COLUMNS, WARPS = 64, 128, 4
 STAGES = 3
 """Steps of x in shared memory."""
 AHEAD = 2
-"""Steps by which words are loaded early; the loop is written out as often."""
+"""Steps by which words are loaded early."""
+assert (COLUMNS, AHEAD) == (128, 2), "_product names the words of each step, and _step the columns of each product"
 PROGRAMS = 256
 """Programs that fill a GPU of 132 multiprocessors about twice; more would only add partial sums."""
 SCALE_BLOCK = 64

@@ -23,7 +23,6 @@ from lorafit.plugins import EXPORT_FORMATS, load_plugin, plugin_names
 
 __all__ = [
     "DEFAULT_FORMAT",
-    "DTYPES",
     "FORMATS",
     "ExportFormat",
     "Gguf",

@@ -5,9 +5,7 @@ from lorafit.export.serving.gguf_adapters_folder import LORA_FILE, GgufAdaptersF
 from lorafit.export.serving.modelfile import MODELFILE, modelfile
 from lorafit.export.serving.serving_file import (
     SERVING_FILE,
-    Command,
     ServingFile,
-    gguf_adapter_commands,
     gguf_commands,
     merged_commands,
     merged_settings,
@@ -16,13 +14,11 @@ from lorafit.export.serving.serving_file import (
 __all__ = [
     "BASE",
     "AdaptersFolder",
-    "Command",
     "GgufAdaptersFolder",
     "LORA_FILE",
     "MODELFILE",
     "SERVING_FILE",
     "ServingFile",
-    "gguf_adapter_commands",
     "gguf_commands",
     "merged_commands",
     "merged_settings",

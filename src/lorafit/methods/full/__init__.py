@@ -1,14 +1,11 @@
 """full: every weight of the text model trained, saved, loaded and exported."""
 
-from lorafit.methods.full.full import Full
 from lorafit.methods.full.optimizer import MasterWeights, stochastically_rounded, with_stochastic_rounding
-from lorafit.methods.full.weights_folder import WeightsSnapshot, WholeWeights
+from lorafit.methods.full.weights_folder import WeightsSnapshot
 
 __all__ = [
-    "Full",
     "MasterWeights",
     "WeightsSnapshot",
-    "WholeWeights",
     "stochastically_rounded",
     "with_stochastic_rounding",
 ]
