@@ -144,13 +144,14 @@ def train_timed(
     """Train `built` as `lorafit train` does, without checkpoints, for the steps of `options`."""
     from lorafit.api.build_model import tune_memory
     from lorafit.runs import RunDir
-    from lorafit.training import EventLog, TrainingLoop
+    from lorafit.training import EventLog, RunContext, TrainingLoop
 
     watch, config = stopwatch(options, processes.is_main), resolved.config
     with tune_memory(built, resolved, rows, RunDir(folder), EventLog(), processes) as (memory, dry_run):
         ready = time.perf_counter()
-        parts = (built.model, built.method, built.objective, config, rows, None, folder / "checkpoints")
-        loop = TrainingLoop(*parts, memory=memory, callbacks=[watch], processes=processes)
+        parts = (built.model, built.method, built.objective, config, rows, None)
+        context = RunContext(folder / "checkpoints", processes=processes, callbacks=[watch])
+        loop = TrainingLoop(*parts, context, memory)
         loop.run()
         policy = str(memory.layers.policy) if memory.layers is not None else config.memory_policy
     return Timed(

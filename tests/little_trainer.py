@@ -6,15 +6,16 @@ from little_run import encoded_rows, settings
 from lorafit.backbone import load_backbone
 from lorafit.methods import method_of
 from lorafit.objectives import Sft
-from lorafit.training import TrainingLoop
+from lorafit.runs.signals import StopSignals
+from lorafit.training import RunContext, TrainingLoop
 from lorafit.training.checkpoints.snapshot import Snapshot
 
 LENGTHS = (20, 9, 30, 14, 8, 11, 25, 17, 12, 21)
 
 
-def training_loop(model, config, rows, held_out, folder, **given):
-    """A loop over `model`, whose method and objective are those of `config`."""
-    return TrainingLoop(model, method_of(config), Sft(), config, rows, held_out, folder, **given)
+def training_loop(model, config, rows, held_out, folder, memory=None, **given):
+    """A loop over `model`, whose method and objective are those of `config`; `given` are fields of the context."""
+    return TrainingLoop(model, method_of(config), Sft(), config, rows, held_out, RunContext(folder, **given), memory)
 
 
 def trainer(base, folder, callbacks=(), signals=None, **given):
@@ -22,7 +23,7 @@ def trainer(base, folder, callbacks=(), signals=None, **given):
     config = settings(base=base, **{**options, "max_steps": 10, "keep_last": 99, **given})
     model = method_of(config).prepare(load_backbone(config, device="cpu"), config)
     rows, held_out = encoded_rows(*LENGTHS), encoded_rows(18, 9, 30, 22, seed=1)
-    return training_loop(model, config, rows, held_out, folder, callbacks=callbacks, signals=signals)
+    return training_loop(model, config, rows, held_out, folder, callbacks=callbacks, signals=signals or StopSignals())
 
 
 def bits(one):

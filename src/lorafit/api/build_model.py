@@ -49,12 +49,11 @@ from lorafit.runs import RunDir, is_sealed, sealed
 from lorafit.training import (
     EventLog,
     Layout,
+    MicroBatchSearch,
     OneByOne,
     TunedMemory,
     autocast_dtype,
     dealt,
-    largest_micro_batch,
-    largest_within,
     total_steps,
 )
 from lorafit.training.distributed import Processes
@@ -370,16 +369,15 @@ def _workload(
     schedule = OneByOne(built.model, built.objective, device, autocast=autocast_dtype(built.model, device))
     at_once = updated_at_once(trained, config)
 
+    search = MicroBatchSearch(rows, config, built.objective, step, world, built.rows.is_padded)
+
     def batch_of(micro_tokens: int) -> MicroBatch:
-        limit = built.rows.micro_tokens(micro_tokens)
-        padded = built.rows.is_padded
-        return largest_micro_batch(rows, config, limit, step, built.objective, world=world, padded=padded).to(device)
+        return search.largest(built.rows.micro_tokens(micro_tokens)).to(device)
 
     def within(micro_tokens: int, limit: int) -> MicroBatch | None:
         if not built.rows.is_packed:
             return None  # a CUDA graph fills a micro-batch up with a row more, which only packed attention sets apart
-        cut = built.rows.micro_tokens(micro_tokens)
-        batch = largest_within(rows, config, cut, limit, step, built.objective, world=world)
+        batch = search.largest_within(built.rows.micro_tokens(micro_tokens), limit)
         return batch and batch.to(device)
 
     def loss_of(batch: MicroBatch, share: Tensor | float) -> Tensor:

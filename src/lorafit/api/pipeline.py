@@ -26,7 +26,7 @@ from lorafit.methods import method_of
 from lorafit.methods.lora import Lora, lora_config
 from lorafit.objectives import objective_of
 from lorafit.shapes import ModelShape, resolve_targets
-from lorafit.training import EventLog, TrainingLoop
+from lorafit.training import EventLog, RunContext, TrainingLoop
 from lorafit.training.trainer import LorafitTrainer
 
 IGNORED = -100
@@ -191,8 +191,8 @@ class AdapterTrainingPipeline:
         events = EventLog(folder / "events.jsonl")
         _recompute_if_asked(model, config)
         objective = objective_of(config, VocabularyLoss.expected(model))
-        parts = (model, method_of(config), objective, config, rows, held_out, folder / "checkpoints")
-        return LorafitTrainer(TrainingLoop(*parts, events=events))
+        parts = (model, method_of(config), objective, config, rows, held_out)
+        return LorafitTrainer(TrainingLoop(*parts, RunContext(folder / "checkpoints", events=events)))
 
 
 def _recompute_if_asked(model: Any, config: RunConfig) -> None:

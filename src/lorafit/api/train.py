@@ -50,6 +50,7 @@ from lorafit.runs.signals import EarlySignals, StopSignals
 from lorafit.training import (
     EventLog,
     MetricsLog,
+    RunContext,
     TrainerCallback,
     TrainingLoop,
     deterministic,
@@ -230,24 +231,19 @@ def _train_model(
         StopSignals(watch.on_stopping) as signals,
     ):
         watch.on_dry_run(dry_run)
-        loop = TrainingLoop(
-            built.model,
-            built.method,
-            built.objective,
-            resolved.config,
-            data.train,
-            data.holdout,
+        context = RunContext(
             run.checkpoints,
-            memory=memory,
-            signals=signals,
-            events=events,
+            manifest.run_id,
+            processes,
+            events,
+            signals,
             callbacks=[*together.callbacks, metrics],
             show=watch.on_step,
             before_write=manifest.require_folder,
             before_save=manifest.require_whole,
-            run=manifest.run_id,
-            processes=processes,
         )
+        model = (built.model, built.method, built.objective)
+        loop = TrainingLoop(*model, resolved.config, data.train, data.holdout, context, memory)
         layout = layout_of(resolved.config, memory, dry_run, processes.world)
         known, checkpoint = processes.from_main(lambda: describe_run(manifest, identity, layout, events))
         processes.keep_time()

@@ -1,10 +1,11 @@
 """training: an explicit loop over packed steps, with its checkpoints, guards and logs."""
 
-from lorafit.training.batches import Layout, StepDataset, dealt, largest_micro_batch, largest_within
+from lorafit.training.batches import Layout, MicroBatchSearch, StepDataset, dealt
 from lorafit.training.guards.memory_retry import TunedMemory
 from lorafit.training.logging.progress import StepProgress
 from lorafit.training.logging.run_logs import EventLog, MetricsLog, RunEvent
 from lorafit.training.loop import TrainingLoop
+from lorafit.training.run_context import RunContext
 from lorafit.training.schedule import OneByOne, autocast_dtype, deterministic
 from lorafit.training.transformers_parts import (
     TrainerCallback,
@@ -17,7 +18,9 @@ __all__ = [
     "EventLog",
     "Layout",
     "MetricsLog",
+    "MicroBatchSearch",
     "OneByOne",
+    "RunContext",
     "RunEvent",
     "StepDataset",
     "StepProgress",
@@ -27,8 +30,6 @@ __all__ = [
     "autocast_dtype",
     "dealt",
     "deterministic",
-    "largest_micro_batch",
-    "largest_within",
     "require_trackers",
     "total_steps",
     "training_arguments",

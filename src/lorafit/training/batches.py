@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,10 @@ from lorafit.data import Rows, epoch_order, pack_step, pad_step, steps_per_epoch
 from lorafit.engine import MicroBatch, Step
 from lorafit.objectives import Objective, Sft
 
-AHEAD = 2  # items prepared in advance
+AHEAD = 2
+"""Items that are prepared in advance."""
+STEPS_SEEN = 512
+"""Steps of the first epoch that are searched for the largest micro-batch. Only lengths are read: milliseconds."""
 
 
 class Prefetched(Iterator[Any]):
@@ -85,12 +88,8 @@ def pinned(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(pinned(part) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{field.name: pinned(getattr(value, field.name)) for field in fields(value)})
+        return type(value)(**{each.name: pinned(getattr(value, each.name)) for each in fields(value)})
     return value
-
-
-STEPS_SEEN = 512
-"""Steps of the first epoch that are searched for the largest micro-batch. Only lengths are read: milliseconds."""
 
 
 @dataclass(slots=True)
@@ -212,60 +211,54 @@ def dealt(lengths: NDArray[np.integer], chosen: NDArray[np.integer], world: int)
     return [chosen[share_of == share] for share in range(world)]
 
 
-def largest_micro_batch(
-    rows: Rows,
-    config: RunConfig,
-    micro_tokens: int,
-    step: Sequence[int] | NDArray[np.integer] = (),
-    objective: Objective | None = None,
-    *,
-    world: int = 1,
-    padded: bool = False,
-) -> MicroBatch:
-    """Return the micro-batch of `objective` with the most tokens, at a limit of `micro_tokens`, packed or `padded`.
+@dataclass(frozen=True)
+class MicroBatchSearch:
+    """Search the micro-batches of a run for the largest, which a dry run tries.
 
-    The search covers the first epoch's steps, `step` (the rows of the largest step, if known) and the longest row
-    alone, in the shares of `world` processes.
+    Searched are the longest row alone, `step`, and the first epoch's steps, in the shares of all processes.
+
+    Attributes:
+        rows: the training rows.
+        config: the settings.
+        objective: the objective, which lays out a micro-batch.
+        step: the rows of the largest step, if known.
+        world: the number of processes.
+        padded: True if rows are padded to the longest of their micro-batch.
     """
-    most, largest = 0, np.array([rows.lengths.argmax()])
-    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens, padded), step, world):
-        if tokens > most:
-            most, largest = tokens, members
-        if most >= micro_tokens:
-            break  # the limit is reached
-    return (objective or Sft()).collate(rows, largest)
 
+    rows: Rows
+    config: RunConfig
+    objective: Objective = field(default_factory=Sft)
+    step: Sequence[int] | NDArray[np.integer] = ()
+    world: int = 1
+    padded: bool = False
 
-def largest_within(
-    rows: Rows,
-    config: RunConfig,
-    micro_tokens: int,
-    limit: int,
-    step: Sequence[int] | NDArray[np.integer] = (),
-    objective: Objective | None = None,
-    *,
-    world: int = 1,
-) -> MicroBatch | None:
-    """Return the largest micro-batch with at most `limit` tokens; None if all have more.
+    def largest(self, micro_tokens: int) -> MicroBatch:
+        """Return the micro-batch with the most tokens, cut at `micro_tokens`."""
+        most, largest = 0, self._longest_row()
+        for tokens, members in self._candidates(micro_tokens):
+            if tokens > most:
+                most, largest = tokens, members
+            if most >= micro_tokens:
+                break  # the limit is reached
+        return self.objective.collate(self.rows, largest)
 
-    Micro-batches are cut at `micro_tokens`, as in `largest_micro_batch`.
-    """
-    most, largest = 0, None
-    for tokens, members in _micro_batches(rows, config, Layout(micro_tokens), step, world):
-        if most < tokens <= limit:
-            most, largest = tokens, members
-    return None if largest is None else (objective or Sft()).collate(rows, largest)
+    def largest_within(self, micro_tokens: int, limit: int) -> MicroBatch | None:
+        """Return the largest micro-batch with at most `limit` tokens, cut at `micro_tokens`; None if all have more."""
+        most, largest = 0, None
+        for tokens, members in self._candidates(micro_tokens):
+            if most < tokens <= limit:
+                most, largest = tokens, members
+        return None if largest is None else self.objective.collate(self.rows, largest)
 
+    def _candidates(self, micro_tokens: int) -> Iterator[tuple[int, NDArray[np.integer]]]:
+        """Yield tokens and row numbers of each micro-batch that is searched."""
+        lengths, layout = self.rows.lengths, Layout(micro_tokens, self.padded)
+        steps = StepDataset(self.rows, self.config).rows_of(0)[:STEPS_SEEN]
+        for chosen in (self._longest_row(), np.asarray(self.step, dtype=np.int64), *steps):
+            for share in dealt(lengths, chosen, self.world):
+                for members in layout.of(lengths, share):
+                    yield layout.tokens_of(lengths, members), members
 
-def _micro_batches(
-    rows: Rows, config: RunConfig, layout: Layout, step: Sequence[int] | NDArray[np.integer], world: int
-) -> Iterator[tuple[int, NDArray[np.integer]]]:
-    """Yield tokens and row numbers of the candidate micro-batches.
-
-    The candidates are the longest row alone, and the micro-batches of `step` and of the first steps in all shares.
-    """
-    longest = np.array([rows.lengths.argmax()])
-    for chosen in (longest, np.asarray(step, dtype=np.int64), *StepDataset(rows, config).rows_of(0)[:STEPS_SEEN]):
-        for share in dealt(rows.lengths, chosen, world):
-            for members in layout.of(rows.lengths, share):
-                yield layout.tokens_of(rows.lengths, members), members
+    def _longest_row(self) -> NDArray[np.integer]:
+        return np.array([self.rows.lengths.argmax()])

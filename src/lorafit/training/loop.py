@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,17 @@ from lorafit.methods import Method
 from lorafit.methods.full.sharding import gathers_layers, is_sharded
 from lorafit.objectives import Objective
 from lorafit.runs import ADAPTER, Checkpoint, newest_whole
-from lorafit.runs.signals import StopSignals
 from lorafit.training.batches import Layout, Prefetched, StepDataset
 from lorafit.training.checkpoints.sharded import ShardedWriter
 from lorafit.training.checkpoints.snapshot import generators_state, restore_randomness
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
-from lorafit.training.distributed import Processes
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
 from lorafit.training.guards.memory_retry import AllocatorWatch, MemoryRetry, TunedMemory, too_little_memory
-from lorafit.training.logging.progress import StepLog, StepNumbers, StepProgress, TrainingClock, TrainingProgress
-from lorafit.training.logging.run_logs import EventLog
+from lorafit.training.logging.progress import StepLog, StepNumbers, TrainingClock, TrainingProgress
+from lorafit.training.run_context import RunContext
 from lorafit.training.schedule import OneByOne, autocast_dtype, compute_dtype
 from lorafit.training.transformers_parts import (
     Callbacks,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     build_lr_scheduler,
@@ -57,7 +54,7 @@ class TrainingLoop:
     callbacks and trackers see `arguments`, `state` and `control` as in its own Trainer.
 
     Attributes:
-        signals: the signals received so far.
+        context: processes, logs, signals and callbacks.
         memory_retry: retries steps when memory runs out.
         loss_monitor: judges losses and gradient norms.
         checkpoints: the writer of checkpoints, on a separate thread.
@@ -74,36 +71,28 @@ class TrainingLoop:
         config: RunConfig,
         train_rows: Rows,
         held_out_rows: Rows | None,
-        folder: Path,
-        *,
+        context: RunContext,
         memory: TunedMemory | None = None,
-        signals: StopSignals | None = None,
-        events: EventLog | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        show: Callable[[StepProgress], None] = lambda progress: None,
-        before_write: Callable[[], object] = lambda: None,
-        before_save: Callable[[], object] = lambda: None,
-        run: str = "",
-        processes: Processes | None = None,
     ) -> None:
         self.model, self.method, self.config = model, method, config
         self.train_rows, self.held_out_rows, self.trained = train_rows, held_out_rows, method.trainable(model)
-        self.signals, self.before_write, self.before_save = signals or StopSignals(), before_write, before_save
+        self.context, self.processes = context, context.processes
+        self.signals, self.events = context.signals, context.events
         self.stop: int | None = None
         self.optimizer, self.lr_scheduler = (None, None)  # type: Any, Any
         self.left_out, self.owes_evaluation = set[int](), False
         self._ahead: Prefetched | None = None
         epoch_steps = steps_per_epoch(len(train_rows), config.examples_per_step)
         dtype, evaluates = compute_dtype(model), bool(held_out_rows)
-        self.arguments = training_arguments(config, folder, epoch_steps, dtype, evaluates=evaluates)
-        self.processes = own = processes or Processes()
-        self.callbacks = Callbacks(self.arguments, model, callbacks, epoch_steps=epoch_steps, is_main=own.is_main)
+        self.arguments = training_arguments(config, context.checkpoints, epoch_steps, dtype, evaluates=evaluates)
+        is_main = self.processes.is_main
+        self.callbacks = Callbacks(self.arguments, model, context.callbacks, epoch_steps=epoch_steps, is_main=is_main)
         memory = memory or TunedMemory(config.max_length)
         self.rows = memory.rows
         self._set_up_steps(objective, memory)
-        self._set_up_guards(memory, events or EventLog(), run)
+        self._set_up_guards(memory)
         self.clock, self.step_log = TrainingClock(), StepLog()
-        self.progress = TrainingProgress(show, self.clock)
+        self.progress = TrainingProgress(context.show, self.clock)
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train from `checkpoint`, or from the first step, to the last step or a signal.
@@ -127,7 +116,7 @@ class TrainingLoop:
                 numbers = self._advance(step)
                 # ----------------------------------------------------------------
 
-                self.before_write()
+                self.context.before_write()
                 self.step_log.push(numbers, measured)
                 self._collect_requests()
                 if last_good := self._log_finished():
@@ -224,7 +213,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Start to write a checkpoint of the present state, while training continues."""
-        self.before_save()
+        self.context.before_save()
         generators = self.processes.gathered(generators_state())
         self.processes.require_same(self.trained)
         if self.processes.is_main or self.checkpoints.is_shared:
@@ -368,11 +357,10 @@ class TrainingLoop:
         self.schedule = OneByOne(self.model, objective, self.device, autocast=autocast, graphs=memory.graphs)
         self.scaler = self.schedule.scaler
 
-    def _set_up_guards(self, memory: TunedMemory, events: EventLog, run: str) -> None:
+    def _set_up_guards(self, memory: TunedMemory) -> None:
         """Set up the guards of memory, numbers and time."""
         self.model.train()  # every module: PEFT's wrapper is in training mode while its base is not
-        folder = Path(self.arguments.output_dir)
-        self.events = events
+        folder, events = self.context.checkpoints, self.events
         self.memory_retry = MemoryRetry(self.steps, events, self.device, memory, self.processes)
         self.allocator_watch: AllocatorWatch | None = None
         if memory.watches_allocator and memory.layers is not None:
@@ -380,7 +368,7 @@ class TrainingLoop:
         allowance, where = FP16_ALLOWANCE if self.scaler.is_enabled() else 0, str(events.path or folder)
         self.loss_monitor = LossMonitor(self.config, self.train_rows, events, where, allowance)
         kind = ShardedWriter if is_sharded(self.model) else CheckpointWriter
-        self.checkpoints = kind(folder, self.config, run, events)
+        self.checkpoints = kind(folder, self.config, self.context.run, events)
         self.save_timer = SaveTimer(self.config.save_minutes)
 
     def _log_step(self, numbers: StepNumbers) -> None:

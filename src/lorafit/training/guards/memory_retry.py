@@ -192,9 +192,7 @@ class MemoryRetry:
     ) -> torch.Tensor | None:
         """Return the sum of `loss_of(micro_batch)` over `rows`, which several processes share.
 
-        It is None once `is_stopped` returns True.
-
-        A micro-batch that does not fit is halved.
+        It is None once `is_stopped` returns True. A micro-batch that does not fit is halved.
         """
         total = self.processes.together(lambda: self._evaluate_share(number, rows, loss_of, is_stopped))
         return None if total is None else self.processes.total(total)
@@ -267,17 +265,16 @@ class MemoryRetry:
         self, number: int, rows: Rows, members: NDArray[np.integer], reason: OutOfMemory
     ) -> list[NDArray[np.integer]]:
         """Return the row sets to evaluate instead of `members`, which did not fit."""
-        whole = members
         if self._free_graphs():
             self._note(number, reason, "evaluating; the memory of CUDA graphs is freed")
-            return [whole]
-        if len(whole) > 1:
-            half = (len(whole) + 1) // 2
-            self._note(number, reason, f"evaluating {len(whole)} rows at once; they are halved")
-            return [whole[half:], whole[:half]]
+            return [members]
+        if len(members) > 1:
+            half = (len(members) + 1) // 2
+            self._note(number, reason, f"evaluating {len(members)} rows at once; they are halved")
+            return [members[half:], members[:half]]
         if not self._reduce_memory(number, reason):
-            raise _too_large(rows, int(whole[0]), "evaluation")
-        return [whole]
+            raise _too_large(rows, int(members[0]), "evaluation")
+        return [members]
 
     def _free_graphs(self) -> bool:
         """Free the memory of CUDA graphs, which are recorded again later; False without graphs."""
