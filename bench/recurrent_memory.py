@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafit.memory.footprint import Activations, Execution, activations
-from lorafit.memory.inputs import MicroBatch
+from lorafit.memory.inputs import MicroBatchSize
 from lorafit.memory.recurrent_layers import with_recurrent_layers
 from lorafit.shapes import ModelShape
 
@@ -58,7 +58,7 @@ def compared(family: str, rows: int, length: int) -> dict[str, Any]:
     """Return the peak in the plan and in the allocator, MiB."""
     config = AutoConfig.for_model(family, **COMMON, **SHAPES[family])
     shape = ModelShape.from_config(config.to_dict(), family)
-    batch = MicroBatch(rows * length, rows * length, length)
+    batch = MicroBatchSize(rows * length, rows * length, length)
     eager = activations(shape, (), batch, width=4, execution=Execution())
     live = with_recurrent_layers(eager, eager, shape, batch, 4)
     peak, planned = allocated(config, rows, length), peak_of(live, shape)

@@ -63,7 +63,7 @@ def inputs(config=None, stats=None, model=None, hardware="H200"):
 
 
 def random_case(seed):
-    """Costs of a few layers, a link, a room in bytes, and whether copies are bounded by bytes."""
+    """Costs of a few layers, a link, and a room in bytes."""
     draw = random.Random(seed)
     whole = draw.randint(1, 50)
     light = whole + draw.randint(0, 200)
@@ -72,4 +72,4 @@ def random_case(seed):
         draw.random(), 2 * draw.random(), draw.random(), draw.random() + 0.5,
         *sorted(draw.randint(0, 300) for _ in range(3)), loss_bytes=draw.randint(0, 400), loss_s=draw.random(),
     )  # fmt: skip
-    return costs, Link(draw.uniform(50, 600), draw.uniform(50, 600)), draw.randint(50, 3000), draw.random() < 0.5
+    return costs, Link(draw.uniform(50, 600), draw.uniform(50, 600)), draw.randint(50, 3000)

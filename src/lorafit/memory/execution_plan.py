@@ -19,7 +19,7 @@ from lorafit.memory.footprint import (
     static_memory,
     total_bytes,
 )
-from lorafit.memory.inputs import MicroBatch, PlanInputs
+from lorafit.memory.inputs import MicroBatchSize, PlanInputs
 from lorafit.memory.layer_costs import FILLED, LayerCosts, Link, PeakMemory, Split, graph_tokens, timeline_s
 from lorafit.memory.recurrent_layers import with_recurrent_layers
 from lorafit.memory.solver import Room, solve, solve_micro
@@ -119,7 +119,7 @@ def room_of(inputs: PlanInputs, tokens: int, execution: Execution | None = None,
 
 def _costs(
     inputs: PlanInputs,
-    batch: MicroBatch,
+    batch: MicroBatchSize,
     execution: Execution | None,
     policy: MemoryPolicy = MemoryPolicy(),  # noqa: B008 (frozen)
 ) -> LayerCosts:
@@ -161,7 +161,7 @@ def _fitting(inputs: PlanInputs, execution: Execution | None) -> MemoryPolicy:
     return policy.sized(most, inputs.config.max_length)
 
 
-def _fill_spare_memory(costs: LayerCosts, room: Room, inputs: PlanInputs, batch: MicroBatch) -> MemoryPolicy:
+def _fill_spare_memory(costs: LayerCosts, room: Room, inputs: PlanInputs, batch: MicroBatchSize) -> MemoryPolicy:
     """Return the policy that keeps everything and fills spare memory.
 
     CUDA graphs come first, if micro-batches wait for the CPU. Dequantized weights fill the rest, as in the engine.
@@ -181,7 +181,7 @@ def _margin_bytes(inputs: PlanInputs, margin: float) -> float:
     return inputs.hardware.memory_bytes * (1 - 1 / (1 + margin))
 
 
-def _graph_tokens(costs: LayerCosts, inputs: PlanInputs, batch: MicroBatch) -> int:
+def _graph_tokens(costs: LayerCosts, inputs: PlanInputs, batch: MicroBatchSize) -> int:
     """Return the most tokens of a micro-batch that runs as a CUDA graph."""
     every = MemoryPolicy(cuda_graph_max_tokens=batch.tokens)
     if not _records(every, inputs):
@@ -242,7 +242,7 @@ def _fastest(costs: LayerCosts, room: Room, inputs: PlanInputs, tokens: int) -> 
 
 
 def _plan(
-    policy: MemoryPolicy, costs: LayerCosts, room: Room, batch: MicroBatch, inputs: PlanInputs, beside_s: float
+    policy: MemoryPolicy, costs: LayerCosts, room: Room, batch: MicroBatchSize, inputs: PlanInputs, beside_s: float
 ) -> ExecutionPlan:
     split = Split.of(policy, costs)
     offloaded = policy.offloaded_layers if room.link else 0  # a CPU has no other memory to offload to

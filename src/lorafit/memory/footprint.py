@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.hardware.device import GIB
-from lorafit.memory.inputs import MASTER_BYTES, UPDATE_BYTES, MicroBatch, PlanInputs, moment_bytes
+from lorafit.memory.inputs import MASTER_BYTES, UPDATE_BYTES, MicroBatchSize, PlanInputs, moment_bytes
 from lorafit.memory.sharded import GATHERED_LAYERS, gathered_bytes, held_bytes, shard_bytes
 from lorafit.shapes import ModelShape, Projection
 
@@ -260,7 +260,7 @@ class Activations:
 def activations(
     shape: ModelShape,
     targets: tuple[str, ...],
-    batch: MicroBatch,
+    batch: MicroBatchSize,
     *,
     width: int,
     mask_bytes: int = 0,
@@ -321,7 +321,7 @@ def attention_values(shape: ModelShape) -> int:
     return 2 * queries + 2 * keys + (queries + keys if fused else 0)
 
 
-def _scores_bytes(shape: ModelShape, batch: MicroBatch, execution: Execution) -> int:
+def _scores_bytes(shape: ModelShape, batch: MicroBatchSize, execution: Execution) -> int:
     """Return the bytes of capped scores, with copies, that compiled attention stores.
 
     It stores at least the scores of one key head of the longest row at a time (engine/attention/grouped.py).
@@ -372,7 +372,7 @@ def _gradient_bytes(shape: ModelShape, tokens: int, width: int, execution: Execu
     return width * tokens * (max(copies * inner, through_experts) + 4 * shape.hidden)
 
 
-def _logit_bytes(shape: ModelShape, batch: MicroBatch, width: int, execution: Execution) -> int:
+def _logit_bytes(shape: ModelShape, batch: MicroBatchSize, width: int, execution: Execution) -> int:
     """Return the bytes of logits and their gradients.
 
     The gradient overwrites a chunk's logits; in fp32, which has no kernel for that, both exist. Other tools hold

@@ -61,7 +61,7 @@ class DataStats:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatchSize:
     """Hold the size of one micro-batch in tokens.
 
     Attributes:
@@ -287,12 +287,12 @@ class PlanInputs:
             return self.config.max_length
         return most_tokens(self.largest_step_tokens, self.config.max_length)
 
-    def micro_batch(self, limit: int) -> MicroBatch:
+    def micro_batch(self, limit: int) -> MicroBatchSize:
         """Return the largest micro-batch of at most `limit` tokens. A longer row has a micro-batch of its own."""
         longest = min(self.stats.longest, self.largest_step_tokens)
         tokens = longest if self.shape.alone else min(max(limit, self.stats.longest), self.largest_step_tokens)
         supervised = min(tokens, round(tokens * self.stats.supervised_share * SUPERVISED_SPREAD))
-        return MicroBatch(tokens, supervised, min(tokens, self.stats.longest))
+        return MicroBatchSize(tokens, supervised, min(tokens, self.stats.longest))
 
 
 def moment_bytes(optimizer: str) -> float:

@@ -262,23 +262,15 @@ class OffloadSchedule:
     on_device_from: tuple[int, ...]
 
 
-IN_FLIGHT = 2
-"""Offloaded layers on the device at a time, when bytes do not bound them. Policies set by hand use it."""
+def offload_schedule(costs: LayerCosts, policy: MemoryPolicy, room_bytes: int) -> OffloadSchedule:
+    """Return the schedule of `policy` with as many offloaded layers on the device as fit.
 
-
-def offload_schedule(
-    costs: LayerCosts, policy: MemoryPolicy, room_bytes: int, by_bytes: bool = True
-) -> OffloadSchedule:
-    """Return the schedule of `policy`: with `by_bytes` as many offloaded layers as fit, else IN_FLIGHT.
-
-    `room_bytes` is for saved and working bytes, as `solve` counts them. With `by_bytes` one layer in use and one in
-    flight are always allowed.
+    `room_bytes` is for saved and working bytes, as `solve` counts them. One layer in use and one in flight are always
+    allowed.
     """
     split = Split.of(policy, costs)
     layers, offload = costs.layers, policy.offloaded_layers
     tops = [min(layer + 1, layers) for layer in range(layers + 1)]
-    if not by_bytes:
-        return OffloadSchedule(tuple(max(0, min(offload, top - IN_FLIGHT)) for top in tops))
     sums = list(accumulate((costs.saved[split.level(layer)] for layer in range(layers)), initial=0))
     firsts = []
     for layer, top in enumerate(tops):
@@ -302,7 +294,7 @@ def fullest_bytes(costs: LayerCosts, policy: MemoryPolicy, schedule: OffloadSche
     )
 
 
-def timeline_s(costs: LayerCosts, policy: MemoryPolicy, link: Link, room_bytes: int, by_bytes: bool = True) -> float:
+def timeline_s(costs: LayerCosts, policy: MemoryPolicy, link: Link, room_bytes: int) -> float:
     """Return the seconds of one micro-batch under `offload_schedule`.
 
     Two copy streams run beside the compute stream. A layer's copy to the host starts after its forward and after the
@@ -312,7 +304,7 @@ def timeline_s(costs: LayerCosts, policy: MemoryPolicy, link: Link, room_bytes: 
     """
     split = Split.of(policy, costs)
     saved = [costs.saved[split.level(layer)] for layer in range(policy.offloaded_layers)]
-    first = offload_schedule(costs, policy, room_bytes, by_bytes).on_device_from
+    first = offload_schedule(costs, policy, room_bytes).on_device_from
     now = _forward_s(costs, saved, first, link) + costs.loss_s
     link_free_s, requested, arrived_s = now, policy.offloaded_layers, [0.0] * policy.offloaded_layers
     for layer in reversed(range(costs.layers)):

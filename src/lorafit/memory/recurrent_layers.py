@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorafit.memory.footprint import Activations, attention_values
-from lorafit.memory.inputs import MicroBatch
+from lorafit.memory.inputs import MicroBatchSize
 from lorafit.shapes import ModelShape
 
 
 def with_recurrent_layers(
-    live: Activations, eager: Activations, shape: ModelShape, batch: MicroBatch, width: int
+    live: Activations, eager: Activations, shape: ModelShape, batch: MicroBatchSize, width: int
 ) -> Activations:
     """Return the activations of the mean layer and of the heaviest.
 
@@ -42,5 +42,5 @@ def _beside_attention(shape: ModelShape, share: float) -> bool:
     return with_attention / shape.layers > 1 - share
 
 
-def _attention_bytes(shape: ModelShape, batch: MicroBatch, width: int) -> int:
+def _attention_bytes(shape: ModelShape, batch: MicroBatchSize, width: int) -> int:
     return width * attention_values(shape) * batch.tokens

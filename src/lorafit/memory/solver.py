@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from lorafit.config.memory_policy import MemoryPolicy
-from lorafit.memory.layer_costs import IN_FLIGHT, LayerCosts, Link, Split, timeline_s
+from lorafit.memory.layer_costs import LayerCosts, Link, Split, timeline_s
 
 __all__ = ["LayerCosts", "Link", "Room", "Solution", "solve", "solve_micro"]
 
@@ -49,7 +49,6 @@ class Room:
         device_bytes: Free on the device beside static memory, which includes the embeddings.
         host_bytes: Host memory that may be pinned.
         link: Rates of the link; None when nothing can be offloaded.
-        by_bytes: Whether layers in flight may fill the free memory; otherwise they are two at a time.
         embedding_bytes: Embeddings that may move to the host.
         embedding_s: Seconds a micro-batch of having the embeddings on the host.
         between_s: Seconds that each micro-batch of a step after the first adds to it.
@@ -58,7 +57,6 @@ class Room:
     device_bytes: int
     host_bytes: int = UNLIMITED
     link: Link | None = None
-    by_bytes: bool = True
     embedding_bytes: int = 0
     embedding_s: float = 0.0
     between_s: float = 0.0
@@ -173,7 +171,7 @@ def _best_of(
         policy = MemoryPolicy(split.light - split.whole, split.whole, offload)
         seconds = split.work_s
         if offload and room.link:
-            seconds = timeline_s(costs, policy, room.link, room.device_bytes, room.by_bytes)
+            seconds = timeline_s(costs, policy, room.link, room.device_bytes)
         if seconds < bound_s:
             bound_s = seconds
             best = Solution(policy, seconds, split.device_bytes(offload), split.saved_by(offload))
@@ -215,30 +213,21 @@ def _stall_s(split: Split, offload: int, room: Room) -> float:
     costs, link = split.costs, room.link
     if not offload or link is None:
         return 0.0
-    gone, first_request = _gone(split, offload, room), costs.layers
+    gone = _gone(split, offload, room)
     leaving = split.saved_by(gone)
-    out = [leaving / link.to_host_bytes_s - (costs.layers - 1) * costs.forward_s]
+    out = leaving / link.to_host_bytes_s - (costs.layers - 1) * costs.forward_s
     ends = [top for top in {gone, split.light, split.light + 1, split.whole, split.whole + 1, 1} if 0 < top <= gone]
-    if not room.by_bytes:
-        # the last offloaded layer runs when all but IN_FLIGHT have left; copies back start as many layers ahead
-        first_request = min(first_request, gone + IN_FLIGHT - 1)
-        gone = max(offload - IN_FLIGHT, 0)
-        starts = [start for start in (0, split.whole, split.light) if start < gone]
-        sent = ((split.saved_by(gone) - split.saved_by(start), gone - start) for start in starts)
-        out += [size / link.to_host_bytes_s - count * costs.forward_s for size, count in sent]
     late = [
-        (leaving - split.saved_by(top - 1)) / link.to_device_bytes_s - _backward_s(split, top, first_request)
+        (leaving - split.saved_by(top - 1)) / link.to_device_bytes_s - _backward_s(split, top, costs.layers)
         for top in ends
     ]
     drags = (link.drag * split.saved_by(offload) / link.to_host_bytes_s, link.drag * leaving / link.to_device_bytes_s)
-    return max([drags[0], *out]) + max([drags[1], *late])
+    return max(drags[0], out) + max([drags[1], *late])
 
 
 def _gone(split: Split, offload: int, room: Room) -> int:
     """Return the number of first layers that must have left the device before the loss."""
     layers = split.costs.layers
-    if not room.by_bytes:
-        return max(0, min(offload, layers - IN_FLIGHT))
     leaving = split.saved_by(offload)
     stays = split.saved_by(layers) - leaving
     return min(offload, split.fewest(leaving - max(0, room.device_bytes - split.beside(layers) - stays)))

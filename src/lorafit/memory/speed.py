@@ -13,7 +13,7 @@ from lorafit.config.memory_policy import MemoryPolicy
 from lorafit.hardware import Hardware
 from lorafit.hardware.device import CORE_GFLOPS
 from lorafit.memory.footprint import NF4_BYTES, Activations, Execution
-from lorafit.memory.inputs import MASTER_BYTES, MicroBatch, PlanInputs, moment_bytes
+from lorafit.memory.inputs import MASTER_BYTES, MicroBatchSize, PlanInputs, moment_bytes
 from lorafit.memory.layer_costs import LayerCosts
 from lorafit.shapes import ModelShape, Projection
 
@@ -59,7 +59,7 @@ EMULATED = 0.25
 
 def layer_costs(
     inputs: PlanInputs,
-    batch: MicroBatch,
+    batch: MicroBatchSize,
     live: Activations,
     execution: Execution,
     policy: MemoryPolicy,

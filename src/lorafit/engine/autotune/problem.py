@@ -147,7 +147,7 @@ class Problem:
         layers.set_schedule(schedule.on_device_from, partial(self._reduce_slightly, layers, found, schedule))
 
     def _schedule(self, found: MemoryPolicy) -> OffloadSchedule:
-        return offload_schedule(self._costs_with(found), found, self._room_with(found).device_bytes, by_bytes=True)
+        return offload_schedule(self._costs_with(found), found, self._room_with(found).device_bytes)
 
     def _costs_with(self, found: MemoryPolicy) -> LayerCosts:
         """Return the costs of the policy's micro-batch."""
