@@ -1,13 +1,11 @@
 """A GGUF file, opened by llama.cpp itself, is the model that transformers runs."""
 
 import json
-import shutil
 
 import gguf
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 from lorafit.api.merge import merge as measured_merge
@@ -24,64 +22,7 @@ from lorafit.export.formats.gguf.tensor_types import encode, type_of
 from lorafit.export.formats.gguf.vocabulary import SPLITS, pre_tokenizer
 from lorafit.export.importance import input_squares
 from lorafit.export.merge import merge
-
-SIZES = {
-    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-ROPE = {"rope_theta": 10000.0}
-LLAMA3 = ROPE | {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
-MODELS = {
-    "llama": ("Llama", {}),
-    "llama, tied, biased, narrow heads": (
-        "Llama", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
-    "llama 3 rotary": ("Llama", {"rope_parameters": LLAMA3}),
-    "linear rotary": ("Llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
-    "yarn": ("Llama", {"rope_parameters": ROPE | {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
-    "yarn, scaled": ("Qwen3", {"rope_parameters": ROPE | {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 0.7}}),
-    "mistral": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "granite": ("Granite", {
-        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
-    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
-    "olmo2": ("Olmo2", {}),
-    "phi3": ("Phi3", {}),
-    "gemma2": ("Gemma2", GEMMA),
-    "gemma3": ("Gemma3Text", GEMMA | {
-        "num_hidden_layers": 7, "final_logit_softcapping": 3.0, "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
-}  # fmt: skip
-
-
-def model_of(name, **sizes):
-    """A random model with norms and biases away from 1 and 0, so that a lost one is seen."""
-    kind, extra = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | extra | sizes))
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.1) if weight.ndim == 1 else weight.mul_(3)
-    return model
-
-
-def companions(model, folder):
-    model.config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, folder / name)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-
-
-def kl(theirs, ours):
-    return float(F.kl_div(theirs, ours, reduction="batchmean", log_target=True))
+from tiny_gguf import GEMMA, LLAMA3, MODELS, ROPE, SIZES, companions, kl, model_of
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,96 +1,94 @@
 """architecture: a checkpoint's configuration and tensors in the terms of llama.cpp.
 
-Source: llama.cpp's convert_hf_to_gguf.py, whose classes are named at each family.
+Source: llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
 import numpy as np
 
 from lorafit.errors import UsageError
+from lorafit.export.formats.gguf.families import FAMILIES
 from lorafit.export.formats.gguf.fitting import full_context, require_fitting
+from lorafit.export.formats.gguf.parts import Part, language_name, parts_of
 
 CONVERTER = "merge to safetensors, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Describe how llama.cpp stores a family.
-
-    Attributes:
-        arch: llama.cpp's name of the architecture.
-        permuted: True if rotary pairs lie side by side in q and k, where transformers has them half a head apart.
-        norm_plus_one: True if a norm multiplies by 1 + weight, and the file stores that sum.
-    """
-
-    arch: gguf.MODEL_ARCH
-    permuted: bool = False
-    norm_plus_one: bool = False
-
-
-FAMILIES = {
-    "llama": Family(gguf.MODEL_ARCH.LLAMA, permuted=True),  # LlamaModel
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, permuted=True),
-    "granite": Family(gguf.MODEL_ARCH.GRANITE, permuted=True),  # GraniteModel(LlamaModel)
-    "smollm3": Family(gguf.MODEL_ARCH.SMOLLM3, permuted=True),  # SmolLM3Model(LlamaModel)
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
-    "olmo2": Family(gguf.MODEL_ARCH.OLMO2),
-    "phi3": Family(gguf.MODEL_ARCH.PHI3),
-    "gemma2": Family(gguf.MODEL_ARCH.GEMMA2, norm_plus_one=True),
-    "gemma3_text": Family(gguf.MODEL_ARCH.GEMMA3, norm_plus_one=True),
-}
-"""Families by `model_type`. Each is compared with transformers, logit by logit, in the tests."""
 
 
 class Architecture:
     """Name tensors and settings of one model as llama.cpp does.
 
     Attributes:
-        config: the transformers configuration.
+        config: the transformers configuration of the language model.
         family: how llama.cpp stores it.
+        tied: True if the embeddings are the head as well.
         layers: the number of decoder layers.
         head_dim: the size of a head.
     """
 
     def __init__(self, config: Any) -> None:
         """Raise UsageError for a family that is not written here, or a setting that llama.cpp computes otherwise."""
-        if config.model_type not in FAMILIES:
+        self.config = config.get_text_config()
+        self._has_towers = self.config is not config
+        if self.config.model_type not in FAMILIES:
             what = f"GGUF files of the family '{config.model_type!s:.40}' are not written here"
             raise UsageError(what, where="export_format", fix=CONVERTER)
-        self.config = config
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self._deepstack = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ()))
+        config = self.config
         self.family = FAMILIES[config.model_type]
         self.layers = int(config.num_hidden_layers)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self._names = gguf.get_tensor_name_map(self.family.arch, self.layers)
         self._rope = _rope_of(config)
-        require_fitting(config, self._rope, self.head_dim)
+        require_fitting(config, self._rope, self.head_dim, tied=self.tied)
 
     @property
     def name(self) -> str:
         """Return llama.cpp's name of the architecture."""
         return gguf.MODEL_ARCH_NAMES[self.family.arch]
 
-    def tensor(self, name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
-        """Return (name in the file, values in the file) of a tensor of the checkpoint.
+    @property
+    def experts(self) -> int:
+        """Return the number of experts of a layer; 0 for a dense model."""
+        if self.family.scales_experts is None:
+            return 0
+        return int(getattr(self.config, "num_local_experts", None) or self.config.num_experts)
+
+    def parts(self, name: str, values: np.ndarray) -> Iterator[Part]:
+        """Yield the parts, by their names in the file, of the tensor `name` of the checkpoint; none for a tower's.
 
         `values` is fp32 in the checkpoint's shape. Raises UsageError for a tensor that llama.cpp has no place for.
         """
+        plain = language_name(name) if self._has_towers else name
+        if plain is None or (self.tied and plain == "lm_head.weight"):
+            return
+        whole = (Part(plain, values),)
+        parts = parts_of(plain, values, self.family.experts, self.config.hidden_size) if self.experts else whole
+        for part in parts:
+            yield part._replace(name=self._stored(part.name), values=self._turned(part))
+
+    def _stored(self, name: str) -> str:
         stored = self._names.get_name(name, (".weight", ".bias"))
         if stored is None:
             raise UsageError(f"llama.cpp has no place for the tensor '{name:.80}'", where="the base", fix=CONVERTER)
+        return f"{stored}.weight" if stored.endswith("attn_sinks") else stored
+
+    def _turned(self, part: Part) -> np.ndarray:
+        """Return the values as the file has them: rotary pairs side by side, and what a norm multiplies by."""
+        name, values, config = part.name, part.values, self.config
         if self.family.norm_plus_one and name.endswith("norm.weight"):
-            return stored, values + 1
+            return values + 1
         if self.family.permuted and name.endswith(("q_proj.weight", "q_proj.bias")):
-            return stored, _interleave(values, self.config.num_attention_heads)
+            return _interleave(values, config.num_attention_heads)
         if self.family.permuted and name.endswith(("k_proj.weight", "k_proj.bias")):
-            return stored, _interleave(values, self.config.num_key_value_heads)
-        return stored, values
+            return _interleave(values, config.num_key_value_heads)
+        return values
 
     def extra_tensors(self) -> dict[str, np.ndarray]:
         """Return tensors that the file has and the checkpoint has not: Llama 3's factors of rotary frequencies."""
@@ -112,6 +110,7 @@ class Architecture:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
         self._write_rotary(writer)
+        self._write_experts(writer)
         self._write_constants(writer)
 
     def _write_rotary(self, writer: gguf.GGUFWriter) -> None:
@@ -127,10 +126,24 @@ class Architecture:
             writer.add_rope_scaling_orig_ctx_len(int(original))
             writer.add_rope_scaling_attn_factors(_attention_factor(rope))
 
+    def _write_experts(self, writer: gguf.GGUFWriter) -> None:
+        """Add the sizes of a mixture."""
+        config = self.config
+        if not self.experts:
+            return
+        writer.add_expert_count(self.experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(
+            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        )
+        for name in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+            if width := getattr(config, name, 0):
+                writer.add_expert_shared_feed_forward_length(width)
+
     def _write_constants(self, writer: gguf.GGUFWriter) -> None:
         """Add the constants of single families, where the configuration has them."""
         config, family = self.config, self.config.model_type
-        if family in ("gemma2", "gemma3_text", "phi3"):
+        if family in ("gemma2", "gemma3_text", "gpt_oss", "phi3"):
             writer.add_sliding_window(int(config.sliding_window or 0))
         if family == "phi3":
             original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
@@ -145,7 +158,12 @@ class Architecture:
             )
             if config.final_logit_softcapping is not None:
                 writer.add_final_logit_softcapping(config.final_logit_softcapping)
-        if family == "granite":
+        if (axes := self._rope.get("mrope_section")) is not None or "_vl_" in family:
+            half = self.head_dim // 2  # without towers every axis has the same positions
+            writer.add_rope_dimension_sections([*(axes or (half, 0, 0)), 0])
+        if family.startswith("qwen3_vl"):
+            writer.add_num_deepstack_layers(self._deepstack)
+        if family.startswith("granite"):
             writer.add_attention_scale(config.attention_multiplier)
             writer.add_embedding_scale(config.embedding_multiplier)
             writer.add_residual_scale(config.residual_multiplier)

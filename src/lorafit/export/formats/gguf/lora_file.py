@@ -34,7 +34,7 @@ def write_lora(updates: Iterable[tuple[str, LowRank]], base: Path, path: Path) -
     """
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     architecture, pairs = Architecture(config), dict(updates)
-    if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in pairs:
+    if architecture.tied and "lm_head.weight" in pairs:
         what = "llama.cpp adapts no head that shares its weights with the embeddings"
         raise UsageError(what, where="lm_head", fix=MERGE)
     # llama.cpp divides one alpha by each pair's own rank
@@ -45,10 +45,10 @@ def write_lora(updates: Iterable[tuple[str, LowRank]], base: Path, path: Path) -
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for name, (a, b, scale) in pairs.items():
-            stored, rows = architecture.tensor(name, b)
             rest = np.float32(scale * len(a) / alpha)  # 1 if all ranks are equal
-            writer.add_tensor(f"{stored}.lora_a", np.ascontiguousarray(a))
-            writer.add_tensor(f"{stored}.lora_b", np.ascontiguousarray(rows if rest == 1 else rows * rest))
+            for part in architecture.parts(name, b if rest == 1 else b * rest):
+                writer.add_tensor(f"{part.name}.lora_a", np.ascontiguousarray(a))
+                writer.add_tensor(f"{part.name}.lora_b", np.ascontiguousarray(part.values))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,6 +1,6 @@
 """tensor_types: which type each tensor of a GGUF file has, and its bytes.
 
-Source of the choice: `llama_tensor_get_type` in llama.cpp's llama-quant.cpp, for dense models.
+Source of the choice: `llama_tensor_get_type` in llama.cpp's llama-quant.cpp.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SEARCHED = frozenset((Type.Q5_0, Type.Q5_1))
 """Types whose scales llama.cpp searches for, if it is told the importance of columns."""
 
 
-def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, tied: bool) -> Type:
+def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, tied: bool, experts: int = 0) -> Type:
     """Return the type of the tensor `name` of the file.
 
-    `shape` is (rows, columns), or (values,) for norms and biases, which stay in fp32. `tied` is True if the
-    embeddings are the head as well.
+    `shape` is (rows, columns), of one expert too; or (values,) for norms and biases, which stay in fp32 as routers do.
+    `tied` is True if the embeddings are the head as well.
     """
     chosen = DEFAULT[quantization]
-    if len(shape) == 1 or "_norm" in name:
+    if len(shape) == 1 or "_norm" in name or ".ffn_gate_inp" in name or name.endswith(".bias"):
         return Type.F32
     if quantization in ("f16", "bf16"):
         return chosen
@@ -44,7 +44,11 @@ def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, t
         chosen = Type.Q8_0 if chosen is Type.Q8_0 or shape[-1] % 256 else Type.Q6_K
     elif quantization in ("q5_k_m", "q4_k_m") and ".attn_qkv." in name:
         chosen = Type.Q5_K if quantization == "q4_k_m" else Type.Q6_K
-    elif quantization in ("q5_k_m", "q4_k_m") and (".attn_v." in name or ".ffn_down." in name):
+    elif experts == 8 and chosen in K_QUANTS and (".attn_k." in name or ".attn_v." in name):
+        chosen = Type.Q8_0  # few bytes beside the experts
+    elif experts == 8 and quantization == "q4_k_m" and ".attn_output." in name:
+        chosen = Type.Q5_K
+    elif quantization in ("q5_k_m", "q4_k_m") and (".attn_v." in name or ".ffn_down" in name):
         layer = int(name.split(".")[1])
         chosen = Type.Q6_K if _use_more_bits(layer, layers) else chosen
     if chosen in K_QUANTS and shape[-1] % 256:
@@ -53,7 +57,7 @@ def type_of(name: str, shape: tuple[int, ...], quantization: str, layers: int, t
 
 
 def encode(values: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
-    """Return fp32 `values` (rows, columns) as the file stores them: numbers, or bytes (rows, bytes a row).
+    """Return fp32 `values` (…, columns) as the file stores them: numbers, or bytes (…, bytes a row).
 
     `importance` (columns,) weighs the errors of types that search for their scales.
     """
@@ -62,7 +66,8 @@ def encode(values: np.ndarray, kind: Type, importance: np.ndarray | None = None)
     if kind is Type.F16:
         return values.astype(np.float16)
     if kind in K_QUANTS or (importance is not None and kind in SEARCHED):
-        return quantize_rows(values, kind, importance)
+        rows = quantize_rows(values.reshape(-1, values.shape[-1]), kind, importance)
+        return rows.reshape(*values.shape[:-1], -1)
     return gguf.quants.quantize(values, kind)
 
 

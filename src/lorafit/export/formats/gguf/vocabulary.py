@@ -133,7 +133,8 @@ def _write_special_ids(writer: gguf.GGUFWriter, folder: Path, tokenizer: dict[st
     """Add the ids that begin and end a text, the greedy default, and the chat template."""
     settings = read_json(folder / "generation_config.json", TemplateError)
     config = read_json(folder / "config.json", TemplateError)
-    begins = settings.get("bos_token_id", config.get("bos_token_id"))
+    text = config.get("text_config") or {}  # of a model with towers
+    begins = settings.get("bos_token_id", config.get("bos_token_id", text.get("bos_token_id")))
     stops = settings["eos_token_id"]
     stops = stops if isinstance(stops, list) else [stops]
     for add, stop in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), stops):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 import gguf
 import numpy as np
 from torch import Tensor
 from transformers import AutoConfig
 
+from lorafit.errors import VerificationError
 from lorafit.export.formats.export_format import Written
 from lorafit.export.formats.gguf.architecture import Architecture
+from lorafit.export.formats.gguf.parts import Part
 from lorafit.export.formats.gguf.tensor_types import FILE_TYPES, encode, type_of
 from lorafit.export.formats.gguf.vocabulary import require_vocabulary, write_vocabulary
 
@@ -33,23 +36,25 @@ def write_gguf(
     A GGUF file begins with the names and sizes of all tensors, so encoded tensors wait in a file beside it.
     """
     folder = path.parent
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    architecture = Architecture(config)
+    architecture = Architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_file_type(FILE_TYPES[quantization])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     architecture.write_settings(writer)
-    write_vocabulary(writer, folder, config.vocab_size)
-    spool = folder / SPOOL
+    write_vocabulary(writer, folder, architecture.config.vocab_size)
+    file = folder / SPOOL
     try:
-        total = _encode_all(writer, weights, architecture, quantization, spool, importance or {})
+        with file.open("wb") as out:
+            spool = _Spool(out, architecture.experts)
+            _encode_all(weights, architecture, quantization, spool, importance or {})
+        spool.add_to(writer, file)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-        spool.unlink(missing_ok=True)
-    return Written((path,), total)
+        file.unlink(missing_ok=True)
+    return Written((path,), spool.total)
 
 
 def require_written(folder: Path) -> None:
@@ -60,43 +65,63 @@ def require_written(folder: Path) -> None:
 
 
 def _encode_all(
-    writer: gguf.GGUFWriter,
     weights: Iterable[tuple[str, Tensor]],
     architecture: Architecture,
     quantization: str,
-    spool: Path,
+    spool: _Spool,
     importance: Mapping[str, np.ndarray],
-) -> int:
-    """Encode every tensor into `spool`, and name it in `writer`; return the bytes of all."""
-    tied, pieces = bool(getattr(architecture.config, "tie_word_embeddings", False)), []
-    with spool.open("wb") as out:
-        for name, stored, values in _named(weights, architecture, tied):
-            kind = type_of(stored, values.shape, quantization, architecture.layers, tied)
-            data = np.ascontiguousarray(encode(values, kind, importance.get(name)))
-            pieces.append(_Piece(stored, kind, data.dtype, data.shape, out.tell()))
-            data.tofile(out)
-        total = out.tell()
-    for piece in pieces:
-        data = np.memmap(spool, piece.dtype, "r", piece.offset, piece.shape)
-        writer.add_tensor(piece.name, data, raw_dtype=piece.kind)
-    return total
+) -> None:
+    """Encode every tensor into `spool`."""
+    for name, part in _parts(weights, architecture):
+        sizes = (architecture.layers, architecture.tied, architecture.experts)
+        kind = type_of(part.name, part.values.shape, quantization, *sizes)
+        spool.add(part, kind, np.ascontiguousarray(encode(part.values, kind, importance.get(name))))
 
 
-class _Piece(NamedTuple):
-    """Place one encoded tensor in the spool: `offset` in bytes."""
+def _parts(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Part]]:
+    """Yield (name of the weight, part of it as the file has it) of every tensor, in fp32."""
+    for name, tensor in weights:
+        for part in architecture.parts(name, tensor.float().cpu().numpy()):
+            yield name, part
+    yield from (("", Part(stored, values)) for stored, values in architecture.extra_tensors().items())
 
-    name: str
+
+@dataclass
+class _Piece:
+    """Place one encoded tensor in the spool: `offset` in bytes, and the experts of it that are `missing`."""
+
     kind: gguf.GGMLQuantizationType
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    missing: set[int]
 
 
-def _named(
-    weights: Iterable[tuple[str, Tensor]], architecture: Architecture, tied: bool
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (name, name in the file, fp32 values) of every tensor but a tied head, for which the embeddings serve."""
-    for name, tensor in weights:
-        if not (tied and name == "lm_head.weight"):
-            yield name, *architecture.tensor(name, tensor.float().cpu().numpy())
-    yield from (("", stored, values) for stored, values in architecture.extra_tensors().items())
+class _Spool:
+    """Hold encoded tensors in a file, in which the experts of a tensor lie side by side in whatever order they come."""
+
+    def __init__(self, file: BinaryIO, experts: int) -> None:
+        self._file, self._experts = file, experts
+        self._pieces: dict[str, _Piece] = {}
+        self.total = 0
+
+    def add(self, part: Part, kind: gguf.GGMLQuantizationType, data: np.ndarray) -> None:
+        """Write `data`, which is `part` encoded as `kind`."""
+        count = 1 if part.expert is None else self._experts
+        if part.name not in self._pieces:
+            shape = data.shape if part.expert is None else (count, *data.shape)
+            self._pieces[part.name] = _Piece(kind, data.dtype, shape, self.total, set(range(count)))
+            self.total += count * data.nbytes
+        piece, number = self._pieces[part.name], part.expert or 0
+        piece.missing.remove(number)
+        self._file.seek(piece.offset + number * data.nbytes)
+        data.tofile(self._file)
+
+    def add_to(self, writer: gguf.GGUFWriter, file: Path) -> None:
+        """Name every tensor of `file` in `writer`. Raises VerificationError if experts are missing."""
+        for name, piece in self._pieces.items():
+            if piece.missing:
+                what = f"the base lacks {len(piece.missing)} of {self._experts} experts of {name}"
+                raise VerificationError(what, where="the base", fix="download the base again")
+            data = np.memmap(file, piece.dtype, "r", piece.offset, piece.shape)
+            writer.add_tensor(name, data, raw_dtype=piece.kind)
