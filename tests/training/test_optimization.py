@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from little_run import settings
-from lorafit.training import total_steps, training_arguments
+from lorafit.training import training_arguments
 
 CPU = not torch.cuda.is_available()
 
@@ -36,4 +36,4 @@ def test_without_cuda_neither_fp16_nor_a_paged_optimizer_is_asked_for(tmp_path, 
     ("given", "steps"), [({"epochs": 3}, 30), ({"epochs": 0.25}, 3), ({"max_steps": 7}, 7), ({"max_steps": 99}, 30)]
 )
 def test_steps_are_epochs_rounded_up_and_capped(given, steps):
-    assert total_steps(settings(**given), 10) == steps
+    assert settings(**given).total_steps(10) == steps

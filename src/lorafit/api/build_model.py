@@ -54,7 +54,6 @@ from lorafit.training import (
     TunedMemory,
     autocast_dtype,
     dealt,
-    total_steps,
 )
 from lorafit.training.distributed import Processes
 from lorafit.training.updates import coming_bytes, updated_at_once
@@ -359,7 +358,7 @@ def _workload(
     A micro-batch has at most `max_length` tokens, or up to the largest share of a step among `world` processes if it
     `grows`. It depends on no rank, so that all processes have the same limit.
     """
-    steps = total_steps(config, steps_per_epoch(len(rows), config.examples_per_step))
+    steps = config.total_steps(steps_per_epoch(len(rows), config.examples_per_step))
     step = largest_step(rows.lengths, config.examples_per_step, config.seed, steps)
     whole = Layout(int(rows.lengths.max()) * len(step), built.rows.is_padded)
     shares = [part for share in dealt(rows.lengths, step, world) for part in whole.of(rows.lengths, share)]

@@ -261,6 +261,11 @@ class RunConfig(BaseModel):
         """Return what the product of the adapter's matrices is multiplied by."""
         return self.alpha / scale_divisor(self.rank, rslora=self.rslora)
 
+    def total_steps(self, epoch_steps: int) -> int:
+        """Return the optimizer steps of a run whose epochs have `epoch_steps`, at most `max_steps`."""
+        steps = math.ceil(self.epochs * epoch_steps)
+        return min(steps, self.max_steps) if self.max_steps else steps
+
     @property
     def stored_rank(self) -> int:
         """Return the rank of the adapter in files: twice the rank where it began as a part of its weight."""

@@ -88,12 +88,11 @@ def paired(
     weights: Sequence[float] | None = None,
     *,
     higher_is_better: bool = True,
-    seed: int = 0,
 ) -> Difference:
     """Return the difference of two models on the same rows, second minus first (paired bootstrap)."""
     assert len(first) == len(second), "both models answer the same rows"
     differences = (np.asarray(second, np.float64) - np.asarray(first, np.float64)).tolist()
-    return Difference(bootstrap(differences, weights, seed=seed), higher_is_better)
+    return Difference(bootstrap(differences, weights), higher_is_better)
 
 
 def _resampled(sums: NDArray[np.float64], weights: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -66,10 +66,8 @@ class Duration:
 
 
 def steps_of(config: RunConfig, stats: DataStats) -> int:
-    """Return the optimizer steps: `epochs` times the steps of one epoch, at most `max_steps`."""
-    epoch = max(1, math.ceil(stats.rows / config.examples_per_step))
-    steps = math.ceil(config.epochs * epoch)
-    return min(steps, config.max_steps) if config.max_steps else steps
+    """Return the optimizer steps of a run over the rows of `stats`."""
+    return config.total_steps(max(1, math.ceil(stats.rows / config.examples_per_step)))
 
 
 def estimate_duration(inputs: PlanInputs, plan: ExecutionPlan) -> Duration:

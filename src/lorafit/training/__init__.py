@@ -10,7 +10,6 @@ from lorafit.training.schedule import OneByOne, autocast_dtype, deterministic
 from lorafit.training.transformers_parts import (
     TrainerCallback,
     require_trackers,
-    total_steps,
     training_arguments,
 )
 
@@ -31,6 +30,5 @@ __all__ = [
     "dealt",
     "deterministic",
     "require_trackers",
-    "total_steps",
     "training_arguments",
 ]

@@ -48,7 +48,6 @@ __all__ = [
     "get_reporting_integration_callbacks",
     "require_trackers",
     "set_seed",
-    "total_steps",
     "training_arguments",
     "withhold_unless_finite",
 ]
@@ -57,12 +56,6 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "pag
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 TRACKER_PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
 """Tracker -> its package, where that has another name."""
-
-
-def total_steps(config: RunConfig, epoch_steps: int) -> int:
-    """Return the number of optimizer steps in the whole run."""
-    planned = math.ceil(config.epochs * epoch_steps)
-    return min(planned, config.max_steps) if config.max_steps else planned
 
 
 def training_arguments(
@@ -74,7 +67,7 @@ def training_arguments(
     schedule are built from them, and they start the process group if there is one. fp16 and the 8-bit optimizers need
     CUDA.
     """
-    steps = total_steps(config, epoch_steps)
+    steps = config.total_steps(epoch_steps)
     cuda = torch.cuda.is_available()
     optimizer = (
         "adamw" if config.optimizer == "auto" else config.optimizer

@@ -48,10 +48,6 @@ def test_loading_gives_back_the_model_that_was_saved(trained, saved, config):
     again = load_adapter(load_backbone(config), saved)
     assert torch.equal(again(some_ids()).logits, trained(some_ids()).logits)
     assert not any(parameter.requires_grad for parameter in again.parameters())
-    resumed = load_adapter(load_backbone(config), saved, trainable=True)
-    assert {name for name, p in resumed.named_parameters() if p.requires_grad} == {
-        name for name, p in trained.named_parameters() if ".lora_" in name
-    }
 
 
 def test_plain_peft_loads_it_and_finds_the_bases_name(trained, saved, config):

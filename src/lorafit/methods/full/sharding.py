@@ -27,12 +27,12 @@ WRITING = timedelta(minutes=30)
 """Most time that processes wait for each other while a checkpoint is written."""
 
 
-def shard(model: nn.Module, device: torch.device, *, dtype: torch.dtype, wide: bool, reshard: bool = True) -> nn.Module:
+def shard(model: nn.Module, device: torch.device, *, dtype: torch.dtype, wide: bool) -> nn.Module:
     """Return `model`, its weights sharded over all processes on `device`.
 
     The model may be on the host: one layer after another comes to `device` and leaves its shard there. With `wide` the
-    shards are in fp32 and take the optimizer's updates themselves; layers compute in `dtype`. With `reshard` a layer
-    is gathered again for its backward.
+    shards are in fp32 and take the optimizer's updates themselves; layers compute in `dtype`, and are gathered again
+    for their backward.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     narrow = wide and dtype is not torch.float32
@@ -41,7 +41,7 @@ def shard(model: nn.Module, device: torch.device, *, dtype: torch.dtype, wide: b
     policy = MixedPrecisionPolicy(dtype if narrow else None, reduced, cast_forward_inputs=False)
     for part in _parts(model):
         _place(part, device, wide)
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     _place(model, device, wide)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for group in _groups(model):

@@ -108,10 +108,9 @@ class AdapterFiles:
         tables = tuple(raw.get("modules_to_save") or ())
         return cls(folder, raw["r"], scale, targets, swapped, dora, experts, expert_rank, tokens, tables)
 
-    def settings(self, *, inference: bool = True) -> LoraConfig:
+    def settings(self) -> LoraConfig:
         """Return PEFT's settings of this adapter, made of what was checked: no other key of the file has an effect."""
         settings = plain_settings(read_json(self.folder / CONFIG_FILE, AdapterError), self.rank, self.targets)
-        settings.inference_mode = inference
         if self.parameters:
             power = 0.5 if settings.use_rslora else 1.0
             settings.target_parameters, settings.lora_dropout = list(self.parameters), 0.0
@@ -280,8 +279,8 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
                 sides.lora_magnitude_vector[model.active_adapter].weight.copy_(magnitudes[name])
 
 
-def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Return `model` with the adapter in `folder` attached, in fp32; frozen unless `trainable`.
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Return `model` with the adapter in `folder` attached, in fp32 and frozen.
 
     Raises AdapterError if the files are untrusted or do not fit the model.
     """
@@ -292,7 +291,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         what = f"target_modules also selects {min(outside)}, for which the adapter has no weights"
         raise AdapterError(what, where=str(folder / CONFIG_FILE))
     with as_parameters(model):
-        adapted = PeftModelForCausalLM(model, files.settings(inference=not trainable)).train(trainable)
+        adapted = PeftModelForCausalLM(model, files.settings()).eval()
     load_rows(adapted.get_base_model(), files.rows(), str(folder))
     bind_experts(adapted)
     prepare_dora(adapted, is_new=False)
