@@ -59,6 +59,9 @@ from lorafit.training.distributed import Processes
 from lorafit.training.updates import coming_bytes, updated_at_once
 
 PROOF_ROWS, PROOF_TOKENS = 4, 256
+AUTO = "auto"
+GPU_SHARE = 0.97
+"""Share of the GPU's free memory that a run may use if no budget is set."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,6 @@ def _samples(rows: Rows) -> list[tuple[Any, Any]]:
     chosen = rows.lengths.argsort(kind="stable")[:PROOF_ROWS]
     starts = [rows.ids(int(row))[:PROOF_TOKENS] for row in chosen]
     return [(ids, np.arange(len(ids)) > 0) for ids in starts]
-
-
-AUTO = "auto"
-GPU_SHARE = 0.97
-"""Share of the GPU's free memory that a run may use if no budget is set."""
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ from lorafit.training import EventLog, TrainingLoop, TunedMemory
 
 SAMPLE_ROWS = 256  # held-out rows kept in the run directory, which merge verifies on
 FEW_ROWS = 16  # with fewer held-out rows, training rows are kept too
+HELD_OUT_TOKENS = "micro_tokens of evaluations"
 
 
 def fingerprint_of(config: RunConfig, template: Template, prepared: Prepared) -> RunFingerprint:
@@ -199,9 +200,6 @@ def _sample_line(record: Record) -> str:
     if any(turn.loss is not None for turn in record.turns):
         sample["loss"] = [turn.loss for turn in record.turns]
     return json.dumps(sample, ensure_ascii=False) + "\n"
-
-
-HELD_OUT_TOKENS = "micro_tokens of evaluations"
 
 
 def known_identity(place: RunTarget, config: RunConfig, now: RunFingerprint) -> RunIdentity:

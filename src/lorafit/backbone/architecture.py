@@ -32,6 +32,12 @@ from lorafit.shapes.dimensions import noise_keys, published_in, read_config
 
 # a slice is read by tensor-parallel branches alone (Bloom)
 READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size))")
+TOKEN_KINDS = "mm_token_type_ids"
+"""Argument of multimodal models that says which tokens are images."""
+AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""Classes of transformers that load a model which continues text, the usual one first."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (8, 9)
 
 
 def read_architecture(folder: Path) -> PretrainedConfig:
@@ -67,12 +73,6 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     else:
         _check_quantization(raw.get("quantization_config"), folder)
     return config
-
-
-KINDS = "mm_token_type_ids"
-"""Argument of multimodal models that says which tokens are images."""
-AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-"""Classes of transformers that load a model which continues text, the usual one first."""
 
 
 def auto_class(architecture: PretrainedConfig) -> Any:
@@ -181,7 +181,9 @@ def take_text_alone(model: nn.Module) -> None:
     """Let a multimodal `model` train on text. Molmo 2 refuses rows that do not say which of their tokens are images."""
     for module in model.modules():
         call = type(module).forward
-        if KINDS in inspect.signature(call).parameters and f"`{KINDS}` is required" in inspect.getsource(call):
+        if TOKEN_KINDS in inspect.signature(call).parameters and f"`{TOKEN_KINDS}` is required" in inspect.getsource(
+            call
+        ):
             module.register_forward_pre_hook(_as_in_evaluation)
 
 
@@ -294,10 +296,6 @@ def one_line(error: BaseException) -> str:
 def failed_forward(error: BaseException) -> str:
     """Return the sentence on a base whose forward raises `error` for a row of text."""
     return f"the base's forward fails on a row of text ({type(error).__name__}: {one_line(error)})"
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
-FP8_CAPABILITY = (8, 9)
 
 
 def default_device() -> torch.device:

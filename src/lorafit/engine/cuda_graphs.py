@@ -32,6 +32,16 @@ The sizes of steps with a similar number of examples differ by a share of the la
 MIN_STEP, MIN_ROWS = 64, 8
 BLOCK = 128
 """Factor to which the longest row is rounded up: the rows of a block of attention."""
+MAX_BUCKETS = 32
+"""Number of buckets that are kept.
+
+A graph takes some 3 MB of the GPU for 16 layers (H200), which torch's allocator does not count.
+"""
+ARENA_MARGIN = 1.1
+"""Ratio of the pool's first block to one micro-batch's memory.
+
+The surplus covers losses between blocks that come and go.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +134,6 @@ def _rounded(size: int, step: int) -> int:
 def _appended(values: NDArray[np.integer], more: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.concatenate([values, more]).astype(np.int64)
 
-
-MAX_BUCKETS = 32
-"""Number of buckets that are kept.
-
-A graph takes some 3 MB of the GPU for 16 layers (H200), which torch's allocator does not count.
-"""
-
-ARENA_MARGIN = 1.1
-"""Ratio of the pool's first block to one micro-batch's memory.
-
-The surplus covers losses between blocks that come and go.
-"""
 
 Pass = Callable[[MicroBatch, Tensor | float], Tensor]
 """Runs forward and backward of a micro-batch on the GPU.

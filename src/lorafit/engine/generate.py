@@ -13,6 +13,8 @@ from lorafit.engine.attention.packed import unpacked
 from lorafit.engine.logits import evaluating
 
 BATCH_ROWS = 64
+STATES = frozenset({"linear_attention", "conv"})
+"""Kinds of layers whose cache holds a state and no keys."""
 
 
 class _TokenStream(BaseStreamer):
@@ -92,10 +94,6 @@ def _batch(
         **sampling,
     )
     return [_until_stop(row, stop_ids) for row in made[:, longest:].tolist()]
-
-
-STATES = frozenset({"linear_attention", "conv"})
-"""Kinds of layers whose cache holds a state and no keys."""
 
 
 def _fits_cache(model: Any) -> bool:

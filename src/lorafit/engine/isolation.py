@@ -18,19 +18,15 @@ from lorafit.engine.loss.vocabulary import keeps_logits, supervised_logits
 from lorafit.engine.packing import collate
 from lorafit.errors import TrainingError
 
-# largest relative difference that rounding explains, in the second test
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-# experts multiply the tokens routed to them in one matmul, so one row's routing changes another's rounding
+"""Largest relative difference that rounding explains, in the second test."""
 ROUTING_NOISE = {torch.float32: 1e-5}
-
-# what two implementations of one layer may differ by, as a multiple of what rounding in the embeddings changes
-ABOVE_NOISE = 1.25
-MOST_NOISE = 0.5
-
-# largest relative change of logits by later tokens that rounding explains
+"""The same in the first test, for mixtures of experts. Experts multiply the tokens routed to them in one matmul, so one
+row's routing changes another's rounding."""
+ABOVE_NOISE, MOST_NOISE = 1.25, 0.5
+"""Multiple of what rounding in the embeddings changes, up to which experts may differ; and the largest difference."""
 SEES_LATER = {torch.float32: 1e-4}
-
+"""Largest relative change of logits by later tokens that rounding explains."""
 PROBES = 32
 """Number of supervised tokens of a row whose logits are compared: the first and last ones."""
 

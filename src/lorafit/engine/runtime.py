@@ -43,6 +43,11 @@ page-locks is left out of forks.
 
 _set_here: list[str] = []
 """The last settings that this module made; not every torch can read them back."""
+SLOW_IMPORTS = ("torch.distributed.tensor.experimental", "sympy.physics.units")
+"""Slow imports of the first compile (torch 2.11 and 2.13).
+
+A module that a release lacks is skipped.
+"""
 
 
 def let_blocks_grow() -> None:
@@ -160,13 +165,6 @@ def _set(settings: str) -> None:
     _set_here[:] = [settings]
 
 
-IMPORTS = ("torch.distributed.tensor.experimental", "sympy.physics.units")
-"""Slow imports of the first compile (torch 2.11 and 2.13).
-
-A module that a release lacks is skipped.
-"""
-
-
 def warm_compiler() -> threading.Thread:
     """Prepare the first compile in a background thread, and return the thread."""
     thread = threading.Thread(target=_warm, name="warm-compiler", daemon=True)
@@ -181,7 +179,7 @@ def _warm() -> None:
     AsyncCompile.warm_pool()
     AsyncCompile.wakeup()  # starts the workers now, not with the first kernel
     _hash_sources()
-    for name in IMPORTS:
+    for name in SLOW_IMPORTS:
         with suppress(ImportError):
             import_module(name)
 

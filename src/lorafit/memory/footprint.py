@@ -19,6 +19,15 @@ CUDA_CONTEXT_BYTES = 7 * GIB // 8
 CPU_PROCESS_BYTES = 5 * GIB // 8
 DENSE_SHARE = 0.5
 """Share of the free memory that dequantized copies take on a CPU (backbone's own rule)."""
+LOSS_CHUNK_BYTES = 256 << 20
+"""Largest size of one chunk's logits in the engine's loss. Their gradient overwrites them."""
+OTHERS_CHUNK_TOKENS = 1024
+NORM_BYTES = 4
+SOFTMAX_BYTES = 4
+BYTES_PER_LOGIT = 12
+SCORES, SCORES_COPIES = 1 << 26, 5
+"""Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
+in fp32. The five copies are scores, capped scores, softmax and two gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,17 +207,6 @@ def _process(inputs: PlanInputs) -> Component:
     if inputs.on_cuda:
         return Component("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and workspaces")
     return Component("process", CPU_PROCESS_BYTES, "Python with torch and transformers loaded")
-
-
-LOSS_CHUNK_BYTES = 256 << 20
-"""Largest size of one chunk's logits in the engine's loss. Their gradient overwrites them."""
-OTHERS_CHUNK_TOKENS = 1024
-NORM_BYTES = 4
-SOFTMAX_BYTES = 4
-BYTES_PER_LOGIT = 12
-SCORES, SCORES_COPIES = 1 << 26, 5
-"""Scores that grouped attention stores at a time, and copies of them. Scores (rows, heads, queries, keys) take 256 MiB
-in fp32. The five copies are scores, capped scores, softmax and two gradients."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,10 @@ from lorafit.config.memory_policy import MemoryPolicy
 
 WHOLE, FEED_FORWARD, KEEP = range(3)
 """Recompute levels in the order of the layers. Each level keeps at least the bytes of the one before."""
+WAITING = 0.2
+"""Share by which a layer's GPU time must exceed its CPU time. Otherwise the GPU waits for kernel launches."""
+FILLED = 1.125
+"""Largest factor by which padding to its bucket's size grows a micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +233,6 @@ class Split:
         top = min(layer + 1, self.costs.layers)
         saved = self.costs.saved
         return sum(saved[self.level(index)] for index in range(max(top - 2, 0), min(top, offload)))
-
-
-WAITING = 0.2
-"""Share by which a layer's GPU time must exceed its CPU time. Otherwise the GPU waits for kernel launches."""
-FILLED = 1.125
-"""Largest factor by which padding to its bucket's size grows a micro-batch."""
 
 
 def graph_tokens(tokens: int, gpu_s: float, launch_s: float, mean_tokens: float) -> int:

@@ -41,6 +41,10 @@ LEAST_GPUS = 2
 REFERENCE_GPU = "H100"
 """GPU for which full fine-tuning is planned on a machine without one."""
 REASON = "weights, gradients and moments do not fit here; the recipe is for more GPUs"
+FULL_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+"""Optimizers of full fine-tuning, the best first. The first keeps fp32 master weights and moments; the second rounds
+16-bit weights stochastically and has moments in 8 bits, on CUDA. The third has these in host memory and updates within
+the backward pass, so that no gradients stay; it is for one GPU, and clips weight by weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +224,6 @@ def forecast(inputs: PlanInputs, *, full: bool = False) -> Forecast:
         return Forecast(inputs.hardware, gpus, full_memory(inputs, gpus), full_duration(inputs, gpus))
     plan = plan_execution(inputs)
     return Forecast(inputs.hardware, inputs.gpus, memory_of(plan, inputs), estimate_duration(inputs, plan))
-
-
-FULL_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-"""Optimizers of full fine-tuning, the best first. The first keeps fp32 master weights and moments; the second rounds
-16-bit weights stochastically and has moments in 8 bits, on CUDA. The third has these in host memory and updates within
-the backward pass, so that no gradients stay; it is for one GPU, and clips weight by weight."""
 
 
 def full_inputs(inputs: PlanInputs) -> PlanInputs:

@@ -21,6 +21,7 @@ from lorafit.planning.several_gpus import unshardable
 FREEZABLE = (None, "nf4", "fp4")
 TENTH = GIB // 10
 """Unit of memory in advice, a tenth of a GiB. Rounding up makes the advised memory enough."""
+MAX_DROPOUT = 0.1
 
 
 def obstacles(inputs: PlanInputs, memory: MemoryEstimate) -> Iterator[Finding]:
@@ -213,9 +214,6 @@ def _smallest_gpu(size_bytes: int, compute: str) -> Hardware | None:
 
 def _settings(changes: dict[str, Any]) -> str:
     return " and ".join(f"{key}: {value}" for key, value in changes.items())
-
-
-MAX_DROPOUT = 0.1
 
 
 def pitfalls(inputs: PlanInputs, memory: MemoryEstimate) -> list[Finding]:

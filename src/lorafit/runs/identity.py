@@ -32,6 +32,10 @@ FREE = frozenset(
     )
 )  # fmt: skip
 """Settings that may change when a run resumes. All others, new ones included, must stay."""
+FORMAT = 2
+"""Format of fingerprint.json. The first had no seal, and neither `format` nor `files`."""
+UNSEALED_KEYS = {"run", "fingerprint", "environment", "adapter"}
+DAMAGED = "restore the file from a copy of the run, or pass --restart, which moves the old run to another folder"
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,6 @@ class RunFingerprint:
         if not _are_texts(hashes) or not isinstance(made.settings, Mapping):
             raise TypeError("no fingerprint")
         return made
-
-
-FORMAT = 2
-"""Format of fingerprint.json. The first had no seal, and neither `format` nor `files`."""
-UNSEALED_KEYS = {"run", "fingerprint", "environment", "adapter"}
-DAMAGED = "restore the file from a copy of the run, or pass --restart, which moves the old run to another folder"
 
 
 @dataclass(frozen=True)

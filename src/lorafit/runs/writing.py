@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from lorafit.errors import RunDirError
 from lorafit.runs.own_files import new_own, new_own_folder, open_own, remove_own
 
+LOCK, OWNER = ".lock", ".lock.json"
+
 
 @contextmanager
 def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
@@ -95,9 +97,6 @@ def _publish(staged: Path, folder: Path) -> None:
                 old.rename(folder)
         raise
     remove_own(old)
-
-
-LOCK, OWNER = ".lock", ".lock.json"
 
 
 def _boot_id() -> str:

@@ -39,6 +39,16 @@ from lorafit.errors import BackboneError
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 STREAM_RANK = 3
+VARIANTS = 64
+"""Compiled variants of one layer class that torch may make.
+
+There are two windows, two levels, with and without gradients.
+"""
+SIZE_ASSERTS = False
+"""True to check the strides of operators' results in compiled code at every call.
+
+The check takes a tenth of a layer's processor time (bench/overhead.py). The test suite turns it on.
+"""
 
 
 def feed_forward_widths(config: Any) -> frozenset[int]:
@@ -117,18 +127,6 @@ def _is_cheap(op: Any, args: tuple[Any, ...]) -> bool:
     by_element = torch.Tag.pointwise in op.tags and not random and op._opname not in COMPARISONS
     return op._opname == "_to_copy" or by_element
 
-
-VARIANTS = 64
-"""Compiled variants of one layer class that torch may make.
-
-There are two windows, two levels, with and without gradients.
-"""
-
-SIZE_ASSERTS = False
-"""True to check the strides of operators' results in compiled code at every call.
-
-The check takes a tenth of a layer's processor time (bench/overhead.py). The test suite turns it on.
-"""
 
 Call = Callable[..., Any]
 

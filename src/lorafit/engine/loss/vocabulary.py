@@ -28,6 +28,10 @@ IGNORED = -100
 
 ROW_MULTIPLE = 16
 """Factor of a chunk's rows; matrix units are fastest with it."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest relative difference that rounding explains: the model may scale and cap its logits in its own dtype."""
+PROOF_TOKENS = 64
+"""Number of supervised tokens on which the chunked loss is compared with the model's own logits."""
 
 
 def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
@@ -186,12 +190,6 @@ def losses_and_gradient_in_torch(
     gradient.scatter_add_(1, own, torch.full_like(normaliser, -1.0))
     return losses, gradient.mul_(slope).to(logits.dtype)
 
-
-# largest relative difference that rounding explains: the model may scale and cap its logits in its own dtype
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-PROOF_TOKENS = 64
-"""Number of supervised tokens on which the chunked loss is compared with the model's own logits."""
 
 Row = tuple[np.ndarray, np.ndarray]
 

@@ -21,6 +21,23 @@ from lorafit.methods import Method, MethodSnapshot
 from lorafit.runs import ADAPTER
 
 Tensors = dict[str, torch.Tensor]
+OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
+TRAINER_STATE, REST = "trainer_state.json", "state.json"
+STATE_FIELDS = (
+    "epoch",
+    "global_step",
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "train_batch_size",
+    "total_flos",
+    "num_input_tokens_seen",
+)
+"""Fields of transformers' TrainerState that a resumed run needs, besides its history; every release has them."""
+JSON_BYTES = 1 << 20
+"""Bytes allowed for JSON when the size of a checkpoint is estimated."""
 
 
 def optimizer_state(optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -145,25 +162,6 @@ class RandomStreams:
         torch.random.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, device)
-
-
-OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
-TRAINER_STATE, REST = "trainer_state.json", "state.json"
-STATE_FIELDS = (
-    "epoch",
-    "global_step",
-    "max_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "train_batch_size",
-    "total_flos",
-    "num_input_tokens_seen",
-)
-"""Fields of transformers' TrainerState that a resumed run needs, besides its history; every release has them."""
-JSON_BYTES = 1 << 20
-"""Bytes allowed for JSON when the size of a checkpoint is estimated."""
 
 
 class Resumable(Protocol):

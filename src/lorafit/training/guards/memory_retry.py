@@ -28,6 +28,16 @@ from lorafit.training.schedule import Schedule
 
 IN_A_ROW = 3
 """Consecutive steps with allocator retries before layers use less memory. A step of a new shape may retry once."""
+# messages of libraries below torch, which do not raise torch.OutOfMemoryError
+OUT_OF_MEMORY_MESSAGES = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+T = TypeVar("T")
 
 
 class AllocatorWatch:
@@ -81,18 +91,6 @@ def _describe_change(before: MemoryPolicy, after: MemoryPolicy) -> str:
     if after.offloaded_layers > before.offloaded_layers:
         return f"{after.offloaded_layers} layers are offloaded to the host now, instead of {before.offloaded_layers}"
     return "less stays on the GPU now"
-
-
-# messages of libraries below torch, which do not raise torch.OutOfMemoryError
-OUT_OF_MEMORY_MESSAGES = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-)
-T = TypeVar("T")
 
 
 class Layers(Protocol):

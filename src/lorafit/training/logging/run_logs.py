@@ -15,6 +15,8 @@ from typing import Any
 from lorafit.runs import append_own, open_own, read_own
 from lorafit.training.transformers_parts import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
+
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
@@ -141,9 +143,6 @@ class LineFile:
             return self.path.lstat().st_size >= self.written_bytes
         except OSError:
             return self.written_bytes == 0
-
-
-KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
 
 
 class MetricsLog(TrainerCallback):
