@@ -21,6 +21,7 @@ from lorafit.config import RunConfig, base_folder, resolve, served_stop_ids
 from lorafit.data import Encoded, Record, Rows, Template, TextTokenizer, parse_rows
 from lorafit.data.new_tokens.grown_settings import with_new_tokens
 from lorafit.engine import VocabularyLoss
+from lorafit.engine.loss.vocabulary import IGNORED
 from lorafit.errors import DataError, UsageError
 from lorafit.methods import method_of
 from lorafit.methods.lora import Lora, lora_config
@@ -29,7 +30,6 @@ from lorafit.shapes import ModelShape, resolve_targets
 from lorafit.training import EventLog, RunContext, TrainingLoop
 from lorafit.training.trainer import LorafitTrainer
 
-IGNORED = -100
 NAMED_ROWS = 3
 
 QUANT_PROFILE = nf4_config(torch.bfloat16)

@@ -14,7 +14,7 @@ import torch
 
 from lorafit.backbone import unwrapped
 from lorafit.engine.attention.packed import unpacked
-from lorafit.engine.loss.vocabulary import keeps_logits, supervised_logits
+from lorafit.engine.loss.vocabulary import Row, keeps_logits, supervised_logits
 from lorafit.engine.packing import collate
 from lorafit.errors import TrainingError
 
@@ -29,8 +29,6 @@ SEES_LATER = {torch.float32: 1e-4}
 """Largest relative change of logits by later tokens that rounding explains."""
 PROBES = 32
 """Number of supervised tokens of a row whose logits are compared: the first and last ones."""
-
-Row = tuple[np.ndarray, np.ndarray]
 
 
 class LeakError(TrainingError):

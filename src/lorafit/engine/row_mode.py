@@ -11,8 +11,8 @@ import torch
 
 from lorafit.backbone import failed_forward, unwrapped
 from lorafit.engine.attention.packed import packed
-from lorafit.engine.isolation import LeakError, Row, assert_causal, assert_finite, assert_isolated, uneven
-from lorafit.engine.loss.vocabulary import VocabularyLoss, vocabulary_loss_for
+from lorafit.engine.isolation import LeakError, assert_causal, assert_finite, assert_isolated, uneven
+from lorafit.engine.loss.vocabulary import Row, VocabularyLoss, vocabulary_loss_for
 from lorafit.errors import BackboneError, TrainingError
 from lorafit.shapes import length_limit
 

@@ -108,13 +108,16 @@ def export(
 ) -> ExportedRun:
     """Export `run` for the program that serves it, and prove it there.
 
-    `to` is "merged" for transformers and vLLM, "gguf" for llama.cpp and Ollama in the precision `quantization`, by
-    default q8_0, or "adapter": a folder in which vLLM finds the base once and every adapter by its name. "gguf-lora" is
-    such a folder for llama.cpp, with the base in the precision `quantization`. `onto` and `checkpoint` are as in
-    `merge`.
-    `name` is the adapter's, by default the run's. The export appears whole or not at all.
-    `verify_in` "vllm" opens it in vLLM too, which takes minutes; "auto" does so where vLLM is beside this Python or
-    named by LORAFIT_VLLM.
+    The export appears whole or not at all. `onto` and `checkpoint` are as in `merge`.
+
+    Args:
+        run: the run directory.
+        to: "merged" for transformers and vLLM; "gguf" for llama.cpp and Ollama; "adapter" for vLLM, a folder with the
+            base once and every adapter by its name; "gguf-lora", such a folder for llama.cpp.
+        quantization: the precision of a GGUF file, by default q8_0.
+        name: the adapter's name, by default the run's.
+        verify_in: "vllm" opens the export in vLLM too, which takes minutes; "auto" does so where vLLM is beside this
+            Python or named by LORAFIT_VLLM.
 
     Raises UsageError, RunDirError, BackboneError, AdapterError, TemplateError or VerificationError.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ class _Buffer:
 
     tensors: dict[str, Tensor]
     holds: _Chunk | None = None
-    arrived: Any = field(default=None)
-    left: Any = field(default=None)
+    arrived: Any = None
+    left: Any = None
 
     @classmethod
     def on(cls, device: torch.device) -> _Buffer:
