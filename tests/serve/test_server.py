@@ -375,3 +375,13 @@ def test_a_server_that_stops_finishes_answers_and_takes_no_new_ones(make_engine,
         assert running.result() == expected
     with pytest.raises(Exception, match="the engine is stopped"):
         engine.answer(prompt, "alice", 8)
+
+
+def test_a_token_without_a_row_in_the_embedding_table_is_a_bad_request(served, monkeypatch):
+    monkeypatch.setattr(served.engine, "vocabulary", 1)
+    with http(served) as client:
+        answer = client.post(
+            "/v1/chat/completions", json={"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+        )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert "the base's embedding table has 1 rows" in answer.json()["error"]["message"]

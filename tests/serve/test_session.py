@@ -45,6 +45,15 @@ def test_an_answer_ends_where_the_models_positions_do(tiny_run, monkeypatch):
         session.answer(QUESTION)
 
 
+def test_a_token_without_a_row_in_the_embedding_table_is_refused(tiny_run, monkeypatch):
+    session = load(tiny_run.run.path)
+    assert session.engine.vocabulary == session.engine.model.get_input_embeddings().num_embeddings
+    last = max(session.template.prompt_ids(QUESTION))
+    monkeypatch.setattr(type(session.engine), "vocabulary", last)
+    with pytest.raises(UsageError, match=f"has the id {last:,}, and the base's embedding table has {last:,} rows"):
+        session.answer(QUESTION)
+
+
 def test_a_loaded_run_answers_as_the_live_model_did(tiny_run):
     from lorafit.engine import generate
 

@@ -12,9 +12,20 @@ import torch
 
 from lorafit.backbone import load_backbone, load_whole
 from lorafit.config import RunConfig
+from lorafit.data import TextTokenizer
+from lorafit.data.sources.raw_row import excerpt
 from lorafit.engine import generate
 from lorafit.errors import BackboneError, UsageError
 from lorafit.methods import method_of
+
+
+def require_embedded(prompt: Sequence[int], vocabulary: int, tokenizer: TextTokenizer) -> None:
+    """Raise UsageError if `prompt` has an id that is beyond the `vocabulary` rows of the base's embedding table."""
+    if (token := max(prompt, default=0)) < vocabulary:
+        return
+    text = excerpt(tokenizer.token_of(token) or "", 30)
+    what = f"the token '{text}' has the id {token:,}, and the base's embedding table has {vocabulary:,} rows"
+    raise UsageError(what, where="messages", fix="take it out of the text")
 
 
 class Engine:
@@ -26,6 +37,11 @@ class Engine:
     def max_positions(self) -> int:
         """Return the number of positions that the base supports."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the rows of the base's embedding table."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def answering(self, adapter: str | None) -> AbstractContextManager[Any]:
         """Yield the model that answers as `adapter` within the block; None is the base."""

@@ -12,7 +12,7 @@ from lorafit.config import RunConfig, base_folder, sampling_settings, served_sto
 from lorafit.data import Template, TextTokenizer
 from lorafit.errors import UsageError
 from lorafit.runs import LAST, ChosenWeights, RunDir, choose_weights
-from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine
+from lorafit.serve.engine import Engine, InProcessEngine, MergedEngine, require_embedded
 
 TUNED = "tuned"
 """Name of the run's own adapter in the engine."""
@@ -81,8 +81,8 @@ class Session:
         """Return the answer to a conversation, or to a text as its only turn.
 
         With `tuned=False` the base answers the same prompt. `on_text` receives the answer piece by piece as it is
-        generated. The answer ends at the model's last position. Raises UsageError for an invalid conversation, and for
-        one that leaves no position for an answer.
+        generated. The answer ends at the model's last position. Raises UsageError for an invalid conversation, for one
+        that leaves no position for an answer, and for a token without a row in the base's embedding table.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -93,6 +93,7 @@ class Session:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="answer", fix="ask for at least one token")
         prompt = self.template.prompt_ids([dict(message) for message in messages])
+        require_embedded(prompt, self.engine.vocabulary, self.template.tokenizer)
         max_new_tokens = min(max_new_tokens, self._free_positions(prompt))
         stream = _TextStream(self.template.tokenizer, on_text) if on_text else None
         ids = self.engine.generate(

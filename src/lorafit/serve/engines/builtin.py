@@ -18,6 +18,7 @@ from lorafit.serve.adapters.proof import GoldenProof
 from lorafit.serve.decoding import BatchDecoder, Chosen, Generation, Sampling, Scheduler
 from lorafit.serve.decoding.generation import Reason
 from lorafit.serve.decoding.scheduler import Watch
+from lorafit.serve.engine import require_embedded
 
 LONGEST = 4096
 SPARE_BYTES = 8 << 30
@@ -107,12 +108,16 @@ class BuiltinEngine:
         self.pool.unregister(name)
 
     def free_positions(self, prompt: Sequence[int]) -> int:
-        """Return the tokens that an answer to `prompt` may have. Raises UsageError if there are none."""
+        """Return the tokens that an answer to `prompt` may have.
+
+        Raises UsageError if there are none, and for a token without a row in the base's embedding table.
+        """
         if len(prompt) >= self.positions:
             what = f"the prompt has {len(prompt):,} tokens, and texts have at most {self.positions:,}"
             raise UsageError(what, where="messages", fix="shorten it")
         if not prompt:
             raise UsageError("the prompt has no tokens", where="prompt", fix="write a text")
+        require_embedded(prompt, self.vocabulary, self.base.template.tokenizer)
         return self.positions - len(prompt)
 
     async def stream(
