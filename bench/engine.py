@@ -200,7 +200,7 @@ def run_lorafit(options: argparse.Namespace) -> dict[str, object]:
         else [],
         "events": watch.events,
         "measure_s": round(dry_run.measure_s, 1) if dry_run else 0,
-        "rehearsal_s": round(dry_run.elapsed_s, 1) if dry_run else 0,
+        "dry_run_s": round(dry_run.elapsed_s, 1) if dry_run else 0,
         "save_ms": round(timed.save_ms, 1),  # of the training thread, for the last step's checkpoint
         "compute": options.compute,
         "deterministic": options.deterministic,

@@ -62,7 +62,7 @@ def read_architecture(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         raise BackboneError(f"config.json is not valid ({one_line(error)})", where=str(folder)) from error
-    if not _doors(config):
+    if not _auto_classes(config):
         what = f"transformers loads no causal language model from a base of type '{kind}'"
         raise BackboneError(what, where=str(folder), fix="choose a causal language model")
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
@@ -81,9 +81,9 @@ def auto_class(architecture: PretrainedConfig) -> Any:
     The class that config.json names in `architectures` decides, so that tensors and adapters have the names that
     servers expect: Qwen 3.5 loads whole, with its vision tower, unless config.json names the language model alone.
     """
-    doors = _doors(architecture)
+    kinds = _auto_classes(architecture)
     named = set(architecture.architectures or ())
-    return next((door for door in doors if named.intersection(_classes(door, architecture))), doors[0])
+    return next((kind for kind in kinds if named.intersection(_classes(kind, architecture))), kinds[0])
 
 
 def load_whole(folder: Path, **arguments: Any) -> Any:
@@ -115,12 +115,12 @@ def _load_dequantized(folder: Path, architecture: PretrainedConfig, **arguments:
     return found
 
 
-def _doors(architecture: PretrainedConfig) -> list[Any]:
-    return [door for door in AUTO_CLASSES if type(architecture) in door._model_mapping]
+def _auto_classes(architecture: PretrainedConfig) -> list[Any]:
+    return [kind for kind in AUTO_CLASSES if type(architecture) in kind._model_mapping]
 
 
-def _classes(door: Any, architecture: PretrainedConfig) -> dict[str, Any]:
-    found = door._model_mapping[type(architecture)]
+def _classes(kind: Any, architecture: PretrainedConfig) -> dict[str, Any]:
+    found = kind._model_mapping[type(architecture)]
     return {kind.__name__: kind for kind in (found if isinstance(found, (list, tuple)) else [found])}
 
 

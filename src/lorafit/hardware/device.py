@@ -45,7 +45,7 @@ TURING, AMPERE, AMPERE_PRO, ADA, HOPPER, BLACKWELL, BLACKWELL_RTX = (
 PCIE3, PCIE4_X8, PCIE4, PCIE5_X8, PCIE5 = 12.0, 12.0, 25.0, 25.0, 55.0  # 55: measured on an H200, both directions busy
 NVLINK_GBS = {"H100": 450.0, "H200": 450.0, "B200": 900.0}
 """NVLink in GB/s, each way, from the data sheets of boards that have it in every server. V100 and A100 are sold with
-and without it under one name, and bridges between two cards are optional: PCIe is assumed for them."""
+and without it under one name, and bridges between two GPUs are optional: PCIe is assumed for them."""
 HOME = (0.05, 0.20)
 
 GPUS: tuple[Gpu, ...] = (

@@ -93,7 +93,7 @@ class Processes:
         self._timed: Any = None
         self._is_awaited = self.world > 1  # the other processes wait for the first word of process 0
         if self.world > 1:
-            with hearing():
+            with naming_lost_processes():
                 self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
                 self._timed = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
@@ -123,7 +123,7 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with hearing():
+        with naming_lost_processes():
             dist.all_gather_object(values, value, group=self._hosts)
         return values
 
@@ -132,30 +132,30 @@ class Processes:
         if self.world == 1:
             return work()
         if not self.is_main:
-            made: T = self._heard()
+            made: T = self._received()
             return made
         try:
             made = work()
         except LorafitError as error:
-            self._tell(None, error)
+            self._broadcast(None, error)
             raise
-        self._tell(made)
+        self._broadcast(made)
         return made
 
     def report(self, error: LorafitError) -> None:
         """Tell `error` to the other processes if they still wait for the first word of process 0."""
         if self.is_main and self._is_awaited:
-            self._tell(None, error)
+            self._broadcast(None, error)
 
-    def _tell(self, made: Any, error: LorafitError | None = None) -> None:
+    def _broadcast(self, made: Any, error: LorafitError | None = None) -> None:
         self._is_awaited = False
         failed = None if error is None else (error.what, error.where, error.exit_code)
-        with hearing():
+        with naming_lost_processes():
             dist.broadcast_object_list([made, failed], src=0, group=self._hosts)
 
-    def _heard(self) -> Any:
+    def _received(self) -> Any:
         holder: list[Any] = [None, None]
-        with hearing():
+        with naming_lost_processes():
             dist.broadcast_object_list(holder, src=0, group=self._hosts)
         made, failed = holder
         if failed is not None:
@@ -174,7 +174,7 @@ class Processes:
             return work()
         error: LorafitError | None = None
         try:
-            with hearing():  # a base that several share is read together
+            with naming_lost_processes():  # a base that several share is read together
                 made = work()
         except LorafitError as caught:
             error = caught
@@ -223,7 +223,7 @@ class Processes:
         """Return the sum of `value` over all processes, on its device."""
         if self.world > 1:
             value = value.clone()
-            with hearing():
+            with naming_lost_processes():
                 dist.all_reduce(value)
         return value
 
@@ -238,7 +238,7 @@ class Processes:
             if weight.grad is None:  # this process had no micro-batch
                 weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in trained if weight.grad is not None]
-        with hearing():
+        with naming_lost_processes():
             sent = [(bucket, *_summed(bucket)) for bucket in _buckets(gradients)]
             for bucket, whole, arrival in sent:
                 arrival.wait()
@@ -254,7 +254,7 @@ class Processes:
 
     def _agreed(self, number: int, operation: Any) -> int:
         value = torch.tensor(number)
-        with hearing():
+        with naming_lost_processes():
             dist.all_reduce(value, op=operation, group=self._hosts)
         return int(value)
 
@@ -279,7 +279,7 @@ def _summed(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
 
 
 @contextlib.contextmanager
-def hearing() -> Iterator[None]:
+def naming_lost_processes() -> Iterator[None]:
     """Raise ProcessLost for the errors with which torch.distributed reports a lost or a silent process."""
     try:
         yield

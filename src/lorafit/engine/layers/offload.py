@@ -129,14 +129,14 @@ class HostOffload:
     def __init__(self) -> None:
         self.arena = PinnedArena()
         self.schedule: Sequence[int] = ()
-        self.away: dict[int, list[OffloadedTensor]] = {}
+        self.offloaded: dict[int, list[OffloadedTensor]] = {}
         self.released, self.prefetched, self.sent_bytes = 0, 0, 0
         cuda = torch.cuda.is_available()
         self.d2h_stream, self.h2d_stream = (torch.cuda.Stream() if cuda else None for _ in range(2))
 
     def begin(self) -> None:
         """Begin a new micro-batch, and drop the tensors of the last one."""
-        self.away, self.sent_bytes, self.released, self.prefetched = {}, 0, 0, 1 << 30
+        self.offloaded, self.sent_bytes, self.released, self.prefetched = {}, 0, 0, 1 << 30
         self.arena.restart()
         if self.d2h_stream is not None and self.h2d_stream is not None:
             # the arena's first bytes are overwritten only after the last backward has read them
@@ -149,7 +149,7 @@ class HostOffload:
         The backward of a layer whose tensors stay starts the copies that earlier layers will need.
         """
         self._release(self._first(index))
-        mine = self.away.setdefault(index, []) if offloads else None
+        mine = self.offloaded.setdefault(index, []) if offloads else None
 
         def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
             return self._send(mine, tensor) if mine is not None and _is_offloadable(tensor, keep) else tensor
@@ -171,30 +171,30 @@ class HostOffload:
     def _release(self, first: int) -> None:
         """Drop the originals of layers before `first`, after waiting for their copies on the device."""
         for index in range(self.released, first):
-            for away in self.away.get(index, ()):
-                if away.sent is not None:
-                    torch.cuda.current_stream().wait_event(away.sent)
-                away.source = None
+            for offloaded in self.offloaded.get(index, ()):
+                if offloaded.sent is not None:
+                    torch.cuda.current_stream().wait_event(offloaded.sent)
+                offloaded.source = None
         self.released = max(self.released, first)
 
     def _send(self, mine: list[OffloadedTensor], tensor: Tensor) -> OffloadedTensor:
         flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        away = OffloadedTensor(self.arena.take(tensor), tensor.shape, tensor.stride(), flat)
+        offloaded = OffloadedTensor(self.arena.take(tensor), tensor.shape, tensor.stride(), flat)
         if self.d2h_stream is None:
-            away.host.copy_(flat)
+            offloaded.host.copy_(flat)
         else:
             self.d2h_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.d2h_stream):
-                away.host.copy_(flat, non_blocking=True)
-                away.sent = self.d2h_stream.record_event()
-        mine.append(away)
+                offloaded.host.copy_(flat, non_blocking=True)
+                offloaded.sent = self.d2h_stream.record_event()
+        mine.append(offloaded)
         self.sent_bytes += flat.numel() * flat.element_size()
-        return away
+        return offloaded
 
     def _prefetch(self, first: int) -> None:
         """Start copying back the tensors of layers from `first` on, the last layer's first."""
-        for index in sorted((index for index in self.away if first <= index < self.prefetched), reverse=True):
-            self._fetch(self.away[index])
+        for index in sorted((index for index in self.offloaded if first <= index < self.prefetched), reverse=True):
+            self._fetch(self.offloaded[index])
         self.prefetched = min(self.prefetched, first)
 
     def _fetch(self, layer: list[OffloadedTensor]) -> None:
@@ -202,21 +202,21 @@ class HostOffload:
 
         A tensor whose original is still on the GPU is used as it is.
         """
-        for away in layer:
-            away.back, away.source = away.source, None
-        gone = [away for away in layer if away.back is None]
-        for away in gone:
-            away.back = torch.empty_like(away.host, device="cuda" if self.h2d_stream is not None else "cpu")
+        for offloaded in layer:
+            offloaded.back, offloaded.source = offloaded.source, None
+        gone = [offloaded for offloaded in layer if offloaded.back is None]
+        for offloaded in gone:
+            offloaded.back = torch.empty_like(offloaded.host, device="cuda" if self.h2d_stream is not None else "cpu")
         if self.h2d_stream is None:
-            for away in gone:
-                away.back.copy_(away.host)  # type: ignore[union-attr]
+            for offloaded in gone:
+                offloaded.back.copy_(offloaded.host)  # type: ignore[union-attr]
             return
         self.h2d_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.h2d_stream):
-            for away in gone:
-                self.h2d_stream.wait_event(away.sent)
-                away.back.copy_(away.host, non_blocking=True)  # type: ignore[union-attr]
-                away.ready = self.h2d_stream.record_event()
+            for offloaded in gone:
+                self.h2d_stream.wait_event(offloaded.sent)
+                offloaded.back.copy_(offloaded.host, non_blocking=True)  # type: ignore[union-attr]
+                offloaded.ready = self.h2d_stream.record_event()
 
 
 def _fetched(saved: OffloadedTensor) -> Tensor:

@@ -24,7 +24,7 @@ from lorafit.training.checkpoints.writer import (
     staged_checkpoint,
     staged_path,
 )
-from lorafit.training.distributed import hearing
+from lorafit.training.distributed import naming_lost_processes
 
 
 class ShardedWriter(CheckpointWriter):
@@ -42,29 +42,29 @@ class ShardedWriter(CheckpointWriter):
         trained = snapshot.trained
         assert isinstance(trained, ShardsSnapshot), "only shards are written by several processes"
         final = self.folder / folder_name(snapshot.step)
-        with hearing():
+        with naming_lost_processes():
             (self._follow if trained.layout.rank else self._lead)(snapshot, final, trained)
 
     def _lead(self, snapshot: Snapshot, final: Path, trained: ShardsSnapshot) -> None:
-        """Stage the folder, write with the others, and seal it; the others hear how each part has ended."""
+        """Stage the folder, write with the others, and seal it; process 0 tells the others how each part has ended."""
         with ExitStack() as staging:
-            with _telling(trained.layout) as told:
+            with _broadcasting(trained.layout) as content:
                 staged = None
                 if is_due(final, self.run):
                     staged = staging.enter_context(staged_checkpoint(snapshot, final, self.run, trained.layout.world))
-                told[0] = staged is not None
+                content[0] = staged is not None
             if staged is None:
                 return
             _write_part(snapshot, staged, trained)
-            with _telling(trained.layout):
+            with _broadcasting(trained.layout):
                 snapshot.write_rest(staged)
                 staging.close()
                 self.prune()
 
     def _follow(self, snapshot: Snapshot, final: Path, trained: ShardsSnapshot) -> None:
-        if _heard(trained.layout):
+        if _received(trained.layout):
             _write_part(snapshot, staged_path(final), trained)
-            _heard(trained.layout)
+            _received(trained.layout)
 
 
 def _write_part(snapshot: Snapshot, staged: Path, trained: ShardsSnapshot) -> None:
@@ -87,24 +87,24 @@ def _write_part(snapshot: Snapshot, staged: Path, trained: ShardsSnapshot) -> No
 
 
 @contextmanager
-def _telling(layout: ShardLayout) -> Iterator[list[Any]]:
-    """Tell the other processes the list's one item once the block has ended, or the error that ended it."""
-    told: list[Any] = [None]
+def _broadcasting(layout: ShardLayout) -> Iterator[list[Any]]:
+    """Send the other processes the list's one item once the block has ended, or the error that ended it."""
+    content: list[Any] = [None]
     try:
-        yield told
+        yield content
     except BaseException as error:
         dist.broadcast_object_list([None, f"process 0: {_reason(error)}"], src=0, group=layout.group)
         raise
-    dist.broadcast_object_list([told[0], None], src=0, group=layout.group)
+    dist.broadcast_object_list([content[0], None], src=0, group=layout.group)
 
 
-def _heard(layout: ShardLayout) -> Any:
-    """Return what process 0 tells. Raises RunDirError for its error."""
-    word: list[Any] = [None, None]
-    dist.broadcast_object_list(word, src=0, group=layout.group)
-    if word[1] is not None:
-        raise RunDirError(word[1])
-    return word[0]
+def _received(layout: ShardLayout) -> Any:
+    """Return the content that process 0 sends. Raises RunDirError for its error."""
+    received: list[Any] = [None, None]
+    dist.broadcast_object_list(received, src=0, group=layout.group)
+    if received[1] is not None:
+        raise RunDirError(received[1])
+    return received[0]
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from tiny_models import save_base
 pytestmark = pytest.mark.gpu
 
 LAYERS = 4
-DIALS = [
+POLICIES = [
     "keep",
     "recompute",
     "recompute_layers=2,recompute_mlp_layers=1,offloaded_layers=4,host_embeddings=on",
@@ -40,7 +40,7 @@ def losses(place, name, **given):
     return [line["loss"] for line in lines if "loss" in line], json.loads(done.run.engine.read_text())
 
 
-@pytest.mark.parametrize("policy", DIALS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_losses_are_those_of_eager_layers_that_keep_everything(place, policy, request):
     wanted, _ = losses(place, f"plain-{request.node.name}", memory_policy="keep", compile="off")
     found, engine = losses(place, f"run-{request.node.name}", memory_policy=policy)
