@@ -26,6 +26,7 @@ from lorafit.training.batches import Layout, Prefetched, StepDataset
 from lorafit.training.checkpoints.sharded import ShardedWriter
 from lorafit.training.checkpoints.snapshot import generators_state, restore_randomness
 from lorafit.training.checkpoints.writer import CheckpointWriter, SaveTimer
+from lorafit.training.distributed import Processes
 from lorafit.training.guards.loss_monitor import MIN_SEEN, LossMonitor
 from lorafit.training.guards.memory_retry import AllocatorWatch, MemoryRetry, TunedMemory, too_little_memory
 from lorafit.training.logging.progress import StepLog, StepNumbers, TrainingClock, TrainingProgress
@@ -76,8 +77,7 @@ class TrainingLoop:
     ) -> None:
         self.model, self.method, self.config = model, method, config
         self.train_rows, self.held_out_rows, self.trained = train_rows, held_out_rows, method.trainable(model)
-        self.context, self.processes = context, context.processes
-        self.signals, self.events = context.signals, context.events
+        self.context, self.signals, self.events = context, context.signals, context.events
         self.stop: int | None = None
         self.optimizer, self.lr_scheduler = (None, None)  # type: Any, Any
         self.left_out, self.owes_evaluation = set[int](), False
@@ -85,6 +85,7 @@ class TrainingLoop:
         epoch_steps = steps_per_epoch(len(train_rows), config.examples_per_step)
         dtype, evaluates = compute_dtype(model), bool(held_out_rows)
         self.arguments = training_arguments(config, context.checkpoints, epoch_steps, dtype, evaluates=evaluates)
+        self.processes = context.processes or Processes()  # the arguments have joined the process group
         is_main = self.processes.is_main
         self.callbacks = Callbacks(self.arguments, model, context.callbacks, epoch_steps=epoch_steps, is_main=is_main)
         memory = memory or TunedMemory(config.max_length)

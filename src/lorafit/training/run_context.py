@@ -20,7 +20,7 @@ class RunContext:
     Attributes:
         checkpoints: the folder of the checkpoints.
         run: the run's identifier, which its checkpoints carry.
-        processes: the processes that train together.
+        processes: the processes that train together; None for those of the group that the loop joins.
         events: the log of events.
         signals: the signals received so far.
         callbacks: transformers' callbacks and trackers.
@@ -31,7 +31,7 @@ class RunContext:
 
     checkpoints: Path
     run: str = ""
-    processes: Processes = field(default_factory=Processes)
+    processes: Processes | None = None
     events: EventLog = field(default_factory=EventLog)
     signals: StopSignals = field(default_factory=StopSignals)
     callbacks: Sequence[TrainerCallback] = ()
