@@ -28,7 +28,9 @@ def gradient(schedule=(), leaving=LAYERS, log=None):
         with host.around(place, place < leaving, keep):
             h = torch.tanh(h @ weight).t().contiguous().t() * h
         if log is not None:
-            log.append({index for index, gone in host.away.items() if any(away.source is not None for away in gone)})
+            log.append(
+                {index for index, layer in host.offloaded.items() if any(one.source is not None for one in layer)}
+            )
     host.end_forward(LAYERS)
     h.sum().backward()
     return x.grad, host
@@ -57,7 +59,7 @@ def test_without_a_schedule_two_layers_stay_at_a_time():
 
 def test_nothing_waits_after_the_backward():
     _, host = gradient()
-    assert all(away.back is None and away.source is None for gone in host.away.values() for away in gone)
+    assert all(one.back is None and one.source is None for layer in host.offloaded.values() for one in layer)
 
 
 def test_weights_never_leave():
@@ -65,7 +67,7 @@ def test_weights_never_leave():
     weight = torch.ones(12, 12, requires_grad=True)
     with host.around(0, True, frozenset({weight.untyped_storage().data_ptr()})):
         (torch.ones(8, 12, requires_grad=True) @ weight).sum()
-    assert all(away.shape != weight.shape for away in host.away[0])
+    assert all(one.shape != weight.shape for one in host.offloaded[0])
 
 
 def test_the_arena_hands_out_the_same_memory_again_after_a_restart():
@@ -87,7 +89,7 @@ def test_the_arena_gives_back_what_the_last_micro_batch_did_not_need():
     again = [arena.take(torch.empty(size, dtype=torch.uint8)) for size in (4000, 100)]
     assert [piece.data_ptr() for piece in again] == [piece.data_ptr() for piece in pieces]
     arena.restart()
-    arena.restart()  # a micro-batch that sends nothing away
+    arena.restart()  # a micro-batch that offloads nothing
     arena.trim()
     assert arena.reserved_bytes == 0
 
