@@ -11,7 +11,7 @@ from lorafit.config import resolve
 from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
 from lorafit.engine.attention import grouped as grouped_module
 from lorafit.engine.attention import packed as attention_op
-from lorafit.engine.attention.grouped import grouped_attention, grouped_gradients
+from lorafit.engine.attention.grouped import ScoreOptions, grouped_attention, grouped_gradients
 from lorafit.engine.attention.packed import packed_attention, packed_attention_op
 from lorafit.engine.attention.sinks import sinks_gradient, with_sinks
 from lorafit.engine.packing import Segments
@@ -140,12 +140,11 @@ def test_the_written_out_gradient_is_autograds(window, softcap, lengths, has_sin
     sizes = ((1, 4, sum(lengths), 8), (1, 2, sum(lengths), 8), (1, 2, sum(lengths), 8))
     leaves = [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
     sinks = [SINKS.double().requires_grad_()] if has_sinks else []
-    mixed = grouped_attention(*leaves, *rows, 0.3, window, softcap, *sinks)
+    mixed = grouped_attention(*leaves, *rows, ScoreOptions(0.3, window, softcap, *sinks))
     grad = torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.grad(mixed, [*leaves, *sinks], grad)
-    *got, of_sinks = grouped_gradients(
-        grad, *(leaf.detach() for leaf in leaves), *rows, 0.3, window, softcap, *(sink.detach() for sink in sinks)
-    )
+    options = ScoreOptions(0.3, window, softcap, *(sink.detach() for sink in sinks))
+    *got, of_sinks = grouped_gradients(grad, *(leaf.detach() for leaf in leaves), *rows, options)
     for piece, expected in zip([*got, of_sinks][: len(wanted)], wanted, strict=True):
         # scores and chances are in fp32 there, whatever the inputs are
         assert float((piece - expected).norm() / expected.norm()) < 1e-6
@@ -162,9 +161,8 @@ def test_a_flash_kernel_that_knows_no_sinks_computes_them_forward_and_backward(r
     leaves = [part.transpose(1, 2).reshape(1, rows * width, 4, 16).transpose(1, 2) for part in (query, key, value)]
     leaves = [leaf.detach().requires_grad_() for leaf in (*leaves, SINKS)]
     segments = Segments.of_lengths([width] * rows)
-    wanted = grouped_attention(
-        *leaves[:3], segments.gather, segments.scatter, segments.layout, 0.3, None, None, leaves[3]
-    )
+    rows_of = (segments.gather, segments.scatter, segments.layout)
+    wanted = grouped_attention(*leaves[:3], *rows_of, ScoreOptions(0.3, sinks=leaves[3]))
     torch.testing.assert_close(flat, wanted)
     grad = torch.randn(wanted.shape, generator=generator)
     *of_wanted, of_sinks = torch.autograd.grad(wanted, leaves, grad)
@@ -187,12 +185,12 @@ def test_scores_are_written_out_in_pieces_and_come_to_the_same(scores, lengths, 
     inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
     grad = torch.randn((1, sum(lengths), 4, 8), generator=generator, dtype=torch.float64)
     wanted = textbook(*inputs, lengths, 0.3, 5, 2.0)
-    of_wanted = grouped_gradients(grad, *inputs, *rows, 0.3, 5, 2.0)
+    of_wanted = grouped_gradients(grad, *inputs, *rows, ScoreOptions(0.3, 5, 2.0))
     seen, softmax = [], torch.softmax
     monkeypatch.setattr(torch, "softmax", lambda x, **options: seen.append(x.shape) or softmax(x, **options))
     monkeypatch.setattr(grouped_module, "SCORES", scores)
-    mixed = grouped_attention(*inputs, *rows, 0.3, 5, 2.0)
-    of_mixed = grouped_gradients(grad, *inputs, *rows, 0.3, 5, 2.0)
+    mixed = grouped_attention(*inputs, *rows, ScoreOptions(0.3, 5, 2.0))
+    of_mixed = grouped_gradients(grad, *inputs, *rows, ScoreOptions(0.3, 5, 2.0))
     assert float((mixed - wanted).norm() / wanted.norm()) < 1e-6
     for piece, expected in zip(of_mixed[:3], of_wanted[:3], strict=True):
         assert float((piece - expected).norm() / expected.norm()) < 1e-6
@@ -248,7 +246,7 @@ def test_every_kernel_on_the_gpu_is_the_textbooks_forward_and_backward(lengths, 
     rows = (segments.gather, segments.scatter, segments.layout)
     got, _ = packed_attention_op(*leaves[:3], segments.cu_seqlens, *rows, 0.125, window, None, *leaves[3:])
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    wanted = grouped_attention(*exact[:3], *rows, 0.125, window, None, *exact[3:])
+    wanted = grouped_attention(*exact[:3], *rows, ScoreOptions(0.125, window, None, *exact[3:]))
     grad = torch.randn(got.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
     pairs = zip(
         (got, *torch.autograd.grad(got, leaves, grad)),

@@ -6,12 +6,29 @@ It supports any device, any precision, capped scores, windows and sinks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorafit.engine.packing import Group, groups_of
 from lorafit.memory.footprint import SCORES
+
+
+class ScoreOptions(NamedTuple):
+    """Hold how the scores of an attention are computed.
+
+    Attributes:
+        scale: factor of the products of queries and keys.
+        window: most tokens back that a query sees, itself included; None for all.
+        softcap: tanh cap on scores; None without.
+        sinks: (heads,) scores of one more column with the value zero; None without.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def grouped_attention(
@@ -21,17 +38,14 @@ def grouped_attention(
     gather: torch.Tensor,
     scatter: torch.Tensor,
     layout: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None = None,
+    options: ScoreOptions,
 ) -> torch.Tensor:
     """Compute causal attention within each row.
 
     Shapes are those of `packed_attention`; returns (1, tokens, heads, dim).
     """
     groups = groups_of(gather, layout)
-    parts = [_group_attention(query, key, value, scale, window, softcap, sinks, group) for group in groups]
+    parts = [_group_attention(query, key, value, options, group) for group in groups]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     return flat.index_select(0, scatter).unsqueeze(0)
 
@@ -40,24 +54,20 @@ def _group_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: ScoreOptions,
     group: Group,
 ) -> torch.Tensor:
     """Compute the attention of one group of rows; returns (rows * longest, heads, dim)."""
     q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
     shares_keys = q.shape[1] != k.shape[1]
-    if window is not None and window >= q.shape[2]:
-        window = None
-    if softcap is not None or sinks is not None:
-        mixed = _written_out(q, k, v, scale, window, softcap, sinks)
-    elif window is None:
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys)
+    window = options.window
+    if options.softcap is not None or options.sinks is not None:
+        mixed = _written_out(q, k, v, options)
+    elif window is None or window >= q.shape[2]:
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=shares_keys)
     else:
         band = _band(q.shape[2], window, q.device)
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scale, enable_gqa=shares_keys)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=options.scale, enable_gqa=shares_keys)
     return mixed.transpose(1, 2).flatten(0, 1)
 
 
@@ -77,26 +87,18 @@ def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor
     return (distance >= 0) & (distance < (window or length))
 
 
-def _written_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: ScoreOptions) -> torch.Tensor:
     """Compute softmax(cap · tanh(scores / cap)) · value, with a column for each head's sink.
 
     It follows transformers' eager Gemma 2 and gpt-oss, with the softmax in fp32.
     """
-    repeats = query.shape[1] // key.shape[1]
-    hidden = ~_band(query.shape[2], window, query.device)
+    repeats, softcap, sinks = query.shape[1] // key.shape[1], options.softcap, options.sinks
+    hidden = ~_band(query.shape[2], options.window, query.device)
     rows: dict[int, list[torch.Tensor]] = {}
     for row, head, heads in _pieces(key, repeats):
         q, k, v = query[row, heads], key[row, head], value[row, head]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        scores = q @ k.transpose(-1, -2) * scale
+        scores = q @ k.transpose(-1, -2) * options.scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         chances = _softmax(scores.masked_fill(hidden, float("-inf")), None if sinks is None else sinks[heads])
@@ -136,10 +138,7 @@ def grouped_gradients(
     gather: torch.Tensor,
     scatter: torch.Tensor,
     layout: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None = None,
+    options: ScoreOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of `grouped_attention` in the shapes of query, key, value and sinks; (0,) without sinks.
 
@@ -148,6 +147,7 @@ def grouped_gradients(
     and no real query sees a padded key.
     """
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+    sinks = options.sinks
     of_sinks = torch.zeros(0 if sinks is None else len(sinks), device=query.device)
     padded = torch.zeros((gather.shape[0], *grad.shape[2:]), dtype=grad.dtype, device=grad.device)
     padded.index_copy_(0, scatter, grad[0])
@@ -155,7 +155,7 @@ def grouped_gradients(
     for group in groups_of(gather, layout):
         rows, width = group.tokens.shape
         g = padded[start : start + rows * width].view(rows, width, *grad.shape[2:]).transpose(1, 2)
-        found = _group_gradients(g, query, key, value, scale, window, softcap, sinks, of_sinks, group)
+        found = _group_gradients(g, query, key, value, options, of_sinks, group)
         for part, piece in zip(parts, found, strict=True):
             part.append(piece.transpose(1, 2).flatten(0, 1))
         start += rows * width
@@ -168,10 +168,7 @@ def _group_gradients(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: ScoreOptions,
     of_sinks: torch.Tensor,
     group: Group,
 ) -> list[torch.Tensor]:
@@ -180,14 +177,14 @@ def _group_gradients(
     `grad` of the group's output has the same shape.
     """
     q, k, v = (_gathered(tensor, group) for tensor in (query, key, value))
-    repeats = q.shape[1] // k.shape[1]
-    hidden = ~_band(q.shape[2], window, q.device)
+    repeats, sinks = q.shape[1] // k.shape[1], options.sinks
+    hidden = ~_band(q.shape[2], options.window, q.device)
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
     for row, head, heads in _pieces(k, repeats):
-        own = None if sinks is None else sinks[heads]
+        own = options._replace(sinks=None if sinks is None else sinks[heads])
         these = (grad[row, heads], q[row, heads], k[row, head], v[row, head])
-        *piece, of_own = _piece_gradients(*these, hidden, scale, softcap, own)
-        if own is not None:
+        *piece, of_own = _piece_gradients(*these, hidden, own)
+        if sinks is not None:
             of_sinks[heads] += of_own
         for whole, part, places in zip(grads, piece, (heads, head, head), strict=True):
             whole[row, places] = part
@@ -200,20 +197,18 @@ def _piece_gradients(
     k: torch.Tensor,
     v: torch.Tensor,
     hidden: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: ScoreOptions,
 ) -> list[torch.Tensor]:
     """Return the gradients of these queries, keys, values and sinks.
 
     `hidden` is True where a query may not see a key.
     """
-    kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    kv_heads, repeats, scale, softcap = k.shape[1], q.shape[1] // k.shape[1], options.scale, options.softcap
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(-1, -2)).float() * scale
     capped = torch.tanh(scores / softcap) if softcap is not None else None
     seen = scores if softcap is None or capped is None else capped * softcap
-    chances = _softmax(seen.masked_fill(hidden, float("-inf")), sinks)
+    chances = _softmax(seen.masked_fill(hidden, float("-inf")), options.sinks)
     of_chances = (grad @ v.transpose(-1, -2)).float()
     mean = (of_chances * chances).sum(-1, keepdim=True)
     of_scores = chances * (of_chances - mean)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lorafit.backbone import unwrapped
-from lorafit.engine.attention.grouped import grouped_attention, grouped_gradients
+from lorafit.engine.attention.grouped import ScoreOptions, grouped_attention, grouped_gradients
 from lorafit.engine.attention.sinks import sinks_gradient, with_sinks
 from lorafit.engine.packing import Segments, on_host
 from lorafit.errors import BackboneError
@@ -67,7 +67,8 @@ def _forward(
     layout = on_host(layout)
     if not takes_flash(query, softcap):
         assert int(layout[-1]), "rows in a CUDA graph have no groups, as their lengths change"
-        mixed = grouped_attention(query, key, value, gather, scatter, layout, scale, window, softcap, sinks)
+        options = ScoreOptions(scale, window, softcap, sinks)
+        mixed = grouped_attention(query, key, value, gather, scatter, layout, options)
         return mixed.contiguous(), query.new_empty((0, 0), dtype=torch.float32)
     if _is_even(query, layout, window):
         out, sums = _even_forward(query, key, value, layout, scale)
@@ -116,9 +117,8 @@ def _backward(
     """Return the gradients of query, key and value, in their shapes, laid out token by token, and of trained sinks."""
     layout = on_host(layout)
     if not takes_flash(query, softcap):
-        *grads, of_sinks = grouped_gradients(
-            grad, query, key, value, gather, scatter, layout, scale, window, softcap, sinks
-        )
+        options = ScoreOptions(scale, window, softcap, sinks)
+        *grads, of_sinks = grouped_gradients(grad, query, key, value, gather, scatter, layout, options)
         return grads[0], grads[1], grads[2], of_sinks if trains_sinks else query.new_empty(0)
     if _is_even(query, layout, window):
         found = _even_backward(grad, query, key, value, out, sums, layout, scale)
@@ -304,11 +304,10 @@ def packed_attention(
             fix="choose another base, and report this one",
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rows = (segments.gather, segments.scatter, segments.layout)
+    rows, options = (segments.gather, segments.scatter, segments.layout), (scale, sliding_window, softcap, s_aux)
     if takes_flash(query, softcap) or torch.compiler.is_compiling():
-        options = (scale, sliding_window, softcap, s_aux)
         return packed_attention_op(query, key, value, segments.cu_seqlens, *rows, *options)[0], None
-    return grouped_attention(query, key, value, *rows, scale, sliding_window, softcap, s_aux), None
+    return grouped_attention(query, key, value, *rows, ScoreOptions(*options)), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
