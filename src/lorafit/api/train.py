@@ -142,20 +142,20 @@ def train(
         if not processes.is_main:
             return _follow(processes, list(callbacks))
         add_new_rows(resolved.config)
-        together = Together(processes, watch, list(callbacks))
+        participants = Participants(processes, watch, list(callbacks))
         target = find_target(resolved, restart=restart)
         signals.run = target.run
         try:
             with _old_run_aside(target.run, restart):
-                return _train_in(target, resolved, together)
+                return _train_in(target, resolved, participants)
         except OtherRows:
             fresh = RunTarget(next_free(resolved), resumes=False, is_named=False)
             signals.run = fresh.run
-            return _train_in(fresh, resolved, together)
+            return _train_in(fresh, resolved, participants)
 
 
 @dataclass(frozen=True)
-class Together:
+class Participants:
     """Hold who trains and who watches.
 
     Attributes:
@@ -174,15 +174,15 @@ def _follow(processes: Processes, callbacks: list[TrainerCallback]) -> TrainedRu
     with following(processes) as manifest:
         built = processes.together(lambda: build_model(manifest.planned, is_new=False, world=processes.world))
         try:
-            return _train_model(manifest, built, None, Together(processes, Observer(), callbacks))
+            return _train_model(manifest, built, None, Participants(processes, Observer(), callbacks))
         except TrainingStopped:
             processes.wait_for_the_end_of_main()
             raise
 
 
-def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> TrainedRun:
+def _train_in(target: RunTarget, resolved: Resolved, participants: Participants) -> TrainedRun:
     """Train in `target`. Raises OtherRows if an unnamed folder holds a finished run of other rows."""
-    run, watch, processes = target.run, together.watch, together.processes
+    run, watch, processes = target.run, participants.watch, participants.processes
     early = before_reading(resolved.config, run)
     watch.on_preflight(early)
     require_ready(early)
@@ -210,18 +210,18 @@ def _train_in(target: RunTarget, resolved: Resolved, together: Together) -> Trai
         watch.on_preflight(list(built.findings))
         findings.extend(built.findings)  # the manifest's own list
         watch.on_model(built.counts, settings.config.base, built.rows)
-        return _train_model(manifest, built, identity, together)
+        return _train_model(manifest, built, identity, participants)
 
 
 def _train_model(
     manifest: Manifest,
     built: BuiltModel,
     identity: Future[RunIdentity] | None,
-    together: Together,
+    participants: Participants,
 ) -> TrainedRun:
     """Tune the memory, train to the end, and write the adapter. Raises TrainingStopped after a signal."""
     run, resolved, data = manifest.run, manifest.resolved, manifest.planned.prepared
-    processes, watch = together.processes, together.watch
+    processes, watch = participants.processes, participants.watch
     events = EventLog(run.events if processes.is_main else None, watch.on_event, is_new=manifest.known is None)
     if built.note:
         events.record("whole_logits", 0, built.note)
@@ -237,7 +237,7 @@ def _train_model(
             processes,
             events,
             signals,
-            callbacks=[*together.callbacks, metrics],
+            callbacks=[*participants.callbacks, metrics],
             show=watch.on_step,
             before_write=manifest.require_folder,
             before_save=manifest.require_whole,
