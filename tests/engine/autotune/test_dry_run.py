@@ -34,15 +34,15 @@ def attempts(monkeypatch):
     """The attempts from a problem with so much room, on a GPU where whatever stands takes `standing` bytes."""
 
     def made(room_mb, standing_mb, needs_mb):
-        def attempt(model, layers, work, budget, problem):
-            peak = (standing_mb + needs_mb(layers.policy)) * MB + work.coming_bytes
-            fits = peak <= budget
+        def attempt(trials, problem):
+            peak = (standing_mb + needs_mb(layers.policy)) * MB + WORK.coming_bytes
+            fits = peak <= BUDGET
             return dry_run.Attempt(str(layers.policy), problem.room.device_bytes, peak, peak, 0, (0, 0), 0.0, fits)
 
-        monkeypatch.setattr(dry_run, "_attempt", attempt)
+        monkeypatch.setattr(dry_run.Trials, "attempt", attempt)
         layers = TurnedLayers()
         problem = Problem(COSTS, Room(room_mb * MB, 64 << 30, Link(50e9, 50e9)), 2048, WORK)
-        return list(dry_run._attempts(None, layers, WORK, BUDGET, problem)), layers
+        return list(dry_run.Trials(None, layers, WORK, BUDGET).attempts(problem)), layers
 
     return made
 
@@ -108,9 +108,9 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     def peak_of(taken_bytes):
         return standing_mb * MB + round(errs * taken_bytes)
 
-    def attempt(model, layers, work, budget, problem):
+    def attempt(trials, problem):
         peak = peak_of(problem._taken()[0])
-        taken = min(peak, budget) if peak < 1.1 * budget else peak
+        taken = min(peak, BUDGET) if peak < 1.1 * BUDGET else peak
         return dry_run.Attempt(str(layers.policy), problem.room.device_bytes, taken, taken, 0, (0,), 0.0, peak <= limit)
 
     room = Room(round(room_share * (BUDGET - standing_mb * MB)), 64 << 30, Link(link_gbs * 1e9, link_gbs * 1e9))
@@ -120,8 +120,8 @@ def test_a_policy_that_shrank_rests_within_a_layer_of_the_fastest_that_fits(
     assume(peak_of(smallest._taken()[0]) <= limit)
     layers = TurnedLayers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "_attempt", attempt)
-        tried = list(dry_run._attempts(None, layers, WORK, BUDGET, replace(START, room=room)))
+        patch.setattr(dry_run.Trials, "attempt", attempt)
+        tried = list(dry_run.Trials(None, layers, WORK, BUDGET).attempts(replace(START, room=room)))
     assert tried[-1].fits and tried[-1].policy == str(layers.policy)
     if len(tried) > 1 and tried[-1].peak_bytes < (1 - dry_run.UNUSED_SHARE) * BUDGET and reachable:
         rests = replace(START, room=replace(room, device_bytes=tried[-1].room_bytes))
@@ -132,14 +132,14 @@ def test_shrinking_that_went_too_far_is_taken_back(monkeypatch):
     """6.5 GiB of 8B on an H200: it asked again while it was under its budget, and rested at 5.24 GiB."""
     start = replace(START, room=Room(3050 * MB))  # no link: bytes that are saved stay
 
-    def attempt(model, layers, work, budget, problem):
+    def attempt(trials, problem):
         peak = 3000 * MB + problem._taken()[0]
         fits = len(tried) > 1
         return dry_run.Attempt(str(layers.policy), problem.room.device_bytes, peak, peak, 0, (0,), 0.0, fits)
 
-    monkeypatch.setattr(dry_run, "_attempt", attempt)
+    monkeypatch.setattr(dry_run.Trials, "attempt", attempt)
     tried, layers = [], TurnedLayers()
-    for made in dry_run._attempts(None, layers, WORK, BUDGET, start):
+    for made in dry_run.Trials(None, layers, WORK, BUDGET).attempts(start):
         tried.append(made)
     shrunk, rests = tried[2], tried[-1]
     assert shrunk.peak_bytes < (1 - dry_run.UNUSED_SHARE) * BUDGET
@@ -199,7 +199,7 @@ def test_a_micro_batch_runs_until_the_allocator_rests(monkeypatch, after_passes,
 )
 def test_growth_is_no_misfit_where_nothing_else_can_be_had(monkeypatch, asked_again, grew, solved, tightest, fits):
     found = dry_run._Passes(asked_again=asked_again, grew=grew, ended=True)
-    monkeypatch.setattr(dry_run, "_run_all", lambda *_: found)
+    monkeypatch.setattr(dry_run.Trials, "_run_all", lambda _: found)
     for name in ("reset_peak_memory_stats", "max_memory_reserved", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: BUDGET)
     layers = TurnedLayers()
@@ -207,7 +207,7 @@ def test_growth_is_no_misfit_where_nothing_else_can_be_had(monkeypatch, asked_ag
     layers.policy = MemoryPolicy.parse(TIGHTEST, 32) if tightest else MemoryPolicy(offloaded_layers=8)
     monkeypatch.setattr(dry_run, "keep_embeddings_on_host", lambda model: None)
     problem = Problem(COSTS, Room(MB), 2048, WORK) if solved else None
-    attempt = dry_run._attempt(torch.nn.Linear(2, 2), layers, WORK, BUDGET, problem)
+    attempt = dry_run.Trials(torch.nn.Linear(2, 2), layers, WORK, BUDGET).attempt(problem)
     assert attempt.fits is fits
 
 

@@ -121,7 +121,7 @@ def find_policy(model: Any, layers: DecoderLayers, work: Workload, budget_bytes:
         ahead = partial(layers.offload.arena.pin_ahead, _pinned_bytes_ahead(layers, work))
         problem = measured_problem(model, layers, work, budget_bytes, ahead) if solves else None
         measured = time.perf_counter()
-        attempts = tuple(_attempts(model, layers, work, budget_bytes, problem))
+        attempts = tuple(Trials(model, layers, work, budget_bytes).attempts(problem))
         layers.offload.arena.trim()
     layers.policy = replace(layers.policy, host_embeddings=isinstance(model.get_input_embeddings(), HostEmbedding))
     return DryRun(
@@ -137,58 +137,134 @@ def find_policy(model: Any, layers: DecoderLayers, work: Workload, budget_bytes:
     )
 
 
-def _attempts(
-    model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, problem: Problem | None
-) -> Iterator[Attempt]:
-    """Yield every attempt; the last one fits, and sets `layers`."""
-    if problem is not None:
-        problem.apply(layers)
-    failed: int | None = None
-    for number in count():
-        attempt = _attempt(model, layers, work, budget_bytes, problem)
-        yield attempt
-        if attempt.fits:
-            break
-        failed = problem.room.device_bytes if problem else None
-        if problem is not None and number < SOLVED_TRIES:
-            problem = problem.smaller(_missing(attempt, budget_bytes, STEP_SHARE * 2**number))
-            problem.apply(layers)
-        elif not _reduce_memory(layers, work):
-            raise does_not_fit()
-    if problem is not None and number <= SOLVED_TRIES:
-        yield from _grown(model, layers, work, budget_bytes, problem, attempt, failed)
+@dataclass(frozen=True)
+class Trials:
+    """Try memory policies in a model until one fits.
 
-
-def _grown(
-    model: Any,
-    layers: DecoderLayers,
-    work: Workload,
-    budget_bytes: int,
-    problem: Problem,
-    attempt: Attempt,
-    failed_bytes: int | None,
-) -> Iterator[Attempt]:
-    """Solve again for the memory that `attempt` left unused; the last attempt yielded fits.
-
-    A prediction keeps a reserve. The smallest policy, taken if none was found, shows its size.
+    Attributes:
+        model: The model.
+        layers: Its decoder layers, which take each policy.
+        work: The micro-batches to run.
+        budget_bytes: Budget of reserved memory.
     """
-    tried = attempt
-    for _ in range(GROWING_TRIES):
-        unused = budget_bytes - attempt.peak_bytes
-        wasted = failed_bytes is not None and unused > UNUSED_SHARE * budget_bytes
-        roomier = problem.roomier(unused - SLACK_BYTES // 4, failed_bytes)
-        if roomier is None or not (wasted or not problem.has_policy):
-            break
-        roomier.apply(layers)
-        tried = _attempt(model, layers, work, budget_bytes, roomier)
-        yield tried
-        if tried.fits:
-            problem, attempt = roomier, tried
-        else:
-            failed_bytes = roomier.room.device_bytes
-    if tried is not attempt:
-        problem.apply(layers)
-        yield attempt
+
+    model: Any
+    layers: DecoderLayers
+    work: Workload
+    budget_bytes: int
+
+    def attempts(self, problem: Problem | None) -> Iterator[Attempt]:
+        """Yield every attempt; the last one fits, and sets the layers' policy."""
+        if problem is not None:
+            problem.apply(self.layers)
+        failed: int | None = None
+        for number in count():
+            attempt = self.attempt(problem)
+            yield attempt
+            if attempt.fits:
+                break
+            failed = problem.room.device_bytes if problem else None
+            if problem is not None and number < SOLVED_TRIES:
+                problem = problem.smaller(_missing(attempt, self.budget_bytes, STEP_SHARE * 2**number))
+                problem.apply(self.layers)
+            elif not self._reduce_memory():
+                raise does_not_fit()
+        if problem is not None and number <= SOLVED_TRIES:
+            yield from self._grown(problem, attempt, failed)
+
+    def _grown(self, problem: Problem, attempt: Attempt, failed_bytes: int | None) -> Iterator[Attempt]:
+        """Solve again for the memory that `attempt` left unused; the last attempt yielded fits.
+
+        A prediction keeps a reserve. The smallest policy, taken if none was found, shows its size.
+        """
+        tried = attempt
+        for _ in range(GROWING_TRIES):
+            unused = self.budget_bytes - attempt.peak_bytes
+            wasted = failed_bytes is not None and unused > UNUSED_SHARE * self.budget_bytes
+            roomier = problem.roomier(unused - SLACK_BYTES // 4, failed_bytes)
+            if roomier is None or not (wasted or not problem.has_policy):
+                break
+            roomier.apply(self.layers)
+            tried = self.attempt(roomier)
+            yield tried
+            if tried.fits:
+                problem, attempt = roomier, tried
+            else:
+                failed_bytes = roomier.room.device_bytes
+        if tried is not attempt:
+            problem.apply(self.layers)
+            yield attempt
+
+    def attempt(self, problem: Problem | None) -> Attempt:
+        """Run the largest micro-batches under the current policy; each uses the memory that the others left."""
+        started, layers = time.perf_counter(), self.layers
+        if layers.policy.host_embeddings:
+            keep_embeddings_on_host(self.model)
+        release_memory()
+        torch.cuda.reset_peak_memory_stats()
+        passes = self._run_all()
+        reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        # each of the allocator's retries stops the GPU: the policy fits, but crawls
+        fits = reserved <= self.budget_bytes and passes.ended and not passes.asked_again
+        if passes.grew and problem is not None and layers.policy != smallest_policy(layers, self.work.longest):
+            fits = False  # growth may lead there; a policy that the user set is kept, and the run goes on
+        passes.state = []
+        drop_gradients(self.model)
+        layers.offload.begin()
+        release_memory()
+        return Attempt(
+            policy=str(layers.policy),
+            room_bytes=problem.room.device_bytes if problem else 0,
+            peak_bytes=reserved,
+            allocated_bytes=allocated,
+            graph_bytes=passes.graph_bytes,
+            retries=tuple(passes.retries),
+            elapsed_s=time.perf_counter() - started,
+            fits=fits,
+        )
+
+    def _reduce_memory(self) -> bool:
+        """Set the next smaller policy, embeddings and micro-batches included; False if there is none."""
+        layers, work = self.layers, self.work
+        smaller = layers.policy.next_smaller(len(layers), work.max_length, work.longest)
+        if smaller is None:
+            return False
+        layers.policy = smaller
+        layers.set_schedule(())
+        return True
+
+    def _run_all(self) -> _Passes:
+        """Run the largest micro-batch until its memory is at rest.
+
+        With CUDA graphs the largest recorded micro-batch runs first, so that others run beside the graphs' memory.
+        """
+        layers, work = self.layers, self.work
+        micro_tokens = layers.policy.micro_tokens or work.max_length
+        largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
+        graphs = Graphs(layers, work.longest, [weight for weight in self.model.parameters() if weight.requires_grad])
+        if layers.policy.cuda_graph_max_tokens:
+            most = min(layers.policy.cuda_graph_max_tokens, largest.tokens)
+            recorded = work.within(micro_tokens, most) if graphs.records else None
+            layers.policy = replace(layers.policy, cuda_graph_max_tokens=most if recorded is not None else 0)
+        try:
+            with layers:
+                if recorded is not None:
+                    before = torch.cuda.memory_allocated()
+                    for _ in range(2):
+                        passes.run(partial(graphs.run, recorded, _share(recorded), partial(_forward_backward, work)))
+                        taken = torch.cuda.max_memory_allocated() - before - graphs.gradient_bytes
+                        passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
+                    passes.asked_again = bool(passes.retries[-1])
+                passes.settle(
+                    partial(_forward_backward, work, largest, _share(largest)), self.model, work, self.budget_bytes
+                )
+            passes.ended = True
+        except torch.OutOfMemoryError:
+            pass
+        if graphs.failed:
+            layers.policy = replace(layers.policy, cuda_graph_max_tokens=0)
+        graphs.forget()
+        return passes
 
 
 @contextlib.contextmanager
@@ -226,46 +302,6 @@ def _missing(attempt: Attempt, budget_bytes: int, share: float) -> int:
     lacking = attempt.peak_bytes - budget_bytes
     most = round(share * budget_bytes)
     return (min(lacking, most) if lacking > 0 else most) + SLACK_BYTES // 4
-
-
-def _reduce_memory(layers: DecoderLayers, work: Workload) -> bool:
-    """Set the next smaller policy, embeddings and micro-batches included; False if there is none."""
-    smaller = layers.policy.next_smaller(len(layers), work.max_length, work.longest)
-    if smaller is None:
-        return False
-    layers.policy = smaller
-    layers.set_schedule(())
-    return True
-
-
-def _attempt(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int, problem: Problem | None) -> Attempt:
-    """Run the largest micro-batches under the current policy; each uses the memory that the others left."""
-    started = time.perf_counter()
-    if layers.policy.host_embeddings:
-        keep_embeddings_on_host(model)
-    release_memory()
-    torch.cuda.reset_peak_memory_stats()
-    passes = _run_all(model, layers, work, budget_bytes)
-    reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
-    passes.state = []
-    drop_gradients(model)
-    layers.offload.begin()
-    release_memory()
-    return Attempt(
-        policy=str(layers.policy),
-        room_bytes=problem.room.device_bytes if problem else 0,
-        peak_bytes=reserved,
-        allocated_bytes=allocated,
-        graph_bytes=passes.graph_bytes,
-        retries=tuple(passes.retries),
-        elapsed_s=time.perf_counter() - started,
-        # each of the allocator's retries stops the GPU: the policy fits, but crawls. Growth may lead there, so a solved
-        # policy is solved again; a policy that the user set is kept, and the run goes on
-        fits=reserved <= budget_bytes
-        and passes.ended
-        and not passes.asked_again
-        and not (passes.grew and problem is not None and layers.policy != smallest_policy(layers, work.longest)),
-    )
 
 
 @dataclass(slots=True)
@@ -332,37 +368,6 @@ def _optimizer_state(model: Any, work: Workload) -> list[Tensor]:
     share = max(0, work.coming_bytes - gradient_bytes) / max(1, sum(weight.numel() for weight in trained))
     sizes = [round(weight.numel() * share / 2) for weight in trained for _ in range(2)]
     return [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-
-
-def _run_all(model: Any, layers: DecoderLayers, work: Workload, budget_bytes: int) -> _Passes:
-    """Run the largest micro-batch until its memory is at rest.
-
-    With CUDA graphs the largest recorded micro-batch runs first, so that others run beside the graphs' memory.
-    """
-    micro_tokens = layers.policy.micro_tokens or work.max_length
-    largest, recorded, passes = work.batch_of(micro_tokens), None, _Passes()
-    graphs = Graphs(layers, work.longest, [weight for weight in model.parameters() if weight.requires_grad])
-    if layers.policy.cuda_graph_max_tokens:
-        most = min(layers.policy.cuda_graph_max_tokens, largest.tokens)
-        recorded = work.within(micro_tokens, most) if graphs.records else None
-        layers.policy = replace(layers.policy, cuda_graph_max_tokens=most if recorded is not None else 0)
-    try:
-        with layers:
-            if recorded is not None:
-                before = torch.cuda.memory_allocated()
-                for _ in range(2):
-                    passes.run(partial(graphs.run, recorded, _share(recorded), partial(_forward_backward, work)))
-                    taken = torch.cuda.max_memory_allocated() - before - graphs.gradient_bytes
-                    passes.graph_bytes = graphs.arena_bytes = graphs.arena_bytes or taken
-                passes.asked_again = bool(passes.retries[-1])
-            passes.settle(partial(_forward_backward, work, largest, _share(largest)), model, work, budget_bytes)
-        passes.ended = True
-    except torch.OutOfMemoryError:
-        pass
-    if graphs.failed:
-        layers.policy = replace(layers.policy, cuda_graph_max_tokens=0)
-    graphs.forget()
-    return passes
 
 
 def _share(batch: MicroBatch) -> float:
