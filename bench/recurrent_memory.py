@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorafit.memory.footprint import Activations, Execution, activations
+from lorafit.memory.footprint import Activations, Execution, Trained, activations
 from lorafit.memory.inputs import MicroBatchSize
 from lorafit.memory.recurrent_layers import with_recurrent_layers
 from lorafit.shapes import ModelShape
@@ -59,7 +59,7 @@ def compared(family: str, rows: int, length: int) -> dict[str, Any]:
     config = AutoConfig.for_model(family, **COMMON, **SHAPES[family])
     shape = ModelShape.from_config(config.to_dict(), family)
     batch = MicroBatchSize(rows * length, rows * length, length)
-    eager = activations(shape, (), batch, width=4, execution=Execution())
+    eager = activations(shape, Trained(), batch, width=4, execution=Execution())
     live = with_recurrent_layers(eager, eager, shape, batch, 4)
     peak, planned = allocated(config, rows, length), peak_of(live, shape)
     found = {"peak_mib": peak, "plan_mib": planned, "without_mib": peak_of(eager, shape)}

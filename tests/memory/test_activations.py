@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.memory.footprint import LOSS_CHUNK_BYTES, SCORES, Execution, activations
+from lorafit.memory.footprint import LOSS_CHUNK_BYTES, SCORES, Execution, Trained, activations
 from lorafit.memory.inputs import MicroBatchSize
 from lorafit.shapes import ModelShape
 from planning_shapes import LLAMA_8B, shape
@@ -51,13 +51,13 @@ GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral"]
 @pytest.mark.parametrize(("family", "tolerance"), [*((name, 0.1) for name in GATED), ("gpt_neox", 0.3)])
 def test_a_layer_keeps_what_autograd_keeps(family, tolerance):
     measured, model = saved_bytes_per_layer(family)
-    counted = activations(model, (), MicroBatchSize(TOKENS, 1, TOKENS), width=2, execution=EAGER).layer_bytes
+    counted = activations(model, Trained(), MicroBatchSize(TOKENS, 1, TOKENS), width=2, execution=EAGER).layer_bytes
     assert counted == pytest.approx(measured, rel=tolerance)
 
 
 def test_the_fused_layer_is_what_the_design_counts():
     """8B, bf16, per token and layer: input 8 KB, q 8, k 2, v 2, attention output 8, residual 8, gate 28, up 28."""
-    live = activations(shape(LLAMA_8B), (), MicroBatchSize(1, 1, 1), width=2, execution=Execution(fused=True))
+    live = activations(shape(LLAMA_8B), Trained(), MicroBatchSize(1, 1, 1), width=2, execution=Execution(fused=True))
     assert live.layer_bytes == 92 * 1024
     assert live.feed_forward_bytes == 36 * 1024
     assert live.input_bytes == 8 * 1024
@@ -67,7 +67,7 @@ def test_a_fused_layer_keeps_the_inputs_of_every_norm():
     """Gemma 3 12B: norms before and after attention and MLP, and of queries and keys. 77.2 GiB measured."""
     sizes = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_key_value_heads": 8}
     gemma = ModelShape.from_config({**LLAMA_8B, **sizes, "model_type": "gemma3_text", "head_dim": 256}, "gemma")
-    live = activations(gemma, (), MicroBatchSize(1, 1, 1), width=2, execution=FUSED)
+    live = activations(gemma, Trained(), MicroBatchSize(1, 1, 1), width=2, execution=FUSED)
     norms, attention, feed_forward = 4 * 3840 + 4096 + 2048, 2 * 4096 + 2 * 2048, 2 * 15360
     assert live.layer_bytes == 2 * (norms + attention + feed_forward)
 
@@ -75,7 +75,7 @@ def test_a_fused_layer_keeps_the_inputs_of_every_norm():
 def test_an_adapter_keeps_its_input_and_dropout_its_mask():
     def layer_bytes(targets, dropout):
         batch = MicroBatchSize(1, 1, 1)
-        return activations(shape(), targets, batch, width=2, mask_bytes=int(dropout), execution=EAGER).layer_bytes
+        return activations(shape(), Trained(targets, int(dropout)), batch, width=2, execution=EAGER).layer_bytes
 
     plain = layer_bytes((), False)
     assert layer_bytes(("q_proj",), False) - plain == 2 * 4096
@@ -86,14 +86,14 @@ def test_an_adapter_keeps_its_input_and_dropout_its_mask():
 def test_capped_scores_are_kept_whole():
     def layer_bytes(longest):
         model = shape(attn_logit_softcapping=50.0)
-        return activations(model, (), MicroBatchSize(1024, 1, longest), width=2, execution=EAGER).layer_bytes
+        return activations(model, Trained(), MicroBatchSize(1024, 1, longest), width=2, execution=EAGER).layer_bytes
 
     assert layer_bytes(512) - layer_bytes(256) == 1024 * 32 * 256 * (2 + 2 + 4)
 
 
 def test_compiled_layers_keep_no_capped_score_and_write_some_out_at_a_time():
     def live(longest, **changes):
-        return activations(shape(**changes), (), MicroBatchSize(8192, 1, longest), width=2, execution=FUSED)
+        return activations(shape(**changes), Trained(), MicroBatchSize(8192, 1, longest), width=2, execution=FUSED)
 
     capped = {"attn_logit_softcapping": 50.0}
     assert live(2048, **capped).layer_bytes == live(2048).layer_bytes
@@ -106,7 +106,7 @@ def test_compiled_layers_keep_no_capped_score_and_write_some_out_at_a_time():
 def test_compiled_layers_make_an_adapter_s_input_again_but_not_its_mask():
     def layer_bytes(targets, dropout):
         batch = MicroBatchSize(1, 1, 1)
-        return activations(shape(), targets, batch, width=2, mask_bytes=int(dropout), execution=FUSED).layer_bytes
+        return activations(shape(), Trained(targets, int(dropout)), batch, width=2, execution=FUSED).layer_bytes
 
     none, every = (layer_bytes(targets, False) for targets in ((), ("q_proj", "o_proj", "down_proj")))
     assert none == every
@@ -116,7 +116,7 @@ def test_compiled_layers_make_an_adapter_s_input_again_but_not_its_mask():
 @pytest.mark.parametrize("execution", [EAGER, FUSED])
 @pytest.mark.parametrize("targets", [(), ("q_proj",), ("gate_proj", "up_proj", "down_proj")])
 def test_the_more_is_recomputed_the_less_is_kept(execution, targets):
-    live = activations(shape(), targets, MicroBatchSize(4096, 1, 512), width=2, execution=execution)
+    live = activations(shape(), Trained(targets), MicroBatchSize(4096, 1, 512), width=2, execution=execution)
     assert live.input_bytes < live.feed_forward_bytes < live.layer_bytes / 2
 
 
@@ -125,7 +125,7 @@ def test_whole_logits_are_as_many_as_the_loss_holds_at_once(loss, rows):
     def loss_bytes(vocab):
         model = shape(vocab_size=vocab)
         execution = Execution(loss=loss)
-        return activations(model, (), MicroBatchSize(8192, 3000, 512), width=2, execution=execution).loss_bytes
+        return activations(model, Trained(), MicroBatchSize(8192, 3000, 512), width=2, execution=execution).loss_bytes
 
     assert loss_bytes(2000) - loss_bytes(1000) == rows * 1000 * 12
 
@@ -134,7 +134,7 @@ def test_whole_logits_are_as_many_as_the_loss_holds_at_once(loss, rows):
     (8192, 2, LOSS_CHUNK_BYTES), (100, 2, 100 * 128256 * 2), (8192, 4, 2 * LOSS_CHUNK_BYTES),
 ])  # fmt: skip
 def test_logits_in_chunks_never_grow_beyond_one(supervised, width, chunk):
-    live = activations(shape(), (), MicroBatchSize(8192, supervised, 512), width=width, execution=FUSED)
+    live = activations(shape(), Trained(), MicroBatchSize(8192, supervised, 512), width=width, execution=FUSED)
     assert live.chunk_bytes == chunk
     assert live.loss_bytes == chunk + 8192 * 4096 * (width + 4)
 

@@ -12,6 +12,7 @@ from lorafit.hardware import Hardware
 from lorafit.memory.footprint import (
     Component,
     Execution,
+    Trained,
     activations,
     dense_bytes,
     execution_of,
@@ -124,17 +125,14 @@ def _costs(
     policy: MemoryPolicy = MemoryPolicy(),  # noqa: B008 (frozen)
 ) -> LayerCosts:
     execution = execution or execution_of(inputs)
-    count = partial(
-        activations,
-        inputs.shape,
-        inputs.targets,
-        batch,
-        width=inputs.width,
+    trained = Trained(
+        targets=inputs.targets,
         mask_bytes=_mask_bytes(inputs),
-        head_gradient_bytes=inputs.head_gradient_bytes,
         dora=inputs.is_dora,
-        trains_rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
+        rows=bool(inputs.config.trainable_tokens) and not inputs.is_full,
+        head_gradient_bytes=inputs.head_gradient_bytes,
     )
+    count = partial(activations, inputs.shape, trained, batch, width=inputs.width)
     live = count(execution=execution)
     if inputs.shape.recurrences:
         eager = count(execution=replace(execution, fused=False))

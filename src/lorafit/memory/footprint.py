@@ -255,32 +255,36 @@ class Activations:
     heaviest_bytes: int = 0
 
 
-def activations(
-    shape: ModelShape,
-    targets: tuple[str, ...],
-    batch: MicroBatchSize,
-    *,
-    width: int,
-    mask_bytes: int = 0,
-    execution: Execution,
-    head_gradient_bytes: int = 0,
-    dora: bool = False,
-    trains_rows: bool = False,
-) -> Activations:
-    """Return the activations of one micro-batch.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Hold what trains, as far as activations depend on it.
 
-    `width` is the size of the compute dtype in bytes. `mask_bytes` is the size of one entry of a dropout mask, and 0
-    without dropout. `head_gradient_bytes` is what the loss takes for each weight of a head that trains. With `dora`
-    adapters keep their outputs. With `trains_rows` the gradient of the logits is copied, so that rows of tokens get
-    their own.
+    Attributes:
+        targets: Names of the modules with an adapter.
+        mask_bytes: Size of one entry of a dropout mask; 0 without dropout.
+        dora: Whether adapters train the lengths of rows too, and keep their outputs.
+        rows: Whether rows of tokens train, for which the gradient of the logits is copied.
+        head_gradient_bytes: Bytes that the loss takes for each weight of a head that trains; 0 for a frozen head.
     """
+
+    targets: tuple[str, ...] = ()
+    mask_bytes: int = 0
+    dora: bool = False
+    rows: bool = False
+    head_gradient_bytes: int = 0
+
+
+def activations(
+    shape: ModelShape, trained: Trained, batch: MicroBatchSize, *, width: int, execution: Execution
+) -> Activations:
+    """Return the activations of one micro-batch; `width` is the size of the compute dtype in bytes."""
     stream = NORM_BYTES if execution.wide_stream else width
-    linears = shape.named(targets)
+    linears = shape.named(trained.targets)
     inner = tuple(part for part in linears if part.role == "down")
     adapters, inner_adapters = (
-        _adapter_bytes(shape, parts, execution.fused, width, mask_bytes) for parts in (linears, inner)
+        _adapter_bytes(shape, parts, execution.fused, width, trained.mask_bytes) for parts in (linears, inner)
     )
-    if dora:
+    if trained.dora:
         within = tuple(part for part in linears if part.role in ("gate", "up", "gate_up", "down"))
         adapters += _output_bytes(shape, linears, width)
         inner_adapters += _output_bytes(shape, within, width)
@@ -288,8 +292,8 @@ def activations(
     feed_forward = sum(_feed_forward(part, shape, execution.fused) for part in shape.projections) * width
     gradients = _gradient_bytes(shape, batch.tokens, width, execution)
     weight = width * max((part.tensor_parameters for part in shape.packed), default=0)
-    chunk = _logit_bytes(shape, batch, width, execution) * (2 if trains_rows else 1)
-    head = shape.vocab * shape.hidden * head_gradient_bytes
+    chunk = _logit_bytes(shape, batch, width, execution) * (2 if trained.rows else 1)
+    head = shape.vocab * shape.hidden * trained.head_gradient_bytes
     return Activations(
         layer_bytes=round(batch.tokens * (attention + feed_forward + adapters)),
         feed_forward_bytes=round(batch.tokens * (attention + adapters - inner_adapters)),

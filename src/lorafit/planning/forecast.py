@@ -18,7 +18,7 @@ from lorafit.memory.execution_plan import (
     memory_of,
     plan_execution,
 )
-from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, activations, execution_of
+from lorafit.memory.footprint import CUDA_CONTEXT_BYTES, Component, Execution, Trained, activations, execution_of
 from lorafit.memory.inputs import WIDTH, DataStats, PlanInputs
 from lorafit.planning.several_gpus import communication_s, several_in_words
 from lorafit.shapes import ModelShape
@@ -264,7 +264,7 @@ def full_memory(inputs: PlanInputs, gpus: int) -> MemoryEstimate:
     """Return the peak memory of each of `gpus` GPUs, with everything sharded and activations recomputed."""
     shape = inputs.shape
     batch = inputs.micro_batch(inputs.config.max_length)
-    live = activations(shape, (), batch, width=2, execution=Execution())
+    live = activations(shape, Trained(), batch, width=2, execution=Execution())
     # training every weight also keeps each linear's input, about as much again as the layer keeps
     transient = shape.layers * live.input_bytes + max(live.loss_bytes, live.backward_bytes + 2 * live.layer_bytes)
     sharded = shape.parameters * BYTES_PER_PARAMETER // gpus

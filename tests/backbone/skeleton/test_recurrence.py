@@ -9,7 +9,7 @@ from lorafit.backbone.architecture import read_architecture, skeleton
 from lorafit.backbone.skeleton.live_bytes import LiveBytes
 from lorafit.backbone.skeleton.recurrence import recurrences_of, recurrent_parts
 from lorafit.backbone.skeleton.sizes import sizes_of
-from lorafit.memory.footprint import Execution, activations
+from lorafit.memory.footprint import Execution, Trained, activations
 from lorafit.memory.inputs import MicroBatchSize
 from lorafit.memory.recurrent_layers import with_recurrent_layers
 from lorafit.shapes import ModelShape
@@ -39,7 +39,7 @@ def test_the_planned_peak_of_a_hybrid_is_that_of_a_real_step(family, tmp_path, m
     config = small_config(family)
     shape = shape_of(config, tmp_path, monkeypatch)
     batch = MicroBatchSize(rows * length, rows * length, length)
-    eager = activations(shape, (), batch, width=4, execution=Execution())
+    eager = activations(shape, Trained(), batch, width=4, execution=Execution())
     live = with_recurrent_layers(eager, eager, shape, batch, 4)
     planned = shape.layers * live.layer_bytes + live.backward_bytes
     assert planned == pytest.approx(measured_peak(config, rows, length), rel=0.1)
