@@ -28,7 +28,9 @@ from lorafit.export import result_hashes, write_adapter_companions
 from lorafit.findings import Finding
 from lorafit.methods.full import WeightsSnapshot
 from lorafit.methods.full.sharding import is_sharded
-from lorafit.plugins import OBJECTIVES, plugin_names, plugin_release
+from lorafit.objectives import OBJECTIVES
+from lorafit.plugins import OBJECTIVES as PLUGINS
+from lorafit.plugins import plugin_release
 from lorafit.runs import (
     ADAPTER,
     LAYOUT,
@@ -80,8 +82,8 @@ def environment(config: RunConfig | None = None) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     here: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     here["lorafit"] = __version__  # a checkout on PYTHONPATH has no installed version
-    if config is not None and config.objective in plugin_names(OBJECTIVES):
-        here["objective"] = plugin_release(OBJECTIVES, config.objective)
+    if config is not None and config.objective not in OBJECTIVES:
+        here["objective"] = plugin_release(PLUGINS, config.objective)
     here["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     return here if on_gpu else here | {"threads": torch.get_num_threads()}
 

@@ -51,8 +51,9 @@ def settle(data: Sequence[str | Path] | str | Path | None, settings: dict[str, A
 
 def _completed(resolved: Resolved) -> Resolved:
     """Return the settings with those of an initial adapter and of new tokens. Raises UsageError."""
-    chosen, *known = resolved.config.objective, BUILT_IN_OBJECTIVE, *plugin_names(OBJECTIVES)
-    if chosen not in known:
+    chosen = resolved.config.objective
+    if chosen != BUILT_IN_OBJECTIVE and chosen not in (plugins := plugin_names(OBJECTIVES)):
+        known = (BUILT_IN_OBJECTIVE, *plugins)
         what = f"'{chosen:.40}' is neither built in nor a plug-in of an installed package"
         fix = f"choose {' or '.join(known)}, or install the package that brings it"
         raise UsageError(what, where="objective", fix=fix)
