@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from lorafit.engine import assert_isolated, packed
+from lorafit.engine import packed, require_isolated
 from lorafit.engine.attention.packed import PACKED
 from lorafit.engine.isolation import PROBES, TOLERANCE
 from lorafit.errors import TrainingError
@@ -28,7 +28,7 @@ def test_long_rows_have_few_logits_made():
     tested.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     rows = rows_of(200, 150, 100)
     with packed(tested):
-        assert assert_isolated(tested, rows).rows == 3
+        assert require_isolated(tested, rows).rows == 3
     assert max(seen) == 3 * PROBES < sum(len(ids) for ids, _ in rows) / 3
 
 
@@ -60,7 +60,7 @@ class Carrying(nn.Module):
 def test_a_leak_at_either_end_of_a_long_row_is_found(places):
     leaky = Carrying(model(), places)
     with packed(leaky), pytest.raises(TrainingError, match="see each other"):
-        assert_isolated(leaky, rows_of(200, 150))
+        require_isolated(leaky, rows_of(200, 150))
 
 
 def test_a_base_with_damaged_weights_is_called_that_and_not_a_leak():
@@ -68,7 +68,7 @@ def test_a_base_with_damaged_weights_is_called_that_and_not_a_leak():
     with torch.no_grad():
         damaged.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     with packed(damaged), pytest.raises(TrainingError, match=r"logits are not finite.*damaged"):
-        assert_isolated(damaged, rows_of(20, 15))
+        require_isolated(damaged, rows_of(20, 15))
 
 
 def mixture_with_sinks():
@@ -83,12 +83,12 @@ def mixture_with_sinks():
 def test_experts_may_be_chosen_otherwise_by_rounding_and_not_by_a_leak():
     mixture, rows = mixture_with_sinks(), rows_of(100, 70)
     with packed(mixture):
-        assert assert_isolated(mixture, rows).relative_difference > TOLERANCE[torch.bfloat16]
+        assert require_isolated(mixture, rows).relative_difference > TOLERANCE[torch.bfloat16]
         for layer in mixture.model.layers:  # packed attention without sinks, beside rows alone that have them
             layer.self_attn.register_forward_pre_hook(without_sinks)
             layer.self_attn.register_forward_hook(with_sinks)
         with pytest.raises(TrainingError, match="logits differ"):
-            assert_isolated(mixture, rows)
+            require_isolated(mixture, rows)
 
 
 def without_sinks(module, inputs):

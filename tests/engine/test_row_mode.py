@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from families_zoo import small_config
 from lorafit.backbone.skeleton.sizes import sizes_of
 from lorafit.engine import PACKED, VocabularyLoss, collate, prove_rows
-from lorafit.engine.isolation import LeakError, assert_isolated, uneven
+from lorafit.engine.isolation import LeakError, require_isolated, uneven
 from lorafit.engine.loss.logit_rules import LogitSteps
 from lorafit.errors import BackboneError, TrainingError
 from lorafit.shapes import ModelShape
@@ -100,7 +100,7 @@ def test_padding_is_tried_even_where_the_proof_has_rows_of_one_length(lengths):
     model = model_of("qwen3_5_text")
     model.model.norm = Backwards()
     with pytest.raises(LeakError, match="padded rows see each other"):
-        assert_isolated(model, uneven(rows_of(*lengths)), padded=True)
+        require_isolated(model, uneven(rows_of(*lengths)), padded=True)
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0,

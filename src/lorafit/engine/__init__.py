@@ -6,7 +6,7 @@ from lorafit.engine.autotune.problem import Workload
 from lorafit.engine.autotune.sharded import prove_policy
 from lorafit.engine.cuda_graphs import Graphs
 from lorafit.engine.generate import generate
-from lorafit.engine.isolation import Isolation, assert_isolated
+from lorafit.engine.isolation import Isolation, require_isolated
 from lorafit.engine.layers.decoder import DecoderLayers
 from lorafit.engine.layers.host_embeddings import keep_embeddings_on_host
 from lorafit.engine.logits import logits_at, padded_logits
@@ -23,33 +23,33 @@ from lorafit.engine.runtime import (
 )
 
 __all__ = [
-    "logits_at",
-    "padded_logits",
     "PACKED",
-    "RowMode",
-    "prove_policy",
-    "prove_rows",
-    "require_runs",
     "PAGE_BYTES",
-    "allocator_retries",
-    "let_blocks_grow",
-    "lock_pages_by_threads",
-    "release_memory",
     "DecoderLayers",
-    "Graphs",
     "DryRun",
-    "find_policy",
-    "Workload",
+    "Graphs",
     "Isolation",
     "MicroBatch",
+    "RowMode",
     "Segments",
     "Step",
     "VocabularyLoss",
-    "assert_isolated",
+    "Workload",
+    "allocator_retries",
     "collate",
+    "find_policy",
     "generate",
     "keep_embeddings_on_host",
+    "let_blocks_grow",
+    "lock_pages_by_threads",
+    "logits_at",
     "packed",
+    "padded_logits",
+    "prove_policy",
+    "prove_rows",
+    "release_memory",
+    "require_isolated",
+    "require_runs",
     "summed_loss",
     "supervised_logits",
     "unpacked",

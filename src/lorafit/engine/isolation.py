@@ -57,7 +57,7 @@ class Isolation:
     rows: int
 
 
-def assert_isolated(model: Any, rows: Sequence[Row], *, padded: bool = False) -> Isolation:
+def require_isolated(model: Any, rows: Sequence[Row], *, padded: bool = False) -> Isolation:
     """Raise LeakError if rows of one micro-batch see each other in `model`, packed or `padded`.
 
     `model` must use packed attention for packed rows. There are two tests:
@@ -73,7 +73,7 @@ def assert_isolated(model: Any, rows: Sequence[Row], *, padded: bool = False) ->
     probed = [(ids, _thinned(mask)) for ids, mask in rows]
     try:
         with torch.no_grad():
-            _assert_unmoved(model, probed, padded)
+            _require_unmoved(model, probed, padded)
             worst = _distance_from_alone(model, probed, padded)
     finally:
         model.train(was_training)
@@ -98,7 +98,7 @@ def uneven(rows: Sequence[Row]) -> list[Row]:
     return [(ids[:cut], mask[:cut]) for cut, (ids, mask) in zip(cuts, several)]
 
 
-def _assert_unmoved(model: Any, rows: Sequence[Row], padded: bool) -> None:
+def _require_unmoved(model: Any, rows: Sequence[Row], padded: bool) -> None:
     first_ids, first_mask = rows[0]
     replaced = np.roll(first_ids, 1) if len(set(first_ids.tolist())) > 1 else np.full_like(first_ids, first_ids[0] + 1)
     device = next(model.parameters()).device
@@ -108,7 +108,7 @@ def _assert_unmoved(model: Any, rows: Sequence[Row], padded: bool) -> None:
     before, after = (supervised_logits(model, batch.to(device), padded=padded) for batch in (first, second))
     if not before.isfinite().all():
         with unpacked(model):
-            assert_finite(model, rows)
+            require_finite_logits(model, rows)
     others = slice(int(first_mask[1:].sum()), None)
     moved = _relative(after[others].float(), before[others].float())
     if not moved <= (ROUTING_NOISE.get(before.dtype, 5e-3) if _routes(model) else 0.0):
@@ -175,7 +175,7 @@ def _alone(model: Any, row: Row) -> torch.Tensor:
     return logits.float()
 
 
-def assert_causal(model: Any, row: Row) -> None:
+def require_causal(model: Any, row: Row) -> None:
     """Raise TrainingError if the first half of `row` sees its second half, as in an encoder."""
     ids, half = row[0], max(len(row[0]) // 2, 1)
     other = ids.copy()
@@ -195,7 +195,7 @@ def assert_causal(model: Any, row: Row) -> None:
         )
 
 
-def assert_finite(model: Any, rows: Sequence[Row]) -> None:
+def require_finite_logits(model: Any, rows: Sequence[Row]) -> None:
     """Raise TrainingError if rows alone have NaN or infinite logits, so that packing is not the cause."""
     with torch.no_grad():
         if all(bool(_alone(model, row).isfinite().all()) for row in rows):

@@ -11,7 +11,7 @@ import torch
 
 from lorafit.backbone import failed_forward, unwrapped
 from lorafit.engine.attention.packed import packed
-from lorafit.engine.isolation import LeakError, assert_causal, assert_finite, assert_isolated, uneven
+from lorafit.engine.isolation import LeakError, require_causal, require_finite_logits, require_isolated, uneven
 from lorafit.engine.loss.vocabulary import Row, VocabularyLoss, vocabulary_loss_for
 from lorafit.errors import BackboneError, TrainingError
 from lorafit.shapes import length_limit
@@ -82,8 +82,8 @@ def prove_rows(model: Any, rows: Sequence[Row], longest: int = 0) -> tuple[RowMo
     if mode.is_packed:
         with mode.attending(model):
             return mode, vocabulary_loss_for(model, rows)
-    assert_finite(model, rows)
-    assert_causal(model, rows[-1])
+    require_finite_logits(model, rows)
+    require_causal(model, rows[-1])
     if not mode.is_alone:
         mode = RowMode(mode.reason, _obstacle(model, uneven(rows), padded=True))
     return mode, vocabulary_loss_for(model, rows[:1] if mode.is_alone else rows, padded=True)
@@ -92,7 +92,7 @@ def prove_rows(model: Any, rows: Sequence[Row], longest: int = 0) -> tuple[RowMo
 def require_runs(model: Any, row: Row) -> None:
     """Raise TrainingError unless the forward of `model` takes one row of text as it is, and gives finite logits."""
     try:
-        assert_finite(model, [row])
+        require_finite_logits(model, [row])
     except torch.OutOfMemoryError:
         raise
     except FAMILY_ERRORS as error:
@@ -109,7 +109,7 @@ def _obstacle(model: Any, rows: Sequence[Row], *, padded: bool = False) -> str:
     """Return why the rows of `model` cannot share a micro-batch, packed or `padded`; empty if they can."""
     try:
         with nullcontext() if padded else packed(model):
-            assert_isolated(model, rows, padded=padded)
+            require_isolated(model, rows, padded=padded)
     except LeakError as error:
         return error.seen
     except BackboneError as error:

@@ -17,12 +17,12 @@ from lorafit.export.verify import VERIFICATION_FILE, Verification, verify
 __all__ = [
     "DEFAULT_FORMAT",
     "FORMATS",
+    "VERIFICATION_FILE",
     "ExportFormat",
     "MergeReport",
     "OpenedModel",
     "Row",
     "TransformersModel",
-    "VERIFICATION_FILE",
     "Verification",
     "Written",
     "follow_base",

@@ -4,8 +4,8 @@ from lorafit.programs.program import Program, free_port, post_json
 from lorafit.programs.vllm import VLLM_VARIABLE, find_vllm, vllm_command, vllm_program
 
 __all__ = [
-    "Program",
     "VLLM_VARIABLE",
+    "Program",
     "find_vllm",
     "free_port",
     "post_json",

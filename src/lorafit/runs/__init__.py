@@ -20,13 +20,13 @@ from lorafit.runs.writing import RunLock, staged_folder, sync
 
 __all__ = [
     "ADAPTER",
+    "FREE",
+    "LAST",
+    "LAYOUT",
     "SHARDS",
     "Checkpoint",
     "ChosenWeights",
-    "FREE",
     "InitialAdapter",
-    "LAST",
-    "LAYOUT",
     "RunDir",
     "RunFingerprint",
     "RunIdentity",

@@ -8,7 +8,7 @@ import torch
 
 from lorafit.backbone import load_backbone
 from lorafit.config import resolve
-from lorafit.engine import assert_isolated, collate, supervised_logits, unpacked, use_packed_attention
+from lorafit.engine import collate, require_isolated, supervised_logits, unpacked, use_packed_attention
 from lorafit.engine.attention import grouped as grouped_module
 from lorafit.engine.attention import packed as attention_op
 from lorafit.engine.attention.grouped import ScoreOptions, grouped_attention, grouped_gradients
@@ -84,7 +84,7 @@ def test_a_packed_row_has_the_logits_it_has_alone(bases, family):
     model = load_backbone(resolve(flags={"base": bases(family), "quantization": "none"}).config)
     use_packed_attention(model)
     rows = rows_of(20, 33, 7, 40)
-    assert assert_isolated(model, rows).relative_difference < 1e-3
+    assert require_isolated(model, rows).relative_difference < 1e-3
 
 
 def test_rows_that_see_each_other_are_refused(bases):
@@ -109,7 +109,7 @@ def test_rows_that_see_each_other_are_refused(bases):
             return self.inner(**inputs)
 
     with pytest.raises(TrainingError, match="see each other"):
-        assert_isolated(Leaky(model), rows)
+        require_isolated(Leaky(model), rows)
 
 
 def test_unpacked_is_undone_after_an_error(bases):

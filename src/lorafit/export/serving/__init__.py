@@ -13,11 +13,11 @@ from lorafit.export.serving.serving_file import (
 
 __all__ = [
     "BASE",
-    "AdaptersFolder",
-    "GgufAdaptersFolder",
     "LORA_FILE",
     "MODELFILE",
     "SERVING_FILE",
+    "AdaptersFolder",
+    "GgufAdaptersFolder",
     "ServingFile",
     "gguf_commands",
     "merged_commands",

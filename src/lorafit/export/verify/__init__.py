@@ -9,9 +9,9 @@ from lorafit.export.verify.verification import VERIFICATION_FILE, Verification, 
 from lorafit.export.verify.vllm_proof import Serving, Subjects, prove_in_vllm
 
 __all__ = [
+    "NF4",
     "VERIFICATION_FILE",
     "Answers",
-    "NF4",
     "EngineProof",
     "LiveAnswers",
     "PrecisionRow",
