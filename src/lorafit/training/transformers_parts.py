@@ -69,9 +69,8 @@ def training_arguments(
     """
     steps = config.total_steps(epoch_steps)
     cuda = torch.cuda.is_available()
-    optimizer = (
-        "adamw" if config.optimizer == "auto" else config.optimizer
-    )  # the plan chooses 8 bits if moments are too large
+    # the plan has chosen 8 bits if moments are too large
+    optimizer = "adamw" if config.optimizer == "auto" else config.optimizer
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -115,10 +114,8 @@ def build_optimizer(
     for factor in dict.fromkeys([1.0, *factors]):
         own = [weight for weight, its in zip(trained, factors, strict=True) if its == factor]
         rate = {} if factor == 1 else {"lr": factor * arguments.learning_rate}
-        matrices, vectors = (
-            [weight for weight in own if weight.ndim > 1],
-            [weight for weight in own if weight.ndim <= 1],
-        )
+        matrices = [weight for weight in own if weight.ndim > 1]
+        vectors = [weight for weight in own if weight.ndim <= 1]
         groups.append({"params": matrices, "weight_decay": arguments.weight_decay, **rate})
         groups.append({"params": vectors, "weight_decay": 0.0, **rate})
     return method.optimizer(kind, groups, options)

@@ -109,9 +109,9 @@ def _sum_width(op: Any, args: tuple[Any, ...]) -> int | None:
     if op is not torch.ops.aten.add.Tensor or not all(isinstance(arg, torch.Tensor) for arg in args[:2]):
         return None
     left, right = args[:2]
-    return (
-        int(left.shape[2]) if left.dim() == right.dim() == STREAM_RANK and left.shape[2] == right.shape[2] > 1 else None
-    )
+    if not left.dim() == right.dim() == STREAM_RANK or not left.shape[2] == right.shape[2] > 1:
+        return None
+    return int(left.shape[2])
 
 
 def _is_cheap(op: Any, args: tuple[Any, ...]) -> bool:

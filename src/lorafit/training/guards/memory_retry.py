@@ -160,17 +160,13 @@ class MemoryRetry:
         if self.processes.any(self._is_outgrown(step)):
             step = self.steps.step_of(step.rows)  # packed before the limit fell
         while True:
-            outcome = self._whole(step, schedule)
-            failed = isinstance(outcome, _Failed)
-            if not self.processes.any(failed) and not isinstance(outcome, _Failed):
-                return outcome
+            loss, failed = self._whole(step, schedule)
+            if not self.processes.any(failed is not None):
+                return loss
             undo()
             release_memory()
-            if isinstance(outcome, _Failed):
-                self.processes.together(partial(self._shrink_layout, number, step, outcome))
-            else:  # another process ran out of memory
-                self.processes.together(lambda: None)
-            self._tell_main(number, failed)
+            self.processes.together(partial(self._shrink_layout, number, step, failed))
+            self._tell_main(number, failed is not None)
             self.steps.layout.micro_tokens = self.processes.least(self.steps.layout.micro_tokens)
             step = self.steps.step_of(step.rows)
             before.restore(self.device)
@@ -241,14 +237,15 @@ class MemoryRetry:
             fix=f"next time set memory_policy: {policy}",
         )
 
-    def _whole(self, step: Step, schedule: Schedule) -> torch.Tensor | _Failed:
+    def _whole(self, step: Step, schedule: Schedule) -> tuple[torch.Tensor, _Failed | None]:
+        """Return the loss of `step`, and the part for which memory ran out."""
         total = torch.zeros((), device=self.device)
         for part in schedule.parts(step, 1 / step.supervised):
             outcome = self._once(part.run)
             if isinstance(outcome, OutOfMemory):
-                return _Failed(part.largest, outcome)
+                return total, _Failed(part.largest, outcome)
             total += outcome
-        return total
+        return total, None
 
     def _is_outgrown(self, step: Step) -> bool:
         """Return True if `step` was packed before the limit fell.
@@ -289,7 +286,10 @@ class MemoryRetry:
                 raise torch.OutOfMemoryError(str(error)) from error
             return OutOfMemory(str(error).partition("\n")[0])
 
-    def _shrink_layout(self, number: int, step: Step, failed: _Failed) -> None:
+    def _shrink_layout(self, number: int, step: Step, failed: _Failed | None) -> None:
+        """Let the micro-batch that `failed` fit in the next try; None where another process ran out of memory."""
+        if failed is None:
+            return
         layout, batch = self.steps.layout, failed.batch
         policy = self.layers.policy if self.layers is not None else MemoryPolicy()
         if (
