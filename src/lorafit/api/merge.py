@@ -95,10 +95,13 @@ def merge(
     _require_known(onto)
     form, folder = format_named(export_format), RunDir.open(Path(run))
     finished = FinishedRun.open(folder.path, checkpoint)
+    place = base_folder(finished.config.base, finished.config.revision)
     if isinstance(form, Gguf):  # before minutes of measuring
-        form.require_base(base_folder(finished.config.base, finished.config.revision))
+        form.require_base(place)
     with redirect_library_logs(folder.log, optional=True):
         rows = verification_rows(folder, template_of(folder))
+        if isinstance(form, Gguf):
+            form.require_rows(place, rows)
         finishing = Finishing(finished, verification_records(folder), rows, asks_vllm)
         proof = MergeProof(finished, rows, finishing, onto, base)
         report = _first_as_good(

@@ -211,6 +211,15 @@ def test_the_context_ends_with_a_window_that_llama_cpp_does_not_know():
     assert context("Gemma2", **GEMMA) == 1024
 
 
+def test_a_row_beyond_the_window_is_refused_before_anything_is_measured(tmp_path):
+    transformers.MistralConfig(**(SIZES | {"sliding_window": 32})).save_pretrained(tmp_path)
+    rows = [Row(np.arange(length, dtype=np.int32), np.ones(length, bool)) for length in (20, 33)]
+    form = format_named("gguf-f16")
+    form.require_rows(tmp_path, rows[:1])
+    with pytest.raises(UsageError, match=r"rows of 33 tokens, and llama\.cpp attends as the model does up to 32"):
+        form.require_rows(tmp_path, rows)
+
+
 def test_a_base_is_refused_before_anything_is_measured(make_run, tmp_path, jinja, monkeypatch):
     odd = {"vocab_size": 1024, "hidden_act": "gelu"}
     run = make_run(tmp_path, chat_template=jinja, quantization="none", tokenizer=BASE, overrides=odd)

@@ -191,6 +191,7 @@ def _export_adapter(
         require_same_base(base, run.base_fingerprint())
         if isinstance(folder, GgufAdaptersFolder):
             folder.form.require_base(base)
+            folder.form.require_rows(base, verification_rows(run, template_of(run)))
         identity = {
             "fingerprint": run.base_fingerprint() or base_fingerprint(base),
             "quantization": config.quantization,

@@ -29,6 +29,7 @@ class Architecture:
         tied: True if the embeddings are the head as well.
         layers: the number of decoder layers.
         head_dim: the size of a head.
+        context: the tokens over which llama.cpp attends as the model does.
     """
 
     def __init__(self, config: Any) -> None:
@@ -45,6 +46,7 @@ class Architecture:
         self.layers = int(config.num_hidden_layers)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self._names = gguf.get_tensor_name_map(self.family.arch, self.layers)
+        self.context = full_context(config)
         self._rope = _rope_of(config)
         require_fitting(config, self._rope, self.head_dim, tied=self.tied)
 
@@ -100,7 +102,7 @@ class Architecture:
         """Add the sizes and constants of the model to `writer`."""
         config = self.config
         writer.add_block_count(self.layers)
-        writer.add_context_length(full_context(config))
+        writer.add_context_length(self.context)
         writer.add_embedding_length(config.hidden_size)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import UsageError
-from lorafit.export.formats.export_format import Written
+from lorafit.export.formats.export_format import Row, Written
 
 if TYPE_CHECKING:
     from lorafit.export.formats.gguf.llama_cpp import LlamaCppModel
@@ -69,6 +69,12 @@ class Gguf:
         from lorafit.export.formats.gguf.writer import require_written  # its packages are optional
 
         require_written(folder)
+
+    def require_rows(self, folder: Path, rows: Sequence[Row]) -> None:
+        """Raise UsageError for a row that is longer than llama.cpp attends to as the base in `folder` does."""
+        from lorafit.export.formats.gguf.writer import require_context  # its packages are optional
+
+        require_context(folder, max((len(row.ids) for row in rows), default=0))
 
     def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> Written:
         """Write `weights` to one file in `folder`, beside the configuration and the tokenizer it is made from.

@@ -12,9 +12,10 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig
 
-from lorafit.errors import VerificationError
+from lorafit.errors import UsageError, VerificationError
 from lorafit.export.formats.export_format import Written
 from lorafit.export.formats.gguf.architecture import Architecture
+from lorafit.export.formats.gguf.fitting import OTHERWISE
 from lorafit.export.formats.gguf.parts import Part
 from lorafit.export.formats.gguf.tensor_types import FILE_TYPES, encode, type_of
 from lorafit.export.formats.gguf.vocabulary import require_vocabulary, write_vocabulary
@@ -62,6 +63,14 @@ def require_written(folder: Path) -> None:
     Architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if (folder / "tokenizer.json").is_file():
         require_vocabulary(folder)
+
+
+def require_context(folder: Path, tokens: int) -> None:
+    """Raise UsageError if rows of `tokens` tokens are longer than the context of a file of the base in `folder`."""
+    context = Architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False)).context
+    if tokens > context:
+        what = f"the run has rows of {tokens:,} tokens, and llama.cpp attends as the model does up to {context:,}"
+        raise UsageError(what, where="config.json", fix=OTHERWISE)
 
 
 def _encode_all(
