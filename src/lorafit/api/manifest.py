@@ -78,7 +78,7 @@ def new_run_id() -> str:
 
 
 def environment(config: RunConfig | None = None) -> dict[str, Any]:
-    """Return what else decides the last bits of a run: versions, of a plug-in in `config` too, device, CPU threads."""
+    """Return the environment that decides the last bits of a run: versions, plug-in, device and CPU threads."""
     on_gpu = torch.cuda.is_available()
     here: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     here["lorafit"] = __version__  # a checkout on PYTHONPATH has no installed version

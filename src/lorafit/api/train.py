@@ -156,7 +156,7 @@ def train(
 
 @dataclass(frozen=True)
 class Participants:
-    """Hold who trains and who watches.
+    """Hold the processes that train a run, and its watchers.
 
     Attributes:
         processes: the processes of the run, one without a launcher.

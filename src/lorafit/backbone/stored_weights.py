@@ -58,7 +58,7 @@ def plain_name(weight: str) -> str:
 
 
 def readers_of(folder: Path) -> dict[str, Reader]:
-    """Return what reads each parameter; nothing for a base that is stored in 4 bits."""
+    """Return a reader of each parameter; none for a base that is stored in 4 bits."""
     architecture = read_architecture(folder)
     if is_prequantized(architecture):
         return {}

@@ -76,7 +76,7 @@ def check(
 
 
 def _more(fixed: FixReport | None, rows: list[ShownRow]) -> dict[str, Any]:
-    """Return what --fix and --show add to the JSON object."""
+    """Return the keys that --fix and --show add to the JSON object."""
     return ({"fixed": fixed.to_dict()} if fixed else {}) | ({"rows": shown_as_json(rows)} if rows else {})
 
 

@@ -36,7 +36,7 @@ STEPS_DOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """Hold how activations are stored until the backward pass, and the size of a micro-batch.
+    """Hold the storage of activations until the backward pass, and the size of a micro-batch.
 
     Attributes:
         recompute_mlp_layers: Layers, after the recomputed ones, that recompute only the inner values of their MLP.

@@ -40,7 +40,7 @@ WHOLE_MODULES = {
 
 
 def scale_divisor(rank: int, *, rslora: bool) -> float:
-    """Return what alpha is divided by: the rank, or its root in rank-stabilized LoRA (Kalajdzievski, 2023)."""
+    """Return the divisor of alpha: the rank, or its root in rank-stabilized LoRA (Kalajdzievski, 2023)."""
     return math.sqrt(rank) if rslora else float(rank)
 
 
@@ -258,7 +258,7 @@ class RunConfig(BaseModel):
 
     @property
     def scale(self) -> float:
-        """Return what the product of the adapter's matrices is multiplied by."""
+        """Return the factor of the product of an adapter's matrices."""
         return self.alpha / scale_divisor(self.rank, rslora=self.rslora)
 
     def total_steps(self, epoch_steps: int) -> int:

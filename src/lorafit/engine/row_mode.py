@@ -24,7 +24,7 @@ ALONE_TOKENS = 1
 
 @dataclass(frozen=True, slots=True)
 class RowMode:
-    """Hold how the rows of a micro-batch run through one model.
+    """Hold the mode in which the rows of a micro-batch run through one model.
 
     Attributes:
         reason: Why rows are not packed; empty when packed rows are proved isolated.
@@ -106,7 +106,7 @@ def _change_by_length(model: Any, longest: int) -> str:
 
 
 def _obstacle(model: Any, rows: Sequence[Row], *, padded: bool = False) -> str:
-    """Return why the rows of `model` cannot share a micro-batch, packed or `padded`; empty if they can."""
+    """Return the reason that rows of `model` cannot share a micro-batch, packed or `padded`; empty if they can."""
     try:
         with nullcontext() if padded else packed(model):
             require_isolated(model, rows, padded=padded)

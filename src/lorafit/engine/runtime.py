@@ -121,7 +121,7 @@ def release_memory() -> None:
 
 
 def allocator_retries() -> int:
-    """Return how often the allocator ran out, released its cache and retried, since the process began."""
+    """Return the number of times since the start that the allocator ran out, released its cache and retried."""
     return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 

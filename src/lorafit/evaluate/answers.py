@@ -71,7 +71,7 @@ def questions_of(rows: Rows, template: Template) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Hold what a model makes of one question.
+    """Hold a model's answer to one question, and its loss on the response.
 
     Attributes:
         answer: the greedy answer as text; None if the question asks for none.

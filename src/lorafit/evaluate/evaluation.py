@@ -115,7 +115,7 @@ class Evaluation:
 
     @property
     def cut(self) -> int:
-        """Return how many of the evaluated model's answers were cut at their most tokens."""
+        """Return the number of the evaluated model's answers that were cut at their most tokens."""
         return sum(row.reply.cut for row in self.tuned.rows)
 
     @property

@@ -50,7 +50,7 @@ class Difference:
 
     @property
     def verdict(self) -> Literal["better", "worse", "no difference shown"]:
-        """Return what the interval shows; an interval that holds 0 shows no difference."""
+        """Return the verdict of the interval; one that holds 0 shows no difference."""
         low, high = self.estimate.low, self.estimate.high
         if not low > 0 and not high < 0:
             return "no difference shown"

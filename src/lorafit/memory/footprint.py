@@ -114,7 +114,7 @@ def _base(inputs: PlanInputs, wide: bool, moved_bytes: int) -> list[Component]:
 
 
 def _shared(inputs: PlanInputs, moved_bytes: int) -> list[Component]:
-    """Return what each GPU holds of a frozen base whose layers all of them share."""
+    """Return the components of a frozen base on each GPU, where all share its layers."""
     whole, outside, norms, *towers = _base(inputs, False, moved_bytes)
     layers = whole.size_bytes + norms.size_bytes
     gathered = GATHERED_LAYERS * layers // inputs.shape.layers
@@ -164,7 +164,7 @@ def _adapters(inputs: PlanInputs) -> list[Component]:
 
 
 def _trained_weights(inputs: PlanInputs) -> list[Component]:
-    """Return what full fine-tuning holds beside the weights themselves."""
+    """Return the components of full fine-tuning beside the weights."""
     if inputs.updates_in_backward:
         return [Component("gradients", gradients_in_backward(inputs), "of one layer, or of the embeddings, at a time")]
     weights = inputs.trained_parameters
@@ -185,7 +185,7 @@ def gradients_in_backward(inputs: PlanInputs) -> int:
 
 
 def _sharded(inputs: PlanInputs) -> list[Component]:
-    """Return what each of several GPUs holds where every weight trains."""
+    """Return the components on each of several GPUs where every weight trains."""
     weights, gradients, moments = held_bytes(inputs)
     part, bits = f"1/{inputs.shards} of {inputs.shape.parameters:,} weights", 8 * shard_bytes(inputs)
     return [
@@ -257,7 +257,7 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Hold what trains, as far as activations depend on it.
+    """Hold the trained parts that activations depend on.
 
     Attributes:
         targets: Names of the modules with an adapter.

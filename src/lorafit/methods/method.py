@@ -71,7 +71,7 @@ class Method(Protocol):
         ...
 
     def learning_rate_factor(self, name: str, config: RunConfig) -> float:
-        """Return what the learning rate is multiplied by for the parameter `name` of the model."""
+        """Return the factor of the learning rate for the parameter `name` of the model."""
         ...
 
     def optimizer(self, kind: type, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> Any:

@@ -21,7 +21,7 @@ def objective_of(config: RunConfig, loss: VocabularyLoss) -> Objective:
 
 
 def maker_of(name: str) -> Callable[[VocabularyLoss], Objective]:
-    """Return what makes the objective `name`. Raises UsageError for a plug-in that cannot be used."""
+    """Return the factory of the objective `name`. Raises UsageError for a plug-in that cannot be used."""
     plugin: Callable[[VocabularyLoss], Objective]
     plugin = OBJECTIVES[name] if name in OBJECTIVES else load_plugin(GROUP, name, Objective)
     return plugin

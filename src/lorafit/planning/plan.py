@@ -168,7 +168,7 @@ class Plan:
         return (*shape.notes, *filter(None, [rows, targets, experts, several]), *self.hardware.notes)
 
     def _rows_note(self) -> str:
-        """Return how rows run that are not packed."""
+        """Return a note on rows that are not packed; empty for packed ones."""
         shape, share = self.shape, self.inputs.stats.padded_share
         if shape.alone:
             return f"rows train one a forward, which is slower than packing: {shape.alone}"

@@ -47,7 +47,7 @@ def gathered_base_bytes(inputs: PlanInputs) -> float:
 
 
 def several_in_words(inputs: PlanInputs, plan: ExecutionPlan) -> str:
-    """Return what is assumed of several GPUs, in one line; empty for one."""
+    """Return the assumptions about several GPUs, in one line; empty for one."""
     if inputs.gpus == 1:
         return ""
     name, rate = link_between(inputs.hardware)

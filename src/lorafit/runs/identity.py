@@ -40,7 +40,7 @@ DAMAGED = "restore the file from a copy of the run, or pass --restart, which mov
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """Hold what determines a run; hashes are sha256, hex.
+    """Hold the inputs that determine a run; hashes are sha256, hex.
 
     Attributes:
         train_rows: Hash of the training rows.

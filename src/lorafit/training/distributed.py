@@ -128,7 +128,7 @@ class Processes:
         return values
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns in process 0. Its LorafitError ends the other processes as ProcessLost."""
+        """Return the result of `work` in process 0. Its LorafitError ends the other processes as ProcessLost."""
         if self.world == 1:
             return work()
         if not self.is_main:
@@ -166,7 +166,7 @@ class Processes:
         return made
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns here, once it has ended everywhere.
+        """Return the result of `work` in this process, once it has ended in all.
 
         A LorafitError of any process is raised in process 0, with its sentence; the others raise ProcessLost.
         """

@@ -17,7 +17,7 @@ from lorafit.training.distributed import LOST, Processes
 
 
 def begin_of(optimizer: Any, most: float) -> Callable[[int], None]:
-    """Return what a schedule calls with the number of a step's micro-batches before it runs them."""
+    """Return the function that a schedule calls with the number of a step's micro-batches before it runs them."""
     if isinstance(optimizer, StepInBackward):
         return lambda micro_batches: optimizer.begin(micro_batches, most or math.inf)
     return lambda micro_batches: None

@@ -23,7 +23,7 @@ from lorafit.training.distributed import Processes
 
 @dataclass(frozen=True)
 class Lead:
-    """Hold what process 0 tells the others once its run is planned.
+    """Hold the run that process 0 sends to the others once it is planned.
 
     Attributes:
         run: the run directory, on a disk that all processes see.
@@ -43,7 +43,7 @@ class Lead:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Lead:
-        """Return what the others need of `manifest`."""
+        """Return the parts of `manifest` that the others need."""
         data = manifest.planned.prepared
         rows = (data.train.content_hash, data.holdout.content_hash)
         run = manifest.run.path.absolute()

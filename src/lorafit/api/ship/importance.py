@@ -22,7 +22,7 @@ ROWS, LONGEST = 64, 2048
 
 @dataclass
 class Weighing:
-    """Hold what an importance matrix was made of, and what it does to a file.
+    """Hold the source of an importance matrix, and its effect on a file.
 
     Attributes:
         rows: training rows.

@@ -130,7 +130,7 @@ def _require_text_alone(model: nn.Module) -> None:
 
 
 def _unpacked(model: nn.Module, decoder: nn.Module) -> str:
-    """Return why rows of `model` are not packed, as far as its code tells; the start of a run proves it."""
+    """Return the reason in its code that rows of `model` are not packed; the start of a run proves it."""
     if getattr(model, "_is_stateful", False) or any(isinstance(part, nn.Conv1d) for part in decoder.modules()):
         return CARRIES
     if not type(decoder)._can_set_attn_implementation():  # type: ignore[attr-defined, operator, unused-ignore]

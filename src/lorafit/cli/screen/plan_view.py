@@ -111,7 +111,7 @@ def show_plan(plan: Plan, *, options: bool = False) -> None:
 
 
 def gpus_in_words(count: int, reason: str) -> str:
-    """Return how many GPUs a run takes where its settings name none, why, and the flag that changes it."""
+    """Return the number of GPUs of a run whose settings name none, with its reason and flag."""
     other = "--gpus 1 takes one" if count > 1 else "--gpus all takes every one"
     return f"trains on {counted(count, 'GPU')}: {reason}; {other}"
 

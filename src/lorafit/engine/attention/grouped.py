@@ -16,7 +16,7 @@ from lorafit.memory.footprint import SCORES
 
 
 class ScoreOptions(NamedTuple):
-    """Hold how the scores of an attention are computed.
+    """Hold the options of attention scores.
 
     Attributes:
         scale: factor of the products of queries and keys.

@@ -86,7 +86,7 @@ class StepInBackward(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; moments stay in host memory."""
+        """Load a state of `state_dict`; moments stay in host memory."""
         self.inner.load_state_dict(state_dict)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
         self._places = _places_in(self.param_groups)

@@ -96,7 +96,7 @@ class MasterWeights(torch.optim.Optimizer):
         return {"state": state, "param_groups": packed["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; nothing is rounded to 16 bits."""
+        """Load a state of `state_dict`; nothing is rounded to 16 bits."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         masters = list(self.masters.values())
         places = {master: inner for _, part, inner in self._parts for master in (self.masters[one] for one in part)}
@@ -149,7 +149,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {**inner, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, of the same shards."""
+        """Load a state of `state_dict` of the same shards."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.inner.load_state_dict(state_dict)
 

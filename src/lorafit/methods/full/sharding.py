@@ -119,7 +119,7 @@ def clip_shards(weights: Sequence[nn.Parameter], most: float, sum_of: Any) -> Te
 
 
 class ShardLayout:
-    """Hold how copies on the host belong to a sharded model. Every process makes one at the same time.
+    """Hold the places of host copies within a sharded model. Every process makes one at the same time.
 
     Attributes:
         group: the processes, which talk over the host (gloo) while a checkpoint is written.

@@ -59,7 +59,7 @@ def _from_whole(loop: Resumable, folder: Path, layout: ShardLayout) -> dict[str,
 
 
 def _from_shards(loop: Resumable, folder: Path, layout: ShardLayout | None) -> dict[str, Tensor]:
-    """Return what this process takes of the moments of shards, and the fp32 copies that it keeps of whole weights."""
+    """Return this process's moments from those of shards, and its fp32 copies of whole weights."""
     weights, stored = weights_of(loop), tensors_in(folder / SHARDED)
     owners = {name.partition(".")[0] for name in stored if name.startswith(OWN)}
     if owners and len(owners) != (layout.world if layout else 1):

@@ -258,7 +258,7 @@ class Snapshot:
         self.write_rest(folder)
 
     def write_rest(self, folder: Path) -> None:
-        """Write what is no weight and no moment."""
+        """Write all but weights and moments: random states, history and settings of the optimizer."""
         save_file(dict(self.random), folder / RANDOM)
         (folder / TRAINER_STATE).write_text(json.dumps(self.trainer_state, default=float), encoding="utf-8")
         (folder / REST).write_text(json.dumps(self.rest), encoding="utf-8")

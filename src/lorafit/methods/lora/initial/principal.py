@@ -80,7 +80,7 @@ def plain_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def dense_change(layer: Any, name: str) -> Tensor:
-    """Return what the adapter `name` adds to its weight, as that is stored: (out, in), or transposed for Conv1D."""
+    """Return the change of a weight by the adapter `name`, as it is stored: (out, in), or transposed for Conv1D."""
     a, b = (side.detach() for side in plain_factors(layer, name))
     dense = (b @ a) * layer.scaling[name]
     return dense.T if layer.fan_in_fan_out else dense
