@@ -42,7 +42,7 @@ ROLES = {
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 OF_ATTENTION = ("q", "k", "v", "qkv", "kv", "o")
 CERTAIN = frozenset("q_proj k_proj v_proj qkv_proj query_key_value Wqkv in_proj_qkv in_proj_qkvz kv_b_proj".split())
-"""Names that only attention has, whatever the module around it is called."""
+"""Names that only attention has, in a module of any name."""
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts. They take no adapter, since tuning the routing unbalances the experts."""
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")

@@ -1,4 +1,4 @@
-"""answers: what a model answers to rows, and how likely it finds their responses."""
+"""answers: a model's answers to rows, and the likelihood of their responses."""
 
 from __future__ import annotations
 

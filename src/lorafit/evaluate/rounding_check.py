@@ -1,4 +1,4 @@
-"""rounding_check: measure what quantizing costs a base on the rows of a run, before it is trained."""
+"""rounding_check: measure the cost of quantizing a base on the rows of a run, before it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sharded: what full fine-tuning on several GPUs holds on each, and moves between them."""
+"""sharded: the bytes of full fine-tuning on each of several GPUs, and those moved between them."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Assumptions about model and device, and what a preset adapts beyond its usual modules."""
+        """Assumptions about model and device, and the modules that a preset adapts beyond its usual ones."""
         shape = self.shape
         rows = self._rows_note()
         asked = self.inputs.config.targets

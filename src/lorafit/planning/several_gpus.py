@@ -1,4 +1,4 @@
-"""Several GPUs in a plan: what they communicate in a step, and whether they share the layers of a frozen base."""
+"""Several GPUs in a plan: their communication in a step, and the sharing of a frozen base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launched: what a process of a run and the launcher that started it tell each other. No torch."""
+"""launched: errors and signals between a launcher and the processes that it started. No torch."""
 
 from __future__ import annotations
 

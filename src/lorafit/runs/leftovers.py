@@ -1,4 +1,4 @@
-"""leftovers: what a run that never began may leave in its folder, known by its content and not by its name.
+"""leftovers: the files of a run that never began, known by their content and not by their names.
 
 A new run writes over such files. Any other file belongs to somebody, and the folder is refused before it is touched.
 """

@@ -1,4 +1,4 @@
-"""RunContext: what a training run writes to, who takes part, and what is called meanwhile."""
+"""RunContext: the files, processes, signals and callbacks of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""updates: what an optimizer asks of the loop, and takes from its first step on."""
+"""updates: the part of a step that depends on the kind of optimizer, and the memory that an optimizer will take."""
 
 from __future__ import annotations
 

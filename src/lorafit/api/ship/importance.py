@@ -61,7 +61,7 @@ class Weighing:
 
 
 def weighed(run: FinishedRun, live: nn.Module, form: Gguf) -> tuple[Gguf, Weighing]:
-    """Return `form` with an importance matrix of the run's training rows, and what it is made of.
+    """Return `form` with an importance matrix of the run's training rows, and the matrix's source.
 
     `form` stays as it is if the rows are not at hand.
     """

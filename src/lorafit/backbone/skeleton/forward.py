@@ -1,4 +1,4 @@
-"""Forward: whether a model takes a row of text, asked of its own code on tensors without data."""
+"""Forward: try the forward of a model on a row of text, with tensors without data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deltas: what an adapter on disk changes in each weight of the base."""
+"""deltas: the changes of the base's weights by an adapter on disk."""
 
 from __future__ import annotations
 
