@@ -87,7 +87,7 @@ class BuiltModel:
     findings: tuple[Finding, ...] = ()
 
 
-def build_model(planned: PlannedRun, *, is_new: bool = True, world: int = 1) -> BuiltModel:
+def build_model(planned: PlannedRun, *, is_new: bool, world: int) -> BuiltModel:
     """Return the model of a planned run, measured against its base's own precision if the run is new.
 
     With `method` full its weights are sharded over `world` processes, with shard_base the frozen layers. Raises

@@ -136,7 +136,7 @@ def _rows_in(run: RunDir, task: Task, seed: int, method: str) -> tuple[Path, Pat
     return write_split(task, files[0].parent, seed, TRAIN_ROWS, HELD_OUT_ROWS)
 
 
-def usual_path(task: str, seed: int, method: str = "lora") -> Path:
+def usual_path(task: str, seed: int, method: str) -> Path:
     """Return the default run directory of a demo."""
     return Path("runs") / f"demo-{task}{'' if method == 'lora' else f'-{method}'}-seed{seed}"
 

@@ -121,7 +121,7 @@ def template_for(resolved: Resolved) -> Template:
 
 
 def require_startable(
-    data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any], *, restart: bool = False
+    data: Sequence[str | Path] | str | Path | None, settings: dict[str, Any], *, restart: bool
 ) -> None:
     """Raise the errors of settings, base and a taken `out` folder, before torch is imported."""
     resolved = settle(data, settings)

@@ -64,7 +64,7 @@ def layer_costs(
     execution: Execution,
     policy: MemoryPolicy,
     *,
-    graphs: bool = False,
+    graphs: bool,
 ) -> LayerCosts:
     """Return the bytes and seconds of one layer for a micro-batch.
 

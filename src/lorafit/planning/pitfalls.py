@@ -148,7 +148,7 @@ def _tight(inputs: PlanInputs, memory: MemoryEstimate) -> Finding:
     )
 
 
-def what_would_fit(inputs: PlanInputs, margin: float = 0.0) -> str:
+def what_would_fit(inputs: PlanInputs, margin: float) -> str:
     """Return advice on the smallest change of settings that fits, with the estimate's `margin` free.
 
     When no change is enough, the advice names the memory, and the smallest GPU, that fits with all changes.

@@ -100,7 +100,7 @@ class Problem:
         taken = self._taken()[0]
         return self.less(size_bytes + max(0, self.room.device_bytes - taken))
 
-    def roomier(self, spare_bytes: int, failed_bytes: int | None = None) -> Problem | None:
+    def roomier(self, spare_bytes: int, failed_bytes: int | None) -> Problem | None:
         """Return the problem with the measured memory, after a policy left `spare_bytes` of the budget.
 
         The policy for `failed_bytes` is known not to fit, so the memory stays at most halfway to it. None if no policy

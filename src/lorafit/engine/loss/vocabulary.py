@@ -173,7 +173,7 @@ def losses_and_gradient(
 
 
 def losses_and_gradient_in_torch(
-    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight = 1.0
+    logits: Tensor, targets: Tensor, steps: LogitSteps, weight: Weight
 ) -> tuple[Tensor, Tensor]:
     """Return the result of `losses_and_gradient`, computed without a kernel."""
     z = logits.float().mul_(steps.scale) if logits.dtype is not torch.float32 else logits.mul_(steps.scale)

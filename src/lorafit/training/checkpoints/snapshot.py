@@ -279,7 +279,7 @@ def restore_optimization(loop: Resumable, folder: Path, moments: Mapping[str, to
     return known
 
 
-def restore_randomness(folder: Path, rank: int = 0) -> bool:
+def restore_randomness(folder: Path, rank: int) -> bool:
     """Set every random generator to its state in a verified checkpoint; False if it has none of process `rank`."""
     tensors, rest = load_file(folder / RANDOM), read_rest(folder)
     if rank == 0:
