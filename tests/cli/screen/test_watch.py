@@ -45,13 +45,22 @@ def test_a_file_gets_a_line_at_once_then_every_half_minute_and_at_each_evaluatio
     assert not any("held-out" in line for line in (lines[0], *lines[2:])), "no stale value"
 
 
-@pytest.mark.parametrize(("method", "words"), [("lora", "frozen"), ("full", "every weight trains")])
-def test_a_large_adapter_is_not_taken_for_every_weight(method, words, capsys):
-    resolved = resolve({}, {"method": method})
+@pytest.mark.parametrize(
+    ("settings", "stage", "words"),
+    [
+        ({"method": "lora"}, "quantize", "frozen"),
+        ({"method": "lora", "quantization": "none"}, "load", "frozen"),
+        ({"method": "full"}, "load", "every weight trains"),
+    ],
+)
+def test_a_base_is_called_quantized_and_frozen_where_it_is(settings, stage, words, capsys):
+    """A large adapter is not taken for every weight, nor a 16-bit base for a quantized one."""
+    resolved = resolve({}, settings)
     shown = ConsoleObserver()
     shown.on_plan(make_plan(resolved, facts(), shape(TINY), hardware_named("H100")), resolved)
     shown.on_model(Counts(trainable=8, total=10), "base", RowMode())
-    assert f"base, {words};" in capsys.readouterr().out
+    [line] = [line for line in capsys.readouterr().out.splitlines() if f"base, {words};" in line]
+    assert line.split()[0] == stage
 
 
 def test_machines_get_one_object_a_line(capsys):

@@ -57,7 +57,7 @@ class ConsoleObserver(Observer):
         )
         self.last_line_s = float("-inf")
         self.task = self.progress.add_task("train", total=1, seen="", visible=False)
-        self.has_dry_run = self.trains_all = False
+        self.has_dry_run = self.trains_all = self.quantizes = False
         self.last_eval_loss: float | None = None
         self.status = PEOPLE.status("loading the base") if PEOPLE.is_terminal else None
 
@@ -87,6 +87,7 @@ class ConsoleObserver(Observer):
 
     def on_plan(self, plan: Plan, resolved: Resolved) -> None:
         self.has_dry_run, self.trains_all = plan.hardware.kind == "cuda", plan.decided.is_full
+        self.quantizes = resolved.config.quantization != "none"
         show_verdict(plan, [*plan.findings])
         show_choices(plan, resolved)
         show_findings(plan.findings)
@@ -102,7 +103,7 @@ class ConsoleObserver(Observer):
         if self.status:
             self.status.stop()
         state = "every weight trains" if self.trains_all else "frozen"
-        heading("load" if self.trains_all else "quantize", f"{Path(base).name}, {state}; {escape(rows.in_words)}")
+        heading("quantize" if self.quantizes else "load", f"{Path(base).name}, {state}; {escape(rows.in_words)}")
         heading(
             "train" if self.trains_all else "attach",
             f"[bold]{counts.trainable:,}[/bold] trainable of {counts.total:,} parameters "
