@@ -7,6 +7,7 @@ right (stochastic rounding, Gupta et al., arXiv:1502.02551).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.methods.full.sharding import is_shard, own_shard
+
+kernel: Any = None
+if importlib.util.find_spec("triton") is not None:
+    from lorafit.backbone.kernels import adam_8bit as kernel
 
 PART_ELEMENTS = 1 << 28
 """Most elements whose fp32 gradients exist at one time: 1 GiB."""
@@ -183,19 +188,29 @@ def with_stochastic_rounding(kind: Any) -> type:
                 super().update_step(group, weight, group_index, index)
                 return
             state, narrow, gradient = self.state[weight], weight.data.view(-1), weight.grad.reshape(-1)
-            for start in range(0, narrow.numel(), CHUNK):
-                part = slice(start, start + CHUNK)
-                wide = nn.Parameter(narrow[part].float())
-                wide.grad = gradient[part].float()
-                comes = self.ahead is not None and state["state1"].dtype is torch.uint8
+            is_8bit = state["state1"].dtype is torch.uint8
+            comes = self.ahead is not None and is_8bit
+            in_kernel = kernel is not None and is_8bit and weight.is_cuda and self.optimizer_name == "adam"
+            settings = self.get_config(group_index, index, group)
+            seed = kernel.random_seed(weight.device) if in_kernel else None
+            values = narrow.numel() if in_kernel and not comes else CHUNK
+            for start in range(0, narrow.numel(), values):
+                part = slice(start, start + values)
                 take = self.ahead.take if comes else _part_of
-                own = self.state[wide] = take(state, part, narrow.numel())
-                super().update_step(group, wide, group_index, index)
-                narrow[part] = stochastically_rounded(wide.data)
-                del self.state[wide]
+                own = take(state, part, narrow.numel())
+                if in_kernel:
+                    own["step"] += 1
+                    kernel.adam_8bit(narrow[part], gradient[part], own, settings, seed=seed, first=start)
+                else:
+                    wide = nn.Parameter(narrow[part].float())
+                    wide.grad = gradient[part].float()
+                    self.state[wide] = own
+                    super().update_step(group, wide, group_index, index)
+                    narrow[part] = stochastically_rounded(wide.data)
+                    del self.state[wide]
                 if comes:
                     self.ahead.put_back()
-            state["step"] = own["step"]
+            state["step"] += 1
 
     Rounding.__name__ = f"Rounding{kind.__name__}"
     return Rounding
