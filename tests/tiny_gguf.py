@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -10,6 +11,8 @@ import transformers
 from families_zoo import AXES, small_config
 from lorafit.backbone.architecture import auto_class
 from lorafit.demo import BASE
+from lorafit.export import Row, format_named
+from lorafit.export.formats import TransformersModel
 
 SIZES = {
     "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -112,3 +115,16 @@ def companions(model, folder):
 
 def kl(theirs, ours):
     return float(F.kl_div(theirs, ours, reduction="batchmean", log_target=True))
+
+
+def assert_computed_alike(model, weights, folder):
+    """Write `weights` of `model` to a GGUF file in `folder`, and hold llama.cpp's probabilities against the model's."""
+    companions(model, folder)
+    form = format_named("gguf-f16")
+    form.write(weights.items(), folder)
+    row = Row(np.random.default_rng(0).integers(5, 1000, 100).astype(np.int32), np.ones(100, bool))
+    ours = TransformersModel(model).log_probabilities(row)
+    with form.open(folder, torch.device("cpu"), torch.float32) as opened:
+        theirs = opened.log_probabilities(row)
+    assert kl(theirs, ours) < 1e-5
+    assert kl(theirs.roll(1, 0), ours) > 1e-3, "positions differ, so that the comparison can fail"

@@ -179,11 +179,10 @@ def architecture_of(model: nn.Module) -> PretrainedConfig:
 
 def take_text_alone(model: nn.Module) -> None:
     """Let a multimodal `model` train on text. Molmo 2 refuses rows that do not say which of their tokens are images."""
+    refusal = f"`{TOKEN_KINDS}` is required"
     for module in model.modules():
         call = type(module).forward
-        if TOKEN_KINDS in inspect.signature(call).parameters and f"`{TOKEN_KINDS}` is required" in inspect.getsource(
-            call
-        ):
+        if TOKEN_KINDS in inspect.signature(call).parameters and refusal in inspect.getsource(call):
             module.register_forward_pre_hook(_as_in_evaluation)
 
 

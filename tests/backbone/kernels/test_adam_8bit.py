@@ -13,6 +13,13 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "optim_bits": 8, "min_8bit_size": 256}
 COUNT = 256 * 20 + 100
+needs_kernel = pytest.mark.skipif(
+    optimizer.kernel is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or TRITON_INTERPRET=1"
+)
+
+
+def copied(state):
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def gradients(steps, device):
@@ -39,9 +46,7 @@ def nearest(moment, table, is_signed):
     return torch.where((parts < 0) & (table[codes] == 0), codes - 1, codes) if is_signed else codes
 
 
-@pytest.mark.skipif(
-    optimizer.kernel is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or TRITON_INTERPRET=1"
-)
+@needs_kernel
 def test_moments_are_those_of_bitsandbytes_and_weights_round_to_them_on_average():
     device = "cuda" if ON_GPU else "cpu"
     start = torch.randn(COUNT, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
@@ -52,16 +57,14 @@ def test_moments_are_those_of_bitsandbytes_and_weights_round_to_them_on_average(
     for number, gradient in enumerate(gradients(3, device)):
         if state is None:
             theirs.init_state(theirs.param_groups[0], wide, 0, 0)
-            state = {
-                name: value.clone() if isinstance(value, torch.Tensor) else value
-                for name, value in theirs.state[wide].items()
-            }
-        before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+            state = copied(theirs.state[wide])
+        before = copied(state)
         wide.data.copy_(ours)
         wide.grad = gradient.float()
         theirs.update_step(theirs.param_groups[0], wide, 0, 0)
         state["step"] += 1
-        optimizer.kernel.adam_8bit(ours, gradient, state, settings, seed=torch.tensor([number], device=device), first=0)
+        seed = torch.tensor([number], device=device)
+        optimizer.kernel.adam_8bit(ours, gradient, state, settings=settings, seed=seed, first=0)
         for name in ("absmax1", "absmax2"):
             torch.testing.assert_close(state[name], theirs.state[wide][name], rtol=1e-5, atol=0)
         for code, (moment, is_signed) in zip(("state1", "state2"), moments(before, gradient), strict=True):
@@ -72,6 +75,25 @@ def test_moments_are_those_of_bitsandbytes_and_weights_round_to_them_on_average(
         error = (ours.float() - wide.detach()) / unit
         assert error.abs().max() < 1.01 and abs(error.mean()) < 0.03
         assert (ours != wide.detach().bfloat16()).count_nonzero() > COUNT // 10  # not to nearest
+
+
+@needs_kernel
+def test_a_weight_updated_in_parts_has_the_bits_of_one_updated_at_once():
+    device = "cuda" if ON_GPU else "cpu"
+    tensors = AdamW([torch.nn.Parameter(torch.ones(COUNT, device=device))], **OPTIONS)
+    [gradient], [weight] = gradients(1, device), tensors.param_groups[0]["params"]
+    tensors.init_state(tensors.param_groups[0], weight, 0, 0)
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    made = []
+    for size in (COUNT, 10 * optimizer.BLOCK):
+        ours, state = torch.ones(COUNT, dtype=torch.bfloat16, device=device), copied(tensors.state[weight])
+        state["step"] = 1
+        for start in range(0, COUNT, size):
+            part = slice(start, start + size)
+            own, seed = optimizer._part_of(state, part, COUNT), torch.tensor([7], device=device)
+            optimizer.kernel.adam_8bit(ours[part], gradient[part], own, settings=settings, seed=seed, first=start)
+        made.append((ours, *(state[name] for name in sorted(optimizer.MOMENTS))))
+    assert all(map(torch.equal, *made)) and optimizer.kernel.BLOCK == optimizer.BLOCK
 
 
 @pytest.mark.gpu
@@ -90,6 +112,6 @@ def test_the_optimizer_uses_the_kernel_and_the_seed_decides(monkeypatch):
 
     (one, state), (again, _), (other, _) = trained(0), trained(0), trained(1)
     assert torch.equal(one, again) and not torch.equal(one, other) and state["step"] == 4
-    monkeypatch.setattr(optimizer, "kernel", None)
+    monkeypatch.setattr(optimizer, "kernels_work", lambda device: False)
     plain, _ = trained(0)
     assert abs((one.float() - plain.float()).mean()) < 1e-4 and (one.float() - plain.float()).abs().max() < 0.05

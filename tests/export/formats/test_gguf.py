@@ -22,21 +22,13 @@ from lorafit.export.formats.gguf.tensor_types import encode, type_of
 from lorafit.export.formats.gguf.vocabulary import SPLITS, pre_tokenizer
 from lorafit.export.importance import input_squares
 from lorafit.export.merge import merge
-from tiny_gguf import GEMMA, LLAMA3, MODELS, ROPE, SIZES, companions, kl, model_of
+from tiny_gguf import GEMMA, LLAMA3, MODELS, ROPE, SIZES, assert_computed_alike, companions, kl, model_of
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
     model = model_of(name)
-    companions(model, tmp_path)
-    form = format_named("gguf-f16")
-    form.write(model.state_dict().items(), tmp_path)
-    row = Row(np.random.default_rng(0).integers(5, 1000, 100).astype(np.int32), np.ones(100, bool))
-    ours = TransformersModel(model).log_probabilities(row)
-    with form.open(tmp_path, torch.device("cpu"), torch.float32) as opened:
-        theirs = opened.log_probabilities(row)
-    assert kl(theirs, ours) < 1e-5
-    assert kl(theirs.roll(1, 0), ours) > 1e-3, "positions differ, so that the comparison can fail"
+    assert_computed_alike(model, model.state_dict(), tmp_path)
 
 
 def test_a_row_longer_than_one_call_of_llama_cpp_has_the_same_probabilities(tmp_path):

@@ -21,7 +21,6 @@ BLOCK = 256
 """Values that share a scale."""
 BLOCKS = 2
 """Blocks of one program. Two of them in two warps were fastest on an H200."""
-MOST_CHANCE = (1 << 31) - 1
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def _adam_8bit(
 
 
 def adam_8bit(
-    weight: Tensor, gradient: Tensor, state: Mapping[str, Any], settings: Mapping[str, Any], *, seed: Tensor, first: int
+    weight: Tensor, gradient: Tensor, state: Mapping[str, Any], *, settings: Mapping[str, Any], seed: Tensor, first: int
 ) -> None:
     """Update `weight` (n,) in bf16 and its 8-bit moments by `gradient` (n,), as bitsandbytes' AdamW does.
 
@@ -131,4 +130,4 @@ def adam_8bit(
 
 def random_seed(device: torch.device) -> Tensor:
     """Return a random integer (1,) of the device's generator."""
-    return torch.randint(0, MOST_CHANCE, (1,), dtype=torch.int64, device=device)
+    return torch.randint(0, torch.iinfo(torch.int32).max, (1,), dtype=torch.int64, device=device)

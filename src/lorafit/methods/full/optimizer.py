@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafit.backbone.kernels.frozen_linear_op import kernels_work
 from lorafit.methods.full.sharding import is_shard, own_shard
 
 kernel: Any = None
@@ -190,17 +192,18 @@ def with_stochastic_rounding(kind: Any) -> type:
             state, narrow, gradient = self.state[weight], weight.data.view(-1), weight.grad.reshape(-1)
             is_8bit = state["state1"].dtype is torch.uint8
             comes = self.ahead is not None and is_8bit
-            in_kernel = kernel is not None and is_8bit and weight.is_cuda and self.optimizer_name == "adam"
-            settings = self.get_config(group_index, index, group)
-            seed = kernel.random_seed(weight.device) if in_kernel else None
-            values = narrow.numel() if in_kernel and not comes else CHUNK
+            at_once = None
+            if is_8bit and self.optimizer_name == "adam" and _has_kernel(weight):
+                settings, seed = self.get_config(group_index, index, group), kernel.random_seed(weight.device)
+                at_once = partial(kernel.adam_8bit, settings=settings, seed=seed)
+            values = narrow.numel() if at_once and not comes else CHUNK
             for start in range(0, narrow.numel(), values):
                 part = slice(start, start + values)
                 take = self.ahead.take if comes else _part_of
                 own = take(state, part, narrow.numel())
-                if in_kernel:
+                if at_once:
                     own["step"] += 1
-                    kernel.adam_8bit(narrow[part], gradient[part], own, settings, seed=seed, first=start)
+                    at_once(narrow[part], gradient[part], own, first=start)
                 else:
                     wide = nn.Parameter(narrow[part].float())
                     wide.grad = gradient[part].float()
@@ -214,6 +217,11 @@ def with_stochastic_rounding(kind: Any) -> type:
 
     Rounding.__name__ = f"Rounding{kind.__name__}"
     return Rounding
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Return True if Triton builds kernels for the device of `weight`."""
+    return kernel is not None and weight.is_cuda and kernels_work(weight.device.index)
 
 
 def _part_of(state: Mapping[str, Any], part: slice, count: int) -> dict[str, Any]:
